@@ -1,0 +1,1 @@
+"""How peers talk: identity, host, gossip, wire, server, worker."""

@@ -1,0 +1,90 @@
+"""What can go wrong, by whom it must be answered.
+
+`LocalError` is ours: a wrong flag, a missing file, no room left. `PeerError` is theirs: a peer broke
+the protocol, refused, vanished or computed nonsense; it feeds routing and reputation. `NoRoute` is
+nobody's: the swarm, as far as it is known, cannot serve the request.
+
+Every message says what happened, to whom, and what to do next; the command line prints it as is.
+"""
+
+from collections.abc import Sequence
+
+
+class P2PInferError(Exception):
+    """Base of every error that p2pinfer raises on purpose."""
+
+
+class LocalError(P2PInferError):
+    """This process was misused or lacks something."""
+
+
+class ConfigError(LocalError):
+    """A flag, environment variable or configuration file says something that cannot be used."""
+
+
+class ModelNotFound(LocalError):
+    """A model id or folder names nothing that can be opened."""
+
+
+class CheckpointError(LocalError):
+    """A checkpoint is there but cannot be used: unreadable, truncated, or of an unknown family."""
+
+
+class SpanOutOfRange(LocalError):
+    """A span of blocks lies outside the model."""
+
+
+class PromptTooLong(LocalError):
+    """The prompt and the tokens asked for do not fit the model's context."""
+
+
+class AddressUnusable(LocalError):
+    """An address to listen on is malformed, taken, or not of this machine."""
+
+
+class CacheFull(LocalError):
+    """The KV cache has no room for another reservation; what is there is unchanged."""
+
+
+class PolicyError(LocalError):
+    """A routing policy cannot be loaded, raised, or returned something that is no route."""
+
+
+class PeerError(P2PInferError):
+    """A peer failed us. `peer_id` says which one, or is empty where it is not known."""
+
+    def __init__(self, message: str, peer_id: str = "") -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class PeerUnreachable(PeerError):
+    """No address of the peer answered."""
+
+
+class PeerVanished(PeerError):
+    """The connection to the peer ended in the middle of something."""
+
+
+class PeerRefused(PeerError):
+    """The peer answered, and said no. `code` is one of `p2pinfer.node.wire.RefusalCode`."""
+
+    def __init__(self, message: str, peer_id: str = "", code: str = "") -> None:
+        super().__init__(message, peer_id)
+        self.code = code
+
+
+class ProtocolViolation(PeerError):
+    """The peer sent bytes that its protocol does not allow."""
+
+
+class WrongOutput(PeerError):
+    """The peer's output has the wrong shape or holds values that are not finite."""
+
+
+class NoRoute(P2PInferError):
+    """The swarm cannot serve the request. `missing` lists the spans that nobody serves, `(start, stop)`."""
+
+    def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
