@@ -1,0 +1,168 @@
+"""What a peer says of itself: which blocks it serves, how fast, where it can be reached, for how long.
+
+On the wire an announcement is one MessagePack array, `[version, peer_id, model, ...]` in the order of
+`_Wire`. Fields a later version appends are skipped, so old peers understand new ones. Everything a peer
+wrote is bounded here, once, so that the rest of routing can do arithmetic on it and the command line can
+print it. Signatures are the business of `node/records.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, cast
+
+import msgspec
+
+from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.span import BlockSpan
+
+from .coordinates import COORDINATE_LIMIT_MS, MAX_ERROR, Coordinate
+
+VERSION = 1
+MAX_ANNOUNCEMENT_BYTES = 8192  # 16 addresses of 256 characters, a long model name, and room to grow
+MAX_BLOCKS = 4096
+MAX_ADDRS = 16
+MIN_TTL_S = 5.0
+MAX_TTL_S = 300.0
+
+Reachability = Literal["public", "mapped", "private", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One peer's offer for one model revision.
+
+    Attributes:
+        model: What the peer's operator calls the model; for people, never compared.
+        revision: The model's content address, 32 lower-case hexadecimal digits; what is compared.
+        dtype: What the peer computes in, for example `bfloat16`.
+        tokens_per_s: Decoded tokens a second, batch 1, through the whole of `span`.
+        free_cache_tokens: Tokens of a new session that the peer's KV cache has room for.
+        reachability: `public` and `mapped` peers can be dialled, `private` ones need a relay or a punch.
+        addrs: Multiaddrs, with or without `/p2p/<peer_id>`, best first.
+        coordinate: Where the peer believes to sit; None while it knows nothing.
+        sequence: Grows with every announcement of the peer, across restarts too (its wall clock in
+            milliseconds does).
+        ttl_s: For how long, from when it was made, the announcement may be believed.
+        leaving: The peer says goodbye; nothing else of the announcement counts.
+    """
+
+    peer_id: str
+    model: str
+    revision: str
+    span: BlockSpan
+    dtype: str
+    tokens_per_s: float
+    free_cache_tokens: int
+    sequence: int
+    reachability: Reachability = "unknown"
+    addrs: tuple[str, ...] = ()
+    coordinate: Coordinate | None = None
+    ttl_s: float = 120.0
+    leaving: bool = False
+
+
+# Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns
+# too, because msgspec's error for a Literal repeats what the peer sent. A float with a bound is never NaN.
+_PeerId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Revision = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_Dtype = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]
+_Addr = Annotated[str, msgspec.Meta(pattern=r"\A/[!-~]{1,255}\Z")]
+_Addrs = Annotated[tuple[_Addr, ...], msgspec.Meta(max_length=MAX_ADDRS)]
+_Block = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
+_Rate = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Sequence = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Reachability = Annotated[str, msgspec.Meta(pattern=r"\A(public|mapped|private|unknown)\Z")]
+_Ttl = Annotated[float, msgspec.Meta(ge=MIN_TTL_S, le=MAX_TTL_S)]
+_Axis = Annotated[float, msgspec.Meta(ge=-COORDINATE_LIMIT_MS, le=COORDINATE_LIMIT_MS)]
+_Height = Annotated[float, msgspec.Meta(ge=0, le=COORDINATE_LIMIT_MS)]
+_Error = Annotated[float, msgspec.Meta(ge=0, le=MAX_ERROR)]
+
+
+class _Wire(msgspec.Struct, array_like=True, frozen=True):
+    version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
+    peer_id: _PeerId
+    model: _Name
+    revision: _Revision
+    start: _Block
+    stop: _Block
+    dtype: _Dtype
+    tokens_per_s: _Rate
+    free_cache_tokens: _Tokens
+    sequence: _Sequence
+    reachability: _Reachability
+    addrs: _Addrs
+    coordinate: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None
+    ttl_s: _Ttl
+    leaving: bool
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Wire)
+
+
+def encode_announcement(announcement: Announcement) -> bytes:
+    """The announcement's bytes, without any signature.
+
+    Raises:
+        ValueError: A field is out of the bounds that every peer checks.
+    """
+    encoded = _encoder.encode(
+        _Wire(
+            VERSION,
+            announcement.peer_id,
+            announcement.model,
+            announcement.revision,
+            announcement.span.start,
+            announcement.span.stop,
+            announcement.dtype,
+            announcement.tokens_per_s,
+            announcement.free_cache_tokens,
+            announcement.sequence,
+            announcement.reachability,
+            announcement.addrs,
+            announcement.coordinate,
+            announcement.ttl_s,
+            announcement.leaving,
+        )
+    )
+    try:
+        decode_announcement(encoded)
+    except ProtocolViolation as exc:
+        raise ValueError(f"no peer would accept this announcement: {exc}") from exc
+    return encoded
+
+
+def decode_announcement(encoded: bytes) -> Announcement:
+    """The announcement in `encoded`, with every field within its bounds.
+
+    Raises:
+        ProtocolViolation: The bytes are anything else.
+    """
+    if len(encoded) > MAX_ANNOUNCEMENT_BYTES:
+        raise ProtocolViolation(f"announcement of {len(encoded)} bytes; {MAX_ANNOUNCEMENT_BYTES} are allowed")
+    try:
+        wire = _decoder.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed announcement: {exc}") from exc
+    if wire.start >= wire.stop:
+        raise ProtocolViolation(f"announcement of no blocks: {wire.start}:{wire.stop}")
+    if not wire.model.isprintable():
+        raise ProtocolViolation("announcement of a model whose name cannot be printed")
+    return Announcement(
+        peer_id=wire.peer_id,
+        model=wire.model,
+        revision=wire.revision,
+        span=BlockSpan(wire.start, wire.stop),
+        dtype=wire.dtype,
+        tokens_per_s=wire.tokens_per_s,
+        free_cache_tokens=wire.free_cache_tokens,
+        sequence=wire.sequence,
+        reachability=cast(Reachability, wire.reachability),
+        addrs=wire.addrs,
+        coordinate=None if wire.coordinate is None else Coordinate(*wire.coordinate),
+        ttl_s=wire.ttl_s,
+        leaving=wire.leaving,
+    )

@@ -1,0 +1,38 @@
+"""What routing weighs, remembers and moves by; the only place these defaults live."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingConfig:
+    """Prices of the planner, all of them seconds per token or what turns into them."""
+
+    redo_s: float = 0.25  # s, price of a hop that fails: seconds of stall, spread over a session's tokens
+    integrity_weight_s: float = 0.06  # s, price of a hop that may lie; about two hops' latency
+    min_reliability: float = 0.05  # 0..1, a peer that always failed costs this much, not infinity
+    hop_overhead_s: float = 0.002  # s, to serialise, encrypt and queue at each hop
+    default_rtt_ms: float = 100.0  # ms, between two of whom nothing is known
+    max_coordinate_error: float = 0.7  # 0..1, less certain coordinates count as unknown
+    bandwidth_bytes_per_s: float = 2.5e6  # bytes/s, a home uplink of 20 Mbit/s
+    relay_bandwidth_bytes_per_s: float = 1.0e6  # bytes/s, what a volunteer's relay lets through
+    relay_detour_s: float = 0.04  # s, what a relay adds one way where the edge was not measured
+    punch_failure: float = 0.3  # 0..1, how often two private peers end up relayed
+
+
+@dataclass(frozen=True, slots=True)
+class TableConfig:
+    """Bounds of what is remembered about the swarm."""
+
+    max_entries: int = 4096  # announcements, all models together
+    max_entries_per_revision: int = 1024  # announcements of one model
+    max_revisions_per_peer: int = 4  # models that one peer may announce
+    max_record_bytes: int = 16384  # bytes, one signed record
+    remember_s: float = 600.0  # s after expiry in which an old record cannot bring a ghost back
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementConfig:
+    """When a node gives up its blocks for others."""
+
+    min_gain: float = 0.25  # share by which the swarm's slowest block must speed up
+    min_dwell_s: float = 600.0  # s for which a node stays whatever it could gain
