@@ -1,0 +1,31 @@
+"""What long work tells whoever watches: downloads, hashing, loading."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """One bar at a time. May be called from any thread."""
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Work of `total_bytes` begins, in a few words."""
+        ...
+
+    def advance(self, n: int) -> None:
+        """`n` more bytes are done."""
+        ...
+
+    def done(self) -> None:
+        """The work ended, well or not."""
+        ...
+
+
+class Silent:
+    """A `Progress` that nobody watches."""
+
+    def start(self, label: str, total_bytes: int) -> None: ...
+
+    def advance(self, n: int) -> None: ...
+
+    def done(self) -> None: ...

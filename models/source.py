@@ -1,0 +1,87 @@
+"""Where a model comes from: the bundled one, a folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from p2pinfer.errors import ModelNotFound
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .progress import Progress
+from .span import BlockSpan
+from .spec import ModelSpec
+
+BUNDLED_MODEL = "tiny-stories"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+class ModelSource(Protocol):
+    """A model that is known but perhaps not here yet."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it is; its revision is known before a weight is."""
+        ...
+
+    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+        """Bring the weights of `span` here; with `ends` also embedding, norm, head and tokenizer.
+
+        Raises:
+            CheckpointError: What came is not what was published.
+            ModelNotFound: It cannot be had.
+            SpanOutOfRange: The model has no such blocks.
+        """
+        ...
+
+    def fetch_tokenizer(self) -> Path:
+        """A folder that holds the tokenizer.
+
+        Raises:
+            ModelNotFound: It cannot be had.
+        """
+        ...
+
+
+def resolve_model(model: str, *, cache_dir: Path, progress: Progress | None = None) -> ModelSource:
+    """Find the model: `tiny-stories` is the bundled one, then come folders, then ids of the hub.
+
+    Raises:
+        ModelNotFound: Nothing of that name can be reached.
+        CheckpointError: It is there but cannot be used.
+    """
+    if model == BUNDLED_MODEL:
+        return FolderSource(Path(__file__).with_name(BUNDLED_MODEL), cache_dir=cache_dir, progress=progress)
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return FolderSource(folder, cache_dir=cache_dir, progress=progress)
+    if model and folder.exists():
+        raise ModelNotFound(f"{model} is a file; name the folder that holds config.json and the safetensors")
+    if _HUB_ID.fullmatch(model) is None:
+        raise ModelNotFound(
+            f"there is no folder {model!r}, and it is no id of the Hugging Face hub (owner/name) either"
+        )
+    raise ModelNotFound(f"there is no folder {model!r}")
+
+
+class FolderSource:
+    """A model whose weights are all here."""
+
+    def __init__(self, folder: Path, *, cache_dir: Path, progress: Progress | None = None) -> None:
+        self._checkpoint = open_checkpoint(
+            folder, folder.resolve().name, cache_dir=cache_dir, progress=progress
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._checkpoint.spec
+
+    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+        if span is not None:
+            self.spec.check_span(span)
+        return self._checkpoint
+
+    def fetch_tokenizer(self) -> Path:
+        return self._checkpoint.folder

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import Gemma2Config, LlamaConfig, Qwen3Config
+
+from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import model_spec, pretrained_config, revision_of
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "vocab_size": 16,
+    "max_position_embeddings": 32,
+    "dtype": "float16",
+}
+SHARDS = {"a.safetensors": "00", "b.safetensors": "11"}
+
+
+def test_the_revision_is_a_fixed_function_of_config_and_shards() -> None:
+    """Peers of different versions must agree on it, so this value may never change."""
+    assert revision_of(CONFIG, SHARDS) == "c05168346fff1141d6ee49075ab79ed3"
+
+
+def test_the_revision_ignores_order_and_whose_transformers_wrote_the_config() -> None:
+    reordered = dict(reversed(CONFIG.items()))
+    noisy = {**reordered, "transformers_version": "9.9", "_name_or_path": "somewhere"}
+    assert revision_of(noisy, dict(reversed(SHARDS.items()))) == revision_of(CONFIG, SHARDS)
+
+
+@pytest.mark.parametrize(
+    ("config", "shards"),
+    [
+        ({"rope_theta": 1e6}, {}),
+        ({}, {"b.safetensors": "12"}),
+        ({}, {"c.safetensors": "22"}),
+    ],
+)
+def test_the_revision_changes_with_anything_that_counts(
+    config: dict[str, Any], shards: dict[str, str]
+) -> None:
+    assert revision_of({**CONFIG, **config}, {**SHARDS, **shards}) != revision_of(CONFIG, SHARDS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(hidden_size=512, num_attention_heads=8), Gemma2Config(), Qwen3Config()],
+    ids=lambda c: c.model_type,
+)
+def test_what_a_config_leaves_out_its_family_decides(config: Any) -> None:
+    bare = {"model_type": config.model_type, "hidden_size": config.hidden_size}
+    bare["num_attention_heads"] = config.num_attention_heads
+    spec = model_spec("m", bare, SHARDS)
+    assert spec.num_blocks == config.num_hidden_layers
+    assert spec.kv_heads == pretrained_config("m", bare).num_key_value_heads
+    assert spec.head_dim == config.head_dim
+    assert spec.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings", "head_dim"]
+)
+@pytest.mark.parametrize("value", [0, -1, "8", 1.5, True, 1 << 70, [8]])
+def test_a_size_that_makes_no_sense_is_refused(key: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"says {key} = "):
+        model_spec("m", {**CONFIG, key: value}, SHARDS)
+
+
+@pytest.mark.parametrize("family", ["bert", "", None, ["llama"]])
+def test_an_unknown_family_is_refused_and_the_known_ones_are_listed(family: object) -> None:
+    with pytest.raises(CheckpointError, match="it runs gemma2, llama"):
+        model_spec("m", {**CONFIG, "model_type": family}, SHARDS)
+
+
+def test_quantised_weights_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="quantised"):
+        model_spec("m", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}, SHARDS)
+
+
+def test_a_dtype_that_is_not_computed_in_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="stored as float8"):
+        model_spec("m", {**CONFIG, "dtype": "float8"}, SHARDS)
+
+
+def test_the_older_name_of_the_dtype_counts_too() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "dtype"}
+    assert model_spec("m", {**config, "torch_dtype": "bfloat16"}, SHARDS).dtype == "bfloat16"
+
+
+def test_a_config_that_transformers_refuses_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="transformers cannot use the config of m"):
+        pretrained_config("m", {**CONFIG, "rms_norm_eps": "small"})
+
+
+def test_a_span_past_the_last_block_is_refused() -> None:
+    spec = replace(model_spec("m", CONFIG, SHARDS), num_blocks=8)
+    spec.check_span(BlockSpan(0, 8))
+    with pytest.raises(SpanOutOfRange, match="m has the blocks 0:8, so 7:9 is out of range"):
+        spec.check_span(BlockSpan(7, 9))
