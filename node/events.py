@@ -1,0 +1,91 @@
+"""What a node tells whoever runs it. With `--json` each event is one object on a line."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+
+class _Event(msgspec.Struct, frozen=True, tag_field="event"):
+    """An object whose `event` key names it."""
+
+
+class Starting(_Event, frozen=True, tag="starting"):
+    """The node has its identity and listens; it does not serve yet."""
+
+    peer_id: str
+    addrs: tuple[str, ...]
+    model: str
+    revision: str
+
+
+class Loading(_Event, frozen=True, tag="loading"):
+    """The node has chosen its blocks and fetches and loads them."""
+
+    blocks: tuple[int, int]
+    reason: str  # why these: "asked for", or what the swarm lacks
+
+
+class Ready(_Event, frozen=True, tag="ready"):
+    """The node serves."""
+
+    peer_id: str
+    addrs: tuple[str, ...]
+    model: str
+    revision: str
+    blocks: tuple[int, int] | None  # None: it introduces peers and holds no blocks
+    dtype: str
+    device: str
+    tokens_per_s: float
+    cache_tokens: int
+
+
+class SessionOpened(_Event, frozen=True, tag="session_opened"):
+    """A client reserved a session."""
+
+    peer_id: str
+    blocks: tuple[int, int]
+    max_tokens: int
+    sessions: int  # open after this
+
+
+class SessionClosed(_Event, frozen=True, tag="session_closed"):
+    """A session ended, for the reason given."""
+
+    peer_id: str
+    tokens: int  # tokens computed
+    reason: str
+    sessions: int
+
+
+class SessionRefused(_Event, frozen=True, tag="session_refused"):
+    """A client asked for a session and did not get it."""
+
+    peer_id: str
+    code: str
+    message: str
+
+
+class Warned(_Event, frozen=True, tag="warning"):
+    """Something an operator should know that does not stop the node."""
+
+    message: str
+
+
+class Leaving(_Event, frozen=True, tag="leaving"):
+    """The node has said goodbye to the swarm and stops."""
+
+    sessions: int
+
+
+Event: TypeAlias = (
+    Starting | Loading | Ready | SessionOpened | SessionClosed | SessionRefused | Warned | Leaving
+)
+
+_encoder = msgspec.json.Encoder()
+
+
+def to_json(event: Event) -> str:
+    """The event as one line of JSON."""
+    return _encoder.encode(event).decode()

@@ -1,0 +1,254 @@
+"""The messages of a session, and the frames they travel in.
+
+A frame is two big-endian u32 lengths, a msgpack header of the first length and a payload of the second.
+The header is one message of this module, an array whose first element names it; the payload is a tensor's
+bytes (see `tensors`), empty for every message but `Step` and `Result`. A stream ends with `End`: libp2p
+shows a reset and an orderly close alike to a reader, so without the marker a cut stream would pass for a
+finished one.
+
+What a peer sends is checked here before anything else sees it: lengths before memory is taken, every
+field's type and range before a message exists. Whatever fails is a `ProtocolViolation`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Final, Literal, TypeAlias
+
+import msgspec
+import trio
+import trio.abc
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+
+SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"  # client and hop: a session, its steps, its results
+CHAIN_PROTOCOL: Final = "/p2pinfer/chain/1.0.0"  # hop -> its successor: carries steps
+
+MAX_HEADER_BYTES: Final = 1 << 16
+READ_BYTES: Final = 1 << 18
+_LENGTHS: Final = struct.Struct(">II")
+
+RefusalCode: TypeAlias = Literal[
+    "cache_full",  # no room for the session's KV cache or replay log
+    "wrong_model",  # another revision is served here
+    "wrong_span",  # these blocks are not held here
+    "busy",  # too many sessions
+    "leaving",  # the node is shutting down
+    "no_session",  # the session to attach to is not known, or not yours
+    "successor_unreachable",  # the next hop could not be dialled, or did not let us attach
+    "successor_vanished",  # the next hop is gone in the middle of the session
+    "lease_expired",  # the session was idle too long
+    "wrong_input",  # a tensor came in that is not finite
+    "protocol",  # a frame that the protocol does not allow
+    "compute",  # the span could not be computed
+]
+
+SessionId: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+PeerIdText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Codec: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Positional on the wire; fields that a later minor version appends are skipped by an older reader."""
+
+
+class Successor(msgspec.Struct, frozen=True, array_like=True):
+    """Where a hop sends its output: a peer and the addresses it is said to answer at."""
+
+    peer_id: PeerIdText
+    addrs: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
+
+
+class Open(_Message, frozen=True, tag="open"):
+    """Client to every hop, first on a session stream: reserve a session on `[start, stop)`.
+
+    `predecessor` names the only peer whose chain stream may feed this session; None is the client itself,
+    on this stream. `successor` None means: answer to the client, on this stream.
+    """
+
+    session: SessionId
+    revision: Annotated[str, msgspec.Meta(max_length=64)]
+    start: Block
+    stop: Block
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 24)]
+    codec: Codec
+    predecessor: PeerIdText | None = None
+    successor: Successor | None = None
+
+
+class Opened(_Message, frozen=True, tag="opened"):
+    """Hop to client: cache reserved, successor attached; steps may come."""
+
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]  # what the hop computes in
+
+
+class Attach(_Message, frozen=True, tag="attach"):
+    """Predecessor to hop, first on a chain stream: what follows belongs to this session."""
+
+    session: SessionId
+
+
+class Attached(_Message, frozen=True, tag="attached"):
+    """Hop to predecessor: go on."""
+
+
+class Bill(msgspec.Struct, frozen=True, array_like=True):
+    """What one hop spent on one step, in microseconds, and how many tokens shared its batch."""
+
+    queue_us: Count
+    compute_us: Count
+    serve_us: Count  # from the frame's arrival to the moment its output was ready to send, all included
+    batch_tokens: Count
+
+
+Bills: TypeAlias = Annotated[tuple[Bill, ...], msgspec.Meta(max_length=256)]
+Receipts: TypeAlias = Annotated[
+    tuple[Annotated[bytes, msgspec.Meta(max_length=1024)], ...], msgspec.Meta(max_length=256)
+]
+
+
+class Step(_Message, frozen=True, tag="step"):
+    """To a hop: `tokens` hidden states for positions `position`, `position + 1`, ...
+
+    A position below the cache's length rolls the cache back to it. A step of a higher `epoch` supersedes the
+    queued steps of lower ones that begin at or after its position: they are dropped unread.
+    """
+
+    number: Count
+    epoch: Count
+    position: Count
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)]
+    returns: Count  # how many of the last positions the client wants back from the last hop
+    bills: Bills = ()
+    receipts: Receipts = ()
+
+
+class Result(_Message, frozen=True, tag="result"):
+    """Last hop to client: the hidden states of a step's last `tokens` positions, after every block."""
+
+    number: Count
+    epoch: Count
+    tokens: Count
+    bills: Bills = ()
+    receipts: Receipts = ()
+
+
+class Refused(_Message, frozen=True, tag="refused"):
+    """Instead of `Opened` or `Attached`, or in the middle of a session that cannot go on."""
+
+    code: RefusalCode
+    message: Text
+    peer_id: Annotated[str, msgspec.Meta(max_length=128)] = ""  # the peer it is about, if another one
+
+
+class End(_Message, frozen=True, tag="end"):
+    """Nothing follows on this stream."""
+
+
+Message: TypeAlias = Open | Opened | Attach | Attached | Step | Result | Refused | End
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)
+
+
+def encode_header(message: Message, payload_bytes: int) -> bytes:
+    """Everything of a frame that precedes its payload."""
+    header = _encoder.encode(message)
+    return _LENGTHS.pack(len(header), payload_bytes) + header
+
+
+def decode_message(header: bytes | bytearray | memoryview) -> Message:
+    """The message in a frame's header.
+
+    Raises:
+        ProtocolViolation: The bytes are no message, or a field is out of its range.
+    """
+    try:
+        return _decoder.decode(header)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
+        raise ProtocolViolation(f"not a message of this protocol: {exc}") from exc
+
+
+class FrameStream:
+    """Frames over a byte stream. One task may receive; any number may send, one whole frame at a time."""
+
+    def __init__(self, stream: trio.abc.Stream, *, max_payload_bytes: int, peer_id: str = "") -> None:
+        self.peer_id = peer_id
+        self.max_payload_bytes = max_payload_bytes
+        self._stream = stream
+        self._send_lock = trio.StrictFIFOLock()
+        self._buffer = bytearray()
+        self._ended = False
+
+    async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
+        """Send one frame.
+
+        Raises:
+            PeerVanished: The stream is gone. A cancelled send leaves half a frame: close the stream then.
+        """
+        frame = encode_header(message, len(payload))
+        async with self._send_lock:
+            try:
+                await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                raise PeerVanished("the stream ended while sending", self.peer_id) from exc
+
+    async def receive(self) -> tuple[Message, bytearray]:
+        """The next message and its payload, which the caller owns.
+
+        Raises:
+            PeerVanished: The stream broke, or ended without `End`.
+            ProtocolViolation: What came is no frame of this protocol, or larger than allowed.
+        """
+        await self._fill(_LENGTHS.size)
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
+        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self.max_payload_bytes:
+            raise ProtocolViolation(
+                f"a frame of {header_bytes} + {payload_bytes} bytes; "
+                f"at most {MAX_HEADER_BYTES} + {self.max_payload_bytes} are allowed here",
+                self.peer_id,
+            )
+        head = _LENGTHS.size + header_bytes
+        await self._fill(head + payload_bytes)
+        try:
+            message = decode_message(self._buffer[_LENGTHS.size : head])
+        except ProtocolViolation as exc:
+            exc.peer_id = self.peer_id
+            raise
+        payload = self._buffer[head : head + payload_bytes]
+        del self._buffer[: head + payload_bytes]
+        if payload and not isinstance(message, Step | Result):
+            raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
+        return message, payload
+
+    async def _fill(self, size: int) -> None:
+        """Read until the buffer holds `size` bytes. It grows only by what has really arrived."""
+        while len(self._buffer) < size:
+            try:
+                received = await self._stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                raise PeerVanished("the stream broke", self.peer_id) from exc
+            if not received:
+                what = "in the middle of a frame" if self._buffer else "without its end marker"
+                raise PeerVanished(f"the stream ended {what}", self.peer_id)
+            self._buffer += received
+
+    async def end(self) -> None:
+        """Say that nothing follows and close; quiet when the peer is already gone."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            await self.send(End())
+        except PeerVanished:
+            pass
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close without a word: to a peer this is a broken stream."""
+        self._ended = True
+        await self._stream.aclose()

@@ -1,0 +1,57 @@
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from p2pinfer.errors import CacheFull
+from p2pinfer.node.replay import ReplayBudget, ReplayLog
+
+
+class LogAgainstList(RuleBasedStateMachine):
+    """The log against a plain list of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.budget = ReplayBudget(1000)
+        self.log = ReplayLog(self.budget, 600)
+        self.rows: list[bytes] = []
+        self.stamp = 0
+
+    @rule(back=st.integers(0, 5), tokens=st.integers(1, 4))
+    def send(self, back: int, tokens: int) -> None:
+        position = max(0, len(self.rows) - back)
+        self.stamp += 1
+        rows = [bytes([self.stamp % 256, row]) for row in range(tokens)]
+        self.log.append(position, tokens, b"".join(rows))
+        self.rows[position:] = rows
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        position = data.draw(st.integers(0, len(self.rows)))
+        self.log.truncate(position)
+        del self.rows[position:]
+
+    @invariant()
+    def holds_the_same_rows(self) -> None:
+        entries = self.log.entries()
+        assert b"".join(entry.payload for entry in entries) == b"".join(self.rows)
+        assert self.log.tokens == len(self.rows)
+        ends = [entry.position + entry.tokens for entry in entries]
+        assert [entry.position for entry in entries] == [0, *ends[:-1]][: len(entries)]
+
+    def teardown(self) -> None:
+        self.log.release()
+        self.log.release()
+        assert self.budget.reserved_bytes == 0
+
+
+TestLogAgainstList = LogAgainstList.TestCase
+
+
+def test_a_log_that_does_not_fit_the_budget_is_refused_and_takes_nothing() -> None:
+    budget = ReplayBudget(1000)
+    ReplayLog(budget, 700)
+    with pytest.raises(CacheFull, match="replay log full"):
+        ReplayLog(budget, 301)
+    ReplayLog(budget, 300)
+    assert budget.reserved_bytes == 1000

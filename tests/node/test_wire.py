@@ -1,0 +1,172 @@
+from contextlib import suppress
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node import wire
+from p2pinfer.node.wire import End, FrameStream, Message, Open, Refused, Result, Step, Successor
+
+counts = st.integers(0, 2**32 - 1)
+bills = st.lists(st.builds(wire.Bill, counts, counts, counts, counts), max_size=4).map(tuple)
+receipts = st.lists(st.binary(max_size=64), max_size=4).map(tuple)
+peers = st.text(min_size=1, max_size=60)
+messages: st.SearchStrategy[Message] = st.one_of(
+    st.builds(
+        Open,
+        st.binary(min_size=16, max_size=16),
+        st.text(max_size=64),
+        st.integers(0, 2**16),
+        st.integers(0, 2**16),
+        st.integers(1, 2**24 - 1),
+        st.sampled_from(["float32", "bfloat16", "float16"]),
+        st.none() | peers,
+        st.none() | st.builds(Successor, peers, st.lists(st.text(max_size=64), max_size=4).map(tuple)),
+    ),
+    st.builds(wire.Opened, st.text(max_size=16)),
+    st.builds(wire.Attach, st.binary(min_size=16, max_size=16)),
+    st.just(wire.Attached()),
+    st.builds(Step, counts, counts, counts, st.integers(1, 2**20 - 1), counts, bills, receipts),
+    st.builds(Result, counts, counts, counts, bills, receipts),
+    st.builds(Refused, st.sampled_from(["busy", "protocol"]), st.text(max_size=1024), st.text(max_size=128)),
+    st.just(End()),
+)
+
+
+def split(frame: bytes) -> bytes:
+    """A frame's header without its lengths."""
+    return frame[8 : 8 + int.from_bytes(frame[:4], "big")]
+
+
+@given(messages)
+def test_every_message_comes_back_as_it_was_sent(message: Message) -> None:
+    assert wire.decode_message(split(wire.encode_header(message, 0))) == message
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_protocol_violation_and_nothing_else(garbage: bytes) -> None:
+    with suppress(ProtocolViolation):
+        wire.decode_message(garbage)
+
+
+@given(messages, st.data())
+def test_a_mutated_message_is_a_message_or_a_protocol_violation(
+    message: Message, data: st.DataObject
+) -> None:
+    header = bytearray(split(wire.encode_header(message, 0)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ProtocolViolation):
+        wire.decode_message(header[: data.draw(st.integers(0, len(header)))])
+
+
+def test_fields_of_a_later_version_are_skipped() -> None:
+    assert wire.decode_message(msgspec.msgpack.encode(["opened", "float32", "a field of tomorrow"])) == (
+        wire.Opened("float32")
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["open", b"short", "r", 0, 1, 8, "float32"],
+        ["open", b"x" * 16, "r", 0, 1, 0, "float32"],
+        ["open", b"x" * 16, "r", 0, 1, 8, "int8"],
+        ["step", 0, 0, -1, 1, 1],
+        ["step", 0, 0, 0, 0, 1],
+        ["step", 0, 0, 0, 1, 1, [[0, 0, 0, 0]] * 257],
+        ["refused", "because", "no"],
+        ["nonsense"],
+        [],
+    ],
+)
+def test_a_field_out_of_its_range_is_refused(fields: list[object]) -> None:
+    with pytest.raises(ProtocolViolation):
+        wire.decode_message(msgspec.msgpack.encode(fields))
+
+
+def frame_pair(limit: int = 1 << 20) -> tuple[FrameStream, FrameStream]:
+    ours, theirs = trio.testing.memory_stream_pair()
+    return (
+        FrameStream(ours, max_payload_bytes=limit, peer_id="us"),
+        FrameStream(theirs, max_payload_bytes=limit, peer_id="them"),
+    )
+
+
+async def test_frames_arrive_whole_however_the_bytes_are_cut() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    frames = FrameStream(theirs, max_payload_bytes=100)
+    step = Step(7, 0, 3, 2, 1)
+    sent = (wire.encode_header(step, 5) + b"abcde") * 2
+    async with trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            for byte in sent:
+                await ours.send_all(bytes([byte]))
+
+        nursery.start_soon(send)
+        for _ in range(2):
+            assert await frames.receive() == (step, bytearray(b"abcde"))
+
+
+async def test_frames_of_concurrent_senders_do_not_mix() -> None:
+    ours, theirs = frame_pair()
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(ours.send, Step(number, 0, 0, 1, 1), bytes([number]) * 1000)
+        received = [await theirs.receive() for _ in range(20)]
+    assert sorted(m.number for m, _ in received if isinstance(m, Step)) == list(range(20))
+    assert all(isinstance(m, Step) and set(payload) == {m.number} for m, payload in received)
+
+
+@pytest.mark.parametrize("header_bytes, payload_bytes", [(1 << 17, 0), (4, 1 << 30)])
+async def test_an_oversized_frame_is_refused_before_memory_is_taken(
+    header_bytes: int, payload_bytes: int
+) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    frames = FrameStream(theirs, max_payload_bytes=1000, peer_id="mallory")
+    await ours.send_all(header_bytes.to_bytes(4, "big") + payload_bytes.to_bytes(4, "big"))
+    with pytest.raises(ProtocolViolation, match="at most") as caught:
+        await frames.receive()
+    assert caught.value.peer_id == "mallory"
+
+
+async def test_a_payload_where_none_belongs_is_refused() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await ours.send_all(wire.encode_header(wire.Attached(), 3) + b"abc")
+    with pytest.raises(ProtocolViolation, match="Attached with a payload"):
+        await FrameStream(theirs, max_payload_bytes=10).receive()
+
+
+async def test_a_header_that_is_no_message_names_the_peer() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await ours.send_all((2).to_bytes(4, "big") + (0).to_bytes(4, "big") + b"\xff\xff")
+    with pytest.raises(ProtocolViolation) as caught:
+        await FrameStream(theirs, max_payload_bytes=10, peer_id="mallory").receive()
+    assert caught.value.peer_id == "mallory"
+
+
+@pytest.mark.parametrize("sent, what", [(b"", "end marker"), (b"\0\0", "middle of a frame")])
+async def test_a_stream_that_just_stops_is_a_peer_that_vanished(sent: bytes, what: str) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    if sent:
+        await ours.send_all(sent)
+    await ours.aclose()
+    with pytest.raises(PeerVanished, match=what):
+        await FrameStream(theirs, max_payload_bytes=10).receive()
+
+
+async def test_end_is_said_once_and_quietly_when_the_peer_is_gone() -> None:
+    ours, theirs = frame_pair()
+    await ours.end()
+    await ours.end()
+    assert await theirs.receive() == (End(), bytearray())
+    await theirs.end()
+    with pytest.raises(PeerVanished):
+        await ours.send(End())
+    with pytest.raises(PeerVanished):
+        await ours.receive()
