@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,3 +15,24 @@ import p2pinfer.models
 def tiny_stories() -> Path:
     """The bundled model's folder; not to be written to."""
     return Path(p2pinfer.models.__path__[0]) / "tiny-stories"
+
+
+@pytest.fixture(scope="session")
+def smollm2_script() -> ModuleType:
+    """benchmarks/smollm2.py, loaded by its path: scripts are no package, and the tests may run on a wheel."""
+    path = Path(__file__).parent.parent / "benchmarks" / "smollm2.py"
+    spec = importlib.util.spec_from_file_location("smollm2_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_script: ModuleType) -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched once into the user's cache."""
+    try:
+        return Path(smollm2_script.smollm2_folder())
+    except smollm2_script.CannotFetch as exc:
+        pytest.skip(f"SmolLM2 is not here: {exc}")
