@@ -1,0 +1,89 @@
+"""Who may become a hop at all, and what to tell the user when that is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from itertools import groupby
+
+from p2pinfer.errors import NoRoute
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.reputation.view import ReputationView
+
+from .route import Candidate, RouteRequest
+
+
+class Refusal(IntEnum):
+    """Why a candidate cannot be a hop, the one that passes soonest first."""
+
+    FULL = 1  # its cache lacks room for the request
+    EXCLUDED = 2  # the request says so
+    BANNED = 3  # the user says so
+    ABSENT = 4  # it is leaving, or holds another model
+
+
+def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Refusal | None:
+    """Why `candidate` cannot serve `request`; None if it can."""
+    announcement = candidate.announcement
+    if announcement.leaving or announcement.revision != request.revision:
+        return Refusal.ABSENT
+    if announcement.span.stop > request.num_blocks:
+        return Refusal.ABSENT
+    if view is not None and view.is_banned(candidate.peer_id):
+        return Refusal.BANNED
+    if candidate.peer_id in request.excluded:
+        return Refusal.EXCLUDED
+    if announcement.free_cache_tokens < request.tokens:
+        return Refusal.FULL
+    return None
+
+
+def eligible(
+    candidates: Iterable[Candidate], request: RouteRequest, view: ReputationView | None
+) -> list[Candidate]:
+    """The candidates that can serve `request`, in the order of their peer ids, each peer once."""
+    usable = {
+        candidate.peer_id: candidate for candidate in candidates if refusal(candidate, request, view) is None
+    }
+    return [usable[peer_id] for peer_id in sorted(usable)]
+
+
+def no_route(candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView | None) -> NoRoute:
+    """The error for a request that the eligible candidates do not cover.
+
+    It tells blocks that nobody serves, which alone are its `missing`, from blocks that are served by peers
+    which are full, excluded or banned.
+    """
+    served = [(candidate.span, refusal(candidate, request, view)) for candidate in candidates]
+    wanted = range(request.wanted.start, request.wanted.stop)
+    gaps: dict[Refusal, list[BlockSpan]] = {}
+    for reason, run in groupby(wanted, key=lambda block: _mildest_refusal(block, served)):
+        if reason is not None:
+            blocks = list(run)
+            gaps.setdefault(reason, []).append(BlockSpan(blocks[0], blocks[-1] + 1))
+    missing = gaps.get(Refusal.ABSENT, [])
+    complaints = [_complaint(reason, gaps[reason], request) for reason in sorted(gaps, reverse=True)]
+    return NoRoute(f"no route: {'; '.join(complaints)}", [(span.start, span.stop) for span in missing])
+
+
+def _mildest_refusal(block: int, served: Iterable[tuple[BlockSpan, Refusal | None]]) -> Refusal | None:
+    """Why nobody can run `block`; None if somebody can."""
+    reasons = [reason for span, reason in served if span.start <= block < span.stop]
+    if None in reasons:
+        return None
+    return min((reason for reason in reasons if reason is not None), default=Refusal.ABSENT)
+
+
+def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteRequest) -> str:
+    blocks = f"blocks {', '.join(map(str, spans))}"
+    match reason:
+        case Refusal.FULL:
+            return (
+                f"{blocks} are served only by peers without cache for {request.tokens} tokens; try again soon"
+            )
+        case Refusal.EXCLUDED:
+            return f"{blocks} are served only by peers that failed this request or already work for it"
+        case Refusal.BANNED:
+            return f"{blocks} are served only by peers that you banned"
+        case Refusal.ABSENT:
+            return f"nobody serves {blocks}; `p2pinfer node --blocks {spans[0]}` would"

@@ -1,0 +1,142 @@
+"""The live view of the swarm: the latest announcement of every peer, for as long as it may be believed.
+
+Theory of operation. One entry per (revision, peer) holds the record with the highest sequence number. It
+is live until its ttl has run out on our own clock, counted from when it was made as far as we know (now,
+less the age a neighbour's snapshot gives it). Nobody's wall clock matters.
+
+Two kinds of entries are kept though they are not live, because an older record of the same peer may still
+be under way, or may be replayed on purpose to raise a ghost: a goodbye, and an expired record. Both go
+`remember_s` after their ttl. Until then only a higher sequence number brings the peer back.
+
+What a stranger can fill is bounded: one entry per peer and revision, a few revisions per peer, so many per
+revision and in total. Beyond that the entries that expire first go, which may be the one that just came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .announcement import Announcement
+from .config import TableConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    announcement: Announcement
+    record: bytes
+    made_at: float  # on our clock
+    expires_at: float
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.announcement.revision, self.announcement.peer_id)
+
+
+class SwarmTable:
+    """Announcements by revision and peer. Every method takes `now`, seconds of one monotonic clock."""
+
+    def __init__(self, config: TableConfig | None = None) -> None:
+        self._config = config or TableConfig()
+        self._entries: dict[str, dict[str, _Entry]] = {}  # revision -> peer id -> entry
+        self._revisions: dict[str, set[str]] = {}  # peer id -> revisions it has entries for
+
+    def __len__(self) -> int:
+        return sum(map(len, self._entries.values()))
+
+    def accept(self, announcement: Announcement, record: bytes, now: float, age_s: float = 0.0) -> bool:
+        """Take in a record whose signature was checked.
+
+        Args:
+            record: The signed bytes, to be passed on in snapshots.
+            age_s: How old the record was when we got it, by the word of whoever handed it over.
+
+        Returns:
+            Whether it was news. If not, the table is unchanged.
+        """
+        age_s = max(age_s, 0.0)
+        if len(record) > self._config.max_record_bytes or not age_s < announcement.ttl_s:
+            return False
+        entry = _Entry(announcement, record, now - age_s, now - age_s + announcement.ttl_s)
+        known = self._find(*entry.key)
+        if known is not None and self._is_forgotten(known, now):
+            known = None
+        if known is not None and known.announcement.sequence >= announcement.sequence:
+            return False
+        self._insert(entry)
+        self._make_room(entry)
+        return self._find(*entry.key) is entry
+
+    def live(self, revision: str, now: float) -> list[Announcement]:
+        """The peers that serve `revision`, in the order of their ids."""
+        entries = self._entries.get(revision, {})
+        return [
+            entries[peer_id].announcement for peer_id in sorted(entries) if _is_live(entries[peer_id], now)
+        ]
+
+    def records(self, now: float, revision: str | None = None) -> list[tuple[bytes, float]]:
+        """Signed records and their ages in seconds, youngest first, to be handed to a newcomer.
+
+        Goodbyes are among them: without one, the newcomer would believe a neighbour that missed it.
+        """
+        chosen = self._all() if revision is None else self._entries.get(revision, {}).values()
+        current = sorted(
+            (entry for entry in chosen if now < entry.expires_at), key=lambda entry: -entry.made_at
+        )
+        return [(entry.record, now - entry.made_at) for entry in current]
+
+    def revisions(self, now: float) -> dict[str, int]:
+        """The revisions somebody serves, and by how many peers."""
+        counts = {
+            revision: sum(_is_live(entry, now) for entry in entries.values())
+            for revision, entries in self._entries.items()
+        }
+        return {revision: count for revision, count in counts.items() if count}
+
+    def forget_expired(self, now: float) -> None:
+        """Free what nothing depends on any more. To be called now and then; it changes no answer."""
+        for entry in [entry for entry in self._all() if self._is_forgotten(entry, now)]:
+            self._remove(entry)
+
+    def _is_forgotten(self, entry: _Entry, now: float) -> bool:
+        return entry.expires_at + self._config.remember_s <= now
+
+    def _find(self, revision: str, peer_id: str) -> _Entry | None:
+        return self._entries.get(revision, {}).get(peer_id)
+
+    def _all(self) -> Iterator[_Entry]:
+        return (entry for entries in self._entries.values() for entry in entries.values())
+
+    def _insert(self, entry: _Entry) -> None:
+        revision, peer_id = entry.key
+        self._entries.setdefault(revision, {})[peer_id] = entry
+        self._revisions.setdefault(peer_id, set()).add(revision)
+
+    def _remove(self, entry: _Entry) -> None:
+        revision, peer_id = entry.key
+        del self._entries[revision][peer_id]
+        if not self._entries[revision]:
+            del self._entries[revision]
+        self._revisions[peer_id].discard(revision)
+        if not self._revisions[peer_id]:
+            del self._revisions[peer_id]
+
+    def _make_room(self, newest: _Entry) -> None:
+        """Drop the entry that expires first wherever `newest` went over a bound."""
+        revision, peer_id = newest.key
+        own = self._revisions[peer_id]
+        if len(own) > self._config.max_revisions_per_peer:
+            self._remove(_first_to_expire(self._entries[name][peer_id] for name in own))
+        peers = self._entries.get(revision, {})
+        if len(peers) > self._config.max_entries_per_revision:
+            self._remove(_first_to_expire(peers.values()))
+        if len(self) > self._config.max_entries:
+            self._remove(_first_to_expire(self._all()))
+
+
+def _is_live(entry: _Entry, now: float) -> bool:
+    return now < entry.expires_at and not entry.announcement.leaving
+
+
+def _first_to_expire(entries: Iterable[_Entry]) -> _Entry:
+    return min(entries, key=lambda entry: (entry.expires_at, entry.key))
