@@ -1,0 +1,126 @@
+"""Multiaddrs as p2pinfer uses them: which can be listened on, which can be dialled, which are ours."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable, Sequence
+
+import psutil
+
+from p2pinfer.errors import AddressUnusable
+
+from .identity import is_peer_id
+
+_TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(?:/p2p/([^/\s]+))?/?\Z", re.ASCII)
+
+
+def parse_tcp(address: str) -> tuple[str, str, int, str]:
+    """(protocol, host, port, peer id or "") of `/ip4/<ip>/tcp/<port>[/p2p/<id>]`, also ip6 and dns.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    match = _TCP.match(address)
+    if match is None:
+        raise ValueError(f"{address!r} is not of the form /ip4/<ip>/tcp/<port>")
+    protocol, host, port, peer_id = match.groups()
+    if protocol == "ip4":
+        ipaddress.IPv4Address(host)
+    elif protocol == "ip6":
+        ipaddress.IPv6Address(host)
+    if int(port) > 65535:
+        raise ValueError(f"{address!r} has a port above 65535")
+    if peer_id and not is_peer_id(peer_id):
+        raise ValueError(f"{address!r} does not end in the id of a peer")
+    return protocol, host, int(port), peer_id or ""
+
+
+def split_peer(address: str) -> tuple[str, str]:
+    """`address` without `/p2p/<id>`, and the id.
+
+    Raises:
+        ValueError: It cannot be dialled, or names no peer.
+    """
+    protocol, host, port, peer_id = parse_tcp(address)
+    if not peer_id:
+        raise ValueError(f"{address!r} does not end in /p2p/<peer id>")
+    return f"/{protocol}/{host}/tcp/{port}", peer_id
+
+
+def check_listen(addresses: Sequence[str]) -> None:
+    """Make sure that every one of `addresses` can be listened on, before anything else is started.
+
+    libp2p binds with SO_REUSEPORT, which lets two processes of a user share a port without noticing.
+
+    Raises:
+        AddressUnusable: One is malformed, taken, or not of this machine.
+    """
+    for address in addresses:
+        try:
+            protocol, host, port, peer_id = parse_tcp(address)
+        except ValueError as exc:
+            raise AddressUnusable(f"cannot listen: {exc}") from exc
+        if protocol not in ("ip4", "ip6") or peer_id:
+            raise AddressUnusable(f"cannot listen on {address}: give /ip4/<ip>/tcp/<port>")
+        family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                probe.listen(1)
+        except OSError as exc:
+            raise AddressUnusable(f"cannot listen on {address}: {_why(exc)}") from exc
+
+
+def _why(exc: OSError) -> str:
+    match exc.errno:
+        case errno.EADDRINUSE:
+            return "the port is taken; choose another, or 0 for any that is free"
+        case errno.EADDRNOTAVAIL:
+            return "this machine does not have that address"
+        case errno.EACCES:
+            return "ports below 1024 need special rights"
+        case _:
+            return exc.strerror or str(exc)
+
+
+def advertised(listening: Iterable[str]) -> list[str]:
+    """What to tell others about the addresses in `listening`: wildcards become this machine's addresses."""
+    result: list[str] = []
+    for address in listening:
+        protocol, host, port, _ = parse_tcp(address)
+        wildcard = ipaddress.ip_address(host).is_unspecified
+        for each in machine_addresses(protocol) if wildcard else [host]:
+            result.append(f"/{protocol}/{each}/tcp/{port}")
+    return list(dict.fromkeys(result))
+
+
+def machine_addresses(protocol: str) -> list[str]:
+    """This machine's addresses, the one that leads out first; loopback only if there is no other."""
+    family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
+    found = [
+        ipaddress.ip_address(each.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        if psutil.net_if_stats().get(name, None) is None or psutil.net_if_stats()[name].isup
+        for each in addresses
+        if each.family == family and "%" not in each.address
+    ]
+    usable = [ip for ip in found if not (ip.is_loopback or ip.is_link_local or ip.is_unspecified)]
+    if not usable:
+        return ["127.0.0.1" if protocol == "ip4" else "::1"]
+    outward = _outward_address(family)
+    return [str(ip) for ip in sorted(usable, key=lambda ip: (str(ip) != outward, ip.is_private))]
+
+
+def _outward_address(family: socket.AddressFamily) -> str:
+    """The address this machine would send from to the rest of the world; "" if it has no way there."""
+    target = "192.0.2.1" if family == socket.AF_INET else "2001:db8::1"  # documentation prefixes
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing, only picks a route
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
