@@ -18,8 +18,9 @@ class Refusal(IntEnum):
 
     FULL = 1  # its cache lacks room for the request
     EXCLUDED = 2  # the request says so
-    BANNED = 3  # the user says so
-    ABSENT = 4  # it is leaving, or holds another model
+    UNTRUSTED = 3  # its integrity is below what the request demands
+    BANNED = 4  # the user says so
+    ABSENT = 5  # it is leaving, or holds another model
 
 
 def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Refusal | None:
@@ -31,6 +32,8 @@ def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | 
         return Refusal.ABSENT
     if view is not None and view.is_banned(candidate.peer_id):
         return Refusal.BANNED
+    if view is not None and not view.score(candidate.peer_id).integrity >= request.min_integrity:
+        return Refusal.UNTRUSTED
     if candidate.peer_id in request.excluded:
         return Refusal.EXCLUDED
     if announcement.free_cache_tokens < request.tokens:
@@ -83,6 +86,8 @@ def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteReques
             )
         case Refusal.EXCLUDED:
             return f"{blocks} are served only by peers that failed this request or already work for it"
+        case Refusal.UNTRUSTED:
+            return f"{blocks} are served only by peers whose integrity is below {request.min_integrity:.2f}"
         case Refusal.BANNED:
             return f"{blocks} are served only by peers that you banned"
         case Refusal.ABSENT:

@@ -84,6 +84,7 @@ class RouteRequest:
         span: The blocks to cover; None for all of the model. A failover asks for a part.
         source: The peer that hands over the first hidden state; None for the client.
         sink: The peer that takes over the last one; None for the client.
+        min_integrity: Peers that score less must not be used.
     """
 
     revision: str
@@ -96,6 +97,7 @@ class RouteRequest:
     span: BlockSpan | None = None
     source: Candidate | None = None
     sink: Candidate | None = None
+    min_integrity: float = 0.0
 
     @property
     def wanted(self) -> BlockSpan:

@@ -1,0 +1,239 @@
+"""Who decides the way: the built-in policies, and how a user's own is found and asked.
+
+A policy is handed what is known and returns routes, best first. It may be anybody's code: what it raises
+becomes a `PolicyError`, and what it returns is checked before a byte is sent by it. A policy that hangs is
+not noticed here; the caller asks in a thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from p2pinfer.errors import NoRoute, PolicyError
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.reputation.view import ReputationView
+
+from .check import check_routes
+from .config import RoutingConfig
+from .eligibility import eligible, no_route
+from .planner import cheapest_routes
+from .route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+
+DEFAULT_POLICY = "risk-adjusted"
+MAX_ROUTES = 16  # more than anybody would try; also the end of an endless generator
+_ALTERNATIVES = 3
+
+
+class RoutingPolicy(ABC):
+    """Chooses routes. Subclass it, and name the class as `module:Class` or hand over an instance."""
+
+    @abstractmethod
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        """Routes for the request, best first; the next one is tried when one cannot be set up.
+
+        Called again for the part that is lost when a peer fails in the middle: `request.wanted` says which
+        blocks, `request.excluded` who must not be used.
+
+        Raises:
+            NoRoute: There is none; `cheapest_routes` raises it with the reason.
+        """
+
+    def on_result(self, route: Route, outcome: RouteOutcome) -> None:  # noqa: B027 - there to be overridden
+        """Learn how a session over `route` went. Does nothing unless overridden."""
+
+
+class RiskAdjusted(RoutingPolicy):
+    """The least expected time per token, with the chance of failure and of a lie priced in."""
+
+    def __init__(self, config: RoutingConfig | None = None) -> None:
+        self._config = config
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        return cheapest_routes(candidates, request, view, self._config, _ALTERNATIVES)
+
+
+class Fastest(RoutingPolicy):
+    """The least time per token if everybody keeps their word; bans still hold."""
+
+    def __init__(self, config: RoutingConfig | None = None) -> None:
+        self._config = replace(config or RoutingConfig(), min_reliability=1.0, integrity_weight_s=0.0)
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        return cheapest_routes(candidates, request, view, self._config, _ALTERNATIVES)
+
+
+class Spread(RoutingPolicy):
+    """A random route, every peer as often as it has capacity: many sessions do not queue at one peer.
+
+    Goes block by block. Of the peers that serve the next block one is drawn, by tokens per second and by
+    the blocks it takes off the way, and is used to the end of its span.
+    """
+
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._rng = rng or random.Random()
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        usable = eligible(candidates, request, view)
+        routes = dict.fromkeys(self._draw(usable, candidates, request, view) for _ in range(_ALTERNATIVES))
+        return list(routes)
+
+    def _draw(
+        self,
+        usable: Sequence[Candidate],
+        candidates: Sequence[Candidate],
+        request: RouteRequest,
+        view: ReputationView,
+    ) -> Route:
+        hops: list[Hop] = []
+        block, stop = request.wanted.start, request.wanted.stop
+        while block < stop:
+            serving = [peer for peer in usable if peer.span.start <= block < peer.span.stop]
+            if not serving:
+                raise no_route(candidates, request, view)
+            weights = [
+                peer.announcement.tokens_per_s
+                * (min(peer.span.stop, stop) - block)
+                * max(view.score(peer.peer_id).reliability, 0.01)
+                for peer in serving
+            ]
+            chosen = self._rng.choices(serving, weights)[0]
+            hops.append(chosen.hop(BlockSpan(block, min(chosen.span.stop, stop))))
+            block = hops[-1].span.stop
+        return Route(tuple(hops))
+
+
+class TrustedOnly(RoutingPolicy):
+    """Risk-adjusted, but only over peers whose integrity has been shown to be at least `min_integrity`."""
+
+    def __init__(self, min_integrity: float = 0.6, config: RoutingConfig | None = None) -> None:
+        self._min_integrity = min_integrity
+        self._config = config
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        floor = max(self._min_integrity, request.min_integrity)
+        request = replace(request, min_integrity=floor)
+        return cheapest_routes(candidates, request, view, self._config, _ALTERNATIVES)
+
+
+BUILT_IN_POLICIES: dict[str, type[RoutingPolicy]] = {
+    "risk-adjusted": RiskAdjusted,
+    "fastest": Fastest,
+    "spread": Spread,
+    "trusted-only": TrustedOnly,
+}
+
+
+def load_policy(name: str, folder: Path | None = None) -> RoutingPolicy:
+    """The policy called `name`: a built-in one, or `module:Class` of the user's.
+
+    Args:
+        folder: Where the module is looked for before the installed ones; by default the current folder.
+
+    Raises:
+        PolicyError: There is no such policy, or it cannot be made.
+    """
+    if name in BUILT_IN_POLICIES:
+        return BUILT_IN_POLICIES[name]()
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
+    if match is None:
+        raise _unusable(name, "is no routing policy")
+    found = getattr(_import(name, match[1], folder or Path.cwd()), match[2], None)
+    if found is None:
+        raise _unusable(name, f"is no routing policy: module {match[1]} has no {match[2]}")
+    if not (isinstance(found, type) and issubclass(found, RoutingPolicy)):
+        raise _unusable(name, f"is no routing policy: {match[2]} is no subclass of p2pinfer.RoutingPolicy")
+    try:
+        return found()
+    except (Exception, SystemExit) as exc:
+        raise _unusable(name, f"cannot be made: {found.__name__}() raised {_summary(exc)}") from exc
+
+
+def ask_policy(
+    policy: RoutingPolicy, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+) -> list[Route]:
+    """The policy's routes, best first, each of which can be walked as far as is known.
+
+    Raises:
+        NoRoute: The policy says there is none.
+        PolicyError: The policy raised anything else, or returned something that is no route.
+    """
+    try:
+        routes = _as_list(policy.choose_routes(list(candidates), request, view))
+        check_routes(routes, request, candidates, view)
+    except NoRoute:
+        raise
+    except PolicyError as exc:
+        raise PolicyError(f"policy {type(policy).__name__}: {exc}") from exc
+    except Exception as exc:
+        raise PolicyError(f"policy {type(policy).__name__} raised {_summary(exc)}") from exc
+    return routes
+
+
+def tell_policy(policy: RoutingPolicy, route: Route, outcome: RouteOutcome) -> None:
+    """Report to the policy how a session went.
+
+    Raises:
+        PolicyError: The policy raised; the session it was told of is not affected.
+    """
+    try:
+        policy.on_result(route, outcome)
+    except Exception as exc:
+        raise PolicyError(f"policy {type(policy).__name__} raised {_summary(exc)}") from exc
+
+
+def _as_list(answer: object) -> list[Route]:
+    if isinstance(answer, Route):
+        raise PolicyError("it returned one Route; return a list of routes, best first")
+    if isinstance(answer, Coroutine):
+        answer.close()
+        raise PolicyError("its choose_routes is async; write it without")
+    if not isinstance(answer, Iterable):
+        raise PolicyError(f"it returned {type(answer).__name__}; return a list of routes, best first")
+    return list(islice(cast(Iterable[Route], answer), MAX_ROUTES))
+
+
+def _import(name: str, module: str, folder: Path) -> ModuleType:
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()  # the file may be younger than the last import from there
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as exc:
+        if exc.name is not None and (module == exc.name or module.startswith(f"{exc.name}.")):
+            raise _unusable(name, f"is no routing policy: there is no module {module} in {folder}") from exc
+        raise _unusable(name, f"cannot be loaded: {_summary(exc)}") from exc
+    # Whatever a user's module does at its top level is that user's mistake, SystemExit included.
+    except (Exception, SystemExit) as exc:
+        raise _unusable(name, f"cannot be loaded: {_summary(exc)}") from exc
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def _unusable(name: str, problem: str) -> PolicyError:
+    choices = ", ".join(BUILT_IN_POLICIES)
+    return PolicyError(f"{name!r} {problem}; built in are {choices}, your own is written module:Class")
+
+
+def _summary(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())}"
