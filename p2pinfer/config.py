@@ -1,0 +1,313 @@
+"""Where every setting comes from: default < config.toml < P2PINFER_* < flag.
+
+Each layer keeps its settings in one frozen `XConfig` dataclass, and the defaults live there and nowhere else.
+The section of `XConfig` is `[x]`. What several layers need (`SharedConfig`) is set once, at the top of the
+file, and reaches every field of that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import msgspec
+import platformdirs
+
+from p2pinfer.errors import ConfigError
+
+ENV_PREFIX = "P2PINFER_"
+ENV_CONFIG = "P2PINFER_CONFIG"
+FILE_NAME = "config.toml"
+SECTIONS = ("node", "host", "compute", "serve", "client", "session", "routing", "generation")
+
+_Config = TypeVar("_Config")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedConfig:
+    """What every command needs, set once for all."""
+
+    model: str = "tiny-stories"  # a Hugging Face id, a folder, or the bundled tiny-stories
+    bootstrap: tuple[str, ...] = ()  # peers to dial first; empty: those of bootstrap_peers.txt
+    data_dir: Path = field(  # where identity and config.toml are kept
+        default_factory=lambda: Path(platformdirs.user_data_dir("p2pinfer"))
+    )
+    cache_dir: Path = field(  # where downloaded models are kept
+        default_factory=lambda: Path(platformdirs.user_cache_dir("p2pinfer"))
+    )
+
+
+SHARED = frozenset(each.name for each in dataclasses.fields(SharedConfig))
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What was said on the command line, and how: `Flag("--listen", ("/ip4/...",))`."""
+
+    name: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting as it ends up, and who had the last word."""
+
+    key: str  # "serve.max_sessions", or "model" for a shared one
+    type: Any
+    value: object
+    origin: str = "default"
+
+
+class Settings:
+    """The settings of some layers, composed. Made by `load_settings`."""
+
+    def __init__(self, settings: Mapping[str, Setting]) -> None:
+        self._settings = settings
+
+    def __getitem__(self, key: str) -> Setting:
+        return self._settings[key]
+
+    def __iter__(self) -> Iterator[Setting]:
+        return iter(self._settings.values())
+
+    def build(self, config: type[_Config]) -> _Config:
+        """The layer's dataclass.
+
+        Raises:
+            ConfigError: The layer refuses a combination of values.
+        """
+        names = [each.name for each in dataclasses.fields(cast(Any, config))]
+        try:
+            return config(**{name: self[_key(config, name)].value for name in names})
+        except ValueError as exc:
+            raise ConfigError(f"[{section_of(config)}] {exc}") from exc
+
+    def shared(self) -> dict[str, Any]:
+        """The shared settings, by name."""
+        return {name: self[name].value for name in sorted(SHARED)}
+
+    def to_toml(self) -> str:
+        """A config file that says the same, each line with its origin."""
+        lines: list[str] = []
+        section = ""
+        for setting in self:
+            *head, name = setting.key.split(".")
+            if head and head[0] != section:
+                section = head[0]
+                lines += ["", f"[{section}]"]
+            written = _to_toml(setting.value)
+            said = f"{name} = {written}" if written is not None else f"# {name} is not set"
+            lines.append(f"{said}  # {setting.origin}")
+        return "\n".join(lines) + "\n"
+
+
+def load_settings(
+    *configs: type[Any],
+    flags: Mapping[str, Flag] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    file: Path | None = None,
+) -> Settings:
+    """Compose the settings of the layers `configs`.
+
+    Sections of other layers are left unread: a mistake there is for the command to report that uses them.
+
+    Args:
+        flags: By key, as in `Setting.key`.
+        file: The configuration file; None looks where `config_file` says.
+
+    Raises:
+        ConfigError: A key that does not exist or a value of the wrong type; the message names both and
+            the file, variable or flag.
+    """
+    flags = flags or {}
+    layers: tuple[type[Any], ...] = (SharedConfig, *configs)
+    settings = {setting.key: setting for layer in layers for setting in _defaults(layer)}
+    said: dict[str, tuple[object, str, bool]] = {}  # key -> value, origin, whether it is text to be read
+    path = config_file(flags, environ, file)
+    if path is not None:
+        for key, value in _read_file(path, settings):
+            said[key] = (value, str(path), False)
+    for variable, key in _variables(environ, settings):
+        said[key] = (environ[variable], f"${variable}", True)
+    for key, flag in flags.items():
+        said[_known(key, flag.name, settings)] = (flag.value, flag.name, True)
+    for key, (value, origin, is_text) in said.items():
+        settings[key] = _set(settings[key], value, origin, is_text)
+    return Settings(settings)
+
+
+def config_file(
+    flags: Mapping[str, Flag], environ: Mapping[str, str], file: Path | None = None
+) -> Path | None:
+    """The file to read: the one named, else config.toml in the data directory, else in the config folder.
+
+    Raises:
+        ConfigError: A file was named and is not there.
+    """
+    named = file or (Path(environ[ENV_CONFIG]) if environ.get(ENV_CONFIG) else None)
+    if named is not None:
+        if not named.is_file():
+            raise ConfigError(f"{named} is no file: there is no configuration to read")
+        return named
+    flag = flags.get("data_dir")
+    data_dir = flag.value if flag else environ.get(f"{ENV_PREFIX}DATA_DIR")
+    folders = [
+        Path(str(data_dir)) if data_dir else SharedConfig().data_dir,
+        Path(platformdirs.user_config_dir("p2pinfer")),
+    ]
+    return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
+
+
+def section_of(config: type[Any]) -> str:
+    """`ServeConfig` -> "serve"."""
+    return config.__name__.removesuffix("Config").lower()
+
+
+def variable_of(key: str) -> str:
+    """`serve.max_sessions` -> "P2PINFER_SERVE__MAX_SESSIONS"."""
+    return ENV_PREFIX + key.replace(".", "__").upper()
+
+
+def environment_without_settings() -> dict[str, str]:
+    """This process's environment less every P2PINFER_*, for a child that is told everything by flags."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+
+
+def _key(config: type[Any], name: str) -> str:
+    return name if name in SHARED else f"{section_of(config)}.{name}"
+
+
+def _defaults(config: type[Any]) -> Iterator[Setting]:
+    hints = get_type_hints(config)
+    for each in dataclasses.fields(config):
+        if each.name in SHARED and config is not SharedConfig:
+            continue
+        if each.default_factory is not dataclasses.MISSING:
+            default: object = each.default_factory()
+        else:
+            assert each.default is not dataclasses.MISSING, f"{config.__name__}.{each.name} has no default"
+            default = each.default
+        yield Setting(_key(config, each.name), hints[each.name], default)
+
+
+def _read_file(path: Path, settings: Mapping[str, Setting]) -> Iterator[tuple[str, object]]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            yield _known(name, str(path), settings), value
+            continue
+        if name not in SECTIONS:
+            _reject(f"[{name}]", str(path), [f"[{section}]" for section in SECTIONS])
+        if any(key.startswith(f"{name}.") for key in settings):
+            for key, entry in cast("dict[str, object]", value).items():
+                yield _known(f"{name}.{key}", str(path), settings), entry
+
+
+def _variables(environ: Mapping[str, str], settings: Mapping[str, Setting]) -> Iterator[tuple[str, str]]:
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == ENV_CONFIG or not value:
+            continue
+        section, _, name = variable.removeprefix(ENV_PREFIX).lower().rpartition("__")
+        if section in SECTIONS and not any(key.startswith(f"{section}.") for key in settings):
+            continue
+        key = f"{section}.{name}" if section else name
+        if key not in settings:
+            _reject(variable, "environment", [variable_of(known) for known in settings])
+        yield variable, key
+
+
+def _known(key: str, origin: str, settings: Mapping[str, Setting]) -> str:
+    if key not in settings:
+        _reject(key, origin, settings)
+    return key
+
+
+def _reject(key: str, origin: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> None:
+    nearest = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--print-config lists what there is"
+    raise ConfigError(f"{origin}: there is no setting {key}; {hint}")
+
+
+def _set(setting: Setting, value: object, origin: str, is_text: bool) -> Setting:
+    if is_text and isinstance(value, str) and _is_list(setting.type):
+        value = _split(value, setting, origin)
+    try:
+        converted = msgspec.convert(value, setting.type, strict=not is_text, dec_hook=_decode)
+    except msgspec.ValidationError as exc:
+        what = describe_type(setting.type)
+        raise ConfigError(f"{origin}: {setting.key} must be {what}, not {_shown(value)}") from exc
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ConfigError(f"{origin}: {setting.key} must be a finite number, not {_shown(value)}")
+    return dataclasses.replace(setting, value=converted, origin=origin)
+
+
+def _split(text: str, setting: Setting, origin: str) -> object:
+    """A list written in a variable: separated by commas or spaces, or as a TOML array."""
+    if not text.lstrip().startswith("["):
+        return [part for part in re.split(r"[,\s]+", text) if part]
+    try:
+        return tomllib.loads(f"list = {text}")["list"]
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{origin}: {setting.key} is no TOML array: {exc}") from exc
+
+
+def _decode(kind: type[Any], value: object) -> object:
+    """What msgspec does not know: paths, written as text."""
+    if isinstance(value, str) and issubclass(kind, Path):
+        return Path(value).expanduser()
+    raise msgspec.ValidationError(f"{value!r} is no {kind.__name__}")
+
+
+def describe_type(hint: Any) -> str:
+    """A type for people: `int` -> "a whole number"."""
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(hint))
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(describe_type(part) for part in get_args(hint) if part is not types.NoneType)
+    assert _is_list(hint), f"a setting of type {hint}"
+    return "a list of " + describe_type(get_args(hint)[0])
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _to_toml(value: object) -> str | None:
+    match value:
+        case None:
+            return None
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case tuple():
+            return "[" + ", ".join(str(_to_toml(part)) for part in cast("tuple[object, ...]", value)) + "]"
+        case _:
+            return json.dumps(str(value), ensure_ascii=False)
