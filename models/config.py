@@ -1,0 +1,21 @@
+"""What the computing layer can be told: device, dtype, threads, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeConfig:
+    """How a span is computed."""
+
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: the first GPU if there is one
+    dtype: str = (
+        "auto"  # "float32", "bfloat16", "float16"; auto: the checkpoint's, if the device is quick at it
+    )
+    threads: int = 0  # of torch, on a CPU; 0: torch decides
+    cache_bytes: int = (
+        0  # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
+    )
+    page_tokens: int = 64  # the cache is reserved in pages of this many tokens
+    max_batch_tokens: int = 512  # of all sessions together in one pass

@@ -1,0 +1,138 @@
+"""What sets the model families apart, as a table; everything else is one forward pass (blocks.py).
+
+A family is a row: where its norms stand, what they are called, and how its expert layers are laid out.
+What a config says in numbers (heads, windows, soft caps) is read from the config, and a product has a bias
+if the checkpoint has one. So a family laid out like Llama costs one line, and a checkpoint with a tensor
+that no rule consumes is refused when it is loaded (weights.py), not run wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from p2pinfer.errors import CheckpointError
+
+# Rope types whose frequencies do not depend on how long the sequence is: only those can be packed with
+# other sequences, and rolled back.
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a family calls the tensors of its mixture-of-experts layer."""
+
+    router: str
+    expert: str  # with {} for the expert's number
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family's block differs from Llama's; the defaults are Llama's."""
+
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    attention_output_norm: str | None = None  # before the residual is added
+    mlp_output_norm: str | None = None
+    head_norms: bool = False  # each query and key head is normed before it is turned
+    norm_offset: float = 0.0  # what the checkpoint leaves out of every norm's weight
+    scaled_embedding: bool = False  # by the root of the hidden size
+    experts: ExpertNames | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(head_norms=True),
+    "mixtral": Family(
+        experts=ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts.{}", "w1", "w3", "w2")
+    ),
+    "gemma2": Family(
+        mlp_norm="pre_feedforward_layernorm",
+        attention_output_norm="post_attention_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+        norm_offset=1.0,
+        scaled_embedding=True,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A family's row with a config's numbers: all that the forward pass asks for."""
+
+    family: Family
+    hidden_size: int
+    inner_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: Callable[[Tensor], Tensor]
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    windows: tuple[int | None, ...]  # by block: how many tokens back it sees, itself included; None: all
+    num_experts: int
+    experts_per_token: int
+    embedding_scale: float
+    tied_head: bool
+
+
+def describe_architecture(config: Any) -> Architecture:
+    """What `config`, a transformers config of a known family, says about the forward pass.
+
+    Raises:
+        CheckpointError: It asks for something that p2pinfer does not compute.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"family {config.model_type!r} is not one that p2pinfer runs ({', '.join(sorted(FAMILIES))})"
+        )
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"activation {activation!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise CheckpointError(f"rope type {rope_type!r} is not one of {', '.join(sorted(ROPE_TYPES))}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Architecture(
+        family=family,
+        hidden_size=config.hidden_size,
+        inner_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        norm_eps=config.rms_norm_eps,
+        activation=ACTIVATIONS[activation],
+        attention_scale=getattr(config, "query_pre_attn_scalar", head_dim) ** -0.5,
+        attention_softcap=getattr(config, "attn_logit_softcapping", None),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        windows=_windows(config),
+        num_experts=getattr(config, "num_local_experts", 0),
+        experts_per_token=getattr(config, "num_experts_per_tok", 0),
+        embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
+        tied_head=bool(config.tie_word_embeddings),
+    )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

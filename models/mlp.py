@@ -1,0 +1,56 @@
+"""What a block does to each token by itself: a gated layer, or a few of many that a router picks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .families import Architecture, ExpertNames
+from .weights import Weights
+
+
+class GatedMlp:
+    """`down(activation(gate(x)) * up(x))`, gate and up being one product."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, gate: str, up: str, down: str) -> None:
+        hidden, inner = architecture.hidden_size, architecture.inner_size
+        self._activation = architecture.activation
+        self._gate_up = weights.linear((gate, up), hidden, (inner, inner))
+        self._down = weights.linear((down,), inner, (hidden,))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        gate, up = self._gate_up(rows).chunk(2, -1)
+        return self._down(self._activation(gate).mul_(up))
+
+
+class ExpertMlp:
+    """The sum of the `experts_per_token` layers that a token's router likes best, weighted by how much."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, names: ExpertNames) -> None:
+        count = architecture.num_experts
+        self._chosen = architecture.experts_per_token
+        self._router = weights.linear((names.router,), architecture.hidden_size, (count,))
+        self._experts = [
+            GatedMlp(
+                architecture, weights, *(f"{prefix}.{part}" for part in (names.gate, names.up, names.down))
+            )
+            for prefix in map(names.expert.format, range(count))
+        ]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        odds = self._router(rows).float().softmax(-1)
+        odds, chosen = odds.topk(self._chosen, dim=-1)
+        odds = (odds / odds.sum(-1, keepdim=True)).to(rows.dtype)
+        output = torch.zeros_like(rows)
+        for index in sorted({int(expert) for expert in chosen.flatten()}):
+            token, rank = torch.where(chosen == index)
+            output.index_add_(0, token, self._experts[index](rows[token]) * odds[token, rank, None])
+        return output
+
+
+def load_mlp(architecture: Architecture, weights: Weights) -> GatedMlp | ExpertMlp:
+    """The layer as the family lays it out."""
+    experts = architecture.family.experts
+    if experts is not None:
+        return ExpertMlp(architecture, weights, experts)
+    return GatedMlp(architecture, weights, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -1,0 +1,132 @@
+"""A span that runs: packed batches in, hidden states out, every session's cache extended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import PackedAttention, Piece
+from .blocks import Blocks, load_blocks
+from .cache import CacheLease, PagedCache
+from .checkpoint import Checkpoint
+from .config import ComputeConfig
+from .progress import Progress
+from .span import BlockSpan
+from .target import choose_target
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Adjacent tokens of one session, to be run."""
+
+    lease: CacheLease
+    position: int  # of the first one; below the lease's length it rolls the session back
+    hidden: Tensor  # (tokens, hidden_size), any float dtype, any device
+
+
+class SpanRunner:
+    """The blocks of a span and their cache. Belongs to one thread at a time.
+
+    Attributes:
+        spec: The model.
+        span: The blocks that it runs.
+        dtype: What it computes in and returns.
+        dtype_name: The same, as announcements and wires write it.
+        device: Where.
+        cache: Where sessions reserve.
+    """
+
+    def __init__(self, blocks: Blocks, cache: PagedCache) -> None:
+        self.spec = blocks.spec
+        self.span = blocks.span
+        self.dtype = blocks.dtype
+        self.dtype_name = str(blocks.dtype).removeprefix("torch.")
+        self.device = blocks.device
+        self.cache = cache
+        self._blocks = blocks
+        self._num_threads = torch.get_num_threads()
+        self._thread: int | None = None
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Run the span over all chunks as one batch, and extend their sessions by them.
+
+        Several chunks of one session may come together if each begins where the one before ended.
+
+        Returns:
+            One (tokens, hidden_size) for each chunk, on the CPU, in the runner's dtype.
+
+        Raises:
+            ValueError: A chunk leaves a gap, exceeds what its session reserved, or has the wrong shape.
+                Nothing was done. Should anything else go wrong, no session grew, and those that were to be
+                rolled back are.
+        """
+        if not chunks:
+            return []
+        ends = self._check(chunks)
+        self._claim_thread()
+        for chunk in chunks:
+            chunk.lease.truncate(min(chunk.position, chunk.lease.length))
+        with torch.inference_mode():
+            pieces = [Piece(chunk.lease, chunk.position, len(chunk.hidden)) for chunk in chunks]
+            hidden = torch.cat([chunk.hidden.to(self.device, self.dtype) for chunk in chunks])
+            attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
+            output = self._blocks.forward(hidden, attention).cpu()
+        for lease, end in ends.items():
+            lease.length = end
+        return list(torch.split(output, [piece.tokens for piece in pieces]))
+
+    def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
+        """What every lease's length will be."""
+        ends: dict[CacheLease, int] = {}
+        for chunk in chunks:
+            lease, position = chunk.lease, chunk.position
+            if chunk.hidden.shape != (len(chunk.hidden), self.spec.hidden_size) or not len(chunk.hidden):
+                raise ValueError(f"hidden states of shape {tuple(chunk.hidden.shape)} cannot be run")
+            if lease in ends and position != ends[lease]:
+                raise ValueError(f"chunks of one session meet at {position} and {ends[lease]}")
+            if not 0 <= position <= ends.get(lease, lease.length):
+                raise ValueError(f"cannot go on at {position}: {lease.length} tokens are cached")
+            ends[lease] = position + len(chunk.hidden)
+            if ends[lease] > lease.max_tokens:
+                raise ValueError(f"{ends[lease]} tokens exceed the {lease.max_tokens} that were reserved")
+        return ends
+
+    def _claim_thread(self) -> None:
+        """Give this thread the thread count that torch was set to.
+
+        OpenMP keeps the count by thread, torch sets it only where it is asked, and oneDNN takes what it
+        finds: in a worker thread it would use every core whatever torch.get_num_threads says (2.13).
+        """
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            torch.set_num_threads(self._num_threads)
+
+
+def open_runner(
+    checkpoint: Checkpoint, span: BlockSpan, config: ComputeConfig, *, progress: Progress | None = None
+) -> SpanRunner:
+    """Load a span and give it a cache, as `config` says.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be used.
+        ConfigError: The config asks for what this machine has not.
+        SpanOutOfRange: The model has no such blocks.
+    """
+    target = choose_target(config, checkpoint.spec.dtype)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    blocks = load_blocks(checkpoint, span, target, progress=progress)
+    cache = PagedCache(
+        num_blocks=len(span),
+        kv_heads=blocks.architecture.kv_heads,
+        head_dim=blocks.architecture.head_dim,
+        dtype=target.dtype,
+        device=target.device,
+        budget_bytes=config.cache_bytes or target.cache_budget(),
+        page_tokens=config.page_tokens,
+    )
+    return SpanRunner(blocks, cache)

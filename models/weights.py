@@ -1,0 +1,83 @@
+"""A checkpoint's tensors on their way into layers: checked, joined, converted, placed, accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from p2pinfer.errors import CheckpointError
+
+from .checkpoint import Checkpoint
+from .layers import Linear, Norm
+from .progress import Progress
+from .target import Target
+
+
+class Weights:
+    """The tensors of a checkpoint whose names begin with `prefix`, each to be taken once.
+
+    A tensor that is stored is a view of a mapped file; what comes out of here never is, so that a
+    checkpoint that was let go of takes its mapping along.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        names: frozenset[str],
+        target: Target,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+        self._left = set(names)
+        self._target = target
+        self._progress = progress
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, taken or not."""
+        return self._prefix + name in self._checkpoint.names()
+
+    def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int]) -> Linear:
+        """Several products of the same rows as one, their outputs side by side."""
+        sizes = list(zip(names, outputs, strict=True))
+        weight = torch.cat([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
+        bias = None
+        if self.has(f"{names[0]}.bias"):
+            bias = torch.cat([self._take(f"{name}.bias", size) for name, size in sizes])
+            bias = self._target.place(bias)
+        return Linear(self._target.place(weight), bias)
+
+    def norm(self, name: str, size: int, *, eps: float, offset: float = 0.0) -> Norm:
+        """A norm. A weight that is stored less an `offset` becomes float32: 1 + w needs the bits."""
+        weight = self._take(f"{name}.weight", size).float() + offset
+        return Norm(weight.to(self._target.device) if offset else self._target.place(weight), eps)
+
+    def table(self, name: str, rows: int, columns: int) -> Tensor:
+        """A plain matrix."""
+        return self._target.place(self._take(f"{name}.weight", rows, columns).clone())
+
+    def finish(self) -> None:
+        """Nothing, if every tensor was taken.
+
+        Raises:
+            CheckpointError: Some were not, so what they are for would not be computed.
+        """
+        if self._left:
+            raise CheckpointError(
+                f"{self._checkpoint.spec.model} has the tensor {min(self._left)}, which its family "
+                f"{self._checkpoint.spec.family!r} as p2pinfer knows it does not use"
+            )
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        stored = self._checkpoint.read(self._prefix + name)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{self._prefix}{name} of {self._checkpoint.spec.model} has the shape {tuple(stored.shape)}; "
+                f"its config implies {shape}"
+            )
+        self._left.discard(self._prefix + name)
+        self._progress.advance(stored.nbytes)
+        return stored
