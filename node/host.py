@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn
+from libp2p.abc import IHost, INetConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
@@ -23,8 +23,8 @@ from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, PeerError, PeerUnreachable
@@ -36,6 +36,7 @@ from .identity import Identity, is_peer_id
 from .shield import shielded
 from .stream import PeerStream
 from .tcp import TunedTCP
+from .yamux import YamuxConnection
 
 __all__ = ["Host", "HostConfig", "open_host"]
 
@@ -214,7 +215,6 @@ def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
         key_pair=identity.key_pair,
         transports=[TunedTCP(config.user_timeout_s)],
         sec_opt={NOISE: noise},
-        muxer_opt={TProtocol(YAMUX): Yamux},
         addrs_factory=_advertised,
         disable_identify_address_discovery=False,
         connection_config=ConnectionConfig(
@@ -225,9 +225,22 @@ def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
         ),
     )
     network = cast(Any, host.get_network())
+    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
     network.set_stream_handler(_guarded(network.common_stream_handler))
     return host
+
+
+class _Muxer(MuxerMultistream):
+    """Negotiates yamux and speaks it our way. libp2p's makes its own `Yamux` whatever it is given."""
+
+    def __init__(self, max_streams: int) -> None:
+        super().__init__({TProtocol(YAMUX): YamuxConnection})
+        self._max_streams = max_streams
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
+        await self.select_transport(cast(Any, conn))
+        return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
 
 
 def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

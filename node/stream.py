@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerVanished
 
 from .shield import shielded
+from .yamux import YamuxStream
 
-PIECE_BYTES = 65536  # what is written at once; a cancelled send ends between two of these
-READ_BYTES = 65536
+RECEIVE_BYTES = 1 << 18  # what is handed out at once to those who do not say how much they want
+
+
+class StreamBroken(PeerVanished, trio.BrokenResourceError):
+    """A `PeerVanished` that generic trio code understands as well."""
 
 
 class PeerStream(trio.abc.Stream):
     """One stream to `peer_id`, opened by `Host.open_stream` or handed to a handler of `Host.serve`.
 
-    One task may send while another receives. Everything libp2p raises comes out as `PeerVanished`.
+    One task may send while another receives. A peer that does not read makes a sender wait, for as long as it
+    takes: who needs a limit uses `trio.fail_after`. Everything libp2p raises comes out as `PeerVanished`.
     """
 
     def __init__(self, stream: Any, peer_id: str) -> None:
         self.peer_id = peer_id
-        self._stream = stream
+        # libp2p's NetStream keeps account of streams; its reads and writes only add locks to the muxer's.
+        self._account = stream
+        self._muxed: YamuxStream = stream.muxed_stream
         self._closed = False
         self._sending = False
         self._receiving = False
@@ -33,7 +41,8 @@ class PeerStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`.
 
-        Cancelled in the middle, it resets the stream: the peer would take what follows for the rest.
+        Cancelled after some of it went out, it resets the stream (not the connection): the peer would take
+        whatever followed for the rest.
 
         Raises:
             PeerVanished: The peer, the stream or the connection is gone.
@@ -42,66 +51,79 @@ class PeerStream(trio.abc.Stream):
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
         try:
-            await self._send_pieces(memoryview(data))
+            await trio.lowlevel.checkpoint_if_cancelled()
+            before = self._muxed.bytes_sent
+            with self._translated("while sending to it"):
+                try:
+                    await self._muxed.write(data)
+                except trio.Cancelled:
+                    if self._muxed.bytes_sent != before:
+                        self._muxed.abort()
+                    raise
+            if not data:
+                await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
             self._sending = False
 
-    async def _send_pieces(self, data: memoryview) -> None:
-        await trio.lowlevel.checkpoint()
-        if self._closed:
-            raise trio.ClosedResourceError("this stream is closed")
-        sent = 0
-        try:
-            while sent < len(data):
-                with shielded(math.inf):
-                    await self._stream.write(bytes(data[sent : sent + PIECE_BYTES]))
-                sent += PIECE_BYTES
-                if sent < len(data):
-                    await trio.lowlevel.checkpoint()
-        except trio.Cancelled:
-            await self.reset()
-            raise
-        except (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise PeerVanished(f"peer {self.peer_id} is gone while sending to it", self.peer_id) from exc
-
     async def wait_send_all_might_not_block(self) -> None:
-        """Does not wait: libp2p does not say when a peer has room again."""
-        await trio.lowlevel.checkpoint()
+        """Wait until the peer has room for at least one byte."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint()
+            with self._translated("while sending to it"):
+                await self._muxed.wait_writable()
+        finally:
+            self._sending = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """What has arrived, at most `max_bytes`; b"" once the peer has closed its side.
+        """What has arrived, at most `max_bytes`; b"" once the peer has ended its side.
 
         Raises:
             PeerVanished: The peer reset the stream, or the connection is gone.
         """
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be positive")
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint()
-            if self._closed:
-                raise trio.ClosedResourceError("this stream is closed")
-            return bytes(await self._stream.read(max_bytes or READ_BYTES))
-        except StreamEOF:
+            if self._closed or self._muxed.has_input():
+                await trio.lowlevel.checkpoint()
+            with self._translated("while receiving from it"):
+                return await self._muxed.read(max_bytes or RECEIVE_BYTES)
+        except MuxedStreamEOF:
             return b""
-        except (BaseLibp2pError, OSError, trio.BrokenResourceError) as exc:
-            raise PeerVanished(f"peer {self.peer_id} is gone", self.peer_id) from exc
         finally:
             self._receiving = False
 
     async def aclose(self) -> None:
-        """Close both directions; what was sent still arrives. Harmless twice."""
-        if not self._closed:
-            self._closed = True
-            with shielded(1):
-                try:
-                    await self._stream.close()
-                except (BaseLibp2pError, OSError):
-                    await self._stream.reset()
-        await trio.lowlevel.checkpoint()
+        """Close both directions without waiting for the peer; what was sent still arrives. Harmless twice."""
+        await self._close(self._muxed.end)
 
     async def reset(self) -> None:
-        """Close at once, and let the peer see an error instead of an end. Harmless twice."""
-        self._closed = True
-        with shielded(1):
-            await self._stream.reset()
+        """Close both directions, and let the peer see an error instead of an end. Harmless twice."""
+        await self._close(self._muxed.abort)
+
+    async def _close(self, close: Any) -> None:
+        if not self._closed:
+            self._closed = True
+            close()
+            self._muxed.discard()
+            with shielded(1):
+                await self._account.remove()
+        await trio.lowlevel.checkpoint()
+
+    @contextmanager
+    def _translated(self, when: str) -> Iterator[None]:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream is closed")
+        try:
+            yield
+        except MuxedStreamEOF:
+            raise
+        except BaseLibp2pError as exc:
+            if self._closed:
+                raise trio.ClosedResourceError("another task closed this stream") from None
+            raise StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id) from exc

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import trio
 
 
 @asynccontextmanager
-async def open_nursery() -> AsyncIterator[trio.Nursery]:
+async def open_nursery() -> AsyncGenerator[trio.Nursery]:
     """A nursery that is cancelled when its body ends, and whose body's lone error comes out bare.
 
     trio wraps whatever leaves a nursery in an ExceptionGroup, even when only the body failed. Users of a

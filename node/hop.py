@@ -1,0 +1,231 @@
+"""One session on one hop: steps come in, are computed in order, and go on to the successor.
+
+    predecessor ──Step──> accept ──Job──> worker ──Done──> outbox ──Step/Result──> successor or client
+
+`accept` runs in the task that reads the predecessor's stream and never waits. The worker's answer lands in
+the outbox, and one task sends. So reading, computing and sending of successive steps overlap, and a chunked
+prompt keeps every hop of a route at work. What is between `accept` and the outbox's end is in flight, and
+bounded: a peer that sends more than it may is cut off rather than read slowly, because a reader that pauses
+for seconds makes libp2p kill the connection under everybody.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.models.cache import CacheLease
+from p2pinfer.models.runner import Chunk
+
+from .config import ServeConfig
+from .replay import ReplayLog
+from .tensors import decode_hidden, encode_hidden
+from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step
+from .worker import Done, Job, Worker
+
+
+class Refusal(Exception):
+    """Why a session is not let in, or cannot go on; travels to the client as `Refused`."""
+
+    def __init__(self, code: RefusalCode, message: str, about_peer: str = "") -> None:
+        super().__init__(message)
+        self.code: RefusalCode = code
+        self.about_peer = about_peer
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A computed step on its way out."""
+
+    step: Step
+    done: Done
+    arrived_at: float
+
+
+class HopSession:
+    """The state of one session on this hop, from its admission to its end.
+
+    `opening` is what the client asked for; `lease` and `replay` are its reservations, which `close` gives
+    back. `successor` is None on the last hop: outputs then return to the client on `control`.
+    """
+
+    def __init__(
+        self,
+        opening: Open,
+        client_id: str,
+        control: FrameStream,
+        *,
+        hidden_size: int,
+        lease: CacheLease,
+        replay: ReplayLog | None,
+        worker: Worker,
+        config: ServeConfig,
+    ) -> None:
+        self.opening = opening
+        self.client_id = client_id
+        self.control = control
+        self.successor: FrameStream | None = None
+        self.ended_by: Refusal | None = None
+        self.tokens_computed = 0
+        self.last_active = trio.current_time()
+        self._hidden_size = hidden_size
+        self._lease = lease
+        self._replay = replay
+        self._worker = worker
+        self._config = config
+        self._epoch = 0
+        self._expected_position = 0  # where the next step may begin at the latest
+        self._in_flight = 0
+        self._rollbacks: list[tuple[int, int]] = []  # (epoch, position) of steps that superseded others
+        self._ended = False
+        self._closed = False
+        self._scopes: list[trio.CancelScope] = []
+        self._outbox_in, self._outbox_out = trio.open_memory_channel[_Output](config.max_steps_in_flight)
+
+    @property
+    def predecessor_id(self) -> str:
+        """The only peer that may send steps to this session."""
+        return self.opening.predecessor or self.client_id
+
+    def accept(self, step: Step, payload: bytearray) -> None:
+        """Check a step and hand it to the worker.
+
+        Raises:
+            ProtocolViolation: The step does not follow from the ones before, or is larger than agreed.
+            WrongOutput: Its hidden states are not finite.
+        """
+        arrived_at = time.perf_counter()
+        self._check(step)
+        hidden = decode_hidden(
+            payload, step.tokens, self._hidden_size, self.opening.codec, self.predecessor_id
+        )
+        if step.epoch > self._epoch:
+            self._rollbacks.append((step.epoch, step.position))
+        self._epoch = step.epoch
+        self._expected_position = step.position + step.tokens
+        self._in_flight += 1
+        self.last_active = trio.current_time()
+        self._worker.submit(
+            Job(
+                Chunk(self._lease, step.position, hidden),
+                is_stale=lambda: self._is_superseded(step),
+                on_done=lambda done: self._on_done(_Output(step, done, arrived_at)),
+                submitted_at=arrived_at,
+            )
+        )
+
+    def _check(self, step: Step) -> None:
+        peer = self.predecessor_id
+        if step.epoch < self._epoch:
+            raise ProtocolViolation(f"step {step.number} is of epoch {step.epoch} after {self._epoch}", peer)
+        if step.position > self._expected_position:
+            raise ProtocolViolation(
+                f"step {step.number} begins at {step.position}, not at {self._expected_position}",
+                peer,
+            )
+        if step.position + step.tokens > self.opening.max_tokens:
+            raise ProtocolViolation(
+                f"step {step.number} ends at {step.position + step.tokens}, "
+                f"past the {self.opening.max_tokens} tokens reserved",
+                peer,
+            )
+        if step.tokens > self._config.max_chunk_tokens or step.returns > step.tokens:
+            raise ProtocolViolation(f"step {step.number} of {step.tokens} tokens is too long", peer)
+        if self._in_flight >= self._config.max_steps_in_flight:
+            raise ProtocolViolation(f"more than {self._config.max_steps_in_flight} steps in flight", peer)
+
+    def _is_superseded(self, step: Step) -> bool:
+        """Asked in the worker's thread, while the event loop at most appends to what it reads."""
+        return self._closed or any(
+            step.epoch < epoch and step.position >= position for epoch, position in self._rollbacks
+        )
+
+    def _on_done(self, output: _Output) -> None:
+        if not self._closed:
+            self._outbox_in.send_nowait(output)  # never full: `_check` bounds what is in flight
+
+    async def forward(self) -> None:
+        """Send what is computed, in order, until cancelled.
+
+        Raises:
+            PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
+        """
+        async for output in self._outbox_out:
+            step, done = output.step, output.done
+            if done.error is not None:
+                await self.refuse("compute", f"step {step.number} could not be computed: {done.error}")
+            elif done.output is not None:
+                await self._send_on(step, done.output, self._bill(output))
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._rollbacks.clear()
+
+    async def _send_on(self, step: Step, hidden: Tensor, bill: Bill) -> None:
+        self.tokens_computed += step.tokens
+        self.last_active = trio.current_time()
+        bills = (*step.bills, bill)
+        if self.opening.successor is None:
+            wanted = hidden[len(hidden) - step.returns :]
+            result = Result(step.number, step.epoch, step.returns, bills, step.receipts)
+            await self.control.send(result, encode_hidden(wanted, self.opening.codec))
+            return
+        # A copy: the tensor is a slice of the whole batch's output, and the log would keep all of that.
+        payload = bytes(encode_hidden(hidden, self.opening.codec))
+        assert self._replay is not None
+        self._replay.append(step.position, step.tokens, payload)
+        if self.successor is None:
+            return  # lost; the client knows and will decide
+        try:
+            await self.successor.send(msgspec.structs.replace(step, bills=bills), payload)
+        except PeerVanished as exc:
+            lost, self.successor = self.opening.successor.peer_id, None
+            await self.refuse("successor_vanished", f"the next hop is gone: {exc}", lost)
+
+    def _bill(self, output: _Output) -> Bill:
+        done = output.done
+        spent = time.perf_counter() - output.arrived_at
+        return Bill(_us(done.queue_s), _us(done.compute_s), _us(spent), done.batch_tokens)
+
+    async def refuse(self, code: RefusalCode, message: str, about_peer: str = "") -> None:
+        """Tell the client, on its control stream, that the session cannot go on as it is.
+
+        Raises:
+            PeerVanished: The client is gone.
+        """
+        await self.control.send(Refused(code, message[:1024], about_peer))
+
+    def scope(self) -> trio.CancelScope:
+        """A cancel scope, to be entered once, that `end` cancels."""
+        scope = trio.CancelScope()
+        if self._ended:
+            scope.cancel()
+        self._scopes.append(scope)
+        return scope
+
+    def end(self, refusal: Refusal | None) -> None:
+        """Stop everything that runs for this session; the first reason given counts, None is a quiet end."""
+        if self._ended:
+            return
+        self._ended = True
+        self.ended_by = refusal
+        for scope in self._scopes:
+            scope.cancel()
+
+    def close(self) -> None:
+        """Give back every reservation. Steps still queued are dropped unread; harmless twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outbox_in.close()
+        self._worker.release(self._lease)
+        if self._replay is not None:
+            self._replay.release()
+
+
+def _us(seconds: float) -> int:
+    return max(0, int(seconds * 1e6))

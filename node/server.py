@@ -1,0 +1,296 @@
+"""Answers sessions on this node's span: who gets in, who may feed whom, and how it ends.
+
+A client opens one session stream to every hop of its route, all at once. Each hop reserves cache, dials its
+successor with a chain stream, and says `Opened` when that successor has let it attach; so when all hops have
+answered the whole chain stands, after one round trip and one dial. A session lives as long as its session
+stream. It ends when the client says so or is gone, when its lease runs out, or when a peer breaks protocol;
+whatever ends it touches no other session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
+
+import trio
+
+from p2pinfer.errors import CacheFull, PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
+from p2pinfer.models.cache import PagedCache
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import ModelSpec
+
+from .config import ServeConfig
+from .events import Event, SessionClosed, SessionOpened, SessionRefused
+from .hop import HopSession, Refusal
+from .host import Host
+from .replay import ReplayBudget, ReplayLog
+from .stream import PeerStream
+from .tensors import row_bytes
+from .wire import (
+    CHAIN_PROTOCOL,
+    SESSION_PROTOCOL,
+    Attach,
+    Attached,
+    End,
+    FrameStream,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    SessionId,
+    Step,
+    Successor,
+)
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """What this node computes, for admission to check against."""
+
+    spec: ModelSpec
+    span: BlockSpan
+    dtype: str
+    cache: PagedCache
+    worker: Worker
+
+
+class SpanServer:
+    """Serves one span to any number of sessions. Call `register` once the span is loaded."""
+
+    def __init__(
+        self,
+        host: Host,
+        served: ServedSpan,
+        config: ServeConfig,
+        report: Callable[[Event], None],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._host = host
+        self._served = served
+        self._config = config
+        self._report = report
+        self._on_change = on_change
+        self._replay_budget = ReplayBudget(config.replay_bytes)
+        self._sessions: dict[SessionId, HopSession] = {}
+        self._admitted = trio.Event()  # set, and replaced, whenever a session is let in
+        self._leaving = False
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    def register(self) -> None:
+        """Answer both protocols from now on."""
+        self._host.serve(SESSION_PROTOCOL, self._answer_client)
+        self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor)
+
+    def refuse_newcomers(self) -> None:
+        """Let nobody in any more; sessions that run go on."""
+        self._leaving = True
+
+    # ------------------------------------------------------------------ the client's stream
+
+    async def _answer_client(self, stream: PeerStream) -> None:
+        control = self._frames(stream)
+        async with aclosing(stream):
+            opening = await self._first_message(control)
+            if not isinstance(opening, Open):
+                raise ProtocolViolation(
+                    f"a session stream begins with {type(opening).__name__}", stream.peer_id
+                )
+            try:
+                session = self._admit(opening, stream.peer_id, control)
+            except Refusal as refusal:
+                self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
+                await control.send(Refused(refusal.code, str(refusal)))
+                await control.end()
+                return
+            await self._run(session)
+
+    def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
+        served, config = self._served, self._config
+        if self._leaving:
+            raise Refusal("leaving", "this node is shutting down")
+        if opening.revision != served.spec.revision:
+            raise Refusal("wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})")
+        if not (served.span.start <= opening.start < opening.stop <= served.span.stop):
+            raise Refusal("wrong_span", f"this node holds blocks {served.span}")
+        if opening.session in self._sessions:
+            raise Refusal("busy", "this session is already open")
+        if len(self._sessions) >= config.max_sessions:
+            raise Refusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
+        hidden_size = served.spec.hidden_size
+        replay = None
+        try:
+            lease = served.cache.reserve(opening.max_tokens)
+        except CacheFull as exc:
+            raise Refusal("cache_full", str(exc)) from exc
+        if opening.successor is not None:
+            try:
+                log_bytes = opening.max_tokens * row_bytes(hidden_size, opening.codec)
+                replay = ReplayLog(self._replay_budget, log_bytes)
+            except CacheFull as exc:
+                lease.release()
+                raise Refusal("cache_full", str(exc)) from exc
+        session = HopSession(
+            opening,
+            client_id,
+            control,
+            hidden_size=hidden_size,
+            lease=lease,
+            replay=replay,
+            worker=served.worker,
+            config=config,
+        )
+        self._sessions[opening.session] = session
+        self._admitted.set()
+        self._admitted = trio.Event()
+        blocks = (opening.start, opening.stop)
+        self._report(SessionOpened(client_id, blocks, opening.max_tokens, self.sessions))
+        self._on_change()
+        return session
+
+    async def _run(self, session: HopSession) -> None:
+        """Everything between a session's admission and its end."""
+        try:
+            with session.scope():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._link_and_forward, session)
+                    nursery.start_soon(self._watch_lease, session)
+                    with ending(session, client_gone="the client vanished"):
+                        await self._read_control(session)
+            if session.ended_by is not None:
+                refusal = session.ended_by
+                with suppress(PeerVanished):
+                    await session.refuse(refusal.code, str(refusal), refusal.about_peer)
+            await session.control.end()
+        finally:
+            session.close()
+            del self._sessions[session.opening.session]
+            reason = str(session.ended_by) if session.ended_by else "done"
+            self._report(SessionClosed(session.client_id, session.tokens_computed, reason, self.sessions))
+            self._on_change()
+
+    async def _read_control(self, session: HopSession) -> None:
+        """Until the client says `End`: its steps if it feeds us itself, and nothing else."""
+        while True:
+            message, payload = await session.control.receive()
+            match message:
+                case Step() if session.opening.predecessor is None:
+                    session.accept(message, payload)
+                case End():
+                    return session.end(None)
+                case _:
+                    raise ProtocolViolation(f"{type(message).__name__} in the middle of a session")
+
+    async def _link_and_forward(self, session: HopSession) -> None:
+        with ending(session, client_gone="the client vanished"):
+            if session.opening.successor is not None:
+                session.successor = await self._attach(session, session.opening.successor)
+            try:
+                await session.control.send(Opened(self._served.dtype))
+                await session.forward()
+            finally:
+                if session.successor is not None:
+                    with trio.CancelScope(shield=True), trio.move_on_after(1):
+                        await session.successor.end()
+
+    async def _attach(self, session: HopSession, successor: Successor) -> FrameStream:
+        """A chain stream to `successor`, which has agreed to take this session's steps from us."""
+        peer_id = successor.peer_id
+        try:
+            with trio.fail_after(self._config.dial_timeout_s):
+                stream = await self._host.open_stream(peer_id, CHAIN_PROTOCOL, successor.addrs)
+                chain = self._frames(stream)
+                try:
+                    await chain.send(Attach(session.opening.session))
+                    reply, _ = await chain.receive()
+                    if not isinstance(reply, Attached):
+                        raise PeerRefused(f"it answered {reply}", peer_id)
+                except BaseException:
+                    await stream.reset()
+                    raise
+        except (PeerError, trio.TooSlowError) as exc:
+            why = str(exc) or f"no answer in {self._config.dial_timeout_s:g} s"
+            raise Refusal("successor_unreachable", f"could not reach the next hop: {why}", peer_id) from exc
+        return chain
+
+    async def _watch_lease(self, session: HopSession) -> None:
+        lease_s = self._config.lease_s
+        while (deadline := session.last_active + lease_s) > trio.current_time():
+            await trio.sleep_until(deadline)
+        session.end(Refusal("lease_expired", f"no step for {lease_s:g} s"))
+
+    # ------------------------------------------------------------------ the predecessor's stream
+
+    async def _answer_predecessor(self, stream: PeerStream) -> None:
+        chain = self._frames(stream)
+        async with aclosing(stream):
+            attach = await self._first_message(chain)
+            if not isinstance(attach, Attach):
+                raise ProtocolViolation(f"a chain stream begins with {type(attach).__name__}", stream.peer_id)
+            session = await self._await_session(attach.session)
+            if session is None or session.opening.predecessor != stream.peer_id:
+                await chain.send(Refused("no_session", "no session here expects you as its predecessor"))
+                await chain.end()
+                return
+            await chain.send(Attached())
+            with session.scope(), ending(session):
+                await self._read_chain(session, chain)
+
+    async def _read_chain(self, session: HopSession, chain: FrameStream) -> None:
+        while True:
+            message, payload = await chain.receive()
+            match message:
+                case Step():
+                    session.accept(message, payload)
+                case End():
+                    return
+                case _:
+                    raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
+
+    async def _await_session(self, session_id: SessionId) -> HopSession | None:
+        """The session of that id; the client's own message may still be on its way."""
+        with trio.move_on_after(self._config.handshake_timeout_s):
+            while session_id not in self._sessions:
+                await self._admitted.wait()
+        return self._sessions.get(session_id)
+
+    # ------------------------------------------------------------------ both
+
+    def _frames(self, stream: PeerStream) -> FrameStream:
+        largest = self._config.max_chunk_tokens * row_bytes(self._served.spec.hidden_size, "float32")
+        return FrameStream(stream, max_payload_bytes=largest, peer_id=stream.peer_id)
+
+    async def _first_message(self, frames: FrameStream) -> Message:
+        with trio.move_on_after(self._config.handshake_timeout_s):
+            message, _ = await frames.receive()
+            return message
+        raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
+
+
+@contextmanager
+def ending(session: HopSession, client_gone: str | None = None) -> Generator[None]:
+    """What a peer does wrong inside ends the session, and nothing else.
+
+    A stream that breaks ends it only if it is the client's, and `client_gone` says so; a predecessor that
+    vanishes may be replaced.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        session.end(refusal)
+    except ProtocolViolation as exc:
+        session.end(Refusal("protocol", str(exc), exc.peer_id))
+    except WrongOutput as exc:
+        session.end(Refusal("wrong_input", str(exc), exc.peer_id))
+    except PeerVanished as exc:
+        logger.debug("session.stream_lost peer=%s why=%s", exc.peer_id, exc)
+        if client_gone:
+            session.end(Refusal("no_session", client_gone))

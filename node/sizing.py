@@ -1,0 +1,93 @@
+"""How much a node can hold, and how fast it is: measured here, since nobody else can know."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import psutil
+import torch
+
+from p2pinfer.errors import LocalError
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.layers import Linear
+from p2pinfer.models.runner import Chunk, SpanRunner
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.target import Target, choose_target
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_SHARE: Final = (
+    0.6  # of free memory that weights may take; the rest is for cache, others and surprises
+)
+_PROBE_RUNS: Final = 5
+_DECODE_STEPS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a node could serve of a model."""
+
+    blocks: int  # that fit, cache and head room included
+    tokens_per_s_per_block: float  # decode speed if it held one block
+
+
+def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
+    """How many blocks of a model fit this machine's free memory, and how fast one of them would be.
+
+    Decoding reads every weight once a token, so one product with a matrix of a block's size tells the speed
+    before a weight is fetched.
+
+    Raises:
+        ConfigError: The device or dtype asked for is not to be had.
+        LocalError: Not even one block fits.
+    """
+    target = choose_target(config, spec.dtype)
+    block_bytes = spec.block_parameters * target.dtype.itemsize
+    free = _free_bytes(target)
+    blocks = min(int(free * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
+    if blocks < 1:
+        raise LocalError(
+            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            f"free on {target.device}: free some memory, or serve a smaller model"
+        )
+    return Capacity(blocks, 1 / _block_seconds(spec, target))
+
+
+def measure_speed(runner: SpanRunner) -> float:
+    """Decoded tokens per second through the whole span, one session at a time."""
+    hidden = torch.zeros(1, runner.spec.hidden_size)
+    lease = runner.cache.reserve(_DECODE_STEPS)
+    try:
+        seconds = [_timed(runner, Chunk(lease, position, hidden)) for position in range(_DECODE_STEPS)]
+    finally:
+        lease.release()
+    return 1 / median(seconds[1:])
+
+
+def _timed(runner: SpanRunner, chunk: Chunk) -> float:
+    started = time.perf_counter()
+    runner.run([chunk])
+    return time.perf_counter() - started
+
+
+def _free_bytes(target: Target) -> int:
+    if target.device.type == "cuda":
+        return torch.cuda.mem_get_info(target.device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _block_seconds(spec: ModelSpec, target: Target) -> float:
+    rows = max(1, spec.block_parameters // spec.hidden_size)
+    with torch.inference_mode():
+        weight = Linear(torch.zeros(rows, spec.hidden_size, dtype=target.dtype, device=target.device))
+        hidden = torch.zeros(1, spec.hidden_size, dtype=target.dtype, device=target.device)
+        seconds: list[float] = []
+        for _ in range(_PROBE_RUNS):
+            started = time.perf_counter()
+            weight(hidden).sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return max(median(seconds), 1e-6)

@@ -1,0 +1,170 @@
+"""The one thread that owns the device, and the continuous batcher in it.
+
+trio tasks submit jobs and go on; the thread takes every job that is ready, of all sessions, as one packed
+batch, and hands the outputs back to the event loop in one call per batch. While a batch computes, the next
+one collects. Jobs of one session run in the order they came, at most one of them in a batch. Prefill is
+bounded per batch and decode steps ride along, so a long prompt delays nobody by more than one chunk.
+
+Only this thread touches tensors on the device and the lengths of leases.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+from torch import Tensor
+
+from p2pinfer.models.cache import CacheLease
+from p2pinfer.models.runner import Chunk
+
+logger = logging.getLogger(__name__)
+
+DECODE_TOKENS: Final = 16  # a step of at most this many tokens is never held back by a batch's token limit
+
+
+class Runner(Protocol):
+    """What the worker needs of a `SpanRunner`."""
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a job. Times are seconds, taken in the worker's thread."""
+
+    output: Tensor | None  # (tokens, hidden); None if the job was dropped or failed
+    error: Exception | None
+    queue_s: float
+    compute_s: float
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A chunk to compute. `is_stale` is asked once, just before computing: True drops it unread."""
+
+    chunk: Chunk
+    is_stale: Callable[[], bool]
+    on_done: Callable[[Done], None]  # called in the event loop
+    submitted_at: float  # time.perf_counter()
+
+
+class Worker:
+    """Computes jobs in batches, in a thread of its own. See `open_worker`."""
+
+    def __init__(self, runner: Runner, max_batch_tokens: int) -> None:
+        self._runner = runner
+        self._max_batch_tokens = max_batch_tokens
+        self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.Thread(target=self._work, name="p2pinfer-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> threading.Thread:
+        """Let the thread end after the batch at hand; returns it, to be joined."""
+        self._arrivals.put(None)
+        return self._thread
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; returns at once. Its `on_done` is called in any case, until the worker closes."""
+        self._arrivals.put(job)
+
+    def release(self, lease: CacheLease) -> None:
+        """Give a session's cache back, after whatever of it is being computed at the moment."""
+        self._arrivals.put(lease.release)
+
+    def _work(self) -> None:
+        while self._collect():
+            while batch := self._next_batch():
+                self._compute(batch)
+                if not self._collect(wait=False):
+                    return
+
+    def _collect(self, wait: bool = True) -> bool:
+        """Move what has arrived to the waiting line; False when the worker is to stop."""
+        try:
+            while True:
+                arrival = self._arrivals.get(block=wait)
+                wait = False
+                if arrival is None:
+                    return False
+                if isinstance(arrival, Job):
+                    self._waiting.append(arrival)
+                else:
+                    arrival()
+        except queue.Empty:
+            return True
+
+    def _next_batch(self) -> list[Job]:
+        """The longest-waiting jobs that fit together: one a lease, prefill bounded, decode always."""
+        batch: list[Job] = []
+        later: deque[Job] = deque()
+        taken: set[int] = set()
+        room = self._max_batch_tokens
+        for job in self._waiting:
+            tokens, lease = len(job.chunk.hidden), id(job.chunk.lease)
+            fits = tokens <= DECODE_TOKENS or tokens <= room or room == self._max_batch_tokens
+            if lease in taken or not fits:
+                later.append(job)
+            else:
+                batch.append(job)
+                room -= tokens if tokens > DECODE_TOKENS else 0
+            taken.add(lease)
+        self._waiting = later
+        return batch
+
+    def _compute(self, batch: list[Job]) -> None:
+        started = time.perf_counter()
+        stale: list[Job] = []
+        live: list[Job] = []
+        for job in batch:
+            (stale if job.is_stale() else live).append(job)
+        outputs: list[Tensor | None] = [None] * len(live)
+        error: Exception | None = None
+        try:
+            if live:
+                outputs = list(self._runner.run([job.chunk for job in live]))
+        except Exception as exc:  # whatever went wrong, the sessions must hear of it and the thread go on
+            logger.exception("a batch of %s steps failed", len(live))
+            error = exc
+        seconds = time.perf_counter() - started
+        total = sum(len(job.chunk.hidden) for job in live)
+        calls = [
+            (job, Done(output, error, started - job.submitted_at, seconds, total))
+            for job, output in zip(live, outputs, strict=True)
+        ]
+        calls += [(job, Done(None, None, started - job.submitted_at, 0.0, 0)) for job in stale]
+        try:
+            self._token.run_sync_soon(_deliver, calls)
+        except trio.RunFinishedError:
+            logger.debug("the event loop ended before %s results", len(calls))
+
+
+def _deliver(calls: list[tuple[Job, Done]]) -> None:
+    for job, done in calls:
+        job.on_done(done)
+
+
+@asynccontextmanager
+async def open_worker(runner: Runner, max_batch_tokens: int) -> AsyncGenerator[Worker]:
+    """A running worker; on exit it finishes the batch at hand and its thread ends."""
+    worker = Worker(runner, max_batch_tokens)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(worker.stop().join)

@@ -1,0 +1,290 @@
+"""From a prompt to text: tokens, hidden states, a session, logits, a draw, text.
+
+A generation holds everything that is needed to start over: the token ids so far. When its session fails it
+plans another route without the peer that failed, pushes the ids through as one prefill and goes on. A draw
+depends on the seed and the position alone, so the text is the one an undisturbed run would have given.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import PeerError, PromptTooLong
+from p2pinfer.models.ends import Ends
+from p2pinfer.models.sampling import Sampler, SamplingConfig
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.text import StopMatcher, TextStream, Tokenizer
+from p2pinfer.routing.route import Route, RouteOutcome
+
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+FinishReason: TypeAlias = Literal["eos", "length", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """What to generate and how to draw it."""
+
+    max_new_tokens: int = 128  # tokens
+    temperature: float = 0.0  # 0 takes the likeliest token; higher is more varied
+    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+    top_k: int = 0  # draw among this many likeliest tokens; 0 means all
+    seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, and the text that became certain with it (often empty, never half a character)."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class HopUsed:
+    """A hop of the route a generation took."""
+
+    peer_id: str
+    span: BlockSpan
+    connection: Literal["direct", "relayed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What a generation took. `per_hop_ms` is each hop's median time per decode step, its queue included."""
+
+    first_token_s: float
+    tokens_per_s: float  # after the first token
+    per_hop_ms: tuple[float, ...]
+    per_step_ms: float  # median decode step as the client saw it, network and all hops included
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A generation, whole or as far as it came."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason | None  # None: it is not finished
+    route: tuple[HopUsed, ...]
+    timings: Timings
+    failovers: int
+
+
+class Walker(Protocol):
+    """Where a generation gets its sessions from: the client."""
+
+    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+        """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none."""
+        ...
+
+    def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
+        """Hear how a route fared."""
+        ...
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
+        """How this client is connected to a peer."""
+        ...
+
+
+@dataclass(slots=True)
+class _Clock:
+    started: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def tick(self) -> None:
+        self.last_token = time.perf_counter()
+        self.first_token = self.first_token or self.last_token
+
+
+class Generation:
+    """An asynchronous iterator of `Token`s. `result` tells what came of it, also before the end.
+
+    Iterate to the end, or call `aclose`: until then hops keep cache reserved for it.
+    """
+
+    def __init__(
+        self,
+        walker: Walker,
+        spec: ModelSpec,
+        ends: Ends,
+        tokenizer: Tokenizer,
+        prompt: str,
+        config: GenerationConfig,
+        *,
+        max_attempts: int = 8,
+    ) -> None:
+        """Raises PromptTooLong at once if the prompt leaves no room in the model's context."""
+        self._walker = walker
+        self._ends = ends
+        self._prompt_ids = tuple(tokenizer.encode(prompt))
+        room = spec.max_positions - len(self._prompt_ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt is {len(self._prompt_ids)} tokens long and {spec.model} takes "
+                f"{spec.max_positions}, the answer included; shorten it"
+            )
+        if not self._prompt_ids:
+            raise PromptTooLong(
+                "the prompt is empty and this model has no token to begin with; write something"
+            )
+        self._max_new_tokens = min(config.max_new_tokens, room)
+        self._max_attempts = max_attempts
+        self._sampler = Sampler(SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed))
+        self._eos_ids = tokenizer.eos_ids
+        self._text_stream = TextStream(tokenizer)
+        self._stops = StopMatcher(config.stop)
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._session: Session | None = None
+        self._route: tuple[HopUsed, ...] = ()
+        self._excluded: frozenset[str] = frozenset()
+        self._failures_in_a_row = 0
+        self._failovers = 0
+        self._per_hop_ms: tuple[float, ...] = ()
+        self._per_step_ms = 0.0
+        self._clock = _Clock()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Token:
+        """The next token.
+
+        Raises:
+            NoRoute: The swarm cannot serve this (any more); `result` holds what came before.
+            PeerError: Route after route failed without a token in between.
+        """
+        if self._finish_reason is not None or not self._max_new_tokens:
+            await self.aclose()
+            raise StopAsyncIteration
+        try:
+            token_id = await self._next_id()
+        except BaseException:
+            await self.aclose()
+            raise
+        self._clock.tick()
+        token = Token(token_id, self._take(token_id))
+        self._text.append(token.text)
+        if self._finish_reason is not None:
+            await self.aclose()
+        return token
+
+    async def _next_id(self) -> int:
+        while True:
+            try:
+                hidden = await self._last_hidden()
+            except PeerError as error:
+                await self._abandon(error)
+                continue
+            self._failures_in_a_row = 0
+            return await trio.to_thread.run_sync(self._draw, hidden)
+
+    async def _last_hidden(self) -> Tensor:
+        """(1, hidden_size): the last position's hidden state after every block."""
+        ids = (*self._prompt_ids, *self._token_ids)
+        if self._session is None:
+            self._session = await self._walker.open_session(
+                len(self._prompt_ids) + self._max_new_tokens, self._excluded
+            )
+            self._route = tuple(
+                HopUsed(hop.peer_id, hop.span, self._walker.connection_kind(hop.peer_id))
+                for hop in self._session.route.hops
+            )
+            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
+            return await self._session.prefill(embedded, 0)
+        return await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
+
+    def _draw(self, hidden: Tensor) -> int:
+        position = len(self._prompt_ids) + len(self._token_ids)
+        return self._sampler.pick(self._ends.logits(hidden)[-1], position)
+
+    def _take(self, token_id: int) -> str:
+        """Note a token and return the text that became certain with it."""
+        self._token_ids.append(token_id)
+        if token_id in self._eos_ids:
+            self._finish_reason = "eos"
+            certain = self._text_stream.finish()
+        else:
+            certain = self._text_stream.push(token_id)
+            if len(self._token_ids) == self._max_new_tokens:
+                self._finish_reason = "length"
+                certain += self._text_stream.finish()
+        text, stopped = self._stops.push(certain)
+        if stopped:
+            self._finish_reason = "stop"
+        elif self._finish_reason is not None:
+            text += self._stops.finish()
+        return text
+
+    async def _abandon(self, error: PeerError) -> None:
+        """Give up the route and leave out the peer that failed; raise when that has happened too often."""
+        self._failures_in_a_row += 1
+        if self._session is not None:
+            self._failovers += 1
+            self._settle(error)
+            session, self._session = self._session, None
+            await session.aclose()
+        logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
+        if self._failures_in_a_row >= self._max_attempts:
+            raise error
+        if error.peer_id:
+            self._excluded |= {error.peer_id}
+
+    async def aclose(self) -> None:
+        """Let the hops free what they hold for this generation; harmless twice."""
+        if self._session is not None:
+            session = self._session
+            self._settle(None)
+            self._session = None
+            await session.aclose()
+
+    def _settle(self, error: PeerError | None) -> None:
+        """Tell the policy and the ledger how the route fared."""
+        assert self._session is not None
+        outcome = RouteOutcome(
+            ok=error is None,
+            error=str(error) if error else None,
+            failed_peer=error.peer_id if error else None,
+            tokens=len(self._token_ids),
+            seconds=time.perf_counter() - self._clock.started,
+            per_hop_ms=self._session.per_hop_ms(),
+        )
+        self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
+        self._walker.route_ended(self._session.route, outcome)
+
+    @property
+    def result(self) -> GenerationResult:
+        """What has been generated; whole once the iteration has ended."""
+        clock, session = self._clock, self._session
+        first = clock.first_token or time.perf_counter()
+        spent = (clock.last_token or first) - first
+        per_hop = session.per_hop_ms() if session else self._per_hop_ms
+        per_step = session.per_step_ms() if session else self._per_step_ms
+        return GenerationResult(
+            "".join(self._text),
+            tuple(self._token_ids),
+            len(self._prompt_ids),
+            self._finish_reason,
+            self._route,
+            Timings(
+                first - clock.started,
+                (len(self._token_ids) - 1) / spent if spent > 0 else 0.0,
+                per_hop,
+                per_step,
+            ),
+            self._failovers,
+        )

@@ -1,0 +1,298 @@
+"""A client's walk along a route: one stream to every hop, steps in at the first, results out of the last.
+
+Steps go out without waiting for one another, so a prompt cut in chunks keeps all hops at work. Results come
+back in the order of their steps. A hop that refuses or vanishes ends the session with a `PeerError` that
+names it; whoever holds the session then plans another route and opens a new one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import (
+    PeerError,
+    PeerRefused,
+    PeerUnreachable,
+    PeerVanished,
+    ProtocolViolation,
+    WrongOutput,
+)
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.node.host import Host
+from p2pinfer.node.tensors import decode_hidden, encode_hidden, row_bytes
+from p2pinfer.node.wire import (
+    SESSION_PROTOCOL,
+    Bill,
+    Codec,
+    FrameStream,
+    Open,
+    Opened,
+    Refused,
+    Result,
+    Step,
+    Successor,
+)
+from p2pinfer.routing.route import Hop, Route
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How a client walks a route."""
+
+    chunk_tokens: int = 256  # a longer prompt travels in chunks of at most this many tokens
+    chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
+    open_timeout_s: float = 15.0  # until every hop of a route has said yes
+    step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """How long one decode step took from the client's side, and what each hop says it spent."""
+
+    seconds: float
+    bills: tuple[Bill, ...]
+
+
+class Session:
+    """An open session on every hop of `route`. Made by `open_session`; close it with `aclose`."""
+
+    def __init__(
+        self,
+        route: Route,
+        spec: ModelSpec,
+        codec: Codec,
+        config: SessionConfig,
+        streams: Sequence[FrameStream],
+    ) -> None:
+        self.route = route
+        self.timings: list[StepTiming] = []
+        self._spec = spec
+        self._codec: Codec = codec
+        self._config = config
+        self._streams = streams
+        self._next_number = 0
+        self._epoch = 0
+        self._failure: PeerError | None = None
+        self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray]](256)
+        self._watchers = [trio.CancelScope() for _ in streams]
+
+    async def decode(self, hidden: Tensor, position: int) -> Tensor:
+        """Push the hidden states of `position`, `position + 1`, ... through every block.
+
+        Args:
+            hidden: (tokens, hidden_size). A `position` below the session's length rolls it back first.
+
+        Returns:
+            (tokens, hidden_size), in the session's codec.
+
+        Raises:
+            PeerError: A hop refused, vanished, broke protocol or took too long; the session is over.
+        """
+        started = time.perf_counter()
+        result, output = await self._receive(await self._send(hidden, position, returns=len(hidden)))
+        self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
+        return output
+
+    async def prefill(self, hidden: Tensor, position: int) -> Tensor:
+        """Push a prompt through in chunks that follow each other without waiting.
+
+        Returns:
+            (1, hidden_size): the last token's hidden state.
+
+        Raises:
+            PeerError: As for `decode`.
+        """
+        chunks = torch.split(hidden, self._config.chunk_tokens)
+        numbers: list[int] = []
+        received = 0
+        for index, chunk in enumerate(chunks):
+            if index - received >= self._config.chunks_in_flight:
+                await self._receive(numbers[received])
+                received += 1
+            is_last = index == len(chunks) - 1
+            numbers.append(await self._send(chunk, position, returns=1 if is_last else 0))
+            position += len(chunk)
+        while received < len(chunks) - 1:
+            await self._receive(numbers[received])
+            received += 1
+        _, last = await self._receive(numbers[received])
+        return last
+
+    def per_hop_ms(self) -> tuple[float, ...]:
+        """Each hop's median time per decode step, its queue included; empty before the first."""
+        hops = zip(*(timing.bills for timing in self.timings), strict=False)
+        return tuple(median(bill.serve_us for bill in bills) / 1e3 for bills in hops)
+
+    def per_step_ms(self) -> float:
+        """The median decode step as seen from here; 0 before the first."""
+        return median(timing.seconds for timing in self.timings) * 1e3 if self.timings else 0.0
+
+    async def _send(self, hidden: Tensor, position: int, returns: int) -> int:
+        number = self._next_number
+        self._next_number += 1
+        step = Step(number, self._epoch, position, len(hidden), returns)
+        try:
+            await self._streams[0].send(step, encode_hidden(hidden, self._codec))
+        except PeerVanished as exc:
+            raise self._failure or exc from exc
+        return number
+
+    async def _receive(self, number: int) -> tuple[Result, Tensor]:
+        last = self._streams[-1].peer_id
+        try:
+            with trio.fail_after(self._config.step_timeout_s):
+                result, payload = await self._results.receive()
+        except trio.TooSlowError as exc:
+            raise PeerVanished(f"no answer in {self._config.step_timeout_s:g} s", last) from exc
+        except trio.EndOfChannel as exc:
+            raise self._failure or PeerVanished("the session is closed", last) from exc
+        if result.number != number:
+            raise ProtocolViolation(f"result {result.number} where {number} was due", last)
+        hidden = decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
+        return result, hidden
+
+    async def watch(self, index: int) -> None:
+        """Read hop `index`'s stream to its end: results from the last hop, refusals from any."""
+        stream = self._streams[index]
+        try:
+            with self._watchers[index]:
+                while True:
+                    message, payload = await stream.receive()
+                    match message:
+                        case Result() if index == len(self._streams) - 1:
+                            self._results_in.send_nowait((message, payload))
+                        case Refused():
+                            raise refusal_error(message, stream.peer_id)
+                        case _:
+                            raise ProtocolViolation(
+                                f"{type(message).__name__} in the middle of a session", stream.peer_id
+                            )
+        except PeerError as exc:
+            self._failure = self._failure or exc
+            self._results_in.close()
+
+    async def aclose(self) -> None:
+        """Tell every hop that the session is over; quick, and quiet about hops that are gone."""
+        for scope in self._watchers:
+            scope.cancel()
+        self._results_in.close()
+        await _close_all(self._streams)
+
+
+async def open_session(
+    host: Host,
+    nursery: trio.Nursery,
+    route: Route,
+    spec: ModelSpec,
+    *,
+    max_tokens: int,
+    codec: Codec,
+    config: SessionConfig,
+) -> Session:
+    """Open a session on every hop of `route` at once.
+
+    Args:
+        nursery: Runs one small reader task per hop until the session is closed.
+        max_tokens: How many positions every hop is to reserve.
+
+    Raises:
+        PeerError: A hop could not be reached or refused; nothing stays open.
+    """
+    openings = _openings(host.peer_id, route, spec, max_tokens, codec)
+    streams: dict[int, FrameStream] = {}
+    ready: set[int] = set()
+    failures: list[PeerError] = []
+
+    async def open_hop(index: int, hop: Hop, scope: trio.CancelScope) -> None:
+        try:
+            stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs)
+            largest = config.chunk_tokens * row_bytes(spec.hidden_size, codec)
+            frames = FrameStream(stream, max_payload_bytes=largest, peer_id=hop.peer_id)
+            streams[index] = frames
+            await frames.send(openings[index])
+            match (await frames.receive())[0]:
+                case Opened():
+                    ready.add(index)
+                case Refused() as refused:
+                    raise refusal_error(refused, hop.peer_id)
+                case other:
+                    raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
+        except PeerError as exc:
+            failures.append(exc)
+            scope.cancel()
+
+    try:
+        with trio.move_on_after(config.open_timeout_s):
+            async with trio.open_nursery() as opening:
+                for index, hop in enumerate(route.hops):
+                    opening.start_soon(open_hop, index, hop, opening.cancel_scope)
+        if not failures and len(ready) < len(route.hops):
+            silent = next(hop for index, hop in enumerate(route.hops) if index not in ready)
+            failures.append(
+                PeerUnreachable(f"did not open a session within {config.open_timeout_s:g} s", silent.peer_id)
+            )
+        if failures:
+            raise failures[0]
+    except BaseException:
+        await _close_all(list(streams.values()))
+        raise
+    session = Session(route, spec, codec, config, [streams[index] for index in range(len(route.hops))])
+    for index in range(len(route.hops)):
+        nursery.start_soon(session.watch, index)
+    return session
+
+
+def _openings(client_id: str, route: Route, spec: ModelSpec, max_tokens: int, codec: Codec) -> list[Open]:
+    """What to ask of each hop: all the same session, each with its neighbours."""
+    session_id = secrets.token_bytes(16)
+    hops = route.hops
+    openings: list[Open] = []
+    for index, hop in enumerate(hops):
+        after = hops[index + 1] if index + 1 < len(hops) else None
+        openings.append(
+            Open(
+                session_id,
+                spec.revision,
+                hop.span.start,
+                hop.span.stop,
+                max_tokens,
+                codec,
+                predecessor=hops[index - 1].peer_id if index else None,
+                successor=Successor(after.peer_id, tuple(after.addrs)) if after else None,
+            )
+        )
+    return openings
+
+
+def refusal_error(refused: Refused, sender: str) -> PeerError:
+    """The error that a refusal amounts to, blamed on the peer it is about.
+
+    A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
+    the neighbour out of the next route is right whoever is at fault.
+    """
+    peer_id = refused.peer_id or sender
+    match refused.code:
+        case "successor_unreachable":
+            return PeerUnreachable(refused.message, peer_id)
+        case "successor_vanished":
+            return PeerVanished(refused.message, peer_id)
+        case "wrong_input":
+            return WrongOutput(refused.message, peer_id)
+        case _:
+            return PeerRefused(refused.message, sender, refused.code)
+
+
+async def _close_all(streams: Sequence[FrameStream]) -> None:
+    """End every stream, shielded and within a second: a hop frees its cache when it hears of it."""
+    with trio.CancelScope(shield=True), trio.move_on_after(1):
+        async with trio.open_nursery() as closing:
+            for stream in streams:
+                closing.start_soon(stream.end)

@@ -1,0 +1,89 @@
+"""Hosts that reach each other through memory, for tests of what runs on top of libp2p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import trio
+import trio.testing
+
+from p2pinfer.errors import PeerError, PeerUnreachable
+from p2pinfer.node.host import Handler, Host
+from p2pinfer.node.stream import PeerStream
+
+
+class MemoryStream(trio.abc.Stream):
+    """One end of a pipe to `peer_id`, with what `PeerStream` adds to a trio stream."""
+
+    def __init__(self, pipe: trio.abc.Stream, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self._pipe = pipe
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._pipe.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._pipe.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._pipe.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._pipe.aclose()
+
+    async def reset(self) -> None:
+        await trio.aclose_forcefully(self._pipe)
+
+
+class MemoryNetwork:
+    """Everybody who can be reached, and the nursery in which they answer."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.hosts: dict[str, MemoryHost] = {}
+        self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
+
+    def host(self, peer_id: str) -> Host:
+        self.hosts[peer_id] = MemoryHost(self, peer_id)
+        return cast(Host, self.hosts[peer_id])
+
+    async def cut(self, source: str, target: str) -> None:
+        """Break every stream that `source` opened to `target`."""
+        for opener, answerer, stream in self.streams:
+            if (opener, answerer) == (source, target):
+                await stream.reset()
+
+
+class MemoryHost:
+    """What `Host` is to its users."""
+
+    def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
+        self.peer_id = peer_id
+        self.addrs = (f"/memory/{peer_id}",)
+        self.handlers: dict[str, Handler] = {}
+        self._network = network
+
+    def serve(self, protocol: str, handler: Handler) -> None:
+        self.handlers[protocol] = handler
+
+    async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
+        await trio.lowlevel.checkpoint()
+        there = self._network.hosts.get(peer_id)
+        if there is None or protocol not in there.handlers:
+            raise PeerUnreachable(f"peer {peer_id} cannot be reached", peer_id)
+        ours, theirs = trio.testing.memory_stream_pair()
+        stream = MemoryStream(ours, peer_id)
+        self._network.streams.append((self.peer_id, peer_id, stream))
+        answer = there.handlers[protocol]
+        self._network.nursery.start_soon(_answer, answer, MemoryStream(theirs, self.peer_id))
+        return cast(PeerStream, stream)
+
+
+async def _answer(handler: Handler, stream: MemoryStream) -> None:
+    try:
+        await handler(cast(PeerStream, stream))
+    except PeerError:
+        await stream.reset()
+    else:
+        await stream.aclose()

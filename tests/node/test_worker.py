@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+import torch
+import trio
+from torch import Tensor
+
+from p2pinfer.models.cache import CacheLease
+from p2pinfer.models.runner import Chunk
+from p2pinfer.node.worker import Done, Job, Worker, open_worker
+
+
+class Lease:
+    """What the worker knows of a lease: who it is, and that it can be released."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def release(self) -> None:
+        self.released.set()
+
+
+class Recorder:
+    """A runner that adds one, notes every batch, and waits for the gate before each."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.gate = threading.Semaphore(0)
+        self.at_work = threading.Event()
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        self.at_work.set()
+        self.gate.acquire()
+        self.threads.add(threading.get_ident())
+        self.batches.append([len(chunk.hidden) for chunk in chunks])
+        if any(chunk.position < 0 for chunk in chunks):
+            raise ValueError("no such position")
+        return [chunk.hidden + 1 for chunk in chunks]
+
+
+class Results:
+    """Collects what becomes of jobs."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.done: list[tuple[str, Done]] = []
+        self._worker = worker
+        self._arrived = trio.Event()
+
+    def submit(
+        self, name: str, tokens: int = 1, lease: Lease | None = None, position: int = 0, stale: bool = False
+    ) -> None:
+        chunk = Chunk(cast(CacheLease, lease or Lease()), position, torch.zeros(tokens, 2))
+
+        def note(done: Done) -> None:
+            self.done.append((name, done))
+            self._arrived.set()
+
+        self._worker.submit(Job(chunk, lambda: stale, note, time.perf_counter()))
+
+    async def wait(self, count: int) -> list[str]:
+        with trio.fail_after(5):
+            while len(self.done) < count:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+        return [name for name, _ in self.done]
+
+
+async def held_up(runner: Recorder, results: Results) -> None:
+    """Let the worker begin a first batch of one job, so that what follows collects."""
+    results.submit("first")
+    await trio.to_thread.run_sync(runner.at_work.wait)
+
+
+async def test_what_arrives_during_a_batch_becomes_the_next_one() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 100) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for name in "abc":
+            results.submit(name)
+        runner.gate.release(2)
+        assert await results.wait(4) == ["first", "a", "b", "c"]
+    assert runner.batches == [[1], [1, 1, 1]]
+    assert len(runner.threads) == 1 and threading.get_ident() not in runner.threads
+    assert all(
+        torch.equal(done.output, torch.ones(1, 2)) for _, done in results.done if done.output is not None
+    )
+    assert [done.batch_tokens for _, done in results.done] == [1, 3, 3, 3]
+    assert all(done.queue_s >= 0 and done.compute_s >= 0 for _, done in results.done)
+
+
+async def test_jobs_of_one_session_run_in_order_one_to_a_batch() -> None:
+    runner, lease = Recorder(), Lease()
+    async with open_worker(runner, 100) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for name, tokens in (("a", 2), ("b", 3), ("c", 4)):
+            results.submit(name, tokens, lease)
+        results.submit("other")
+        runner.gate.release(4)
+        names = await results.wait(5)
+    assert [name for name in names if name in "abc"] == ["a", "b", "c"]
+    assert runner.batches == [[1], [2, 1], [3], [4]]
+
+
+async def test_prefill_is_bounded_per_batch_and_decode_rides_along() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for name, tokens in (("long", 60), ("longer", 40), ("one", 1), ("two", 1)):
+            results.submit(name, tokens)
+        runner.gate.release(3)
+        await results.wait(5)
+    assert runner.batches == [[1], [60, 1, 1], [40]]
+
+
+async def test_a_chunk_larger_than_a_batch_still_runs() -> None:
+    runner = Recorder()
+    runner.gate.release(1)
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        results.submit("huge", 1000)
+        assert await results.wait(1) == ["huge"]
+
+
+async def test_a_stale_job_is_dropped_unread_and_reported_so() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        results.submit("stale", stale=True)
+        assert await results.wait(1) == ["stale"]
+        assert results.done[0][1].output is None and results.done[0][1].error is None
+        runner.gate.release(1)
+        results.submit("fresh")
+        await results.wait(2)
+    assert runner.batches == [[1]]
+
+
+async def test_a_batch_that_fails_is_reported_to_all_in_it_and_the_worker_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = Recorder()
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        results.submit("bad", position=-1)
+        results.submit("beside it")
+        runner.gate.release(2)
+        await results.wait(3)
+        runner.gate.release(1)
+        results.submit("after")
+        await results.wait(4)
+    errors = {name: done.error for name, done in results.done}
+    assert isinstance(errors["bad"], ValueError) and isinstance(errors["beside it"], ValueError)
+    assert errors["after"] is None
+    assert "a batch of 2 steps failed" in caplog.text
+
+
+async def test_a_lease_is_released_by_the_worker_s_thread_after_what_is_computed() -> None:
+    runner, lease = Recorder(), Lease()
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        results.submit("step", lease=lease)
+        await trio.to_thread.run_sync(runner.at_work.wait)
+        worker.release(cast(CacheLease, lease))
+        assert not lease.released.is_set()
+        runner.gate.release(1)
+        await results.wait(1)
+        assert await trio.to_thread.run_sync(lease.released.wait, 5)
+
+
+def test_results_after_the_event_loop_s_end_are_nobody_s() -> None:
+    runner = Recorder()
+
+    async def main() -> threading.Thread:
+        worker = Worker(runner, 64)
+        worker.start()
+        Results(worker).submit("late")
+        await trio.to_thread.run_sync(runner.at_work.wait)
+        return worker.stop()
+
+    thread = trio.run(main)
+    runner.gate.release(1)
+    thread.join(5)
+    assert not thread.is_alive()
