@@ -56,16 +56,17 @@ class Blocks:
         self._rope = rope
         self._blocks = blocks
 
-    def forward(self, hidden: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the span.
+    def forward(self, hidden: Tensor, attention: Attention, span: BlockSpan | None = None) -> Tensor:
+        """Hidden states after the span, or after the part of it that `span` names.
 
         Args:
             hidden: (tokens, hidden_size), the blocks' dtype and device; left as it is.
             attention: Which tokens these are; its cache is extended.
         """
+        part = span or self.span
         rotation = self._rope.at(attention.positions, self.dtype)
-        for index, block in enumerate(self._blocks):
-            hidden = block.forward(index, hidden, rotation, attention)
+        for index in range(part.start - self.span.start, part.stop - self.span.start):
+            hidden = self._blocks[index].forward(index, hidden, rotation, attention)
         return hidden
 
 

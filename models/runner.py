@@ -51,8 +51,10 @@ class SpanRunner:
         self._num_threads = torch.get_num_threads()
         self._thread: int | None = None
 
-    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         """Run the span over all chunks as one batch, and extend their sessions by them.
+
+        With `span`, only that part of the span is run: a session's route may use fewer blocks than there are.
 
         Several chunks of one session may come together if each begins where the one before ended.
 
@@ -64,6 +66,7 @@ class SpanRunner:
                 Nothing was done. Should anything else go wrong, no session grew, and those that were to be
                 rolled back are.
         """
+        assert span is None or self.span.covers(span), f"{span} is not among {self.span}"
         if not chunks:
             return []
         ends = self._check(chunks)
@@ -74,7 +77,7 @@ class SpanRunner:
             pieces = [Piece(chunk.lease, chunk.position, len(chunk.hidden)) for chunk in chunks]
             hidden = torch.cat([chunk.hidden.to(self.device, self.dtype) for chunk in chunks])
             attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
-            output = self._blocks.forward(hidden, attention).cpu()
+            output = self._blocks.forward(hidden, attention, span).cpu()
         for lease, end in ends.items():
             lease.length = end
         return list(torch.split(output, [piece.tokens for piece in pieces]))

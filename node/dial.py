@@ -6,29 +6,28 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-Attempt = Callable[[str], Awaitable[None]]
 
+async def race(
+    addresses: Sequence[str],
+    attempt: Callable[[str], Awaitable[None]],
+    stagger_s: float,
+    errors: dict[str, Exception],
+) -> None:
+    """Try `addresses` in order, each `stagger_s` after the one before or as soon as that failed.
 
-async def race(addresses: Sequence[str], attempt: Attempt, stagger_s: float) -> dict[str, Exception]:
-    """Try `addresses` in order, each `stagger_s` after the last or as soon as that failed.
+    The first attempt that returns wins, and the others are cancelled. As in RFC 8305, section 5.
 
-    The first attempt that returns wins and the others are cancelled. As in RFC 8305, section 5.
-
-    Returns:
-        The errors of all addresses if every one failed; nothing if one succeeded.
+    Args:
+        errors: Filled with what became of each address that failed; if the race is cancelled, so far.
     """
-    errors: dict[str, Exception] = {}
-    won = False
 
     async def run(address: str, failed: trio.Event) -> None:
-        nonlocal won
         try:
             await attempt(address)
         except Exception as exc:  # whatever it is, it is this address's trouble
             errors[address] = exc
             failed.set()
         else:
-            won = True
             nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
@@ -37,4 +36,14 @@ async def race(addresses: Sequence[str], attempt: Attempt, stagger_s: float) -> 
             nursery.start_soon(run, address, failed)
             with trio.move_on_after(stagger_s):
                 await failed.wait()
-    return {} if won else errors
+
+
+def innermost(exc: BaseException) -> str:
+    """The reason at the bottom, which libp2p and trio wrap up to four times."""
+    while True:
+        if exc.__cause__ is not None:
+            exc = exc.__cause__
+        elif isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        else:
+            return str(exc) or type(exc).__name__

@@ -21,6 +21,7 @@ from torch import Tensor
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
+from p2pinfer.models.span import BlockSpan
 
 from .config import ServeConfig
 from .replay import ReplayLog
@@ -74,6 +75,7 @@ class HopSession:
         self.tokens_computed = 0
         self.last_active = trio.current_time()
         self._hidden_size = hidden_size
+        self._span = BlockSpan(opening.start, opening.stop)
         self._lease = lease
         self._replay = replay
         self._worker = worker
@@ -113,6 +115,7 @@ class HopSession:
         self._worker.submit(
             Job(
                 Chunk(self._lease, step.position, hidden),
+                self._span,
                 is_stale=lambda: self._is_superseded(step),
                 on_done=lambda done: self._on_done(_Output(step, done, arrived_at)),
                 submitted_at=arrived_at,

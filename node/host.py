@@ -1,9 +1,9 @@
 """A libp2p host as p2pinfer uses it: streams to peers by id, handlers for protocols, and nothing else.
 
-Everything that libp2p 0.8.1 gets wrong and that concerns hosts is put right here or in the modules below it:
-only Noise and only our muxer are offered (the default host accepts plaintext), addresses are raced (libp2p
-tries one, then refuses the peer for a minute), and nothing a peer sends can raise out of a handler (libp2p
-would take the whole host down with it).
+What libp2p 0.8.1 gets wrong about hosts is put right here and in the modules below: only Noise is offered (the
+default host accepts plaintext), all addresses of a peer are raced (libp2p tries one of them, then refuses the
+peer for a minute), and nothing that a peer sends can raise out of a handler (libp2p would take the whole host
+down with it).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, Literal, cast
 
 import trio
 from libp2p import new_host
-from libp2p.abc import IHost, INetConn, ISecureConn
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -30,9 +31,10 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import AddressUnusable, PeerError, PeerUnreachable
 
 from .addresses import advertised, check_listen, parse_tcp
-from .dial import race
+from .dial import innermost, race
 from .host_config import HostConfig
 from .identity import Identity, is_peer_id
+from .negotiate import negotiate
 from .shield import shielded
 from .stream import PeerStream
 from .tcp import TunedTCP
@@ -43,6 +45,7 @@ __all__ = ["Host", "HostConfig", "open_host"]
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[PeerStream], Awaitable[None]]
+PeerCallback = Callable[[str], None]
 
 
 @asynccontextmanager
@@ -56,11 +59,12 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
     check_listen(config.listen)
     raw = _new_libp2p_host(identity, config)
     network: Any = raw.get_network()
-    async with raw.run([Multiaddr(address) for address in config.listen]):
+    listen = [Multiaddr(address) for address in config.listen]
+    async with raw.run(listen):
         try:
-            for address in config.listen:
-                if str(Multiaddr(address)) not in network.listeners:
-                    raise AddressUnusable(f"cannot listen on {address}")
+            for address in listen:
+                if str(address) not in network.listeners:
+                    raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
             yield Host(identity, config, raw)
         finally:
             with shielded(2):
@@ -76,6 +80,10 @@ class Host:
         self._config = config
         self._network: Any = libp2p_host.get_network()
         self._dials: dict[str, _Dial] = {}
+        self._watcher = _Watcher(self._network)
+        self._network.register_notifee(self._watcher)
+
+    # ------------------------------------------------------------------ who there is
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -84,15 +92,24 @@ class Host:
 
     def connected_peers(self) -> list[str]:
         """The peers there is a live connection to."""
-        return [str(peer) for peer in self._network.connections if self._live_connections(str(peer))]
+        return [str(peer) for peer in self._network.connections if self._connection(str(peer)) is not None]
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
-        """How `peer_id` is connected; direct wins if it is both, None if it is neither."""
-        connections = self._live_connections(peer_id)
-        if not connections:
+        """How `peer_id` is connected; direct if it is both, None if it is neither."""
+        connection = self._connection(peer_id)
+        if connection is None:
             return None
-        kinds = {connection.get_connection_type() for connection in connections}
-        return "relayed" if kinds == {ConnectionType.RELAYED} else "direct"
+        return "relayed" if connection.get_connection_type() == ConnectionType.RELAYED else "direct"
+
+    def when_connected(self, callback: PeerCallback) -> None:
+        """Have `callback` called with the id of every peer that connects, or is connected to, from now on."""
+        self._watcher.on_connected.append(callback)
+
+    def when_disconnected(self, callback: PeerCallback) -> None:
+        """Have `callback` called with the id of every peer whose last connection ends, from now on."""
+        self._watcher.on_disconnected.append(callback)
+
+    # ------------------------------------------------------------------ streams
 
     async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
         """A new stream to `peer_id` that speaks `protocol`; connects first if need be.
@@ -101,21 +118,49 @@ class Host:
             addrs: Multiaddrs to reach the peer at, best first, with or without `/p2p/<peer_id>`.
 
         Raises:
-            PeerUnreachable: No address answered, or the peer does not speak `protocol`.
+            PeerUnreachable: No address answered, or the connection was lost meanwhile.
+            PeerRefused: The peer does not speak `protocol`.
         """
         await self.connect(peer_id, addrs)
+        timeout_s = self._config.stream_timeout_s
         try:
-            with trio.fail_after(self._config.stream_timeout_s):
-                stream = await self.libp2p.new_stream(ID.from_base58(peer_id), [TProtocol(protocol)])
+            with trio.fail_after(timeout_s):
+                return await _open_stream(self._connection(peer_id), protocol, peer_id)
         except trio.TooSlowError as exc:
-            raise PeerUnreachable(
-                f"peer {peer_id} did not open a stream within {self._config.stream_timeout_s:g} s", peer_id
-            ) from exc
-        except Exception as exc:  # libp2p raises anything from SwarmException to bare Exception here
-            raise PeerUnreachable(
-                f"peer {peer_id} does not open {protocol}: {_describe(exc)}", peer_id
-            ) from exc
-        return PeerStream(stream, peer_id)
+            raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id) from exc
+        except BaseLibp2pError as exc:
+            raise PeerUnreachable(f"peer {peer_id} was lost while opening a stream: {exc}", peer_id) from exc
+
+    def serve(self, protocol: str, handler: Handler) -> None:
+        """Let `handler` answer every stream that a peer opens for `protocol`, in a task of its own.
+
+        The stream is closed when the handler returns, and reset when it raises. A `PeerError` is the peer's
+        own doing; any other exception is a bug of ours, and logged as such. Neither touches anything else.
+        """
+
+        async def handle(raw_stream: Any) -> None:
+            stream = PeerStream(raw_stream, str(raw_stream.muxed_conn.peer_id))
+            try:
+                await handler(stream)
+            except Exception as exc:
+                if _is_peers_fault(exc):
+                    logger.debug("stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, exc)
+                else:
+                    logger.exception("the handler of %s failed", protocol)
+                await stream.reset()
+            except BaseException:
+                await stream.reset()
+                raise
+            else:
+                await stream.aclose()
+
+        self.libp2p.set_stream_handler(TProtocol(protocol), handle)
+
+    def stop_serving(self, protocol: str) -> None:
+        """Refuse `protocol` from now on; streams that are open stay."""
+        self.libp2p.remove_stream_handler(TProtocol(protocol))
+
+    # ------------------------------------------------------------------ connections
 
     async def connect(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
         """Make sure there is a live connection to `peer_id`. Callers at the same time share one dial.
@@ -127,17 +172,49 @@ class Host:
             raise PeerUnreachable("this is our own peer id; a node does not dial itself", peer_id)
         if not is_peer_id(peer_id):
             raise PeerUnreachable(f"{peer_id!r} is not a peer id", peer_id)
-        if self._live_connections(peer_id):
-            return
-        while (ongoing := self._dials.get(peer_id)) is not None:
+        while self._connection(peer_id) is None:
+            ongoing = self._dials.get(peer_id)
+            if ongoing is None:
+                await self._dial_for_all(peer_id, addrs)
+                continue
             await ongoing.done.wait()
-            if self._live_connections(peer_id):
-                return
-            if ongoing.error is not None and set(addrs) <= ongoing.addrs:
+            if ongoing.error is not None and ongoing.addrs.issuperset(addrs):
                 raise PeerUnreachable(str(ongoing.error), peer_id) from ongoing.error
+
+    async def ping(self, peer_id: str) -> float:
+        """The seconds of one round trip to a connected peer, measured by the muxer: a dozen bytes each way.
+
+        Raises:
+            PeerUnreachable: The peer is not connected, or does not answer.
+        """
+        connection = self._connection(peer_id)
+        if connection is None:
+            raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
+        try:
+            with trio.fail_after(self._config.stream_timeout_s):
+                return cast(float, await connection.muxed_conn.ping())
+        except (BaseLibp2pError, trio.TooSlowError) as exc:
+            raise PeerUnreachable(f"peer {peer_id} does not answer a ping", peer_id) from exc
+
+    def rtt_s(self, peer_id: str) -> float | None:
+        """The round trip as last measured: when the peer connected, and every half minute since."""
+        connection = self._connection(peer_id)
+        return None if connection is None else connection.muxed_conn.rtt_s or None
+
+    def _connection(self, peer_id: str) -> Any:
+        """The live connection to use for `peer_id`: a direct one if there is one, else the oldest; or None."""
+        if not is_peer_id(peer_id):
+            return None
+        connections = self._network.connections.get(ID.from_base58(peer_id), [])
+        live = [each for each in connections if not (each.is_closed or each.muxed_conn.is_closed)]
+        direct = (each for each in live if each.get_connection_type() != ConnectionType.RELAYED)
+        return next(direct, live[0] if live else None)
+
+    async def _dial_for_all(self, peer_id: str, addrs: Sequence[str]) -> None:
+        """Dial, while others who want the same peer wait for the outcome."""
         dial = self._dials[peer_id] = _Dial(frozenset(addrs))
         try:
-            await self._dial(peer_id, addrs)
+            await self._dial(peer_id, list(dict.fromkeys(addrs)))
         except PeerUnreachable as exc:
             dial.error = exc
             raise
@@ -145,59 +222,28 @@ class Host:
             del self._dials[peer_id]
             dial.done.set()
 
-    def serve(self, protocol: str, handler: Handler) -> None:
-        """Let `handler` answer every stream that a peer opens for `protocol`, in a task of its own.
-
-        The stream is closed when the handler returns, and reset when it raises. A `PeerError` is the peer's
-        own doing; any other exception is a bug of ours, and logged as such.
-        """
-
-        async def handle(raw_stream: Any) -> None:
-            stream = PeerStream(raw_stream, str(raw_stream.muxed_conn.peer_id))
-            try:
-                await handler(stream)
-            except PeerError as exc:
-                logger.debug("stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, exc)
-                await stream.reset()
-            except Exception:
-                logger.exception("the handler of %s failed", protocol)
-                await stream.reset()
-            except BaseException:
-                await stream.reset()
-                raise
-            else:
-                await stream.aclose()
-
-        self.libp2p.set_stream_handler(TProtocol(protocol), handle)
-
-    def _live_connections(self, peer_id: str) -> list[INetConn]:
-        if not is_peer_id(peer_id):
-            return []
-        connections = self._network.connections.get(ID.from_base58(peer_id), [])
-        return [connection for connection in connections if not connection.is_closed]
-
     async def _dial(self, peer_id: str, addrs: Sequence[str]) -> None:
+        if not addrs:
+            raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
         target = ID.from_base58(peer_id)
 
         async def attempt(address: str) -> None:
             protocol, host, port, named = parse_tcp(address)
             if named not in ("", peer_id):
-                raise ValueError(f"it is an address of {named}")
+                raise ValueError(f"that is peer {named}")
             await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
 
         self._network.unblock_peer(target)
         errors: dict[str, Exception] = {}
         with trio.move_on_after(self._config.dial_timeout_s):
-            errors = await race(list(dict.fromkeys(addrs)), attempt, self._config.dial_stagger_s)
-        if self._live_connections(peer_id):
-            return
-        if not addrs:
-            raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
-        tried = ", ".join(
-            f"{address} ({_describe(errors[address]) if address in errors else 'no answer'})"
-            for address in addrs
-        )
-        raise PeerUnreachable(f"peer {peer_id} cannot be reached: tried {tried}", peer_id)
+            await race(addrs, attempt, self._config.dial_stagger_s, errors)
+        if self._connection(peer_id) is None:
+            silent = f"no answer within {self._config.dial_timeout_s:g} s"
+            tried = "; ".join(
+                f"{address}: {innermost(errors[address]) if address in errors else silent}"
+                for address in addrs
+            )
+            raise PeerUnreachable(f"peer {peer_id} cannot be reached: {tried}", peer_id)
 
 
 class _Dial:
@@ -209,26 +255,31 @@ class _Dial:
         self.error: PeerUnreachable | None = None
 
 
-def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
-    noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
-    host = new_host(
-        key_pair=identity.key_pair,
-        transports=[TunedTCP(config.user_timeout_s)],
-        sec_opt={NOISE: noise},
-        addrs_factory=_advertised,
-        disable_identify_address_discovery=False,
-        connection_config=ConnectionConfig(
-            max_connections=config.max_connections,
-            high_watermark=config.max_connections,
-            min_connections=0,  # libp2p dials nobody of its own accord; bootstrap.py does
-            low_watermark=0,
-        ),
-    )
-    network = cast(Any, host.get_network())
-    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
-    network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
-    network.set_stream_handler(_guarded(network.common_stream_handler))
-    return host
+class _Watcher(INotifee):
+    """Turns libp2p's notice of each connection into one of each peer."""
+
+    def __init__(self, network: Any) -> None:
+        self.on_connected: list[PeerCallback] = []
+        self.on_disconnected: list[PeerCallback] = []
+        self._network = network
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        if len(self._network.connections.get(conn.muxed_conn.peer_id, [])) == 1:
+            for callback in self.on_connected:
+                callback(str(conn.muxed_conn.peer_id))
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        if conn.muxed_conn.peer_id not in self._network.connections:
+            for callback in self.on_disconnected:
+                callback(str(conn.muxed_conn.peer_id))
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
 
 
 class _Muxer(MuxerMultistream):
@@ -241,6 +292,31 @@ class _Muxer(MuxerMultistream):
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
         await self.select_transport(cast(Any, conn))
         return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
+
+
+def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
+    noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
+    host = new_host(
+        key_pair=identity.key_pair,
+        transports=[TunedTCP(config.user_timeout_s)],
+        sec_opt={NOISE: noise},
+        addrs_factory=_advertised,
+        connection_config=ConnectionConfig(
+            max_connections=config.max_connections,
+            high_watermark=config.max_connections,
+            min_connections=0,  # libp2p dials nobody of its own accord; bootstrap.py does
+            low_watermark=0,
+        ),
+    )
+    network: Any = host.get_network()
+    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
+    network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
+    network.set_stream_handler(_guarded(network.common_stream_handler))
+    return host
+
+
+def _advertised(candidates: Sequence[Multiaddr]) -> list[Multiaddr]:
+    return [Multiaddr(address) for address in advertised(str(each) for each in candidates)]
 
 
 def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
@@ -261,21 +337,27 @@ def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaita
     return guarded
 
 
-def _advertised(candidates: list[Multiaddr]) -> list[Multiaddr]:
-    return [Multiaddr(address) for address in advertised(str(each) for each in candidates)]
+async def _open_stream(connection: Any, protocol: str, peer_id: str) -> PeerStream:
+    stream = await connection.new_stream()
+    try:
+        await negotiate(stream.muxed_stream, protocol, peer_id)
+    except BaseException:
+        await PeerStream(stream, peer_id).reset()
+        raise
+    stream.set_protocol(TProtocol(protocol))
+    return PeerStream(stream, peer_id)
+
+
+def _is_peers_fault(exc: Exception) -> bool:
+    if isinstance(exc, ExceptionGroup):
+        return exc.split(PeerError)[1] is None
+    return isinstance(exc, PeerError)
 
 
 async def _close(host: IHost) -> None:
     """Hang up on everybody at once; libp2p takes 0.1 s for each, one after the other."""
-    network = cast(Any, host.get_network())
+    network: Any = host.get_network()
     async with trio.open_nursery() as nursery:
         for peer in list(network.connections):
             nursery.start_soon(network.close_peer, peer)
     await host.close()
-
-
-def _describe(exc: BaseException) -> str:
-    """The innermost reason, which libp2p wraps up to three times."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-    return str(exc) or type(exc).__name__

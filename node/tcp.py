@@ -15,6 +15,7 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from .addresses import parse_tcp
+from .dial import innermost
 
 READ_BYTES = 1 << 17
 KEEPALIVE_IDLE_S = 5
@@ -126,7 +127,7 @@ class TunedTCP(TCP):
         try:
             stream = await trio.open_tcp_stream(host, port)
         except OSError as exc:
-            raise OpenConnectionError(str(_only(exc))) from exc
+            raise OpenConnectionError(innermost(exc)) from exc
         tune(stream, self._user_timeout_s)
         return RawConnection(TcpStream(stream), True)
 
@@ -152,15 +153,6 @@ class TunedTCP(TCP):
                 nursery.cancel_scope.cancel()
 
         return super().create_listener(handle)
-
-
-def _only(exc: BaseException) -> BaseException:
-    """What is inside trio's "all attempts to connect failed", if that is one thing."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    return exc
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
+from p2pinfer.models.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ DECODE_TOKENS: Final = 16  # a step of at most this many tokens is never held ba
 class Runner(Protocol):
     """What the worker needs of a `SpanRunner`."""
 
-    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]: ...
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Job:
     """A chunk to compute. `is_stale` is asked once, just before computing: True drops it unread."""
 
     chunk: Chunk
+    span: BlockSpan  # the blocks to run; only jobs of the same span share a batch
     is_stale: Callable[[], bool]
     on_done: Callable[[Done], None]  # called in the event loop
     submitted_at: float  # time.perf_counter()
@@ -117,7 +119,7 @@ class Worker:
         for job in self._waiting:
             tokens, lease = len(job.chunk.hidden), id(job.chunk.lease)
             fits = tokens <= DECODE_TOKENS or tokens <= room or room == self._max_batch_tokens
-            if lease in taken or not fits:
+            if lease in taken or not fits or (batch and job.span != batch[0].span):
                 later.append(job)
             else:
                 batch.append(job)
@@ -136,7 +138,7 @@ class Worker:
         error: Exception | None = None
         try:
             if live:
-                outputs = list(self._runner.run([job.chunk for job in live]))
+                outputs = list(self._runner.run([job.chunk for job in live], live[0].span))
         except Exception as exc:  # whatever went wrong, the sessions must hear of it and the thread go on
             logger.exception("a batch of %s steps failed", len(live))
             error = exc

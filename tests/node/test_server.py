@@ -156,6 +156,17 @@ async def test_a_chain_computes_what_one_machine_computes(
         await swarm.all_closed()
 
 
+async def test_a_route_may_use_a_part_of_what_a_peer_holds(checkpoint: Checkpoint) -> None:
+    hidden = hidden_states(9)
+    async with open_swarm(checkpoint) as swarm, open_swarm(checkpoint) as other:
+        swarm.network.hosts["b"] = other.network.hosts["a"]
+        route = Route((Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))))
+        session = await swarm.session(route=route)
+        output = await session.decode(hidden, 0)
+        torch.testing.assert_close(output, local_output(checkpoint, hidden), atol=2e-4, rtol=1e-4)
+        await session.aclose()
+
+
 async def test_a_lower_position_rolls_every_hop_back(checkpoint: Checkpoint) -> None:
     hidden = hidden_states(20)
     async with open_swarm(checkpoint, 3) as swarm:
@@ -298,9 +309,9 @@ async def test_more_steps_in_flight_than_allowed_end_the_session(
         release = threading.Event()
         run = swarm.runners["a"].run
 
-        def slow(chunks: Sequence[Chunk]) -> list[Tensor]:
+        def slow(chunks: Sequence[Chunk], span: BlockSpan) -> list[Tensor]:
             release.wait()
-            return run(chunks)
+            return run(chunks, span)
 
         monkeypatch.setattr(swarm.runners["a"], "run", slow)
         session = await swarm.session(config=SessionConfig(chunk_tokens=2))
@@ -415,7 +426,7 @@ async def test_a_batch_that_cannot_be_computed_is_reported(
 ) -> None:
     async with open_swarm(checkpoint) as swarm:
 
-        def fail(chunks: object) -> list[Tensor]:
+        def fail(chunks: object, span: object) -> list[Tensor]:
             raise RuntimeError("out of memory")
 
         session = await swarm.session()

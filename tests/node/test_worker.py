@@ -12,6 +12,7 @@ from torch import Tensor
 
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.worker import Done, Job, Worker, open_worker
 
 
@@ -34,7 +35,7 @@ class Recorder:
         self.gate = threading.Semaphore(0)
         self.at_work = threading.Event()
 
-    def run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         self.at_work.set()
         self.gate.acquire()
         self.threads.add(threading.get_ident())
@@ -53,7 +54,13 @@ class Results:
         self._arrived = trio.Event()
 
     def submit(
-        self, name: str, tokens: int = 1, lease: Lease | None = None, position: int = 0, stale: bool = False
+        self,
+        name: str,
+        tokens: int = 1,
+        lease: Lease | None = None,
+        position: int = 0,
+        stale: bool = False,
+        span: BlockSpan = BlockSpan(0, 4),
     ) -> None:
         chunk = Chunk(cast(CacheLease, lease or Lease()), position, torch.zeros(tokens, 2))
 
@@ -61,7 +68,7 @@ class Results:
             self.done.append((name, done))
             self._arrived.set()
 
-        self._worker.submit(Job(chunk, lambda: stale, note, time.perf_counter()))
+        self._worker.submit(Job(chunk, span, lambda: stale, note, time.perf_counter()))
 
     async def wait(self, count: int) -> list[str]:
         with trio.fail_after(5):
@@ -119,6 +126,18 @@ async def test_prefill_is_bounded_per_batch_and_decode_rides_along() -> None:
         runner.gate.release(3)
         await results.wait(5)
     assert runner.batches == [[1], [60, 1, 1], [40]]
+
+
+async def test_only_sessions_over_the_same_blocks_share_a_batch() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 64) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for name, stop in (("a", 4), ("b", 3), ("c", 4)):
+            results.submit(name, span=BlockSpan(0, stop))
+        runner.gate.release(3)
+        assert await results.wait(4) == ["first", "a", "c", "b"]
+    assert runner.batches == [[1], [1, 1], [1]]
 
 
 async def test_a_chunk_larger_than_a_batch_still_runs() -> None:
