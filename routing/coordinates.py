@@ -47,7 +47,7 @@ def starting_coordinate(peer_id: str) -> Coordinate:
 
 def distance_ms(a: Coordinate, b: Coordinate) -> float:
     """The predicted round trip between two peers."""
-    return math.dist(a[:3], b[:3]) + a.height_ms + b.height_ms
+    return math.dist(a[:3], b[:3]) + (a.height_ms + b.height_ms)
 
 
 def update(own: Coordinate, other: Coordinate, rtt_ms: float) -> Coordinate:
