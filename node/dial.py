@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
 
 import trio
 
@@ -40,10 +41,8 @@ async def race(
 
 def innermost(exc: BaseException) -> str:
     """The reason at the bottom, which libp2p and trio wrap up to four times."""
-    while True:
-        if exc.__cause__ is not None:
-            exc = exc.__cause__
-        elif isinstance(exc, BaseExceptionGroup):
-            exc = exc.exceptions[0]
-        else:
-            return str(exc) or type(exc).__name__
+    if exc.__cause__ is not None:
+        return innermost(exc.__cause__)
+    if isinstance(exc, ExceptionGroup):
+        return innermost(cast("ExceptionGroup[Exception]", exc).exceptions[0])
+    return str(exc) or type(exc).__name__

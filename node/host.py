@@ -1,9 +1,9 @@
 """A libp2p host as p2pinfer uses it: streams to peers by id, handlers for protocols, and nothing else.
 
-What libp2p 0.8.1 gets wrong about hosts is put right here and in the modules below: only Noise is offered (the
-default host accepts plaintext), all addresses of a peer are raced (libp2p tries one of them, then refuses the
-peer for a minute), and nothing that a peer sends can raise out of a handler (libp2p would take the whole host
-down with it).
+What libp2p 0.8.1 gets wrong about hosts is put right here and in the modules below: only Noise is offered
+(the default host accepts plaintext), all addresses of a peer are raced (libp2p tries one of them, then
+refuses the peer for a minute), and nothing that a peer sends can raise out of a handler (libp2p would take
+the whole host down with it).
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Host:
         return None if connection is None else connection.muxed_conn.rtt_s or None
 
     def _connection(self, peer_id: str) -> Any:
-        """The live connection to use for `peer_id`: a direct one if there is one, else the oldest; or None."""
+        """The live connection to use for `peer_id`: a direct one if possible, else the oldest; or None."""
         if not is_peer_id(peer_id):
             return None
         connections = self._network.connections.get(ID.from_base58(peer_id), [])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import trio
@@ -83,7 +84,7 @@ class PeerStream(trio.abc.Stream):
         Raises:
             PeerVanished: The peer reset the stream, or the connection is gone.
         """
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and index(max_bytes) < 1:
             raise ValueError("max_bytes must be positive")
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
@@ -106,7 +107,7 @@ class PeerStream(trio.abc.Stream):
         """Close both directions, and let the peer see an error instead of an end. Harmless twice."""
         await self._close(self._muxed.abort)
 
-    async def _close(self, close: Any) -> None:
+    async def _close(self, close: Callable[[], None]) -> None:
         if not self._closed:
             self._closed = True
             close()
@@ -116,7 +117,7 @@ class PeerStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
     @contextmanager
-    def _translated(self, when: str) -> Iterator[None]:
+    def _translated(self, when: str) -> Generator[None]:
         if self._closed:
             raise trio.ClosedResourceError("this stream is closed")
         try:

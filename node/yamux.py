@@ -1,0 +1,552 @@
+"""Many streams over one connection: yamux, as all of libp2p speaks it.
+
+Why not libp2p's own. Its Yamux (0.8.1) sends a window update for every read, takes seven locks and as many
+turns of the event loop for a message one way, kills a stream whose reader pauses for five seconds, and the
+connection when a write is cancelled at the wrong moment; it shows a reset as an end of stream, and buffers
+whatever a peer sends beyond its window. `benchmarks/stream.py` compares the two.
+
+Theory of operation. One task receives: it decrypts message by message, cuts frames, and puts their contents
+into the stream they are for; it never waits for anything but the socket, so a slow reader stalls nobody else.
+What a peer may have under way on a stream is bounded by the window we granted; more ends the connection. We
+grant again when half of the window has been read, and a bigger one when that took less than two round trips.
+
+Frames of streams are written by the task that sends: encrypting and queueing happen without a suspension, in
+one order (`TcpStream.write` promises that), so no lock is needed and a cancelled sender cannot tear a frame.
+Frames that answer something (a window update, a pong) are collected and written by a task of their own,
+because neither the receiving task nor a reader that has taken its bytes may wait for the socket.
+
+Frame: version 0, type, flags, stream id, length; 12 bytes, big-endian. -- hashicorp/yamux, spec.md
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from multiaddr import Multiaddr
+
+from .shield import shielded
+
+logger = logging.getLogger(__name__)
+
+HEADER = struct.Struct("!BBHII")
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+
+INITIAL_WINDOW = 256 * 1024  # "Both sides assume the initial 256KB window" -- spec.md, Flow Control
+MAX_WINDOW = 4 << 20  # 40 MB/s over 100 ms
+MAX_GROWTH = 64 << 20  # what all streams of a connection may have on top of their initial windows
+MAX_PAYLOAD = 65535 - 16 - HEADER.size  # header and payload fit one Noise message, so one write
+MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
+MAX_STREAM_ID = (1 << 32) - 1
+PING_INTERVAL_S = 30.0  # between measurements of the round trip
+LINGER_S = 60.0  # how long a stream that we closed may wait for the peer's own end
+
+NORMAL, PROTOCOL_ERROR = 0, 1
+
+
+class YamuxViolation(BaseLibp2pError):
+    """The peer sent what the protocol forbids."""
+
+
+class YamuxStream(IMuxedStream):
+    """One of the streams of `muxed_conn`; a byte pipe each way, each with its own end."""
+
+    def __init__(self, connection: YamuxConnection, stream_id: int, *, ours: bool) -> None:
+        self.muxed_conn = connection  # by libp2p's name for it
+        self._connection = connection
+        self.stream_id = stream_id
+        self.ours = ours
+        self.closed_at: float | None = None  # when we stopped reading; nothing more is wanted
+        self.bytes_sent = 0
+        self.window = INITIAL_WINDOW
+        self.grantable = INITIAL_WINDOW  # bytes the peer may still send
+        self._inbox: deque[bytes] = deque()
+        self._offset = 0  # into the first piece of the inbox
+        self._read_since_grant = 0
+        self._granted_at = 0.0
+        self._credit = INITIAL_WINDOW  # bytes we may still send
+        self._end_sent = False
+        self._end_received = False
+        self._lost = False  # reset by either side, or the connection is gone
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+
+    # ------------------------------------------------------------------ for whoever uses the stream
+
+    async def read(self, n: int | None = None) -> bytes:
+        """What has arrived, at least one byte and at most `n`; it does not wait for more.
+
+        Raises:
+            MuxedStreamEOF: The peer has ended its side.
+            MuxedStreamReset: The stream or the connection is gone.
+        """
+        if n == 0:
+            return b""
+        while not self._inbox:
+            if self.closed_at is not None:
+                raise MuxedStreamClosed("the stream is closed for receiving")
+            if self._lost:
+                raise MuxedStreamReset("the stream was reset")
+            if self._end_received:
+                raise MuxedStreamEOF("the peer has ended the stream")
+            await self._readers.park()
+        taken = self._take(n if n is not None and n > 0 else None)
+        self._read_since_grant += len(taken)
+        if self._read_since_grant * 2 >= self.window:
+            self._grant()
+        return taken
+
+    def has_input(self) -> bool:
+        """Whether `read` would return at once."""
+        return bool(self._inbox) or self._lost or self._end_received
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of `data`, waiting for the peer's window for as long as it takes.
+
+        Raises:
+            MuxedStreamClosed: We have ended our side.
+            MuxedStreamReset: The stream or the connection is gone.
+        """
+        view = memoryview(data)
+        await self.wait_writable()
+        while view:
+            size = min(self._credit, MAX_PAYLOAD, len(view))
+            self._credit -= size
+            self.bytes_sent += size
+            await self._connection.send(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
+            view = view[size:]
+            if view:
+                await self.wait_writable()
+
+    async def wait_writable(self) -> None:
+        """Wait until the peer's window has room.
+
+        Raises:
+            MuxedStreamClosed, MuxedStreamReset: As for `write`.
+        """
+        while True:
+            if self._lost:
+                raise MuxedStreamReset("the stream was reset")
+            if self._end_sent:
+                raise MuxedStreamClosed("the stream is closed for sending")
+            if self._credit:
+                return
+            await self._writers.park()
+
+    async def close(self) -> None:
+        """End our side; the peer may go on sending."""
+        self.end()
+        await trio.lowlevel.checkpoint()
+
+    def end(self) -> None:
+        """`close` without a suspension: the end follows what was written."""
+        if not (self._end_sent or self._lost):
+            self._end_sent = True
+            self._connection.answer(WINDOW_UPDATE, FIN, self.stream_id, 0)
+            self._writers.unpark_all()
+            self._forget_if_over()
+
+    def discard(self) -> None:
+        """Read no more. What the peer still sends is answered with a reset, as TCP does."""
+        if self.closed_at is None:
+            self.closed_at = trio.current_time()
+            if self._inbox:
+                self.abort()
+            self._readers.unpark_all()
+
+    async def reset(self) -> None:
+        """Drop the stream; the peer sees an error."""
+        self.abort()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """`reset` without a suspension."""
+        if not self._lost:
+            if not (self._end_sent and self._end_received):
+                self._connection.answer(WINDOW_UPDATE, RST, self.stream_id, 0)
+            self._inbox.clear()
+            self.lose()
+
+    def set_deadline(self, ttl: int) -> None:
+        raise NotImplementedError("use trio.fail_after around reads and writes")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self._connection.get_remote_address()
+
+    async def __aenter__(self) -> YamuxStream:
+        return self
+
+    # ------------------------------------------------------------------ for the connection
+
+    def lose(self) -> None:
+        """The stream is over: what has arrived can still be read, then comes the reset."""
+        self._lost = True
+        self._connection.forget(self)
+        self._readers.unpark_all()
+        self._writers.unpark_all()
+
+    def receive(self, piece: bytes) -> None:
+        if self.closed_at is not None:
+            self.abort()
+        elif not self._lost:
+            self._inbox.append(piece)
+            self._readers.unpark_all()
+
+    def receive_end(self) -> None:
+        self._end_received = True
+        self._readers.unpark_all()
+        self._forget_if_over()
+
+    def add_credit(self, size: int) -> None:
+        self._credit += size
+        if self._credit > 1 << 32:
+            raise YamuxViolation(f"a window of {self._credit} bytes")
+        self._writers.unpark_all()
+
+    # ------------------------------------------------------------------ private
+
+    def _take(self, limit: int | None) -> bytes:
+        """Whole pieces as far as they fit, else the beginning of the first."""
+        first = self._inbox[0]
+        if not self._offset and len(self._inbox) == 1 and (limit is None or len(first) <= limit):
+            return self._inbox.popleft()
+        if limit is not None and len(first) - self._offset > limit:
+            self._offset += limit
+            return first[self._offset - limit : self._offset]
+        parts = [first[self._offset :]]
+        size = len(parts[0])
+        self._inbox.popleft()
+        self._offset = 0
+        while self._inbox and (limit is None or size + len(self._inbox[0]) <= limit):
+            size += len(self._inbox[0])
+            parts.append(self._inbox.popleft())
+        return b"".join(parts)
+
+    def _grant(self) -> None:
+        """Let the peer send as much again as was read, or more if we read as fast as it can send."""
+        now = trio.current_time()
+        granted = self._read_since_grant
+        if now - self._granted_at < 2 * self._connection.rtt_s and self.window < MAX_WINDOW:
+            grown = self._connection.grow(self.window)
+            self.window += grown
+            granted += grown
+        self._granted_at = now
+        self._read_since_grant = 0
+        if not (self._end_received or self._lost):
+            self.grantable += granted
+            self._connection.answer(WINDOW_UPDATE, 0, self.stream_id, granted)
+
+    def _forget_if_over(self) -> None:
+        if self._end_sent and self._end_received:
+            self._connection.forget(self)
+
+
+class YamuxConnection(IMuxedConn):
+    """All streams to one peer. libp2p's swarm makes it, runs `start`, and closes it."""
+
+    def __init__(self, conn: ISecureConn, peer_id: ID, *, max_streams: int = 256) -> None:
+        self.peer_id = peer_id
+        self.secured_conn = conn
+        self.event_started = trio.Event()
+        self.rtt_s = 0.0  # measured; 0 until the first pong
+        self._max_streams = max_streams
+        self._streams: dict[int, YamuxStream] = {}
+        self._theirs = 0  # how many of them the peer opened
+        self._next_id = 1 if conn.is_initiator else 2
+        self._growth = 0
+        self._closed = trio.Event()
+        self._control = bytearray()
+        self._control_ready = trio.Event()
+        self._pings: dict[int, trio.Event] = {}
+        self._next_ping = 0
+        self._accept_in, self._accept_out = trio.open_memory_channel[YamuxStream](max_streams)
+        self._scope = trio.CancelScope()
+        # The frame under way, when a peer's frames do not begin and end with Noise messages as ours do.
+        self._partial = b""
+        self._body_left = 0
+        self._body_stream: YamuxStream | None = None
+        self._body_flags = 0
+
+    # ------------------------------------------------------------------ for libp2p
+
+    @property
+    def is_initiator(self) -> bool:
+        return self.secured_conn.is_initiator
+
+    @property
+    def is_established(self) -> bool:
+        return self.event_started.is_set() and not self._closed.is_set()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    async def start(self) -> None:
+        """Run the connection until it ends."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_answers)
+                    nursery.start_soon(self._keep_measuring)
+                    self.event_started.set()
+                    await self._receive_until_the_end()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._end()
+            with shielded(1):
+                await self._hang_up()
+
+    async def close(self) -> None:
+        """Say goodbye, lose every stream, hang up. Harmless twice."""
+        if self._closed.is_set():
+            return
+        self._end()
+        with shielded(1):
+            try:
+                await self.secured_conn.write(HEADER.pack(0, GO_AWAY, 0, 0, NORMAL))
+            except (BaseLibp2pError, OSError) as exc:
+                logger.debug("connection.goodbye_failed peer=%s why=%r", self.peer_id, exc)
+            await self._hang_up()
+        self._scope.cancel()
+
+    async def open_stream(self) -> YamuxStream:
+        if self._closed.is_set():
+            raise MuxedConnUnavailable("the connection is closed")
+        if self._next_id > MAX_STREAM_ID:
+            raise MuxedStreamError("the connection has used up its stream ids")
+        stream = YamuxStream(self, self._next_id, ours=True)
+        self._next_id += 2
+        self._streams[stream.stream_id] = stream
+        try:
+            await self.send(HEADER.pack(0, WINDOW_UPDATE, SYN, stream.stream_id, 0))
+        except BaseException:
+            stream.abort()
+            raise
+        return stream
+
+    async def accept_stream(self) -> YamuxStream:
+        try:
+            return await self._accept_out.receive()
+        except trio.EndOfChannel:
+            raise MuxedConnUnavailable("the connection is closed") from None
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> ConnectionType:
+        return self.secured_conn.get_connection_type()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self.secured_conn.get_remote_address()
+
+    # ------------------------------------------------------------------ for the host
+
+    async def ping(self) -> float:
+        """The seconds of one round trip; updates `rtt_s`.
+
+        Raises:
+            MuxedConnUnavailable: The connection has ended.
+        """
+        if self._closed.is_set():
+            raise MuxedConnUnavailable("the connection is closed")
+        nonce = self._next_ping
+        self._next_ping = (nonce + 1) % (1 << 32)
+        answered = self._pings[nonce] = trio.Event()
+        try:
+            sent_at = trio.current_time()
+            await self.send(HEADER.pack(0, PING, SYN, 0, nonce))
+            await answered.wait()
+        finally:
+            self._pings.pop(nonce, None)
+        if self._closed.is_set():
+            raise MuxedConnUnavailable("the connection is closed")
+        rtt_s = trio.current_time() - sent_at
+        self.rtt_s = (self.rtt_s + rtt_s) / 2 if self.rtt_s else rtt_s
+        return rtt_s
+
+    # ------------------------------------------------------------------ for the streams
+
+    async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        """Write one frame; at a cancellation it is sent all the same."""
+        try:
+            await self.secured_conn.write(b"".join((header, payload)))
+        except (BaseLibp2pError, OSError) as exc:
+            raise MuxedStreamReset(f"the connection is gone: {exc}") from exc
+
+    def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        """Have a frame without payload written as soon as possible."""
+        if len(self._control) < MAX_CONTROL_BYTES:
+            self._control += HEADER.pack(0, kind, flags, stream_id, length)
+            self._control_ready.set()
+        else:
+            logger.debug("connection.violation peer=%s why=asks and does not read", self.peer_id)
+            self._scope.cancel()
+
+    def grow(self, size: int) -> int:
+        """How much of `size` a window may grow by."""
+        if self._growth + size > MAX_GROWTH:
+            return 0
+        self._growth += size
+        return size
+
+    def forget(self, stream: YamuxStream) -> None:
+        if self._streams.pop(stream.stream_id, None) is not None:
+            self._growth -= stream.window - INITIAL_WINDOW
+            self._theirs -= not stream.ours
+
+    # ------------------------------------------------------------------ tasks
+
+    async def _send_answers(self) -> None:
+        while True:
+            await self._control_ready.wait()
+            self._control_ready = trio.Event()
+            frames = bytes(self._control)
+            self._control.clear()
+            try:
+                await self.send(frames)
+            except MuxedStreamReset:
+                return  # the receiving task notices by itself
+
+    async def _keep_measuring(self) -> None:
+        while True:
+            with trio.move_on_after(PING_INTERVAL_S):
+                try:
+                    await self.ping()
+                except BaseLibp2pError:
+                    return
+            await trio.sleep(PING_INTERVAL_S)
+            for stream in list(self._streams.values()):
+                if stream.closed_at is not None and trio.current_time() - stream.closed_at > LINGER_S:
+                    stream.abort()
+
+    async def _receive_until_the_end(self) -> None:
+        try:
+            while True:
+                self._feed(await self.secured_conn.read())
+        except YamuxViolation as exc:
+            logger.debug("connection.violation peer=%s why=%s", self.peer_id, exc)
+            with trio.move_on_after(1):
+                await self.send(HEADER.pack(0, GO_AWAY, 0, 0, PROTOCOL_ERROR))
+        except _GoneAway as exc:
+            logger.debug("connection.gone_away peer=%s code=%s", self.peer_id, exc)
+        except Exception as exc:  # the socket's, Noise's, libp2p's: the connection is over in any case
+            logger.debug("connection.ended peer=%s why=%r", self.peer_id, exc)
+
+    # ------------------------------------------------------------------ receiving
+
+    def _feed(self, message: bytes) -> None:
+        """Take in a decrypted message: any part of any number of frames."""
+        if self._partial:
+            message, self._partial = self._partial + message, b""
+        at = 0
+        while at < len(message):
+            if self._body_left:
+                piece = message[at : at + self._body_left]
+                at += len(piece)
+                self._continue_body(piece)
+            elif len(message) - at < HEADER.size:
+                self._partial = message[at:]
+                return
+            else:
+                self._begin_frame(*HEADER.unpack_from(message, at))
+                at += HEADER.size
+
+    def _begin_frame(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
+        if version:
+            raise YamuxViolation(f"version {version}")
+        if kind in (DATA, WINDOW_UPDATE):
+            stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)
+            if kind == DATA:
+                self._begin_body(stream, flags, length)
+            elif stream is not None:
+                stream.add_credit(length)
+                _apply_end(stream, flags)
+        elif kind == PING:
+            if flags & SYN:
+                self.answer(PING, ACK, 0, length)
+            elif length in self._pings:
+                self._pings[length].set()
+        elif kind == GO_AWAY:
+            raise _GoneAway(length)
+        else:
+            raise YamuxViolation(f"a frame of type {kind}")
+
+    def _begin_body(self, stream: YamuxStream | None, flags: int, length: int) -> None:
+        """A stream that is None is over for us; what was under way to it is skipped."""
+        if stream is not None:
+            if length > stream.grantable:
+                raise YamuxViolation(f"{length} bytes into a window of {stream.grantable}")
+            stream.grantable -= length
+        self._body_left, self._body_stream, self._body_flags = length, stream, flags
+        if not length:
+            self._continue_body(b"")
+
+    def _continue_body(self, piece: bytes) -> None:
+        self._body_left -= len(piece)
+        stream = self._body_stream
+        if stream is not None:
+            if piece:
+                stream.receive(piece)
+            if not self._body_left:
+                _apply_end(stream, self._body_flags)
+
+    def _accept(self, stream_id: int) -> YamuxStream | None:
+        if stream_id % 2 != (not self.is_initiator) % 2 or not stream_id or stream_id in self._streams:
+            raise YamuxViolation(f"stream {stream_id} cannot be opened")
+        stream = YamuxStream(self, stream_id, ours=False)
+        try:
+            if self._theirs >= self._max_streams:
+                raise trio.WouldBlock
+            self._accept_in.send_nowait(stream)
+        except trio.WouldBlock:
+            logger.debug("stream.refused peer=%s open=%s", self.peer_id, self._theirs)
+            self.answer(WINDOW_UPDATE, RST, stream_id, 0)
+            return None
+        self._streams[stream_id] = stream
+        self._theirs += 1
+        self.answer(WINDOW_UPDATE, ACK, stream_id, 0)
+        return stream
+
+    # ------------------------------------------------------------------ ending
+
+    def _end(self) -> None:
+        """Nothing goes in or out any more; whoever waits is told."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._accept_in.close()
+        for stream in list(self._streams.values()):
+            stream.lose()
+        for answered in self._pings.values():
+            answered.set()
+
+    async def _hang_up(self) -> None:
+        try:
+            await self.secured_conn.close()
+        except (BaseLibp2pError, OSError) as exc:
+            logger.debug("connection.close_failed peer=%s why=%r", self.peer_id, exc)
+
+
+class _GoneAway(Exception):
+    """The peer said goodbye, with this code."""
+
+
+def _apply_end(stream: YamuxStream, flags: int) -> None:
+    if flags & RST:
+        stream.lose()
+    elif flags & FIN:
+        stream.receive_end()
