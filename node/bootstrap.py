@@ -1,0 +1,142 @@
+"""Finds the first peers, and keeps a few.
+
+Addresses come from `--bootstrap`, or else from the first bootstrap_peers.txt that names any: in the working
+directory, in the data directory, in the package. They are dialled until one answers, at once first and then
+ever more slowly; after that, peers from the table fill the neighbourhood up.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import ConfigError, PeerError
+
+from .addresses import split_peer
+from .host import Host
+from .view import SwarmView
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME: Final = "bootstrap_peers.txt"
+NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
+FIRST_RETRY_S: Final = 0.25
+LAST_RETRY_S: Final = 30.0
+CHECK_INTERVAL_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapPeer:
+    """Somebody to begin with."""
+
+    peer_id: str
+    addrs: tuple[str, ...]
+
+
+def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer, ...]:
+    """The peers to join by: `given`, or those of the first file that names any.
+
+    Raises:
+        ConfigError: An address is not `/ip4/<ip>/tcp/<port>/p2p/<peer id>` or the like; names the file's line.
+    """
+    if given:
+        return _grouped([(address, "--bootstrap") for address in given])
+    package = Path(__file__).resolve().parent.parent
+    # In a checkout this module lies in node/, installed in p2pinfer/node/; the file is beside either's parent.
+    for path in (Path(FILE_NAME), data_dir / FILE_NAME, package / FILE_NAME):
+        if path.is_file() and (lines := _read(path)):
+            return _grouped(lines)
+    return ()
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    """(address, where it stands) for every line that is more than a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}") from exc
+    named = ((line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1))
+    return [(address, where) for address, where in named if address]
+
+
+def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
+    by_peer: dict[str, list[str]] = {}
+    for address, where in addresses:
+        try:
+            _, peer_id = split_peer(address)
+        except ValueError as exc:
+            raise ConfigError(
+                f"{where}: {exc}; write for example /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW..."
+            ) from exc
+        by_peer.setdefault(peer_id, []).append(address)
+    return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
+
+
+class Neighbourhood:
+    """Keeps this process connected: to bootstrap peers first, then to some of the swarm."""
+
+    def __init__(
+        self,
+        host: Host,
+        view: SwarmView,
+        peers: Sequence[BootstrapPeer],
+        on_connected: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.reached = trio.Event()  # set once somebody answered
+        self._host = host
+        self._view = view
+        self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        self._on_connected = on_connected
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to begin with."""
+        return bool(self._peers)
+
+    async def keep(self) -> None:
+        """Dial until cancelled. `on_connected` is called for every peer dialled with success."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            connected = self._host.connected_peers()
+            if connected:
+                self.reached.set()
+                retry_s = FIRST_RETRY_S
+            if len(connected) < NEIGHBOURS:
+                await self._dial(connected)
+            if self._host.connected_peers() or not self._peers:
+                await trio.sleep(CHECK_INTERVAL_S)
+            else:
+                if retry_s >= LAST_RETRY_S / 2:
+                    tried = ", ".join(address for peer in self._peers for address in peer.addrs)
+                    logger.warning("no bootstrap peer answers (tried %s); trying on", tried)
+                await trio.sleep(retry_s * random.uniform(0.8, 1.2))
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _dial(self, connected: Sequence[str]) -> None:
+        """Every bootstrap peer that is not connected, and as many others as are missing."""
+        wanted = [peer for peer in self._peers if peer.peer_id not in connected]
+        known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
+        others = [
+            BootstrapPeer(peer.peer_id, peer.addrs)
+            for peer in self._view.everybody()
+            if peer.peer_id not in known and peer.addrs
+        ]
+        missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
+        wanted += random.sample(others, min(missing, len(others)))
+        async with trio.open_nursery() as nursery:
+            for peer in wanted:
+                nursery.start_soon(self._dial_one, peer)
+
+    async def _dial_one(self, peer: BootstrapPeer) -> None:
+        try:
+            await self._host.connect(peer.peer_id, peer.addrs)
+            self.reached.set()
+            await self._on_connected(peer.peer_id)
+        except PeerError as exc:
+            logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)

@@ -1,0 +1,199 @@
+"""A serving node, from its identity to its goodbye.
+
+    identity -> model -> network -> look at the swarm -> choose blocks -> load -> serve -> announce -> leave
+
+A node that may choose its blocks looks again from time to time, and starts over from "choose blocks" when
+the swarm would gain enough by it and nobody is being served at the moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+import trio
+
+from p2pinfer.errors import ConfigError, SpanOutOfRange
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.runner import SpanRunner, open_runner
+from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.routing.placement import choose_span, should_move
+
+from .config import ServeConfig
+from .events import Event, Leaving, Loading, Ready, Starting
+from .host import HostConfig
+from .identity import load_identity
+from .offer import Offer
+from .server import ServedSpan, SpanServer
+from .sizing import measure_capacity, measure_speed
+from .swarm import SwarmMember, open_swarm
+from .tasks import open_nursery
+from .worker import open_worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What a node serves and where it keeps its things."""
+
+    model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
+    blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most
+    num_blocks: int | None = None  # serve at most this many; None: as many as fit
+    no_blocks: bool = False  # serve none: introduce peers to each other
+    data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
+    cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
+    bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
+
+
+async def run_node(
+    config: NodeConfig,
+    *,
+    host_config: HostConfig | None = None,
+    compute_config: ComputeConfig | None = None,
+    serve_config: ServeConfig | None = None,
+    report: Callable[[Event], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> None:
+    """Serve until cancelled, then say goodbye to the swarm.
+
+    Args:
+        report: Called with everything an operator may want to see, `Ready` among it.
+
+    Raises:
+        LocalError: Something this machine lacks or the configuration gets wrong; nothing was served.
+    """
+    node = _Node(
+        config,
+        compute_config or ComputeConfig(),
+        serve_config or ServeConfig(),
+        report,
+        progress,
+    )
+    await node.run(host_config or HostConfig())
+
+
+class _Node:
+    """The configuration of one `run_node`, and its steps."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        compute: ComputeConfig,
+        serve: ServeConfig,
+        report: Callable[[Event], None],
+        progress: Progress | None,
+    ) -> None:
+        self._config = config
+        self._compute = compute
+        self._serve = serve
+        self._report = report
+        self._progress = progress
+
+    async def run(self, host_config: HostConfig) -> None:
+        config = self._config
+        identity = load_identity(config.data_dir)
+        if config.no_blocks:
+            async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
+                await self._introduce(member)
+        source = await trio.to_thread.run_sync(self._resolve)
+        wanted = self._wanted_blocks(source.spec)
+        async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
+            spec = source.spec
+            self._report(Starting(member.peer_id, member.addrs, spec.model, spec.revision))
+            await member.join(spec.revision)
+            if wanted is not None:
+                await self._serve_span(source, member, wanted, "asked for", may_move=False)
+            else:
+                await self._serve_where_needed(source, member)
+
+    async def _introduce(self, member: SwarmMember) -> None:
+        """Hold no blocks: pass on what is gossiped, tell newcomers who is there."""
+        self._report(Ready(member.peer_id, member.addrs, "", "", None, "", "", 0.0, 0))
+        await member.follow_neighbours()
+
+    async def _serve_where_needed(self, source: ModelSource, member: SwarmMember) -> None:
+        await member.wait_settled(self._serve.settle_s)
+        capacity = await trio.to_thread.run_sync(measure_capacity, source.spec, self._compute)
+        most = min(capacity.blocks, self._config.num_blocks or capacity.blocks)
+        others = member.announcements(source.spec.revision)
+        span = choose_span(others, source.spec.num_blocks, most, capacity.tokens_per_s_per_block)
+        reason = f"{capacity.blocks} blocks fit; the swarm is weakest here"
+        while True:
+            span = await self._serve_span(source, member, span, reason, may_move=True)
+            reason = "the swarm has come to need these more"
+
+    async def _serve_span(
+        self, source: ModelSource, member: SwarmMember, span: BlockSpan, reason: str, *, may_move: bool
+    ) -> BlockSpan:
+        """Serve `span`; return only if another one should be served instead."""
+        self._report(Loading((span.start, span.stop), reason))
+        runner = await trio.to_thread.run_sync(self._load, source, span)
+        tokens_per_s = await trio.to_thread.run_sync(measure_speed, runner)
+        async with open_worker(runner, self._serve.max_batch_tokens) as worker:
+            offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
+            served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
+            server = SpanServer(member.host, served, self._serve, self._report, offer.touch)
+            server.register()
+            try:
+                await offer.announce()
+                self._report(
+                    Ready(
+                        member.peer_id,
+                        member.addrs,
+                        source.spec.model,
+                        source.spec.revision,
+                        (span.start, span.stop),
+                        runner.dtype_name,
+                        str(runner.device),
+                        tokens_per_s,
+                        runner.cache.capacity_tokens,
+                    )
+                )
+                async with open_nursery() as nursery:
+                    nursery.start_soon(offer.keep_fresh)
+                    return await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
+            finally:
+                server.refuse_newcomers()
+                with trio.CancelScope(shield=True), trio.move_on_after(self._serve.leave_timeout_s):
+                    await offer.withdraw()
+                self._report(Leaving(server.sessions))
+
+    async def _until_needed_elsewhere(
+        self, spec: ModelSpec, member: SwarmMember, offer: Offer, server: SpanServer, may_move: bool
+    ) -> BlockSpan:
+        if not may_move:
+            await trio.sleep_forever()
+        since = trio.current_time()
+        while True:
+            await trio.sleep(self._serve.announce_interval_s)
+            others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
+            dwelt_s = trio.current_time() - since
+            better = should_move(offer.announcement(), others, spec.num_blocks, dwelt_s)
+            if better is not None and not server.sessions:
+                return better
+
+    def _resolve(self) -> ModelSource:
+        return resolve_model(self._config.model, cache_dir=self._config.cache_dir, progress=self._progress)
+
+    def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
+        checkpoint = source.fetch(span, ends=False, progress=self._progress)
+        return open_runner(checkpoint, span, self._compute, progress=self._progress)
+
+    def _wanted_blocks(self, spec: ModelSpec) -> BlockSpan | None:
+        if self._config.blocks is None:
+            return None
+        if self._config.num_blocks is not None:
+            raise ConfigError("--blocks says which blocks, --num-blocks how many: give one of them")
+        span = BlockSpan.parse(self._config.blocks)
+        if span.stop > spec.num_blocks:
+            raise SpanOutOfRange(
+                f"{spec.model} has {spec.num_blocks} blocks, 0:{spec.num_blocks}; {span} is not among them"
+            )
+        return span

@@ -1,0 +1,77 @@
+"""What this node announces, and when: at once when something changed, else once in a while."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import trio
+
+from p2pinfer.models.runner import SpanRunner
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.routing.announcement import Announcement
+
+from .config import ServeConfig
+from .swarm import SwarmMember
+
+
+class Offer:
+    """One served span as the swarm hears of it."""
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        spec: ModelSpec,
+        runner: SpanRunner,
+        tokens_per_s: float,
+        config: ServeConfig,
+    ) -> None:
+        self._member = member
+        self._spec = spec
+        self._runner = runner
+        self._tokens_per_s = tokens_per_s
+        self._config = config
+        self._touched = trio.Event()
+        self._announced_free = -1
+
+    def touch(self) -> None:
+        """Something changed; worth an announcement if it is much."""
+        free, total = self._runner.cache.free_tokens, self._runner.cache.capacity_tokens
+        if abs(free - self._announced_free) > total // 8:
+            self._touched.set()
+
+    def announcement(self) -> Announcement:
+        """The offer as of this moment. The sequence is the wall clock, so that it grows across restarts."""
+        return Announcement(
+            peer_id=self._member.peer_id,
+            model=self._spec.model,
+            revision=self._spec.revision,
+            span=self._runner.span,
+            dtype=self._runner.dtype_name,
+            tokens_per_s=self._tokens_per_s,
+            free_cache_tokens=self._runner.cache.free_tokens,
+            sequence=int(time.time() * 1000),
+            reachability="unknown",
+            addrs=self._member.addrs,
+            coordinate=self._member.coordinate,
+            ttl_s=self._config.announce_ttl_s,
+        )
+
+    async def announce(self) -> None:
+        """Tell the swarm."""
+        self._touched = trio.Event()
+        announcement = self.announcement()
+        self._announced_free = announcement.free_cache_tokens
+        await self._member.announce(announcement)
+
+    async def withdraw(self) -> None:
+        """Say goodbye."""
+        await self._member.announce(replace(self.announcement(), leaving=True))
+
+    async def keep_fresh(self) -> None:
+        """Announce on change and once an interval, never more often than the minimal gap."""
+        while True:
+            await trio.sleep(self._config.announce_min_gap_s)
+            with trio.move_on_after(self._config.announce_interval_s - self._config.announce_min_gap_s):
+                await self._touched.wait()
+            await self.announce()

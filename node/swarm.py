@@ -1,0 +1,124 @@
+"""A place in the swarm: a host, the view it keeps from gossip, neighbours, and how far the others are.
+
+Nodes and clients join in the same way; a node announces, a client only listens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from p2pinfer.errors import PeerError
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.coordinates import Coordinate
+
+from .bootstrap import Neighbourhood, bootstrap_peers
+from .gossip import Gossip, open_gossip
+from .host import Host, HostConfig, open_host
+from .identity import Identity
+from .latency import Latency
+from .snapshot import fetch_snapshot, serve_snapshots
+from .tasks import open_nursery
+from .view import SwarmView
+
+logger = logging.getLogger(__name__)
+
+
+class SwarmMember:
+    """This process as a member of the swarm. Made by `open_swarm`."""
+
+    def __init__(
+        self, host: Host, view: SwarmView, gossip: Gossip, peers: Neighbourhood, latency: Latency
+    ) -> None:
+        self.host = host
+        self.peer_id = host.peer_id
+        self._view = view
+        self._gossip = gossip
+        self._neighbourhood = peers
+        self._latency = latency
+        self._settled = trio.Event()  # set once a neighbour's table was taken in
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """The multiaddrs that others can dial us at."""
+        return self.host.addrs
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """Where we believe to sit."""
+        return self._latency.coordinate
+
+    @property
+    def table_changed(self) -> trio.Event:
+        """Set with the next piece of news about who serves what. Fetch it before you look at the table."""
+        return self._view.changed
+
+    def rtt_ms(self, peer_id: str) -> float | None:
+        """The last measured round trip to a peer."""
+        return self._latency.rtt_ms(peer_id)
+
+    def announcements(self, revision: str) -> list[Announcement]:
+        """Who serves `revision`, ourselves included."""
+        return self._view.live(revision)
+
+    async def join(self, revision: str) -> None:
+        """Hear of everybody who serves `revision`."""
+        await self._gossip.join(revision)
+
+    async def announce(self, announcement: Announcement) -> None:
+        """Tell the swarm what we serve."""
+        await self._gossip.announce(announcement)
+
+    async def follow_neighbours(self) -> None:
+        """Pass on what the neighbours care about, whatever it is; until cancelled."""
+        await self._gossip.follow_neighbours()
+
+    async def wait_settled(self, timeout_s: float) -> bool:
+        """Wait until a neighbour's table was taken in; False if that took too long or nobody is there."""
+        if not self._neighbourhood.has_peers:
+            return self._settled.is_set()
+        with trio.move_on_after(timeout_s):
+            await self._settled.wait()
+        return self._settled.is_set()
+
+    async def _greet(self, peer_id: str) -> None:
+        """Ask somebody we dialled for what it knows."""
+        try:
+            await fetch_snapshot(self.host, self._view, peer_id)
+            self._settled.set()
+        except PeerError as exc:
+            logger.debug("snapshot.failed peer=%s why=%s", peer_id, exc)
+
+
+@asynccontextmanager
+async def open_swarm(
+    identity: Identity, host_config: HostConfig, bootstrap: Sequence[str], data_dir: Path
+) -> AsyncGenerator[SwarmMember]:
+    """Join the swarm until the block ends.
+
+    Raises:
+        ConfigError: A bootstrap address is malformed.
+        AddressUnusable: An address to listen on is malformed, taken, or not of this machine.
+    """
+    first_peers = bootstrap_peers(bootstrap, data_dir)
+    view = SwarmView()
+    async with (
+        open_host(identity, host_config) as host,
+        open_gossip(host, identity, view) as gossip,
+        open_nursery() as nursery,
+    ):
+        latency = Latency(host, view.everybody)
+
+        async def greet(peer_id: str) -> None:
+            await member._greet(peer_id)
+
+        neighbourhood = Neighbourhood(host, view, first_peers, greet)
+        member = SwarmMember(host, view, gossip, neighbourhood, latency)
+        serve_snapshots(host, view)
+        nursery.start_soon(neighbourhood.keep)
+        nursery.start_soon(latency.serve)
+        yield member

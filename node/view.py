@@ -1,0 +1,78 @@
+"""The swarm's table as this process keeps it: only what is signed gets in, and waiters hear of news."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from p2pinfer.errors import ProtocolViolation
+from p2pinfer.routing.announcement import Announcement, decode_announcement, encode_announcement
+from p2pinfer.routing.table import SwarmTable
+
+from .identity import Identity
+from .records import open_record, seal
+
+logger = logging.getLogger(__name__)
+
+
+class SwarmView:
+    """A `SwarmTable` on trio's clock, fed with sealed records."""
+
+    def __init__(
+        self, table: SwarmTable | None = None, clock: Callable[[], float] = trio.current_time
+    ) -> None:
+        self.changed = trio.Event()  # set, and replaced, with every piece of news
+        self._table = table or SwarmTable()
+        self._clock = clock
+
+    def take(self, record: bytes, age_s: float = 0.0, revision: str | None = None) -> bool:
+        """Take in a record that a peer sent; whether it was news.
+
+        Args:
+            revision: The only revision that the record may be about; None for any.
+
+        Raises:
+            ProtocolViolation: The record is malformed, forged, or about somebody else than its author.
+        """
+        author, payload = open_record(record)
+        announcement = decode_announcement(payload)
+        if announcement.peer_id != author:
+            raise ProtocolViolation("an announcement about somebody else", author)
+        if revision is not None and announcement.revision != revision:
+            raise ProtocolViolation("an announcement of another model than its topic's", author)
+        return self._accept(announcement, record, age_s)
+
+    def publish(self, identity: Identity, announcement: Announcement) -> bytes:
+        """Take in our own announcement; returns it sealed, for others."""
+        record = seal(identity, encode_announcement(announcement))
+        self._accept(announcement, record, 0.0)
+        return record
+
+    def live(self, revision: str) -> list[Announcement]:
+        """The peers that serve `revision` at this moment."""
+        return self._table.live(revision, self._clock())
+
+    def everybody(self) -> list[Announcement]:
+        """All live announcements, whatever their model."""
+        return [peer for revision in self._table.revisions(self._clock()) for peer in self.live(revision)]
+
+    def records(self, revision: str | None = None) -> list[tuple[bytes, float]]:
+        """Sealed records with their ages in seconds, youngest first."""
+        now = self._clock()
+        self._table.forget_expired(now)
+        return self._table.records(now, revision)
+
+    def _accept(self, announcement: Announcement, record: bytes, age_s: float) -> bool:
+        news = self._table.accept(announcement, record, self._clock(), age_s)
+        if news:
+            logger.debug(
+                "swarm.news peer=%s blocks=%s leaving=%s",
+                announcement.peer_id,
+                announcement.span,
+                announcement.leaving,
+            )
+            self.changed.set()
+            self.changed = trio.Event()
+        return news

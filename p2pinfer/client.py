@@ -1,0 +1,291 @@
+"""Joins the swarm without serving: sees who holds what, plans routes, opens sessions.
+
+The client keeps the same live table as a node, from the same gossip, so a generation starts with a look at
+memory. What it learns from a route's fate goes to its ledger and to the policy that chose it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import platformdirs
+import trio
+
+from p2pinfer.errors import ConfigError, NoRoute, PolicyError
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.ends import Ends, load_ends
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.text import Tokenizer, load_tokenizer
+from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.identity import new_identity
+from p2pinfer.node.swarm import SwarmMember, open_swarm
+from p2pinfer.node.tasks import open_nursery
+from p2pinfer.node.tensors import row_bytes
+from p2pinfer.node.wire import Codec
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.policy import RoutingPolicy, ask_policy, load_policy
+from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
+
+from .generate import Generation, GenerationConfig
+from .session import Session, SessionConfig, open_session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """How a client finds its way."""
+
+    policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
+    find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
+    policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
+    max_attempts: int = 8  # routes tried in a row without a token in between
+    dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
+    device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """A peer as the client sees it."""
+
+    announcement: Announcement
+    connection: Literal["direct", "relayed"] | None  # None: not connected at the moment
+    rtt_ms: float | None
+
+
+class Client:
+    """Generates text on a swarm. Use as `async with Client(...) as client`.
+
+    Args:
+        model: A model's hub id or folder; the bundled one by default.
+        bootstrap: Multiaddrs to join by; those of bootstrap_peers.txt if empty.
+        policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
+        ledger: What is known of peers; a fresh one by default.
+
+    Raises (on entering):
+        ModelNotFound, CheckpointError: The model cannot be opened.
+        ConfigError: A bootstrap address is malformed.
+        PolicyError: There is no such policy.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = BUNDLED_MODEL,
+        bootstrap: Sequence[str] = (),
+        policy: str | RoutingPolicy | None = None,
+        config: ClientConfig | None = None,
+        host_config: HostConfig | None = None,
+        session_config: SessionConfig | None = None,
+        routing_config: RoutingConfig | None = None,
+        ledger: Ledger | None = None,
+        cache_dir: Path | None = None,
+        data_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.ledger = ledger or Ledger()
+        self._config = config or ClientConfig()
+        policy = policy or self._config.policy
+        self.policy = load_policy(policy) if isinstance(policy, str) else policy
+        self._model = model
+        self._bootstrap = tuple(bootstrap)
+        self._host_config = host_config or HostConfig(listen=())
+        self._session_config = session_config or SessionConfig()
+        self._routing_config = routing_config or RoutingConfig()
+        self._cache_dir = cache_dir or platformdirs.user_cache_path("p2pinfer")
+        self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
+        self._progress = progress
+        self._stack = AsyncExitStack()
+        self._source: ModelSource
+        self._ends: Ends
+        self._tokenizer: Tokenizer
+        self._member: SwarmMember
+        self._nursery: trio.Nursery
+
+    async def __aenter__(self) -> Client:
+        async with AsyncExitStack() as stack:
+            self._source = await trio.to_thread.run_sync(self._resolve)
+            self._member = await stack.enter_async_context(
+                open_swarm(new_identity(), self._host_config, self._bootstrap, self._data_dir)
+            )
+            await self._member.join(self._source.spec.revision)
+            self._nursery = await stack.enter_async_context(open_nursery())
+            self._ends, self._tokenizer = await trio.to_thread.run_sync(self._load_ends)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.__aexit__(kind, error, traceback)
+
+    @property
+    def member(self) -> SwarmMember:
+        """This client's place in the network: its host, its table."""
+        return self._member
+
+    def generate(
+        self, prompt: str, config: GenerationConfig | None = None, **overrides: object
+    ) -> Generation:
+        """Continue `prompt`.
+
+        Args:
+            config: What to generate; the defaults of `GenerationConfig` otherwise.
+            overrides: Single fields of it, such as `max_new_tokens=50`.
+
+        Raises:
+            PromptTooLong: The prompt does not fit the model.
+            ConfigError: An override is not a field of `GenerationConfig`, or a value makes no sense.
+        """
+        return Generation(
+            self,
+            self._source.spec,
+            self._ends,
+            self._tokenizer,
+            prompt,
+            generation_config(config, overrides),
+            max_attempts=self._config.max_attempts,
+        )
+
+    def peers(self) -> list[PeerView]:
+        """Everybody known to serve this client's model."""
+        return [
+            PeerView(
+                announcement,
+                self._member.host.connection_kind(announcement.peer_id),
+                self._member.rtt_ms(announcement.peer_id),
+            )
+            for announcement in self._member.announcements(self._source.spec.revision)
+        ]
+
+    @property
+    def ends(self) -> Ends:
+        """Embedding and head, which run here."""
+        return self._ends
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model this client talks about."""
+        return self._source.spec
+
+    # ------------------------------------------------------------------ what a generation asks of us
+
+    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+        """A session for `tokens` positions on the policy's best route without the `excluded` peers.
+
+        Raises:
+            NoRoute: Nobody serves some of the blocks, also after waiting for `find_timeout_s`.
+            PeerError: A hop of the route could not be reached or refused.
+        """
+        route = await self._find_route(tokens, excluded)
+        logger.debug("session.open route=%s", route)
+        return await open_session(
+            self._member.host,
+            self._nursery,
+            route,
+            self._source.spec,
+            max_tokens=tokens,
+            codec=self._codec_for(route),
+            config=self._session_config,
+        )
+
+    def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
+        """Note in the ledger how the hops fared, and tell the policy."""
+        now = trio.current_time()
+        for hop in route.hops:
+            if outcome.ok:
+                self.ledger.record_success(hop.peer_id, now)
+            elif hop.peer_id == outcome.failed_peer:
+                self.ledger.record_failure(hop.peer_id, now)
+        try:
+            self.policy.on_result(route, outcome)
+        except Exception:  # the user's code; the text must not suffer from it
+            logger.warning("the policy's on_result failed", exc_info=True)
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
+        """How this client is connected to a hop."""
+        return self._member.host.connection_kind(peer_id) or "direct"
+
+    # ------------------------------------------------------------------ planning
+
+    async def _find_route(self, tokens: int, excluded: frozenset[str]) -> Route:
+        """The best route; waits for peers to appear if there is none yet."""
+        deadline = trio.current_time() + self._config.find_timeout_s
+        while True:
+            changed = self._member.table_changed
+            try:
+                return await self._choose_route(tokens, excluded)
+            except NoRoute:
+                with trio.move_on_at(deadline) as patience:
+                    await changed.wait()
+                if patience.cancelled_caught:
+                    raise
+
+    async def _choose_route(self, tokens: int, excluded: frozenset[str]) -> Route:
+        spec = self._source.spec
+        candidates = [
+            Candidate(peer.announcement, peer.rtt_ms, relayed=peer.connection == "relayed")
+            for peer in self.peers()
+        ]
+        request = RouteRequest(
+            spec.revision,
+            spec.num_blocks,
+            row_bytes(spec.hidden_size, "bfloat16"),
+            tokens,
+            excluded,
+            self._member.coordinate,
+        )
+        try:
+            with trio.fail_after(self._config.policy_timeout_s):
+                routes = await trio.to_thread.run_sync(
+                    ask_policy, self.policy, candidates, request, self.ledger, abandon_on_cancel=True
+                )
+        except trio.TooSlowError as exc:
+            raise PolicyError(
+                f"the routing policy said nothing for {self._config.policy_timeout_s:g} s"
+            ) from exc
+        return routes[0]
+
+    def _codec_for(self, route: Route) -> Codec:
+        """What travels: full precision only where every hop computes in it."""
+        dtypes = {
+            announcement.dtype
+            for announcement in self._member.announcements(self._source.spec.revision)
+            if announcement.peer_id in route.peer_ids
+        }
+        return "float32" if dtypes == {"float32"} else "bfloat16"
+
+    # ------------------------------------------------------------------ loading
+
+    def _resolve(self) -> ModelSource:
+        return resolve_model(self._model, cache_dir=self._cache_dir, progress=self._progress)
+
+    def _load_ends(self) -> tuple[Ends, Tokenizer]:
+        checkpoint = self._source.fetch(None, ends=True, progress=self._progress)
+        compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
+        return load_ends(checkpoint, compute), load_tokenizer(checkpoint.folder)
+
+
+def generation_config(config: GenerationConfig | None, overrides: dict[str, object]) -> GenerationConfig:
+    """`config` with single fields replaced.
+
+    Raises:
+        ConfigError: There is no such field, or a value makes no sense.
+    """
+    try:
+        return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
+    except TypeError as exc:
+        raise ConfigError(f"{exc}; see p2pinfer.GenerationConfig for what can be set") from exc
