@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from blake3 import blake3
 
 from p2pinfer.errors import CheckpointError
 
-from .progress import Progress, Silent
+from .parallel import Count, run_counted
+from .progress import Progress
 
 _PIECE_BYTES = 1 << 20
 _THREADS = 8  # hashlib releases the interpreter's lock; more than a disk can feed gains nothing
@@ -36,10 +36,21 @@ def hash_files(
         entries = [_Entry(path, cache_dir) for path in paths]
         unknown = [entry for entry in entries if entry.sha256 is None]
         if unknown:
-            _hash(unknown, progress or Silent())
+            run_counted(
+                [entry.compute for entry in unknown],
+                label="checking weights",
+                total_bytes=sum(entry.size for entry in unknown),
+                threads=min(_THREADS, len(unknown)),
+                progress=progress,
+            )
     except OSError as exc:
         raise CheckpointError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
     return [entry.sha256 or "" for entry in entries]
+
+
+def note_hash(path: Path, sha256: str, *, cache_dir: Path) -> None:
+    """Remember the hash of a file that was hashed while it was written."""
+    _Entry(path, cache_dir).remember(sha256)
 
 
 class _Entry:
@@ -53,14 +64,23 @@ class _Entry:
         self._note = cache_dir and cache_dir / "sha256" / f"{blake3(bytes(self.path)).hexdigest()[:32]}.json"
         self.sha256 = self._recall()
 
-    def compute(self, progress: Progress) -> None:
+    def compute(self, count: Count) -> None:
         digest = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
             while piece := file.read(_PIECE_BYTES):
                 digest.update(piece)
-                progress.advance(len(piece))
-        self.sha256 = digest.hexdigest()
-        self._remember()
+                count(len(piece))
+        self.remember(digest.hexdigest())
+
+    def remember(self, sha256: str) -> None:
+        self.sha256 = sha256
+        if self._note is None:
+            return
+        with contextlib.suppress(OSError):  # a read-only cache is no reason to stop
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            draft = self._note.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps({**self._stamp, "sha256": sha256}))
+            draft.replace(self._note)
 
     def _recall(self) -> str | None:
         if self._note is None:
@@ -72,22 +92,3 @@ class _Entry:
                 sha256 = str(known.pop("sha256"))
                 return sha256 if known == self._stamp else None
         return None
-
-    def _remember(self) -> None:
-        if self._note is None:
-            return
-        with contextlib.suppress(OSError):  # a read-only cache is no reason to stop
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._note.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({**self._stamp, "sha256": self.sha256}))
-            draft.replace(self._note)
-
-
-def _hash(entries: Sequence[_Entry], progress: Progress) -> None:
-    progress.start("checking weights", sum(entry.size for entry in entries))
-    try:
-        with ThreadPoolExecutor(min(_THREADS, len(entries))) as pool:
-            for future in [pool.submit(entry.compute, progress) for entry in entries]:
-                future.result()
-    finally:
-        progress.done()

@@ -63,7 +63,9 @@ def resolve_model(model: str, *, cache_dir: Path, progress: Progress | None = No
         raise ModelNotFound(
             f"there is no folder {model!r}, and it is no id of the Hugging Face hub (owner/name) either"
         )
-    raise ModelNotFound(f"there is no folder {model!r}")
+    from .hub import open_hub  # huggingface_hub's HTTP takes 0.3 s to import, and most runs have a folder
+
+    return open_hub(model, cache_dir=cache_dir, progress=progress)
 
 
 class FolderSource:

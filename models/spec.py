@@ -30,6 +30,7 @@ _LIMITS = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
     "vocab_size": 1 << 26,
     "max_position_embeddings": 1 << 40,
 }
@@ -49,6 +50,7 @@ class ModelSpec:
     max_positions: int
     kv_heads: int
     head_dim: int
+    block_parameters: int  # weights of one block, norms and biases left out
 
     def kv_bytes_per_token_per_block(self, dtype: str | None = None) -> int:
         """What a cached token costs in one block, keys and values; in the checkpoint's dtype unless given."""
@@ -132,6 +134,7 @@ def model_spec(
         max_positions=sizes["max_position_embeddings"],
         kv_heads=sizes["num_key_value_heads"],
         head_dim=sizes["head_dim"],
+        block_parameters=_block_parameters(sizes, config),
     )
 
 
@@ -158,6 +161,13 @@ def pretrained_config(model: str, config: Mapping[str, Any]) -> PretrainedConfig
     except Exception as exc:  # whatever its validators raise, the answer is the same
         raise CheckpointError(f"transformers cannot use the config of {model}: {exc}") from exc
     return complete
+
+
+def _block_parameters(sizes: Mapping[str, int], config: Mapping[str, Any]) -> int:
+    heads = 2 * (sizes["num_attention_heads"] + sizes["num_key_value_heads"]) * sizes["head_dim"]
+    experts = config.get("num_local_experts")
+    feed_forward = 3 * sizes["intermediate_size"] * (experts if type(experts) is int and experts > 0 else 1)
+    return sizes["hidden_size"] * (heads + feed_forward)
 
 
 def _family(model: str, config: Mapping[str, Any]) -> str:

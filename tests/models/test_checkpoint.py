@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 4,
+    "intermediate_size": 16,
     "vocab_size": 16,
     "max_position_embeddings": 32,
 }

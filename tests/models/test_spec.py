@@ -17,6 +17,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 4,
+    "intermediate_size": 16,
     "vocab_size": 16,
     "max_position_embeddings": 32,
     "dtype": "float16",
@@ -26,7 +27,7 @@ SHARDS = {"a.safetensors": "00", "b.safetensors": "11"}
 
 def test_the_revision_is_a_fixed_function_of_config_and_shards() -> None:
     """Peers of different versions must agree on it, so this value may never change."""
-    assert revision_of(CONFIG, SHARDS) == "c05168346fff1141d6ee49075ab79ed3"
+    assert revision_of(CONFIG, SHARDS) == "89bd0ffb3cd7e58fd156aadbfe5d07a8"
 
 
 def test_the_revision_ignores_order_and_whose_transformers_wrote_the_config() -> None:
@@ -71,6 +72,13 @@ def test_what_a_config_leaves_out_its_family_decides(config: Any) -> None:
 def test_a_size_that_makes_no_sense_is_refused(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"says {key} = "):
         model_spec("m", {**CONFIG, key: value}, SHARDS)
+
+
+def test_a_block_is_as_big_as_its_weights() -> None:
+    attention, feed_forward = 8 * (8 + 4 + 4 + 8), 3 * 8 * 16
+    assert model_spec("m", CONFIG, SHARDS).block_parameters == attention + feed_forward
+    experts = {**CONFIG, "model_type": "mixtral", "num_local_experts": 4}
+    assert model_spec("m", experts, SHARDS).block_parameters == attention + 4 * feed_forward
 
 
 @pytest.mark.parametrize("family", ["bert", "", None, ["llama"]])
