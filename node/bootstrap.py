@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from p2pinfer.errors import ConfigError, PeerError
 
 from .addresses import split_peer
 from .host import Host
+from .snapshot import fetch_snapshot
 from .view import SwarmView
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,12 @@ def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer
     """The peers to join by: `given`, or those of the first file that names any.
 
     Raises:
-        ConfigError: An address is not `/ip4/<ip>/tcp/<port>/p2p/<peer id>` or the like; names the file's line.
+        ConfigError: An address does not name a peer and a place; the message says where it stands.
     """
     if given:
         return _grouped([(address, "--bootstrap") for address in given])
     package = Path(__file__).resolve().parent.parent
-    # In a checkout this module lies in node/, installed in p2pinfer/node/; the file is beside either's parent.
+    # In a checkout this lies in node/, installed in p2pinfer/node/; the file is in the parent of either.
     for path in (Path(FILE_NAME), data_dir / FILE_NAME, package / FILE_NAME):
         if path.is_file() and (lines := _read(path)):
             return _grouped(lines)
@@ -86,13 +87,11 @@ class Neighbourhood:
         host: Host,
         view: SwarmView,
         peers: Sequence[BootstrapPeer],
-        on_connected: Callable[[str], Awaitable[None]],
     ) -> None:
-        self.reached = trio.Event()  # set once somebody answered
+        self.settled = trio.Event()  # set once a neighbour's table was taken in
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
-        self._on_connected = on_connected
 
     @property
     def has_peers(self) -> bool:
@@ -100,12 +99,11 @@ class Neighbourhood:
         return bool(self._peers)
 
     async def keep(self) -> None:
-        """Dial until cancelled. `on_connected` is called for every peer dialled with success."""
+        """Dial until cancelled, and ask whoever answers what it knows."""
         retry_s = FIRST_RETRY_S
         while True:
             connected = self._host.connected_peers()
             if connected:
-                self.reached.set()
                 retry_s = FIRST_RETRY_S
             if len(connected) < NEIGHBOURS:
                 await self._dial(connected)
@@ -136,7 +134,7 @@ class Neighbourhood:
     async def _dial_one(self, peer: BootstrapPeer) -> None:
         try:
             await self._host.connect(peer.peer_id, peer.addrs)
-            self.reached.set()
-            await self._on_connected(peer.peer_id)
+            await fetch_snapshot(self._host, self._view, peer.peer_id)
+            self.settled.set()
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)

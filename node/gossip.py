@@ -1,8 +1,8 @@
 """Announcements over GossipSub: one topic per model revision, and nothing forged is passed on.
 
-Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. An introducer,
-which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh forwards only
-what its members subscribe to, and newcomers know nobody but the introducer.
+Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. An
+introducer, which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh
+forwards only what its members subscribe to, and newcomers know nobody but the introducer.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from libp2p.connection_types import ConnectionType
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -37,6 +38,7 @@ from .identity import Identity, is_peer_id
 from .negotiate import negotiate
 from .shield import shielded
 from .stream import PeerStream
+from .tasks import open_nursery
 from .tcp import TunedTCP
 from .yamux import YamuxConnection
 
@@ -60,15 +62,12 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
     raw = _new_libp2p_host(identity, config)
     network: Any = raw.get_network()
     listen = [Multiaddr(address) for address in config.listen]
-    async with raw.run(listen):
-        try:
-            for address in listen:
-                if str(address) not in network.listeners:
-                    raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
-            yield Host(identity, config, raw)
-        finally:
-            with shielded(2):
-                await _close(raw)
+    async with open_nursery() as nursery:
+        await nursery.start(_run, raw, listen)
+        for address in listen:
+            if str(address) not in network.listeners:
+                raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
+        yield Host(identity, config, raw)
 
 
 class Host:
@@ -144,7 +143,9 @@ class Host:
                 await handler(stream)
             except Exception as exc:
                 if _is_peers_fault(exc):
-                    logger.debug("stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, exc)
+                    logger.debug(
+                        "stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, innermost(exc)
+                    )
                 else:
                     logger.exception("the handler of %s failed", protocol)
                 await stream.reset()
@@ -294,6 +295,13 @@ class _Muxer(MuxerMultistream):
         return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
 
 
+class _DialsNobody(AutoConnector):
+    """libp2p would dial whomever it has heard of until half of `max_connections` is reached."""
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
     noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
     host = new_host(
@@ -304,12 +312,13 @@ def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
         connection_config=ConnectionConfig(
             max_connections=config.max_connections,
             high_watermark=config.max_connections,
-            min_connections=0,  # libp2p dials nobody of its own accord; bootstrap.py does
+            min_connections=0,
             low_watermark=0,
         ),
     )
     network: Any = host.get_network()
     network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
+    network.auto_connector = _DialsNobody(network)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
     network.set_stream_handler(_guarded(network.common_stream_handler))
     return host
@@ -352,6 +361,18 @@ def _is_peers_fault(exc: Exception) -> bool:
     if isinstance(exc, ExceptionGroup):
         return exc.split(PeerError)[1] is None
     return isinstance(exc, PeerError)
+
+
+async def _run(
+    host: IHost, listen: Sequence[Multiaddr], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    async with host.run(listen):
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            with shielded(2):
+                await _close(host)
 
 
 async def _close(host: IHost) -> None:

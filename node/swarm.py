@@ -5,14 +5,12 @@ Nodes and clients join in the same way; a node announces, a client only listens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
-from p2pinfer.errors import PeerError
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
@@ -21,11 +19,9 @@ from .gossip import Gossip, open_gossip
 from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .latency import Latency
-from .snapshot import fetch_snapshot, serve_snapshots
-from .tasks import open_nursery
+from .snapshot import serve_snapshots
+from .tasks import bare_errors, open_nursery
 from .view import SwarmView
-
-logger = logging.getLogger(__name__)
 
 
 class SwarmMember:
@@ -40,7 +36,6 @@ class SwarmMember:
         self._gossip = gossip
         self._neighbourhood = peers
         self._latency = latency
-        self._settled = trio.Event()  # set once a neighbour's table was taken in
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -79,19 +74,10 @@ class SwarmMember:
 
     async def wait_settled(self, timeout_s: float) -> bool:
         """Wait until a neighbour's table was taken in; False if that took too long or nobody is there."""
-        if not self._neighbourhood.has_peers:
-            return self._settled.is_set()
-        with trio.move_on_after(timeout_s):
-            await self._settled.wait()
-        return self._settled.is_set()
-
-    async def _greet(self, peer_id: str) -> None:
-        """Ask somebody we dialled for what it knows."""
-        try:
-            await fetch_snapshot(self.host, self._view, peer_id)
-            self._settled.set()
-        except PeerError as exc:
-            logger.debug("snapshot.failed peer=%s why=%s", peer_id, exc)
+        if self._neighbourhood.has_peers:
+            with trio.move_on_after(timeout_s):
+                await self._neighbourhood.settled.wait()
+        return self._neighbourhood.settled.is_set()
 
 
 @asynccontextmanager
@@ -106,19 +92,15 @@ async def open_swarm(
     """
     first_peers = bootstrap_peers(bootstrap, data_dir)
     view = SwarmView()
-    async with (
-        open_host(identity, host_config) as host,
-        open_gossip(host, identity, view) as gossip,
-        open_nursery() as nursery,
-    ):
-        latency = Latency(host, view.everybody)
-
-        async def greet(peer_id: str) -> None:
-            await member._greet(peer_id)
-
-        neighbourhood = Neighbourhood(host, view, first_peers, greet)
-        member = SwarmMember(host, view, gossip, neighbourhood, latency)
-        serve_snapshots(host, view)
-        nursery.start_soon(neighbourhood.keep)
-        nursery.start_soon(latency.serve)
-        yield member
+    with bare_errors():
+        async with (
+            open_host(identity, host_config) as host,
+            open_gossip(host, identity, view) as gossip,
+            open_nursery() as nursery,
+        ):
+            latency = Latency(host, view.everybody)
+            neighbourhood = Neighbourhood(host, view, first_peers)
+            serve_snapshots(host, view)
+            nursery.start_soon(neighbourhood.keep)
+            nursery.start_soon(latency.serve)
+            yield SwarmMember(host, view, gossip, neighbourhood, latency)

@@ -1,34 +1,38 @@
-"""A nursery for background tasks of something that is itself used in an `async with`."""
+"""Nurseries inside context managers, without their users noticing."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 
+@contextmanager
+def bare_errors() -> Generator[None]:
+    """Let a lone error out of its ExceptionGroups.
+
+    trio wraps whatever leaves a nursery, also when only the body of one has failed. Whoever uses a context
+    manager that has nurseries inside, ours or libp2p's, neither sees nor wants to know them.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error = _only(group)
+        if error is group:
+            raise
+        raise error from error.__cause__
+
+
 @asynccontextmanager
 async def open_nursery() -> AsyncGenerator[trio.Nursery]:
-    """A nursery that is cancelled when its body ends, and whose body's lone error comes out bare.
-
-    trio wraps whatever leaves a nursery in an ExceptionGroup, even when only the body failed. Users of a
-    context manager neither see nor want to know the nursery inside it.
-    """
-    body_error: BaseException | None = None
-    try:
+    """A nursery that is cancelled when its body ends, and lets a lone error out bare."""
+    with bare_errors():
         async with trio.open_nursery() as nursery:
             try:
                 yield nursery
-            except BaseException as exc:
-                body_error = exc
-                raise
             finally:
                 nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        if body_error is not None and _only(group) is body_error:
-            raise body_error from body_error.__cause__
-        raise
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,0 +1,197 @@
+"""What the benchmarks share: models to run, a swarm of real node processes, transformers beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import smollm2
+import torch
+import transformers
+import trio
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+
+import p2pinfer.models
+from p2pinfer.client import Client, ClientConfig
+from p2pinfer.embedded import open_embedded_swarm
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.session import Session
+
+SHAPES: dict[str, dict[str, int]] = {
+    "512x8": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "intermediate_size": 1376,
+    },
+    "1024x16": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2816,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
+}
+MODELS = ("512x8", "1024x16", "smollm2")
+
+
+@contextmanager
+def model_folder(name: str) -> Iterator[Path]:
+    """A checkpoint of that name: random weights of a shape, or SmolLM2-135M's own."""
+    if name == "smollm2":
+        yield smollm2.smollm2_folder()
+        return
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[name]}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+        tokenizer = Path(p2pinfer.models.__path__[0], BUNDLED_MODEL, "tokenizer.json")  # any will do
+        shutil.copy(tokenizer, folder)
+        yield Path(folder)
+
+
+class Local:
+    """transformers in this process: the named competitor."""
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu") -> None:
+        self.device = device
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model: Any = loaded.to(device).eval()
+
+    def generate(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy ids after `ids`, and the time at which each of them was known."""
+        clock = _Clock()
+        prompt = torch.tensor([list(ids)], device=self.device)
+        output: Tensor = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+        )
+        return output[0, len(ids) :].tolist(), clock.times
+
+
+class _Clock(StoppingCriteria):
+    """Stops nothing; notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@asynccontextmanager
+async def open_swarm(folder: Path, hops: int, dtype: str, device: str = "cpu") -> AsyncGenerator[Client]:
+    """A client of `hops` node processes that divide the model evenly, one torch thread each."""
+    client = Client(
+        model=str(folder),
+        host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
+        config=ClientConfig(dtype=dtype, device=device, find_timeout_s=60),
+    )
+    async with client:
+        blocks = client.spec.num_blocks
+        bounds = [round(blocks * hop / hops) for hop in range(hops + 1)]
+        spans = [BlockSpan(start, stop) for start, stop in pairwise(bounds)]
+        nodes = open_embedded_swarm(
+            client.member.addrs, model=str(folder), spans=spans, dtype=dtype, device=device
+        )
+        async with nodes:
+            with trio.fail_after(60):
+                while len(client.peers()) < hops:
+                    await trio.sleep(0.05)
+            yield client
+
+
+class Walk:
+    """One greedy generation over the swarm by token ids, with the time of each token."""
+
+    def __init__(self, client: Client, session: Session) -> None:
+        self.session = session
+        self._client = client
+
+    async def generate(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
+        """As `Local.generate`."""
+        ends = self._client.ends
+        all_ids, times = list(ids), []
+        hidden = await self.session.prefill(ends.embed(ids), 0)
+        while True:
+            all_ids.append(int(ends.logits(hidden)[-1].argmax()))
+            times.append(time.perf_counter())
+            if len(times) == new_tokens:
+                return all_ids[len(ids) :], times
+            hidden = await self.session.decode(ends.embed(all_ids[-1:]), len(all_ids) - 1)
+
+
+@asynccontextmanager
+async def open_walk(client: Client, tokens: int) -> AsyncGenerator[Walk]:
+    """A session on the client's best route, closed at the end."""
+    session = await client.open_session(tokens, frozenset())
+    try:
+        yield Walk(client, session)
+    finally:
+        await session.aclose()
+
+
+def prompt_ids(length: int, vocab_size: int = 4096) -> list[int]:
+    """Some token ids, the same every time."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(5, vocab_size, (length,), generator=generator).tolist()
+
+
+def report(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as a table on stderr and as JSON on stdout."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(stderr=True, width=200).print(table)
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+    json.dump({"title": title, "machine": machine, "rows": rows}, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def rounded(values: Sequence[float], digits: int = 2) -> float:
+    """The median, rounded."""
+    return round(median(values), digits)

@@ -1,0 +1,210 @@
+"""A swarm of real node processes on loopback, for when there is no other: they end when we do.
+
+The nodes are `p2pinfer node` as anybody would start it, each with an identity and a data directory of its
+own, joined through our own host. Their standard input is a pipe from us, so they leave when this process
+ends, also when it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from p2pinfer.client import Client
+from p2pinfer.config import FILE_NAME, environment_without_settings
+from p2pinfer.errors import LocalError
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.tasks import open_nursery
+
+logger = logging.getLogger(__name__)
+
+SPANS = (BlockSpan(0, 3), BlockSpan(3, 5), BlockSpan(5, 8))  # the bundled model's 8 blocks, unevenly
+START_TIMEOUT_S = 90.0  # importing torch from a cold disk takes a slow machine half a minute
+LEAVE_TIMEOUT_S = 5.0
+IN_REACH_TIMEOUT_S = 3.0  # how long the peers of bootstrap_peers.txt have to answer
+_LAST_WORDS_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedNode:
+    """One node of an embedded swarm."""
+
+    span: BlockSpan
+    process: trio.Process
+    home: Path
+
+    def last_words(self) -> str:
+        """The end of what it wrote to standard error, on one line."""
+        written = (self.home / "stderr").read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace")
+        return " | ".join(line.strip() for line in written.splitlines()[-3:]) or "it said nothing"
+
+
+@asynccontextmanager
+async def open_client(
+    *,
+    model: str = BUNDLED_MODEL,
+    bootstrap: Sequence[str] = (),
+    host_config: HostConfig | None = None,
+    on_embedding: Callable[[int, int], None] = lambda ready, total: None,
+    **options: Any,
+) -> AsyncGenerator[Client]:
+    """A client of the swarm that is named or in reach; else, with the bundled model, of an embedded one.
+
+    Args:
+        on_embedding: Called when an embedded swarm starts and whenever a node of it is ready, with how many
+            are and how many there will be.
+        options: Anything else that `Client` takes.
+
+    Raises:
+        As entering a `Client` and `open_embedded_swarm` do.
+    """
+    may_embed = model == BUNDLED_MODEL and not bootstrap
+    # A client only dials out, unless it is to be the meeting point of its own nodes.
+    listen = ("/ip4/127.0.0.1/tcp/0",) if may_embed else ()
+    client = Client(
+        model=model,
+        bootstrap=bootstrap,
+        host_config=replace(host_config or HostConfig(), listen=listen),
+        **options,
+    )
+    async with client:
+        if not may_embed or await client.member.wait_settled(IN_REACH_TIMEOUT_S):
+            yield client
+            return
+        on_embedding(0, len(SPANS))
+        embedded = open_embedded_swarm(
+            client.member.addrs, model=model, on_ready=lambda ready: on_embedding(ready, len(SPANS))
+        )
+        async with embedded:
+            yield client
+
+
+@asynccontextmanager
+async def open_embedded_swarm(
+    meeting_point: Sequence[str],
+    *,
+    model: str,
+    spans: Sequence[BlockSpan] = SPANS,
+    dtype: str = "auto",
+    device: str = "auto",
+    on_ready: Callable[[int], None] = lambda count: None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> AsyncGenerator[tuple[EmbeddedNode, ...]]:
+    """Start one node process per span, all at once; yields when all serve, and ends them afterwards.
+
+    Args:
+        meeting_point: The multiaddrs, with /p2p/, that the nodes join by: our own host's.
+        on_ready: Called with the number of nodes that serve, each time it grows.
+
+    Raises:
+        LocalError: A node ended or was not ready in time; the message has its last words.
+    """
+    nodes: list[EmbeddedNode] = []
+    home = Path(tempfile.mkdtemp(prefix="p2pinfer-"))
+    try:
+        async with open_nursery() as nursery:
+            try:
+                for index, span in enumerate(spans):
+                    # One thread each: several processes share this machine's cores, and would wait for each other.
+                    compute = f"[compute]\nthreads = 1\ndtype = {dtype!r}\ndevice = {device!r}\n"
+                    nodes.append(await _start(home / str(index), model, span, meeting_point, compute))
+                await _wait_ready(nursery, nodes, on_ready, start_timeout_s)
+                yield tuple(nodes)
+            finally:
+                await _end(nodes)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+async def _start(
+    home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str], settings: str
+) -> EmbeddedNode:
+    home.mkdir()
+    (home / FILE_NAME).write_text(settings, encoding="utf-8")
+    command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
+    command += ["--model", model, "--blocks", str(span), "--data-dir", str(home)]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0"]
+    for address in meeting_point:
+        command += ["--bootstrap", address]
+    with (home / "stderr").open("wb") as stderr:
+        process = await trio.lowlevel.open_process(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=home,  # `-m` looks for modules there first, and bootstrap_peers.txt would be read there
+            env=environment_without_settings(),
+            start_new_session=True,  # a Ctrl-C is for us; we end the nodes in our own time
+        )
+    logger.debug("embedded.start pid=%d blocks=%s", process.pid, span)
+    return EmbeddedNode(span, process, home)
+
+
+async def _wait_ready(
+    nursery: trio.Nursery, nodes: Sequence[EmbeddedNode], on_ready: Callable[[int], None], timeout_s: float
+) -> None:
+    """Until every node serves; keeps reading what they print for as long as `nursery` runs."""
+    ready: set[int] = set()
+    changed = trio.Event()
+
+    async def listen(index: int, node: EmbeddedNode) -> None:
+        nonlocal changed
+        assert node.process.stdout is not None
+        buffer = b""
+        async for received in node.process.stdout:
+            if index in ready:
+                continue  # read on, or a full pipe would stop the node
+            *lines, buffer = (buffer + received).split(b"\n")
+            if any(json.loads(line)["event"] == "ready" for line in lines):
+                ready.add(index)
+                changed.set()
+                on_ready(len(ready))
+        ended.add(index)
+        changed.set()
+
+    ended: set[int] = set()
+    for index, node in enumerate(nodes):
+        nursery.start_soon(listen, index, node)
+    with trio.move_on_after(timeout_s):
+        while len(ready) < len(nodes):
+            await changed.wait()
+            changed = trio.Event()
+            for index in ended:
+                node = nodes[index]
+                raise LocalError(f"the embedded node for blocks {node.span} ended: {node.last_words()}")
+        return
+    late = next(node for index, node in enumerate(nodes) if index not in ready)
+    raise LocalError(
+        f"the embedded node for blocks {late.span} was not ready in {timeout_s:g} s: {late.last_words()}"
+    )
+
+
+async def _end(nodes: Sequence[EmbeddedNode]) -> None:
+    """Ask every node to leave, wait for it, and kill those that do not. Shielded and bounded."""
+    with trio.CancelScope(shield=True):
+        for node in nodes:
+            node.process.terminate()
+        with trio.move_on_after(LEAVE_TIMEOUT_S):
+            for node in nodes:
+                await node.process.wait()
+        for node in nodes:
+            if node.process.returncode is None:
+                logger.warning("the embedded node for blocks %s had to be killed", node.span)
+                node.process.kill()
+                await node.process.wait()
+            for stream in (node.process.stdin, node.process.stdout):
+                assert stream is not None
+                await stream.aclose()
