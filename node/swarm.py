@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from p2pinfer.errors import PeerUnreachable
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
@@ -78,6 +79,17 @@ class SwarmMember:
             with trio.move_on_after(timeout_s):
                 await self._neighbourhood.settled.wait()
         return self._neighbourhood.settled.is_set()
+
+    async def reach_somebody(self, timeout_s: float) -> None:
+        """Like `wait_settled`, for those who can do nothing on their own.
+
+        Raises:
+            PeerUnreachable: Nobody answered in time, or there is nobody to ask.
+        """
+        if not await self.wait_settled(timeout_s):
+            raise PeerUnreachable(
+                "no peer of a swarm answered; name one that does by --bootstrap or in bootstrap_peers.txt"
+            )
 
 
 @asynccontextmanager

@@ -1,0 +1,112 @@
+"""Run large open models on a swarm of strangers' computers.
+
+    async with p2pinfer.Client() as client:
+        async for token in client.generate("Once upon a time"):
+            print(token.text, end="", flush=True)
+
+or, without trio:
+
+    with p2pinfer.connect() as swarm:
+        print(swarm.generate("Once upon a time").text())
+
+Importing this package is cheap. torch and libp2p are imported with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
+    from .blocking import BlockingClient as BlockingClient
+    from .blocking import BlockingGeneration as BlockingGeneration
+    from .blocking import connect as connect
+    from .client import Client as Client
+    from .client import ClientConfig as ClientConfig
+    from .client import PeerView as PeerView
+    from .errors import AddressUnusable as AddressUnusable
+    from .errors import CacheFull as CacheFull
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import LocalError as LocalError
+    from .errors import ModelNotFound as ModelNotFound
+    from .errors import NoRoute as NoRoute
+    from .errors import P2PInferError as P2PInferError
+    from .errors import PeerError as PeerError
+    from .errors import PeerRefused as PeerRefused
+    from .errors import PeerUnreachable as PeerUnreachable
+    from .errors import PeerVanished as PeerVanished
+    from .errors import PolicyError as PolicyError
+    from .errors import PromptTooLong as PromptTooLong
+    from .errors import ProtocolViolation as ProtocolViolation
+    from .errors import SpanOutOfRange as SpanOutOfRange
+    from .errors import WrongOutput as WrongOutput
+    from .generate import Generation as Generation
+    from .generate import GenerationConfig as GenerationConfig
+    from .generate import GenerationResult as GenerationResult
+    from .generate import HopUsed as HopUsed
+    from .generate import Timings as Timings
+    from .generate import Token as Token
+    from .models.config import ComputeConfig as ComputeConfig
+    from .models.span import BlockSpan as BlockSpan
+    from .node.config import ServeConfig as ServeConfig
+    from .node.host import HostConfig as HostConfig
+    from .node.node import NodeConfig as NodeConfig
+    from .node.node import run_node as run_node
+    from .reputation.view import ReputationView as ReputationView
+    from .routing.planner import cheapest_routes as cheapest_routes
+    from .routing.policy import RoutingPolicy as RoutingPolicy
+    from .routing.route import Candidate as Candidate
+    from .routing.route import Hop as Hop
+    from .routing.route import Route as Route
+    from .routing.route import RouteOutcome as RouteOutcome
+    from .routing.route import RouteRequest as RouteRequest
+    from .session import SessionConfig as SessionConfig
+
+_HOMES = {
+    "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
+    "client": ("Client", "ClientConfig", "PeerView"),
+    "errors": (
+        "AddressUnusable",
+        "CacheFull",
+        "CheckpointError",
+        "ConfigError",
+        "LocalError",
+        "ModelNotFound",
+        "NoRoute",
+        "P2PInferError",
+        "PeerError",
+        "PeerRefused",
+        "PeerUnreachable",
+        "PeerVanished",
+        "PolicyError",
+        "PromptTooLong",
+        "ProtocolViolation",
+        "SpanOutOfRange",
+        "WrongOutput",
+    ),
+    "generate": ("Generation", "GenerationConfig", "GenerationResult", "HopUsed", "Timings", "Token"),
+    "models.config": ("ComputeConfig",),
+    "models.span": ("BlockSpan",),
+    "node.config": ("ServeConfig",),
+    "node.host": ("HostConfig",),
+    "node.node": ("NodeConfig", "run_node"),
+    "reputation.view": ("ReputationView",),
+    "routing.planner": ("cheapest_routes",),
+    "routing.policy": ("RoutingPolicy",),
+    "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
+    "session": ("SessionConfig",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'p2pinfer' has no attribute {name!r}")
+    value = getattr(import_module(f"p2pinfer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

@@ -17,7 +17,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -34,7 +33,8 @@ logger = logging.getLogger(__name__)
 SPANS = (BlockSpan(0, 3), BlockSpan(3, 5), BlockSpan(5, 8))  # the bundled model's 8 blocks, unevenly
 START_TIMEOUT_S = 90.0  # importing torch from a cold disk takes a slow machine half a minute
 LEAVE_TIMEOUT_S = 5.0
-IN_REACH_TIMEOUT_S = 3.0  # how long the peers of bootstrap_peers.txt have to answer
+IN_REACH_TIMEOUT_S = 3.0  # how long bootstrap peers have to answer where there is another way
+BOOTSTRAP_TIMEOUT_S = 10.0  # how long they have where there is none
 _LAST_WORDS_BYTES = 2000
 
 
@@ -52,44 +52,44 @@ class EmbeddedNode:
         return " | ".join(line.strip() for line in written.splitlines()[-3:]) or "it said nothing"
 
 
+def may_embed(model: str, bootstrap: Sequence[str]) -> bool:
+    """Whether nodes of our own may stand in for a swarm that is not in reach: only if nobody named one."""
+    return model == BUNDLED_MODEL and not bootstrap
+
+
+def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:
+    """How a client's host listens: not at all, unless it may become the meeting point of its own nodes."""
+    return replace(config, listen=("/ip4/127.0.0.1/tcp/0",) if embedding else ())
+
+
 @asynccontextmanager
-async def open_client(
-    *,
-    model: str = BUNDLED_MODEL,
-    bootstrap: Sequence[str] = (),
-    host_config: HostConfig | None = None,
-    on_embedding: Callable[[int, int], None] = lambda ready, total: None,
-    **options: Any,
-) -> AsyncGenerator[Client]:
-    """A client of the swarm that is named or in reach; else, with the bundled model, of an embedded one.
+async def swarm_in_reach(
+    client: Client, *, embedding: bool, on_embedding: Callable[[int, int], None] = lambda ready, total: None
+) -> AsyncGenerator[None]:
+    """Make sure that `client` has a swarm until the block ends, with nodes of our own if that is allowed.
 
     Args:
-        on_embedding: Called when an embedded swarm starts and whenever a node of it is ready, with how many
-            are and how many there will be.
-        options: Anything else that `Client` takes.
+        embedding: What `may_embed` said when the client was made.
+        on_embedding: Called when nodes are started and whenever one is ready, with how many are and how many
+            there will be.
 
     Raises:
-        As entering a `Client` and `open_embedded_swarm` do.
+        PeerUnreachable: No bootstrap peer answered, and `embedding` is False.
+        LocalError: As `open_embedded_swarm`.
     """
-    may_embed = model == BUNDLED_MODEL and not bootstrap
-    # A client only dials out, unless it is to be the meeting point of its own nodes.
-    listen = ("/ip4/127.0.0.1/tcp/0",) if may_embed else ()
-    client = Client(
-        model=model,
-        bootstrap=bootstrap,
-        host_config=replace(host_config or HostConfig(), listen=listen),
-        **options,
-    )
-    async with client:
-        if not may_embed or await client.member.wait_settled(IN_REACH_TIMEOUT_S):
-            yield client
-            return
+    if not embedding:
+        await client.member.reach_somebody(BOOTSTRAP_TIMEOUT_S)
+        yield
+    elif await client.member.wait_settled(IN_REACH_TIMEOUT_S):
+        yield
+    else:
         on_embedding(0, len(SPANS))
-        embedded = open_embedded_swarm(
-            client.member.addrs, model=model, on_ready=lambda ready: on_embedding(ready, len(SPANS))
-        )
-        async with embedded:
-            yield client
+        async with open_embedded_swarm(
+            client.member.addrs,
+            model=BUNDLED_MODEL,
+            on_ready=lambda ready: on_embedding(ready, len(SPANS)),
+        ):
+            yield
 
 
 @asynccontextmanager
@@ -118,7 +118,7 @@ async def open_embedded_swarm(
         async with open_nursery() as nursery:
             try:
                 for index, span in enumerate(spans):
-                    # One thread each: several processes share this machine's cores, and would wait for each other.
+                    # One thread each: processes that share this machine's cores would wait for each other.
                     compute = f"[compute]\nthreads = 1\ndtype = {dtype!r}\ndevice = {device!r}\n"
                     nodes.append(await _start(home / str(index), model, span, meeting_point, compute))
                 await _wait_ready(nursery, nodes, on_ready, start_timeout_s)

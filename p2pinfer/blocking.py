@@ -1,0 +1,216 @@
+"""p2pinfer without async: a client whose trio loop runs in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from types import TracebackType
+from typing import Any, TypeVar
+
+import trio
+
+from p2pinfer.client import Client, PeerView
+from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
+from p2pinfer.errors import LocalError, P2PInferError
+from p2pinfer.generate import Generation, GenerationConfig, GenerationResult, Token
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.tasks import open_nursery
+from p2pinfer.routing.policy import RoutingPolicy
+
+_Result = TypeVar("_Result")
+
+_TOKENS_AHEAD = 64  # a slow reader holds the generation up; the hops keep its cache meanwhile
+
+
+def connect(
+    *,
+    model: str = BUNDLED_MODEL,
+    bootstrap: Sequence[str] = (),
+    policy: str | RoutingPolicy | None = None,
+    **options: Any,
+) -> BlockingClient:
+    """Join the swarm and return when it can be asked; use as `with p2pinfer.connect() as swarm`.
+
+    With the bundled model, no `bootstrap` and no swarm in reach, three nodes are started on this machine
+    and end with the client.
+
+    Args:
+        options: Anything else that `Client` takes.
+
+    Raises:
+        As entering a `Client` does.
+    """
+
+    @asynccontextmanager
+    async def open_client() -> AsyncGenerator[Client]:
+        embedding = may_embed(model, bootstrap)
+        host_config = client_host_config(options.pop("host_config", HostConfig()), embedding=embedding)
+        client = Client(model=model, bootstrap=bootstrap, policy=policy, host_config=host_config, **options)
+        async with client, swarm_in_reach(client, embedding=embedding):
+            yield client
+
+    return BlockingClient(open_client)
+
+
+class BlockingClient:
+    """A `Client` for ordinary code. Any thread may use it."""
+
+    def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[Client]]) -> None:
+        self._loop = _Loop(open_client)
+        self._close = weakref.finalize(self, self._loop.close)  # also when the interpreter exits
+
+    def __enter__(self) -> BlockingClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def generate(
+        self, prompt: str, config: GenerationConfig | None = None, **overrides: object
+    ) -> BlockingGeneration:
+        """Continue `prompt`; see `Client.generate`."""
+        return BlockingGeneration(
+            self._loop, self._loop.call(lambda client: client.generate(prompt, config, **overrides))
+        )
+
+    def peers(self) -> list[PeerView]:
+        """Everybody known to serve the model."""
+        return self._loop.call(lambda client: client.peers())
+
+    def close(self) -> None:
+        """Leave the swarm, ending what is still being generated. Harmless twice."""
+        self._close()
+
+
+class BlockingGeneration:
+    """An iterator of `Token`s; `result` tells what came of it, also before the end."""
+
+    def __init__(self, loop: _Loop, generation: Generation) -> None:
+        self._loop = loop
+        self._generation = generation
+        self._pump = _Pump(generation)
+        self._close = weakref.finalize(self, loop.soon, self._pump.scope.cancel)
+        loop.spawn(self._pump.run)
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        """The next token; raises as `Generation.__anext__` does."""
+        try:
+            return self._loop.wait(self._pump.tokens.receive)
+        except trio.EndOfChannel:
+            if self._pump.failure is not None:
+                raise self._pump.failure from None
+            raise StopIteration from None
+
+    @property
+    def result(self) -> GenerationResult:
+        """What has been generated; whole once the iteration has ended."""
+        return self._generation.result
+
+    def text(self) -> str:
+        """Wait for the end and return all of the text."""
+        for _ in self:
+            pass
+        return self.result.text
+
+    def close(self) -> None:
+        """End it early, so that the hops free what they hold for it. Harmless twice."""
+        self._close()
+
+
+class _Pump:
+    """Iterates a generation in one trio task: cancel scopes inside it must not change tasks on the way."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.scope = trio.CancelScope()
+        self.failure: P2PInferError | None = None
+        self._generation = generation
+        self._send, self.tokens = trio.open_memory_channel[Token](_TOKENS_AHEAD)
+
+    async def run(self) -> None:
+        with self.scope, self._send:
+            try:
+                async for token in self._generation:
+                    await self._send.send(token)
+            except P2PInferError as exc:
+                self.failure = exc
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._generation.aclose()
+
+
+class _Loop:
+    """The thread, and the ways into it."""
+
+    def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[Client]]) -> None:
+        self._open_client = open_client
+        self._closing = False
+        self._scope = trio.CancelScope()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._opened: Future[tuple[Client, trio.Nursery]] = Future()
+        self._thread = threading.Thread(target=self._run, name="p2pinfer", daemon=True)
+        self._thread.start()
+        try:
+            self._client, self._nursery = self._opened.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, function: Callable[[Client], _Result]) -> _Result:
+        """What `function` returns, called in the loop."""
+        try:
+            return trio.from_thread.run_sync(function, self._client, trio_token=self._token)
+        except trio.RunFinishedError:
+            raise LocalError("this client is closed; connect again") from None
+
+    def wait(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
+        """What `function` returns, awaited in the loop."""
+        try:
+            return trio.from_thread.run(function, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled):
+            raise LocalError("this client is closed; connect again") from None
+
+    def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run `function` in the background until the client is closed."""
+        self.call(lambda _: self._nursery.start_soon(function))
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """Have `function` called in the loop, if that still runs; from finalizers, so it must not wait."""
+        with suppress(trio.RunFinishedError):
+            if self._token is not None:
+                self._token.run_sync_soon(function)
+
+    def close(self) -> None:
+        """Cancel everything and wait for the thread."""
+        self._closing = True
+        self.soon(self._scope.cancel)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            if self._closing:
+                return
+            async with self._open_client() as client, open_nursery() as nursery:
+                self._opened.set_result((client, nursery))
+                await trio.sleep_forever()

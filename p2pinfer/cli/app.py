@@ -1,0 +1,139 @@
+"""The command line: parses, hands over, and turns whatever goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import click
+from click.shell_completion import get_completion_class
+
+from .failures import Failure, OutputClosed, describe_failure
+from .generate import generate
+from .node import node
+from .swarm import swarm
+from .terminal import note, silence_output, write_out
+
+PROGRAM = "p2pinfer"
+_SHELLS = ("bash", "fish", "zsh")
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a newcomer's questions, not of the alphabet
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version  # 30 ms that only this flag needs
+
+        write_out(f"{PROGRAM} {version(PROGRAM)}\n")
+        ctx.exit()
+
+
+@click.group(
+    PROGRAM,
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Run large open models on a swarm of strangers' computers.
+
+    \b
+    p2pinfer generate "Once upon a time"    a story, from whatever swarm is in reach
+    p2pinfer node                           lend this computer to the swarm
+    p2pinfer swarm                          who is there
+    """
+    if ctx.invoked_subcommand is None:
+        write_out(ctx.get_help() + "\n")
+
+
+@app.command()
+@click.argument("shell", type=click.Choice(_SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete p2pinfer's commands.
+
+    \b
+    bash: eval "$(p2pinfer completion bash)"            in ~/.bashrc
+    zsh:  eval "$(p2pinfer completion zsh)"             in ~/.zshrc
+    fish: p2pinfer completion fish | source             in ~/.config/fish/config.fish
+    """
+    completer = get_completion_class(shell)
+    assert completer is not None, shell
+    write_out(completer(app, {}, PROGRAM, "_P2PINFER_COMPLETE").source() + "\n")
+
+
+app.add_command(generate)
+app.add_command(node)
+app.add_command(swarm)
+app.add_command(app.commands.pop("completion"))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        The exit code: 0; 1 for what went wrong, 2 for what was asked wrongly, 70 for a bug, 130 after Ctrl-C.
+    """
+    try:
+        returned = app.main(list(argv), prog_name=PROGRAM, standalone_mode=False)
+    except BaseException as exc:
+        if isinstance(exc, SystemExit):
+            raise  # click's own, after printing a completion
+        failure = describe_failure(exc)
+        _tell(failure, exc, argv)
+        return failure.exit_code
+    return returned if isinstance(returned, int) else 0
+
+
+def _tell(failure: Failure, error: BaseException, argv: Sequence[str]) -> None:
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    if isinstance(failure.error, OutputClosed):
+        silence_output()
+        return
+    if not failure.message:
+        return
+    if _verbosity(own) >= 2:
+        note("".join(traceback.format_exception(error)).rstrip())
+    note(f"{PROGRAM}: {failure.message}")
+    if "--json" in own:
+        try:
+            write_out(json.dumps(failure.to_dict()) + "\n")
+        except OutputClosed:
+            silence_output()
+
+
+def _verbosity(argv: Sequence[str]) -> int:
+    """How often -v was given, for failures from before the options were read."""
+    short = sum(word.count("v") for word in argv if word.startswith("-v") and word.strip("-v") == "")
+    return short + sum(word == "--verbose" for word in argv)
+
+
+def main() -> None:
+    """The `p2pinfer` command."""
+    leave(run(sys.argv[1:]))
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process without the interpreter's own cleaning up: with torch loaded that takes a second."""
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] - it has no public name
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it was closed
+            stream.flush()
+    os._exit(exit_code)

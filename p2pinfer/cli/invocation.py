@@ -1,0 +1,223 @@
+"""What all commands share: options that are settings, and the switches every command understands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, TypeAlias, TypeVar, cast
+
+import click
+from click.shell_completion import CompletionItem
+
+from p2pinfer.config import Flag, Settings, load_settings
+from p2pinfer.errors import ConfigError
+
+from .terminal import set_up_logging, write_out
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Callback: TypeAlias = Callable[[click.Context, click.Parameter, Any], None]
+_META = "p2pinfer.invocation"
+_HEADINGS = {
+    "model": "Model",
+    "node": "Model",
+    "compute": "Model",
+    "generation": "Text",
+    "bootstrap": "Network",
+    "host": "Network",
+    "client": "Network",
+    "data_dir": "Network",
+}
+
+
+@dataclass(slots=True)
+class Invocation:
+    """A command as it was called."""
+
+    json: bool = False
+    verbosity: int = 0
+    print_config: bool = False
+    config_file: Path | None = None
+    flags: dict[str, Flag] = field(default_factory=dict[str, Flag])
+
+    def settings(self, *configs: type[Any]) -> Settings:
+        """The settings of these layers. With `--print-config`, prints them and ends the command.
+
+        Raises:
+            ConfigError: A setting cannot be used.
+        """
+        settings = load_settings(*configs, flags=self.flags, file=self.config_file)
+        if self.print_config:
+            write_out(settings.to_toml())
+            raise click.exceptions.Exit(0)
+        return settings
+
+    @property
+    def quiet(self) -> bool:
+        """Whether only errors are to be told."""
+        return self.verbosity < 0
+
+
+class SettingOption(click.Option):
+    """An option that is a setting: its value stays text here and is read by `config`, like a variable's."""
+
+    def __init__(self, *args: Any, setting: str, **attributes: Any) -> None:
+        super().__init__(*args, expose_value=False, callback=_take_setting, **attributes)
+        self.setting = setting
+
+    @property
+    def heading(self) -> str:
+        """Where `--help` lists it."""
+        return _HEADINGS[self.setting.split(".")[0]]
+
+
+class _Command(click.Command):
+    """A command whose help groups its options and ends with examples."""
+
+    examples: Sequence[str] = ()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            heading = param.heading if isinstance(param, SettingOption) else "Options"
+            if record is not None and isinstance(param, click.Option):
+                groups.setdefault(heading, []).append(record)
+        last = groups.pop("Options", [])
+        for heading, records in [*groups.items(), ("Options", last)]:
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=34)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+def command(
+    name: str, *, examples: Sequence[str]
+) -> Callable[[Callable[Concatenate[Invocation, ...], None]], click.Command]:
+    """Make a command of a function, with the switches that all commands have.
+
+    The function takes the `Invocation`, and those of its own options that are not settings.
+    """
+
+    def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Command:
+        def call(**own: Any) -> None:
+            invocation = _invocation(click.get_current_context())
+            set_up_logging(invocation.verbosity)
+            function(invocation, **own)
+
+        options: list[click.Parameter] = getattr(function, "__click_params__", [])
+        made = _Command(
+            name, callback=call, params=[*reversed(options), *_switches()], help=inspect.getdoc(function)
+        )
+        made.examples = examples
+        return made
+
+    return decorate
+
+
+def setting(
+    key: str,
+    declaration: str,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    multiple: bool = False,
+) -> Callable[[_Function], _Function]:
+    """An option for the setting of that key.
+
+    Args:
+        declaration: As people write it: `--listen MULTIADDR`, or `--no-blocks` for a switch.
+        choices: Offered to the shell that completes; `config` and the layers check values.
+    """
+    flag, _, metavar = declaration.partition(" ")
+    kind: dict[str, Any] = (
+        {"metavar": metavar, "type": str} if metavar else {"is_flag": True, "default": None}
+    )
+    if choices:
+        kind["shell_complete"] = _completing(choices)
+    return click.option(flag, cls=SettingOption, setting=key, help=help, multiple=multiple, **kind)
+
+
+MODEL = setting("model", "--model ID_OR_DIR", "Hugging Face id or folder. [default: tiny-stories]")
+BOOTSTRAP = setting(
+    "bootstrap",
+    "--bootstrap MULTIADDR",
+    "Dial this peer first; may be repeated. [default: those of bootstrap_peers.txt]",
+    multiple=True,
+)
+DATA_DIR = setting("data_dir", "--data-dir DIR", "Where the identity and config.toml are.")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _completing(
+    choices: Sequence[str],
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(choice) for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _take_setting(ctx: click.Context, param: click.Parameter, value: object) -> None:
+    assert isinstance(param, SettingOption)
+    if value is not None and value != ():
+        _invocation(ctx).flags[param.setting] = Flag(max(param.opts, key=len), value)
+
+
+def _take_assignments(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    for assignment in value:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write KEY=VALUE, such as serve.max_sessions=8")
+        _invocation(ctx).flags.setdefault(key.strip(), Flag("--set", text))
+
+
+def _take_switch(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value:
+        setattr(_invocation(ctx), str(param.name), value)
+
+
+def _take_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        _invocation(ctx).verbosity = -1
+
+
+def _invocation(ctx: click.Context) -> Invocation:
+    return cast(Invocation, ctx.meta.setdefault(_META, Invocation()))
+
+
+def _switches() -> list[click.Option]:
+    """What every command understands."""
+    return [
+        _switch("--json", is_flag=True, help="JSON on standard output."),
+        _switch(
+            *("--config", "config_file"),
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Read this file instead of config.toml.",
+        ),
+        _switch(
+            "--set",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any setting that --print-config lists; may be repeated.",
+            callback=_take_assignments,
+        ),
+        _switch(
+            "--print-config", is_flag=True, help="Print all settings, and where each comes from, instead."
+        ),
+        _switch(
+            *("-v", "--verbose", "verbosity"),
+            count=True,
+            help="Say what happens; -vv in detail, with tracebacks.",
+        ),
+        _switch("-q", "--quiet", is_flag=True, help="Say nothing but errors.", callback=_take_quiet),
+    ]
+
+
+def _switch(*declarations: str, callback: _Callback | None = None, **attributes: Any) -> click.Option:
+    return click.Option(declarations, callback=callback or _take_switch, expose_value=False, **attributes)

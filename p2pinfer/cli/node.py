@@ -1,0 +1,82 @@
+"""`p2pinfer node`: lend this computer to the swarm."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from .failures import Interrupted
+from .invocation import BOOTSTRAP, DATA_DIR, DTYPES, MODEL, Invocation, command, setting
+from .terminal import write_out
+
+if TYPE_CHECKING:
+    from p2pinfer.node.events import Event
+
+
+@command(
+    "node",
+    examples=[
+        "p2pinfer node",
+        "p2pinfer node --model Qwen/Qwen3-8B --num-blocks 12",
+        "p2pinfer node --blocks 0:4 --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
+        "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
+    ],
+)
+@MODEL
+@setting("node.blocks", "--blocks A:B", "Serve blocks A to B-1. [default: those the swarm needs most]")
+@setting("node.num_blocks", "--num-blocks N", "Serve at most N blocks. [default: as many as fit]")
+@setting("node.no_blocks", "--no-blocks", "Serve none: only introduce peers to each other.")
+@setting("compute.dtype", "--dtype DTYPE", "What to compute in. [default: auto]", choices=DTYPES)
+@setting("compute.device", "--device DEVICE", "Where. [default: auto]", choices=("auto", "cpu", "cuda"))
+@setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
+@BOOTSTRAP
+@DATA_DIR
+@click.option("--until-stdin-closes", is_flag=True, hidden=True)
+def node(call: Invocation, until_stdin_closes: bool) -> None:
+    """Serve blocks of a model to the swarm, until Ctrl-C."""
+    from p2pinfer.models.config import ComputeConfig  # what follows takes seconds to import: torch, libp2p
+    from p2pinfer.node.config import ServeConfig
+    from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.node.node import NodeConfig, run_node
+
+    from .progress import Bars
+    from .running import run
+
+    settings = call.settings(NodeConfig, HostConfig, ComputeConfig, ServeConfig)
+
+    async def main() -> None:
+        await run_node(
+            settings.build(NodeConfig),
+            host_config=settings.build(HostConfig),
+            compute_config=settings.build(ComputeConfig),
+            serve_config=settings.build(ServeConfig),
+            report=_reporter(call),
+            progress=Bars(quiet=call.json or call.quiet),
+        )
+
+    try:
+        run(main, until_stdin_closes=until_stdin_closes)
+    except Interrupted as interrupted:
+        # To a service manager an answered SIGTERM is a success. Ctrl-C keeps its customary 130.
+        if interrupted.signum != signal.SIGTERM:
+            raise
+
+
+def _reporter(call: Invocation) -> Callable[[Event], None]:
+    from p2pinfer.node.events import to_json
+
+    from .render import describe_event
+
+    def print_json(event: Event) -> None:
+        write_out(to_json(event) + "\n")
+
+    def print_line(event: Event) -> None:
+        write_out(f"{time.strftime('%H:%M:%S')}  {describe_event(event)}\n")
+
+    if call.json:
+        return print_json
+    return (lambda _: None) if call.quiet else print_line

@@ -1,0 +1,63 @@
+"""Runs a command's trio part so that Ctrl-C and SIGTERM end it in an orderly way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import trio
+
+from .failures import Interrupted
+from .terminal import note
+
+
+def run(main: Callable[[], Awaitable[None]], *, until_stdin_closes: bool = False) -> None:
+    """Run `main` in trio until it returns.
+
+    The first SIGINT or SIGTERM cancels it, so that every `finally` and `async with` has its say. The second
+    ends the process at once.
+
+    Args:
+        until_stdin_closes: Cancel `main` also when standard input ends. A pipe from the process that started
+            this one then sees to it that this one is not left behind, not even after a SIGKILL.
+
+    Raises:
+        Interrupted: A signal ended it.
+    """
+    trio.run(_supervise, main, until_stdin_closes)
+
+
+async def _supervise(main: Callable[[], Awaitable[None]], until_stdin_closes: bool) -> None:
+    received: list[int] = []
+
+    async def watch(signals: AsyncIterator[int], work: trio.CancelScope) -> None:
+        async for signum in signals:
+            if received:
+                os._exit(128 + signum)
+            received.append(signum)
+            if signum == signal.SIGINT and sys.stderr.isatty():
+                note("")  # the terminal has just echoed ^C
+            work.cancel()
+
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as work:
+                nursery.start_soon(watch, signals, work)
+                if until_stdin_closes:
+                    nursery.start_soon(_cancel_when_stdin_closes, work)
+                await main()
+            nursery.cancel_scope.cancel()
+    if received:
+        raise Interrupted(received[0])
+
+
+async def _cancel_when_stdin_closes(work: trio.CancelScope) -> None:
+    def wait_for_the_end() -> None:
+        # os.read and not sys.stdin: a daemon thread inside a buffered reader aborts the interpreter's exit.
+        while os.read(0, 1 << 16):
+            pass
+
+    await trio.to_thread.run_sync(wait_for_the_end, abandon_on_cancel=True)
+    work.cancel()

@@ -1,0 +1,49 @@
+"""`p2pinfer swarm`: who serves what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+
+from .invocation import BOOTSTRAP, DATA_DIR, MODEL, Invocation, command
+
+SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what they know
+
+
+@command(
+    "swarm", examples=["p2pinfer swarm", "p2pinfer swarm --watch", "p2pinfer swarm --json | jq .missing"]
+)
+@MODEL
+@BOOTSTRAP
+@DATA_DIR
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
+def swarm(call: Invocation, watch: bool) -> None:
+    """Show who serves which blocks of a model, how fast, and how far away."""
+    # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
+    from p2pinfer.config import SharedConfig
+    from p2pinfer.models.source import resolve_model
+    from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.node.identity import new_identity
+    from p2pinfer.node.swarm import open_swarm
+
+    from .progress import Bars
+    from .running import run
+    from .view import look_at, print_view, watch_swarm
+
+    settings = call.settings(HostConfig)
+    shared = settings.build(SharedConfig)
+    progress = Bars(quiet=call.json or call.quiet)
+
+    async def main() -> None:
+        spec = resolve_model(shared.model, cache_dir=shared.cache_dir, progress=progress).spec
+        host_config = replace(settings.build(HostConfig), listen=())
+        async with open_swarm(new_identity(), host_config, shared.bootstrap, shared.data_dir) as member:
+            await member.join(spec.revision)
+            await member.reach_somebody(SETTLE_S)
+            if watch:
+                await watch_swarm(member, spec, as_json=call.json)
+            else:
+                print_view(await look_at(member, spec), as_json=call.json)
+
+    run(main)
