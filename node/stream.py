@@ -34,7 +34,7 @@ class PeerStream(trio.abc.Stream):
         self.peer_id = peer_id
         # libp2p's NetStream keeps account of streams; its reads and writes only add locks to the muxer's.
         self._account = stream
-        self._muxed: YamuxStream = stream.muxed_stream
+        self.muxed: YamuxStream = stream.muxed_stream
         self._closed = False
         self._sending = False
         self._receiving = False
@@ -53,13 +53,13 @@ class PeerStream(trio.abc.Stream):
         self._sending = True
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            before = self._muxed.bytes_sent
+            before = self.muxed.bytes_sent
             with self._translated("while sending to it"):
                 try:
-                    await self._muxed.write(data)
+                    await self.muxed.write(data)
                 except trio.Cancelled:
-                    if self._muxed.bytes_sent != before:
-                        self._muxed.abort()
+                    if self.muxed.bytes_sent != before:
+                        self.muxed.abort()
                     raise
             if not data:
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -74,7 +74,7 @@ class PeerStream(trio.abc.Stream):
         try:
             await trio.lowlevel.checkpoint()
             with self._translated("while sending to it"):
-                await self._muxed.wait_writable()
+                await self.muxed.wait_writable()
         finally:
             self._sending = False
 
@@ -90,10 +90,10 @@ class PeerStream(trio.abc.Stream):
             raise trio.BusyResourceError("another task is receiving on this stream")
         self._receiving = True
         try:
-            if self._closed or self._muxed.has_input():
+            if self._closed or self.muxed.has_input():
                 await trio.lowlevel.checkpoint()
             with self._translated("while receiving from it"):
-                return await self._muxed.read(max_bytes or RECEIVE_BYTES)
+                return await self.muxed.read(max_bytes or RECEIVE_BYTES)
         except MuxedStreamEOF:
             return b""
         finally:
@@ -101,17 +101,17 @@ class PeerStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """Close both directions without waiting for the peer; what was sent still arrives. Harmless twice."""
-        await self._close(self._muxed.end)
+        await self._close(self.muxed.end)
 
     async def reset(self) -> None:
         """Close both directions, and let the peer see an error instead of an end. Harmless twice."""
-        await self._close(self._muxed.abort)
+        await self._close(self.muxed.abort)
 
     async def _close(self, close: Callable[[], None]) -> None:
         if not self._closed:
             self._closed = True
             close()
-            self._muxed.discard()
+            self.muxed.discard()
             with shielded(1):
                 await self._account.remove()
         await trio.lowlevel.checkpoint()

@@ -307,8 +307,7 @@ class YamuxConnection(IMuxedConn):
                     nursery.cancel_scope.cancel()
         finally:
             self._end()
-            with shielded(1):
-                await self._hang_up()
+            await self._hang_up()
 
     async def close(self) -> None:
         """Say goodbye, lose every stream, hang up. Harmless twice."""
@@ -320,7 +319,7 @@ class YamuxConnection(IMuxedConn):
                 await self.secured_conn.write(HEADER.pack(0, GO_AWAY, 0, 0, NORMAL))
             except (BaseLibp2pError, OSError) as exc:
                 logger.debug("connection.goodbye_failed peer=%s why=%r", self.peer_id, exc)
-            await self._hang_up()
+        await self._hang_up()
         self._scope.cancel()
 
     async def open_stream(self) -> YamuxStream:
@@ -535,10 +534,11 @@ class YamuxConnection(IMuxedConn):
             answered.set()
 
     async def _hang_up(self) -> None:
-        try:
-            await self.secured_conn.close()
-        except (BaseLibp2pError, OSError) as exc:
-            logger.debug("connection.close_failed peer=%s why=%r", self.peer_id, exc)
+        with shielded(1):
+            try:
+                await self.secured_conn.close()
+            except (BaseLibp2pError, OSError) as exc:
+                logger.debug("connection.close_failed peer=%s why=%r", self.peer_id, exc)
 
 
 class _GoneAway(Exception):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
-
 import pytest
 import trio
 
@@ -17,17 +14,23 @@ LIMIT_S = 20.0
 
 
 @pytest.fixture
-async def start_host() -> AsyncGenerator[StartHost]:
+async def start_host(nursery: trio.Nursery) -> StartHost:
     """Starts hosts that end with the test, and ends a test that hangs."""
-    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
 
-        async def start(config: HostConfig = LOOPBACK, identity: Identity | None = None) -> Host:
-            return await stack.enter_async_context(open_host(identity or new_identity(), config))
+    async def run(
+        config: HostConfig, identity: Identity, task_status: trio.TaskStatus[Host] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        async with open_host(identity, config) as host:
+            task_status.started(host)
+            await trio.sleep_forever()
 
-        async def limit() -> None:
-            await trio.sleep(LIMIT_S)
-            raise TimeoutError(f"the test took more than {LIMIT_S:g} s")
+    async def start(config: HostConfig = LOOPBACK, identity: Identity | None = None) -> Host:
+        host: Host = await nursery.start(run, config, identity or new_identity())
+        return host
 
-        nursery.start_soon(limit)
-        yield start
-        nursery.cancel_scope.cancel()
+    async def limit() -> None:
+        await trio.sleep(LIMIT_S)
+        raise TimeoutError(f"the test took more than {LIMIT_S:g} s")
+
+    nursery.start_soon(limit)
+    return start

@@ -1,0 +1,164 @@
+"""TCP connections: how they are tuned, read in pieces, written by several, and lost."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.transport.exceptions import OpenConnectionError
+from multiaddr import Multiaddr
+
+from p2pinfer.node.tcp import TcpStream, TunedTCP, tune
+
+Pair = tuple[TcpStream, trio.SocketStream]
+
+
+@pytest.fixture
+async def pair() -> AsyncGenerator[Pair]:
+    """A stream of ours, and the socket at the other end."""
+    ours, theirs = trio.socket.socketpair()
+    stream, other = TcpStream(trio.SocketStream(ours)), trio.SocketStream(theirs)
+    with trio.fail_after(10):
+        yield stream, other
+    await stream.close()
+    await other.aclose()
+
+
+async def test_small_messages_go_out_at_once_and_a_dead_path_is_noticed() -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    stream = await trio.testing.open_stream_to_socket_listener(listener)
+    tune(stream, user_timeout_s=7.0)
+    sock = stream.socket
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+    await stream.aclose()
+    await listener.aclose()
+
+
+async def test_a_system_without_some_options_is_tuned_by_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")
+    await test_both_ends_of_a_dialled_connection_are_tuned()
+
+
+async def test_both_ends_of_a_dialled_connection_are_tuned() -> None:
+    transport = TunedTCP(10.0)
+    accepted, arrived = trio.open_memory_channel[TcpStream](1)
+
+    async def handle(stream: TcpStream) -> None:
+        await accepted.send(stream)
+        await stream.closed.wait()
+        await trio.sleep_forever()  # as libp2p does
+
+    listener = transport.create_listener(handle)
+    with trio.fail_after(10):
+        await listener.listen(Multiaddr("/ip4/127.0.0.1/tcp/0"))
+        address = listener.get_addrs()[0]
+        for connection in (
+            await transport.dial(address),
+            await transport.dial_with_source(address, ("127.0.0.1", 0)),
+        ):
+            ours: Any = connection
+            theirs = await arrived.receive()
+            for stream in (ours.stream, theirs):
+                assert isinstance(stream, TcpStream)
+                assert stream.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            await ours.write(b"hello")
+            assert await theirs.read(5) == b"hello"
+            await ours.close()
+            with pytest.raises(ConnectionClosedError, match="closed"):
+                await theirs.read(1)
+            await theirs.close()
+        await listener.close()
+
+
+async def test_a_refused_connection_is_an_error_with_a_reason_and_no_noise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(OpenConnectionError, match="refused"):
+        await TunedTCP(10.0).dial(Multiaddr("/ip4/127.0.0.1/tcp/1"))
+    assert caplog.records == []
+
+
+async def test_a_host_name_is_dialled() -> None:
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    port = listener.socket.getsockname()[1]
+    connection = await TunedTCP(10.0).dial(Multiaddr(f"/dns4/localhost/tcp/{port}"))
+    await connection.close()
+    await listener.aclose()
+
+
+async def test_what_came_in_one_piece_is_handed_out_in_any(pair: Pair) -> None:
+    ours, theirs = pair
+    await theirs.send_all(b"abcdefgh")
+    assert await ours.read(2) == b"ab"
+    assert await ours.read(0) == b""
+    assert await ours.read(3) == b"cde"
+    assert await ours.read() == b"fgh"
+
+
+async def test_writers_are_served_in_the_order_they_came(pair: Pair) -> None:
+    ours, theirs = pair
+    size = 1 << 20
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(ours.write, bytes([number]) * size)
+            await trio.testing.wait_all_tasks_blocked()
+        received = b""
+        while len(received) < 4 * size:
+            received += await theirs.receive_some()
+    assert received == b"".join(bytes([number]) * size for number in range(4))
+
+
+async def test_a_cancelled_write_is_finished_by_the_next(pair: Pair) -> None:
+    ours, theirs = pair
+    size = 4 << 20
+    with trio.move_on_after(0.01):
+        await ours.write(b"a" * size)
+    received = b""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.write, b"b")
+        while len(received) < size + 1:
+            received += await theirs.receive_some()
+    assert received == b"a" * size + b"b"
+
+
+async def test_a_cancelled_writer_hands_over_to_one_who_waits(pair: Pair) -> None:
+    ours, theirs = pair
+    size = 4 << 20
+    first = trio.CancelScope()
+
+    async def write_first() -> None:
+        with first:
+            await ours.write(b"a" * size)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write_first)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(ours.write, b"b")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        first.cancel()
+        received = b""
+        while len(received) < size + 1:
+            received += await theirs.receive_some()
+
+
+async def test_a_lost_connection_is_an_error_for_reader_and_writer(pair: Pair) -> None:
+    ours, theirs = pair
+    await theirs.aclose()
+    with pytest.raises(ConnectionClosedError):
+        await ours.read(1)
+    with pytest.raises(ConnectionClosedError):
+        await ours.write(b"x")
+    await ours.close()
+    with pytest.raises(ConnectionClosedError):
+        await ours.read(1)
+    with pytest.raises(ConnectionClosedError):
+        await ours.write(b"x")
+    assert ours.closed.is_set()
