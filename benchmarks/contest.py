@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 import p2pinfer.models
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.embedded import open_embedded_swarm
+from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
@@ -58,6 +59,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 MODELS = ("512x8", "1024x16", "smollm2")
+CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # of each node; on one card they share its memory
 
 
 @contextmanager
@@ -66,15 +68,15 @@ def model_folder(name: str) -> Iterator[Path]:
     if name == "smollm2":
         yield smollm2.smollm2_folder()
         return
-    torch.manual_seed(0)
     config = LlamaConfig(
         **{"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[name]}
     )
     with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            LlamaForCausalLM(config).save_pretrained(folder)
         torch.set_default_dtype(torch.float32)
-        model.save_pretrained(folder)
         tokenizer = Path(p2pinfer.models.__path__[0], BUNDLED_MODEL, "tokenizer.json")  # any will do
         shutil.copy(tokenizer, folder)
         yield Path(folder)
@@ -123,14 +125,13 @@ async def open_swarm(folder: Path, hops: int, dtype: str, device: str = "cpu") -
         host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
         config=ClientConfig(dtype=dtype, device=device, find_timeout_s=60),
     )
+    compute = ComputeConfig(device=device, dtype=dtype, threads=1, cache_bytes=CACHE_BYTES[device])
     async with client:
         blocks = client.spec.num_blocks
         bounds = [round(blocks * hop / hops) for hop in range(hops + 1)]
         spans = [BlockSpan(start, stop) for start, stop in pairwise(bounds)]
-        nodes = open_embedded_swarm(
-            client.member.addrs, model=str(folder), spans=spans, dtype=dtype, device=device
-        )
-        async with nodes:
+        addrs = client.member.addrs
+        async with open_embedded_swarm(addrs, model=str(folder), spans=spans, compute=compute):
             with trio.fail_after(60):
                 while len(client.peers()) < hops:
                     await trio.sleep(0.05)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import trio
@@ -23,6 +23,7 @@ import trio
 from p2pinfer.client import Client
 from p2pinfer.config import FILE_NAME, environment_without_settings
 from p2pinfer.errors import LocalError
+from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
@@ -98,8 +99,7 @@ async def open_embedded_swarm(
     *,
     model: str,
     spans: Sequence[BlockSpan] = SPANS,
-    dtype: str = "auto",
-    device: str = "auto",
+    compute: ComputeConfig | None = None,
     on_ready: Callable[[int], None] = lambda count: None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> AsyncGenerator[tuple[EmbeddedNode, ...]]:
@@ -107,19 +107,20 @@ async def open_embedded_swarm(
 
     Args:
         meeting_point: The multiaddrs, with /p2p/, that the nodes join by: our own host's.
+        compute: How every node computes; one thread each, and the defaults otherwise.
         on_ready: Called with the number of nodes that serve, each time it grows.
 
     Raises:
         LocalError: A node ended or was not ready in time; the message has its last words.
     """
+    # One thread each: several processes share this machine's cores, and would wait for each other.
+    compute = compute or ComputeConfig(threads=1)
     nodes: list[EmbeddedNode] = []
     home = Path(tempfile.mkdtemp(prefix="p2pinfer-"))
     try:
         async with open_nursery() as nursery:
             try:
                 for index, span in enumerate(spans):
-                    # One thread each: processes that share this machine's cores would wait for each other.
-                    compute = f"[compute]\nthreads = 1\ndtype = {dtype!r}\ndevice = {device!r}\n"
                     nodes.append(await _start(home / str(index), model, span, meeting_point, compute))
                 await _wait_ready(nursery, nodes, on_ready, start_timeout_s)
                 yield tuple(nodes)
@@ -130,10 +131,11 @@ async def open_embedded_swarm(
 
 
 async def _start(
-    home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str], settings: str
+    home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str], compute: ComputeConfig
 ) -> EmbeddedNode:
     home.mkdir()
-    (home / FILE_NAME).write_text(settings, encoding="utf-8")
+    lines = [f"{each.name} = {json.dumps(getattr(compute, each.name))}" for each in fields(compute)]
+    (home / FILE_NAME).write_text("\n".join(["[compute]", *lines, ""]), encoding="utf-8")
     command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
     command += ["--model", model, "--blocks", str(span), "--data-dir", str(home)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0"]
