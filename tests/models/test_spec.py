@@ -7,8 +7,9 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.models import families
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.spec import model_spec, pretrained_config, revision_of
+from p2pinfer.models.spec import FAMILIES, model_spec, pretrained_config, revision_of
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -85,6 +86,10 @@ def test_a_block_is_as_big_as_its_weights() -> None:
 def test_an_unknown_family_is_refused_and_the_known_ones_are_listed(family: object) -> None:
     with pytest.raises(CheckpointError, match="it runs gemma2, llama"):
         model_spec("m", {**CONFIG, "model_type": family}, SHARDS)
+
+
+def test_every_family_that_is_admitted_has_an_adapter() -> None:
+    assert families.FAMILIES.keys() == FAMILIES
 
 
 def test_quantised_weights_are_refused() -> None:
