@@ -156,8 +156,8 @@ def encode_rows(settings: Settings, part: int) -> tuple[int, int]:
     story = 0
     while story < len(starts) and starts[story] + settings.length <= len(ids):
         rows.append(int(starts[story]))
-        next_start: Any = np.searchsorted(starts, starts[story] + settings.length, "right")
-        story = max(story + 1, int(next_start) - 1)
+        following: int = starts.searchsorted(starts[story] + settings.length, "right")
+        story = max(story + 1, following - 1)
     at = np.add.outer(np.array(rows, dtype=np.int64), np.arange(settings.length))
     np.save(settings.in_work(f"rows_{part:02d}.npy"), ids[at])
     return len(ids), len(rows)
