@@ -23,7 +23,17 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # oneDNN reads it o
 
 import torch
 import trio
-from contest import MODELS, model_folder, open_swarm, open_walk, prompt_ids, report, rounded
+from contest import (
+    MODELS,
+    blocks_of,
+    evenly,
+    model_folder,
+    open_swarm,
+    open_walk,
+    prompt_ids,
+    report,
+    rounded,
+)
 
 from p2pinfer.client import Client, ClientConfig
 
@@ -100,7 +110,7 @@ async def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one model."""
     rows: list[dict[str, Any]] = []
-    async with open_swarm(folder, 1, dtype, device) as client:
+    async with open_swarm(folder, evenly(blocks_of(folder), 1), dtype, device) as client:
         addrs = client.peers()[0].announcement.addrs
         for count in counts:
             together, fair = await contest(folder, addrs, dtype, device, count, tokens)

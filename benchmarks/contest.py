@@ -64,7 +64,10 @@ CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # of each node; on one card the
 
 @contextmanager
 def model_folder(name: str) -> Iterator[Path]:
-    """A checkpoint of that name: random weights of a shape, or SmolLM2-135M's own."""
+    """A checkpoint of that name: random weights of a shape, SmolLM2-135M's own, or the bundled model."""
+    if name == BUNDLED_MODEL:
+        yield Path(p2pinfer.models.__path__[0], BUNDLED_MODEL)
+        return
     if name == "smollm2":
         yield smollm2.smollm2_folder()
         return
@@ -83,27 +86,38 @@ def model_folder(name: str) -> Iterator[Path]:
 
 
 class Local:
-    """transformers in this process: the named competitor."""
+    """transformers in this process: the named competitor, and the oracle.
 
-    def __init__(self, folder: Path, dtype: str, device: str = "cpu") -> None:
+    With `keep_margins`, `margins` holds for each token of the last `generate` how much more likely it was
+    than the second likeliest.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu", *, keep_margins: bool = False) -> None:
         self.device = device
+        self.keep_margins = keep_margins
+        self.margins: list[float] = []
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self._model: Any = loaded.to(device).eval()
+        self._model.generation_config.eos_token_id = None  # a benchmark goes on to its last token
 
     def generate(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
         """Greedy ids after `ids`, and the time at which each of them was known."""
         clock = _Clock()
         prompt = torch.tensor([list(ids)], device=self.device)
-        output: Tensor = self._model.generate(
+        output: Any = self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             pad_token_id=0,
             stopping_criteria=[clock],
+            return_dict_in_generate=True,
+            output_logits=self.keep_margins,
         )
-        return output[0, len(ids) :].tolist(), clock.times
+        if self.keep_margins:
+            best = torch.cat(output.logits).float().softmax(-1).topk(2).values
+            self.margins = (best[:, 0] - best[:, 1]).tolist()
+        return output.sequences[0, len(ids) :].tolist(), clock.times
 
 
 class _Clock(StoppingCriteria):
@@ -113,13 +127,23 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def evenly(blocks: int, hops: int) -> list[BlockSpan]:
+    """The model's blocks, divided among `hops` as evenly as they can be."""
+    bounds = [round(blocks * hop / hops) for hop in range(hops + 1)]
+    return [BlockSpan(start, stop) for start, stop in pairwise(bounds)]
+
+
 @asynccontextmanager
-async def open_swarm(folder: Path, hops: int, dtype: str, device: str = "cpu") -> AsyncGenerator[Client]:
-    """A client of `hops` node processes that divide the model evenly, one torch thread each."""
+async def open_swarm(
+    folder: Path, spans: Sequence[BlockSpan], dtype: str, device: str = "cpu"
+) -> AsyncGenerator[Client]:
+    """A client of one node process per span, one torch thread each."""
     client = Client(
         model=str(folder),
         host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
@@ -127,13 +151,10 @@ async def open_swarm(folder: Path, hops: int, dtype: str, device: str = "cpu") -
     )
     compute = ComputeConfig(device=device, dtype=dtype, threads=1, cache_bytes=CACHE_BYTES[device])
     async with client:
-        blocks = client.spec.num_blocks
-        bounds = [round(blocks * hop / hops) for hop in range(hops + 1)]
-        spans = [BlockSpan(start, stop) for start, stop in pairwise(bounds)]
         addrs = client.member.addrs
         async with open_embedded_swarm(addrs, model=str(folder), spans=spans, compute=compute):
             with trio.fail_after(60):
-                while len(client.peers()) < hops:
+                while len(client.peers()) < len(spans):
                     await trio.sleep(0.05)
             yield client
 
@@ -196,3 +217,9 @@ def report(title: str, rows: Sequence[dict[str, Any]]) -> None:
 def rounded(values: Sequence[float], digits: int = 2) -> float:
     """The median, rounded."""
     return round(median(values), digits)
+
+
+def blocks_of(folder: Path) -> int:
+    """How many blocks the checkpoint has."""
+    blocks: int = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    return blocks

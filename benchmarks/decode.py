@@ -24,7 +24,19 @@ from typing import Any
 
 import torch
 import trio
-from contest import MODELS, Local, Walk, model_folder, open_swarm, open_walk, prompt_ids, report, rounded
+from contest import (
+    MODELS,
+    Local,
+    Walk,
+    blocks_of,
+    evenly,
+    model_folder,
+    open_swarm,
+    open_walk,
+    prompt_ids,
+    report,
+    rounded,
+)
 
 from p2pinfer.client import Client
 
@@ -97,7 +109,7 @@ async def main() -> None:
             for dtype in options.dtype:
                 local = Local(folder, dtype)
                 for hops in options.hops:
-                    async with open_swarm(folder, hops, dtype) as client:
+                    async with open_swarm(folder, evenly(blocks_of(folder), hops), dtype) as client:
                         row = await contest(client, local, options.rounds, hops)
                     rows.append({"model": name, "dtype": dtype, **row})
     report(f"decode, {PROMPT} + {TOKENS} tokens, {time.monotonic() - started:.0f} s in all", rows)

@@ -19,7 +19,18 @@ from typing import Any
 
 import torch
 import trio
-from contest import MODELS, Local, model_folder, open_swarm, open_walk, prompt_ids, report, rounded
+from contest import (
+    MODELS,
+    Local,
+    blocks_of,
+    evenly,
+    model_folder,
+    open_swarm,
+    open_walk,
+    prompt_ids,
+    report,
+    rounded,
+)
 
 from p2pinfer.client import Client
 
@@ -66,7 +77,7 @@ async def main() -> None:
             for dtype in options.dtype:
                 local = Local(folder, dtype)
                 for hops in options.hops:
-                    async with open_swarm(folder, hops, dtype) as client:
+                    async with open_swarm(folder, evenly(blocks_of(folder), hops), dtype) as client:
                         for tokens in options.tokens:
                             row = await contest(client, local, options.rounds, hops, tokens)
                             rows.append({"model": name, "dtype": dtype, **row})
