@@ -168,7 +168,7 @@ class Session:
                     message, payload = await stream.receive()
                     match message:
                         case Result() if index == len(self._streams) - 1:
-                            self._results_in.send_nowait((message, payload))
+                            self._deliver(message, payload)
                         case Refused():
                             raise refusal_error(message, stream.peer_id)
                         case _:
@@ -178,6 +178,14 @@ class Session:
         except PeerError as exc:
             self._failure = self._failure or exc
             self._results_in.close()
+
+    def _deliver(self, result: Result, payload: bytearray) -> None:
+        try:
+            self._results_in.send_nowait((result, payload))
+        except trio.ClosedResourceError:
+            return  # it was on its way when we closed
+        except trio.WouldBlock as exc:
+            raise ProtocolViolation("results without steps", self._streams[-1].peer_id) from exc
 
     async def aclose(self) -> None:
         """Tell every hop that the session is over; quick, and quiet about hops that are gone."""
