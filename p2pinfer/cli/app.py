@@ -18,7 +18,7 @@ from .failures import Failure, OutputClosed, describe_failure
 from .generate import generate
 from .node import node
 from .swarm import swarm
-from .terminal import note, silence_output, write_out
+from .terminal import note, write_out
 
 PROGRAM = "p2pinfer"
 _SHELLS = ("bash", "fish", "zsh")
@@ -103,20 +103,15 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _tell(failure: Failure, error: BaseException, argv: Sequence[str]) -> None:
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    if isinstance(failure.error, OutputClosed):
-        silence_output()
-        return
     if not failure.message:
         return
+    own = argv[: argv.index("--")] if "--" in argv else argv
     if _verbosity(own) >= 2:
         note("".join(traceback.format_exception(error)).rstrip())
     note(f"{PROGRAM}: {failure.message}")
     if "--json" in own:
-        try:
+        with suppress(OutputClosed):
             write_out(json.dumps(failure.to_dict()) + "\n")
-        except OutputClosed:
-            silence_output()
 
 
 def _verbosity(argv: Sequence[str]) -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
 
 from .failures import OutputClosed
 
@@ -22,68 +19,52 @@ def write_out(text: str) -> None:
     Raises:
         OutputClosed: The reader is gone, as after `| head -1`.
     """
-    with _noticing_the_end():
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError as exc:
+        raise OutputClosed from exc
 
 
 def note(text: str) -> None:
     """Say something to people; with nobody left to hear it, say nothing."""
-    try:
+    with suppress(BrokenPipeError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    except (BrokenPipeError, ValueError):
-        return
 
 
 def print_out(renderable: RenderableType) -> None:
-    """Print something that rich lays out, as a result.
-
-    Raises:
-        OutputClosed: The reader is gone.
-    """
-    from rich.console import Console  # 50 ms that --help need not wait for
-
-    with _noticing_the_end():
-        Console(highlight=False).print(renderable)
+    """Write something that rich lays out to standard output; raises as `write_out` does."""
+    write_out(_laid_out(renderable, sys.stdout))
 
 
 def print_note(renderable: RenderableType) -> None:
-    """Print something that rich lays out, for people."""
+    """Show people something that rich lays out."""
+    note(_laid_out(renderable, sys.stderr).rstrip("\n"))
+
+
+def _laid_out(renderable: RenderableType, stream: TextIO) -> str:
+    """Text with colours if the stream is a terminal. Not printed by rich, which exits when a pipe breaks."""
     from rich.console import Console  # 50 ms that --help need not wait for
 
-    Console(file=sys.stderr, highlight=False).print(renderable)
-
-
-def silence_output() -> None:
-    """Point standard output to nowhere, so that the interpreter's last flush cannot fail."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, sys.stdout.fileno())
-    finally:
-        os.close(devnull)
+    console = Console(file=stream, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
 
 
 def set_up_logging(verbosity: int) -> None:
     """Log to standard error: warnings; from 1 on what an operator would tell a friend; from 2 on all."""
     ours = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
-    theirs = logging.WARNING if verbosity >= 2 else logging.CRITICAL
     handler = logging.StreamHandler(sys.stderr)
-    pattern = "%(levelname).1s %(name)s: %(message)s" if verbosity < 2 else "%(asctime)s " + _DEBUG_PATTERN
-    handler.setFormatter(logging.Formatter(pattern))
-    logging.basicConfig(level=theirs, handlers=[handler], force=True)
+    when = "%(asctime)s " if verbosity >= 2 else ""
+    handler.setFormatter(logging.Formatter(f"{when}%(levelname).1s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING if verbosity >= 2 else logging.CRITICAL)
     logging.getLogger("p2pinfer").setLevel(ours)
+    # libp2p keeps its records from the root; without a handler Python prints them bare, as a last resort.
+    libp2p = logging.getLogger("libp2p")
+    libp2p.propagate = False
+    libp2p.addHandler(handler if verbosity >= 2 else logging.NullHandler())
     logging.captureWarnings(True)
-    if verbosity < 2:
-        warnings.simplefilter("ignore")
-
-
-_DEBUG_PATTERN = "%(levelname)-7s %(name)s: %(message)s"
-
-
-@contextmanager
-def _noticing_the_end() -> Generator[None]:
-    try:
-        yield
-    except BrokenPipeError as exc:
-        raise OutputClosed from exc

@@ -1,0 +1,30 @@
+"""Node processes for tests of the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def start_node(home: Path, blocks: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
+    command += ["--blocks", blocks, "--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
+    command += ["--set", "compute.threads=1", *more]
+    return subprocess.Popen(
+        command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_ready(node: subprocess.Popen[str]) -> dict[str, Any]:
+    assert node.stdout is not None
+    for line in node.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == "ready":
+            return event
+    _, said = node.communicate(timeout=20)
+    pytest.fail(f"the node did not start: {said}")

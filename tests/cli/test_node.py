@@ -1,0 +1,107 @@
+"""`p2pinfer node`: its events, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from p2pinfer.cli import node as node_command
+from p2pinfer.cli.app import run
+
+from .support import start_node, wait_ready
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the node prints; it is asked to stop when it says that others can join."""
+    lines: list[str] = []
+
+    def write_out(text: str) -> None:
+        lines.append(text)
+        if '"ready"' in text or "join with" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(node_command, "write_out", write_out)
+    return lines
+
+
+def test_json_is_an_event_a_line_and_ready_says_what_is_served(printed: list[str], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert (
+        run(
+            ["node", "--json", "--blocks", "2:4", "--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
+        )
+        == 0
+    )
+    events = [json.loads(line) for line in printed]
+    assert [event["event"] for event in events] == ["starting", "loading", "ready", "leaving"]
+    ready = events[2]
+    assert ready["blocks"] == [2, 4]
+    assert ready["model"] == "tiny-stories"
+    assert len(ready["revision"]) == 32
+    assert all(addr.endswith(f"/p2p/{ready['peer_id']}") for addr in ready["addrs"])
+    assert any(home.iterdir())
+
+
+def test_people_get_lines_with_the_time(printed: list[str]) -> None:
+    assert run(["node", "--no-blocks", "--listen", "/ip4/127.0.0.1/tcp/0"]) == 0
+    assert "introducing peers to each other; they join with" in printed[0]
+    assert printed[0][2] == ":"
+    assert "--bootstrap /ip4/127.0.0.1/tcp/" in printed[0]
+
+
+def test_quiet_is_quiet(printed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pinfer.node.node.run_node", _end_at_once)
+    assert run(["node", "-q"]) == 0
+    assert printed == []
+
+
+async def _end_at_once(*args: object, report: object, **kwargs: object) -> None:
+    from p2pinfer.node.events import Leaving
+
+    assert callable(report)
+    report(Leaving(0))
+
+
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "complaint"),
+    [
+        (["--blocks", "4"], 2, "'4' is no span of blocks"),
+        (["--blocks", "6:9"], 2, "tiny-stories has 8 blocks"),
+        (["--blocks", "0:4", "--num-blocks", "2"], 2, "give one of them"),
+        (["--model", "no/such/folder"], 1, "there is no folder 'no/such/folder'"),
+        (["--listen", "here"], 1, "cannot listen: 'here'"),
+        (["--bootstrap", "there"], 2, "--bootstrap: 'there'"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    argv: list[str], exit_code: int, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["node", *argv]) == exit_code
+    text, said = capsys.readouterr()
+    assert text == ""
+    assert said.startswith("p2pinfer: ")
+    assert said.count("\n") == 1
+    assert complaint in said
+
+
+def test_a_node_leaves_when_its_standard_input_ends(tmp_path: Path) -> None:
+    node = start_node(tmp_path, "0:1", "--no-blocks")
+    assert wait_ready(node)["blocks"] is None
+    _, said = node.communicate(timeout=20)
+    assert (node.returncode, said) == (0, "")
+
+
+def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:
+    node = start_node(tmp_path, "0:1")
+    wait_ready(node)
+    node.send_signal(signal.SIGINT)
+    events, said = node.communicate(timeout=20)
+    assert json.loads(events)["event"] == "leaving"
+    assert (node.returncode, said) == (130, "")

@@ -1,0 +1,87 @@
+"""What a node's events and a generation's bill look like."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from p2pinfer.cli.render import describe_event, route_table, short_peer
+from p2pinfer.generate import GenerationResult, HopUsed, Timings
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node import events
+
+PEER = "12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"
+ADDRS = ("/ip4/192.0.2.1/tcp/1/p2p/12D3",)
+
+
+def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
+    assert short_peer(PEER) == "12D3..Ag6gpz"
+    assert short_peer("short") == "short"
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (events.Starting(PEER, ADDRS, "m", "r"), f"this node is {PEER}"),
+        (events.Loading((0, 4), "asked for"), "loading blocks 0:4 (asked for)"),
+        (
+            events.Ready(PEER, ADDRS, "m", "r", (0, 4), "bfloat16", "cpu", 210.4, 131072),
+            "serving blocks 0:4 of m: bfloat16 on cpu, 210 tok/s, cache for 131,072 tokens; "
+            "others join with\n"
+            "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
+        ),
+        (
+            events.Ready(PEER, ADDRS, "", "", None, "", "", 0.0, 0),
+            "introducing peers to each other; they join with\n"
+            "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
+        ),
+        (
+            events.SessionOpened(PEER, (0, 4), 1024, 2),
+            "12D3..Ag6gpz opened a session of 1,024 tokens; 2 open",
+        ),
+        (
+            events.SessionClosed(PEER, 1000, "done", 1),
+            "12D3..Ag6gpz had 1,000 tokens computed (done); 1 open",
+        ),
+        (events.SessionRefused(PEER, "busy", "too much"), "12D3..Ag6gpz was refused a session: too much"),
+        (events.Warned("odd"), "warning: odd"),
+        (events.Leaving(0), "said goodbye to the swarm"),
+    ],
+)
+def test_every_event_has_its_line(event: events.Event, line: str) -> None:
+    assert describe_event(event) == line
+
+
+def shown(result: GenerationResult) -> str:
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(route_table(result))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def result(timings: Timings, failovers: int) -> GenerationResult:
+    route = (HopUsed(PEER, BlockSpan(0, 4), "direct"), HopUsed("other", BlockSpan(4, 8), "relayed"))
+    return GenerationResult("text", (1, 2, 3), 5, "length", route, timings, failovers)
+
+
+def test_the_bill_lists_the_hops_and_the_network() -> None:
+    assert shown(result(Timings(0.25, 40.0, (4.5, 3.25), 10.0), failovers=0)) == (
+        "hop           blocks  connection  ms/token\n"
+        "12D3..Ag6gpz  0:4     direct          4.50\n"
+        "other         4:8     relayed         3.25\n"
+        "network                               2.25\n"
+        "3 tokens after a prompt of 5: 40.0 tok/s, the first after 250 ms"
+    )
+
+
+def test_the_bill_of_a_single_token_has_no_times_per_hop() -> None:
+    assert shown(result(Timings(0.25, 0.0, (), 0.0), failovers=2)) == (
+        "hop           blocks  connection  ms/token\n"
+        "12D3..Ag6gpz  0:4     direct             -\n"
+        "other         4:8     relayed            -\n"
+        "3 tokens after a prompt of 5: 0.0 tok/s, the first after 250 ms; 2 failovers"
+    )
+
+
+def test_one_failover_is_singular() -> None:
+    assert shown(result(Timings(0.1, 1.0, (), 0.0), failovers=1)).endswith("; 1 failover")

@@ -1,0 +1,51 @@
+"""`p2pinfer swarm` against two real node processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from p2pinfer.cli.app import run
+
+pytestmark = pytest.mark.slow
+
+
+def test_people_see_a_table(swarm_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["swarm", "--bootstrap", swarm_address]) == 0
+    shown, said = capsys.readouterr()
+    assert shown.startswith("tiny-stories  ████████  all 8 blocks are served\n")
+    assert "0:5" in shown
+    assert "3:8" in shown
+    assert "direct" in shown
+    assert said == ""
+
+
+def test_json_is_one_object(swarm_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["swarm", "--json", "--bootstrap", swarm_address]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told["missing"] == []
+    assert sorted(peer["blocks"] for peer in told["peers"]) == [[0, 5], [3, 8]]
+    reached = next(peer for peer in told["peers"] if swarm_address.endswith(peer["peer_id"]))
+    assert reached["connection"] == "direct"
+    assert 0 < reached["rtt_ms"] < 1000
+
+
+def test_without_a_swarm_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["swarm"]) == 1
+    assert "no peer of a swarm answered; name one" in capsys.readouterr().err
+
+
+def test_watching_goes_on_until_ctrl_c(swarm_address: str) -> None:
+    command = [sys.executable, "-m", "p2pinfer", "swarm", "--json", "--watch", "--bootstrap", swarm_address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(2):
+        assert json.loads(process.stdout.readline())["num_blocks"] == 8
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "")

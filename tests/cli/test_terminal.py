@@ -1,0 +1,90 @@
+"""Results to standard output, the rest to standard error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import pytest
+from rich.text import Text
+
+from p2pinfer.cli.failures import OutputClosed
+from p2pinfer.cli.terminal import note, print_note, print_out, set_up_logging, write_out
+
+
+def closed_pipe() -> int:
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+def test_results_and_notes_go_their_own_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    write_out("result\n")
+    note("note")
+    print_out(Text("laid out", style="bold"))
+    print_note(Text("for people", style="bold"))
+    said = capsys.readouterr()
+    assert said.out == "result\nlaid out\n"
+    assert said.err == "note\nfor people\n"
+
+
+def test_a_reader_that_left_ends_the_command_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = os.fdopen(closed_pipe(), "w")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(OutputClosed):
+        write_out("text")
+    with pytest.raises(BrokenPipeError):
+        out.close()
+
+
+def test_nobody_to_tell_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = os.fdopen(closed_pipe(), "w")
+    monkeypatch.setattr(sys, "stderr", err)
+    note("text")
+    with pytest.raises(BrokenPipeError):
+        err.close()
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_respected(
+    no_color: str, coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    print_out(Text("red", style="red"))
+    assert ("\x1b[31m" in capsys.readouterr().out) is coloured
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "heard"),
+    [
+        (-1, {"error"}),
+        (0, {"error", "warning"}),
+        (1, {"error", "warning", "info"}),
+        (2, {"error", "warning", "info", "debug", "theirs"}),
+        (3, {"error", "warning", "info", "debug", "theirs"}),
+    ],
+)
+def test_each_v_says_more(verbosity: int, heard: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(verbosity)
+    ours = logging.getLogger("p2pinfer.somewhere")
+    for level in ("debug", "info", "warning", "error"):
+        getattr(ours, level)(level)
+    logging.getLogger("libp2p").warning("theirs")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert {line.rpartition(": ")[2] for line in said.err.splitlines()} == heard
+
+
+def test_warnings_of_libraries_are_for_the_very_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    warnings.simplefilter("always")
+    set_up_logging(0)
+    warnings.warn("odd", stacklevel=1)
+    assert capsys.readouterr().err == ""
+    set_up_logging(2)
+    warnings.warn("odd", stacklevel=1)
+    assert "odd" in capsys.readouterr().err

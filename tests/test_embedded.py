@@ -1,0 +1,130 @@
+"""Three node processes of our own: that they serve, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2pinfer import embedded
+from p2pinfer.client import Client
+from p2pinfer.embedded import (
+    client_host_config,
+    may_embed,
+    open_embedded_swarm,
+    swarm_in_reach,
+)
+from p2pinfer.errors import LocalError, PeerUnreachable
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.host_config import HostConfig
+
+pytestmark = pytest.mark.slow
+
+LOOPBACK = client_host_config(HostConfig(), embedding=True)
+
+
+@pytest.fixture
+def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the nodes' folders are made, and an empty place for everything else."""
+    homes = tmp_path / "homes"
+    homes.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(homes))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return homes
+
+
+def client(tmp_path: Path) -> Client:
+    return Client(host_config=LOOPBACK, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def test_three_processes_tell_a_story_and_leave_nothing_behind(homes: Path, tmp_path: Path) -> None:
+    counted: list[tuple[int, int]] = []
+    async with client(tmp_path) as alone:
+        in_reach = swarm_in_reach(
+            alone, embedding=True, on_embedding=lambda ready, total: counted.append((ready, total))
+        )
+        async with in_reach:
+            assert len(list(homes.glob("p2pinfer-*"))) == 1
+            generation = alone.generate("Once upon a time", max_new_tokens=8)
+            tokens = [token async for token in generation]
+    assert len(tokens) == 8
+    assert [str(hop.span) for hop in generation.result.route] == ["0:3", "3:5", "5:8"]
+    assert counted == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert list(homes.glob("p2pinfer-*")) == []
+
+
+async def test_a_node_that_will_not_go_is_killed(
+    homes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "LEAVE_TIMEOUT_S", 0.5)
+    async with client(tmp_path) as alone:
+        swarm = open_embedded_swarm(alone.member.addrs, model=BUNDLED_MODEL, spans=[BlockSpan(0, 1)])
+        async with swarm as (node,):
+            os.kill(node.process.pid, signal.SIGSTOP)
+    assert node.process.returncode == -signal.SIGKILL
+    assert is_gone(node.process.pid)
+    assert list(homes.glob("p2pinfer-*")) == []
+
+
+async def test_a_node_that_cannot_start_says_why(homes: Path) -> None:
+    swarm = open_embedded_swarm([], model="no/such/folder", spans=[BlockSpan(0, 1)])
+    with pytest.raises(LocalError, match=r"blocks 0:1 ended: p2pinfer: there is no folder 'no/such/folder'"):
+        async with swarm:
+            pytest.fail("it cannot serve")
+    assert list(homes.glob("p2pinfer-*")) == []
+
+
+async def test_a_node_that_takes_too_long_is_given_up(homes: Path) -> None:
+    swarm = open_embedded_swarm([], model=BUNDLED_MODEL, spans=[BlockSpan(0, 1)], start_timeout_s=0.05)
+    with pytest.raises(LocalError, match=r"blocks 0:1 was not ready in 0\.05 s: it said nothing"):
+        async with swarm:
+            pytest.fail("it cannot serve yet")
+    assert list(homes.glob("p2pinfer-*")) == []
+
+
+async def test_a_cancelled_start_ends_the_nodes(homes: Path) -> None:
+    with trio.move_on_after(0.3) as scope:
+        async with open_embedded_swarm([], model=BUNDLED_MODEL):
+            pytest.fail("they cannot serve yet")
+    assert scope.cancelled_caught
+    assert list(homes.glob("p2pinfer-*")) == []
+
+
+async def test_nodes_of_our_own_do_not_stand_in_for_a_swarm_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "BOOTSTRAP_TIMEOUT_S", 0.1)
+    async with client(tmp_path) as alone:
+        with pytest.raises(PeerUnreachable, match="no peer of a swarm answered"):
+            async with swarm_in_reach(alone, embedding=False):
+                pytest.fail("there is nobody")
+
+
+async def test_a_swarm_in_reach_is_used(tmp_path: Path) -> None:
+    """Another client is swarm enough: it answers."""
+    async with client(tmp_path) as first:
+        for bootstrap, embedding in ((first.member.addrs, False), (first.member.addrs, True)):
+            second = Client(bootstrap=bootstrap, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+            async with second, swarm_in_reach(second, embedding=embedding):
+                assert second.member.host.connected_peers() == [first.member.peer_id]
+
+
+def test_only_the_bundled_model_without_a_named_swarm_may_be_embedded() -> None:
+    assert may_embed(BUNDLED_MODEL, [])
+    assert not may_embed(BUNDLED_MODEL, ["/ip4/192.0.2.1/tcp/1"])
+    assert not may_embed("some/model", [])
+    assert client_host_config(HostConfig(), embedding=False).listen == ()
