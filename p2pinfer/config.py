@@ -105,7 +105,7 @@ class Settings:
             if head and head[0] != section:
                 section = head[0]
                 lines += ["", f"[{section}]"]
-            written = _to_toml(setting.value)
+            written = to_toml(setting.value)
             said = f"{name} = {written}" if written is not None else f"# {name} is not set"
             lines.append(f"{said}  # {setting.origin}")
         return "\n".join(lines) + "\n"
@@ -299,7 +299,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _to_toml(value: object) -> str | None:
+def to_toml(value: object) -> str | None:
+    """A setting's value as TOML; None, which TOML cannot say, stays None."""
     match value:
         case None:
             return None
@@ -308,6 +309,6 @@ def _to_toml(value: object) -> str | None:
         case int() | float():
             return repr(value)
         case tuple():
-            return "[" + ", ".join(str(_to_toml(part)) for part in cast("tuple[object, ...]", value)) + "]"
+            return "[" + ", ".join(str(to_toml(part)) for part in cast("tuple[object, ...]", value)) + "]"
         case _:
             return json.dumps(str(value), ensure_ascii=False)

@@ -1,8 +1,11 @@
-"""What tests of every folder share: the two trained models."""
+"""What tests of every folder share: the two trained models, and a clean log."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,3 +39,17 @@ def smollm2(smollm2_script: ModuleType) -> Path:
         return Path(smollm2_script.smollm2_folder())
     except smollm2_script.CannotFetch as exc:
         pytest.skip(f"SmolLM2 is not here: {exc}")
+
+
+@pytest.fixture
+def undo_logging() -> Generator[None]:
+    """A command sets up logging for the process it thinks is its own."""
+    loggers = [logging.getLogger(name) for name in (None, "p2pinfer", "libp2p")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    with warnings.catch_warnings():
+        yield
+        logging.captureWarnings(False)
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,17 +11,8 @@ from .support import start_node, wait_ready
 
 
 @pytest.fixture(autouse=True)
-def _undo_logging() -> Generator[None]:
-    """A command sets up logging for the process it thinks is its own."""
-    loggers = [logging.getLogger(name) for name in (None, "p2pinfer", "libp2p")]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    with warnings.catch_warnings():
-        yield
-        logging.captureWarnings(False)
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-        logger.propagate = propagate
+def _undo_logging(undo_logging: None) -> None:
+    """Every test here runs commands."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,110 @@
+"""Writes docs/configuration.md from the layers' dataclasses: their defaults, and the comments beside them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import io
+import textwrap
+import tokenize
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from p2pinfer.client import ClientConfig
+from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
+from p2pinfer.generate import GenerationConfig
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.node import NodeConfig
+from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.session import SessionConfig
+
+LAYERS = (
+    (NodeConfig, "node"),
+    (HostConfig, "node, generate, swarm"),
+    (ComputeConfig, "node"),
+    (ServeConfig, "node"),
+    (GenerationConfig, "generate"),
+    (ClientConfig, "generate"),
+    (SessionConfig, "generate"),
+    (RoutingConfig, "generate"),
+)
+
+INTRODUCTION = """\
+# Configuration
+
+Every setting can be given in four ways, of which the last one counts: its default, `config.toml`, an
+environment variable, a flag. `p2pinfer COMMAND --print-config` prints what is in force and who said so, as a
+file that can be used.
+
+- The file is the one named by `--config` or `$P2PINFER_CONFIG`, else `config.toml` in the data directory,
+  else in the user's configuration folder (on Linux `~/.config/p2pinfer`).
+- The variable of `max_sessions` in `[serve]` is `P2PINFER_SERVE__MAX_SESSIONS`, that of `model` is
+  `P2PINFER_MODEL`. Lists are separated by commas or spaces, or written as a TOML array. An empty variable
+  says nothing.
+- Settings without a flag of their own are set by `--set serve.max_sessions=8`.
+
+A key that does not exist or a value of the wrong type ends the command with a line that names it. Each
+command reads the sections it uses. `make docs` writes this file.
+"""
+
+
+def comments(config: type[Any]) -> dict[str, str]:
+    """What is said beside each field, by name; the comment may stand on any line of the field's."""
+    source = textwrap.dedent(inspect.getsource(config))
+    by_line = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    said: dict[str, str] = {}
+    for field in definition.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
+            said[field.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+    return said
+
+
+def default_of(name: str, value: object) -> str:
+    """A default as one would write it. Folders depend on the system, so they are described."""
+    if name in ("data_dir", "cache_dir"):
+        return "the system's place for it"
+    written = to_toml(value)
+    return "not set" if written is None else f"`{written}`"
+
+
+def table(config: type[Any]) -> list[str]:
+    """One row per setting of a layer; what is shared has a table of its own."""
+    said, hints, defaults = comments(config), get_type_hints(config), config()
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        if field.name not in SHARED or config is SharedConfig:
+            kind = describe_type(hints[field.name])
+            default = default_of(field.name, getattr(defaults, field.name))
+            rows.append(f"| `{field.name}` | {kind} | {default} | {said[field.name]} |")
+    return rows
+
+
+def configuration() -> str:
+    """The whole of docs/configuration.md."""
+    parts = [INTRODUCTION, "## For every command", "", *table(SharedConfig)]
+    for config, commands in LAYERS:
+        title = f"## [{section_of(config)}]"
+        doc = (inspect.getdoc(config) or "").splitlines()[0]
+        parts += [
+            "",
+            title,
+            "",
+            f"{doc} Read by {commands}; variables begin with `{variable_of(section_of(config))}__`.",
+            "",
+            *table(config),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("configuration.md").write_text(configuration(), encoding="utf-8")

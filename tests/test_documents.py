@@ -1,0 +1,130 @@
+"""What is written about p2pinfer is true of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import p2pinfer
+from p2pinfer.cli.app import run
+from p2pinfer.config import SECTIONS, SHARED, SharedConfig, section_of
+from p2pinfer.node.node import NodeConfig
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.policy import ask_policy, load_policy
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def writer() -> dict[str, Any]:
+    """docs/write_configuration.py, loaded by its path: scripts are no package."""
+    return runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks whose fence says exactly that."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_settings_document_is_what_make_docs_writes(writer: dict[str, Any]) -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == writer["configuration"](), "run `make docs`"
+
+
+def test_every_layer_has_its_section_and_every_setting_its_comment(writer: dict[str, Any]) -> None:
+    layers = [layer for layer, _ in writer["LAYERS"]]
+    assert {section_of(layer) for layer in layers} == set(SECTIONS)
+    for layer in (SharedConfig, *layers):
+        own = {field.name for field in dataclasses.fields(layer)} - (
+            set() if layer is SharedConfig else SHARED
+        )
+        said = writer["comments"](layer)
+        assert all(said[name] for name in own)
+
+
+def test_a_node_shares_its_defaults_with_every_command() -> None:
+    shared = dataclasses.asdict(SharedConfig())
+    node = dataclasses.asdict(NodeConfig())
+    assert shared == {name: node[name] for name in shared}
+
+
+def test_the_readme_opens_with_two_commands() -> None:
+    assert [line.partition("#")[0].strip() for line in blocks("sh")[0].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+
+
+def test_every_link_in_a_document_leads_somewhere() -> None:
+    documents = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.usefixtures("undo_logging")
+@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines()])
+def test_every_command_in_the_readme_is_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as its options go: `--print-config` ends it before it does anything."""
+    command = line.partition("  #")[0].rpartition("| ")[2]
+    program, *argv = shlex.split(command)
+    if program == "p2pinfer":
+        assert run([*argv, "--print-config"]) == 0, capsys.readouterr().err
+
+
+def test_the_policy_of_the_readme_prefers_its_neighbours(tmp_path: Path) -> None:
+    (source,) = blocks("python policy")
+    (tmp_path / "my_policy.py").write_text(source)
+    policy = load_policy("my_policy:Neighbours", tmp_path)
+    near, far = candidate("near", 0, 8, 10.0), candidate("far", 0, 8, 200.0)
+    half = candidate("half", 0, 4, 10.0)
+    request = p2pinfer.RouteRequest("ab" * 16, num_blocks=8, hidden_bytes_per_token=640, tokens=100)
+
+    def chosen(*candidates: p2pinfer.Candidate) -> tuple[str, ...]:
+        return ask_policy(policy, candidates, request, Ledger())[0].peer_ids
+
+    assert chosen(near, far) == ("near",)
+    assert chosen(half, far) == ("far",)
+    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+
+
+def candidate(peer_id: str, start: int, stop: int, rtt_ms: float) -> p2pinfer.Candidate:
+    # The far one is the fastest by far, so that only the policy's own rule prefers the near one.
+    tokens_per_s = 10_000.0 if peer_id == "far" else 1.0
+    said = Announcement(
+        peer_id, "m", "ab" * 16, p2pinfer.BlockSpan(start, stop), "float32", tokens_per_s, 1 << 20, 1
+    )
+    return p2pinfer.Candidate(said, rtt_ms)
+
+
+def test_public_names_are_there_and_are_the_ones_type_checkers_see() -> None:
+    source = (ROOT / "p2pinfer" / "__init__.py").read_text(encoding="utf-8")
+    for_checkers = re.findall(r"^    from \.(\S+) import (\w+) as \2$", source, re.MULTILINE)
+    homes = {name: module for module, names in p2pinfer._HOMES.items() for name in names}  # pyright: ignore[reportPrivateUsage]
+    assert {name: module for module, name in for_checkers} == homes
+    assert dir(p2pinfer) == sorted(homes)
+    for name in homes:
+        assert getattr(p2pinfer, name).__name__ == name
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        p2pinfer.Nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue, reportUnusedExpression]
+
+
+def test_the_python_examples_of_the_readme_compile() -> None:
+    for source in blocks("python"):
+        compile(source, "README.md", "exec")
