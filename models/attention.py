@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -60,7 +61,7 @@ class Piece:
 
 
 class PackedAttention:
-    """Attention of any mix of pieces, one sequence after the other."""
+    """Attention of any mix of pieces, one after the other."""
 
     def __init__(
         self,
@@ -69,115 +70,109 @@ class PackedAttention:
         cache: PagedCache,
         pieces: Sequence[Piece],
     ) -> None:
-        device = cache.device
+        spans = [(piece.lease, piece.position, piece.position + piece.tokens) for piece in pieces]
+        slots = [slot for lease, start, stop in spans for slot in lease.slots(start, stop)]
+        positions = [position for _, start, stop in spans for position in range(start, stop)]
         self._cache = cache
-        self._windows = windows
-        slots = [piece.lease.slots(piece.position, piece.position + piece.tokens) for piece in pieces]
-        positions = [torch.arange(piece.position, piece.position + piece.tokens) for piece in pieces]
-        self._slots = torch.cat(slots).to(device)
-        self.positions = torch.cat(positions).to(device)
-        self._readers = [_Reader(architecture, cache, piece) for piece in pieces]
+        self._slots = torch.tensor(slots, device=cache.device)
+        self.positions = torch.tensor(positions, device=cache.device)
         self._counts = [piece.tokens for piece in pieces]
+        self._readers = [_Reader(architecture, windows, cache, piece) for piece in pieces]
+        group = architecture.heads // architecture.kv_heads
+        self._groups = (architecture.kv_heads, group, architecture.head_dim)
 
     def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         """See `Attention`."""
         self._cache.write(block, self._slots, keys_values)
-        window = self._windows[block]
-        parts = torch.split(queries, self._counts)
-        outputs = [
-            reader.read(block, part, window) for reader, part in zip(self._readers, parts, strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        parts = torch.split(queries.view(len(queries), *self._groups), self._counts)
+        outputs = [reader.read(block, part) for reader, part in zip(self._readers, parts, strict=True)]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).reshape(len(queries), -1)
 
 
 class _Reader:
-    """One piece's side of the attention, and what all blocks share of it."""
+    """One piece's side of the attention, block after block."""
 
-    def __init__(self, architecture: Architecture, cache: PagedCache, piece: Piece) -> None:
-        self._architecture = architecture
+    def __init__(
+        self, architecture: Architecture, windows: Sequence[int | None], cache: PagedCache, piece: Piece
+    ) -> None:
+        self._scale = architecture.attention_scale
+        self._softcap = architecture.attention_softcap
+        self._tokens = piece.tokens
+        length = piece.position + piece.tokens
+        # A window that holds the whole sequence is none.
+        self._windows = [None if window is None or window >= length else window for window in windows]
+        self._sights = {window: _Sight(architecture, cache, piece, window) for window in set(self._windows)}
+        self._whole = piece.position == 0
+
+    def read(self, block: int, queries: Tensor) -> Tensor:
+        """(tokens, kv_heads, group, head_dim) -> the same shape."""
+        window = self._windows[block]
+        sight = self._sights[window]
+        keys, values = sight.keys_values(block)
+        if self._tokens == 1:
+            return self._read_rows(queries, keys, values, None)
+        if self._whole and window is None and self._softcap is None:
+            return _attend_causally(queries, keys, values, self._scale)
+        rows = queries.transpose(0, 1).flatten(1, 2)[None]
+        output = self._read_rows(rows, keys, values, sight.mask)
+        return output[0].view(len(rows[0]), len(queries), -1, rows.shape[-1]).transpose(0, 1)
+
+    def _read_rows(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(1, kv_heads, tokens * group, head_dim) -> the same shape."""
+        if self._softcap is not None:
+            return _attend_capped(rows, keys, values, mask, self._scale, self._softcap)
+        if rows.shape[2] == 1:
+            doubled = rows.expand(-1, -1, 2, -1)
+            return functional.scaled_dot_product_attention(doubled, keys, values, scale=self._scale)[:, :, :1]
+        return functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self._scale)
+
+
+class _Sight:
+    """What a piece's tokens see through a window of so many tokens, or without one."""
+
+    def __init__(
+        self, architecture: Architecture, cache: PagedCache, piece: Piece, window: int | None
+    ) -> None:
         self._cache = cache
         self._piece = piece
-        self._length = piece.position + piece.tokens
-        self._masks: dict[int | None, Tensor] = {}
-        start = piece.lease.start
-        self._in_place = None if start is None else cache.view(start, start + self._length)
-        self._slots = piece.lease.slots(0, self._length).to(cache.device) if start is None else None
-
-    def read(self, block: int, queries: Tensor, window: int | None) -> Tensor:
-        """(tokens, heads, head_dim) -> (tokens, heads * head_dim)."""
-        keys, values = self._cached(block)
-        tokens = self._piece.tokens
-        if window is not None and window < self._length:
-            seen = min(self._length, tokens + window - 1)  # by any of the tokens
-            keys, values = keys[:, :, -seen:], values[:, :, -seen:]
+        self._window = window
+        self._group = architecture.heads // architecture.kv_heads
+        self._stop = piece.position + piece.tokens
+        self._start = 0 if window is None else max(0, piece.position + 1 - window)
+        first = piece.lease.start
+        self._in_place = None
+        if first is None:
+            self._slots = torch.tensor(piece.lease.slots(self._start, self._stop), device=cache.device)
         else:
-            window = None
-        architecture = self._architecture
-        if (
-            architecture.attention_softcap is None
-            and window is None
-            and self._piece.position == 0
-            and tokens > 1
-        ):
-            return _attend_causally(queries, keys, values, architecture.attention_scale)
-        mask = None if tokens == 1 else self._mask(window, keys.shape[2], queries.dtype)
-        rows = _heads_as_rows(queries, architecture.kv_heads)
-        if architecture.attention_softcap is not None:
-            output = _attend_capped(
-                rows, keys, values, mask, architecture.attention_scale, architecture.attention_softcap
-            )
-        else:
-            output = _attend(rows, keys, values, mask, architecture.attention_scale)
-        return _rows_as_heads(output, tokens)
+            self._in_place = cache.view(first + self._start, first + self._stop)
 
-    def _cached(self, block: int) -> tuple[Tensor, Tensor]:
+    def keys_values(self, block: int) -> tuple[Tensor, Tensor]:
+        """What any of the tokens sees, each (1, kv_heads, seen, head_dim)."""
         if self._in_place is not None:
             keys, values = self._in_place
             return keys[block], values[block]
-        assert self._slots is not None
-        keys, values = self._cache.gather(block, self._slots)
-        return keys, values
+        copied_keys, copied_values = self._cache.gather(block, self._slots)
+        return copied_keys, copied_values
 
-    def _mask(self, window: int | None, seen: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores, (rows, seen): 0 where a token sees a key, else -inf."""
-        if window not in self._masks:
-            device = self._cache.device
-            token = torch.arange(self._piece.position, self._length, device=device)[:, None]
-            key = torch.arange(self._length - seen, self._length, device=device)
-            hidden = key > token
-            if window is not None:
-                hidden |= key <= token - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            group = self._architecture.heads // self._architecture.kv_heads
-            self._masks[window] = mask.repeat_interleave(group, 0)
-        return self._masks[window]
-
-
-def _heads_as_rows(queries: Tensor, kv_heads: int) -> Tensor:
-    """(tokens, heads, head_dim) -> (1, kv_heads, tokens * group, head_dim)."""
-    tokens, heads, size = queries.shape
-    grouped = queries.view(tokens, kv_heads, heads // kv_heads, size).transpose(0, 1)
-    return grouped.reshape(1, kv_heads, -1, size)
-
-
-def _rows_as_heads(rows: Tensor, tokens: int) -> Tensor:
-    """(1, kv_heads, tokens * group, head_dim) -> (tokens, heads * head_dim)."""
-    _, kv_heads, _, size = rows.shape
-    return rows.reshape(kv_heads, tokens, -1, size).transpose(0, 1).reshape(tokens, -1)
-
-
-def _attend(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    if rows.shape[2] > 1:
-        return functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
-    doubled = rows.expand(-1, -1, 2, -1)
-    return functional.scaled_dot_product_attention(doubled, keys, values, scale=scale)[:, :, :1]
+    @cached_property
+    def mask(self) -> Tensor:
+        """To be added to the scores, (tokens * group, seen): 0 where a token sees a key, else -inf."""
+        device = self._cache.device
+        token = torch.arange(self._piece.position, self._stop, device=device)[:, None]
+        key = torch.arange(self._start, self._stop, device=device)
+        hidden = key > token
+        if self._window is not None:
+            hidden |= key <= token - self._window
+        mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=device)
+        return mask.masked_fill_(hidden, -torch.inf).repeat_interleave(self._group, 0)
 
 
 def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    heads = queries.flatten(1, 2).transpose(0, 1)[None]
     output = functional.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], keys, values, is_causal=True, scale=scale, enable_gqa=True
+        heads, keys, values, is_causal=True, scale=scale, enable_gqa=True
     )
-    return output[0].transpose(0, 1).flatten(1)
+    return output[0].transpose(0, 1).view(queries.shape)
 
 
 def _attend_capped(

@@ -37,20 +37,19 @@ class CacheLease:
         self.max_tokens = max_tokens
         self._cache = cache
         self._pages = pages
-        size = cache.page_tokens
-        first = torch.tensor(pages, dtype=torch.long) * size
-        self._slots = (first[:, None] + torch.arange(size)).flatten()
-        contiguous = pages[-1] - pages[0] == len(pages) - 1 and list(pages) == sorted(pages)
-        self._start = pages[0] * size if contiguous else None
+        self._start = pages[0] * cache.page_tokens if len(_runs(pages)) == 1 else None
 
     @property
     def start(self) -> int | None:
         """The slot of the first token if all tokens follow each other in the pool, or None."""
         return self._start
 
-    def slots(self, start: int, stop: int) -> Tensor:
-        """The slots of tokens `start` to `stop - 1`, on the CPU."""
-        return self._slots[start:stop]
+    def slots(self, start: int, stop: int) -> Sequence[int]:
+        """The slots of tokens `start` to `stop - 1`."""
+        if self._start is not None:
+            return range(self._start + start, self._start + stop)
+        size = self._cache.page_tokens
+        return [self._pages[token // size] * size + token % size for token in range(start, stop)]
 
     def truncate(self, position: int) -> None:
         """Forget every token from `position` on. Nothing is moved or cleared.
@@ -88,6 +87,7 @@ class PagedCache:
     ) -> None:
         self.page_tokens = page_tokens
         self.device = device
+        self.dtype = dtype
         self.bytes_per_token = num_blocks * 2 * kv_heads * head_dim * dtype.itemsize
         pages = max(0, budget_bytes // (page_tokens * self.bytes_per_token))
         self.capacity_tokens = pages * page_tokens

@@ -165,6 +165,20 @@ def test_chunks_of_one_session_may_share_a_batch(family_checkpoint: Checkpoint) 
     assert leases[0].length == 90
 
 
+def test_a_session_may_use_a_part_of_the_span(family_checkpoint: Checkpoint) -> None:
+    whole, part = Chain(family_checkpoint, (0, 4)), Chain(family_checkpoint, (1, 3))
+    hidden = whole.ends.embed(prompt(30))
+    outputs: list[Tensor] = []
+    for chain, span in ((whole, BlockSpan(1, 3)), (part, None)):
+        (lease,) = chain.reserve(30)
+        parts = [
+            chain.runners[0].run([Chunk(lease, start, hidden[start:stop])], span)[0]
+            for start, stop in ((0, 20), (20, 29), (29, 30))
+        ]
+        outputs.append(torch.cat(parts))
+    torch.testing.assert_close(*outputs)
+
+
 def test_a_failed_batch_leaves_its_sessions_no_longer_than_they_were(
     family_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from p2pinfer.errors import CheckpointError
+from p2pinfer.models.blocks import load_blocks
+from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.target import Target
+
+TARGET = Target(torch.device("cpu"), torch.float32)
+
+
+class Bar:
+    """A `Progress` that remembers."""
+
+    def __init__(self) -> None:
+        self.label = ""
+        self.total = self.seen = self.ended = 0
+
+    def start(self, label: str, total_bytes: int) -> None:
+        self.label, self.total = label, total_bytes
+
+    def advance(self, n: int) -> None:
+        self.seen += n
+
+    def done(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(tmp_path, "qwen3")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint."""
+    files: Any = safetensors.torch
+    path = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = files.load_file(path)
+    change(tensors)
+    files.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load(folder: Path, span: BlockSpan, bar: Bar | None = None) -> None:
+    load_blocks(open_checkpoint(folder, "mine"), span, TARGET, progress=bar)
+
+
+def test_loading_reads_the_span_and_says_how_far_it_is(folder: Path) -> None:
+    bar = Bar()
+    load(folder, BlockSpan(1, 3), bar)
+    checkpoint = open_checkpoint(folder, "mine")
+    held = checkpoint.bytes_of(checkpoint.block_names(1) | checkpoint.block_names(2))
+    assert (bar.label, bar.total, bar.seen, bar.ended) == ("loading blocks 1:3", held, held, 1)
+
+
+def test_frequencies_that_an_old_checkpoint_stores_are_not_needed(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(8)}))
+    load(folder, BlockSpan(0, 1))
+
+
+def test_a_tensor_without_a_use_is_refused(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.2.mlp.extra.weight": torch.ones(8)}))
+    load(folder, BlockSpan(0, 2))
+    bar = Bar()
+    with pytest.raises(
+        CheckpointError, match=r"mine has the tensor model\.layers\.2\.mlp\.extra\.weight, which"
+    ):
+        load(folder, BlockSpan(2, 3), bar)
+    assert bar.ended == 1
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.1\.mlp\.down_proj\.weight"):
+        load(folder, BlockSpan(1, 2))
+
+
+def test_a_misshapen_tensor_is_refused(folder: Path) -> None:
+    name = "model.layers.3.self_attn.q_norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(17)}))
+    with pytest.raises(
+        CheckpointError, match=r"q_norm\.weight of mine has the shape \(17,\); .* implies \(16,\)"
+    ):
+        load(folder, BlockSpan(3, 4))
+
+
+def test_what_is_loaded_does_not_hang_on_to_the_file(folder: Path) -> None:
+    """The mapping of a shard counts as the process's memory for as long as any view of it is alive."""
+    checkpoint = open_checkpoint(folder, "mine")
+    blocks = load_blocks(checkpoint, BlockSpan(0, 4), TARGET)
+    del checkpoint
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert blocks.span == BlockSpan(0, 4)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from p2pinfer.models import layers
+from p2pinfer.models.layers import Linear, Norm, can_pack
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_a_product_is_the_same_however_its_weight_is_laid_out(
+    dtype: torch.dtype, tolerance: float, tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    weight, bias = torch.randn(90, 50, generator=generator), torch.randn(90, generator=generator)
+    rows = torch.randn(tokens, 60, generator=generator)[
+        :, 5:55
+    ]  # not contiguous, as half of a product is not
+    for given in (None, bias):
+        linear = Linear(weight.to(dtype), None if given is None else given.to(dtype))
+        expected = functional.linear(rows, weight, given)
+        product = linear(rows.to(dtype))
+        assert product.dtype == dtype
+        torch.testing.assert_close(product.float(), expected, atol=tolerance * 5, rtol=tolerance)
+
+
+def test_only_dtypes_with_kernels_on_a_cpu_are_packed() -> None:
+    assert not can_pack(CPU, torch.float16)
+    assert not can_pack(torch.device("meta"), torch.float32)
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_MKLDNN", object())
+    assert not can_pack(CPU, torch.float32)
+
+
+def test_a_norm_in_float32_serves_rows_of_less() -> None:
+    weight = 1 + torch.arange(64) / 1000
+    rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = functional.rms_norm(rows, (64,), weight, 1e-6)
+    torch.testing.assert_close(Norm(weight, 1e-6)(rows), expected)
+    narrow = Norm(weight, 1e-6)(rows.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), expected, atol=0.02, rtol=0.01)
