@@ -30,6 +30,7 @@ NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
 FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
+MAX_FAILURES: Final = 16  # remembered, to be reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,12 @@ class Neighbourhood:
         peers: Sequence[BootstrapPeer],
     ) -> None:
         self.settled = trio.Event()  # set once a neighbour's table was taken in
+        self.failures: dict[str, str] = {}  # peer id -> why it was not reached when it was last tried
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        self._lost = trio.Event()  # set, and replaced, when a peer is lost
+        host.when_disconnected(self._note_loss)
 
     @property
     def has_peers(self) -> bool:
@@ -102,19 +106,31 @@ class Neighbourhood:
         """Dial until cancelled, and ask whoever answers what it knows."""
         retry_s = FIRST_RETRY_S
         while True:
+            lost = self._lost
             connected = self._host.connected_peers()
             if connected:
                 retry_s = FIRST_RETRY_S
             if len(connected) < NEIGHBOURS:
                 await self._dial(connected)
-            if self._host.connected_peers() or not self._peers:
-                await trio.sleep(CHECK_INTERVAL_S)
+            connected = self._host.connected_peers()
+            if connected and not self.settled.is_set():
+                await self._ask(random.choice(connected))
+            if connected or not self._peers:
+                with trio.move_on_after(CHECK_INTERVAL_S):
+                    await lost.wait()
             else:
                 if retry_s >= LAST_RETRY_S / 2:
-                    tried = ", ".join(address for peer in self._peers for address in peer.addrs)
-                    logger.warning("no bootstrap peer answers (tried %s); trying on", tried)
+                    logger.warning("no bootstrap peer answers; trying on. %s", self.describe_failures())
                 await trio.sleep(retry_s * random.uniform(0.8, 1.2))
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    def describe_failures(self) -> str:
+        """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
+        return "; ".join(self.failures.values())
+
+    def _note_loss(self, peer_id: str) -> None:
+        self._lost.set()
+        self._lost = trio.Event()
 
     async def _dial(self, connected: Sequence[str]) -> None:
         """Every bootstrap peer that is not connected, and as many others as are missing."""
@@ -134,7 +150,20 @@ class Neighbourhood:
     async def _dial_one(self, peer: BootstrapPeer) -> None:
         try:
             await self._host.connect(peer.peer_id, peer.addrs)
-            await fetch_snapshot(self._host, self._view, peer.peer_id)
-            self.settled.set()
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
+            self.failures.pop(peer.peer_id, None)
+            self.failures[peer.peer_id] = str(exc)
+            if len(self.failures) > MAX_FAILURES:
+                del self.failures[next(iter(self.failures))]
+        else:
+            self.failures.pop(peer.peer_id, None)
+            await self._ask(peer.peer_id)
+
+    async def _ask(self, peer_id: str) -> None:
+        """Take in what a connected peer knows."""
+        try:
+            await fetch_snapshot(self._host, self._view, peer_id)
+            self.settled.set()
+        except PeerError as exc:
+            logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)

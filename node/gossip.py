@@ -1,7 +1,10 @@
-"""Announcements over GossipSub: one topic per model revision, and nothing forged is passed on.
+"""Announcements over GossipSub: a topic per model revision, and nothing forged or old is passed on.
 
-Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. An
-introducer, which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh
+Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. Neither is
+one that is older than what we know: who replays a peer's past reaches nobody. How much any neighbour may
+forward and any author may publish is limited before a signature is looked at.
+
+An introducer, which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh
 forwards only what its members subscribe to, and newcomers know nobody but the introducer.
 """
 
@@ -9,28 +12,37 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
-from p2pinfer.errors import ProtocolViolation
+from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.routing.announcement import Announcement
 
 from .host import Host
 from .identity import Identity
+from .rates import RateLimit
+from .records import MAX_RECORD_BYTES
 from .tasks import open_nursery
-from .view import SwarmView
+from .view import SwarmView, open_announcement
 
 logger = logging.getLogger(__name__)
 
 MAX_FOLLOWED: Final = 64
-FOLLOW_INTERVAL_S: Final = 0.5
+MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up to 8 KB
+FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
+FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
+PUBLISHES_PER_S: Final = 0.5  # announcements of one author; one a minute, or five seconds apart, is usual
+PUBLISHES_AT_ONCE: Final = 6
+FAREWELL_S: Final = 1.0  # how long a goodbye may take to reach the neighbours
+FAREWELL_GRACE_S: Final = 0.1  # between reaching a neighbour and being understood by it
 _TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
 
 
@@ -42,70 +54,223 @@ def topic_of(revision: str) -> str:
 class Gossip:
     """Hears and tells who serves what. Made by `open_gossip`."""
 
-    def __init__(self, pubsub: Pubsub, identity: Identity, view: SwarmView, nursery: trio.Nursery) -> None:
-        self._pubsub: Any = pubsub
+    def __init__(self, host: Host, pubsub: _Pubsub, identity: Identity, view: SwarmView) -> None:
+        self.pubsub = pubsub
+        self._host = host
         self._identity = identity
         self._view = view
-        self._nursery = nursery
         self._joined: set[str] = set()
+        self._followed: set[str] = set()  # those of them that only neighbours care about
+        self._unheard: dict[str, bytes] = {}  # topic -> our last record, if nobody was there to hear it
+        self._publishes = RateLimit(PUBLISHES_PER_S, PUBLISHES_AT_ONCE)
+        self._changed = trio.Event()  # set, and replaced, when a neighbour enters a topic or our mesh
+        pubsub.gossipsub.on_change = self._note_change
+
+    @property
+    def neighbours(self) -> list[str]:
+        """The peers we gossip with."""
+        return [str(peer) for peer in self.pubsub.peers]
 
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`; harmless twice."""
-        if revision in self._joined:
-            return
+        self._followed.discard(revision)
+        if revision not in self._joined:
+            await self._subscribe(revision)
+
+    async def _subscribe(self, revision: str) -> None:
         self._joined.add(revision)
         topic = topic_of(revision)
 
-        def is_valid(forwarder: ID, message: Any) -> bool:
-            if forwarder == self._pubsub.my_id:
-                return True
-            try:
-                self._view.take(bytes(message.data), revision=revision)
-            except ProtocolViolation as exc:
-                logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
-                return False
-            return True
+        def is_worth_passing_on(forwarder: ID, message: rpc_pb2.Message) -> bool:
+            return forwarder == self.pubsub.my_id or self._take(str(forwarder), message.data, revision)
 
-        self._pubsub.set_topic_validator(topic, is_valid, False)
-        subscription = await self._pubsub.subscribe(topic)
-        self._nursery.start_soon(_drain, subscription)
+        self.pubsub.set_topic_validator(topic, is_worth_passing_on, False)
+        await self.pubsub.subscribe(topic)
 
     async def announce(self, announcement: Announcement) -> None:
-        """Tell everybody in the topic."""
+        """Tell everybody in the topic; a goodbye has reached the neighbours when this returns."""
         record = self._view.publish(self._identity, announcement)
-        await self._pubsub.publish(topic_of(announcement.revision), record)
+        topic = topic_of(announcement.revision)
+        self._unheard.pop(topic, None)
+        if self._is_heard(topic):
+            await self.pubsub.publish(topic, record)
+        elif not announcement.leaving:
+            self._unheard[topic] = record
+        if announcement.leaving:
+            with trio.move_on_after(FAREWELL_S):
+                await self.wait_until_heard()
 
     async def follow_neighbours(self) -> None:
         """Join whatever topics of ours the neighbours are in, until cancelled."""
         while True:
-            for topic in list(self._pubsub.peer_topics):
-                match = _TOPIC.fullmatch(topic)
-                if match and len(self._joined) < MAX_FOLLOWED:
-                    await self.join(match[1])
-            await trio.sleep(FOLLOW_INTERVAL_S)
+            changed = self._changed
+            matches = [_TOPIC.fullmatch(topic) for topic in self.pubsub.peer_topics]
+            wanted = {match[1] for match in matches if match}
+            for revision in sorted(wanted - self._joined):
+                if len(self._followed) >= MAX_FOLLOWED:
+                    await self._unsubscribe_one(self._followed - wanted)
+                if len(self._followed) < MAX_FOLLOWED:
+                    self._followed.add(revision)
+                    await self._subscribe(revision)
+            await changed.wait()
 
+    async def repeat_unheard(self) -> None:
+        """Announce again what nobody was there to hear, as soon as somebody is; until cancelled."""
+        while True:
+            changed = self._changed
+            for topic in filter(self._is_heard, list(self._unheard)):
+                await self.pubsub.publish(topic, self._unheard.pop(topic))
+            await changed.wait()
 
-async def _drain(subscription: Any) -> None:
-    """The validator has read the messages; the queue must not fill up."""
-    while True:
-        await subscription.get()
+    def _is_heard(self, topic: str) -> bool:
+        """Whether there is anybody to whom what we publish goes at once.
+
+        A neighbour is in the topic before it is in the mesh; what is published in between reaches nobody,
+        and is never offered again because those in the mesh are taken to have it.
+        """
+        return not self.pubsub.gossipsub.mesh.get(topic, set()).isdisjoint(self.pubsub.peers)
+
+    async def _unsubscribe_one(self, revisions: Iterable[str]) -> None:
+        for revision in sorted(revisions)[:1]:
+            self._followed.remove(revision)
+            self._joined.remove(revision)
+            self.pubsub.remove_topic_validator(topic_of(revision))
+            await self.pubsub.unsubscribe(topic_of(revision))
+
+    def _take(self, forwarder: str, record: bytes, revision: str) -> bool:
+        """Take in a record; whether others should get it."""
+        try:
+            announcement = open_announcement(record)
+            if announcement.revision != revision:
+                raise ProtocolViolation("an announcement of another model than its topic's")
+            if not self._publishes.allows(announcement.peer_id, trio.current_time()):
+                raise ProtocolViolation(f"{announcement.peer_id} announces too often")
+            return self._view.accept(announcement, record) or self._view.knows(announcement)
+        except ProtocolViolation as exc:
+            logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
+            return False
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_until_heard(self) -> None:
+        """Wait until all that was published has reached the peers we are connected to.
+
+        Connections are read in order, so who answers a ping sent after a message has that message, and only
+        needs a moment to look at it.
+        """
+        while any(len(queue) for queue in self.pubsub.peer_queues.values()):
+            await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as nursery:
+            for peer_id in self.neighbours:
+                nursery.start_soon(self._ping_quietly, peer_id)
+        await trio.sleep(FAREWELL_GRACE_S)
+
+    async def _ping_quietly(self, peer_id: str) -> None:
+        try:
+            await self._host.ping(peer_id)
+        except PeerError as exc:
+            logger.debug("gossip.farewell_unheard peer=%s why=%s", peer_id, exc)
 
 
 @asynccontextmanager
 async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncGenerator[Gossip]:
-    """Gossip over `host` until the block ends."""
-    router = GossipSub(
+    """Gossip over `host` until the block ends. To be opened before the host connects to anybody."""
+    router = _Router(
         protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
         degree=6,
         degree_low=4,
         degree_high=12,
         heartbeat_interval=1,
+        adaptive_gossip_enabled=False,
+        eclipse_protection_enabled=False,  # it takes peers behind one address, or in one room, for one
+        spam_protection_enabled=False,  # it counts per forwarder and drops in silence; see RateLimit
     )
-    pubsub = Pubsub(host.libp2p, router, strict_signing=True)
-    async with (
-        background_trio_service(pubsub),
-        background_trio_service(router),
-        open_nursery() as nursery,
-    ):
-        await pubsub.wait_until_ready()
-        yield Gossip(pubsub, identity, view, nursery)
+    pubsub = _Pubsub(host.libp2p, router)
+    async with open_nursery() as nursery:
+        await nursery.start(_run, pubsub, router)
+        gossip = Gossip(host, pubsub, identity, view)
+        nursery.start_soon(gossip.repeat_unheard)
+        yield gossip
+
+
+async def _run(
+    pubsub: _Pubsub, router: _Router, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    try:
+        async with background_trio_service(pubsub), background_trio_service(router):
+            await pubsub.wait_until_ready()
+            task_status.started()
+            await trio.sleep_forever()
+    finally:
+        pubsub.seen_messages.stop()  # a thread
+
+
+class _Pubsub(Pubsub):
+    """libp2p's Pubsub, which no message from a peer can end.
+
+    It handles each in a task of a nursery that hangs below the caller's, and a malformed public key, for
+    example, raises out of it.
+    """
+
+    def __init__(self, host: Any, router: _Router) -> None:
+        self.gossipsub = router
+        super().__init__(host, router, strict_signing=True, max_inbound_rpc_size=MAX_RPC_BYTES)
+        self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        if msg_forwarder == self.my_id:
+            await super().push_msg(msg_forwarder, msg)
+            return
+        if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
+            return
+        if not self._forwards.allows(str(msg_forwarder), trio.current_time()):
+            logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
+            return
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as exc:
+            logger.debug("gossip.failed forwarder=%s why=%r", msg_forwarder, exc)
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        """The validator has taken the record in; there is no queue to be read."""
+
+
+class _Router(GossipSub):
+    """libp2p's GossipSub, which tells when somebody new listens.
+
+    An exception in one of its background tasks ends nothing but that task's turn.
+    """
+
+    on_change: Callable[[], None] = staticmethod(lambda: None)
+
+    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
+        try:
+            await super().on_peer_subscribed(peer_id, topic)
+        except Exception as exc:
+            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
+        self.on_change()
+
+    async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
+        await super().handle_graft(graft_msg, sender_peer_id)
+        self.on_change()
+
+    def mesh_heartbeat(self) -> Any:
+        grafts_and_prunes = super().mesh_heartbeat()
+        self.on_change()
+        return grafts_and_prunes
+
+    async def flush_pending_messages(self, peer_id: ID) -> None:
+        try:
+            await super().flush_pending_messages(peer_id)
+        except Exception as exc:
+            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
+
+    async def heartbeat(self) -> None:
+        while True:
+            try:
+                await super().heartbeat()
+            except Exception:
+                logger.exception("a heartbeat of gossip failed; going on")
+                await trio.sleep(self.heartbeat_interval)

@@ -27,27 +27,18 @@ class SwarmView:
         self._table = table or SwarmTable()
         self._clock = clock
 
-    def take(self, record: bytes, age_s: float = 0.0, revision: str | None = None) -> bool:
+    def take(self, record: bytes, age_s: float = 0.0) -> bool:
         """Take in a record that a peer sent; whether it was news.
 
-        Args:
-            revision: The only revision that the record may be about; None for any.
-
         Raises:
-            ProtocolViolation: The record is malformed, forged, or about somebody else than its author.
+            ProtocolViolation: As for `open_announcement`.
         """
-        author, payload = open_record(record)
-        announcement = decode_announcement(payload)
-        if announcement.peer_id != author:
-            raise ProtocolViolation("an announcement about somebody else", author)
-        if revision is not None and announcement.revision != revision:
-            raise ProtocolViolation("an announcement of another model than its topic's", author)
-        return self._accept(announcement, record, age_s)
+        return self.accept(open_announcement(record), record, age_s)
 
     def publish(self, identity: Identity, announcement: Announcement) -> bytes:
         """Take in our own announcement; returns it sealed, for others."""
         record = seal(identity, encode_announcement(announcement))
-        self._accept(announcement, record, 0.0)
+        self.accept(announcement, record)
         return record
 
     def live(self, revision: str) -> list[Announcement]:
@@ -64,7 +55,13 @@ class SwarmView:
         self._table.forget_expired(now)
         return self._table.records(now, revision)
 
-    def _accept(self, announcement: Announcement, record: bytes, age_s: float) -> bool:
+    def knows(self, announcement: Announcement) -> bool:
+        """Whether this very announcement is what we believe of its peer."""
+        known = (peer for peer in self.live(announcement.revision) if peer.peer_id == announcement.peer_id)
+        return any(peer.sequence == announcement.sequence for peer in known)
+
+    def accept(self, announcement: Announcement, record: bytes, age_s: float = 0.0) -> bool:
+        """Take in an announcement that `open_announcement` found in `record`; whether it was news."""
         news = self._table.accept(announcement, record, self._clock(), age_s)
         if news:
             logger.debug(
@@ -76,3 +73,16 @@ class SwarmView:
             self.changed.set()
             self.changed = trio.Event()
         return news
+
+
+def open_announcement(record: bytes) -> Announcement:
+    """The announcement in a sealed record, signed by the peer that it is about.
+
+    Raises:
+        ProtocolViolation: The record is malformed, forged, or about somebody else than its author.
+    """
+    author, payload = open_record(record)
+    announcement = decode_announcement(payload)
+    if announcement.peer_id != author:
+        raise ProtocolViolation("an announcement about somebody else", author)
+    return announcement
