@@ -87,8 +87,10 @@ class SwarmMember:
             PeerUnreachable: Nobody answered in time, or there is nobody to ask.
         """
         if not await self.wait_settled(timeout_s):
+            tried = self._neighbourhood.describe_failures()
             raise PeerUnreachable(
                 "no peer of a swarm answered; name one that does by --bootstrap or in bootstrap_peers.txt"
+                + (f" ({tried})" if tried else "")
             )
 
 
