@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 import trio
@@ -100,9 +100,12 @@ class Walker(Protocol):
 
 @dataclass(slots=True)
 class _Clock:
-    started: float = field(default_factory=time.perf_counter)
+    started: float | None = None  # when the first token was asked for
     first_token: float | None = None
     last_token: float | None = None
+
+    def start(self) -> None:
+        self.started = self.started or time.perf_counter()
 
     def tick(self) -> None:
         self.last_token = time.perf_counter()
@@ -171,6 +174,7 @@ class Generation:
         if self._finish_reason is not None or not self._max_new_tokens:
             await self.aclose()
             raise StopAsyncIteration
+        self._clock.start()
         try:
             token_id = await self._next_id()
         except BaseException:
@@ -260,7 +264,7 @@ class Generation:
             error=str(error) if error else None,
             failed_peer=error.peer_id if error else None,
             tokens=len(self._token_ids),
-            seconds=time.perf_counter() - self._clock.started,
+            seconds=time.perf_counter() - (self._clock.started or 0.0),
             per_hop_ms=self._session.per_hop_ms(),
         )
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
@@ -281,7 +285,7 @@ class Generation:
             self._finish_reason,
             self._route,
             Timings(
-                first - clock.started,
+                first - (clock.started or first),
                 (len(self._token_ids) - 1) / spent if spent > 0 else 0.0,
                 per_hop,
                 per_step,

@@ -54,14 +54,17 @@ def is_gone(pid: int) -> bool:
 async def test_three_processes_tell_a_story_and_leave_nothing_behind(homes: Path, tmp_path: Path) -> None:
     counted: list[tuple[int, int]] = []
     async with client(tmp_path) as alone:
+        generation = alone.generate("Once upon a time", max_new_tokens=8)
         in_reach = swarm_in_reach(
             alone, embedding=True, on_embedding=lambda ready, total: counted.append((ready, total))
         )
         async with in_reach:
             assert len(list(homes.glob("p2pinfer-*"))) == 1
-            generation = alone.generate("Once upon a time", max_new_tokens=8)
+            asked_at = trio.current_time()
             tokens = [token async for token in generation]
+            took_s = trio.current_time() - asked_at
     assert len(tokens) == 8
+    assert 0 < generation.result.timings.first_token_s < took_s, "starting the nodes does not count"
     assert [str(hop.span) for hop in generation.result.route] == ["0:3", "3:5", "5:8"]
     assert counted == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert list(homes.glob("p2pinfer-*")) == []
