@@ -7,9 +7,12 @@ names it; whoever holds the session then plans another route and opens a new one
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
@@ -81,7 +84,9 @@ class Session:
         self._next_number = 0
         self._epoch = 0
         self._failure: PeerError | None = None
-        self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray]](256)
+        self._awaited: deque[Step] = deque()  # sent and not answered yet, oldest first
+        # As many as are awaited: `_deliver` lets in no others.
+        self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray]](math.inf)
         self._watchers = [trio.CancelScope() for _ in streams]
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
@@ -97,7 +102,8 @@ class Session:
             PeerError: A hop refused, vanished, broke protocol or took too long; the session is over.
         """
         started = time.perf_counter()
-        result, output = await self._receive(await self._send(hidden, position, returns=len(hidden)))
+        await self._send(hidden, position, returns=len(hidden))
+        result, output = await self._receive()
         self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
         return output
 
@@ -111,19 +117,15 @@ class Session:
             PeerError: As for `decode`.
         """
         chunks = torch.split(hidden, self._config.chunk_tokens)
-        numbers: list[int] = []
-        received = 0
         for index, chunk in enumerate(chunks):
-            if index - received >= self._config.chunks_in_flight:
-                await self._receive(numbers[received])
-                received += 1
+            if index >= self._config.chunks_in_flight:
+                await self._receive()
             is_last = index == len(chunks) - 1
-            numbers.append(await self._send(chunk, position, returns=1 if is_last else 0))
+            await self._send(chunk, position, returns=1 if is_last else 0)
             position += len(chunk)
-        while received < len(chunks) - 1:
-            await self._receive(numbers[received])
-            received += 1
-        _, last = await self._receive(numbers[received])
+        for _ in range(min(len(chunks), self._config.chunks_in_flight) - 1):
+            await self._receive()
+        _, last = await self._receive()
         return last
 
     def per_hop_ms(self) -> tuple[float, ...]:
@@ -135,17 +137,16 @@ class Session:
         """The median decode step as seen from here; 0 before the first."""
         return median(timing.seconds for timing in self.timings) * 1e3 if self.timings else 0.0
 
-    async def _send(self, hidden: Tensor, position: int, returns: int) -> int:
-        number = self._next_number
+    async def _send(self, hidden: Tensor, position: int, returns: int) -> None:
+        step = Step(self._next_number, self._epoch, position, len(hidden), returns)
         self._next_number += 1
-        step = Step(number, self._epoch, position, len(hidden), returns)
+        self._awaited.append(step)
         try:
             await self._streams[0].send(step, encode_hidden(hidden, self._codec))
         except PeerVanished as exc:
             raise self._failure or exc from exc
-        return number
 
-    async def _receive(self, number: int) -> tuple[Result, Tensor]:
+    async def _receive(self) -> tuple[Result, Tensor]:
         last = self._streams[-1].peer_id
         try:
             with trio.fail_after(self._config.step_timeout_s):
@@ -154,8 +155,6 @@ class Session:
             raise PeerVanished(f"no answer in {self._config.step_timeout_s:g} s", last) from exc
         except trio.EndOfChannel as exc:
             raise self._failure or PeerVanished("the session is closed", last) from exc
-        if result.number != number:
-            raise ProtocolViolation(f"result {result.number} where {number} was due", last)
         hidden = decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
         return result, hidden
 
@@ -180,12 +179,18 @@ class Session:
             self._results_in.close()
 
     def _deliver(self, result: Result, payload: bytearray) -> None:
-        try:
+        last = self._streams[-1].peer_id
+        if not self._awaited:
+            raise ProtocolViolation(f"result {result.number}, which nobody asked for", last)
+        step = self._awaited.popleft()
+        due = (step.number, step.epoch, step.returns)
+        if (result.number, result.epoch, result.tokens) != due:
+            raise ProtocolViolation(
+                f"result {result.number} with {result.tokens} rows; due is {step.number} with {step.returns}",
+                last,
+            )
+        with suppress(trio.ClosedResourceError):  # it was on its way when we closed
             self._results_in.send_nowait((result, payload))
-        except trio.ClosedResourceError:
-            return  # it was on its way when we closed
-        except trio.WouldBlock as exc:
-            raise ProtocolViolation("results without steps", self._streams[-1].peer_id) from exc
 
     async def aclose(self) -> None:
         """Tell every hop that the session is over; quick, and quiet about hops that are gone."""

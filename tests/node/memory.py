@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import trio
 import trio.testing
@@ -41,6 +41,7 @@ class MemoryNetwork:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
+        self.ping_s = 0.01
         self.hosts: dict[str, MemoryHost] = {}
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
 
@@ -52,6 +53,13 @@ class MemoryNetwork:
         """Break every stream that `source` opened to `target`."""
         for opener, answerer, stream in self.streams:
             if (opener, answerer) == (source, target):
+                await stream.reset()
+
+    async def kill(self, peer_id: str) -> None:
+        """Let a peer vanish: nobody reaches it any more, and every stream it has breaks."""
+        del self.hosts[peer_id]
+        for opener, answerer, stream in self.streams:
+            if peer_id in (opener, answerer):
                 await stream.reset()
 
 
@@ -66,6 +74,18 @@ class MemoryHost:
 
     def serve(self, protocol: str, handler: Handler) -> None:
         self.handlers[protocol] = handler
+
+    def connected_peers(self) -> list[str]:
+        return [peer_id for peer_id in self._network.hosts if peer_id != self.peer_id]
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
+        return "direct" if peer_id in self._network.hosts else None
+
+    async def ping(self, peer_id: str) -> float:
+        await trio.lowlevel.checkpoint()
+        if peer_id not in self._network.hosts:
+            raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
+        return self._network.ping_s
 
     async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
         await trio.lowlevel.checkpoint()

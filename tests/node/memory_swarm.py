@@ -1,0 +1,175 @@
+"""A swarm in memory: real blocks, real servers and sessions, announcements that everybody sees at once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import trio
+
+from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.runner import SpanRunner, open_runner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.bootstrap import Neighbourhood
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.events import Event
+from p2pinfer.node.gossip import Gossip
+from p2pinfer.node.latency import Latency
+from p2pinfer.node.server import ServedSpan, SpanServer
+from p2pinfer.node.swarm import SwarmMember
+from p2pinfer.node.tasks import open_nursery
+from p2pinfer.node.view import SwarmView
+from p2pinfer.node.worker import open_worker
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.route import Hop, Route
+
+from .memory import MemoryNetwork
+
+FLOAT32 = ComputeConfig(device="cpu", dtype="float32", threads=1, cache_bytes=64 << 20)
+LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a peer of the swarm runs."""
+
+    runner: SpanRunner
+    server: SpanServer
+
+
+class MemoryGossip:
+    """Puts an announcement into the view that all members share."""
+
+    def __init__(self, view: SwarmView) -> None:
+        self.joined: set[str] = set()
+        self.announced: list[Announcement] = []
+        self._view = view
+
+    async def join(self, revision: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.joined.add(revision)
+
+    async def announce(self, announcement: Announcement) -> None:
+        await trio.lowlevel.checkpoint()
+        self.announced.append(announcement)
+        self._view.accept(announcement, b"record")
+
+    async def follow_neighbours(self) -> None:
+        await trio.sleep_forever()
+
+
+class MemoryNeighbourhood:
+    """Neighbours that have told all they know."""
+
+    def __init__(self) -> None:
+        self.has_peers = True
+        self.settled = trio.Event()
+        self.settled.set()
+
+    def describe_failures(self) -> str:
+        return "it is out of reach"
+
+
+class MemorySwarm:
+    """Peers that serve a checkpoint to each other. Made by `open_memory_swarm`."""
+
+    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, checkpoint: Checkpoint) -> None:
+        self.network = MemoryNetwork(nursery)
+        self.view = SwarmView()
+        self.gossip = MemoryGossip(self.view)
+        self.neighbourhood = MemoryNeighbourhood()
+        self.checkpoint = checkpoint
+        self.spec = checkpoint.spec
+        self.served: dict[str, Served] = {}
+        self.events: list[Event] = []
+        self._stack = stack
+        self._sequence = 0
+
+    def member(self, peer_id: str) -> SwarmMember:
+        """A place in the swarm."""
+        host = self.network.host(peer_id)
+        return SwarmMember(
+            host,
+            self.view,
+            cast(Gossip, self.gossip),
+            cast(Neighbourhood, self.neighbourhood),
+            Latency(host, self.view.everybody),
+        )
+
+    async def serve(
+        self,
+        peer_id: str,
+        start: int = 0,
+        stop: int = 8,
+        *,
+        compute: ComputeConfig = FLOAT32,
+        tokens_per_s: float = 100.0,
+        config: ServeConfig | None = None,
+    ) -> Served:
+        """Let a new peer serve a span, and announce it."""
+        config = config or ServeConfig()
+        runner = open_runner(self.checkpoint, BlockSpan(start, stop), compute)
+        worker = await self._stack.enter_async_context(open_worker(runner, config.max_batch_tokens))
+        offered = ServedSpan(self.spec, runner.span, runner.dtype_name, runner.cache, worker)
+        server = SpanServer(self.network.host(peer_id), offered, config, self.events.append)
+        server.register()
+        self.served[peer_id] = Served(runner, server)
+        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=runner.dtype_name)
+        return self.served[peer_id]
+
+    def announce(
+        self,
+        peer_id: str,
+        start: int = 0,
+        stop: int = 8,
+        *,
+        tokens_per_s: float = 100.0,
+        dtype: str = "float32",
+        free_cache_tokens: int = 4096,
+        leaving: bool = False,
+    ) -> Announcement:
+        """Say of a peer that it serves a span, whether or not it does."""
+        self._sequence += 1
+        announcement = Announcement(
+            peer_id=peer_id,
+            model=self.spec.model,
+            revision=self.spec.revision,
+            span=BlockSpan(start, stop),
+            dtype=dtype,
+            tokens_per_s=tokens_per_s,
+            free_cache_tokens=free_cache_tokens,
+            sequence=self._sequence,
+            addrs=(f"/memory/{peer_id}",),
+            leaving=leaving,
+        )
+        self.view.accept(announcement, b"record")
+        return announcement
+
+    async def all_closed(self) -> None:
+        """Until no session is left and every reservation is back."""
+        while any(
+            each.server.sessions or each.runner.cache.free_tokens < each.runner.cache.capacity_tokens
+            for each in self.served.values()
+        ):
+            await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def open_memory_swarm(checkpoint: Checkpoint) -> AsyncGenerator[MemorySwarm]:
+    """A swarm without peers, to be filled; it ends with the block, which may take a minute at most."""
+    async with AsyncExitStack() as stack, open_nursery() as nursery:
+        with trio.fail_after(LIMIT_S):
+            yield MemorySwarm(nursery, stack, checkpoint)
+
+
+def route_over(**spans: tuple[int, int]) -> Route:
+    """`route_over(a=(0, 3), b=(3, 8))`."""
+    return Route(tuple(Hop(peer_id, BlockSpan(*span)) for peer_id, span in spans.items()))
+
+
+def reserve_all(served: Served) -> None:
+    """Leave no room in a peer's cache."""
+    served.runner.cache.reserve(served.runner.cache.free_tokens)
