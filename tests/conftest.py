@@ -44,12 +44,13 @@ def smollm2(smollm2_script: ModuleType) -> Path:
 @pytest.fixture
 def undo_logging() -> Generator[None]:
     """A command sets up logging for the process it thinks is its own."""
-    loggers = [logging.getLogger(name) for name in (None, "p2pinfer", "libp2p")]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    loggers = [logging.getLogger(name) for name in (None, "p2pinfer")]
+    before = [(logger.handlers[:], logger.level) for logger in loggers]
+    last_resort = logging.lastResort
     with warnings.catch_warnings():
         yield
         logging.captureWarnings(False)
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
         logger.handlers[:] = handlers
         logger.setLevel(level)
-        logger.propagate = propagate
+    logging.lastResort = last_resort

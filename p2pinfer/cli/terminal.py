@@ -63,8 +63,6 @@ def set_up_logging(verbosity: int) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING if verbosity >= 2 else logging.CRITICAL)
     logging.getLogger("p2pinfer").setLevel(ours)
-    # libp2p keeps its records from the root; without a handler Python prints them bare, as a last resort.
-    libp2p = logging.getLogger("libp2p")
-    libp2p.propagate = False
-    libp2p.addHandler(handler if verbosity >= 2 else logging.NullHandler())
+    # libp2p keeps its records from the root and removes its handlers when it is imported.
+    logging.lastResort = handler if verbosity >= 2 else logging.NullHandler()
     logging.captureWarnings(True)
