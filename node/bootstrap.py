@@ -30,7 +30,8 @@ NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
 FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
-MAX_FAILURES: Final = 16  # remembered, to be reported
+MAX_TROUBLES: Final = 256  # peers whose failures are remembered
+WARN_AFTER: Final = 6  # failures in a row of every bootstrap peer: some eight seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,15 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
     return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
 
 
+@dataclass(slots=True)
+class _Trouble:
+    """Why a peer was not reached, how often in a row, and when to try again."""
+
+    why: str
+    times: int
+    retry_at: float
+
+
 class Neighbourhood:
     """Keeps this process connected: to bootstrap peers first, then to some of the swarm."""
 
@@ -90,10 +100,11 @@ class Neighbourhood:
         peers: Sequence[BootstrapPeer],
     ) -> None:
         self.settled = trio.Event()  # set once a neighbour's table was taken in
-        self.failures: dict[str, str] = {}  # peer id -> why it was not reached when it was last tried
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        self._troubles: dict[str, _Trouble] = {}
+        self._warned = False
         self._lost = trio.Event()  # set, and replaced, when a peer is lost
         host.when_disconnected(self._note_loss)
 
@@ -102,49 +113,52 @@ class Neighbourhood:
         """Whether there is anybody to begin with."""
         return bool(self._peers)
 
+    def describe_failures(self) -> str:
+        """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
+        return "; ".join(trouble.why for trouble in self._troubles.values())
+
     async def keep(self) -> None:
         """Dial until cancelled, and ask whoever answers what it knows."""
-        retry_s = FIRST_RETRY_S
         while True:
             lost = self._lost
             connected = self._host.connected_peers()
-            if connected:
-                retry_s = FIRST_RETRY_S
             if len(connected) < NEIGHBOURS:
-                await self._dial(connected)
+                await self._dial(self._due(connected))
             connected = self._host.connected_peers()
             if connected and not self.settled.is_set():
                 await self._ask(random.choice(connected))
-            if connected or not self._peers:
-                with trio.move_on_after(CHECK_INTERVAL_S):
-                    await lost.wait()
-            else:
-                if retry_s >= LAST_RETRY_S / 2:
-                    logger.warning("no bootstrap peer answers; trying on. %s", self.describe_failures())
-                await trio.sleep(retry_s * random.uniform(0.8, 1.2))
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            if self._peers and not connected:
+                self._warn_once()
+            with trio.move_on_at(self._next_due()):
+                await lost.wait()
 
-    def describe_failures(self) -> str:
-        """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
-        return "; ".join(self.failures.values())
-
-    def _note_loss(self, peer_id: str) -> None:
-        self._lost.set()
-        self._lost = trio.Event()
-
-    async def _dial(self, connected: Sequence[str]) -> None:
-        """Every bootstrap peer that is not connected, and as many others as are missing."""
+    def _due(self, connected: Sequence[str]) -> list[BootstrapPeer]:
+        """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
         wanted = [peer for peer in self._peers if peer.peer_id not in connected]
         known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
         others = [
             BootstrapPeer(peer.peer_id, peer.addrs)
             for peer in self._view.everybody()
-            if peer.peer_id not in known and peer.addrs
+            if peer.peer_id not in known and peer.addrs and self._is_due(peer.peer_id)
         ]
+        wanted = [peer for peer in wanted if self._is_due(peer.peer_id)]
         missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
-        wanted += random.sample(others, min(missing, len(others)))
+        return wanted + random.sample(others, min(missing, len(others)))
+
+    def _is_due(self, peer_id: str) -> bool:
+        return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
+
+    def _next_due(self) -> float:
+        """When to look again: when a bootstrap peer is due, or when others may have turned up."""
+        dues = [
+            self._troubles[peer.peer_id].retry_at for peer in self._peers if peer.peer_id in self._troubles
+        ]
+        now = trio.current_time()
+        return min([due for due in dues if due > now] + [now + CHECK_INTERVAL_S])
+
+    async def _dial(self, peers: Sequence[BootstrapPeer]) -> None:
         async with trio.open_nursery() as nursery:
-            for peer in wanted:
+            for peer in peers:
                 nursery.start_soon(self._dial_one, peer)
 
     async def _dial_one(self, peer: BootstrapPeer) -> None:
@@ -152,12 +166,9 @@ class Neighbourhood:
             await self._host.connect(peer.peer_id, peer.addrs)
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
-            self.failures.pop(peer.peer_id, None)
-            self.failures[peer.peer_id] = str(exc)
-            if len(self.failures) > MAX_FAILURES:
-                del self.failures[next(iter(self.failures))]
+            self._note_trouble(peer.peer_id, str(exc))
         else:
-            self.failures.pop(peer.peer_id, None)
+            self._troubles.pop(peer.peer_id, None)
             await self._ask(peer.peer_id)
 
     async def _ask(self, peer_id: str) -> None:
@@ -167,3 +178,22 @@ class Neighbourhood:
             self.settled.set()
         except PeerError as exc:
             logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)
+
+    def _note_loss(self, peer_id: str) -> None:
+        self._lost.set()
+        self._lost = trio.Event()
+
+    def _note_trouble(self, peer_id: str, why: str) -> None:
+        times = self._troubles.pop(peer_id).times + 1 if peer_id in self._troubles else 1
+        delay_s = min(FIRST_RETRY_S * 2 ** (times - 1), LAST_RETRY_S) * random.uniform(0.8, 1.2)
+        self._troubles[peer_id] = _Trouble(why, times, trio.current_time() + delay_s)
+        if len(self._troubles) > MAX_TROUBLES:
+            del self._troubles[next(iter(self._troubles))]
+
+    def _warn_once(self) -> None:
+        if not self._warned and all(
+            peer.peer_id in self._troubles and self._troubles[peer.peer_id].times >= WARN_AFTER
+            for peer in self._peers
+        ):
+            self._warned = True
+            logger.warning("no bootstrap peer answers; trying on. %s", self.describe_failures())

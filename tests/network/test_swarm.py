@@ -1,0 +1,282 @@
+"""Joining a swarm: bootstrap peers, snapshots, neighbours, with real hosts."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import suppress
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node import bootstrap
+from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.records import MAX_RECORD_BYTES, seal
+from p2pinfer.node.snapshot import (
+    MAX_RECORDS,
+    MAX_RESPONSE_BYTES,
+    SNAPSHOT_PROTOCOL,
+    decode_request,
+    decode_response,
+    encode_response,
+    fetch_snapshot,
+    serve_snapshots,
+)
+from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.view import SwarmView
+from p2pinfer.routing.announcement import Announcement, encode_announcement
+
+from .support import DEAD, StartHost
+
+REVISION, OTHER = "a" * 32, "b" * 32
+
+
+def announce(view: SwarmView, revision: str = REVISION, host: Host | None = None) -> Identity:
+    """Have somebody announce to `view`: `host`'s addresses, or nobody in particular."""
+    identity = new_identity()
+    announcement = Announcement(
+        identity.peer_id,
+        "model",
+        revision,
+        BlockSpan(0, 4),
+        "float32",
+        10.0,
+        1000,
+        1,
+        addrs=host.addrs if host else (),
+    )
+    view.publish(identity, announcement)
+    return identity
+
+
+def peers(view: SwarmView) -> set[str]:
+    return {announcement.peer_id for announcement in view.everybody()}
+
+
+# ---------------------------------------------------------------------- snapshots
+
+
+async def test_a_newcomer_learns_at_once_what_a_neighbour_knows(start_host: StartHost) -> None:
+    old, newcomer = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    mine, other = announce(known), announce(known, OTHER)
+    serve_snapshots(old, known)
+    await newcomer.connect(old.peer_id, old.addrs)
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, REVISION) == 1
+    assert peers(learned) == {mine.peer_id}
+    assert await fetch_snapshot(newcomer, learned, old.peer_id) == 1
+    assert peers(learned) == {mine.peer_id, other.peer_id}
+
+
+async def test_forged_records_in_a_snapshot_are_left_out(start_host: StartHost) -> None:
+    liar, newcomer = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    true = announce(known)
+    forged = seal(new_identity(), encode_announcement(known.everybody()[0]))
+
+    async def answer(stream: PeerStream) -> None:
+        content = encode_response([(forged, 0.0), (b"garbage", 0.0), *known.records()])
+        await stream.receive_some()
+        await stream.send_all(len(content).to_bytes(4, "big") + content)
+
+    liar.serve(SNAPSHOT_PROTOCOL, answer)
+    await newcomer.connect(liar.peer_id, liar.addrs)
+    assert await fetch_snapshot(newcomer, learned, liar.peer_id) == 1
+    assert peers(learned) == {true.peer_id}
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", PeerVanished),
+        (b"\x00\x00", PeerVanished),
+        (b"\x00\x00\x00\x09\x93", PeerVanished),
+        ((MAX_RESPONSE_BYTES + 1).to_bytes(4, "big"), ProtocolViolation),
+        (b"\x00\x00\x00\x01\xc1", ProtocolViolation),
+        (b"\x00\x00\x00\x01\x01", ProtocolViolation),
+    ],
+)
+async def test_a_peer_that_answers_nonsense_is_named(
+    start_host: StartHost, answer: bytes, error: type[Exception]
+) -> None:
+    liar, newcomer = await start_host(), await start_host()
+
+    async def respond(stream: PeerStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(answer)
+
+    liar.serve(SNAPSHOT_PROTOCOL, respond)
+    await newcomer.connect(liar.peer_id, liar.addrs)
+    with pytest.raises(error) as caught:
+        await fetch_snapshot(newcomer, SwarmView(), liar.peer_id)
+    assert getattr(caught.value, "peer_id", "") in ("", liar.peer_id)
+
+
+async def test_a_peer_that_does_not_answer_is_given_up(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.snapshot._TIMEOUT_S", 0.1)
+    silent, newcomer = await start_host(), await start_host()
+
+    async def say_nothing(stream: PeerStream) -> None:
+        await trio.sleep_forever()
+
+    silent.serve(SNAPSHOT_PROTOCOL, say_nothing)
+    await newcomer.connect(silent.peer_id, silent.addrs)
+    with pytest.raises(PeerVanished, match="no snapshot"):
+        await fetch_snapshot(newcomer, SwarmView(), silent.peer_id)
+
+
+async def test_a_request_that_is_none_ends_its_stream_only(start_host: StartHost) -> None:
+    old, newcomer = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    announce(known)
+    serve_snapshots(old, known)
+    for request in (b"\x00\x00\x00\x01\xc1", b"\xff\xff\xff\xff", b"\x00"):
+        stream = await newcomer.open_stream(old.peer_id, SNAPSHOT_PROTOCOL, old.addrs)
+        await stream.send_all(request)
+        await stream.muxed.close()
+        with pytest.raises(PeerVanished):
+            await stream.receive_some()
+    assert await fetch_snapshot(newcomer, learned, old.peer_id) == 1
+
+
+def test_a_response_is_bounded_and_the_youngest_come_first() -> None:
+    records = [(bytes(MAX_RECORD_BYTES), float(age_s)) for age_s in range(MAX_RECORDS)]
+    encoded = encode_response(records)
+    assert len(encoded) <= MAX_RESPONSE_BYTES
+    assert [age_s for _, age_s in decode_response(encoded)][:3] == [0.0, 1.0, 2.0]
+    assert len(decode_response(encode_response([(b"x", 0.0)] * (MAX_RECORDS + 1)))) == MAX_RECORDS
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_violation_or_a_snapshot(encoded: bytes) -> None:
+    for decode in (decode_request, decode_response):
+        with suppress(ProtocolViolation):
+            decode(encoded)
+
+
+# ---------------------------------------------------------------------- neighbours
+
+
+def as_bootstrap(host: Host) -> BootstrapPeer:
+    return BootstrapPeer(host.peer_id, host.addrs)
+
+
+async def test_one_bootstrap_peer_that_answers_is_enough(
+    start_host: StartHost, nursery: trio.Nursery
+) -> None:
+    introducer, newcomer = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    somebody = announce(known)
+    serve_snapshots(introducer, known)
+    dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
+    neighbourhood = Neighbourhood(newcomer, learned, [dead, as_bootstrap(introducer), as_bootstrap(newcomer)])
+    assert neighbourhood.has_peers
+    nursery.start_soon(neighbourhood.keep)
+    await neighbourhood.settled.wait()
+    assert peers(learned) == {somebody.peer_id}
+    while not neighbourhood.describe_failures():
+        await trio.lowlevel.checkpoint()
+    assert dead.peer_id in neighbourhood.describe_failures()
+    assert "refused" in neighbourhood.describe_failures()
+
+
+async def test_a_bootstrap_peer_that_comes_late_is_found(
+    start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 0.01)
+    identity = new_identity()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+    newcomer = await start_host()
+    neighbourhood = Neighbourhood(newcomer, SwarmView(), [BootstrapPeer(identity.peer_id, (address,))])
+    nursery.start_soon(neighbourhood.keep)
+    while not neighbourhood.describe_failures():
+        await trio.lowlevel.checkpoint()
+    late = await start_host(HostConfig(listen=(address,)), identity)
+    serve_snapshots(late, SwarmView())
+    await neighbourhood.settled.wait()
+    assert newcomer.connected_peers() == [identity.peer_id]
+    assert neighbourhood.describe_failures() == ""
+
+
+async def test_peers_from_the_table_fill_the_neighbourhood_up(
+    start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(bootstrap, "NEIGHBOURS", 2)
+    view = SwarmView()
+    others = [await start_host() for _ in range(3)]
+    for other in others:
+        serve_snapshots(other, SwarmView())
+    me = await start_host()
+    nursery.start_soon(Neighbourhood(me, view, []).keep)
+    for other in others:
+        view.accept(
+            Announcement(
+                other.peer_id, "m", REVISION, BlockSpan(0, 4), "float32", 1.0, 1, 1, addrs=other.addrs
+            ),
+            b"",
+        )
+    while len(me.connected_peers()) < 2:
+        await trio.sleep(0.01)
+    await trio.sleep(0.1)
+    assert len(me.connected_peers()) == 2
+
+
+async def test_a_lost_neighbour_is_replaced_at_once(
+    start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 1000.0)
+    introducer, newcomer = await start_host(), await start_host()
+    serve_snapshots(introducer, SwarmView())
+    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    nursery.start_soon(neighbourhood.keep)
+    await neighbourhood.settled.wait()
+    back, came_back = trio.open_memory_channel[str](1)
+    introducer.when_connected(back.send_nowait)
+    for connections in list(introducer.libp2p.get_network().connections.values()):
+        for connection in connections:
+            await connection.close()
+    assert await came_back.receive() == newcomer.peer_id
+
+
+async def test_a_neighbour_that_did_not_answer_is_asked_again(
+    start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.02)
+    introducer, newcomer = await start_host(), await start_host()
+    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    nursery.start_soon(neighbourhood.keep)
+    while not newcomer.connected_peers():
+        await trio.sleep(0.01)
+    serve_snapshots(introducer, SwarmView())
+    await neighbourhood.settled.wait()
+
+
+async def test_nobody_answering_is_said_once_with_the_reasons(
+    start_host: StartHost,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(bootstrap, "LAST_RETRY_S", 0.004)
+    monkeypatch.setattr(bootstrap, "MAX_TROUBLES", 1)
+    lonely = await start_host()
+    dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
+    nursery.start_soon(Neighbourhood(lonely, SwarmView(), [dead]).keep)
+    with caplog.at_level(logging.WARNING, "p2pinfer"):
+        while not caplog.records:
+            await trio.sleep(0.01)
+        await trio.sleep(0.1)
+    [record] = caplog.records
+    assert dead.peer_id in record.getMessage()
+    assert DEAD in record.getMessage()
