@@ -9,6 +9,7 @@ the swarm would gain enough by it and nobody is being served at the moment.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,8 @@ class _Node:
             await trio.sleep_forever()
         since = trio.current_time()
         while True:
-            await trio.sleep(self._serve.announce_interval_s)
+            # At times of its own: two nodes that looked at the same moment could make the same move.
+            await trio.sleep(self._serve.announce_interval_s * random.uniform(0.5, 1.5))
             others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
             dwelt_s = trio.current_time() - since
             better = should_move(offer.announcement(), others, spec.num_blocks, dwelt_s)

@@ -33,7 +33,7 @@ from p2pinfer.node.wire import Codec
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.routing.policy import RoutingPolicy, ask_policy, load_policy
+from p2pinfer.routing.policy import RoutingPolicy, ask_policy, load_policy, tell_policy
 from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
 
 from .generate import Generation, GenerationConfig
@@ -211,9 +211,9 @@ class Client:
             elif hop.peer_id == outcome.failed_peer:
                 self.ledger.record_failure(hop.peer_id, now)
         try:
-            self.policy.on_result(route, outcome)
-        except Exception:  # the user's code; the text must not suffer from it
-            logger.warning("the policy's on_result failed", exc_info=True)
+            tell_policy(self.policy, route, outcome)
+        except PolicyError as exc:  # the user's code; the text must not suffer from it
+            logger.warning("%s", exc)
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """How this client is connected to a hop."""

@@ -127,8 +127,8 @@ async def open_swarm(checkpoint: Checkpoint, *cuts: int, **limits: float) -> Asy
                 yield swarm
         finally:
             nursery.cancel_scope.cancel()
-            for worker in workers:
-                await worker.__aexit__(None, None, None)
+            for opened in workers:
+                await opened.__aexit__(None, None, None)
 
 
 def local_output(checkpoint: Checkpoint, hidden: Tensor) -> Tensor:
