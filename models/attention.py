@@ -120,7 +120,7 @@ class _Reader:
     def _read_rows(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(1, kv_heads, tokens * group, head_dim) -> the same shape."""
         if self._softcap is not None:
-            return _attend_capped(rows, keys, values, mask, self._scale, self._softcap)
+            return attend_capped(rows, keys, values, mask, self._scale, self._softcap)
         if rows.shape[2] == 1:
             doubled = rows.expand(-1, -1, 2, -1)
             return functional.scaled_dot_product_attention(doubled, keys, values, scale=self._scale)[:, :, :1]
@@ -175,15 +175,16 @@ def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, scale: float
     return output[0].transpose(0, 1).view(queries.shape)
 
 
-def _attend_capped(
+def attend_capped(
     rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
+    """Attention under a soft cap: (any, kv_heads, rows, head_dim) -> the same, `mask` added to the scores."""
     keys, values = keys.float().transpose(2, 3) * (scale / softcap), values.float()
     outputs: list[Tensor] = []
     for start in range(0, rows.shape[2], _SOFTCAP_ROWS):
         part = slice(start, start + _SOFTCAP_ROWS)
         scores = (rows[:, :, part].float() @ keys).tanh_().mul_(softcap)
         if mask is not None:
-            scores.add_(mask[part])
+            scores.add_(mask[..., part, :])
         outputs.append(scores.softmax(-1) @ values)
     return torch.cat(outputs, 2).to(rows.dtype)

@@ -51,6 +51,10 @@ class CacheLease:
         size = self._cache.page_tokens
         return [self._pages[token // size] * size + token % size for token in range(start, stop)]
 
+    def page_table(self, length: int) -> Sequence[int]:
+        """The first `length` pages, in order; where there are fewer, page 0 stands in."""
+        return [*self._pages[:length], *[0] * (length - len(self._pages))]
+
     def truncate(self, position: int) -> None:
         """Forget every token from `position` on. Nothing is moved or cleared.
 
@@ -85,6 +89,7 @@ class PagedCache:
         budget_bytes: int,
         page_tokens: int = 64,
     ) -> None:
+        self.num_blocks = num_blocks
         self.page_tokens = page_tokens
         self.device = device
         self.dtype = dtype

@@ -14,6 +14,7 @@ from .blocks import Blocks, load_blocks
 from .cache import CacheLease, PagedCache
 from .checkpoint import Checkpoint
 from .config import ComputeConfig
+from .paged_decode import PagedDecoder
 from .progress import Progress
 from .span import BlockSpan
 from .target import choose_target
@@ -40,7 +41,8 @@ class SpanRunner:
         cache: Where sessions reserve.
     """
 
-    def __init__(self, blocks: Blocks, cache: PagedCache) -> None:
+    def __init__(self, blocks: Blocks, cache: PagedCache, decoder: PagedDecoder | None = None) -> None:
+        """A runner; steps of one token a session go to `decoder` where it accepts them."""
         self.spec = blocks.spec
         self.span = blocks.span
         self.dtype = blocks.dtype
@@ -48,6 +50,7 @@ class SpanRunner:
         self.device = blocks.device
         self.cache = cache
         self._blocks = blocks
+        self._decoder = decoder
         self._num_threads = torch.get_num_threads()
         self._thread: int | None = None
 
@@ -75,12 +78,17 @@ class SpanRunner:
             chunk.lease.truncate(min(chunk.position, chunk.lease.length))
         with torch.inference_mode():
             pieces = [Piece(chunk.lease, chunk.position, len(chunk.hidden)) for chunk in chunks]
-            hidden = torch.cat([chunk.hidden.to(self.device, self.dtype) for chunk in chunks])
-            attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
-            output = self._blocks.forward(hidden, attention, span).cpu()
+            hidden = torch.cat([chunk.hidden.to("cpu", self.dtype) for chunk in chunks]).to(self.device)
+            output = self._forward(pieces, hidden, span or self.span).cpu()
         for lease, end in ends.items():
             lease.length = end
         return list(torch.split(output, [piece.tokens for piece in pieces]))
+
+    def _forward(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
+        if self._decoder is not None and self._decoder.accepts(pieces):
+            return self._decoder.run(pieces, hidden, span)
+        attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
+        return self._blocks.forward(hidden, attention, span)
 
     def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
         """What every lease's length will be."""
@@ -132,4 +140,6 @@ def open_runner(
         budget_bytes=config.cache_bytes or target.cache_budget(),
         page_tokens=config.page_tokens,
     )
-    return SpanRunner(blocks, cache)
+    # A CPU launches kernels for nothing, and would gather keys and values that it can read in place.
+    decoder = PagedDecoder(blocks, cache) if target.device.type == "cuda" else None
+    return SpanRunner(blocks, cache, decoder)

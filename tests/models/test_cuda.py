@@ -1,0 +1,97 @@
+"""The same on an NVIDIA GPU, where decode steps are recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.ends import load_ends
+from p2pinfer.models.runner import Chunk, open_runner
+from p2pinfer.models.span import BlockSpan
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+NEW_TOKENS = 40
+
+
+def generate(checkpoint: Checkpoint, config: ComputeConfig, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations, all sessions stepping together, the last prompt of them in two chunks."""
+    runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
+    ends = load_ends(checkpoint, config)
+    leases = [runner.cache.reserve(len(prompt) + NEW_TOKENS) for prompt in prompts]
+    embedded = [ends.embed(prompt) for prompt in prompts]
+    runner.run([Chunk(leases[-1], 0, embedded[-1][:20])])
+    chunks = [
+        Chunk(lease, lease.length, hidden[lease.length :])
+        for lease, hidden in zip(leases, embedded, strict=True)
+    ]
+    new: list[list[int]] = [[] for _ in prompts]
+    for _ in range(NEW_TOKENS):
+        last = torch.stack([output[-1] for output in runner.run(chunks)])
+        ids = [int(logits.argmax()) for logits in ends.logits(last)]
+        for tokens, token in zip(new, ids, strict=True):
+            tokens.append(token)
+        chunks = [
+            Chunk(lease, lease.length, ends.embed([token])) for lease, token in zip(leases, ids, strict=True)
+        ]
+    return new
+
+
+def expected_continuation(model: Any, prompt: list[int]) -> list[int]:
+    batch = torch.tensor([prompt], device="cuda")
+    output = model.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def test_ids_equal_transformers_on_the_gpu_for_every_family(
+    family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    prompts = [[3 + (5 * index) % 190 for index in range(tokens)] for tokens in (1, 64, 230)]
+    config = ComputeConfig(device="cuda", dtype="float32", cache_bytes=1 << 26)
+    model: Any = oracle(family_checkpoint.folder)
+    try:
+        expected = [expected_continuation(model.to("cuda"), prompt) for prompt in prompts]
+    finally:
+        model.to("cpu")  # others use it too
+    assert generate(family_checkpoint, config, prompts) == expected
+
+
+def test_bfloat16_steps_on_the_gpu_agree_with_transformers_wherever_the_margin_is_clear(
+    tiny_stories: Path, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
+    config = ComputeConfig(device="cuda", dtype="bfloat16", cache_bytes=1 << 28)
+    prompt = list(range(3, 33))
+    model: Any = oracle(tiny_stories, torch.bfloat16)
+    try:
+        ids = prompt + expected_continuation(model.to("cuda"), prompt)
+        with torch.inference_mode():
+            odds = model(torch.tensor([ids], device="cuda")).logits[0].float().cpu().softmax(-1).topk(2, -1)
+    finally:
+        model.to("cpu")
+    clear = odds.values[:, 0] - odds.values[:, 1] > 0.05
+    runner = open_runner(checkpoint, BlockSpan(0, 8), config)
+    ends = load_ends(checkpoint, config)
+    lease = runner.cache.reserve(len(ids))
+    hidden = ends.embed(ids)
+    outputs = [runner.run([Chunk(lease, 0, hidden[:10])])[0]]
+    outputs += [
+        runner.run([Chunk(lease, position, hidden[position : position + 1])])[0]
+        for position in range(10, len(ids))
+    ]
+    picked = ends.logits(torch.cat(outputs)).argmax(-1)
+    assert clear.sum() > len(ids) / 2
+    assert torch.equal(picked[clear], odds.indices[:, 0][clear])
