@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import PeerError, PromptTooLong
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PromptTooLong
 from p2pinfer.models.ends import Ends
 from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.span import BlockSpan
@@ -40,6 +40,13 @@ class GenerationConfig:
     top_k: int = 0  # draw among this many likeliest tokens; 0 means all
     seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
     stop: tuple[str, ...] = ()  # the text ends before the first of these
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        stop: object = self.stop
+        if isinstance(stop, str):  # whose characters would each be a stop
+            raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +160,7 @@ class Generation:
         self._text: list[str] = []
         self._finish_reason: FinishReason | None = None
         self._session: Session | None = None
+        self._session_began = (0.0, 0)  # when, and with how many tokens generated
         self._route: tuple[HopUsed, ...] = ()
         self._excluded: frozenset[str] = frozenset()
         self._failures_in_a_row = 0
@@ -171,7 +179,7 @@ class Generation:
             NoRoute: The swarm cannot serve this (any more); `result` holds what came before.
             PeerError: Route after route failed without a token in between.
         """
-        if self._finish_reason is not None or not self._max_new_tokens:
+        if self._finish_reason is not None:
             await self.aclose()
             raise StopAsyncIteration
         self._clock.start()
@@ -188,12 +196,18 @@ class Generation:
         return token
 
     async def _next_id(self) -> int:
+        failure: PeerError | None = None
         while True:
             try:
                 hidden = await self._last_hidden()
             except PeerError as error:
                 await self._abandon(error)
+                failure = error
                 continue
+            except NoRoute as error:
+                if failure is None:
+                    raise
+                raise NoRoute(f"{error}; the last one failed: {failure}", error.missing) from failure
             self._failures_in_a_row = 0
             return await trio.to_thread.run_sync(self._draw, hidden)
 
@@ -204,6 +218,7 @@ class Generation:
             self._session = await self._walker.open_session(
                 len(self._prompt_ids) + self._max_new_tokens, self._excluded
             )
+            self._session_began = (time.perf_counter(), len(self._token_ids))
             self._route = tuple(
                 HopUsed(hop.peer_id, hop.span, self._walker.connection_kind(hop.peer_id))
                 for hop in self._session.route.hops
@@ -259,12 +274,13 @@ class Generation:
     def _settle(self, error: PeerError | None) -> None:
         """Tell the policy and the ledger how the route fared."""
         assert self._session is not None
+        began_at, tokens_before = self._session_began
         outcome = RouteOutcome(
             ok=error is None,
             error=str(error) if error else None,
-            failed_peer=error.peer_id if error else None,
-            tokens=len(self._token_ids),
-            seconds=time.perf_counter() - (self._clock.started or 0.0),
+            failed_peer=(error.peer_id or None) if error else None,
+            tokens=len(self._token_ids) - tokens_before,
+            seconds=time.perf_counter() - began_at,
             per_hop_ms=self._session.per_hop_ms(),
         )
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()

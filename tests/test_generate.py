@@ -1,0 +1,415 @@
+"""Generations over real blocks: what they give, and what becomes of them when hops fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import ConfigError, NoRoute, PeerRefused, PeerUnreachable, PeerVanished, PromptTooLong
+from p2pinfer.generate import Generation, GenerationConfig, HopUsed, Token
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.ends import Ends, load_ends
+from p2pinfer.models.runner import Chunk, open_runner
+from p2pinfer.models.sampling import Sampler, SamplingConfig
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.text import Tokenizer, load_tokenizer
+from p2pinfer.routing.route import Route, RouteOutcome
+from p2pinfer.session import Session, SessionConfig, open_session
+
+from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture(scope="module")
+def ends(checkpoint: Checkpoint) -> Ends:
+    return load_ends(checkpoint, FLOAT32)
+
+
+@pytest.fixture
+def tokenizer(tiny_stories: Path) -> Tokenizer:
+    return load_tokenizer(tiny_stories)
+
+
+def local_ids(checkpoint: Checkpoint, ends: Ends, prompt_ids: list[int], count: int, seed: int) -> list[int]:
+    """What one machine generates: greedily, or with a seed above 0."""
+    sampler = Sampler(SamplingConfig(temperature=1.0 if seed else 0.0, seed=seed))
+    runner = open_runner(checkpoint, BlockSpan(0, 8), FLOAT32)
+    lease = runner.cache.reserve(len(prompt_ids) + count)
+    ids, new = list(prompt_ids), list(prompt_ids)
+    for _ in range(count):
+        (hidden,) = runner.run([Chunk(lease, len(ids) - len(new), ends.embed(new))])
+        new = [sampler.pick(ends.logits(hidden)[-1], len(ids))]
+        ids += new
+    return ids[len(prompt_ids) :]
+
+
+class Walk:
+    """Opens sessions over the routes it was given, one after the other."""
+
+    def __init__(self, swarm: MemorySwarm, *routes: Route) -> None:
+        self.asked: list[tuple[int, frozenset[str]]] = []
+        self.outcomes: list[tuple[Route, RouteOutcome]] = []
+        self._swarm = swarm
+        self._host = swarm.network.host("client")
+        self._routes = list(routes)
+
+    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+        self.asked.append((tokens, excluded))
+        if not self._routes:
+            raise NoRoute("no route: nobody serves blocks 0:8", [(0, 8)])
+        return await open_session(
+            self._host,
+            self._swarm.network.nursery,
+            self._routes.pop(0),
+            self._swarm.spec,
+            max_tokens=tokens,
+            codec="float32",
+            config=SessionConfig(chunk_tokens=3),
+        )
+
+    def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
+        self.outcomes.append((route, outcome))
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
+        return "relayed" if peer_id == "b" else "direct"
+
+
+def start(
+    walk: Walk,
+    swarm: MemorySwarm,
+    ends: Ends,
+    tokenizer: Tokenizer,
+    prompt: str = PROMPT,
+    *,
+    max_attempts: int = 8,
+    **options: Any,
+) -> Generation:
+    options.setdefault("max_new_tokens", 10)
+    config = GenerationConfig(**options)
+    return Generation(walk, swarm.spec, ends, tokenizer, prompt, config, max_attempts=max_attempts)
+
+
+async def test_a_generation_gives_what_one_machine_gives(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        walk = Walk(swarm, route_over(a=(0, 3), b=(3, 8)))
+        generation = start(walk, swarm, ends, tokenizer)
+        before = generation.result
+        assert (before.text, before.token_ids, before.finish_reason, before.route) == ("", (), None, ())
+        assert before.timings.first_token_s == before.timings.tokens_per_s == 0
+        tokens = [token async for token in generation]
+        prompt_ids = tokenizer.encode(PROMPT)
+        expected = local_ids(checkpoint, ends, prompt_ids, 10, seed=0)
+        result = generation.result
+        assert [token.id for token in tokens] == list(result.token_ids) == expected
+        assert "".join(token.text for token in tokens) == result.text == tokenizer.decode(expected)
+        assert (result.prompt_tokens, result.finish_reason, result.failovers) == (
+            len(prompt_ids),
+            "length",
+            0,
+        )
+        assert result.route == (
+            HopUsed("a", BlockSpan(0, 3), "direct"),
+            HopUsed("b", BlockSpan(3, 8), "relayed"),
+        )
+        timings = result.timings
+        assert len(timings.per_hop_ms) == 2
+        assert timings.first_token_s > 0
+        assert timings.tokens_per_s > 0
+        assert timings.per_step_ms >= max(timings.per_hop_ms)
+        assert walk.asked == [(len(prompt_ids) + 10, frozenset())]
+        ((route, outcome),) = walk.outcomes
+        assert (route.peer_ids, outcome.ok, outcome.error, outcome.failed_peer) == (
+            ("a", "b"),
+            True,
+            None,
+            None,
+        )
+        assert (outcome.tokens, outcome.per_hop_ms) == (10, timings.per_hop_ms)
+        with pytest.raises(StopAsyncIteration):
+            await anext(generation)
+        await swarm.all_closed()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+async def test_a_hop_that_dies_changes_no_token(
+    seed: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        await swarm.serve("c", 2, 8)
+        walk = Walk(swarm, route_over(a=(0, 3), b=(3, 8)), route_over(a=(0, 2), c=(2, 8)))
+        generation = start(walk, swarm, ends, tokenizer, temperature=1.0 if seed else 0.0, seed=seed)
+        for _ in range(4):
+            await anext(generation)
+        assert generation.result.timings.per_hop_ms
+        await swarm.network.kill("b")
+        async for _ in generation:
+            pass
+        result = generation.result
+        assert list(result.token_ids) == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), 10, seed)
+        assert result.failovers == 1
+        assert [hop.peer_id for hop in result.route] == ["a", "c"]
+        failed, done = (outcome for _, outcome in walk.outcomes)
+        assert (failed.ok, failed.failed_peer, failed.tokens) == (False, "b", 4)
+        assert failed.error
+        assert (done.ok, done.tokens) == (True, 6)
+        assert 0 < done.seconds < failed.seconds + done.seconds
+        assert [excluded for _, excluded in walk.asked] == [frozenset(), frozenset({"b"})]
+        await swarm.all_closed()
+
+
+async def test_a_route_that_cannot_be_opened_is_no_failover(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(nobody=(0, 8)), route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer, max_new_tokens=1)
+        assert [token async for token in generation] == [Token(*_only(generation))]
+        assert generation.result.failovers == 0
+        assert walk.asked[1][1] == {"nobody"}
+        assert len(walk.outcomes) == 1
+
+
+def _only(generation: Generation) -> tuple[int, str]:
+    (token_id,) = generation.result.token_ids
+    return token_id, generation.result.text
+
+
+async def test_without_another_route_the_text_so_far_and_the_reason_are_kept(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        generation = start(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer)
+        tokens = [await anext(generation) for _ in range(3)]
+        await swarm.network.kill("a")
+        with pytest.raises(
+            NoRoute, match="nobody serves blocks 0:8; the last one failed: the stream"
+        ) as caught:
+            await anext(generation)
+        assert caught.value.missing == ((0, 8),)
+        assert isinstance(caught.value.__cause__, PeerVanished)
+        result = generation.result
+        assert result.text == "".join(token.text for token in tokens)
+        assert (len(result.token_ids), result.finish_reason, result.failovers) == (3, None, 1)
+
+
+async def test_no_route_at_all_is_said_as_it_is(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        generation = start(Walk(swarm), swarm, ends, tokenizer)
+        with pytest.raises(NoRoute, match=r"0:8$"):
+            await anext(generation)
+        assert generation.result.finish_reason is None
+
+
+async def test_after_so_many_failures_in_a_row_the_last_one_comes_out(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        walk = Walk(swarm, *(route_over(**{f"gone-{n}": (0, 8)}) for n in range(9)))
+        generation = start(walk, swarm, ends, tokenizer, max_attempts=3)
+        with pytest.raises(PeerUnreachable) as caught:
+            await anext(generation)
+        assert caught.value.peer_id == "gone-2"
+        assert len(walk.asked) == 3
+
+
+async def test_a_failure_that_is_nobody_s_excludes_nobody(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(a=(0, 8)), route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer)
+        await anext(generation)
+
+        async def fail(self: Session, hidden: Tensor, position: int) -> Tensor:
+            monkeypatch.undo()
+            raise PeerVanished("somebody")
+
+        monkeypatch.setattr(Session, "decode", fail)
+        await anext(generation)
+        assert walk.asked[1][1] == frozenset()
+        assert walk.outcomes[0][1].failed_peer is None
+        await generation.aclose()
+
+
+async def test_a_peer_that_refuses_is_left_out(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        served = await swarm.serve("a")
+        served.runner.cache.reserve(served.runner.cache.free_tokens)
+        generation = start(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer)
+        with pytest.raises(NoRoute, match=r"the last one failed: the KV cache has 0\.00 GiB") as caught:
+            await anext(generation)
+        assert isinstance(caught.value.__cause__, PeerRefused)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, ends: Ends, ids: list[int]) -> None:
+    """Let the head favour these tokens, one after the other."""
+    coming = iter(ids)
+
+    def logits(hidden: Tensor) -> Tensor:
+        chosen = torch.zeros(1, ends.spec.vocab_size)
+        chosen[0, next(coming)] = 1.0
+        return chosen
+
+    monkeypatch.setattr(ends, "logits", logits)
+
+
+def encode_as(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Let every text be these tokens."""
+
+    def encode(text: str) -> list[int]:
+        return ids
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+
+
+async def test_an_end_of_text_ends_it_and_is_no_text(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (eos,) = tokenizer.eos_ids
+    words = tokenizer.encode(" there was")[-2:]
+    force(monkeypatch, ends, [*words, eos])
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        generation = start(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer)
+        tokens = [token async for token in generation]
+        assert tokens[-1] == Token(eos, "")
+        assert (generation.result.text, generation.result.finish_reason) == (tokenizer.decode(words), "eos")
+        await swarm.all_closed()
+
+
+async def test_a_stop_ends_it_and_what_only_looked_like_one_is_kept(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("one two three four five")
+    text = tokenizer.decode(ids)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+
+        async def generate(count: int, *stop: str) -> Generation:
+            force(monkeypatch, ends, ids)
+            walk = Walk(swarm, route_over(a=(0, 8)))
+            generation = start(walk, swarm, ends, tokenizer, max_new_tokens=count, stop=stop)
+            async for _ in generation:
+                pass
+            return generation
+
+        result = (await generate(len(ids), " three", "zebra")).result
+        assert (result.text, result.finish_reason) == (text.partition(" three")[0], "stop")
+        held = (await generate(len(ids), text[-4:] + "!")).result
+        assert (held.text, held.finish_reason) == (text, "length")
+
+
+async def test_half_a_character_at_the_end_is_shown_as_such(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        next(id for id in range(4096) if tokenizer.token_bytes(id) == byte) for byte in (b"\xc3", b"\xa9")
+    )
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        force(monkeypatch, ends, [first, second, first])
+        walk = Walk(swarm, route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer, max_new_tokens=3)
+        assert [token.text async for token in generation] == ["", "é", "\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("word " * 1200, "tokens long and tiny-stories takes 1024"), ("", "is empty")]
+)
+async def test_a_prompt_that_does_not_fit_is_refused_at_once(
+    prompt: str,
+    message: str,
+    checkpoint: Checkpoint,
+    ends: Ends,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not prompt:  # the bundled model begins every text with a token; not all do
+        encode_as(monkeypatch, tokenizer, [])
+    async with open_memory_swarm(checkpoint) as swarm:
+        with pytest.raises(PromptTooLong, match=message):
+            start(Walk(swarm), swarm, ends, tokenizer, prompt)
+
+
+async def test_a_long_prompt_leaves_room_for_what_fits(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_as(monkeypatch, tokenizer, [5] * 1022)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer)
+        async for _ in generation:
+            pass
+        result = generation.result
+        assert (len(result.token_ids), result.prompt_tokens, result.finish_reason) == (2, 1022, "length")
+        assert walk.asked == [(1024, frozenset())]
+
+
+async def test_one_that_is_left_early_frees_what_the_hops_hold(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(a=(0, 8)), route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer)
+        await anext(generation)
+        await generation.aclose()
+        await generation.aclose()
+        await swarm.all_closed()
+        assert [outcome.ok for _, outcome in walk.outcomes] == [True]
+        await anext(generation)  # who goes on after all gets a new session
+        assert len(walk.asked) == 2
+        await generation.aclose()
+        await swarm.all_closed()
+
+
+async def test_one_that_is_cancelled_frees_what_the_hops_hold(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        generation = start(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer)
+        await anext(generation)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await anext(generation)
+        assert scope.cancelled_caught
+        await swarm.all_closed()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"stop": "The end"}, "stop is the text 'The end'"),
+    ],
+)
+def test_what_makes_no_sense_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GenerationConfig(**options)
