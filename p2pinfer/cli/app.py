@@ -128,7 +128,7 @@ def main() -> None:
 def leave(exit_code: int) -> NoReturn:
     """End the process without the interpreter's own cleaning up: with torch loaded that takes a second."""
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] - it has no public name
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # pragma: no cover - coverage has just stopped counting
         with suppress(OSError, ValueError):  # nobody reads it any more, or it was closed
             stream.flush()
-    os._exit(exit_code)
+    os._exit(exit_code)  # pragma: no cover

@@ -19,7 +19,7 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 @DATA_DIR
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
 def swarm(call: Invocation, watch: bool) -> None:
-    """Show who serves which blocks of a model, how fast, and how far away."""
+    """Show who serves which blocks, how fast, how far away."""
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.source import resolve_model

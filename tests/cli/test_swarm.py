@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from rich.console import RenderableType
+from rich.live import Live
 
+from p2pinfer.cli import view
 from p2pinfer.cli.app import run
 
 pytestmark = pytest.mark.slow
@@ -38,6 +42,25 @@ def test_json_is_one_object(swarm_address: str, capsys: pytest.CaptureFixture[st
 def test_without_a_swarm_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["swarm"]) == 1
     assert "no peer of a swarm answered; name one" in capsys.readouterr().err
+
+
+def test_a_terminal_is_watched_in_place(
+    swarm_address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class TwoLooks(Live):
+        looks = 0
+
+        def update(self, renderable: RenderableType, *, refresh: bool = False) -> None:
+            super().update(renderable, refresh=refresh)
+            self.looks += 1
+            if self.looks == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(view, "Live", TwoLooks)
+    monkeypatch.setattr(view, "REFRESH_S", 0.01)
+    assert run(["swarm", "--watch", "--bootstrap", swarm_address]) == 130
+    assert capsys.readouterr().out.count("all 8 blocks are served") >= 1
 
 
 def test_watching_goes_on_until_ctrl_c(swarm_address: str) -> None:

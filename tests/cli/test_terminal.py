@@ -74,7 +74,7 @@ def test_each_v_says_more(verbosity: int, heard: set[str], capsys: pytest.Captur
     ours = logging.getLogger("p2pinfer.somewhere")
     for level in ("debug", "info", "warning", "error"):
         getattr(ours, level)(level)
-    logging.getLogger("libp2p").warning("theirs")
+    logging.Logger("without handlers").warning("theirs")
     said = capsys.readouterr()
     assert said.out == ""
     assert {line.rpartition(": ")[2] for line in said.err.splitlines()} == heard
