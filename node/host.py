@@ -35,6 +35,7 @@ from .addresses import advertised, check_listen, parse_tcp
 from .dial import innermost, race
 from .host_config import HostConfig
 from .identity import Identity, is_peer_id
+from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
 from .shield import shielded
 from .stream import PeerStream
@@ -59,6 +60,7 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
     """
     config = config or HostConfig()
     check_listen(config.listen)
+    adopt_libp2p_logs()
     raw = _new_libp2p_host(identity, config)
     network: Any = raw.get_network()
     listen = [Multiaddr(address) for address in config.listen]
