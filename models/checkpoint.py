@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from p2pinfer.errors import CheckpointError
 
+from .defaults import complete_config
 from .hashes import hash_files
 from .progress import Progress
-from .spec import ModelSpec, model_spec, pretrained_config, read_config, read_json
+from .spec import ModelSpec, model_spec, read_config, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
 
 _safe_open: Any = safe_open  # a Rust extension, whose stubs pyright finds partly unknown
 
@@ -54,9 +54,9 @@ class Checkpoint:
         self._shard_of = {name: shard for shard in shards.values() for name in shard.names}
 
     @cached_property
-    def config(self) -> PretrainedConfig:
-        """The config as transformers sees it; the first use takes the seconds that its import does."""
-        return pretrained_config(self.spec.model, read_config(self.folder))
+    def config(self) -> Mapping[str, Any]:
+        """The config, complete: see `complete_config`."""
+        return complete_config(self.spec.model, read_config(self.folder))
 
     def names(self) -> frozenset[str]:
         """Every tensor that is here. Of a hub model only what was fetched is."""

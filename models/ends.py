@@ -76,5 +76,5 @@ def load_ends(checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progre
 
 def end_names(checkpoint: Checkpoint) -> frozenset[str]:
     """The tensors that the ends are made of."""
-    tied = bool(checkpoint.config.tie_word_embeddings)
+    tied = checkpoint.config["tie_word_embeddings"]
     return frozenset(f"{name}.weight" for name in (EMBEDDING, NORM, *(() if tied else (HEAD,))))

@@ -1,9 +1,10 @@
 """What sets the model families apart, as a table; everything else is one forward pass (blocks.py).
 
 A family is a row: where its norms stand, what they are called, and how its expert layers are laid out.
-What a config says in numbers (heads, windows, soft caps) is read from the config, and a product has a bias
-if the checkpoint has one. So a family laid out like Llama costs one line, and a checkpoint with a tensor
-that no rule consumes is refused when it is loaded (weights.py), not run wrong.
+What a config says in numbers (heads, windows, soft caps) is read from the config, which defaults.py makes
+complete, and a product has a bias if the checkpoint has one. So a family laid out like Llama costs one line
+here and a few there, and a checkpoint with a tensor that no rule consumes is refused when it is loaded
+(weights.py), not run wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from torch.nn import functional
 
 from p2pinfer.errors import CheckpointError
 
-# Rope types whose frequencies do not depend on how long the sequence is: only those can be packed with
-# other sequences, and rolled back.
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+from .defaults import SLIDING
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -94,45 +93,32 @@ class Architecture:
     tied_head: bool
 
 
-def describe_architecture(config: Any) -> Architecture:
-    """What `config`, a transformers config of a known family, says about the forward pass.
+def describe_architecture(config: Mapping[str, Any]) -> Architecture:
+    """What a config, completed by `complete_config`, says about the forward pass.
 
     Raises:
-        CheckpointError: It asks for something that p2pinfer does not compute.
+        CheckpointError: It asks for an activation that p2pinfer does not compute.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise CheckpointError(
-            f"family {config.model_type!r} is not one that p2pinfer runs ({', '.join(sorted(FAMILIES))})"
-        )
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    family = FAMILIES[config["model_type"]]
+    activation = config.get("hidden_activation", config["hidden_act"])
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation {activation!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"rope type {rope_type!r} is not one of {', '.join(sorted(ROPE_TYPES))}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = config.get("sliding_window")
     return Architecture(
         family=family,
-        hidden_size=config.hidden_size,
-        inner_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        norm_eps=config.rms_norm_eps,
+        hidden_size=config["hidden_size"],
+        inner_size=config["intermediate_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        norm_eps=config["rms_norm_eps"],
         activation=ACTIVATIONS[activation],
-        attention_scale=getattr(config, "query_pre_attn_scalar", head_dim) ** -0.5,
-        attention_softcap=getattr(config, "attn_logit_softcapping", None),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-        windows=_windows(config),
-        num_experts=getattr(config, "num_local_experts", 0),
-        experts_per_token=getattr(config, "num_experts_per_tok", 0),
-        embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
-        tied_head=bool(config.tie_word_embeddings),
+        attention_scale=config.get("query_pre_attn_scalar", config["head_dim"]) ** -0.5,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+        windows=tuple(window if kind == SLIDING else None for kind in config["layer_types"]),
+        num_experts=config.get("num_local_experts", 0),
+        experts_per_token=config.get("num_experts_per_tok", 0),
+        embedding_scale=config["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
+        tied_head=config["tie_word_embeddings"],
     )
-
-
-def _windows(config: Any) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -6,34 +6,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from blake3 import blake3
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
 
+from .defaults import complete_config
 from .span import BlockSpan
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-# Every model_type that has an adapter. A plain list, because the adapters import torch and this must not.
-FAMILIES = frozenset({"gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3"})
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # Keys that transformers changes with its own version or with where the folder lay.
 _VOLATILE_KEYS = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
-_MAX_CONFIG_BYTES = 1 << 20
-_LIMITS = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 1 << 20,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "intermediate_size": 1 << 24,
-    "vocab_size": 1 << 26,
-    "max_position_embeddings": 1 << 40,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,31 +95,22 @@ def model_spec(
     Raises:
         CheckpointError: The family is unknown, the weights are quantised, or a size makes no sense.
     """
-    family = _family(model, config)
-    sizes: dict[str, Any] = {key: config.get(key) for key in _LIMITS}
-    if None in sizes.values():
-        # What a config leaves out, its family decides; only transformers knows how, and takes 2 s to import.
-        complete = pretrained_config(model, config)
-        sizes = {key: getattr(complete, key, None) for key in _LIMITS}
-        sizes["head_dim"] = sizes["head_dim"] or complete.hidden_size // complete.num_attention_heads
-    for key, limit in _LIMITS.items():
-        if type(sizes[key]) is not int or not 0 < sizes[key] <= limit:
-            raise CheckpointError(f"the config of {model} says {key} = {sizes[key]!r}, which no model has")
+    complete = complete_config(model, config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or stored_dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{model} is stored as {dtype}; p2pinfer reads {', '.join(DTYPE_BYTES)}")
+        raise CheckpointError(f"{model} is stored as {dtype:.40}; p2pinfer reads {', '.join(DTYPE_BYTES)}")
     return ModelSpec(
         model=model,
         revision=revision_of(config, shard_sha256),
-        family=family,
+        family=complete["model_type"],
         dtype=dtype,
-        num_blocks=sizes["num_hidden_layers"],
-        hidden_size=sizes["hidden_size"],
-        vocab_size=sizes["vocab_size"],
-        max_positions=sizes["max_position_embeddings"],
-        kv_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        block_parameters=_block_parameters(sizes, config),
+        num_blocks=complete["num_hidden_layers"],
+        hidden_size=complete["hidden_size"],
+        vocab_size=complete["vocab_size"],
+        max_positions=complete["max_position_embeddings"],
+        kv_heads=complete["num_key_value_heads"],
+        head_dim=complete["head_dim"],
+        block_parameters=_block_parameters(complete),
     )
 
 
@@ -146,39 +122,8 @@ def revision_of(config: Mapping[str, Any], shard_sha256: Mapping[str, str]) -> s
     return blake3("\n".join(lines).encode()).hexdigest()[:32]
 
 
-def pretrained_config(model: str, config: Mapping[str, Any]) -> PretrainedConfig:
-    """The config as transformers sees it, defaults filled in; never runs code of the checkpoint's.
-
-    Raises:
-        CheckpointError: transformers does not know the family or refuses a value.
-    """
-    # transformers and torch take 2 s to import; a client that only watches the swarm never comes here.
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        family: Any = CONFIG_MAPPING[config["model_type"]]
-        complete: PretrainedConfig = family.from_dict(dict(config))
-    except Exception as exc:  # whatever its validators raise, the answer is the same
-        raise CheckpointError(f"transformers cannot use the config of {model}: {exc}") from exc
-    return complete
-
-
-def _block_parameters(sizes: Mapping[str, int], config: Mapping[str, Any]) -> int:
-    heads = 2 * (sizes["num_attention_heads"] + sizes["num_key_value_heads"]) * sizes["head_dim"]
-    experts = config.get("num_local_experts")
-    feed_forward = 3 * sizes["intermediate_size"] * (experts if type(experts) is int and experts > 0 else 1)
-    return sizes["hidden_size"] * (heads + feed_forward)
-
-
-def _family(model: str, config: Mapping[str, Any]) -> str:
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(
-            f"{model} is of family {family!r}, which p2pinfer does not run; it runs {known}"
-        )
-    if "quantization_config" in config:
-        raise CheckpointError(
-            f"the weights of {model} are quantised; use a float32, float16 or bfloat16 checkpoint"
-        )
-    return family
+def _block_parameters(complete: Mapping[str, Any]) -> int:
+    heads = 2 * (complete["num_attention_heads"] + complete["num_key_value_heads"]) * complete["head_dim"]
+    feed_forward = 3 * complete["intermediate_size"] * complete.get("num_local_experts", 1)
+    block_parameters: int = complete["hidden_size"] * (heads + feed_forward)
+    return block_parameters

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig
 
 from p2pinfer.models.attention import PackedAttention, Piece
 from p2pinfer.models.cache import CacheLease, PagedCache
+from p2pinfer.models.defaults import complete_config
 from p2pinfer.models.families import Architecture, describe_architecture
 
 ROW = 400  # more tokens than any sequence here
@@ -21,9 +20,8 @@ PAGE = 8
 
 
 def architecture(heads: int, kv_heads: int, softcap: float | None) -> Architecture:
-    config: Any = LlamaConfig(
-        hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=2
-    )
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = complete_config("m", {"model_type": "llama", "num_hidden_layers": 2, **sizes})
     return replace(describe_architecture(config), attention_softcap=softcap, attention_scale=0.3)
 
 
