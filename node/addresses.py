@@ -101,10 +101,11 @@ def advertised(listening: Iterable[str]) -> list[str]:
 def machine_addresses(protocol: str) -> list[str]:
     """This machine's addresses, the one that leads out first; loopback only if there is no other."""
     family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
+    states = psutil.net_if_stats()
     found = [
         ipaddress.ip_address(each.address)
         for name, addresses in psutil.net_if_addrs().items()
-        if psutil.net_if_stats().get(name, None) is None or psutil.net_if_stats()[name].isup
+        if name not in states or states[name].isup
         for each in addresses
         if each.family == family and "%" not in each.address
     ]

@@ -9,6 +9,7 @@ the whole host down with it).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, cast
@@ -46,6 +47,8 @@ from .yamux import YamuxConnection
 __all__ = ["Host", "HostConfig", "open_host"]
 
 logger = logging.getLogger(__name__)
+
+ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
 
 Handler = Callable[[PeerStream], Awaitable[None]]
 PeerCallback = Callable[[str], None]
@@ -310,7 +313,7 @@ def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
         key_pair=identity.key_pair,
         transports=[TunedTCP(config.user_timeout_s)],
         sec_opt={NOISE: noise},
-        addrs_factory=_advertised,
+        addrs_factory=_Advertised(),
         connection_config=ConnectionConfig(
             max_connections=config.max_connections,
             high_watermark=config.max_connections,
@@ -326,8 +329,23 @@ def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
     return host
 
 
-def _advertised(candidates: Sequence[Multiaddr]) -> list[Multiaddr]:
-    return [Multiaddr(address) for address in advertised(str(each) for each in candidates)]
+class _Advertised:
+    """Turns what a host listens on into what it tells others.
+
+    libp2p asks with every message of gossip, and looking at the interfaces takes a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[Multiaddr] = []
+        self._answer: list[Multiaddr] = []
+        self._asked_at = -ADDRESSES_LAST_S
+
+    def __call__(self, listening: Sequence[Multiaddr]) -> list[Multiaddr]:
+        now = time.monotonic()
+        if self._asked != list(listening) or now - self._asked_at > ADDRESSES_LAST_S:
+            self._asked, self._asked_at = list(listening), now
+            self._answer = [Multiaddr(address) for address in advertised(str(each) for each in listening)]
+        return list(self._answer)
 
 
 def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

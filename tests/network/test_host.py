@@ -54,6 +54,21 @@ async def test_addresses_name_the_peer_and_are_never_a_wildcard(start_host: Star
     assert not any("0.0.0.0" in address for address in host.addrs)
 
 
+async def test_addresses_follow_the_machine_but_are_not_looked_up_each_time(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await start_host()
+    first = host.addrs
+
+    def moved(_: object) -> list[str]:
+        return ["/ip4/192.0.2.7/tcp/4001"]
+
+    monkeypatch.setattr("p2pinfer.node.host.advertised", moved)
+    assert host.addrs == first
+    monkeypatch.setattr("p2pinfer.node.host.ADDRESSES_LAST_S", -1.0)
+    assert host.addrs == (f"/ip4/192.0.2.7/tcp/4001/p2p/{host.peer_id}",)
+
+
 async def test_a_live_connection_is_used_again(start_host: StartHost) -> None:
     alice, bob = await start_host(), await start_host()
     bob.serve(ECHO, echo)
