@@ -17,14 +17,14 @@ from typing import Literal
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, NoRoute, PolicyError
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused, PolicyError
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import Tokenizer, load_tokenizer
-from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.swarm import SwarmMember, open_swarm
 from p2pinfer.node.tasks import open_nursery
@@ -70,12 +70,15 @@ class Client:
         model: A model's hub id or folder; the bundled one by default.
         bootstrap: Multiaddrs to join by; those of bootstrap_peers.txt if empty.
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
+        routing_config: What the built-in policies weigh by.
         ledger: What is known of peers; a fresh one by default.
+
+    Raises:
+        PolicyError: There is no such policy.
 
     Raises (on entering):
         ModelNotFound, CheckpointError: The model cannot be opened.
         ConfigError: A bootstrap address is malformed.
-        PolicyError: There is no such policy.
     """
 
     def __init__(
@@ -96,12 +99,11 @@ class Client:
         self.ledger = ledger or Ledger()
         self._config = config or ClientConfig()
         policy = policy or self._config.policy
-        self.policy = load_policy(policy) if isinstance(policy, str) else policy
+        self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
         self._model = model
         self._bootstrap = tuple(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
         self._session_config = session_config or SessionConfig()
-        self._routing_config = routing_config or RoutingConfig()
         self._cache_dir = cache_dir or platformdirs.user_cache_path("p2pinfer")
         self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
         self._progress = progress
@@ -114,13 +116,16 @@ class Client:
 
     async def __aenter__(self) -> Client:
         async with AsyncExitStack() as stack:
-            self._source = await trio.to_thread.run_sync(self._resolve)
+            # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
+            self._source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
             self._member = await stack.enter_async_context(
                 open_swarm(new_identity(), self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
             self._nursery = await stack.enter_async_context(open_nursery())
-            self._ends, self._tokenizer = await trio.to_thread.run_sync(self._load_ends)
+            self._ends, self._tokenizer = await trio.to_thread.run_sync(
+                self._load_ends, abandon_on_cancel=True
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -192,15 +197,23 @@ class Client:
         """
         route = await self._find_route(tokens, excluded)
         logger.debug("session.open route=%s", route)
-        return await open_session(
-            self._member.host,
-            self._nursery,
-            route,
-            self._source.spec,
-            max_tokens=tokens,
-            codec=self._codec_for(route),
-            config=self._session_config,
-        )
+        try:
+            return await open_session(
+                self._member.host,
+                self._nursery,
+                route,
+                self._source.spec,
+                max_tokens=tokens,
+                codec=self._codec_for(route),
+                config=self._session_config,
+            )
+        except PeerError as exc:
+            outcome = RouteOutcome(ok=False, error=str(exc), failed_peer=exc.peer_id or None)
+            if isinstance(exc, PeerRefused):  # it has no room, say: no reason to rely on it less
+                self._tell_policy(route, outcome)
+            else:
+                self.route_ended(route, outcome)
+            raise
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
@@ -210,6 +223,9 @@ class Client:
                 self.ledger.record_success(hop.peer_id, now)
             elif hop.peer_id == outcome.failed_peer:
                 self.ledger.record_failure(hop.peer_id, now)
+        self._tell_policy(route, outcome)
+
+    def _tell_policy(self, route: Route, outcome: RouteOutcome) -> None:
         try:
             tell_policy(self.policy, route, outcome)
         except PolicyError as exc:  # the user's code; the text must not suffer from it

@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -136,25 +136,28 @@ class TrustedOnly(RoutingPolicy):
         return cheapest_routes(candidates, request, view, self._config, _ALTERNATIVES)
 
 
-BUILT_IN_POLICIES: dict[str, type[RoutingPolicy]] = {
+BUILT_IN_POLICIES: dict[str, Callable[[RoutingConfig | None], RoutingPolicy]] = {
     "risk-adjusted": RiskAdjusted,
     "fastest": Fastest,
-    "spread": Spread,
-    "trusted-only": TrustedOnly,
+    "spread": lambda config: Spread(),  # it weighs nothing that could be set
+    "trusted-only": lambda config: TrustedOnly(config=config),
 }
 
 
-def load_policy(name: str, folder: Path | None = None) -> RoutingPolicy:
+def load_policy(
+    name: str, folder: Path | None = None, *, config: RoutingConfig | None = None
+) -> RoutingPolicy:
     """The policy called `name`: a built-in one, or `module:Class` of the user's.
 
     Args:
         folder: Where the module is looked for before the installed ones; by default the current folder.
+        config: What a built-in policy weighs by.
 
     Raises:
         PolicyError: There is no such policy, or it cannot be made.
     """
     if name in BUILT_IN_POLICIES:
-        return BUILT_IN_POLICIES[name]()
+        return BUILT_IN_POLICIES[name](config)
     match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
     if match is None:
         raise _unusable(name, "is no routing policy")

@@ -1,0 +1,364 @@
+"""A client over a swarm in memory: routes chosen, waited for, given up, remembered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from p2pinfer import client as client_module
+from p2pinfer.client import Client, ClientConfig, generation_config
+from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError
+from p2pinfer.generate import Generation, GenerationConfig
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.identity import Identity
+from p2pinfer.node.swarm import SwarmMember
+from p2pinfer.node.wire import Codec
+from p2pinfer.reputation.view import ReputationView
+from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.planner import cheapest_routes
+from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
+from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+from p2pinfer.session import Session, open_session
+
+from .node.memory_swarm import MemorySwarm, open_memory_swarm
+
+PROMPT = "Once upon a time"
+SOON = ClientConfig(find_timeout_s=0.05, policy_timeout_s=0.05, dtype="float32")
+
+OpenClient = Callable[..., AbstractAsyncContextManager[tuple[Client, MemorySwarm]]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture
+def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
+    """Opens a client in a memory swarm."""
+
+    @asynccontextmanager
+    async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
+        async with open_memory_swarm(checkpoint) as swarm:
+
+            @asynccontextmanager
+            async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
+                yield swarm.member(identity.peer_id)
+
+            monkeypatch.setattr(client_module, "open_swarm", join)
+            options.setdefault("config", ClientConfig(dtype="float32"))
+            async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
+                yield client, swarm
+
+    return opened
+
+
+class Recorder(RoutingPolicy):
+    """The cheapest routes, with everything noted."""
+
+    def __init__(self) -> None:
+        self.requests: list[RouteRequest] = []
+        self.candidates: list[Sequence[Candidate]] = []
+        self.outcomes: list[tuple[Route, RouteOutcome]] = []
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        self.requests.append(request)
+        self.candidates.append(candidates)
+        return cheapest_routes(candidates, request, view)
+
+    def on_result(self, route: Route, outcome: RouteOutcome) -> None:
+        self.outcomes.append((route, outcome))
+
+
+async def text_of(generation: Generation) -> str:
+    async for _ in generation:
+        pass
+    return generation.result.text
+
+
+async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: OpenClient) -> None:
+    policy = Recorder()
+    async with open_client(policy=policy) as (client, swarm):
+        await swarm.serve("a", 0, 5)
+        await swarm.serve("b", 3, 8)
+        await client.member.host.ping("a")
+        generation = client.generate(PROMPT, max_new_tokens=5)
+        assert await text_of(generation) == ", there was a little"
+        assert [hop.connection for hop in generation.result.route] == ["direct", "direct"]
+        (request,) = policy.requests
+        assert (request.revision, request.num_blocks) == (swarm.spec.revision, 8)
+        assert (request.hidden_bytes_per_token, request.tokens) == (640, 10)
+        assert request.coordinate == client.member.coordinate
+        assert [(each.peer_id, each.relayed) for each in policy.candidates[0]] == [("a", False), ("b", False)]
+        ((route, outcome),) = policy.outcomes
+        assert set(route.peer_ids) == {"a", "b"}
+        assert outcome.ok
+        newcomer = client.ledger.score("nobody").reliability
+        assert client.ledger.score("a").reliability > newcomer
+        peers = {peer.announcement.peer_id: peer for peer in client.peers()}
+        assert {peer_id: peer.connection for peer_id, peer in peers.items()} == {"a": "direct", "b": "direct"}
+        assert peers["a"].announcement.span == BlockSpan(0, 5)
+        assert client.spec == client.ends.spec == swarm.spec
+        assert client.connection_kind("nobody") == "direct"
+        await swarm.all_closed()
+
+
+async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: OpenClient) -> None:
+    policy = Recorder()
+    async with open_client(policy=policy) as (client, swarm):
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8, tokens_per_s=900)
+        await swarm.serve("c", 3, 8, tokens_per_s=10)
+        undisturbed = await text_of(client.generate(PROMPT, max_new_tokens=8))
+        generation = client.generate(PROMPT, max_new_tokens=8)
+        for _ in range(3):
+            await anext(generation)
+        await swarm.network.kill("b")
+        assert await text_of(generation) == undisturbed
+        assert generation.result.failovers == 1
+        assert [hop.peer_id for hop in generation.result.route] == ["a", "c"]
+        assert policy.requests[-1].excluded == {"b"}
+        assert client.ledger.score("b").reliability < client.ledger.score("c").reliability
+        assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
+
+
+async def test_a_peer_out_of_reach_counts_as_failed_and_one_that_refuses_does_not(
+    open_client: OpenClient,
+) -> None:
+    policy = Recorder()
+    async with open_client(policy=policy) as (client, swarm):
+        served = await swarm.serve("full", tokens_per_s=900)
+        served.runner.cache.reserve(served.runner.cache.free_tokens)
+        swarm.announce("gone", tokens_per_s=500)
+        await swarm.serve("good", tokens_per_s=10)
+        newcomer = client.ledger.score("nobody").reliability
+        assert await text_of(client.generate(PROMPT, max_new_tokens=1))
+        assert [(outcome.ok, outcome.failed_peer) for _, outcome in policy.outcomes] == [
+            (False, "full"),
+            (False, "gone"),
+            (True, None),
+        ]
+        assert "the KV cache has" in (policy.outcomes[0][1].error or "")
+        assert client.ledger.score("full").reliability == newcomer
+        assert client.ledger.score("gone").reliability < newcomer
+        assert client.ledger.score("good").reliability > newcomer
+
+
+async def test_a_client_waits_for_peers_that_are_about_to_come(open_client: OpenClient) -> None:
+    async with open_client() as (client, swarm), trio.open_nursery() as nursery:
+        await swarm.serve("a", 0, 3)
+        texts: list[str] = []
+
+        async def generate() -> None:
+            texts.append(await text_of(client.generate(PROMPT, max_new_tokens=5)))
+
+        nursery.start_soon(generate)
+        await trio.testing.wait_all_tasks_blocked()
+        swarm.announce("unrelated", 0, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        await swarm.serve("b", 3, 8)
+    assert texts == [", there was a little"]
+
+
+async def test_blocks_that_nobody_serves_are_named(open_client: OpenClient) -> None:
+    async with open_client(config=SOON) as (client, swarm):
+        swarm.announce("a", 0, 3)
+        swarm.announce("b", 5, 6)
+        with pytest.raises(NoRoute, match="nobody serves blocks 3:5, 6:8") as caught:
+            await anext(client.generate(PROMPT))
+        assert caught.value.missing == ((3, 5), (6, 8))
+
+
+async def test_blocks_whose_only_peer_failed_are_named_with_the_reason(open_client: OpenClient) -> None:
+    async with open_client(config=SOON) as (client, swarm):
+        swarm.announce("gone")
+        message = "blocks 0:8 are served only by peers that failed this request.*gone cannot be reached"
+        with pytest.raises(NoRoute, match=message) as caught:
+            await anext(client.generate(PROMPT))
+        assert caught.value.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "codec"),
+    [
+        (("float32", "float32"), "float32"),
+        (("float32", "bfloat16"), "bfloat16"),
+        (("float16", "float16"), "bfloat16"),
+    ],
+)
+async def test_full_precision_travels_only_where_every_hop_computes_in_it(
+    dtypes: tuple[str, str], codec: Codec, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codecs: list[Codec] = []
+
+    async def note(*args: Any, codec: Codec, **more: Any) -> Session:
+        codecs.append(codec)
+        return await open_session(*args, codec=codec, **more)
+
+    monkeypatch.setattr(client_module, "open_session", note)
+    async with open_client() as (client, swarm):
+        for peer_id, span, dtype in zip("ab", ((0, 3), (3, 8)), dtypes, strict=True):
+            compute = ComputeConfig(device="cpu", dtype=dtype, threads=1, cache_bytes=1 << 22)
+            await swarm.serve(peer_id, *span, compute=compute)
+        swarm.announce("irrelevant", 0, 1, dtype="float16", tokens_per_s=0.01)
+        assert await text_of(client.generate(PROMPT, max_new_tokens=2))
+    assert codecs == [codec]
+
+
+class Broken(RoutingPolicy):
+    """Raises where it should choose; never learns."""
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        raise ZeroDivisionError("by zero")
+
+
+class Forgetful(Recorder):
+    """Raises where it should learn."""
+
+    def on_result(self, route: Route, outcome: RouteOutcome) -> None:
+        raise ZeroDivisionError("by zero")
+
+
+class Absurd(RoutingPolicy):
+    """Chooses somebody who is not there."""
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        return [Route((Hop("ghost", BlockSpan(0, 8)),))]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Broken(), "policy Broken raised ZeroDivisionError: by zero"),
+        (Absurd(), "policy Absurd: .* uses ghost, which is no candidate"),
+    ],
+)
+async def test_a_policy_that_fails_is_named(
+    policy: RoutingPolicy, message: str, open_client: OpenClient
+) -> None:
+    async with open_client(policy=policy) as (client, swarm):
+        swarm.announce("a")
+        with pytest.raises(PolicyError, match=message):
+            await anext(client.generate(PROMPT))
+
+
+async def test_a_policy_that_thinks_for_ever_is_given_up(open_client: OpenClient) -> None:
+    done = threading.Event()
+
+    class Thinker(Recorder):
+        def choose_routes(
+            self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+        ) -> Sequence[Route]:
+            done.wait()
+            return []
+
+    async with open_client(policy=Thinker(), config=SOON) as (client, _):
+        with pytest.raises(PolicyError, match=r"said nothing for 0\.05 s"):
+            await anext(client.generate(PROMPT))
+        done.set()
+
+
+async def test_a_policy_that_cannot_learn_spoils_no_text(
+    open_client: OpenClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_client(policy=Forgetful()) as (client, swarm):
+        await swarm.serve("a")
+        assert await text_of(client.generate(PROMPT, max_new_tokens=2)) == ", there"
+    assert caplog.messages == ["policy Forgetful raised ZeroDivisionError: by zero"]
+
+
+def test_a_policy_is_an_object_or_a_name_or_that_of_the_configuration() -> None:
+    own = Recorder()
+    assert Client(policy=own).policy is own
+    assert isinstance(Client(policy="fastest").policy, Fastest)
+    assert isinstance(Client(config=ClientConfig(policy="trusted-only")).policy, TrustedOnly)
+    assert isinstance(Client().policy, RiskAdjusted)
+    with pytest.raises(PolicyError, match="'slowest' is no routing policy"):
+        Client(policy="slowest")
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen"),
+    [
+        (RoutingConfig(), ["whole"]),
+        (RoutingConfig(redo_s=0.0, integrity_weight_s=0.0, default_rtt_ms=0.0), ["first", "second"]),
+    ],
+)
+async def test_built_in_policies_weigh_by_the_configuration(
+    config: RoutingConfig, chosen: list[str], open_client: OpenClient
+) -> None:
+    """One slow peer against two fast ones: it depends on what a further hop is held to cost."""
+    async with open_client(routing_config=config) as (client, swarm):
+        await swarm.serve("whole", tokens_per_s=30)
+        await swarm.serve("first", 0, 4, tokens_per_s=900)
+        await swarm.serve("second", 4, 8, tokens_per_s=900)
+        generation = client.generate(PROMPT, max_new_tokens=1)
+        await text_of(generation)
+        assert [hop.peer_id for hop in generation.result.route] == chosen
+
+
+async def test_what_a_client_was_generating_ends_with_it(open_client: OpenClient) -> None:
+    async with open_client() as (client, swarm):
+        await swarm.serve("a")
+        generation = client.generate(PROMPT)
+        await anext(generation)
+        await client.__aexit__(None, None, None)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await generation.aclose()
+        await swarm.all_closed()
+
+
+async def test_a_model_that_is_not_there_is_said_on_entering(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no/such/folder"):
+        async with Client(model="no/such/folder", cache_dir=tmp_path, data_dir=tmp_path):
+            pass
+
+
+async def test_entering_can_be_cancelled_while_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Event()
+    asked = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def fetch_slowly(model: str, **_: object) -> None:
+        token.run_sync_soon(asked.set)
+        arrived.wait()
+
+    monkeypatch.setattr(client_module, "resolve_model", fetch_slowly)
+    try:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Client(cache_dir=tmp_path, data_dir=tmp_path).__aenter__)
+                await asked.wait()
+                nursery.cancel_scope.cancel()
+    finally:
+        arrived.set()
+
+
+def test_single_fields_of_a_generation_can_be_replaced() -> None:
+    config = GenerationConfig(temperature=0.5)
+    assert generation_config(config, {"seed": 3}) == GenerationConfig(temperature=0.5, seed=3)
+    assert generation_config(None, {}) == GenerationConfig()
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'temprature'.*GenerationConfig"):
+        generation_config(None, {"temprature": 1.0})
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        generation_config(None, {"max_new_tokens": 0})
+    with pytest.raises(ConfigError, match=r"see p2pinfer.GenerationConfig"):
+        generation_config(None, {"max_new_tokens": "many"})
