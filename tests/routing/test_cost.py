@@ -41,7 +41,7 @@ class Scores:
 
 def candidate(
     peer_id: str,
-    span: BlockSpan = BlockSpan(0, 8),  # noqa: B008 - immutable
+    span: BlockSpan = BlockSpan(0, 8),
     tokens_per_s: float = 10.0,
     *,
     coordinate: Coordinate | None = None,
