@@ -1,54 +1,38 @@
 """A libp2p host as p2pinfer uses it: streams to peers by id, handlers for protocols, and nothing else.
 
-What libp2p 0.8.1 gets wrong about hosts is put right here and in the modules below: only Noise is offered
-(the default host accepts plaintext), all addresses of a peer are raced (libp2p tries one of them, then
-refuses the peer for a minute), and nothing that a peer sends can raise out of a handler (libp2p would take
-the whole host down with it).
+All addresses of a peer are raced; libp2p tries one of them, and then refuses the peer for a minute.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, cast
 
 import trio
-from libp2p import new_host
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, ISecureConn
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
 from libp2p.connection_types import ConnectionType
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.network.auto_connector import AutoConnector
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, PeerError, PeerUnreachable
 
-from .addresses import advertised, check_listen, parse_tcp
+from .addresses import check_listen, parse_tcp
 from .dial import innermost, race
 from .host_config import HostConfig
 from .identity import Identity, is_peer_id
+from .libp2p_host import new_libp2p_host, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
-from .shield import shielded
 from .stream import PeerStream
 from .tasks import open_nursery
-from .tcp import TunedTCP
-from .yamux import YamuxConnection
 
 __all__ = ["Host", "HostConfig", "open_host"]
 
 logger = logging.getLogger(__name__)
-
-ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
 
 Handler = Callable[[PeerStream], Awaitable[None]]
 PeerCallback = Callable[[str], None]
@@ -64,11 +48,11 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
     config = config or HostConfig()
     check_listen(config.listen)
     adopt_libp2p_logs()
-    raw = _new_libp2p_host(identity, config)
+    raw = new_libp2p_host(identity, config)
     network: Any = raw.get_network()
     listen = [Multiaddr(address) for address in config.listen]
     async with open_nursery() as nursery:
-        await nursery.start(_run, raw, listen)
+        await nursery.start(run_libp2p_host, raw, listen)
         for address in listen:
             if str(address) not in network.listeners:
                 raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
@@ -288,84 +272,6 @@ class _Watcher(INotifee):
     async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
 
 
-class _Muxer(MuxerMultistream):
-    """Negotiates yamux and speaks it our way. libp2p's makes its own `Yamux` whatever it is given."""
-
-    def __init__(self, max_streams: int) -> None:
-        super().__init__({TProtocol(YAMUX): YamuxConnection})
-        self._max_streams = max_streams
-
-    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
-        await self.select_transport(cast(Any, conn))
-        return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
-
-
-class _DialsNobody(AutoConnector):
-    """libp2p would dial whomever it has heard of until half of `max_connections` is reached."""
-
-    async def maybe_connect(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
-def _new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
-    noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
-    host = new_host(
-        key_pair=identity.key_pair,
-        transports=[TunedTCP(config.user_timeout_s)],
-        sec_opt={NOISE: noise},
-        addrs_factory=_Advertised(),
-        connection_config=ConnectionConfig(
-            max_connections=config.max_connections,
-            high_watermark=config.max_connections,
-            min_connections=0,
-            low_watermark=0,
-        ),
-    )
-    network: Any = host.get_network()
-    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
-    network.auto_connector = _DialsNobody(network)
-    network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
-    network.set_stream_handler(_guarded(network.common_stream_handler))
-    return host
-
-
-class _Advertised:
-    """Turns what a host listens on into what it tells others.
-
-    libp2p asks with every message of gossip, and looking at the interfaces takes a millisecond.
-    """
-
-    def __init__(self) -> None:
-        self._asked: list[Multiaddr] = []
-        self._answer: list[Multiaddr] = []
-        self._asked_at = -ADDRESSES_LAST_S
-
-    def __call__(self, listening: Sequence[Multiaddr]) -> list[Multiaddr]:
-        now = time.monotonic()
-        if self._asked != list(listening) or now - self._asked_at > ADDRESSES_LAST_S:
-            self._asked, self._asked_at = list(listening), now
-            self._answer = [Multiaddr(address) for address in advertised(str(each) for each in listening)]
-        return list(self._answer)
-
-
-def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
-    """libp2p's own handler of incoming streams, such that no peer can make it raise.
-
-    It negotiates the protocol and calls the protocol's handler in a task of the connection's nursery, which
-    hangs below the host's: an exception, such as UnicodeDecodeError for a protocol name that is not UTF-8,
-    would end the host.
-    """
-
-    async def guarded(stream: Any) -> None:
-        try:
-            await handle(stream)
-        except Exception as exc:
-            logger.debug("stream.failed peer=%s why=%r", stream.muxed_conn.peer_id, exc)
-            await stream.reset()
-
-    return guarded
-
-
 async def _open_stream(connection: Any, protocol: str, peer_id: str) -> PeerStream:
     stream = await connection.new_stream()
     try:
@@ -381,24 +287,3 @@ def _is_peers_fault(exc: Exception) -> bool:
     if isinstance(exc, ExceptionGroup):
         return exc.split(PeerError)[1] is None
     return isinstance(exc, PeerError)
-
-
-async def _run(
-    host: IHost, listen: Sequence[Multiaddr], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    async with host.run(listen):
-        try:
-            task_status.started()
-            await trio.sleep_forever()
-        finally:
-            with shielded(2):
-                await _close(host)
-
-
-async def _close(host: IHost) -> None:
-    """Hang up on everybody at once; libp2p takes 0.1 s for each, one after the other."""
-    network: Any = host.get_network()
-    async with trio.open_nursery() as nursery:
-        for peer in list(network.connections):
-            nursery.start_soon(network.close_peer, peer)
-    await host.close()

@@ -16,3 +16,10 @@ class HostConfig:
     user_timeout_s: float = 10.0  # after which a connection that acknowledges nothing is dead, seconds
     max_connections: int = 512  # connections at once, both directions
     max_streams_per_peer: int = 256  # streams a peer may have open to us at once, on each connection
+
+    def __post_init__(self) -> None:
+        for name in ("dial_timeout_s", "stream_timeout_s", "user_timeout_s", "max_connections"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive")
+        if self.dial_stagger_s < 0 or self.max_streams_per_peer < 1:
+            raise ValueError("dial_stagger_s must not be negative, and max_streams_per_peer at least 1")

@@ -1,7 +1,7 @@
 """Agrees on a new stream's protocol in one round trip.
 
 libp2p's client waits for the peer to confirm multistream itself before it asks for a protocol. Both lines can
-go out at once: "the initiator may send its multistream and protocol ids together" is what go and js do too.
+go out at once, and those of other implementations do so too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerRefused
 
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 MULTISTREAM = b"/multistream/1.0.0"
 MAX_LINE_BYTES = 127  # so that its length is one byte

@@ -14,7 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from p2pinfer.errors import PeerVanished
 
 from .shield import shielded
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 RECEIVE_BYTES = 1 << 18  # what is handed out at once to those who do not say how much they want
 

@@ -14,245 +14,44 @@ Frames of streams are written by the task that sends: encrypting and queueing ha
 one order (`TcpStream.write` promises that), so no lock is needed and a cancelled sender cannot tear a frame.
 Frames that answer something (a window update, a pong) are collected and written by a task of their own,
 because neither the receiving task nor a reader that has taken its bytes may wait for the socket.
-
-Frame: version 0, type, flags, stream id, length; 12 bytes, big-endian. -- hashicorp/yamux, spec.md
 """
 
 from __future__ import annotations
 
 import logging
-import struct
-from collections import deque
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError, MuxedStreamReset
 from multiaddr import Multiaddr
 
 from .shield import shielded
+from .yamux_frames import (
+    ACK,
+    DATA,
+    GO_AWAY,
+    HEADER,
+    INITIAL_WINDOW,
+    MAX_CONTROL_BYTES,
+    MAX_GROWTH,
+    MAX_STREAM_ID,
+    NORMAL,
+    PING,
+    PROTOCOL_ERROR,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    YamuxViolation,
+)
+from .yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
 
-HEADER = struct.Struct("!BBHII")
-DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
-SYN, ACK, FIN, RST = 1, 2, 4, 8
-
-INITIAL_WINDOW = 256 * 1024  # "Both sides assume the initial 256KB window" -- spec.md, Flow Control
-MAX_WINDOW = 4 << 20  # 40 MB/s over 100 ms
-MAX_GROWTH = 64 << 20  # what all streams of a connection may have on top of their initial windows
-MAX_PAYLOAD = 65535 - 16 - HEADER.size  # header and payload fit one Noise message, so one write
-MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
-MAX_STREAM_ID = (1 << 32) - 1
 PING_INTERVAL_S = 30.0  # between measurements of the round trip
 LINGER_S = 60.0  # how long a stream that we closed may wait for the peer's own end
-
-NORMAL, PROTOCOL_ERROR = 0, 1
-
-
-class YamuxViolation(BaseLibp2pError):
-    """The peer sent what the protocol forbids."""
-
-
-class YamuxStream(IMuxedStream):
-    """One of the streams of `muxed_conn`; a byte pipe each way, each with its own end."""
-
-    def __init__(self, connection: YamuxConnection, stream_id: int, *, ours: bool) -> None:
-        self.muxed_conn = connection  # by libp2p's name for it
-        self._connection = connection
-        self.stream_id = stream_id
-        self.ours = ours
-        self.closed_at: float | None = None  # when we stopped reading; nothing more is wanted
-        self.bytes_sent = 0
-        self.window = INITIAL_WINDOW
-        self.grantable = INITIAL_WINDOW  # bytes the peer may still send
-        self._inbox: deque[bytes] = deque()
-        self._offset = 0  # into the first piece of the inbox
-        self._read_since_grant = 0
-        self._granted_at = 0.0
-        self._credit = INITIAL_WINDOW  # bytes we may still send
-        self._end_sent = False
-        self._end_received = False
-        self._lost = False  # reset by either side, or the connection is gone
-        self._readers = trio.lowlevel.ParkingLot()
-        self._writers = trio.lowlevel.ParkingLot()
-
-    # ------------------------------------------------------------------ for whoever uses the stream
-
-    async def read(self, n: int | None = None) -> bytes:
-        """What has arrived, at least one byte and at most `n`; it does not wait for more.
-
-        Raises:
-            MuxedStreamEOF: The peer has ended its side.
-            MuxedStreamReset: The stream or the connection is gone.
-        """
-        if n == 0:
-            return b""
-        while not self._inbox:
-            if self.closed_at is not None:
-                raise MuxedStreamClosed("the stream is closed for receiving")
-            if self._lost:
-                raise MuxedStreamReset("the stream was reset")
-            if self._end_received:
-                raise MuxedStreamEOF("the peer has ended the stream")
-            await self._readers.park()
-        taken = self._take(n if n is not None and n > 0 else None)
-        self._read_since_grant += len(taken)
-        if self._read_since_grant * 2 >= self.window:
-            self._grant()
-        return taken
-
-    def has_input(self) -> bool:
-        """Whether `read` would return at once."""
-        return bool(self._inbox) or self._lost or self._end_received
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`, waiting for the peer's window for as long as it takes.
-
-        Raises:
-            MuxedStreamClosed: We have ended our side.
-            MuxedStreamReset: The stream or the connection is gone.
-        """
-        view = memoryview(data)
-        await self.wait_writable()
-        while view:
-            size = min(self._credit, MAX_PAYLOAD, len(view))
-            self._credit -= size
-            self.bytes_sent += size
-            await self._connection.send(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
-            view = view[size:]
-            if view:
-                await self.wait_writable()
-
-    async def wait_writable(self) -> None:
-        """Wait until the peer's window has room.
-
-        Raises:
-            MuxedStreamClosed, MuxedStreamReset: As for `write`.
-        """
-        while True:
-            if self._lost:
-                raise MuxedStreamReset("the stream was reset")
-            if self._end_sent:
-                raise MuxedStreamClosed("the stream is closed for sending")
-            if self._credit:
-                return
-            await self._writers.park()
-
-    async def close(self) -> None:
-        """End our side; the peer may go on sending."""
-        self.end()
-        await trio.lowlevel.checkpoint()
-
-    def end(self) -> None:
-        """`close` without a suspension: the end follows what was written."""
-        if not (self._end_sent or self._lost):
-            self._end_sent = True
-            self._connection.answer(WINDOW_UPDATE, FIN, self.stream_id, 0)
-            self._writers.unpark_all()
-            self._forget_if_over()
-
-    def discard(self) -> None:
-        """Read no more. What the peer still sends is answered with a reset, as TCP does."""
-        if self.closed_at is None:
-            self.closed_at = trio.current_time()
-            if self._inbox:
-                self.abort()
-            self._readers.unpark_all()
-
-    async def reset(self) -> None:
-        """Drop the stream; the peer sees an error."""
-        self.abort()
-        await trio.lowlevel.checkpoint()
-
-    def abort(self) -> None:
-        """`reset` without a suspension."""
-        if not self._lost:
-            if not (self._end_sent and self._end_received):
-                self._connection.answer(WINDOW_UPDATE, RST, self.stream_id, 0)
-            self._inbox.clear()
-            self.lose()
-
-    def set_deadline(self, ttl: int) -> None:
-        raise NotImplementedError("use trio.fail_after around reads and writes")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self._connection.get_remote_address()
-
-    async def __aenter__(self) -> YamuxStream:
-        return self
-
-    # ------------------------------------------------------------------ for the connection
-
-    def lose(self) -> None:
-        """The stream is over: what has arrived can still be read, then comes the reset."""
-        self._lost = True
-        self._connection.forget(self)
-        self._readers.unpark_all()
-        self._writers.unpark_all()
-
-    def receive(self, piece: bytes) -> None:
-        if self.closed_at is not None:
-            self.abort()
-        elif not self._lost:
-            self._inbox.append(piece)
-            self._readers.unpark_all()
-
-    def receive_end(self) -> None:
-        self._end_received = True
-        self._readers.unpark_all()
-        self._forget_if_over()
-
-    def add_credit(self, size: int) -> None:
-        self._credit += size
-        if self._credit > 1 << 32:
-            raise YamuxViolation(f"a window of {self._credit} bytes")
-        self._writers.unpark_all()
-
-    # ------------------------------------------------------------------ private
-
-    def _take(self, limit: int | None) -> bytes:
-        """Whole pieces as far as they fit, else the beginning of the first."""
-        first = self._inbox[0]
-        if not self._offset and len(self._inbox) == 1 and (limit is None or len(first) <= limit):
-            return self._inbox.popleft()
-        if limit is not None and len(first) - self._offset > limit:
-            self._offset += limit
-            return first[self._offset - limit : self._offset]
-        parts = [first[self._offset :]]
-        size = len(parts[0])
-        self._inbox.popleft()
-        self._offset = 0
-        while self._inbox and (limit is None or size + len(self._inbox[0]) <= limit):
-            size += len(self._inbox[0])
-            parts.append(self._inbox.popleft())
-        return b"".join(parts)
-
-    def _grant(self) -> None:
-        """Let the peer send as much again as was read, or more if we read as fast as it can send."""
-        now = trio.current_time()
-        granted = self._read_since_grant
-        if now - self._granted_at < 2 * self._connection.rtt_s and self.window < MAX_WINDOW:
-            grown = self._connection.grow(self.window)
-            self.window += grown
-            granted += grown
-        self._granted_at = now
-        self._read_since_grant = 0
-        if not (self._end_received or self._lost):
-            self.grantable += granted
-            self._connection.answer(WINDOW_UPDATE, 0, self.stream_id, granted)
-
-    def _forget_if_over(self) -> None:
-        if self._end_sent and self._end_received:
-            self._connection.forget(self)
 
 
 class YamuxConnection(IMuxedConn):
@@ -473,7 +272,7 @@ class YamuxConnection(IMuxedConn):
                 self._begin_body(stream, flags, length)
             elif stream is not None:
                 stream.add_credit(length)
-                _apply_end(stream, flags)
+                stream.end_by(flags)
         elif kind == PING:
             if flags & SYN:
                 self.answer(PING, ACK, 0, length)
@@ -501,7 +300,7 @@ class YamuxConnection(IMuxedConn):
             if piece:
                 stream.receive(piece)
             if not self._body_left:
-                _apply_end(stream, self._body_flags)
+                stream.end_by(self._body_flags)
 
     def _accept(self, stream_id: int) -> YamuxStream | None:
         if stream_id % 2 != (not self.is_initiator) % 2 or not stream_id or stream_id in self._streams:
@@ -543,10 +342,3 @@ class YamuxConnection(IMuxedConn):
 
 class _GoneAway(Exception):
     """The peer said goodbye, with this code."""
-
-
-def _apply_end(stream: YamuxStream, flags: int) -> None:
-    if flags & RST:
-        stream.lose()
-    elif flags & FIN:
-        stream.receive_end()

@@ -63,9 +63,9 @@ async def test_addresses_follow_the_machine_but_are_not_looked_up_each_time(
     def moved(_: object) -> list[str]:
         return ["/ip4/192.0.2.7/tcp/4001"]
 
-    monkeypatch.setattr("p2pinfer.node.host.advertised", moved)
+    monkeypatch.setattr("p2pinfer.node.libp2p_host.advertised", moved)
     assert host.addrs == first
-    monkeypatch.setattr("p2pinfer.node.host.ADDRESSES_LAST_S", -1.0)
+    monkeypatch.setattr("p2pinfer.node.libp2p_host.ADDRESSES_LAST_S", -1.0)
     assert host.addrs == (f"/ip4/192.0.2.7/tcp/4001/p2p/{host.peer_id}",)
 
 

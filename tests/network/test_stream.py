@@ -18,7 +18,8 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.node.host import Host
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.yamux import INITIAL_WINDOW, YamuxConnection
+from p2pinfer.node.yamux import YamuxConnection
+from p2pinfer.node.yamux_frames import INITIAL_WINDOW
 
 from .support import ECHO, StartHost, accept, echo, receive_exactly
 

@@ -36,18 +36,18 @@ def test_yamux_py_is_what_the_swarm_needs_of_a_muxer() -> None:
     assert "await muxed_conn.event_started.wait()" in source(Swarm.add_conn)
 
 
-def test_host_py_replaces_a_muxer_that_is_hard_wired() -> None:
+def test_libp2p_host_py_replaces_a_muxer_that_is_hard_wired() -> None:
     assert "yamux_conn = Yamux(" in source(MuxerMultistream.new_conn)
     assert "self.muxer_multistream.new_conn" in source(TransportUpgrader.upgrade_connection)
 
 
-def test_host_py_guards_handlers_that_run_below_the_host() -> None:
+def test_libp2p_host_py_guards_handlers_that_run_below_the_host() -> None:
     assert "nursery.start_soon(self._handle_muxed_stream, stream)" in source(SwarmConn)
     assert "await self.swarm.common_stream_handler(net_stream)" in source(SwarmConn)
     assert "set_stream_handler(self._swarm_stream_handler)" in source(BasicHost)
 
 
-def test_host_py_stops_a_connector_that_dials_on_its_own() -> None:
+def test_libp2p_host_py_stops_a_connector_that_dials_on_its_own() -> None:
     assert "await self.maybe_connect()" in source(AutoConnector)
     assert "self.auto_connector.run_background_task" in source(Swarm.run)
 

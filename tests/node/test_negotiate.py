@@ -9,7 +9,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerRefused
 from p2pinfer.node.negotiate import negotiate
-from p2pinfer.node.yamux import YamuxStream
+from p2pinfer.node.yamux_stream import YamuxStream
 
 MULTISTREAM = b"\x13/multistream/1.0.0\n"
 

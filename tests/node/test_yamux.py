@@ -22,7 +22,8 @@ from libp2p.stream_muxer.exceptions import (
 )
 
 from p2pinfer.node import yamux
-from p2pinfer.node.yamux import (
+from p2pinfer.node.yamux import YamuxConnection
+from p2pinfer.node.yamux_frames import (
     ACK,
     DATA,
     FIN,
@@ -34,9 +35,8 @@ from p2pinfer.node.yamux import (
     RST,
     SYN,
     WINDOW_UPDATE,
-    YamuxConnection,
-    YamuxStream,
 )
+from p2pinfer.node.yamux_stream import YamuxStream
 
 Frame = tuple[int, int, int, int, bytes]
 

@@ -1,0 +1,139 @@
+"""The libp2p host under `Host`, put right where libp2p 0.8.1 goes wrong.
+
+Only Noise is offered (the default host accepts plaintext), nobody is dialled unasked, nothing that a peer
+sends can raise out of a handler (libp2p would take the whole host down with it), and closing takes a tenth
+of a second however many are connected.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import trio
+from libp2p import new_host
+from libp2p.abc import IHost, ISecureConn
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from multiaddr import Multiaddr
+
+from .addresses import advertised
+from .host_config import HostConfig
+from .identity import Identity
+from .shield import shielded
+from .tcp import TunedTCP
+from .yamux import YamuxConnection
+
+logger = logging.getLogger(__name__)
+
+ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
+
+
+def new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
+    """A host that offers Noise and our muxer, dials nobody of its own accord, and outlives its handlers."""
+    noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
+    host = new_host(
+        key_pair=identity.key_pair,
+        transports=[TunedTCP(config.user_timeout_s)],
+        sec_opt={NOISE: noise},
+        addrs_factory=_Advertised(),
+        connection_config=ConnectionConfig(
+            max_connections=config.max_connections,
+            high_watermark=config.max_connections,
+            min_connections=0,
+            low_watermark=0,
+        ),
+    )
+    network: Any = host.get_network()
+    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
+    network.auto_connector = _DialsNobody(network)
+    network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
+    network.set_stream_handler(_guarded(network.common_stream_handler))
+    return host
+
+
+async def run_libp2p_host(
+    host: IHost, listen: Sequence[Multiaddr], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run a host made by `new_libp2p_host` until cancelled."""
+    async with host.run(listen):
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            with shielded(2):
+                await _close(host)
+
+
+class _Muxer(MuxerMultistream):
+    """Negotiates yamux and speaks it our way. libp2p's makes its own `Yamux` whatever it is given."""
+
+    def __init__(self, max_streams: int) -> None:
+        super().__init__({TProtocol(YAMUX): YamuxConnection})
+        self._max_streams = max_streams
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
+        await self.select_transport(cast(Any, conn))
+        return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
+
+
+class _DialsNobody(AutoConnector):
+    """libp2p would dial whomever it has heard of until half of `max_connections` is reached."""
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class _Advertised:
+    """Turns what a host listens on into what it tells others.
+
+    libp2p asks with every message of gossip, and looking at the interfaces takes a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[Multiaddr] = []
+        self._answer: list[Multiaddr] = []
+        self._asked_at = -ADDRESSES_LAST_S
+
+    def __call__(self, listening: Sequence[Multiaddr]) -> list[Multiaddr]:
+        now = time.monotonic()
+        if self._asked != list(listening) or now - self._asked_at > ADDRESSES_LAST_S:
+            self._asked, self._asked_at = list(listening), now
+            self._answer = [Multiaddr(address) for address in advertised(str(each) for each in listening)]
+        return list(self._answer)
+
+
+def _guarded(handle: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """libp2p's own handler of incoming streams, such that no peer can make it raise.
+
+    It negotiates the protocol and calls the protocol's handler in a task of the connection's nursery, which
+    hangs below the host's: an exception, such as UnicodeDecodeError for a protocol name that is not UTF-8,
+    would end the host.
+    """
+
+    async def guarded(stream: Any) -> None:
+        try:
+            await handle(stream)
+        except Exception as exc:
+            logger.debug("stream.failed peer=%s why=%r", stream.muxed_conn.peer_id, exc)
+            await stream.reset()
+
+    return guarded
+
+
+async def _close(host: IHost) -> None:
+    """Hang up on everybody at once; libp2p takes 0.1 s for each, one after the other."""
+    network: Any = host.get_network()
+    async with trio.open_nursery() as nursery:
+        for peer in list(network.connections):
+            nursery.start_soon(network.close_peer, peer)
+    await host.close()

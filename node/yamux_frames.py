@@ -1,0 +1,26 @@
+"""The frames of yamux, and how much may be under way.
+
+Frame: version 0, type, flags, stream id, length; 12 bytes, big-endian. -- hashicorp/yamux, spec.md
+"""
+
+from __future__ import annotations
+
+import struct
+
+from libp2p.exceptions import BaseLibp2pError
+
+HEADER = struct.Struct("!BBHII")
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+NORMAL, PROTOCOL_ERROR = 0, 1  # in a GO_AWAY
+
+INITIAL_WINDOW = 256 * 1024  # "Both sides assume the initial 256KB window" -- spec.md, Flow Control
+MAX_WINDOW = 4 << 20  # 40 MB/s over 100 ms
+MAX_GROWTH = 64 << 20  # what all streams of a connection may have on top of their initial windows
+MAX_PAYLOAD = 65535 - 16 - HEADER.size  # header and payload fit one Noise message, so one write
+MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
+MAX_STREAM_ID = (1 << 32) - 1
+
+
+class YamuxViolation(BaseLibp2pError):
+    """The peer sent what the protocol forbids."""
