@@ -52,6 +52,16 @@ class NodeConfig:
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
     bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
 
+    def __post_init__(self) -> None:
+        if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
+            raise ConfigError(
+                "--blocks says which blocks, --num-blocks how many, --no-blocks none: give one of them"
+            )
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
+        if self.blocks is not None:
+            BlockSpan.parse(self.blocks)
+
 
 async def run_node(
     config: NodeConfig,
@@ -103,7 +113,8 @@ class _Node:
         if config.no_blocks:
             async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
                 await self._introduce(member)
-        source = await trio.to_thread.run_sync(self._resolve)
+        # What may take minutes is abandoned on Ctrl-C: its thread ends with the process.
+        source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         wanted = self._wanted_blocks(source.spec)
         async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
             spec = source.spec
@@ -135,36 +146,30 @@ class _Node:
     ) -> BlockSpan:
         """Serve `span`; return only if another one should be served instead."""
         self._report(Loading((span.start, span.stop), reason))
-        runner = await trio.to_thread.run_sync(self._load, source, span)
+        runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         tokens_per_s = await trio.to_thread.run_sync(measure_speed, runner)
         async with open_worker(runner, self._serve.max_batch_tokens) as worker:
             offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
             served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
             server = SpanServer(member.host, served, self._serve, self._report, offer.touch)
             server.register()
+            moving = False
             try:
                 await offer.announce()
-                self._report(
-                    Ready(
-                        member.peer_id,
-                        member.addrs,
-                        source.spec.model,
-                        source.spec.revision,
-                        (span.start, span.stop),
-                        runner.dtype_name,
-                        str(runner.device),
-                        tokens_per_s,
-                        runner.cache.capacity_tokens,
-                    )
-                )
+                self._report(_ready(member, source.spec, runner, tokens_per_s))
                 async with open_nursery() as nursery:
                     nursery.start_soon(offer.keep_fresh)
-                    return await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
+                    better = await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
+                moving = True
+                return better
             finally:
                 server.refuse_newcomers()
                 with trio.CancelScope(shield=True), trio.move_on_after(self._serve.leave_timeout_s):
                     await offer.withdraw()
-                self._report(Leaving(server.sessions))
+                # The host would keep the server, and with it the blocks, while the next ones are loaded.
+                server.unregister()
+                if not moving:
+                    self._report(Leaving(server.sessions))
 
     async def _until_needed_elsewhere(
         self, spec: ModelSpec, member: SwarmMember, offer: Offer, server: SpanServer, may_move: bool
@@ -179,6 +184,7 @@ class _Node:
             dwelt_s = trio.current_time() - since
             better = should_move(offer.announcement(), others, spec.num_blocks, dwelt_s)
             if better is not None and not server.sessions:
+                server.refuse_newcomers()  # at once: the next one could come while we leave
                 return better
 
     def _resolve(self) -> ModelSource:
@@ -191,11 +197,23 @@ class _Node:
     def _wanted_blocks(self, spec: ModelSpec) -> BlockSpan | None:
         if self._config.blocks is None:
             return None
-        if self._config.num_blocks is not None:
-            raise ConfigError("--blocks says which blocks, --num-blocks how many: give one of them")
         span = BlockSpan.parse(self._config.blocks)
         if span.stop > spec.num_blocks:
             raise SpanOutOfRange(
                 f"{spec.model} has {spec.num_blocks} blocks, 0:{spec.num_blocks}; {span} is not among them"
             )
         return span
+
+
+def _ready(member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float) -> Ready:
+    return Ready(
+        member.peer_id,
+        member.addrs,
+        spec.model,
+        spec.revision,
+        (runner.span.start, runner.span.stop),
+        runner.dtype_name,
+        str(runner.device),
+        tokens_per_s,
+        runner.cache.capacity_tokens,
+    )

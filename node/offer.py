@@ -33,6 +33,7 @@ class Offer:
         self._config = config
         self._touched = trio.Event()
         self._announced_free = -1
+        self._sequence = 0
 
     def touch(self) -> None:
         """Something changed; worth an announcement if it is much."""
@@ -41,7 +42,12 @@ class Offer:
             self._touched.set()
 
     def announcement(self) -> Announcement:
-        """The offer as of this moment. The sequence is the wall clock, so that it grows across restarts."""
+        """The offer as of this moment.
+
+        The sequence is the wall clock, so that it grows across restarts. It grows too when that clock is set
+        back: until it had caught up, nobody would listen to us.
+        """
+        self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return Announcement(
             peer_id=self._member.peer_id,
             model=self._spec.model,
@@ -50,7 +56,7 @@ class Offer:
             dtype=self._runner.dtype_name,
             tokens_per_s=self._tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
-            sequence=int(time.time() * 1000),
+            sequence=self._sequence,
             reachability="unknown",
             addrs=self._member.addrs,
             coordinate=self._member.coordinate,

@@ -90,6 +90,11 @@ class SpanServer:
         self._host.serve(SESSION_PROTOCOL, self._answer_client)
         self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor)
 
+    def unregister(self) -> None:
+        """Answer no more streams; those that are open stay."""
+        self._host.stop_serving(SESSION_PROTOCOL)
+        self._host.stop_serving(CHAIN_PROTOCOL)
+
     def refuse_newcomers(self) -> None:
         """Let nobody in any more; sessions that run go on."""
         self._leaving = True

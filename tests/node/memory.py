@@ -75,6 +75,9 @@ class MemoryHost:
     def serve(self, protocol: str, handler: Handler) -> None:
         self.handlers[protocol] = handler
 
+    def stop_serving(self, protocol: str) -> None:
+        del self.handlers[protocol]
+
     def connected_peers(self) -> list[str]:
         return [peer_id for peer_id in self._network.hosts if peer_id != self.peer_id]
 

@@ -1,0 +1,284 @@
+"""A node's life over a swarm in memory, from its configuration to its goodbye."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, PeerRefused, SpanOutOfRange
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.runner import SpanRunner, open_runner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node import node as node_module
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.events import Event, Leaving, Loading, Ready, SessionOpened, Starting
+from p2pinfer.node.identity import Identity
+from p2pinfer.node.node import NodeConfig, run_node
+from p2pinfer.node.sizing import Capacity
+from p2pinfer.node.swarm import SwarmMember
+from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session import Session, SessionConfig, open_session
+
+from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
+
+QUICK = ServeConfig(announce_interval_s=0.02, announce_min_gap_s=0.01, settle_s=0.01)
+
+
+class Node:
+    """A node that runs, and what it reported."""
+
+    def __init__(self, swarm: MemorySwarm) -> None:
+        self.swarm = swarm
+        self.events: list[Event] = []
+        self.scope = trio.CancelScope()
+        self._arrived = trio.Event()
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+        self._arrived.set()
+
+    async def wait_for(self, kind: type[Event], count: int = 1) -> Any:
+        """The `count`-th event of a kind."""
+        while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return found[count - 1]
+
+    async def session(self) -> Session:
+        """A session on all that the node serves."""
+        ready = [event for event in self.events if isinstance(event, Ready)][-1]
+        assert ready.blocks is not None
+        return await open_session(
+            self.swarm.network.host("client"),
+            self.swarm.network.nursery,
+            Route((Hop(ready.peer_id, BlockSpan(*ready.blocks)),)),
+            self.swarm.spec,
+            max_tokens=64,
+            codec="float32",
+            config=SessionConfig(),
+        )
+
+
+OpenNode = Callable[..., AbstractAsyncContextManager[Node]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture
+def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenNode:
+    """Runs a node in a memory swarm."""
+
+    @asynccontextmanager
+    async def opened(
+        *, serve: ServeConfig = QUICK, others: tuple[tuple[int, int], ...] = (), **options: Any
+    ) -> AsyncGenerator[Node]:
+        async with open_memory_swarm(checkpoint) as swarm:
+
+            @asynccontextmanager
+            async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
+                yield swarm.member(identity.peer_id)
+
+            monkeypatch.setattr(node_module, "open_swarm", join)
+            for index, (start, stop) in enumerate(others):
+                swarm.announce(f"other-{index}", start, stop)
+            node = Node(swarm)
+            config = NodeConfig(data_dir=tmp_path, cache_dir=tmp_path, **options)
+
+            async def run() -> None:
+                with node.scope:
+                    await run_node(config, compute_config=FLOAT32, serve_config=serve, report=node.report)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                yield node
+                node.scope.cancel()
+
+    return opened
+
+
+async def test_a_node_serves_what_it_was_told_to_and_says_goodbye(open_node: OpenNode) -> None:
+    async with open_node(blocks="2:5") as node:
+        ready = await node.wait_for(Ready)
+        spec = node.swarm.spec
+        assert node.events[:2] == [
+            Starting(ready.peer_id, ready.addrs, "tiny-stories", spec.revision),
+            Loading((2, 5), "asked for"),
+        ]
+        assert (ready.blocks, ready.dtype, ready.device) == ((2, 5), "float32", "cpu")
+        assert (ready.model, ready.revision) == ("tiny-stories", spec.revision)
+        assert ready.tokens_per_s > 0
+        assert node.swarm.gossip.joined == {spec.revision}
+        (announced,) = node.swarm.view.live(spec.revision)
+        assert (announced.span, announced.addrs) == (BlockSpan(2, 5), ready.addrs)
+        assert announced.free_cache_tokens == ready.cache_tokens
+        session = await node.session()
+        assert (await node.wait_for(SessionOpened)).blocks == (2, 5)
+        await session.aclose()
+        node.scope.cancel()
+        await node.wait_for(Leaving)
+        assert node.swarm.gossip.announced[-1].leaving
+        assert node.swarm.view.live(spec.revision) == []
+        assert node.swarm.network.hosts[ready.peer_id].handlers == {}
+
+
+async def test_a_node_that_leaves_in_the_middle_of_sessions_says_how_many(open_node: OpenNode) -> None:
+    async with open_node(blocks="0:8") as node:
+        await node.wait_for(Ready)
+        await node.session()
+        node.scope.cancel()
+        assert await node.wait_for(Leaving) == Leaving(1)
+
+
+async def test_a_goodbye_that_nobody_takes_does_not_hold_up_the_end(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_node(blocks="0:2", serve=ServeConfig(leave_timeout_s=0.2)) as node:
+        await node.wait_for(Ready)
+
+        async def say_nothing(announcement: object) -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(node.swarm.gossip, "announce", say_nothing)
+        node.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(PeerRefused, match="this node is shutting down"):
+            await node.session()
+        await node.wait_for(Leaving)
+
+
+def room_for(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    def measure(*_: object) -> Capacity:
+        return Capacity(blocks, 1000.0)
+
+    monkeypatch.setattr(node_module, "measure_capacity", measure)
+
+
+async def test_a_node_takes_the_blocks_that_the_swarm_needs_most(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(monkeypatch, 5)
+    async with open_node(num_blocks=3, others=((0, 4), (7, 8))) as node:
+        assert await node.wait_for(Loading) == Loading((4, 7), "5 blocks fit; the swarm is weakest here")
+        assert (await node.wait_for(Ready)).blocks == (4, 7)
+
+
+@pytest.mark.parametrize("num_blocks", [None, 100])
+async def test_a_node_takes_no_more_blocks_than_fit(
+    num_blocks: int | None, open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(monkeypatch, 5)
+    async with open_node(num_blocks=num_blocks) as node:
+        assert (await node.wait_for(Ready)).blocks == (0, 5)
+
+
+async def test_a_node_moves_to_where_it_is_needed_once_nobody_uses_it(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    runners: list[weakref.ref[SpanRunner]] = []
+    session: Session | None = None
+
+    def look(own: object, others: list[object], num_blocks: int, dwelt_s: float) -> BlockSpan | None:
+        looks.append(dwelt_s)
+        assert others == []
+        return BlockSpan(4, 6) if len(runners) == 1 else None
+
+    def load(*args: Any, **options: Any) -> SpanRunner:
+        assert not [runner for runner in runners if runner()], "the old blocks are gone before new ones come"
+        runner = open_runner(*args, **options)
+        runners.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(node_module, "should_move", look)
+    monkeypatch.setattr(node_module, "open_runner", load)
+    room_for(monkeypatch, 2)
+    async with open_node() as node:
+        assert (await node.wait_for(Ready)).blocks == (0, 2)
+        session = await node.session()
+        seen = len(looks)
+        while len(looks) < seen + 2:
+            await trio.sleep(0.01)
+        gc.disable()  # what is freed must not depend on it
+        try:
+            await session.aclose()
+            assert (await node.wait_for(Ready, 2)).blocks == (4, 6)
+        finally:
+            gc.enable()
+        assert [event.reason for event in node.events if isinstance(event, Loading)][1:] == [
+            "the swarm has come to need these more"
+        ]
+        assert not any(isinstance(event, Leaving) for event in node.events)
+        (announced,) = node.swarm.view.live(node.swarm.spec.revision)
+        assert announced.span == BlockSpan(4, 6)
+        await (await node.session()).aclose()
+        assert looks[0] < looks[1]
+
+
+async def test_a_node_without_blocks_only_introduces(open_node: OpenNode) -> None:
+    async with open_node(no_blocks=True) as node:
+        ready = await node.wait_for(Ready)
+        assert (ready.blocks, ready.model, ready.cache_tokens) == (None, "", 0)
+        assert node.swarm.view.everybody() == []
+        assert node.events == [ready]
+
+
+async def test_loading_can_be_cancelled(open_node: OpenNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, arrived = trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def load_slowly(*_: object, **__: object) -> None:
+        token.run_sync_soon(asked.set)
+        arrived.wait()
+
+    monkeypatch.setattr(node_module, "open_runner", load_slowly)
+    try:
+        with trio.fail_after(20):
+            async with open_node(blocks="0:2") as node:
+                await asked.wait()
+                node.scope.cancel()
+    finally:
+        arrived.set()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"blocks": "0:9"}, SpanOutOfRange, "tiny-stories has 8 blocks, 0:8; 0:9 is not among them"),
+        ({"model": "no/such/folder"}, ModelNotFound, "no/such/folder"),
+    ],
+)
+async def test_what_cannot_be_served_is_said_before_the_network_is_touched(
+    options: dict[str, Any], error: type[LocalError], message: str, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    with pytest.raises(error, match=message):
+        await run_node(NodeConfig(data_dir=tmp_path, cache_dir=tmp_path, **options), report=events.append)
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": "0:4", "num_blocks": 2}, "give one of them"),
+        ({"blocks": "0:4", "no_blocks": True}, "give one of them"),
+        ({"num_blocks": 2, "no_blocks": True}, "give one of them"),
+        ({"num_blocks": 0}, "--num-blocks is 0; --no-blocks is how to serve none"),
+        ({"num_blocks": -1}, "--num-blocks is -1"),
+        ({"blocks": "4:2"}, "'4:2' is no span of blocks"),
+    ],
+)
+def test_what_contradicts_itself_is_no_configuration(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NodeConfig(**options)
