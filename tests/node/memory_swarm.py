@@ -158,10 +158,12 @@ class MemorySwarm:
 
 
 @asynccontextmanager
-async def open_memory_swarm(checkpoint: Checkpoint) -> AsyncGenerator[MemorySwarm]:
-    """A swarm without peers, to be filled; it ends with the block, which may take a minute at most."""
+async def open_memory_swarm(
+    checkpoint: Checkpoint, *, limit_s: float = LIMIT_S
+) -> AsyncGenerator[MemorySwarm]:
+    """A swarm without peers, to be filled; it ends with the block, which may take so long at most."""
     async with AsyncExitStack() as stack, open_nursery() as nursery:
-        with trio.fail_after(LIMIT_S):
+        with trio.fail_after(limit_s):
             yield MemorySwarm(nursery, stack, checkpoint)
 
 

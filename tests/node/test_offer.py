@@ -1,0 +1,117 @@
+"""What a node announces and when, on trio's clock over a swarm in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.runner import SpanRunner, open_runner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.offer import Offer
+
+from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
+
+GAP_S, INTERVAL_S = 5.0, 60.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture
+def runner(checkpoint: Checkpoint) -> SpanRunner:
+    return open_runner(checkpoint, BlockSpan(2, 4), FLOAT32)
+
+
+@asynccontextmanager
+async def open_offer(checkpoint: Checkpoint, runner: SpanRunner) -> AsyncGenerator[tuple[Offer, MemorySwarm]]:
+    async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
+        config = ServeConfig(announce_interval_s=INTERVAL_S, announce_min_gap_s=GAP_S, announce_ttl_s=99.0)
+        yield Offer(swarm.member("a"), checkpoint.spec, runner, 12.5, config), swarm
+
+
+async def test_an_announcement_says_what_is_so_at_the_moment(
+    checkpoint: Checkpoint, runner: SpanRunner
+) -> None:
+    async with open_offer(checkpoint, runner) as (offer, swarm):
+        runner.cache.reserve(64)
+        said = offer.announcement()
+        assert (said.peer_id, said.addrs) == ("a", ("/memory/a",))
+        assert (said.model, said.revision) == ("tiny-stories", swarm.spec.revision)
+        assert (said.span, said.dtype, said.tokens_per_s) == (BlockSpan(2, 4), "float32", 12.5)
+        assert said.free_cache_tokens == runner.cache.capacity_tokens - 64
+        assert said.ttl_s == 99.0
+        assert said.coordinate is not None
+        assert not said.leaving
+
+
+async def test_each_announcement_outdoes_the_one_before_whatever_the_wall_clock_does(
+    checkpoint: Checkpoint, runner: SpanRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences: list[int] = []
+    async with open_offer(checkpoint, runner) as (offer, _):
+        for wall_clock in (1000.0, 1000.0, 2.0, 2000.0):
+            monkeypatch.setattr("time.time", lambda now=wall_clock: now)
+            sequences.append(offer.announcement().sequence)
+    assert sequences == [1_000_000, 1_000_001, 1_000_002, 2_000_000]
+
+
+async def test_it_is_repeated_once_an_interval_when_nothing_changes(
+    checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
+) -> None:
+    async with open_offer(checkpoint, runner) as (offer, swarm), trio.open_nursery() as nursery:
+        await offer.announce()
+        nursery.start_soon(offer.keep_fresh)
+        offer.touch()  # nothing has changed
+        for announced in (1, 2, 3):
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(swarm.gossip.announced) == announced
+            mock_clock.jump(GAP_S)
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(INTERVAL_S - GAP_S)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_change_is_told_soon_but_never_too_soon_and_a_small_one_waits(
+    checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
+) -> None:
+    async with open_offer(checkpoint, runner) as (offer, swarm), trio.open_nursery() as nursery:
+        await offer.announce()
+        nursery.start_soon(offer.keep_fresh)
+        small, much = runner.cache.capacity_tokens // 64, runner.cache.capacity_tokens // 4
+        lease = runner.cache.reserve(much)
+        free = runner.cache.free_tokens
+        offer.touch()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(swarm.gossip.announced) == 1
+        mock_clock.jump(GAP_S)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(swarm.gossip.announced) == 2
+        assert swarm.gossip.announced[-1].free_cache_tokens == free
+        mock_clock.jump(GAP_S)
+        runner.cache.reserve(small)
+        offer.touch()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(swarm.gossip.announced) == 2
+        lease.release()
+        offer.touch()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(swarm.gossip.announced) == 3
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_goodbye_takes_the_offer_back(checkpoint: Checkpoint, runner: SpanRunner) -> None:
+    async with open_offer(checkpoint, runner) as (offer, swarm):
+        await offer.announce()
+        assert len(swarm.view.live(swarm.spec.revision)) == 1
+        await offer.withdraw()
+        assert swarm.view.live(swarm.spec.revision) == []
+        assert swarm.gossip.announced[-1].leaving
