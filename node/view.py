@@ -24,7 +24,7 @@ class SwarmView:
         self, table: SwarmTable | None = None, clock: Callable[[], float] = trio.current_time
     ) -> None:
         self.changed = trio.Event()  # set, and replaced, with every piece of news
-        self._table = table or SwarmTable()
+        self._table = SwarmTable() if table is None else table  # an empty one is falsy
         self._clock = clock
 
     def take(self, record: bytes, age_s: float = 0.0) -> bool:
