@@ -430,7 +430,7 @@ async def test_an_address_lost_between_check_and_bind_is_named(monkeypatch: pyte
 
 
 async def test_a_host_ends_at_once_and_leaves_neither_tasks_nor_threads(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also when cancelled in the middle of things, as by Ctrl-C."""
     before = threading.active_count()
@@ -455,7 +455,9 @@ async def test_a_host_ends_at_once_and_leaves_neither_tasks_nor_threads(
         await trio.testing.wait_all_tasks_blocked()
         assert len(_all_tasks()) == tasks
     assert threading.active_count() == before
-    assert caplog.records == []
+    # libp2p calls a hung-up peer an error; see library_logs.py for what becomes of that.
+    assert [record for record in caplog.records if not record.name.startswith("libp2p")] == []
+    assert capfd.readouterr().err == ""
 
 
 def _all_tasks() -> list[trio.lowlevel.Task]:
