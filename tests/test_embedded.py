@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 
@@ -81,6 +84,29 @@ async def test_a_node_that_will_not_go_is_killed(
     assert node.process.returncode == -signal.SIGKILL
     assert is_gone(node.process.pid)
     assert list(homes.glob("p2pinfer-*")) == []
+
+
+def test_nodes_do_not_outlive_a_parent_that_was_killed(homes: Path) -> None:
+    script = """
+import trio
+from p2pinfer.embedded import open_embedded_swarm
+from p2pinfer.models.span import BlockSpan
+
+async def main():
+    async with open_embedded_swarm([], model="tiny-stories", spans=[BlockSpan(0, 1)] * 2) as nodes:
+        print(*(node.process.pid for node in nodes), flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+    environment = {**os.environ, "TMPDIR": str(homes)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        nodes = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(nodes) == 2
+    _, left = psutil.wait_procs(nodes, timeout=20)
+    assert left == []
 
 
 async def test_a_node_that_cannot_start_says_why(homes: Path) -> None:
