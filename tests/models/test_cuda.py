@@ -44,8 +44,9 @@ def generate(checkpoint: Checkpoint, config: ComputeConfig, prompts: list[list[i
     return new
 
 
-def expected_continuation(model: Any, prompt: list[int]) -> list[int]:
-    batch = torch.tensor([prompt], device="cuda")
+def continuation(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers generates on the CPU."""
+    batch = torch.tensor([prompt])
     output = model.generate(
         batch,
         attention_mask=torch.ones_like(batch),
@@ -56,32 +57,25 @@ def expected_continuation(model: Any, prompt: list[int]) -> list[int]:
     return list(output[0, len(prompt) :].tolist())
 
 
-def test_ids_equal_transformers_on_the_gpu_for_every_family(
+def test_ids_are_those_of_transformers_for_every_family(
     family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
 ) -> None:
     prompts = [[3 + (5 * index) % 190 for index in range(tokens)] for tokens in (1, 64, 230)]
     config = ComputeConfig(device="cuda", dtype="float32", cache_bytes=1 << 26)
-    model: Any = oracle(family_checkpoint.folder)
-    try:
-        expected = [expected_continuation(model.to("cuda"), prompt) for prompt in prompts]
-    finally:
-        model.to("cpu")  # others use it too
+    expected = [continuation(oracle(family_checkpoint.folder), prompt) for prompt in prompts]
     assert generate(family_checkpoint, config, prompts) == expected
 
 
-def test_bfloat16_steps_on_the_gpu_agree_with_transformers_wherever_the_margin_is_clear(
+def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_clear(
     tiny_stories: Path, oracle: Callable[..., PreTrainedModel]
 ) -> None:
     checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
     config = ComputeConfig(device="cuda", dtype="bfloat16", cache_bytes=1 << 28)
     prompt = list(range(3, 33))
-    model: Any = oracle(tiny_stories, torch.bfloat16)
-    try:
-        ids = prompt + expected_continuation(model.to("cuda"), prompt)
-        with torch.inference_mode():
-            odds = model(torch.tensor([ids], device="cuda")).logits[0].float().cpu().softmax(-1).topk(2, -1)
-    finally:
-        model.to("cpu")
+    model = oracle(tiny_stories, torch.bfloat16)
+    ids = prompt + continuation(model, prompt)
+    with torch.inference_mode():
+        odds = model(torch.tensor([ids])).logits[0].float().softmax(-1).topk(2, -1)
     clear = odds.values[:, 0] - odds.values[:, 1] > 0.05
     runner = open_runner(checkpoint, BlockSpan(0, 8), config)
     ends = load_ends(checkpoint, config)
