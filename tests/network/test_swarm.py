@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,13 +212,15 @@ async def test_a_bootstrap_peer_that_comes_late_is_found(
 async def test_peers_from_the_table_fill_the_neighbourhood_up(
     start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.03)
     monkeypatch.setattr(bootstrap, "NEIGHBOURS", 2)
     view = SwarmView()
     others = [await start_host() for _ in range(3)]
     for other in others:
         serve_snapshots(other, SwarmView())
     me = await start_host()
+    send, connected = trio.open_memory_channel[str](3)
+    me.when_connected(send.send_nowait)
     nursery.start_soon(Neighbourhood(me, view, []).keep)
     for other in others:
         view.accept(
@@ -225,9 +229,8 @@ async def test_peers_from_the_table_fill_the_neighbourhood_up(
             ),
             b"",
         )
-    while len(me.connected_peers()) < 2:
-        await trio.sleep(0.01)
-    await trio.sleep(0.1)
+    assert await connected.receive() != await connected.receive()
+    await trio.testing.wait_all_tasks_blocked(0.05)  # longer than it takes to look again
     assert len(me.connected_peers()) == 2
 
 
@@ -251,12 +254,13 @@ async def test_a_lost_neighbour_is_replaced_at_once(
 async def test_a_neighbour_that_did_not_answer_is_asked_again(
     start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.03)
     introducer, newcomer = await start_host(), await start_host()
     neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    send, connected = trio.open_memory_channel[str](1)
+    newcomer.when_connected(send.send_nowait)
     nursery.start_soon(neighbourhood.keep)
-    while not newcomer.connected_peers():
-        await trio.sleep(0.01)
+    await connected.receive()
     serve_snapshots(introducer, SwarmView())
     await neighbourhood.settled.wait()
 
@@ -272,11 +276,18 @@ async def test_nobody_answering_is_said_once_with_the_reasons(
     monkeypatch.setattr(bootstrap, "MAX_TROUBLES", 1)
     lonely = await start_host()
     dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
-    nursery.start_soon(Neighbourhood(lonely, SwarmView(), [dead]).keep)
+    attempts, attempted = trio.open_memory_channel[str](0)
+    connect = lonely.connect
+
+    async def count(peer_id: str, addrs: Sequence[str] = ()) -> None:
+        await attempts.send(peer_id)
+        await connect(peer_id, addrs)
+
+    monkeypatch.setattr(lonely, "connect", count)
     with caplog.at_level(logging.WARNING, "p2pinfer"):
-        while not caplog.records:
-            await trio.sleep(0.01)
-        await trio.sleep(0.1)
+        nursery.start_soon(Neighbourhood(lonely, SwarmView(), [dead]).keep)
+        for _ in range(2 * bootstrap.WARN_AFTER):
+            await attempted.receive()
     [record] = caplog.records
     assert dead.peer_id in record.getMessage()
     assert DEAD in record.getMessage()
