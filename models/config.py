@@ -18,4 +18,3 @@ class ComputeConfig:
         0  # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
     )
     page_tokens: int = 64  # the cache is reserved in pages of this many tokens
-    max_batch_tokens: int = 512  # of all sessions together in one pass
