@@ -129,7 +129,7 @@ class Neighbourhood:
                 await self._ask(random.choice(connected))
             if self._peers and not connected:
                 self._warn_once()
-            with trio.move_on_at(self._next_due()):
+            with trio.move_on_at(self._next_look(connected)):
                 await lost.wait()
 
     def _due(self, connected: Sequence[str]) -> list[BootstrapPeer]:
@@ -148,13 +148,11 @@ class Neighbourhood:
     def _is_due(self, peer_id: str) -> bool:
         return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
 
-    def _next_due(self) -> float:
-        """When to look again: when a bootstrap peer is due, or when others may have turned up."""
-        dues = [
-            self._troubles[peer.peer_id].retry_at for peer in self._peers if peer.peer_id in self._troubles
-        ]
-        now = trio.current_time()
-        return min([due for due in dues if due > now] + [now + CHECK_INTERVAL_S])
+    def _next_look(self, connected: Sequence[str]) -> float:
+        """When a bootstrap peer that we lack is due, or others may have turned up; may be in the past."""
+        lacking = {peer.peer_id for peer in self._peers}.difference(connected)
+        dues = [self._troubles[peer_id].retry_at for peer_id in lacking if peer_id in self._troubles]
+        return min([trio.current_time() + CHECK_INTERVAL_S, *(dues if len(connected) < NEIGHBOURS else ())])
 
     async def _dial(self, peers: Sequence[BootstrapPeer]) -> None:
         async with trio.open_nursery() as nursery:
