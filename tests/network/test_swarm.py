@@ -9,7 +9,6 @@ from contextlib import suppress
 
 import pytest
 import trio
-import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -230,8 +229,16 @@ async def test_peers_from_the_table_fill_the_neighbourhood_up(
             b"",
         )
     assert await connected.receive() != await connected.receive()
-    await trio.testing.wait_all_tasks_blocked(0.05)  # longer than it takes to look again
-    assert len(me.connected_peers()) == 2
+    looked = trio.Event()
+
+    def enough() -> list[str]:
+        looked.set()
+        return [peer.peer_id for peer in others[:2]]
+
+    monkeypatch.setattr(me, "connected_peers", enough)
+    await looked.wait()
+    with pytest.raises(trio.WouldBlock):
+        connected.receive_nowait()
 
 
 async def test_a_lost_neighbour_is_replaced_at_once(
