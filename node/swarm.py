@@ -15,13 +15,13 @@ from p2pinfer.errors import PeerUnreachable
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
-from .bootstrap import Neighbourhood, bootstrap_peers
+from .bootstrap import BootstrapPeer, Neighbourhood, bootstrap_peers
 from .gossip import Gossip, open_gossip
 from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .latency import Latency
 from .snapshot import serve_snapshots
-from .tasks import bare_errors, open_nursery
+from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
 
 
@@ -105,6 +105,15 @@ async def open_swarm(
         AddressUnusable: An address to listen on is malformed, taken, or not of this machine.
     """
     first_peers = bootstrap_peers(bootstrap, data_dir)
+    # Whoever is cancelled still says goodbye: a node to the swarm, a client to its hops.
+    async with outlasting(_open_member(identity, host_config, first_peers)) as member:
+        yield member
+
+
+@asynccontextmanager
+async def _open_member(
+    identity: Identity, host_config: HostConfig, first_peers: Sequence[BootstrapPeer]
+) -> AsyncGenerator[SwarmMember]:
     view = SwarmView()
     with bare_errors():
         async with (

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
+from typing import TypeVar, cast
 
 import trio
+
+_Entered = TypeVar("_Entered")
 
 
 @contextmanager
@@ -35,9 +39,38 @@ async def open_nursery() -> AsyncGenerator[trio.Nursery]:
                 nursery.cancel_scope.cancel()
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The single exception in a group of one, however deep; else the group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+@asynccontextmanager
+async def outlasting(manager: AbstractAsyncContextManager[_Entered]) -> AsyncGenerator[_Entered]:
+    """Enter `manager`, and leave it when the block has ended, also when that was cancelled.
+
+    A cancellation from outside reaches every task below it at once: the network would hang up while the
+    block, in its last words, still says goodbye. So `manager` is held by a task that only the block's end
+    ends. While it is being entered, a cancellation works as ever.
+    """
+    ended = trio.Event()
+    async with open_nursery() as nursery:
+        try:
+            yield await nursery.start(partial(_hold, manager, ended))
+        finally:
+            ended.set()
+
+
+async def _hold(
+    manager: AbstractAsyncContextManager[_Entered],
+    ended: trio.Event,
+    *,
+    task_status: trio.TaskStatus[_Entered],
+) -> None:
+    with trio.CancelScope() as scope:
+        async with manager as entered:
+            scope.shield = True
+            task_status.started(entered)
+            await ended.wait()
+
+
+def _only(error: BaseException) -> BaseException:
+    """The single exception in a group of one, however deep; else the error itself."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    group = cast("BaseExceptionGroup[BaseException]", error)
+    return _only(group.exceptions[0]) if len(group.exceptions) == 1 else group
