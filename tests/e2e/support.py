@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -163,11 +163,13 @@ async def open_nodes(
     *,
     dtype: str = "float32",
     serve: ServeConfig | None = None,
+    bootstrap: str = "",
+    report: Callable[[Event], None] = lambda _: None,
 ) -> AsyncGenerator[Swarm]:
     """Nodes in this process, over libp2p all the same; they leave when the block ends."""
     compute = ComputeConfig(device="cpu", dtype=dtype, threads=1, cache_bytes=64 << 20)
     peers: list[str] = []
-    address = ""
+    address = bootstrap
     async with open_nursery() as nursery:
         for index, (start, stop) in enumerate(spans):
             config = NodeConfig(
@@ -177,7 +179,7 @@ async def open_nodes(
                 cache_dir=home,
                 bootstrap=(address,) if address else (),
             )
-            ready: Ready = await nursery.start(partial(_run_node, config, compute, serve))
+            ready: Ready = await nursery.start(partial(_run_node, config, compute, serve, report))
             peers.append(ready.peer_id)
             address = address or ready.addrs[0]
         yield Swarm(str(folder), address, tuple(peers), home)
@@ -187,10 +189,12 @@ async def _run_node(
     config: NodeConfig,
     compute: ComputeConfig,
     serve: ServeConfig | None,
+    report: Callable[[Event], None],
     *,
     task_status: trio.TaskStatus[Ready],
 ) -> None:
-    def report(event: Event) -> None:
+    def note(event: Event) -> None:
+        report(event)
         if isinstance(event, Ready):
             task_status.started(event)
 
@@ -199,7 +203,7 @@ async def _run_node(
         host_config=HostConfig(listen=(LOOPBACK,)),
         compute_config=compute,
         serve_config=serve,
-        report=report,
+        report=note,
     )
 
 

@@ -13,8 +13,9 @@ import trio
 import p2pinfer
 from p2pinfer.client import Client
 from p2pinfer.errors import ConfigError, NoRoute, P2PInferError, PeerRefused
-from p2pinfer.generate import Generation, GenerationResult
+from p2pinfer.generate import GenerationResult
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.events import Event, SessionClosed
 
 from .support import Along, NodeProcess, Swarm, open_nodes, text_of
 
@@ -113,13 +114,19 @@ def known(client: Client) -> list[str]:
     return [peer.announcement.peer_id for peer in client.peers()]
 
 
-async def test_blocks_that_only_a_dead_node_had_are_named(tiny_stories: Path, tmp_path: Path) -> None:
-    """The text so far is kept, and the error says which blocks are missing."""
+async def test_blocks_that_only_a_node_that_left_had_are_named(tiny_stories: Path, tmp_path: Path) -> None:
+    """The text so far is kept."""
     async with open_nodes(tiny_stories, tmp_path, [(0, 5)]) as nodes:
         async with nodes.client(find_timeout_s=0.2) as client:
+            async with open_nodes(tiny_stories, tmp_path / "more", [(5, 8)], bootstrap=nodes.address):
+                while len(client.peers()) < 2:
+                    await client.member.table_changed.wait()
+                generation = client.generate(PROMPT)
+                tokens = [await anext(generation) for _ in range(4)]
             with pytest.raises(NoRoute, match="nobody serves blocks 5:8") as caught:
-                await generate(client)
-            assert caught.value.missing == ((5, 8),)
+                await anext(generation)
+        assert caught.value.missing == ((5, 8),)
+        assert generation.result.text == "".join(token.text for token in tokens) == ", there was a"
 
 
 @pytest.mark.parametrize(
@@ -133,14 +140,16 @@ async def test_a_node_without_room_says_why(
     limits: dict[str, int], message: str, code: str, tiny_stories: Path, tmp_path: Path
 ) -> None:
     serve = ServeConfig(**limits)
-    async with open_nodes(tiny_stories, tmp_path, [(0, 5), (5, 8)], serve=serve) as nodes:
-        async with nodes.client(find_timeout_s=0.1) as client:
-            if code == "busy":
-                await anext(client.generate(PROMPT))
-            with pytest.raises(NoRoute, match=message) as caught:
-                await generate(client)
-            assert isinstance(caught.value.__cause__, PeerRefused)
-            assert caught.value.__cause__.code == code
+    async with (
+        open_nodes(tiny_stories, tmp_path, [(0, 5), (5, 8)], serve=serve) as nodes,
+        nodes.client(find_timeout_s=0.1) as client,
+    ):
+        if code == "busy":
+            await anext(client.generate(PROMPT))
+        with pytest.raises(NoRoute, match=message) as caught:
+            await generate(client)
+        assert isinstance(caught.value.__cause__, PeerRefused)
+        assert caught.value.__cause__.code == code
 
 
 async def test_eight_clients_at_once_all_finish_and_none_starves(swarm: Swarm) -> None:
@@ -190,15 +199,29 @@ def test_code_without_trio_generates_too(swarm: Swarm) -> None:
         connected.generate(PROMPT)
 
 
-async def test_a_generation_left_in_the_middle_frees_its_cache_on_every_hop(
-    swarm: Swarm, tiny_stories: Path, tmp_path: Path
+async def test_a_generation_left_in_the_middle_frees_what_every_hop_held(
+    tiny_stories: Path, tmp_path: Path
 ) -> None:
-    """Room for one session alone: the next one gets in as soon as the first has been left."""
-    serve = ServeConfig(max_sessions=1)
-    async with open_nodes(tiny_stories, tmp_path, [(0, 2), (2, 8)], serve=serve) as nodes:
-        async with nodes.client() as client:
-            for _ in range(3):
-                generation: Generation = client.generate(PROMPT)
-                await anext(generation)
-                await generation.aclose()
-                await trio.testing.wait_all_tasks_blocked(0.05)
+    """There is room for one session alone, and the next one gets it."""
+    closed: list[SessionClosed] = []
+    changed = trio.Event()
+
+    def note(event: Event) -> None:
+        if isinstance(event, SessionClosed):
+            closed.append(event)
+            changed.set()
+
+    async with (
+        open_nodes(
+            tiny_stories, tmp_path, [(0, 2), (2, 8)], serve=ServeConfig(max_sessions=1), report=note
+        ) as nodes,
+        nodes.client() as client,
+    ):
+        for turn in range(1, 4):
+            generation = client.generate(PROMPT)
+            await anext(generation)
+            await generation.aclose()
+            while len(closed) < 2 * turn:
+                changed = trio.Event()
+                await changed.wait()
+    assert {event.reason for event in closed} == {"done"}
