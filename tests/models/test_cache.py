@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -100,6 +101,18 @@ def test_what_is_written_is_seen_in_place_and_gathered_and_nowhere_else() -> Non
     assert torch.equal(gathered[:, 0, :, 1].flatten(0, 1), heads[0])
     assert torch.equal(gathered[:, 0, :, 0].flatten(0, 1), heads[1])
     assert not gathered[:, :, :, 2].any()
+
+
+def test_memory_is_taken_by_what_is_written_and_not_before() -> None:
+    def resident() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    before = resident()
+    cache = make_cache(2 << 30)
+    lease = cache.reserve(1000)
+    assert resident() - before < 4 << 20
+    cache.write(0, torch.tensor(lease.slots(0, 1000)), torch.ones(1000, 4, 8))
+    assert resident() - before < 8 << 20
 
 
 class Reservations(RuleBasedStateMachine):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import random
+import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -238,6 +241,28 @@ def test_any_float_dtype_goes_in_and_the_runners_own_comes_out(runner: SpanRunne
     assert narrow.dtype == wide.dtype == runner.dtype == torch.float32
     assert runner.dtype_name == "float32"
     torch.testing.assert_close(narrow, wide)
+    lease.release()
+
+
+def test_a_worker_thread_computes_with_as_many_threads_as_torch_was_given(
+    runner: SpanRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP counts by thread; a new one starts with every core, whatever torch says."""
+    libraries = re.findall(r"/\S*libg?omp\S*", Path("/proc/self/maps").read_text())
+    if not libraries:
+        pytest.skip("torch computes without OpenMP here")
+    count_threads: Callable[[], int] = ctypes.CDLL(libraries[0]).omp_get_max_threads
+    counts: list[int] = []
+
+    def count(*_: object) -> None:
+        counts.append(count_threads())
+        _out_of_memory()
+
+    monkeypatch.setattr("p2pinfer.models.runner.PackedAttention", count)
+    lease = runner.cache.reserve(1)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError):
+        pool.submit(runner.run, [Chunk(lease, 0, torch.zeros(1, 320))]).result()
+    assert counts == [1]
     lease.release()
 
 
