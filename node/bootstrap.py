@@ -31,7 +31,7 @@ FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
 MAX_TROUBLES: Final = 256  # peers whose failures are remembered
-WARN_AFTER: Final = 6  # failures in a row of every bootstrap peer: some eight seconds
+WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
 
 
 @dataclass(frozen=True, slots=True)
