@@ -118,6 +118,21 @@ def test_a_long_prompt_under_a_soft_cap_is_cut_in_rows(dtype: torch.dtype, toler
     torch.testing.assert_close(output, expected.to(dtype), atol=tolerance, rtol=tolerance)
 
 
+def test_a_single_row_in_bfloat16_attends_as_the_definition_says() -> None:
+    """Without groups there is one row to a key head, which is doubled for speed."""
+    shape = architecture(3, 3, None)
+    cache = make_cache(shape, 1, torch.bfloat16)
+    session = Session(cache.reserve(ROW), shape, 0)
+    keys_values = session.keys_values[:60].bfloat16()
+    cache.write(0, torch.tensor(session.lease.slots(0, 59)), keys_values[:59])
+    queries = session.queries(1).bfloat16()
+    output = PackedAttention(shape, [None], cache, [Piece(session.lease, 59, 1)]).attend(
+        0, queries, keys_values[59:]
+    )
+    expected = attend_plainly(shape, queries, keys_values, 59, None)
+    torch.testing.assert_close(output, expected.bfloat16(), atol=1e-2, rtol=1e-2)
+
+
 def make_cache(shape: Architecture, num_blocks: int, dtype: torch.dtype = torch.float32) -> PagedCache:
     return PagedCache(
         num_blocks=num_blocks,
