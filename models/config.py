@@ -18,3 +18,9 @@ class ComputeConfig:
         0  # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
     )
     page_tokens: int = 64  # the cache is reserved in pages of this many tokens
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 0), ("cache_bytes", 0), ("page_tokens", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +24,18 @@ class ServeConfig:
     announce_min_gap_s: float = 5.0  # between announcements when much changes
     settle_s: float = 2.0  # how long a newcomer waits for the swarm's table before it picks a span
     leave_timeout_s: float = 3.0  # for the farewell on the way out
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value <= 0:
+                raise ValueError(f"{each.name} is {value:g}; it must be above 0")
+        if not MIN_TTL_S <= self.announce_ttl_s <= MAX_TTL_S:
+            raise ValueError(
+                f"announce_ttl_s is {self.announce_ttl_s:g}; peers accept {MIN_TTL_S:g} to {MAX_TTL_S:g}"
+            )
+        if self.announce_interval_s < self.announce_min_gap_s:
+            raise ValueError(
+                f"announce_interval_s is {self.announce_interval_s:g}, "
+                f"which is less than announce_min_gap_s, {self.announce_min_gap_s:g}"
+            )

@@ -53,6 +53,13 @@ class ClientConfig:
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
+        for name in ("find_timeout_s", "policy_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+
 
 @dataclass(frozen=True, slots=True)
 class PeerView:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 
 import torch
@@ -54,6 +54,12 @@ class SessionConfig:
     chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
     open_timeout_s: float = 15.0  # until every hop of a route has said yes
     step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value <= 0:
+                raise ValueError(f"{each.name} is {value:g}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True)

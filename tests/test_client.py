@@ -362,3 +362,16 @@ def test_single_fields_of_a_generation_can_be_replaced() -> None:
         generation_config(None, {"max_new_tokens": 0})
     with pytest.raises(ConfigError, match=r"see p2pinfer.GenerationConfig"):
         generation_config(None, {"max_new_tokens": "many"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_attempts": 0}, "max_attempts is 0; it must be 1 or more"),
+        ({"find_timeout_s": 0.0}, "find_timeout_s is 0; it must be above 0"),
+        ({"policy_timeout_s": -1.0}, "policy_timeout_s is -1; it must be above 0"),
+    ],
+)
+def test_nobody_finds_a_way_with_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClientConfig(**options)

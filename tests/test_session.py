@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -423,3 +424,10 @@ async def test_an_opening_that_is_cancelled_leaves_nothing_open(checkpoint: Chec
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
         await swarm.all_closed()
+
+
+@pytest.mark.parametrize("name", ["chunk_tokens", "chunks_in_flight", "open_timeout_s", "step_timeout_s"])
+def test_nobody_walks_with_nothing(name: str) -> None:
+    nothing: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
+        SessionConfig(**nothing)

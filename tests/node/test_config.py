@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from p2pinfer.node.config import ServeConfig
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig)])
+def test_nothing_can_be_served_with_nothing(name: str) -> None:
+    nothing: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
+        ServeConfig(**nothing)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"announce_ttl_s": 301.0}, "announce_ttl_s is 301; peers accept 5 to 300"),
+        ({"announce_ttl_s": 1.0}, "announce_ttl_s is 1; peers"),
+        ({"announce_interval_s": 1.0}, "announce_interval_s is 1, which is less than announce_min_gap_s, 5"),
+    ],
+)
+def test_announcements_keep_to_what_peers_accept(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeConfig(**options)
