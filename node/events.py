@@ -67,21 +67,13 @@ class SessionRefused(_Event, frozen=True, tag="session_refused"):
     message: str
 
 
-class Warned(_Event, frozen=True, tag="warning"):
-    """Something an operator should know that does not stop the node."""
-
-    message: str
-
-
 class Leaving(_Event, frozen=True, tag="leaving"):
     """The node has said goodbye to the swarm and stops."""
 
     sessions: int
 
 
-Event: TypeAlias = (
-    Starting | Loading | Ready | SessionOpened | SessionClosed | SessionRefused | Warned | Leaving
-)
+Event: TypeAlias = Starting | Loading | Ready | SessionOpened | SessionClosed | SessionRefused | Leaving
 
 _encoder = msgspec.json.Encoder()
 

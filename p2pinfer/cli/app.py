@@ -17,6 +17,7 @@ from click.shell_completion import get_completion_class
 from .failures import Failure, OutputClosed, describe_failure
 from .generate import generate
 from .node import node
+from .plain import printable
 from .swarm import swarm
 from .terminal import note, write_out
 
@@ -107,7 +108,8 @@ def _tell(failure: Failure, error: BaseException, argv: Sequence[str]) -> None:
         return
     own = argv[: argv.index("--")] if "--" in argv else argv
     if _verbosity(own) >= 2:
-        note("".join(traceback.format_exception(error)).rstrip())
+        lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
+        note("\n".join(printable(line) for line in lines))
     note(f"{PROGRAM}: {failure.message}")
     if "--json" in own:
         with suppress(OutputClosed):

@@ -10,10 +10,13 @@ import click
 
 from p2pinfer.errors import ConfigError, LocalError, NoRoute, P2PInferError, PolicyError, SpanOutOfRange
 
+from .plain import one_line
+
 USAGE = 2
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits(3)
 INTERRUPTED = 128 + signal.SIGINT
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE, which Windows has no name for
+MESSAGE_CHARS = 2000  # our own messages end with what to do, after a list of peers or a node's last words
 
 _USAGE_ERRORS = (ConfigError, PolicyError, SpanOutOfRange)
 
@@ -68,9 +71,9 @@ def describe_failure(error: BaseException) -> Failure:
             return Failure(leaf.format_message(), leaf.exit_code, leaf)
         case P2PInferError():
             exit_code = USAGE if isinstance(leaf, _USAGE_ERRORS) else 1
-            return Failure(_one_line(str(leaf)), exit_code, leaf)
+            return Failure(one_line(str(leaf), MESSAGE_CHARS), exit_code, leaf)
         case _:
-            what = _one_line(f"unexpected {type(leaf).__name__}: {leaf}").rstrip(": ")
+            what = one_line(f"unexpected {type(leaf).__name__}: {leaf}", MESSAGE_CHARS).rstrip(": ")
             return Failure(f"{what}; run with -vv for the traceback", UNEXPECTED, leaf)
 
 
@@ -91,7 +94,3 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

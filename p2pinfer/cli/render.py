@@ -10,6 +10,8 @@ from rich.text import Text
 
 from p2pinfer.node import events
 
+from .plain import one_line
+
 if TYPE_CHECKING:
     from p2pinfer.generate import GenerationResult
 
@@ -58,13 +60,11 @@ def describe_event(event: events.Event) -> str:
             )
         case events.SessionClosed():
             return (
-                f"{short_peer(event.peer_id)} had {event.tokens:,} tokens computed ({event.reason}); "
-                f"{event.sessions} open"
+                f"{short_peer(event.peer_id)} had {event.tokens:,} tokens computed "
+                f"({one_line(event.reason)}); {event.sessions} open"
             )
         case events.SessionRefused():
-            return f"{short_peer(event.peer_id)} was refused a session: {event.message}"
-        case events.Warned():
-            return f"warning: {event.message}"
+            return f"{short_peer(event.peer_id)} was refused a session: {one_line(event.message)}"
         case events.Leaving():
             return "said goodbye to the swarm"
 

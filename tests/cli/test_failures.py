@@ -28,6 +28,7 @@ from p2pinfer.errors import (
         (PeerVanished("gone"), "gone", 1),
         (NoRoute("nobody serves 0:4"), "nobody serves 0:4", 1),
         (CheckpointError("two\n  lines"), "two lines", 1),
+        (PeerVanished("\x1b[31mevil\n"), r"\x1b[31mevil", 1),
         (KeyboardInterrupt(), "", 130),
         (click.Abort(), "", 130),
         (Interrupted(2), "", 130),

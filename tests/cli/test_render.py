@@ -44,7 +44,14 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
             "12D3..Ag6gpz had 1,000 tokens computed (done); 1 open",
         ),
         (events.SessionRefused(PEER, "busy", "too much"), "12D3..Ag6gpz was refused a session: too much"),
-        (events.Warned("odd"), "warning: odd"),
+        (
+            events.SessionClosed(PEER, 1, "\x1b[31mevil\n", 0),
+            r"12D3..Ag6gpz had 1 tokens computed (\x1b[31mevil); 0 open",
+        ),
+        (
+            events.SessionRefused(PEER, "busy", "\x1b[31mevil\n"),
+            r"12D3..Ag6gpz was refused a session: \x1b[31mevil",
+        ),
         (events.Leaving(0), "said goodbye to the swarm"),
     ],
 )

@@ -88,3 +88,9 @@ def test_warnings_of_libraries_are_for_the_very_verbose(capsys: pytest.CaptureFi
     set_up_logging(2)
     warnings.warn("odd", stacklevel=1)
     assert "odd" in capsys.readouterr().err
+
+
+def test_what_a_log_line_quotes_does_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(0)
+    logging.getLogger("p2pinfer.somewhere").warning("refused: %s", "\x1b[31mevil\n")
+    assert capsys.readouterr().err == "W p2pinfer.somewhere: refused: \\x1b[31mevil\n\n"

@@ -15,7 +15,6 @@ from p2pinfer.node.events import (
     SessionOpened,
     SessionRefused,
     Starting,
-    Warned,
     to_json,
 )
 
@@ -29,7 +28,6 @@ EXAMPLES: list[Event] = [
     SessionOpened("12D3", (0, 4), 64, 1),
     SessionClosed("12D3", 9, "done", 0),
     SessionRefused("12D3", "busy", "two lines\nof text"),
-    Warned("the disk is \N{LEFT DOUBLE QUOTATION MARK}full\N{RIGHT DOUBLE QUOTATION MARK}"),
     Leaving(0),
 ]
 
