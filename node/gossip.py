@@ -1,8 +1,9 @@
 """Announcements over GossipSub: a topic per model revision, and nothing forged or old is passed on.
 
 Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. Neither is
-one that is older than what we know: who replays a peer's past reaches nobody. How much any neighbour may
-forward and any author may publish is limited before a signature is looked at.
+one that somebody else than its author published, or that is no news: who repeats what a peer said reaches
+nobody, and uses up nothing that is the peer's. How much a neighbour may forward is limited before a signature
+is looked at, how often an author may bring news after that.
 
 An introducer, which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh
 forwards only what its members subscribe to, and newcomers know nobody but the introducer.
@@ -41,6 +42,8 @@ FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swar
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
 PUBLISHES_PER_S: Final = 0.5  # announcements of one author; one a minute, or five seconds apart, is usual
 PUBLISHES_AT_ONCE: Final = 6
+MAX_TOLD: Final = 4096  # authors whose last news is remembered
+TOLD_S: Final = 900.0  # for how long; a table remembers no record longer than that
 FAREWELL_S: Final = 1.0  # how long a goodbye may take to reach the neighbours
 FAREWELL_GRACE_S: Final = 0.1  # between reaching a neighbour and being understood by it
 _TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
@@ -62,6 +65,7 @@ class Gossip:
         self._joined: set[str] = set()
         self._followed: set[str] = set()  # those of them that only neighbours care about
         self._unheard: dict[str, bytes] = {}  # topic -> our last record, if nobody was there to hear it
+        self._told: dict[tuple[str, str], tuple[int, float]] = {}  # author, revision -> last sequence, when
         self._publishes = RateLimit(PUBLISHES_PER_S, PUBLISHES_AT_ONCE)
         self._changed = trio.Event()  # set, and replaced, when a neighbour enters a topic or our mesh
         pubsub.gossipsub.on_change = self._note_change
@@ -82,7 +86,7 @@ class Gossip:
         topic = topic_of(revision)
 
         def is_worth_passing_on(forwarder: ID, message: rpc_pb2.Message) -> bool:
-            return forwarder == self.pubsub.my_id or self._take(str(forwarder), message.data, revision)
+            return forwarder == self.pubsub.my_id or self._take(str(forwarder), message, revision)
 
         self.pubsub.set_topic_validator(topic, is_worth_passing_on, False)
         await self.pubsub.subscribe(topic)
@@ -137,18 +141,40 @@ class Gossip:
             self.pubsub.remove_topic_validator(topic_of(revision))
             await self.pubsub.unsubscribe(topic_of(revision))
 
-    def _take(self, forwarder: str, record: bytes, revision: str) -> bool:
-        """Take in a record; whether others should get it."""
+    def _take(self, forwarder: str, message: rpc_pb2.Message, revision: str) -> bool:
+        """Take in the record in a message; whether others should get it."""
         try:
-            announcement = open_announcement(record)
+            announcement = open_announcement(message.data)
             if announcement.revision != revision:
                 raise ProtocolViolation("an announcement of another model than its topic's")
+            # A message is signed by who published it, so nobody can spend another author's rate.
+            if str(ID(message.from_id)) != announcement.peer_id:
+                raise ProtocolViolation("an announcement that somebody else published")
+            if not self._is_news(announcement):
+                raise ProtocolViolation("an announcement that was heard before")
             if not self._publishes.allows(announcement.peer_id, trio.current_time()):
                 raise ProtocolViolation(f"{announcement.peer_id} announces too often")
-            return self._view.accept(announcement, record) or self._view.knows(announcement)
+            self._note_told(announcement)
+            return self._view.accept(announcement, message.data) or self._view.knows(announcement)
         except ProtocolViolation as exc:
             logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
             return False
+
+    def _is_news(self, announcement: Announcement) -> bool:
+        """Whether gossip has not brought it yet, and nothing later is known.
+
+        What only a snapshot has brought is news: those behind us may not have asked for one.
+        """
+        told, told_at = self._told.get((announcement.peer_id, announcement.revision), (-1, 0.0))
+        was_told = announcement.sequence <= told and trio.current_time() < told_at + TOLD_S
+        return not was_told and not self._view.outdates(announcement)
+
+    def _note_told(self, announcement: Announcement) -> None:
+        author = announcement.peer_id, announcement.revision
+        self._told.pop(author, None)
+        self._told[author] = announcement.sequence, trio.current_time()
+        if len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]  # who has been quiet longest
 
     def _note_change(self) -> None:
         self._changed.set()
@@ -216,7 +242,13 @@ class _Pubsub(Pubsub):
 
     def __init__(self, host: Any, router: _Router) -> None:
         self.gossipsub = router
-        super().__init__(host, router, strict_signing=True, max_inbound_rpc_size=MAX_RPC_BYTES)
+        super().__init__(
+            host,
+            router,
+            strict_signing=True,
+            validation_cache_ttl=0,  # what was news is none the next time; the validator says so, a cache not
+            max_inbound_rpc_size=MAX_RPC_BYTES,
+        )
         self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:

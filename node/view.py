@@ -57,8 +57,11 @@ class SwarmView:
 
     def knows(self, announcement: Announcement) -> bool:
         """Whether this very announcement is what we believe of its peer."""
-        known = (peer for peer in self.live(announcement.revision) if peer.peer_id == announcement.peer_id)
-        return any(peer.sequence == announcement.sequence for peer in known)
+        return self._sequence_of(announcement) == announcement.sequence
+
+    def outdates(self, announcement: Announcement) -> bool:
+        """Whether we believe a later announcement of its peer."""
+        return self._sequence_of(announcement) > announcement.sequence
 
     def accept(self, announcement: Announcement, record: bytes, age_s: float = 0.0) -> bool:
         """Take in an announcement that `open_announcement` found in `record`; whether it was news."""
@@ -73,6 +76,11 @@ class SwarmView:
             self.changed.set()
             self.changed = trio.Event()
         return news
+
+    def _sequence_of(self, announcement: Announcement) -> int:
+        """That of what we believe of the same peer and revision; -1 if that is nothing."""
+        live = self.live(announcement.revision)
+        return next((peer.sequence for peer in live if peer.peer_id == announcement.peer_id), -1)
 
 
 def open_announcement(record: bytes) -> Announcement:

@@ -150,6 +150,19 @@ async def test_a_goodbye_to_a_neighbour_that_is_gone_does_not_wait(
         await alice.gossip.announce(replace(alice.announcement(2), leaving=True))
 
 
+def watch_forwarding(member: Member, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The records that `member` passes on from here on."""
+    passed_on: list[bytes] = []
+    publish = member.gossip.pubsub.router.publish
+
+    async def watch(forwarder: ID, message: rpc_pb2.Message) -> None:
+        passed_on.append(message.data)
+        await publish(forwarder, message)
+
+    monkeypatch.setattr(member.gossip.pubsub.router, "publish", watch)
+    return passed_on
+
+
 def forged(alice: Member, what: str) -> bytes:
     """A record of Alice's that nobody should believe."""
     match what:
@@ -178,14 +191,7 @@ async def test_what_is_not_true_is_neither_taken_in_nor_passed_on(
     await carol.connect(bob)
     await alice.gossip.announce(alice.announcement(5))
     await carol.hears(alice, 5)
-    passed_on: list[bytes] = []
-    publish = bob.gossip.pubsub.router.publish
-
-    async def watch(forwarder: ID, message: rpc_pb2.Message) -> None:
-        passed_on.append(message.data)
-        await publish(forwarder, message)
-
-    monkeypatch.setattr(bob.gossip.pubsub.router, "publish", watch)
+    passed_on = watch_forwarding(bob, monkeypatch)
     record = forged(alice, what)
     await alice.gossip.pubsub.publish(topic_of(REVISION), record)
     await alice.gossip.announce(alice.announcement(6))
@@ -221,6 +227,48 @@ async def test_an_author_who_announces_without_end_is_not_passed_on(
     await alice.gossip.announce(alice.announcement(4))
     await alice.gossip.wait_until_heard()
     assert bob.knows(alice, 3)
+
+
+async def test_who_repeats_an_author_s_record_neither_silences_it_nor_is_passed_on(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PUBLISHES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "PUBLISHES_PER_S", 0.0)
+    alice, bob, carol, mallory = await join(), await join(), await join(), await join()
+    for member in (alice, carol, mallory):
+        await member.connect(bob)
+    await alice.gossip.announce(alice.announcement(1))
+    for member in (bob, carol, mallory):
+        await member.hears(alice, 1)
+    passed_on = watch_forwarding(bob, monkeypatch)
+    record = seal(alice.identity, encode_announcement(alice.announcement(1)))
+    for _ in range(20):
+        await mallory.gossip.pubsub.publish(topic_of(REVISION), record)
+    await mallory.gossip.wait_until_heard()
+    await alice.gossip.announce(alice.announcement(2))
+    await carol.hears(alice, 2)
+    assert len(passed_on) == 1
+
+
+async def test_news_is_not_passed_on_twice_even_for_its_author(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PUBLISHES_AT_ONCE", 3)
+    monkeypatch.setattr(module, "PUBLISHES_PER_S", 0.0)
+    monkeypatch.setattr(module, "MAX_TOLD", 1)
+    alice, bob, carol = await join(), await join(), await join()
+    await alice.connect(bob)
+    await carol.connect(bob)
+    await carol.gossip.announce(carol.announcement(1))
+    await alice.hears(carol, 1)
+    await alice.gossip.announce(alice.announcement(1))
+    await carol.hears(alice, 1)
+    passed_on = watch_forwarding(bob, monkeypatch)
+    for _ in range(5):
+        await alice.gossip.announce(alice.announcement(1))
+    await alice.gossip.announce(alice.announcement(2))
+    await carol.hears(alice, 2)
+    assert len(passed_on) == 1
 
 
 async def test_a_forwarder_who_sends_without_end_is_cut_short(

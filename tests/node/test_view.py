@@ -83,7 +83,10 @@ async def test_only_the_latest_word_of_a_peer_is_known(view: SwarmView, identity
     view.publish(identity, offer(identity, 5))
     assert view.knows(offer(identity, 5))
     assert not view.knows(offer(identity, 4))
+    assert view.outdates(offer(identity, 4))
+    assert not view.outdates(offer(identity, 5))
     assert not view.knows(offer(new_identity(), 5))
+    assert not view.outdates(offer(new_identity(), 4))
     assert not view.knows(offer(identity, 5, revision="f" * 32))
 
 
