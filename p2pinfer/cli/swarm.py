@@ -21,6 +21,8 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 def swarm(call: Invocation, watch: bool) -> None:
     """Show who serves which blocks, how fast, how far away."""
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
+    import trio
+
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.source import resolve_model
     from p2pinfer.node.host_config import HostConfig
@@ -36,7 +38,12 @@ def swarm(call: Invocation, watch: bool) -> None:
     progress = Bars(quiet=call.json or call.quiet)
 
     async def main() -> None:
-        spec = resolve_model(shared.model, cache_dir=shared.cache_dir, progress=progress).spec
+        # A silent hub or a folder to hash can take minutes; Ctrl-C must not wait for that.
+        source = await trio.to_thread.run_sync(
+            lambda: resolve_model(shared.model, cache_dir=shared.cache_dir, progress=progress),
+            abandon_on_cancel=True,
+        )
+        spec = source.spec
         host_config = replace(settings.build(HostConfig), listen=())
         async with open_swarm(new_identity(), host_config, shared.bootstrap, shared.data_dir) as member:
             await member.join(spec.revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -71,4 +72,18 @@ def test_watching_goes_on_until_ctrl_c(swarm_address: str) -> None:
         assert json.loads(process.stdout.readline())["num_blocks"] == 8
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "")
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_hub() -> None:
+    command = [sys.executable, "-m", "p2pinfer", "swarm", "--model", "somebody/something"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        patient = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": "600"}
+        process = subprocess.Popen(command, env=patient, stderr=subprocess.PIPE, text=True)
+        asking, _ = silent.accept()
+        with asking:
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "")
