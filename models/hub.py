@@ -45,12 +45,7 @@ from .spec import ModelSpec, model_spec, read_config, read_json
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 _PARALLEL_DOWNLOADS = 4
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -127,10 +122,6 @@ class HubSource:
         words = TOKENIZER_FILES if ends else ()
         self._store.bring(self._folder, self._listing, [*needed, *words], progress)
         return Checkpoint(self._folder, self.spec, open_shards(self._folder, needed))
-
-    def fetch_tokenizer(self) -> Path:
-        self._store.bring(self._folder, self._listing, TOKENIZER_FILES, None)
-        return self._folder
 
 
 class _Store:

@@ -36,14 +36,6 @@ class ModelSource(Protocol):
         """
         ...
 
-    def fetch_tokenizer(self) -> Path:
-        """A folder that holds the tokenizer.
-
-        Raises:
-            ModelNotFound: It cannot be had.
-        """
-        ...
-
 
 def resolve_model(model: str, *, cache_dir: Path, progress: Progress | None = None) -> ModelSource:
     """Find the model: `tiny-stories` is the bundled one, then come folders, then ids of the hub.
@@ -84,6 +76,3 @@ class FolderSource:
         if span is not None:
             self.spec.check_span(span)
         return self._checkpoint
-
-    def fetch_tokenizer(self) -> Path:
-        return self._checkpoint.folder

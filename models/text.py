@@ -1,13 +1,13 @@
 """Text to tokens and back, token by token: what the client needs and a node does not.
 
-Only `tokenizers` is imported, in 40 ms; a chat template alone needs transformers.
+Only `tokenizers` is imported, in 40 ms.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,29 +18,17 @@ from p2pinfer.errors import CheckpointError, ConfigError
 from .pieces import PieceDecoder
 from .spec import read_json
 
-Message = Mapping[str, str]
-
 
 class Tokenizer:
     """A checkpoint's tokenizer, and what its files say about special tokens.
 
     Attributes:
         eos_ids: The tokens that end a text.
-        chat_template: The Jinja template of a conversation, None where the model is not for chat.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        eos_ids: frozenset[int],
-        chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, eos_ids: frozenset[int]) -> None:
         self.eos_ids = eos_ids
-        self.chat_template = chat_template
         self._backend: Any = backend  # its stubs leave out what the decoder says of itself
-        self._named = dict(special_tokens or {})
         self._backend.no_truncation()  # some files carry the truncation of their training
         self._backend.no_padding()
         if self._backend.decoder is None:
@@ -52,18 +40,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the checkpoint puts around it."""
         ids: list[int] = self._backend.encode(text).ids
-        return ids
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation (`role` and `content` each), up to where the model answers.
-
-        Raises:
-            CheckpointError: The model has no chat template, or its template refuses the conversation.
-        """
-        if self.chat_template is None:
-            raise CheckpointError("the model has no chat template; give it plain text")
-        text = _render_chat(self.chat_template, messages, self._named)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -172,12 +148,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as exc:  # the Rust side raises plain Exception
         raise CheckpointError(f"{path} is damaged: {exc}; fetch it again") from exc
     settings = read_json(folder / "tokenizer_config.json") or {}
-    return Tokenizer(
-        backend,
-        eos_ids=_eos_ids(folder, backend, settings),
-        chat_template=_chat_template(folder, settings),
-        special_tokens=_special_tokens(settings),
-    )
+    return Tokenizer(backend, eos_ids=_eos_ids(folder, backend, settings))
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> frozenset[int]:
@@ -190,45 +161,9 @@ def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, settings: Mapping[str,
                 return frozenset(cast("list[int]", token_ids))
             case _:
                 pass
-    eos = _special_tokens(settings).get("eos_token")
-    found = None if eos is None else backend.token_to_id(eos)
-    return frozenset() if found is None else frozenset({found})
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name: each is written as its text or as an object that has it."""
-    named: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        match settings.get(name):
-            case str(text) | {"content": str(text)}:
-                named[name] = text
-            case _:
-                pass
-    return named
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """A file of its own, or a setting: the template, or several by name."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    match settings.get("chat_template"):
-        case str(template):
-            return template
-        case [*templates]:
-            by_name = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", templates)}
-            return by_name.get("default")
+    match settings.get("eos_token"):
+        case str(text) | {"content": str(text)}:
+            found = backend.token_to_id(text)
+            return frozenset() if found is None else frozenset({found})
         case _:
-            return None
-
-
-def _render_chat(template: str, messages: Sequence[Message], named: Mapping[str, str]) -> str:
-    # transformers' own renderer: the sandbox and the helpers that templates count on; 1 s to import.
-    import transformers.utils.chat_template_utils as renderer
-
-    render: Any = cast("Any", renderer).render_jinja_template
-    try:
-        rendered, _ = render([list(messages)], chat_template=template, add_generation_prompt=True, **named)
-    except Exception as exc:  # templates raise what they like
-        raise CheckpointError(f"the model's chat template refuses this conversation: {exc}") from exc
-    return str(rendered[0])
+            return frozenset()

@@ -15,7 +15,7 @@ def test_the_bundled_model_is_found_by_its_name(tiny_stories: Path, tmp_path: Pa
     source = resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
     assert (source.spec.model, source.spec.num_blocks) == ("tiny-stories", 8)
     assert source.spec.revision == "10f9c1d6a21143b490b2aa52a16b4af7"
-    assert source.fetch_tokenizer().samefile(tiny_stories)
+    assert source.fetch(None, ends=True).folder.samefile(tiny_stories)
 
 
 def test_a_folder_is_known_by_its_own_name_and_has_the_same_revision(

@@ -163,30 +163,6 @@ def test_the_end_of_text_is_what_generate_would_stop_at(
     assert load_tokenizer(folder).eos_ids == frozenset()
 
 
-def test_a_conversation_is_encoded_as_transformers_does(smol: Tokenizer, smollm2: Path) -> None:
-    messages = [{"role": "user", "content": "How high is Mont Blanc?"}]
-    theirs: Any = AutoTokenizer.from_pretrained(smollm2)
-    expected: Any = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert smol.encode_chat(messages) == expected
-
-
-def test_chat_templates_are_found_wherever_they_are_kept(
-    tiny_stories: Path, tmp_path: Path, bundled: Tokenizer
-) -> None:
-    with pytest.raises(CheckpointError, match="no chat template"):
-        bundled.encode_chat([])
-    folder = Path(shutil.copytree(tiny_stories, tmp_path / "copy"))
-    several = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D{{ bos_token }}"}]
-    settings = {"bos_token": "<s>", "chat_template": several}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.chat_template == "D{{ bos_token }}"
-    assert tokenizer.encode_chat([])[-1] == 1
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(CheckpointError, match="refuses this conversation: roles must alternate"):
-        load_tokenizer(folder).encode_chat([])
-
-
 def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
