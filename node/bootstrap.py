@@ -2,7 +2,8 @@
 
 Addresses come from `--bootstrap`, or else from the first bootstrap_peers.txt that names any: in the working
 directory, in the data directory, in the package. They are dialled until one answers, at once first and then
-ever more slowly; after that, peers from the table fill the neighbourhood up.
+ever more slowly; after that, peers from the table fill the neighbourhood up. Who accepts and then says
+nothing, or soon hangs up, is dialled ever more slowly too; a neighbour lost after `STEADY_S` at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
 FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
+STEADY_S: Final = 10.0  # a connection that lasted this long was a success
 MAX_TROUBLES: Final = 256  # peers whose failures are remembered
 WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
 
@@ -83,10 +85,11 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
 
 @dataclass(slots=True)
 class _Trouble:
-    """Why a peer was not reached, how often in a row, and when to try again."""
+    """Why a peer was not reached or kept, how often in a row, and when to try again."""
 
-    why: str
+    why: str  # empty once it has answered
     times: int
+    noted_at: float
     retry_at: float
 
 
@@ -104,6 +107,7 @@ class Neighbourhood:
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
         self._troubles: dict[str, _Trouble] = {}
+        self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._warned = False
         self._lost = trio.Event()  # set, and replaced, when a peer is lost
         host.when_disconnected(self._note_loss)
@@ -115,18 +119,20 @@ class Neighbourhood:
 
     def describe_failures(self) -> str:
         """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
-        return "; ".join(trouble.why for trouble in self._troubles.values())
+        return "; ".join(trouble.why for trouble in self._troubles.values() if trouble.why)
 
     async def keep(self) -> None:
         """Dial until cancelled, and ask whoever answers what it knows."""
         while True:
             lost = self._lost
             connected = self._host.connected_peers()
+            for peer_id in self._reached_at.keys() - set(connected):  # a notice takes a tenth of a second
+                self._note_end(peer_id)
             if len(connected) < NEIGHBOURS:
                 await self._dial(self._due(connected))
             connected = self._host.connected_peers()
             if connected and not self.settled.is_set():
-                await self._ask(random.choice(connected))
+                await self._ask_quietly(random.choice(connected))
             if self._peers and not connected:
                 self._warn_once()
             with trio.move_on_at(self._next_look(connected)):
@@ -152,7 +158,8 @@ class Neighbourhood:
         """When a bootstrap peer that we lack is due, or others may have turned up; may be in the past."""
         lacking = {peer.peer_id for peer in self._peers}.difference(connected)
         dues = [self._troubles[peer_id].retry_at for peer_id in lacking if peer_id in self._troubles]
-        return min([trio.current_time() + CHECK_INTERVAL_S, *(dues if len(connected) < NEIGHBOURS else ())])
+        check_at: float = trio.current_time() + CHECK_INTERVAL_S
+        return check_at if len(connected) >= NEIGHBOURS else min([check_at, *dues])
 
     async def _dial(self, peers: Sequence[BootstrapPeer]) -> None:
         async with trio.open_nursery() as nursery:
@@ -160,31 +167,52 @@ class Neighbourhood:
                 nursery.start_soon(self._dial_one, peer)
 
     async def _dial_one(self, peer: BootstrapPeer) -> None:
+        dialled_at = trio.current_time()
         try:
             await self._host.connect(peer.peer_id, peer.addrs)
+            self._reached_at[peer.peer_id] = trio.current_time()
+            await self._ask(peer.peer_id)
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
-            self._note_trouble(peer.peer_id, str(exc))
-        else:
-            self._troubles.pop(peer.peer_id, None)
-            await self._ask(peer.peer_id)
+            self._note_trouble(peer.peer_id, str(exc), dialled_at)
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
+        await fetch_snapshot(self._host, self._view, peer_id)
+        self.settled.set()
+        if peer_id in self._troubles:
+            self._troubles[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
+
+    async def _ask_quietly(self, peer_id: str) -> None:
         try:
-            await fetch_snapshot(self._host, self._view, peer_id)
-            self.settled.set()
+            await self._ask(peer_id)
         except PeerError as exc:
             logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)
 
     def _note_loss(self, peer_id: str) -> None:
+        if peer_id in self._reached_at:
+            self._note_end(peer_id)
         self._lost.set()
         self._lost = trio.Event()
 
-    def _note_trouble(self, peer_id: str, why: str) -> None:
-        times = self._troubles.pop(peer_id).times + 1 if peer_id in self._troubles else 1
-        delay_s = min(FIRST_RETRY_S * 2 ** (times - 1), LAST_RETRY_S) * random.uniform(0.8, 1.2)
-        self._troubles[peer_id] = _Trouble(why, times, trio.current_time() + delay_s)
+    def _note_end(self, peer_id: str) -> None:
+        """Hold it against a peer that we dialled if its connection was short."""
+        reached_at = self._reached_at.pop(peer_id)
+        lasted_s = trio.current_time() - reached_at
+        if lasted_s < STEADY_S:
+            self._note_trouble(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
+        else:
+            self._troubles.pop(peer_id, None)
+
+    def _note_trouble(self, peer_id: str, why: str, tried_at: float) -> None:
+        """Put the next try off, once for every try: who hangs up also leaves a question unanswered."""
+        known = self._troubles.pop(peer_id, None)
+        now = trio.current_time()
+        if known is None or known.noted_at < tried_at:
+            times = known.times + 1 if known else 1
+            delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 32), LAST_RETRY_S) * random.uniform(0.8, 1.2)
+            known = _Trouble(why, times, now, now + delay_s)
+        self._troubles[peer_id] = known
         if len(self._troubles) > MAX_TROUBLES:
             del self._troubles[next(iter(self._troubles))]
 

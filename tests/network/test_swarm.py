@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 import trio
@@ -245,6 +246,8 @@ async def test_a_lost_neighbour_is_replaced_at_once(
     start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 1000.0)
+    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 1000.0)
+    monkeypatch.setattr(bootstrap, "STEADY_S", 0.0)
     introducer, newcomer = await start_host(), await start_host()
     serve_snapshots(introducer, SwarmView())
     neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
@@ -252,10 +255,51 @@ async def test_a_lost_neighbour_is_replaced_at_once(
     await neighbourhood.settled.wait()
     back, came_back = trio.open_memory_channel[str](1)
     introducer.when_connected(back.send_nowait)
-    for connections in list(introducer.libp2p.get_network().connections.values()):
+    await hang_up(introducer)
+    assert await came_back.receive() == newcomer.peer_id
+
+
+async def hang_up(host: Host) -> None:
+    """Have `host` close every connection it has."""
+    for connections in list(host.libp2p.get_network().connections.values()):
         for connection in connections:
             await connection.close()
-    assert await came_back.receive() == newcomer.peer_id
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_bootstrap_peer_that_accepts_and_hangs_up_is_dialled_ever_more_slowly(
+    start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    delay_s = 0.02
+    monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.001)
+    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", delay_s)
+    introducer, newcomer = await start_host(), await start_host()
+    if answers:
+        serve_snapshots(introducer, SwarmView())
+    tried_at: list[float] = []
+    tried, attempts = trio.open_memory_channel[None](100)
+    connect = newcomer.connect
+
+    async def count(peer_id: str, addrs: Sequence[str] = ()) -> None:
+        if addrs:  # not for a stream
+            tried_at.append(trio.current_time())
+            tried.send_nowait(None)
+        await connect(peer_id, addrs)
+
+    monkeypatch.setattr(newcomer, "connect", count)
+    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    nursery.start_soon(neighbourhood.keep)
+    for _ in range(4):
+        await attempts.receive()
+        if answers:
+            await neighbourhood.settled.wait()
+        while not (newcomer.connected_peers() and introducer.connected_peers()):
+            await trio.lowlevel.checkpoint()
+        await hang_up(introducer)
+    pauses = [after - before for before, after in pairwise(tried_at)]
+    assert all(pause > 0.8 * delay_s * 2**number for number, pause in enumerate(pauses)), pauses
+    while introducer.peer_id not in neighbourhood.describe_failures():
+        await trio.lowlevel.checkpoint()
 
 
 async def test_a_neighbour_that_did_not_answer_is_asked_again(
