@@ -12,7 +12,7 @@ class ServeConfig:
     """Limits of a serving node. Each is reached by a test."""
 
     max_sessions: int = 256  # sessions open at once
-    max_steps_in_flight: int = 64  # steps of one session received and not yet sent on
+    max_steps_in_flight: int = 16  # steps of one session received and not yet sent on
     max_chunk_tokens: int = 1024  # tokens in one step
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along
     replay_bytes: int = 1 << 30  # host memory for the replay logs of all sessions, bytes

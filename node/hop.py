@@ -12,6 +12,8 @@ for seconds makes libp2p kill the connection under everybody.
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -26,7 +28,7 @@ from p2pinfer.models.span import BlockSpan
 from .config import ServeConfig
 from .replay import ReplayLog
 from .tensors import decode_hidden, encode_hidden
-from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step
+from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
 
 
@@ -144,12 +146,16 @@ class HopSession:
 
     def _is_superseded(self, step: Step) -> bool:
         """Asked in the worker's thread, while the event loop at most appends to what it reads."""
-        return self._closed or any(
-            step.epoch < epoch and step.position >= position for epoch, position in self._rollbacks
+        return (
+            self._ended
+            or self._closed
+            or any(step.epoch < epoch and step.position >= position for epoch, position in self._rollbacks)
         )
 
     def _on_done(self, output: _Output) -> None:
-        if not self._closed:
+        if output.done.error is not None:
+            self.end(Refusal("compute", f"step {output.step.number} failed: {output.done.error}"))
+        elif not self._closed:
             self._outbox_in.send_nowait(output)  # never full: `_check` bounds what is in flight
 
     async def forward(self) -> None:
@@ -160,9 +166,7 @@ class HopSession:
         """
         async for output in self._outbox_out:
             step, done = output.step, output.done
-            if done.error is not None:
-                await self.refuse("compute", f"step {step.number} could not be computed: {done.error}")
-            elif done.output is not None:
+            if done.output is not None:
                 await self._send_on(step, done.output, self._bill(output))
             self._in_flight -= 1
             if not self._in_flight:
@@ -200,15 +204,19 @@ class HopSession:
         Raises:
             PeerVanished: The client is gone.
         """
-        await self.control.send(Refused(code, message[:1024], about_peer))
+        await self.control.send(Refused(code, printable(message), about_peer))
 
-    def scope(self) -> trio.CancelScope:
-        """A cancel scope, to be entered once, that `end` cancels."""
-        scope = trio.CancelScope()
-        if self._ended:
-            scope.cancel()
-        self._scopes.append(scope)
-        return scope
+    @contextmanager
+    def scope(self) -> Generator[None]:
+        """Whatever runs inside is cancelled by `end`."""
+        with trio.CancelScope() as scope:
+            if self._ended:
+                scope.cancel()
+            self._scopes.append(scope)
+            try:
+                yield
+            finally:
+                self._scopes.remove(scope)
 
     def end(self, refusal: Refusal | None) -> None:
         """Stop everything that runs for this session; the first reason given counts, None is a quiet end."""
@@ -216,7 +224,7 @@ class HopSession:
             return
         self._ended = True
         self.ended_by = refusal
-        for scope in self._scopes:
+        for scope in [*self._scopes]:
             scope.cancel()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -42,10 +43,13 @@ from .wire import (
     SessionId,
     Step,
     Successor,
+    printable,
 )
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
+
+_FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +117,9 @@ class SpanServer:
                 session = self._admit(opening, stream.peer_id, control)
             except Refusal as refusal:
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
-                await control.send(Refused(refusal.code, str(refusal)))
-                await control.end()
+                with trio.move_on_after(_FAREWELL_S):
+                    await control.send(Refused(refusal.code, printable(str(refusal))))
+                    await control.end()
                 return
             await self._run(session)
 
@@ -170,17 +175,19 @@ class SpanServer:
                     nursery.start_soon(self._watch_lease, session)
                     with ending(session, client_gone="the client vanished"):
                         await self._read_control(session)
-            if session.ended_by is not None:
-                refusal = session.ended_by
-                with suppress(PeerVanished):
-                    await session.refuse(refusal.code, str(refusal), refusal.about_peer)
-            await session.control.end()
         finally:
             session.close()
             del self._sessions[session.opening.session]
             reason = str(session.ended_by) if session.ended_by else "done"
             self._report(SessionClosed(session.client_id, session.tokens_computed, reason, self.sessions))
             self._on_change()
+        # The session is over, whether its client listens or not.
+        with trio.move_on_after(_FAREWELL_S):
+            if session.ended_by is not None:
+                refusal = session.ended_by
+                with suppress(PeerVanished):
+                    await session.refuse(refusal.code, str(refusal), refusal.about_peer)
+            await session.control.end()
 
     async def _read_control(self, session: HopSession) -> None:
         """Until the client says `End`: its steps if it feeds us itself, and nothing else."""
@@ -222,8 +229,9 @@ class SpanServer:
                     await stream.reset()
                     raise
         except (PeerError, trio.TooSlowError) as exc:
-            why = str(exc) or f"no answer in {self._config.dial_timeout_s:g} s"
-            raise Refusal("successor_unreachable", f"could not reach the next hop: {why}", peer_id) from exc
+            # What happened at which address is for our own log: a client could scan our network with it.
+            logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
+            raise Refusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
         return chain
 
     async def _watch_lease(self, session: HopSession) -> None:

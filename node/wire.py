@@ -13,7 +13,7 @@ field's type and range before a message exists. Whatever fails is a `ProtocolVio
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 import msgspec
 import trio
@@ -45,10 +45,12 @@ RefusalCode: TypeAlias = Literal[
 
 SessionId: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 PeerIdText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+# Strangers' words end up on terminals: no control characters.
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Codec: TypeAlias = Literal["float32", "bfloat16", "float16"]
+CODECS: Final[tuple[Codec, ...]] = get_args(Codec)
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -169,7 +171,12 @@ def decode_message(header: bytes | bytearray | memoryview) -> Message:
     try:
         return _decoder.decode(header)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolViolation(f"not a message of this protocol: {exc}") from exc
+        raise ProtocolViolation("not a message of this protocol") from exc  # exc may quote the peer
+
+
+def printable(text: str) -> str:
+    """`text` as a message may carry it: one line, no control characters, not too long."""
+    return "".join(each if each.isprintable() else " " for each in text)[:1024]
 
 
 class FrameStream:
@@ -212,16 +219,17 @@ class FrameStream:
                 self.peer_id,
             )
         head = _LENGTHS.size + header_bytes
-        await self._fill(head + payload_bytes)
+        await self._fill(head)
         try:
             message = decode_message(self._buffer[_LENGTHS.size : head])
         except ProtocolViolation as exc:
             exc.peer_id = self.peer_id
             raise
+        if payload_bytes and not isinstance(message, Step | Result):
+            raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
+        await self._fill(head + payload_bytes)
         payload = self._buffer[head : head + payload_bytes]
         del self._buffer[: head + payload_bytes]
-        if payload and not isinstance(message, Step | Result):
-            raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
         return message, payload
 
     async def _fill(self, size: int) -> None:

@@ -5,7 +5,8 @@ batch, and hands the outputs back to the event loop in one call per batch. While
 one collects. Jobs of one session run in the order they came, at most one of them in a batch. Prefill is
 bounded per batch and decode steps ride along, so a long prompt delays nobody by more than one chunk.
 
-Only this thread touches tensors on the device and the lengths of leases.
+Only this thread touches tensors on the device and the lengths of leases; pages are reserved and given back
+in the event loop alone.
 """
 
 from __future__ import annotations
@@ -85,8 +86,11 @@ class Worker:
         self._arrivals.put(job)
 
     def release(self, lease: CacheLease) -> None:
-        """Give a session's cache back, after whatever of it is being computed at the moment."""
-        self._arrivals.put(lease.release)
+        """Give a session's cache back, after whatever of it is being computed at the moment.
+
+        The pages change hands in the event loop, where they are reserved: the cache is not for two threads.
+        """
+        self._arrivals.put(lambda: self._token.run_sync_soon(lease.release))
 
     def _work(self) -> None:
         while self._collect():
@@ -134,25 +138,31 @@ class Worker:
         live: list[Job] = []
         for job in batch:
             (stale if job.is_stale() else live).append(job)
-        outputs: list[Tensor | None] = [None] * len(live)
-        error: Exception | None = None
-        try:
-            if live:
-                outputs = list(self._runner.run([job.chunk for job in live], live[0].span))
-        except Exception as exc:  # whatever went wrong, the sessions must hear of it and the thread go on
-            logger.exception("a batch of %s steps failed", len(live))
-            error = exc
+        results = self._run(live)
         seconds = time.perf_counter() - started
         total = sum(len(job.chunk.hidden) for job in live)
         calls = [
             (job, Done(output, error, started - job.submitted_at, seconds, total))
-            for job, output in zip(live, outputs, strict=True)
+            for job, (output, error) in zip(live, results, strict=True)
         ]
         calls += [(job, Done(None, None, started - job.submitted_at, 0.0, 0)) for job in stale]
         try:
             self._token.run_sync_soon(_deliver, calls)
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(calls))
+
+    def _run(self, jobs: list[Job]) -> list[tuple[Tensor | None, Exception | None]]:
+        """Each job's output or error. A batch that fails is run job by job: only the guilty one fails."""
+        if not jobs:
+            return []
+        try:
+            outputs = self._runner.run([job.chunk for job in jobs], jobs[0].span)
+            return [(output, None) for output in outputs]
+        except Exception as exc:  # whatever went wrong, the session must hear of it and the thread go on
+            if len(jobs) > 1:
+                return [result for job in jobs for result in self._run([job])]
+            logger.exception("a step of %s tokens failed", len(jobs[0].chunk.hidden))
+            return [(None, exc)]
 
 
 def _deliver(calls: list[tuple[Job, Done]]) -> None:

@@ -29,7 +29,7 @@ from p2pinfer.node.identity import new_identity
 from p2pinfer.node.swarm import SwarmMember, open_swarm
 from p2pinfer.node.tasks import open_nursery
 from p2pinfer.node.tensors import row_bytes
-from p2pinfer.node.wire import Codec
+from p2pinfer.node.wire import CODECS, Codec
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
@@ -283,13 +283,16 @@ class Client:
         return routes[0]
 
     def _codec_for(self, route: Route) -> Codec:
-        """What travels: full precision only where every hop computes in it."""
+        """What travels: what every hop computes in, or float32, which loses nothing of any mix."""
         dtypes = {
             announcement.dtype
             for announcement in self._member.announcements(self._source.spec.revision)
             if announcement.peer_id in route.peer_ids
         }
-        return "float32" if dtypes == {"float32"} else "bfloat16"
+        for codec in CODECS:
+            if dtypes == {codec}:
+                return codec
+        return "float32"
 
     # ------------------------------------------------------------------ loading
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerError, PromptTooLong
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused, PromptTooLong
 from p2pinfer.models.ends import Ends
 from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.span import BlockSpan
@@ -197,6 +197,7 @@ class Generation:
 
     async def _next_id(self) -> int:
         failure: PeerError | None = None
+        forgiven = False
         while True:
             try:
                 hidden = await self._last_hidden()
@@ -207,6 +208,10 @@ class Generation:
             except NoRoute as error:
                 if failure is None:
                     raise
+                if self._excluded and not forgiven:
+                    # Those that failed may be back, and they are better than nobody.
+                    forgiven, self._excluded = True, frozenset()
+                    continue
                 raise NoRoute(f"{error}; the last one failed: {failure}", error.missing) from failure
             self._failures_in_a_row = 0
             return await trio.to_thread.run_sync(self._draw, hidden)
@@ -250,18 +255,24 @@ class Generation:
         return text
 
     async def _abandon(self, error: PeerError) -> None:
-        """Give up the route and leave out the peer that failed; raise when that has happened too often."""
+        """Give up the route and leave out who failed; raise when that has happened too often.
+
+        Where nobody is known to have failed, the whole route is left out, and nobody's record suffers.
+        """
         self._failures_in_a_row += 1
+        overslept = isinstance(error, PeerRefused) and error.code == "lease_expired"
+        blamed = {error.peer_id} if error.peer_id else set[str]()
         if self._session is not None:
-            self._failovers += 1
-            self._settle(error)
+            self._failovers += not overslept
+            blamed = blamed or set(self._session.route.peer_ids)
+            self._settle(None if overslept else error)
             session, self._session = self._session, None
             await session.aclose()
         logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
         if self._failures_in_a_row >= self._max_attempts:
             raise error
-        if error.peer_id:
-            self._excluded |= {error.peer_id}
+        if not overslept:  # our reader paused for longer than the hops wait: nobody's fault but ours
+            self._excluded |= blamed
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""

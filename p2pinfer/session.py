@@ -136,7 +136,8 @@ class Session:
 
     def per_hop_ms(self) -> tuple[float, ...]:
         """Each hop's median time per decode step, its queue included; empty before the first."""
-        hops = zip(*(timing.bills for timing in self.timings), strict=False)
+        # The last hop may have made up bills of hops that there are not.
+        hops = zip(*(timing.bills[: len(self._streams)] for timing in self.timings), strict=False)
         return tuple(median(bill.serve_us for bill in bills) / 1e3 for bills in hops)
 
     def per_step_ms(self) -> float:
@@ -147,10 +148,14 @@ class Session:
         step = Step(self._next_number, self._epoch, position, len(hidden), returns)
         self._next_number += 1
         self._awaited.append(step)
+        first, limit_s = self._streams[0], self._config.step_timeout_s
         try:
-            await self._streams[0].send(step, encode_hidden(hidden, self._codec))
+            with trio.fail_after(limit_s):
+                await first.send(step, encode_hidden(hidden, self._codec))
         except PeerVanished as exc:
             raise self._failure or exc from exc
+        except trio.TooSlowError as exc:
+            raise PeerVanished(f"it took nothing in for {limit_s:g} s", first.peer_id) from exc
 
     async def _receive(self) -> tuple[Result, Tensor]:
         last = self._streams[-1].peer_id
@@ -158,7 +163,8 @@ class Session:
             with trio.fail_after(self._config.step_timeout_s):
                 result, payload = await self._results.receive()
         except trio.TooSlowError as exc:
-            raise PeerVanished(f"no answer in {self._config.step_timeout_s:g} s", last) from exc
+            # Any hop may have kept it to itself: nobody is named.
+            raise PeerVanished(f"no answer in {self._config.step_timeout_s:g} s") from exc
         except trio.EndOfChannel as exc:
             raise self._failure or PeerVanished("the session is closed", last) from exc
         hidden = decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
@@ -175,7 +181,7 @@ class Session:
                         case Result() if index == len(self._streams) - 1:
                             self._deliver(message, payload)
                         case Refused():
-                            raise refusal_error(message, stream.peer_id)
+                            raise refusal_error(message, stream.peer_id, self.route)
                         case _:
                             raise ProtocolViolation(
                                 f"{type(message).__name__} in the middle of a session", stream.peer_id
@@ -241,7 +247,7 @@ async def open_session(
                 case Opened():
                     ready.add(index)
                 case Refused() as refused:
-                    raise refusal_error(refused, hop.peer_id)
+                    raise refusal_error(refused, hop.peer_id, route)
                 case other:
                     raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
         except PeerError as exc:
@@ -291,20 +297,26 @@ def _openings(client_id: str, route: Route, spec: ModelSpec, max_tokens: int, co
     return openings
 
 
-def refusal_error(refused: Refused, sender: str) -> PeerError:
-    """The error that a refusal amounts to, blamed on the peer it is about.
+def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
+    """The error that a refusal amounts to, and whose it is.
 
     A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
-    the neighbour out of the next route is right whoever is at fault.
+    the neighbour out of the next route is right whoever is at fault. Its word about anybody else is not
+    taken: then it is the sender that is left out.
     """
-    peer_id = refused.peer_id or sender
+    peers = route.peer_ids
+    at = peers.index(sender)
+    neighbours = {*peers[max(at - 1, 0) : at], *peers[at + 1 : at + 2]}
+    blamed = refused.peer_id if refused.peer_id in neighbours else sender
     match refused.code:
         case "successor_unreachable":
-            return PeerUnreachable(refused.message, peer_id)
+            return PeerUnreachable(refused.message, blamed)
         case "successor_vanished":
-            return PeerVanished(refused.message, peer_id)
+            return PeerVanished(refused.message, blamed)
         case "wrong_input":
-            return WrongOutput(refused.message, peer_id)
+            return WrongOutput(refused.message, blamed)
+        case "protocol":
+            return PeerRefused(refused.message, blamed, refused.code)
         case _:
             return PeerRefused(refused.message, sender, refused.code)
 

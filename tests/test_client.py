@@ -193,11 +193,12 @@ async def test_blocks_whose_only_peer_failed_are_named_with_the_reason(open_clie
     ("dtypes", "codec"),
     [
         (("float32", "float32"), "float32"),
-        (("float32", "bfloat16"), "bfloat16"),
-        (("float16", "float16"), "bfloat16"),
+        (("float32", "bfloat16"), "float32"),
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("float16", "float16"), "float16"),
     ],
 )
-async def test_full_precision_travels_only_where_every_hop_computes_in_it(
+async def test_hidden_states_travel_in_what_all_hops_compute_in_or_in_float32(
     dtypes: tuple[str, str], codec: Codec, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codecs: list[Codec] = []

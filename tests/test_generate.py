@@ -233,7 +233,7 @@ async def test_after_so_many_failures_in_a_row_the_last_one_comes_out(
         assert len(walk.asked) == 3
 
 
-async def test_a_failure_that_is_nobody_s_excludes_nobody(
+async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody(
     checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
@@ -248,8 +248,29 @@ async def test_a_failure_that_is_nobody_s_excludes_nobody(
 
         monkeypatch.setattr(Session, "decode", fail)
         await anext(generation)
-        assert walk.asked[1][1] == frozenset()
+        assert walk.asked[1][1] == frozenset({"a"})
         assert walk.outcomes[0][1].failed_peer is None
+        await generation.aclose()
+
+
+async def test_a_pause_longer_than_the_lease_is_nobody_s_fault(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(a=(0, 8)), route_over(a=(0, 8)))
+        generation = start(walk, swarm, ends, tokenizer)
+        await anext(generation)
+
+        async def fail(self: Session, hidden: Tensor, position: int) -> Tensor:
+            monkeypatch.undo()
+            raise PeerRefused("no step for 300 s", "a", "lease_expired")
+
+        monkeypatch.setattr(Session, "decode", fail)
+        await anext(generation)
+        assert walk.asked[1][1] == frozenset()
+        assert walk.outcomes[0][1].ok
+        assert generation.result.failovers == 0
         await generation.aclose()
 
 

@@ -361,16 +361,20 @@ async def test_a_closed_session_says_so(checkpoint: Checkpoint) -> None:
         ("successor_vanished", PeerVanished, "b"),
         ("wrong_input", WrongOutput, "b"),
         ("cache_full", PeerRefused, "a"),
-        ("protocol", PeerRefused, "a"),
+        ("protocol", PeerRefused, "b"),
     ],
 )
 def test_a_refusal_is_blamed_on_the_peer_it_is_about(
     code: RefusalCode, error: type[PeerError], blamed: str
 ) -> None:
-    told = refusal_error(Refused(code, "why", "b"), "a")
+    route = route_over(a=(0, 3), b=(3, 5), c=(5, 8))
+    told = refusal_error(Refused(code, "why", "b"), "a", route)
     assert type(told) is error
     assert (str(told), told.peer_id) == ("why", blamed)
-    assert refusal_error(Refused(code, "why"), "a").peer_id == "a"
+    assert refusal_error(Refused(code, "why"), "a", route).peer_id == "a"
+    # Nobody is believed about peers that are not beside it on the route, nor about the client.
+    assert refusal_error(Refused(code, "why", "c"), "a", route).peer_id == "a"
+    assert refusal_error(Refused(code, "why", "client"), "a", route).peer_id == "a"
     if isinstance(told, PeerRefused):
         assert told.code == code
 

@@ -375,6 +375,47 @@ async def test_an_idle_session_is_closed_when_its_lease_has_run_out(
         assert trio.current_time() >= 20
 
 
+async def test_a_client_that_stops_reading_is_let_go_of_when_its_lease_has_run_out(
+    checkpoint: Checkpoint, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm(checkpoint, lease_s=10.0) as swarm:
+        frames = await swarm.frames("a")
+        await frames.send(swarm.opening())
+        assert isinstance((await frames.receive())[0], Opened)
+
+        async def blocked(self: FrameStream, message: Message, payload: bytes = b"") -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(FrameStream, "send", blocked)
+        await trio.sleep(11)
+        assert swarm.servers["a"].sessions == 0
+        await swarm.all_closed()
+
+
+async def test_a_failed_step_takes_the_steps_behind_it_along_and_no_other_session(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm(checkpoint) as swarm:
+        run, failed = swarm.runners["a"].run, threading.Event()
+
+        def fail_once(chunks: Sequence[Chunk], span: BlockSpan) -> list[Tensor]:
+            if len(chunks[0].hidden) == 3 and not failed.is_set():
+                failed.set()
+                raise RuntimeError("a cosmic ray")
+            return run(chunks, span)
+
+        honest, unlucky = await swarm.session(), await swarm.session(config=SessionConfig(chunk_tokens=3))
+        monkeypatch.setattr(swarm.runners["a"], "run", fail_once)
+        with pytest.raises(PeerRefused, match="a cosmic ray"):
+            await unlucky.prefill(hidden_states(12), 0)
+        hidden = hidden_states(5)
+        output = await honest.decode(hidden, 0)
+        torch.testing.assert_close(output, local_output(checkpoint, hidden), atol=2e-4, rtol=1e-4)
+        await unlucky.aclose()
+        await honest.aclose()
+        await swarm.all_closed()
+
+
 async def test_a_client_that_vanishes_leaves_nothing_behind(checkpoint: Checkpoint) -> None:
     async with open_swarm(checkpoint, 2, 5) as swarm:
         session = await swarm.session()
@@ -418,7 +459,8 @@ async def test_a_successor_that_never_answers_is_given_up(checkpoint: Checkpoint
         swarm.network.host("mute").serve(CHAIN_PROTOCOL, say_nothing)
         frames = await swarm.frames("a")
         await frames.send(msgspec.structs.replace(swarm.opening(), successor=Successor("mute")))
-        assert "no answer in 0.05 s" in (await refusal(frames)).message
+        refused = await refusal(frames)
+        assert (refused.code, refused.peer_id) == ("successor_unreachable", "mute")
 
 
 async def test_a_batch_that_cannot_be_computed_is_reported(

@@ -15,6 +15,7 @@ counts = st.integers(0, 2**32 - 1)
 bills = st.lists(st.builds(wire.Bill, counts, counts, counts, counts), max_size=4).map(tuple)
 receipts = st.lists(st.binary(max_size=64), max_size=4).map(tuple)
 peers = st.text(min_size=1, max_size=60)
+words = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=64)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Open,
@@ -25,14 +26,14 @@ messages: st.SearchStrategy[Message] = st.one_of(
         st.integers(1, 2**24 - 1),
         st.sampled_from(["float32", "bfloat16", "float16"]),
         st.none() | peers,
-        st.none() | st.builds(Successor, peers, st.lists(st.text(max_size=64), max_size=4).map(tuple)),
+        st.none() | st.builds(Successor, peers, st.lists(words, max_size=4).map(tuple)),
     ),
     st.builds(wire.Opened, st.text(max_size=16)),
     st.builds(wire.Attach, st.binary(min_size=16, max_size=16)),
     st.just(wire.Attached()),
     st.builds(Step, counts, counts, counts, st.integers(1, 2**20 - 1), counts, bills, receipts),
     st.builds(Result, counts, counts, counts, bills, receipts),
-    st.builds(Refused, st.sampled_from(["busy", "protocol"]), st.text(max_size=1024), st.text(max_size=128)),
+    st.builds(Refused, st.sampled_from(["busy", "protocol"]), words, st.text(max_size=128)),
     st.just(End()),
 )
 
@@ -80,6 +81,7 @@ def test_fields_of_a_later_version_are_skipped() -> None:
         ["step", 0, 0, 0, 0, 1],
         ["step", 0, 0, 0, 1, 1, [[0, 0, 0, 0]] * 257],
         ["refused", "because", "no"],
+        ["refused", "busy", "a colourful \x1b[31mword"],
         ["nonsense"],
         [],
     ],
@@ -170,3 +172,9 @@ async def test_end_is_said_once_and_quietly_when_the_peer_is_gone() -> None:
         await ours.send(End())
     with pytest.raises(PeerVanished):
         await ours.receive()
+
+
+@given(st.text(max_size=2000))
+def test_whatever_went_wrong_can_be_said_in_a_refusal(text: str) -> None:
+    message = Refused("busy", wire.printable(text))
+    assert wire.decode_message(split(wire.encode_header(message, 0))) == message
