@@ -136,8 +136,7 @@ class Session:
 
     def per_hop_ms(self) -> tuple[float, ...]:
         """Each hop's median time per decode step, its queue included; empty before the first."""
-        # The last hop may have made up bills of hops that there are not.
-        hops = zip(*(timing.bills[: len(self._streams)] for timing in self.timings), strict=False)
+        hops = zip(*(timing.bills for timing in self.timings), strict=False)
         return tuple(median(bill.serve_us for bill in bills) / 1e3 for bills in hops)
 
     def per_step_ms(self) -> float:
