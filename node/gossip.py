@@ -5,14 +5,16 @@ one that somebody else than its author published, or that is no news: who repeat
 nobody, and uses up nothing that is the peer's. How much a neighbour may forward is limited before a signature
 is looked at, how often an author may bring news after that.
 
-An introducer, which holds no model, follows the topics its neighbours are in, up to `MAX_FOLLOWED`: a mesh
-forwards only what its members subscribe to, and newcomers know nobody but the introducer.
+An introducer, which holds no model, follows the topics its neighbours are in: a mesh forwards only what its
+members subscribe to, and newcomers know nobody but the introducer. It follows `MAX_FOLLOWED` of them, those
+with the most neighbours in them, and `MAX_FOLLOWED_FOR_ONE` for the sake of any one neighbour.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -37,6 +39,8 @@ from .view import SwarmView, open_announcement
 logger = logging.getLogger(__name__)
 
 MAX_FOLLOWED: Final = 64
+MAX_FOLLOWED_FOR_ONE: Final = 4  # a node is in one topic; who is in many may have invented them
+MAX_SUBSCRIPTIONS: Final = 80  # of a neighbour that are remembered; an introducer has the most
 MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up to 8 KB
 FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
@@ -108,15 +112,33 @@ class Gossip:
         """Join whatever topics of ours the neighbours are in, until cancelled."""
         while True:
             changed = self._changed
-            matches = [_TOPIC.fullmatch(topic) for topic in self.pubsub.peer_topics]
-            wanted = {match[1] for match in matches if match}
-            for revision in sorted(wanted - self._joined):
+            wanted = self._wanted()
+            for revision in [each for each in wanted if each not in self._joined]:
                 if len(self._followed) >= MAX_FOLLOWED:
-                    await self._unsubscribe_one(self._followed - wanted)
-                if len(self._followed) < MAX_FOLLOWED:
-                    self._followed.add(revision)
-                    await self._subscribe(revision)
+                    await self._unsubscribe_one(self._followed.difference(wanted))
+                self._followed.add(revision)
+                await self._subscribe(revision)
             await changed.wait()
+
+    def _wanted(self) -> list[str]:
+        """The revisions to follow, those with the most neighbours in them first."""
+        subscribers = {
+            match[1]: peers
+            for topic, peers in self.pubsub.peer_topics.items()
+            if (match := _TOPIC.fullmatch(topic)) and match[1] not in self._joined - self._followed
+        }
+
+        def rank(revision: str) -> tuple[int, bool, str]:
+            # What is followed already comes first of equals, so that no stranger's topic takes its place.
+            return -len(subscribers[revision]), revision not in self._followed, revision
+
+        wanted: list[str] = []
+        followed_for = Counter[ID]()
+        for revision in sorted(subscribers, key=rank):
+            if any(followed_for[peer] < MAX_FOLLOWED_FOR_ONE for peer in subscribers[revision]):
+                followed_for.update(subscribers[revision])
+                wanted.append(revision)
+        return wanted[:MAX_FOLLOWED]
 
     async def repeat_unheard(self) -> None:
         """Announce again what nobody was there to hear, as soon as somebody is; until cancelled."""
@@ -247,6 +269,7 @@ class _Pubsub(Pubsub):
             router,
             strict_signing=True,
             validation_cache_ttl=0,  # what was news is none the next time; the validator says so, a cache not
+            max_subscriptions_per_peer=MAX_SUBSCRIPTIONS,
             max_inbound_rpc_size=MAX_RPC_BYTES,
         )
         self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
@@ -264,6 +287,11 @@ class _Pubsub(Pubsub):
             await super().push_msg(msg_forwarder, msg)
         except Exception as exc:
             logger.debug("gossip.failed forwarder=%s why=%r", msg_forwarder, exc)
+
+    def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
+        """Remember topics of ours only: another may be as long as a frame."""
+        if _TOPIC.fullmatch(sub_message.topicid):
+            super().handle_subscription(origin_id, sub_message)
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
         """The validator has taken the record in; there is no queue to be read."""

@@ -309,6 +309,47 @@ async def test_an_introducer_follows_a_bounded_number_and_drops_what_nobody_need
             await introducer.hears(bob, sequence)
 
 
+async def test_one_neighbour_cannot_fill_an_introducer_up(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SUBSCRIPTIONS", 20)
+    introducer, stranger = await join(None), await join(None)
+    invented = [f"{number:032x}" for number in range(64)]
+    for revision in invented:
+        await stranger.gossip.join(revision)
+    await stranger.gossip.pubsub.subscribe("/another/topic")
+    await stranger.connect(introducer)
+    await stranger.gossip.announce(stranger.announcement(1, invented[0]))
+    await introducer.hears(stranger, 1, invented[0])
+    alice, bob = await join(OTHER), await join(OTHER)
+    await alice.connect(introducer)
+    await bob.connect(introducer)
+    await alice.gossip.announce(alice.announcement(1, OTHER))
+    await bob.hears(alice, 1, OTHER)
+    followed = set(introducer.gossip.pubsub.topic_ids)
+    assert topic_of(OTHER) in followed
+    assert len(followed) == module.MAX_FOLLOWED_FOR_ONE + 1
+    remembered = [topic for topic in introducer.gossip.pubsub.peer_topics if topic != topic_of(OTHER)]
+    assert len(remembered) == 20
+    assert "/another/topic" not in remembered
+
+
+async def test_a_full_introducer_prefers_topics_with_more_neighbours(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FOLLOWED", 1)
+    introducer, stranger = await join(None), await join(REVISION)
+    await stranger.connect(introducer)
+    await stranger.gossip.announce(stranger.announcement(1))
+    await introducer.hears(stranger, 1)
+    alice, bob = await join(OTHER), await join(OTHER)
+    await alice.connect(introducer)
+    await bob.connect(introducer)
+    await alice.gossip.announce(alice.announcement(1, OTHER))
+    await bob.hears(alice, 1, OTHER)
+    assert set(introducer.gossip.pubsub.topic_ids) == {topic_of(OTHER)}
+
+
 async def test_a_message_that_makes_libp2p_raise_ends_nothing(join: Join) -> None:
     """A public key that cannot be parsed raises out of libp2p's signature check, in a task of ours."""
     alice, bob = await join(), await join()
