@@ -85,7 +85,8 @@ class SpanRunner:
         return list(torch.split(output, [piece.tokens for piece in pieces]))
 
     def _forward(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
-        if self._decoder is not None and self._decoder.accepts(pieces):
+        # Only the whole span is recorded: a client chooses the part, and each recording holds memory.
+        if self._decoder is not None and span == self.span and self._decoder.accepts(pieces):
             return self._decoder.run(pieces, hidden, span)
         attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
         return self._blocks.forward(hidden, attention, span)
