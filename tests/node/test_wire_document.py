@@ -1,0 +1,95 @@
+"""docs/wire.md names every field that travels, in the order in which it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import msgspec
+import pytest
+
+from p2pinfer.node import records, snapshot, wire
+from p2pinfer.routing import announcement
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+# Where the document has a struct's fields: a row of the messages' table, a bracketed list, or a table of its
+# own (the how-manieth of a section). A struct that is nowhere here fails the first test.
+MESSAGES = ("Open", "Opened", "Attach", "Attached", "Step", "Result", "Refused", "End")
+LISTS = {"Successor": "successor", "Bill": "bills"}
+TABLES = {
+    "_Wire": ("Announcements", 0),
+    "_Sealed": ("Sealed records", 0),
+    "_Request": ("Snapshots", 0),
+    "_Entry": ("Snapshots", 1),
+}
+
+
+def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
+    """The structs that `module` defines and sends; not those that are only derived from."""
+    for value in vars(module).values():
+        is_struct = isinstance(value, type) and issubclass(value, msgspec.Struct)
+        if is_struct and value.__module__ == module.__name__ and not value.__subclasses__():
+            yield value
+
+
+STRUCTS = [struct for module in (wire, snapshot, records, announcement) for struct in structs(module)]
+
+
+def section(title: str) -> str:
+    return DOCUMENT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def documented(name: str) -> tuple[str, ...]:
+    """The fields that the document gives a struct."""
+    if name in MESSAGES:
+        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", DOCUMENT, re.MULTILINE)
+        return tuple(field.split()[0] for field in row.split(",") if field.strip())
+    if name in LISTS:
+        [fields] = re.findall(rf"^- \*{LISTS[name]}\*: `\[([^]]*)\]`", DOCUMENT, re.MULTILINE)
+        return tuple(fields.split(", "))
+    title, number = TABLES[name]
+    table = section(title).split("| field | type | what it says |\n")[1:][number].partition("\n\n")[0]
+    return tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+def test_every_struct_has_its_place_in_the_document() -> None:
+    assert {struct.__name__ for struct in STRUCTS} == {*MESSAGES, *LISTS, *TABLES}
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_the_document_names_every_field_in_order(struct: type[msgspec.Struct]) -> None:
+    assert documented(struct.__name__) == struct.__struct_fields__
+
+
+def test_the_document_names_every_refusal_code() -> None:
+    listed = DOCUMENT.partition("Refusal codes:")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(wire.RefusalCode)
+
+
+def test_the_document_has_the_protocols_and_the_bounds() -> None:
+    for protocol in (wire.SESSION_PROTOCOL, wire.CHAIN_PROTOCOL, snapshot.SNAPSHOT_PROTOCOL):
+        assert f"| `{protocol}` |" in DOCUMENT
+    for title, bounds in {
+        "Session and chain frames": [wire.MAX_HEADER_BYTES],
+        "Announcements": [
+            announcement.MAX_ANNOUNCEMENT_BYTES,
+            announcement.MAX_BLOCKS,
+            announcement.MAX_ADDRS,
+            int(announcement.MIN_TTL_S),
+            int(announcement.MAX_TTL_S),
+        ],
+        "Sealed records": [records.MAX_RECORD_BYTES],
+        "Snapshots": [snapshot.MAX_RESPONSE_BYTES, snapshot.MAX_RECORDS, records.MAX_RECORD_BYTES],
+    }.items():
+        numbers = re.findall(r"[\d,]*\d", section(title))
+        assert {f"{bound:,}" for bound in bounds} <= set(numbers)
+
+
+def test_the_document_says_what_a_signature_covers() -> None:
+    domain: bytes = vars(records)["_DOMAIN"]
+    text, zero = domain[:-1].decode(), domain[-1:]
+    assert f"`{text}`, one zero byte" in section("Sealed records")
+    assert zero == b"\0"
