@@ -1,0 +1,119 @@
+"""The commands as a user runs them: what they print, and what is left when they are interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+
+from .support import PATIENCE_S, Swarm
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "Once upon a time"
+
+
+@contextmanager
+def command(home: Path, *argv: str) -> Generator[subprocess.Popen[str]]:
+    """`p2pinfer` with nothing configured, and temporary files in a folder of its own."""
+    (home / "tmp").mkdir()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("P2PINFER_")}
+    environ |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("DATA", "CONFIG", "CACHE")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "p2pinfer", *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=home,
+        env={**environ, "TMPDIR": str(home / "tmp")},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+SHAPE: dict[str, Any] = {
+    "text": str,
+    "token_ids": [int],
+    "prompt_tokens": int,
+    "finish_reason": str,
+    "route": [{"peer_id": str, "blocks": [int], "connection": str}],
+    "timings": {"first_token_s": float, "tokens_per_s": float, "per_hop_ms": [float]},
+    "failovers": int,
+}
+
+
+def assert_shape(told: Any, shape: Any) -> None:
+    """Hold a JSON value to its shape: every key, in order, every type, no empty list."""
+    if isinstance(shape, dict):
+        fields = cast("dict[str, Any]", shape)
+        assert list(told) == list(fields)
+        for key, part in fields.items():
+            assert_shape(told[key], part)
+    elif isinstance(shape, list):
+        (part,) = cast("list[Any]", shape)
+        assert told
+        for each in told:
+            assert_shape(each, part)
+    else:
+        assert type(told) is shape
+
+
+def test_json_has_the_shape_that_scripts_rely_on(swarm: Swarm, tmp_path: Path) -> None:
+    argv = ("generate", "--json", "--bootstrap", swarm.address, "--max-new-tokens", "8", PROMPT)
+    with command(tmp_path, *argv) as process:
+        text, said = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, said) == (0, "")
+    told = json.loads(text)
+    assert_shape(told, SHAPE)
+    assert told["text"] == ", there was a little girl named Lily"
+    assert [hop["blocks"][0] for hop in told["route"]] + [8] == [0] + [
+        hop["blocks"][1] for hop in told["route"]
+    ]
+    assert {hop["peer_id"] for hop in told["route"]} <= set(swarm.peers)
+    assert len(told["token_ids"]) == 8
+
+
+@contextmanager
+def in_the_middle(home: Path) -> Generator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A generation on a swarm of its own, once it has begun to print; and the swarm's processes."""
+    with command(home, "generate", "--max-new-tokens", "900", PROMPT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == "no swarm in reach: starting 3 nodes on this computer\n"
+        assert process.stdout.read(1) == ","
+        nodes = psutil.Process(process.pid).children()
+        assert len(nodes) == 3
+        assert len(list((home / "tmp").glob("p2pinfer-*"))) == 1
+        yield process, nodes
+
+
+def test_ctrl_c_in_the_middle_of_a_text_leaves_nothing_behind(tmp_path: Path) -> None:
+    with in_the_middle(tmp_path) as (process, nodes):
+        process.send_signal(signal.SIGINT)
+        text, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + signal.SIGINT
+    assert text.endswith("\n")
+    assert said == ""
+    assert not [node for node in nodes if node.is_running()]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_nodes_of_a_client_that_was_killed_end_by_themselves(tmp_path: Path) -> None:
+    with in_the_middle(tmp_path) as (process, nodes):
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(nodes, timeout=30)
+        assert alive == []
