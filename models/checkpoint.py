@@ -82,6 +82,11 @@ class Checkpoint:
         """
         return self._locate(name).read(name)
 
+    def unmap(self) -> None:
+        """Let go of the mapped files, whose pages count as this process's; reading maps them again."""
+        for shard in self._shards.values():
+            shard.unmap()
+
     def _locate(self, name: str) -> _Shard:
         try:
             return self._shard_of[name]
@@ -217,6 +222,9 @@ class _Shard:
         except (OSError, SafetensorError, RuntimeError, ValueError) as exc:
             raise CheckpointError(f"{self.path} changed while in use, {name} cannot be read: {exc}") from exc
         return tensor
+
+    def unmap(self) -> None:
+        self.__dict__.pop("_mapped", None)
 
     @cached_property
     def _mapped(self) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -193,3 +194,19 @@ def test_a_shard_that_changes_before_its_first_read_is_noticed(copy: Path) -> No
     (copy / "model-00001-of-00003.safetensors").write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="changed while in use"):
         checkpoint.read("model.embed_tokens.weight")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are looked up in /proc")
+def test_what_was_loaded_stays_mapped_no_longer_than_it_takes(tiny_stories: Path) -> None:
+    def is_mapped() -> bool:
+        return str(tiny_stories.resolve()) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
+    name = min(checkpoint.block_names(0))
+    before = checkpoint.read(name).clone()
+    assert is_mapped()
+    checkpoint.unmap()
+    gc.collect()
+    assert not is_mapped()
+    assert checkpoint.read(name).equal(before)
+    checkpoint.unmap()
