@@ -60,10 +60,10 @@ def assert_shape(told: Any, shape: Any) -> None:
     if isinstance(shape, dict):
         fields = cast("dict[str, Any]", shape)
         assert list(told) == list(fields)
-        for key, part in fields.items():
-            assert_shape(told[key], part)
+        for key, inner in fields.items():
+            assert_shape(told[key], inner)
     elif isinstance(shape, list):
-        (part,) = cast("list[Any]", shape)
+        part: Any = shape[0]
         assert told
         for each in told:
             assert_shape(each, part)
