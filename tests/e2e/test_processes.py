@@ -63,10 +63,10 @@ def assert_shape(told: Any, shape: Any) -> None:
         for key, inner in fields.items():
             assert_shape(told[key], inner)
     elif isinstance(shape, list):
-        part: Any = shape[0]
+        parts: list[Any] = shape
         assert told
         for each in told:
-            assert_shape(each, part)
+            assert_shape(each, parts[0])
     else:
         assert type(told) is shape
 
