@@ -121,6 +121,7 @@ class SpanServer:
                     await control.send(Refused(refusal.code, printable(str(refusal))))
                     await control.end()
                 return
+            control.max_payload_bytes = self._largest_payload
             await self._run(session)
 
     def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
@@ -253,6 +254,7 @@ class SpanServer:
                 await chain.send(Refused("no_session", "no session here expects you as its predecessor"))
                 await chain.end()
                 return
+            chain.max_payload_bytes = self._largest_payload
             await chain.send(Attached())
             with session.scope(), ending(session):
                 await self._read_chain(session, chain)
@@ -277,9 +279,13 @@ class SpanServer:
 
     # ------------------------------------------------------------------ both
 
+    @property
+    def _largest_payload(self) -> int:
+        return self._config.max_chunk_tokens * row_bytes(self._served.spec.hidden_size, "float32")
+
     def _frames(self, stream: PeerStream) -> FrameStream:
-        largest = self._config.max_chunk_tokens * row_bytes(self._served.spec.hidden_size, "float32")
-        return FrameStream(stream, max_payload_bytes=largest, peer_id=stream.peer_id)
+        """Frames without payloads: who has not been let in cannot make us hold megabytes a stream."""
+        return FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id)
 
     async def _first_message(self, frames: FrameStream) -> Message:
         with trio.move_on_after(self._config.handshake_timeout_s):

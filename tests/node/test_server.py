@@ -37,6 +37,7 @@ from p2pinfer.node.wire import (
     Result,
     Step,
     Successor,
+    encode_header,
 )
 from p2pinfer.node.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
@@ -363,6 +364,16 @@ async def test_a_stream_that_begins_wrongly_or_not_at_all_is_dropped(
         for frames in (wrong, silent):
             with pytest.raises(PeerVanished):
                 await frames.receive()
+
+
+@pytest.mark.parametrize("protocol", [SESSION_PROTOCOL, CHAIN_PROTOCOL])
+async def test_nobody_can_send_tensors_before_being_let_in(checkpoint: Checkpoint, protocol: str) -> None:
+    """The frame is refused by its header; its payload never comes, and nobody waits for it."""
+    async with open_swarm(checkpoint, handshake_timeout_s=1000) as swarm:
+        stream = await swarm.network.hosts["client"].open_stream("a", protocol)
+        await stream.send_all(encode_header(Step(0, 0, 0, 1, 1), 1280))
+        with pytest.raises(PeerVanished):
+            await FrameStream(stream, max_payload_bytes=0).receive()
 
 
 async def test_an_idle_session_is_closed_when_its_lease_has_run_out(
