@@ -63,7 +63,7 @@ def assert_shape(told: Any, shape: Any) -> None:
         for key, inner in fields.items():
             assert_shape(told[key], inner)
     elif isinstance(shape, list):
-        parts: list[Any] = shape
+        parts = cast("list[object]", shape)
         assert told
         for each in told:
             assert_shape(each, parts[0])
