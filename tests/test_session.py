@@ -342,6 +342,23 @@ async def test_a_step_that_takes_too_long_counts_as_dead(
         await session.aclose()
 
 
+async def test_a_first_hop_that_takes_nothing_in_counts_as_dead(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def never(self: FrameStream, message: object, payload: object = b"") -> None:
+        await trio.sleep_forever()
+
+    async with open_memory_swarm(checkpoint) as swarm:
+        script(swarm.network, "a", stay)
+        session = await open_over(swarm, route_over(a=(0, 8)), SessionConfig(step_timeout_s=20))
+        with monkeypatch.context() as patch:
+            patch.setattr(FrameStream, "send", never)
+            with pytest.raises(PeerVanished, match="it took nothing in for 20 s") as caught:
+                await session.decode(hidden_states(1), 0)
+        assert caught.value.peer_id == "a"
+        await session.aclose()
+
+
 async def test_a_closed_session_says_so(checkpoint: Checkpoint) -> None:
     async with one_hop(checkpoint, stay) as session, trio.open_nursery() as nursery:
 

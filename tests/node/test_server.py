@@ -461,6 +461,16 @@ async def test_a_successor_out_of_reach_is_named(checkpoint: Checkpoint) -> None
         await swarm.all_closed()
 
 
+async def test_a_successor_that_does_not_expect_us_is_named(checkpoint: Checkpoint) -> None:
+    """The client opened a session here, and none there."""
+    async with open_swarm(checkpoint, 4, handshake_timeout_s=0.05) as swarm:
+        frames = await swarm.frames("a")
+        await frames.send(msgspec.structs.replace(swarm.opening(), successor=Successor("b")))
+        refused = await refusal(frames)
+        assert (refused.code, refused.peer_id) == ("successor_unreachable", "b")
+        await swarm.all_closed()
+
+
 async def test_a_successor_that_never_answers_is_given_up(checkpoint: Checkpoint) -> None:
     async with open_swarm(checkpoint, 4, dial_timeout_s=0.05) as swarm:
 
