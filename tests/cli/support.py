@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 
-def start_node(home: Path, blocks: str, *more: str) -> subprocess.Popen[str]:
+def start_node(home: Path, blocks: str | None, *more: str) -> subprocess.Popen[str]:
+    """A node of these blocks, or an introducer."""
     command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
-    command += ["--blocks", blocks, "--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
+    command += ["--no-blocks"] if blocks is None else ["--blocks", blocks]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
     command += ["--set", "compute.threads=1", *more]
     return subprocess.Popen(
         command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

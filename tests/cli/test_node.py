@@ -92,7 +92,7 @@ def test_what_cannot_work_is_one_line(
 
 
 def test_a_node_leaves_when_its_standard_input_ends(tmp_path: Path) -> None:
-    node = start_node(tmp_path, "0:1", "--no-blocks")
+    node = start_node(tmp_path, None)
     assert wait_ready(node)["blocks"] is None
     _, said = node.communicate(timeout=20)
     assert (node.returncode, said) == (0, "")
