@@ -197,11 +197,13 @@ def test_a_shard_that_changes_before_its_first_read_is_noticed(copy: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are looked up in /proc")
-def test_what_was_loaded_stays_mapped_no_longer_than_it_takes(tiny_stories: Path) -> None:
-    def is_mapped() -> bool:
-        return str(tiny_stories.resolve()) in Path("/proc/self/maps").read_text(encoding="utf-8")
+def test_what_was_loaded_stays_mapped_no_longer_than_it_takes(tiny_stories: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_stories, tmp_path / "copy")  # of which no other test has anything mapped
 
-    checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
+    def is_mapped() -> bool:
+        return str(folder.resolve()) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    checkpoint = open_checkpoint(folder, "tiny-stories")
     name = min(checkpoint.block_names(0))
     before = checkpoint.read(name).clone()
     assert is_mapped()
