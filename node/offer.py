@@ -9,10 +9,11 @@ import trio
 
 from p2pinfer.models.runner import SpanRunner
 from p2pinfer.models.spec import ModelSpec
-from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, Announcement
 
 from .config import ServeConfig
 from .swarm import SwarmMember
+from .wire import printable
 
 
 class Offer:
@@ -50,7 +51,7 @@ class Offer:
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return Announcement(
             peer_id=self._member.peer_id,
-            model=self._spec.model,
+            model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
             revision=self._spec.revision,
             span=self._runner.span,
             dtype=self._runner.dtype_name,
@@ -58,7 +59,7 @@ class Offer:
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._sequence,
             reachability="unknown",
-            addrs=self._member.addrs,
+            addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
             coordinate=self._member.coordinate,
             ttl_s=self._config.announce_ttl_s,
         )

@@ -22,6 +22,7 @@ VERSION = 1
 MAX_ANNOUNCEMENT_BYTES = 8192  # 16 addresses of 256 characters, a long model name, and room to grow
 MAX_BLOCKS = 4096
 MAX_ADDRS = 16
+MAX_NAME = 256  # characters of a model's name
 MIN_TTL_S = 5.0
 MAX_TTL_S = 300.0
 
@@ -65,7 +66,7 @@ class Announcement:
 # Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns
 # too, because msgspec's error for a Literal repeats what the peer sent. A float with a bound is never NaN.
 _PeerId = Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 _Revision = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]
 _Addr = Annotated[str, msgspec.Meta(pattern=r"\A/[!-~]{1,255}\Z")]

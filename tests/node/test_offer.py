@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.offer import Offer
+from p2pinfer.routing.announcement import decode_announcement, encode_announcement
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 
@@ -51,6 +53,19 @@ async def test_an_announcement_says_what_is_so_at_the_moment(
         assert said.ttl_s == 99.0
         assert said.coordinate is not None
         assert not said.leaving
+
+
+@pytest.mark.parametrize(("name", "told"), [("two\nlines", "two lines"), ("x" * 300, "x" * 256), ("", "?")])
+async def test_whatever_a_model_and_a_network_are_called_peers_accept_it(
+    name: str, told: str, checkpoint: Checkpoint, runner: SpanRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        member = swarm.member("a")
+        monkeypatch.setattr(member.host, "addrs", tuple(f"/ip4/10.0.0.{n}/tcp/1" for n in range(40)))
+        offer = Offer(member, replace(checkpoint.spec, model=name), runner, 1.0, ServeConfig())
+        announcement = decode_announcement(encode_announcement(offer.announcement()))
+    assert announcement.model == told
+    assert announcement.addrs == member.addrs[:16]
 
 
 async def test_each_announcement_outdoes_the_one_before_whatever_the_wall_clock_does(
