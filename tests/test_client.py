@@ -133,6 +133,29 @@ async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: Open
         assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
 
 
+async def test_two_peers_that_die_together_are_one_failover(open_client: OpenClient) -> None:
+    """The second one is found dead while the next route is opened."""
+    policy = Recorder()
+    async with open_client(policy=policy) as (client, swarm):
+        for peer_id, start, stop, tokens_per_s in (
+            ("a", 0, 3, 50),
+            ("b", 3, 5, 900),
+            ("c", 5, 8, 900),
+            ("d", 3, 5, 10),
+            ("e", 5, 8, 10),
+        ):
+            await swarm.serve(peer_id, start, stop, tokens_per_s=tokens_per_s)
+        undisturbed = await text_of(client.generate(PROMPT, max_new_tokens=8))
+        generation = client.generate(PROMPT, max_new_tokens=8)
+        await anext(generation)
+        await swarm.network.kill("b")
+        await swarm.network.kill("c")
+        assert await text_of(generation) == undisturbed
+        assert generation.result.failovers == 1
+        assert [hop.peer_id for hop in generation.result.route] == ["a", "d", "e"]
+        assert policy.requests[-1].excluded == {"b", "c"}
+
+
 async def test_a_peer_out_of_reach_counts_as_failed_and_one_that_refuses_does_not(
     open_client: OpenClient,
 ) -> None:
