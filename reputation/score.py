@@ -8,9 +8,12 @@ class Score:
     """What a peer's past says about its next session.
 
     Attributes:
-        integrity: How sure we are that it computes what it was asked to, 0..1.
+        integrity: What we are 95 % sure of that it computes as it was asked to, 0..1: the 5 % quantile of
+            what audits say, so a newcomer scores low until it has been checked.
         reliability: How probably it stays until the session is done, 0..1.
+        is_newcomer: Too few audits to tell, and none of them failed. Policies reserve some traffic for such.
     """
 
     integrity: float
     reliability: float
+    is_newcomer: bool = False

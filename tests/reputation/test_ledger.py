@@ -1,14 +1,20 @@
+import logging
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pinfer.reputation.account import MAX_NOTES, MAX_REASON
 from p2pinfer.reputation.ledger import Ledger, LedgerConfig
 from p2pinfer.reputation.view import ReputationView
+
+from .support import Verdict, audit
 
 HOUR_S = 3600.0
 
 # (good, seconds since the previous event)
 histories = st.lists(st.tuples(st.booleans(), st.floats(0, 1e6)), max_size=150)
+verdicts = st.lists(st.sampled_from(list(Verdict)), max_size=60)
 
 
 def reliability_after(history: list[tuple[bool, float]], config: LedgerConfig | None = None) -> float:
@@ -19,10 +25,22 @@ def reliability_after(history: list[tuple[bool, float]], config: LedgerConfig | 
     return ledger.score("peer").reliability
 
 
+def integrity_after(history: list[Verdict]) -> float:
+    ledger = Ledger()
+    for verdict in history:
+        ledger.record_audit("peer", verdict, 1.0)
+    return ledger.score("peer").integrity
+
+
+# ---------------------------------------------------------------------- reliability
+
+
 def test_a_newcomer_scores_the_prior() -> None:
-    view: ReputationView = Ledger(LedgerConfig(reliability_prior=(4, 1), integrity_prior=(1, 1)))
-    assert view.score("stranger").reliability == pytest.approx(0.8)
-    assert view.score("stranger").integrity == pytest.approx(0.5)
+    view: ReputationView = Ledger(LedgerConfig(reliability_prior=(4, 1)))
+    score = view.score("stranger")
+    assert score.reliability == pytest.approx(0.8)
+    assert score.integrity == pytest.approx(0.05)
+    assert score.is_newcomer
     assert not view.is_banned("stranger")
 
 
@@ -77,6 +95,103 @@ def test_peers_do_not_share_evidence() -> None:
     assert ledger.score("bad").reliability < ledger.score("other").reliability
 
 
+def test_a_timeout_never_touches_integrity_nor_an_audit_reliability() -> None:
+    ledger = Ledger()
+    before = ledger.score("peer")
+    ledger.record_failure("peer", 0.0, "vanished")
+    assert ledger.score("peer").integrity == before.integrity
+    after = ledger.score("peer")
+    audit(ledger, "peer", Verdict.PASS, now=0.0)
+    assert ledger.score("peer").reliability == after.reliability
+    assert ledger.score("peer").integrity > after.integrity
+
+
+# ---------------------------------------------------------------------- integrity
+
+
+@pytest.mark.parametrize("passes", [0, 1, 5, 20, 100])
+def test_integrity_is_the_five_percent_quantile(passes: int) -> None:
+    """Of Beta(1 + n, 1) that is 0.05 ** (1 / (n + 1)); forgetting takes a little of n."""
+    assert integrity_after([Verdict.PASS] * passes) == pytest.approx(0.05 ** (1 / (passes + 1)), abs=5e-3)
+
+
+@given(verdicts, st.data())
+def test_integrity_is_bounded_and_monotone_in_verdicts(history: list[Verdict], data: st.DataObject) -> None:
+    where = data.draw(st.integers(0, len(history)))
+    plain = integrity_after(history)
+    assert 0.0 <= plain <= 1.0
+    assert integrity_after([*history[:where], Verdict.FAIL, *history[where:]]) <= plain + 1e-9
+    assert integrity_after([*history, Verdict.PASS]) >= plain - 1e-3
+
+
+@given(verdicts)
+def test_suspect_and_inconclusive_never_punish(history: list[Verdict]) -> None:
+    silent: list[Verdict] = [each for each in history if each in (Verdict.PASS, Verdict.FAIL)]
+    assert integrity_after(history) == integrity_after(silent)
+
+
+def test_a_newcomer_that_fails_once_is_banned_and_an_old_hand_is_not() -> None:
+    ledger = Ledger()
+    audit(ledger, "new", Verdict.FAIL)
+    assert ledger.is_banned("new")
+    audit(ledger, "old", Verdict.PASS, 100)
+    audit(ledger, "old", Verdict.FAIL)
+    assert not ledger.is_banned("old") and not ledger.is_newcomer("old")
+    assert ledger.score("old").integrity < 0.9
+    audit(ledger, "old", Verdict.FAIL, 25)
+    assert ledger.is_banned("old")
+
+
+def test_a_failure_is_a_suspicion_until_it_is_confirmed(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger()
+    ledger.record_audit("peer", Verdict.FAIL, 1.0, confirmed=False)
+    assert not ledger.is_banned("peer") and ledger.account("peer").suspected == 1
+    with caplog.at_level(logging.WARNING):
+        ledger.record_audit("peer", Verdict.FAIL, 1.0, why="int8 weights")
+    assert ledger.is_banned("peer")
+    assert caplog.messages == ["peer is banned: int8 weights"]
+
+
+def test_suspicion_is_a_running_mean_that_raises_the_audit_rate_and_wears_off() -> None:
+    ledger = Ledger()
+    audit(ledger, "peer", Verdict.PASS, 200)
+    calm = ledger.audit_probability("peer", 1.0)
+    audit(ledger, "peer", Verdict.SUSPECT, 20)
+    assert ledger.account("peer").suspicion == pytest.approx(1 - 0.9**20)
+    assert ledger.audit_probability("peer", 1.0) > 0.85
+    audit(ledger, "peer", Verdict.PASS, 60)
+    assert ledger.audit_probability("peer", 1.0) == pytest.approx(calm, abs=5e-3)
+
+
+def test_withheld_evidence_is_a_failure_of_reliability() -> None:
+    ledger = Ledger()
+    before = ledger.score("peer")
+    ledger.record_audit("peer", Verdict.INCONCLUSIVE, 1.0)
+    assert ledger.score("peer") == before
+    ledger.record_audit("peer", Verdict.INCONCLUSIVE, 1.0, withheld=True)
+    after = ledger.score("peer")
+    assert after.reliability < before.reliability and after.integrity == before.integrity
+    assert ledger.account("peer").withheld == 1
+
+
+@pytest.mark.parametrize(("passes", "rate"), [(0, 0.9125), (12, 0.0524), (100, 0.0108), (5000, 0.01)])
+def test_the_audit_rate_falls_with_what_was_passed(passes: int, rate: float) -> None:
+    ledger = Ledger()
+    audit(ledger, "peer", Verdict.PASS, passes)
+    assert ledger.audit_probability("peer", 1.0) == pytest.approx(rate, rel=0.02)
+
+
+def test_newcomers_are_audited_in_half_of_their_sessions_at_least() -> None:
+    ledger = Ledger()
+    audit(ledger, "peer", Verdict.PASS, 9)
+    assert ledger.is_newcomer("peer") and ledger.audit_probability("peer", 1.0) == 0.5
+    audit(ledger, "peer", Verdict.PASS)
+    assert not ledger.is_newcomer("peer") and ledger.audit_probability("peer", 1.0) < 0.1
+
+
+# ---------------------------------------------------------------------- the user's word
+
+
 def test_a_ban_holds_until_it_is_forgiven_and_so_does_the_evidence() -> None:
     ledger = Ledger(banned=["early"])
     ledger.record_failure("late", 0.0)
@@ -90,10 +205,25 @@ def test_a_ban_holds_until_it_is_forgiven_and_so_does_the_evidence() -> None:
 def test_who_the_user_vouches_for_has_full_integrity_and_is_not_banned() -> None:
     ledger = Ledger(vouched=["mine"])
     assert ledger.score("mine").integrity == 1.0
+    assert not ledger.is_newcomer("mine") and ledger.audit_probability("mine", 0.0) == 0.01
     ledger.ban("mine")
     assert ledger.score("mine").integrity < 1.0
     ledger.vouch("mine")
     assert ledger.score("mine").integrity == 1.0 and not ledger.is_banned("mine")
+
+
+def test_a_users_ban_replaces_the_reason_and_nothing_else_does() -> None:
+    ledger = Ledger()
+    ledger.add_proof("address", "peer", 1.0, verified=True, why="skipped a block")
+    audit(ledger, "peer", Verdict.FAIL)
+    ban = ledger.account("peer").ban
+    assert ban is not None and ban.by == "proof" and "skipped a block" in ban.why
+    ledger.ban("peer", "rude")
+    ban = ledger.account("peer").ban
+    assert ban is not None and (ban.by, ban.why) == ("user", "rude")
+
+
+# ---------------------------------------------------------------------- bounds
 
 
 def test_the_longest_unseen_peer_is_forgotten_first() -> None:
@@ -103,3 +233,22 @@ def test_the_longest_unseen_peer_is_forgotten_first() -> None:
     prior = ledger.score("stranger")
     assert ledger.score("b") == prior
     assert ledger.score("a") != prior and ledger.score("c") != prior
+
+
+def test_the_banned_are_forgotten_last() -> None:
+    ledger = Ledger(LedgerConfig(max_peers=2), banned=["bad"])
+    for peer_id in ("a", "b", "c"):
+        ledger.record_success(peer_id, 0.0)
+    assert list(ledger.peers()) == ["bad", "c"]
+    for peer_id in ("worse", "worst"):
+        ledger.ban(peer_id)
+    assert list(ledger.peers()) == ["worse", "worst"]
+
+
+def test_notes_are_few_and_short() -> None:
+    ledger = Ledger()
+    for number in range(20):
+        ledger.record_failure("peer", 0.0, f"{number} " + "no \n" * 1000)
+    notes = ledger.account("peer").notes
+    assert [note.text.split()[0] for note in notes] == [str(n) for n in range(20 - MAX_NOTES, 20)]
+    assert all(len(note.text) == MAX_REASON and "\n" not in note.text for note in notes)

@@ -112,7 +112,7 @@ def test_trusted_only_refuses_strangers_and_says_so() -> None:
     assert [route.peer_ids for route in TrustedOnly().choose_routes(CANDIDATES, REQUEST, ledger)] == [
         ("left", "right")
     ]
-    assert len(TrustedOnly(min_integrity=0.5).choose_routes(CANDIDATES, REQUEST, Ledger())) == 3
+    assert len(TrustedOnly(min_integrity=0.05).choose_routes(CANDIDATES, REQUEST, Ledger())) == 3
 
 
 class PreferLeft(RoutingPolicy):

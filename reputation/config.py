@@ -1,0 +1,28 @@
+"""What reputation is reckoned with; the only place these defaults live."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerConfig:
+    """How evidence turns into scores, and how much is remembered."""
+
+    reliability_prior: tuple[float, float] = (4.0, 1.0)  # good and bad sessions a newcomer is credited with
+    half_life_h: float = 72.0  # hours until what was seen of a peer's reliability counts half
+    max_evidence: float = 100.0  # sessions that count at most
+    audit_memory: float = 0.999  # what older audits keep of their weight with every further one
+    fail_weight: float = 10.0  # audits that one confirmed failure counts as
+    quantile: float = 0.05  # the share of doubt that integrity grants
+    ban_below: float = 0.3  # a peer whose own audits' mean is lower is banned
+    min_audit_probability: float = 0.01  # nobody is trusted so far that nobody looks
+    newcomer_audits: int = 10  # a peer with fewer audits is a newcomer
+    newcomer_audit_probability: float = 0.5  # at least, while it is one
+    suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
+    attested_cap: float = 20.0  # audits that all that others say of a peer counts as at most
+    min_overlap: int = 3  # peers of whom both know something before an attester has weight
+    attestation_ttl_s: float = 7 * 86400.0  # seconds for which an attestation counts
+    max_attesters: int = 256  # of whom an attestation is kept
+    proofs_per_hour: float = 6.0  # of one sender in good standing
+    max_proofs_per_hour: float = 60.0  # of all strangers together; half as many again of known senders
+    max_proofs: int = 10_000  # content addresses remembered
+    max_peers: int = 20_000  # peers remembered; beyond that the longest unseen are forgotten

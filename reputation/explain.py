@@ -1,0 +1,112 @@
+"""Why a peer scores as it does, in plain words."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from .account import Account, Ban
+from .config import LedgerConfig
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+
+
+def explain(ledger: Ledger, peer_id: str) -> list[str]:
+    """One sentence a line: standing, audits, sessions, hearsay, proofs, what happened."""
+    account, score, config = ledger.account(peer_id), ledger.score(peer_id), ledger.config
+    lines = [_standing(ledger, peer_id, account)]
+    lines += [_audits(account, score.integrity, config)]
+    if account.suspicion > 0.01:
+        lines.append(
+            f"Of its latest audits, {account.suspicion:.0%} were suspect, which proves nothing; "
+            f"it is audited more often."
+        )
+    lines += [_sessions(account, score.reliability)]
+    good, bad = ledger.attested(peer_id)
+    if good + bad >= 0.05:
+        lines.append(
+            f"Others whose audits agree with yours count as {good + bad:.1f} more audits, "
+            f"{good / (good + bad):.0%} of them good."
+        )
+    if account.proofs_verified or account.proofs_false:
+        lines.append(
+            f"It sent {_count(account.proofs_verified, 'fraud proof')} that held and "
+            f"{account.proofs_false} that did not."
+        )
+    if not account.ban:
+        rate = ledger.audit_probability(peer_id, 0.0)
+        lines.append(f"Its work is audited in {rate:.0%} of the sessions it takes part in.")
+    return lines + [f"{moment(note.at)}  {note.text}" for note in account.notes]
+
+
+def standing(ledger: Ledger, peer_id: str) -> str:
+    """The peer's standing in a word or two, for a table."""
+    account = ledger.account(peer_id)
+    if account.ban is not None:
+        return {"user": "banned by you", "audits": "banned by audits", "proof": "banned by proof"}[
+            account.ban.by
+        ]
+    if account.vouched:
+        return "vouched for"
+    if account.failed:
+        return "failed audits"
+    return "newcomer" if ledger.is_newcomer(peer_id) else "audited"
+
+
+def moment(at: float) -> str:
+    """A point in time for people, or a dash for none."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at > 0 else "-"
+
+
+def _standing(ledger: Ledger, peer_id: str, account: Account) -> str:
+    if account.ban is not None:
+        return _ban(account.ban)
+    if account.vouched:
+        return "You vouched for it, so its integrity is taken for granted."
+    if account == type(account)():
+        return "Nothing is known of it: it never worked for you."
+    if account.failed:
+        return "It failed audits, but has passed too many to be banned for that alone."
+    if ledger.is_newcomer(peer_id):
+        wanted = ledger.config.newcomer_audits
+        return f"It is a newcomer: {account.passed} of the {wanted} audits after which it no longer is."
+    return "It is in good standing."
+
+
+def _ban(ban: Ban) -> str:
+    when = f" on {moment(ban.at)}" if ban.at > 0 else ""
+    match ban.by:
+        case "user":
+            return f"You banned it{when}: {ban.why}."
+        case "audits":
+            return f"It was banned{when} because of its audits: {ban.why}."
+        case "proof":
+            return f"It was banned{when}: {ban.why}."
+
+
+def _audits(account: Account, integrity: float, config: LedgerConfig) -> str:
+    if not account.audits:
+        return f"None of its work was audited with a result, so its integrity is {integrity:.2f}."
+    rest = ""
+    if account.suspected or account.inconclusive:
+        rest = f" ({account.suspected} more were suspect, {account.inconclusive} inconclusive)"
+    return (
+        f"Of {_count(account.audits, 'audit')}{rest} it passed {account.passed}: with "
+        f"{1 - config.quantile:.0%} confidence at least {integrity:.0%} of its work is right "
+        f"(integrity {integrity:.2f})."
+    )
+
+
+def _sessions(account: Account, reliability: float) -> str:
+    if not account.sessions:
+        return f"It took part in no session yet; its reliability is taken to be {reliability:.2f}."
+    stayed = account.sessions - account.failures
+    return (
+        f"Of {_count(account.sessions, 'session')} it saw {stayed} through; the latest count most "
+        f"(reliability {reliability:.2f})."
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -1,0 +1,90 @@
+"""Proofs are fetched once, from whom one may believe, and not more than one can check."""
+
+import pytest
+
+from p2pinfer.reputation.ledger import Ledger, LedgerConfig
+from p2pinfer.reputation.proofs import ProofDecision, sender_standing
+
+HOUR_S = 3600.0
+
+
+def test_a_verified_proof_bans_and_is_not_fetched_again() -> None:
+    ledger = Ledger()
+    assert ledger.weigh_proof("p1", "cheat", "witness", 1.0) is ProofDecision.FETCH
+    ledger.add_proof("p1", "cheat", 2.0, verified=True, sender="witness", why="blocks 3:5 differ")
+    assert ledger.is_banned("cheat")
+    ban = ledger.account("cheat").ban
+    assert ban is not None and ban.by == "proof" and "blocks 3:5 differ" in ban.why
+    assert ledger.weigh_proof("p1", "cheat", "other", 3.0) is ProofDecision.KNOWN
+    assert ledger.weigh_proof("p2", "cheat", "other", 3.0) is ProofDecision.NEEDLESS
+    assert ledger.proofs()["p1"].state == "verified"
+    assert ledger.account("witness").proofs_verified == 1
+
+
+def test_a_false_proof_costs_its_sender_and_not_the_accused() -> None:
+    ledger = Ledger()
+    before = ledger.score("honest")
+    ledger.add_proof("p1", "honest", 1.0, verified=False, sender="liar")
+    assert ledger.score("honest") == before and not ledger.is_banned("honest")
+    assert sender_standing(ledger.account("liar")) == pytest.approx(1 / 3)
+    assert ledger.weigh_proof("p2", "honest", "liar", HOUR_S) is ProofDecision.FETCH
+    ledger.add_proof("p2", "honest", HOUR_S, verified=False, sender="liar")
+    assert ledger.weigh_proof("p3", "honest", "liar", 2 * HOUR_S) is ProofDecision.DISTRUSTED
+    assert not ledger.is_banned("liar")
+
+
+def test_true_proofs_outweigh_a_false_one() -> None:
+    ledger = Ledger()
+    for number in range(4):
+        ledger.add_proof(f"t{number}", f"cheat{number}", 1.0, verified=True, sender="witness")
+    ledger.add_proof("f", "honest", 1.0, verified=False, sender="witness")
+    assert ledger.weigh_proof("next", "somebody", "witness", 1.0) is ProofDecision.FETCH
+
+
+def test_what_was_checked_stays_checked() -> None:
+    ledger = Ledger()
+    ledger.add_proof("p1", "honest", 1.0, verified=False, sender="liar")
+    ledger.add_proof("p1", "honest", 2.0, verified=True, sender="liar")
+    assert not ledger.is_banned("honest")
+    assert ledger.account("liar").proofs_verified == 0
+
+
+def test_a_proof_that_could_not_be_had_may_come_from_another() -> None:
+    ledger = Ledger()
+    assert ledger.weigh_proof("p1", "cheat", "gone", 1.0) is ProofDecision.FETCH
+    assert ledger.weigh_proof("p1", "cheat", "gone", 2.0) is ProofDecision.KNOWN
+    assert ledger.weigh_proof("p1", "cheat", "other", 3.0) is ProofDecision.FETCH
+    assert ledger.weigh_proof("p1", "cheat", "other", 4.0 + HOUR_S) is ProofDecision.FETCH
+
+
+def test_a_sender_has_an_allowance_by_the_hour() -> None:
+    ledger = Ledger(LedgerConfig(proofs_per_hour=3))
+    said = [ledger.weigh_proof(f"p{n}", f"c{n}", "keen", float(n)) for n in range(5)]
+    assert said == [ProofDecision.FETCH] * 3 + [ProofDecision.TOO_MANY] * 2
+    assert ledger.weigh_proof("p9", "c9", "keen", HOUR_S + 2.5) is ProofDecision.FETCH
+
+
+def test_a_flood_of_strangers_leaves_room_for_who_proved_something() -> None:
+    ledger = Ledger(LedgerConfig(max_proofs_per_hour=10))
+    ledger.add_proof("true", "cheat", 1.0, verified=True, sender="witness")
+    said = [ledger.weigh_proof(f"p{n}", f"c{n}", f"stranger{n}", 2.0) for n in range(20)]
+    assert said.count(ProofDecision.FETCH) == 10
+    assert ledger.weigh_proof("p", "c", "witness", 3.0) is ProofDecision.FETCH
+
+
+def test_known_senders_have_an_allowance_too() -> None:
+    ledger = Ledger(LedgerConfig(max_proofs_per_hour=4))
+    for number in range(4):
+        ledger.add_proof(
+            f"t{number}", f"cheat{number}", -2 * HOUR_S, verified=True, sender=f"witness{number}"
+        )
+    said = [ledger.weigh_proof(f"p{n}", f"c{n}", f"witness{n}", 1.0) for n in range(4)]
+    assert said.count(ProofDecision.FETCH) == 2
+
+
+def test_only_so_many_addresses_are_remembered() -> None:
+    ledger = Ledger(LedgerConfig(max_proofs=3))
+    for number in range(5):
+        ledger.add_proof(f"p{number}", f"c{number}", float(number), verified=True)
+    assert list(ledger.proofs()) == ["p2", "p3", "p4"]
+    assert ledger.is_banned("c0")
