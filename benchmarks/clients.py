@@ -4,13 +4,15 @@
     python benchmarks/clients.py --model 1024x16 --clients 1 2 4 8 16
 
 Every client is a process of its own with one torch thread, and runs embedding and head itself; all share
-this machine's cores with the node. A figure is the tokens of all clients over the time from the first one's
+this machine's cores with the node. The node is measured with one thread, and with one per core, as
+`p2pinfer node` starts it. A figure is the tokens of all clients over the time from the first one's
 start to the last one's end. `fair` is the slowest client's speed over the fastest one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -106,11 +108,11 @@ ROUNDS = 5
 
 
 async def measure(
-    name: str, folder: Path, dtype: str, device: str, counts: Sequence[int], tokens: int
+    name: str, folder: Path, dtype: str, device: str, counts: Sequence[int], tokens: int, threads: int = 1
 ) -> list[dict[str, Any]]:
-    """The rows of one model."""
+    """The rows of one model and one number of threads in the node."""
     rows: list[dict[str, Any]] = []
-    async with open_swarm(folder, evenly(blocks_of(folder), 1), dtype, device) as client:
+    async with open_swarm(folder, evenly(blocks_of(folder), 1), dtype, device, threads) as client:
         addrs = client.peers()[0].announcement.addrs
         for count in counts:
             together, fair = await contest(folder, addrs, dtype, device, count, tokens)
@@ -119,6 +121,7 @@ async def measure(
                 {
                     "model": name,
                     "dtype": dtype,
+                    "node threads": threads,
                     "clients": count,
                     "tok/s": rounded(together),
                     "times one": round(rounded(together) / alone, 2),
@@ -133,14 +136,15 @@ async def main() -> None:
     parser.add_argument("--model", nargs="+", default=MODELS)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in options.model:
         with model_folder(name) as folder:
-            for dtype in options.dtype:
-                rows += await measure(name, folder, dtype, "cpu", options.clients, options.tokens)
+            for dtype, threads in itertools.product(options.dtype, options.threads):
+                rows += await measure(name, folder, dtype, "cpu", options.clients, options.tokens, threads)
     report("clients at once on one node", rows)
 
 

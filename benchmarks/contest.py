@@ -141,15 +141,15 @@ def evenly(blocks: int, hops: int) -> list[BlockSpan]:
 
 @asynccontextmanager
 async def open_swarm(
-    folder: Path, spans: Sequence[BlockSpan], dtype: str, device: str = "cpu"
+    folder: Path, spans: Sequence[BlockSpan], dtype: str, device: str = "cpu", threads: int = 1
 ) -> AsyncGenerator[Client]:
-    """A client of one node process per span, one torch thread each."""
+    """A client of one node process per span, with so many torch threads each."""
     client = Client(
         model=str(folder),
         host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
         config=ClientConfig(dtype=dtype, device=device, find_timeout_s=60),
     )
-    compute = ComputeConfig(device=device, dtype=dtype, threads=1, cache_bytes=CACHE_BYTES[device])
+    compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=CACHE_BYTES[device])
     async with client:
         addrs = client.member.addrs
         async with open_embedded_swarm(addrs, model=str(folder), spans=spans, compute=compute):

@@ -2,8 +2,9 @@
 
 trio tasks submit jobs and go on; the thread takes every job that is ready, of all sessions, as one packed
 batch, and hands the outputs back to the event loop in one call per batch. While a batch computes, the next
-one collects. Jobs of one session run in the order they came, at most one of them in a batch. Prefill is
-bounded per batch and decode steps ride along, so a long prompt delays nobody by more than one chunk.
+one collects, and before it begins it waits a moment for sessions that are due back (see `returns`). Jobs of
+one session run in the order they came, at most one of them in a batch. Prefill is bounded per batch and
+decode steps ride along, so a long prompt delays nobody by more than one chunk.
 
 Only this thread touches tensors on the device and the lengths of leases; pages are reserved and given back
 in the event loop alone.
@@ -16,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -28,9 +29,12 @@ from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 
+from .returns import Returns
+
 logger = logging.getLogger(__name__)
 
 DECODE_TOKENS: Final = 16  # a step of at most this many tokens is never held back by a batch's token limit
+PATIENCE: Final = 1.0  # of the last decode batch's time: how long the next one may wait for sessions
 
 
 class Runner(Protocol):
@@ -58,17 +62,27 @@ class Job:
     span: BlockSpan  # the blocks to run; only jobs of the same span share a batch
     is_stale: Callable[[], bool]
     on_done: Callable[[Done], None]  # called in the event loop
-    submitted_at: float  # time.perf_counter()
+    submitted_at: float  # seconds of the worker's clock
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is a step rather than a piece of a prompt."""
+        return len(self.chunk.hidden) <= DECODE_TOKENS
 
 
 class Worker:
     """Computes jobs in batches, in a thread of its own. See `open_worker`."""
 
-    def __init__(self, runner: Runner, max_batch_tokens: int) -> None:
+    def __init__(
+        self, runner: Runner, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._runner = runner
         self._max_batch_tokens = max_batch_tokens
+        self._clock = clock
         self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
+        self._returns: Returns[CacheLease] = Returns()
+        self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.Thread(target=self._work, name="p2pinfer-worker", daemon=True)
 
@@ -90,29 +104,55 @@ class Worker:
 
         The pages change hands in the event loop, where they are reserved: the cache is not for two threads.
         """
-        self._arrivals.put(lambda: self._token.run_sync_soon(lease.release))
+
+        def forget() -> None:
+            self._returns.forget(lease)
+            self._token.run_sync_soon(lease.release)
+
+        self._arrivals.put(forget)
 
     def _work(self) -> None:
-        while self._collect():
+        while self._collect(None) and self._gather():
             while batch := self._next_batch():
                 self._compute(batch)
-                if not self._collect(wait=False):
+                if not (self._collect(0) and self._gather()):
                     return
 
-    def _collect(self, wait: bool = True) -> bool:
-        """Move what has arrived to the waiting line; False when the worker is to stop."""
+    def _collect(self, wait_s: float | None) -> bool:
+        """Move what has arrived to the waiting line, after a wait for the first of it; None waits for ever.
+
+        Returns:
+            False when the worker is to stop.
+        """
         try:
             while True:
-                arrival = self._arrivals.get(block=wait)
-                wait = False
+                arrival = self._arrivals.get(block=wait_s != 0, timeout=wait_s)
+                wait_s = 0
                 if arrival is None:
                     return False
                 if isinstance(arrival, Job):
                     self._waiting.append(arrival)
+                    self._returns.arrive(arrival.chunk.lease, arrival.submitted_at)
                 else:
                     arrival()
         except queue.Empty:
             return True
+
+    def _gather(self) -> bool:
+        """Let sessions that are due any moment join the next batch, if all that waits are decode steps.
+
+        Returns:
+            False when the worker is to stop.
+        """
+        started = self._clock()
+        while self._waiting and _all_decode(self._waiting):
+            now = self._clock()
+            left_s = self._returns.wait_until(now, started + self._patience_s - now) - now
+            if left_s <= 0:
+                return True
+            if not self._collect(left_s):
+                return False
+        return True
 
     def _next_batch(self) -> list[Job]:
         """The longest-waiting jobs that fit together: one a lease, prefill bounded, decode always."""
@@ -122,25 +162,28 @@ class Worker:
         room = self._max_batch_tokens
         for job in self._waiting:
             tokens, lease = len(job.chunk.hidden), id(job.chunk.lease)
-            fits = tokens <= DECODE_TOKENS or tokens <= room or room == self._max_batch_tokens
+            fits = job.is_decode or tokens <= room or room == self._max_batch_tokens
             if lease in taken or not fits or (batch and job.span != batch[0].span):
                 later.append(job)
             else:
                 batch.append(job)
-                room -= tokens if tokens > DECODE_TOKENS else 0
+                room -= 0 if job.is_decode else tokens
             taken.add(lease)
         self._waiting = later
         return batch
 
     def _compute(self, batch: list[Job]) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         stale: list[Job] = []
         live: list[Job] = []
         for job in batch:
             (stale if job.is_stale() else live).append(job)
         results = self._run(live)
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         total = sum(len(job.chunk.hidden) for job in live)
+        self._let_go(live, started + seconds)
+        if _all_decode(live):
+            self._patience_s = PATIENCE * seconds
         calls = [
             (job, Done(output, error, started - job.submitted_at, seconds, total))
             for job, (output, error) in zip(live, results, strict=True)
@@ -150,6 +193,15 @@ class Worker:
             self._token.run_sync_soon(_deliver, calls)
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(calls))
+
+    def _let_go(self, jobs: list[Job], now: float) -> None:
+        """Note who is to come back; who prefills, or has more steps here already, is not waited for."""
+        here = {id(job.chunk.lease) for job in self._waiting}
+        for job in jobs:
+            if job.is_decode and id(job.chunk.lease) not in here:
+                self._returns.leave(job.chunk.lease, now)
+            else:
+                self._returns.forget(job.chunk.lease)
 
     def _run(self, jobs: list[Job]) -> list[tuple[Tensor | None, Exception | None]]:
         """Each job's output or error. A batch that fails is run job by job: only the guilty one fails."""
@@ -165,15 +217,21 @@ class Worker:
             return [(None, exc)]
 
 
+def _all_decode(jobs: Iterable[Job]) -> bool:
+    return all(job.is_decode for job in jobs)
+
+
 def _deliver(calls: list[tuple[Job, Done]]) -> None:
     for job, done in calls:
         job.on_done(done)
 
 
 @asynccontextmanager
-async def open_worker(runner: Runner, max_batch_tokens: int) -> AsyncGenerator[Worker]:
+async def open_worker(
+    runner: Runner, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+) -> AsyncGenerator[Worker]:
     """A running worker; on exit it finishes the batch at hand and its thread ends."""
-    worker = Worker(runner, max_batch_tokens)
+    worker = Worker(runner, max_batch_tokens, clock)
     worker.start()
     try:
         yield worker

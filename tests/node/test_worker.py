@@ -61,6 +61,7 @@ class Results:
         position: int = 0,
         stale: bool = False,
         span: BlockSpan = BlockSpan(0, 4),
+        submitted_at: float | None = None,
     ) -> None:
         chunk = Chunk(cast(CacheLease, lease or Lease()), position, torch.zeros(tokens, 2))
 
@@ -68,7 +69,8 @@ class Results:
             self.done.append((name, done))
             self._arrived.set()
 
-        self._worker.submit(Job(chunk, span, lambda: stale, note, time.perf_counter()))
+        at = time.perf_counter() if submitted_at is None else submitted_at
+        self._worker.submit(Job(chunk, span, lambda: stale, note, at))
 
     async def wait(self, count: int) -> list[str]:
         with trio.fail_after(5):
@@ -210,3 +212,61 @@ def test_results_after_the_event_loop_s_end_are_nobody_s() -> None:
     runner.gate.release(1)
     thread.join(5)
     assert not thread.is_alive()
+
+
+class SlowDevice(Recorder):
+    """Every batch takes a thousand seconds of a clock that nothing else moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
+        outputs = super().run(chunks, span)
+        self.now += 1000
+        return outputs
+
+
+async def walk_in_step(device: SlowDevice, results: Results, *sessions: Lease) -> None:
+    """Let these share two batches, and take two hundred seconds to come back from the first."""
+    for round_ in range(2):
+        device.at_work.clear()
+        await held_up(device, results)
+        for session in sessions:
+            results.submit("", lease=session, submitted_at=device.now + 200 * round_)
+        device.gate.release(2)
+        await results.wait(len(results.done) // 3 * 3 + 3)
+    assert device.batches == [[1], [1, 1], [1], [1, 1]]
+
+
+async def test_a_batch_waits_for_a_session_that_is_due_before_another_batch_would_end() -> None:
+    device, here, away = SlowDevice(), Lease(), Lease()
+    async with open_worker(device, 64, clock=lambda: device.now) as worker:
+        results = Results(worker)
+        await walk_in_step(device, results, here, away)
+        device.gate.release(2)
+        results.submit("here", lease=here, submitted_at=device.now + 100)
+        results.submit("away", lease=away, submitted_at=device.now + 300)
+        await results.wait(8)
+    assert device.batches[4:] == [[1, 1]]
+
+
+async def test_a_batch_does_not_wait_for_a_session_that_is_overdue() -> None:
+    device, here, away = SlowDevice(), Lease(), Lease()
+    async with open_worker(device, 64, clock=lambda: device.now) as worker:
+        results = Results(worker)
+        await walk_in_step(device, results, here, away)
+        device.now += 5000
+        device.gate.release()
+        results.submit("here", lease=here, submitted_at=device.now)
+        assert (await results.wait(7))[-1] == "here"
+
+
+async def test_a_prompt_waits_for_nobody() -> None:
+    device = SlowDevice()
+    async with open_worker(device, 64, clock=lambda: device.now) as worker:
+        results = Results(worker)
+        await walk_in_step(device, results, Lease(), Lease())
+        device.gate.release()
+        results.submit("prompt", 40, submitted_at=device.now)
+        assert (await results.wait(7))[-1] == "prompt"
