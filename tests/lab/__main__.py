@@ -1,0 +1,70 @@
+"""`python -m tests.lab`: look around in the lab, and make its table.
+
+python -m tests.lab list
+python -m tests.lab shell SCENARIO HOST     every process of yours in there ends with the shell
+python -m tests.lab run SCENARIO HOST COMMAND...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+from .lab import ROOT, Lab, lacks, open_lab
+from .namespaces import environ, why_not
+from .scenario import Scenario
+from .scenarios import SCENARIOS, named
+
+
+def main() -> int:
+    """Run one of the commands; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab", description="The internet in a box.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the scenarios")
+    shell = commands.add_parser("shell", help="a shell in a host or router of a scenario")
+    run = commands.add_parser("run", help="a command in a host or router of a scenario")
+    for each in (shell, run):
+        each.add_argument("scenario")
+        each.add_argument("host")
+    run.add_argument("argv", nargs=argparse.REMAINDER)
+    asked = parser.parse_args()
+    if asked.command == "list":
+        print("\n".join(f"{name:12} {scenario.says}" for name, scenario in SCENARIOS.items()))
+        return 0
+    try:
+        scenario = named(asked.scenario)
+        scenario.site(asked.host)
+    except KeyError as exc:
+        print(exc.args[0], file=sys.stderr)
+        return 2
+    if obstacle := why_not() or lacks(scenario):
+        print(obstacle, file=sys.stderr)
+        return 1
+    argv = [os.environ.get("SHELL", "/bin/sh")] if asked.command == "shell" else asked.argv
+    with open_lab(scenario) as lab:
+        if asked.command == "shell":
+            print(introduction(scenario, lab, asked.host))
+        return subprocess.call(
+            lab.corner.enter(argv, netns=asked.host),
+            env=environ(PYTHONPATH=str(ROOT), LAB_KEEPER=str(lab.corner.keeper)),
+        )
+
+
+def introduction(scenario: Scenario, lab: Lab, here: str) -> str:
+    """Who is where, for somebody who has just come in."""
+    lines = [f"{scenario.name}: {scenario.says}", ""]
+    for site in scenario.sites:
+        for host in site.hosts:
+            behind = " < ".join(site.routers) or "public"
+            seen = f"seen as {scenario.public_ipv4(host)}" if site.ipv4 and site.routers else ""
+            own = scenario.own_ipv4(host) if site.ipv4 else scenario.public_ipv6(host)
+            lines.append(f"  {'>' if host == here else ' '} {host:10} {own:16} {behind:34} {seen}")
+    another = " ".join(lab.corner.enter(["sh"], netns="HOST"))
+    lines += ["", "A shell in another host of the same internet, from another terminal:", f"  {another}", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
