@@ -30,6 +30,7 @@ from .config import ServeConfig
 from .events import Event, Leaving, Loading, Ready, Starting
 from .host import HostConfig
 from .identity import load_identity
+from .last_span import last_span, remember_span
 from .offer import Offer
 from .server import ServedSpan, SpanServer
 from .sizing import measure_capacity, measure_speed
@@ -134,9 +135,14 @@ class _Node:
         await member.wait_settled(self._serve.settle_s)
         capacity = await trio.to_thread.run_sync(measure_capacity, source.spec, self._compute)
         most = min(capacity.blocks, self._config.num_blocks or capacity.blocks)
-        others = member.announcements(source.spec.revision)
-        span = choose_span(others, source.spec.num_blocks, most, capacity.tokens_per_s_per_block)
+        spec = source.spec
+        # A node that was killed comes back to what it announced itself, until that expires.
+        others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
+        last = last_span(self._config.data_dir, spec.revision, spec.num_blocks)
+        span = choose_span(others, spec.num_blocks, most, capacity.tokens_per_s_per_block, last)
         reason = f"{capacity.blocks} blocks fit; the swarm is weakest here"
+        if span == last:
+            reason = "served before, and still needed"
         while True:
             span = await self._serve_span(source, member, span, reason, may_move=True)
             reason = "the swarm has come to need these more"
@@ -156,6 +162,7 @@ class _Node:
             moving = False
             try:
                 await offer.announce()
+                remember_span(self._config.data_dir, source.spec.revision, span)
                 self._report(_ready(member, source.spec, runner, tokens_per_s))
                 async with open_nursery() as nursery:
                     nursery.start_soon(offer.keep_fresh)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .errors import PromptTooLong as PromptTooLong
     from .errors import ProtocolViolation as ProtocolViolation
     from .errors import SpanOutOfRange as SpanOutOfRange
+    from .errors import Unfinished as Unfinished
     from .errors import WrongOutput as WrongOutput
     from .generate import Generation as Generation
     from .generate import GenerationConfig as GenerationConfig
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .node.host import HostConfig as HostConfig
     from .node.node import NodeConfig as NodeConfig
     from .node.node import run_node as run_node
+    from .patience import Waiting as Waiting
     from .reputation.view import ReputationView as ReputationView
     from .routing.planner import cheapest_routes as cheapest_routes
     from .routing.policy import RoutingPolicy as RoutingPolicy
@@ -83,6 +85,7 @@ _HOMES = {
         "PromptTooLong",
         "ProtocolViolation",
         "SpanOutOfRange",
+        "Unfinished",
         "WrongOutput",
     ),
     "generate": ("Generation", "GenerationConfig", "GenerationResult", "HopUsed", "Timings", "Token"),
@@ -91,6 +94,7 @@ _HOMES = {
     "node.config": ("ServeConfig",),
     "node.host": ("HostConfig",),
     "node.node": ("NodeConfig", "run_node"),
+    "patience": ("Waiting",),
     "reputation.view": ("ReputationView",),
     "routing.planner": ("cheapest_routes",),
     "routing.policy": ("RoutingPolicy",),

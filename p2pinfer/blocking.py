@@ -78,9 +78,14 @@ class BlockingClient:
         self, prompt: str, config: GenerationConfig | None = None, **overrides: object
     ) -> BlockingGeneration:
         """Continue `prompt`; see `Client.generate`."""
-        return BlockingGeneration(
-            self._loop, self._loop.call(lambda client: client.generate(prompt, config, **overrides))
-        )
+        return self._run(lambda client: client.generate(prompt, config, **overrides))
+
+    def resume(self, token: str) -> BlockingGeneration:
+        """Go on with a generation that stopped; see `Client.resume`."""
+        return self._run(lambda client: client.resume(token))
+
+    def _run(self, begin: Callable[[Client], Generation]) -> BlockingGeneration:
+        return BlockingGeneration(self._loop, self._loop.call(begin))
 
     def peers(self) -> list[PeerView]:
         """Everybody known to serve the model."""
@@ -117,6 +122,11 @@ class BlockingGeneration:
     def result(self) -> GenerationResult:
         """What has been generated; whole once the iteration has ended."""
         return self._generation.result
+
+    @property
+    def resume_token(self) -> str | None:
+        """What `resume` takes to go on from here; None if there is nothing left to do."""
+        return self._generation.resume_token
 
     def text(self) -> str:
         """Wait for the end and return all of the text."""

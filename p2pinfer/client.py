@@ -7,7 +7,7 @@ memory. What it learns from a route's fate goes to its ledger and to the policy 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Literal
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused, PolicyError
+from p2pinfer.errors import ConfigError, PeerError, PeerRefused, PolicyError
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -36,7 +36,9 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import RoutingPolicy, ask_policy, load_policy, tell_policy
 from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
 
-from .generate import Generation, GenerationConfig
+from .generate import Generation, GenerationConfig, new_state
+from .patience import Patience, Waiting
+from .resume import GenerationState, decode_state
 from .session import Session, SessionConfig, open_session
 
 logger = logging.getLogger(__name__)
@@ -48,8 +50,9 @@ class ClientConfig:
 
     policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
     find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
+    wait_s: float = 60.0  # how long a text that has begun waits for a replacement of who failed, seconds
     policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
-    max_attempts: int = 8  # routes tried in a row without a token in between
+    max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
@@ -59,6 +62,8 @@ class ClientConfig:
         for name in ("find_timeout_s", "policy_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s is {self.wait_s:g}; it must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Client:
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
         routing_config: What the built-in policies weigh by.
         ledger: What is known of peers; a fresh one by default.
+        on_wait: Called when a text cannot go on at the moment, with what it waits for.
 
     Raises:
         PolicyError: There is no such policy.
@@ -102,6 +108,7 @@ class Client:
         cache_dir: Path | None = None,
         data_dir: Path | None = None,
         progress: Progress | None = None,
+        on_wait: Callable[[Waiting], None] = lambda _: None,
     ) -> None:
         self.ledger = ledger or Ledger()
         self._config = config or ClientConfig()
@@ -114,6 +121,7 @@ class Client:
         self._cache_dir = cache_dir or platformdirs.user_cache_path("p2pinfer")
         self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
         self._progress = progress
+        self._on_wait = on_wait
         self._stack = AsyncExitStack()
         self._source: ModelSource
         self._ends: Ends
@@ -162,14 +170,24 @@ class Client:
             PromptTooLong: The prompt does not fit the model.
             ConfigError: An override is not a field of `GenerationConfig`, or a value makes no sense.
         """
+        state = new_state(self.spec, self._tokenizer, prompt, generation_config(config, overrides))
+        return self._go_on(state)
+
+    def resume(self, token: str) -> Generation:
+        """Go on with a generation that could not, or that was left, from its `resume_token`.
+
+        Its `result` holds all of the text; iterating gives the tokens that are still to come.
+
+        Raises:
+            ConfigError: It is no resume token, or one of other weights.
+        """
+        return self._go_on(decode_state(token))
+
+    def _go_on(self, state: GenerationState) -> Generation:
+        config = self._config
+        patience = Patience(config.find_timeout_s, config.wait_s, config.max_attempts)
         return Generation(
-            self,
-            self._source.spec,
-            self._ends,
-            self._tokenizer,
-            prompt,
-            generation_config(config, overrides),
-            max_attempts=self._config.max_attempts,
+            self, self.spec, self._ends, self._tokenizer, state, patience=patience, on_wait=self._on_wait
         )
 
     def peers(self) -> list[PeerView]:
@@ -195,14 +213,19 @@ class Client:
 
     # ------------------------------------------------------------------ what a generation asks of us
 
+    @property
+    def table_changed(self) -> trio.Event:
+        """Set with the next piece of news about who serves what."""
+        return self._member.table_changed
+
     async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
         """A session for `tokens` positions on the policy's best route without the `excluded` peers.
 
         Raises:
-            NoRoute: Nobody serves some of the blocks, also after waiting for `find_timeout_s`.
+            NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-        route = await self._find_route(tokens, excluded)
+        route = await self._choose_route(tokens, excluded)
         logger.debug("session.open route=%s", route)
         try:
             return await open_session(
@@ -243,19 +266,6 @@ class Client:
         return self._member.host.connection_kind(peer_id) or "direct"
 
     # ------------------------------------------------------------------ planning
-
-    async def _find_route(self, tokens: int, excluded: frozenset[str]) -> Route:
-        """The best route; waits for peers to appear if there is none yet."""
-        deadline = trio.current_time() + self._config.find_timeout_s
-        while True:
-            changed = self._member.table_changed
-            try:
-                return await self._choose_route(tokens, excluded)
-            except NoRoute:
-                with trio.move_on_at(deadline) as patience:
-                    await changed.wait()
-                if patience.cancelled_caught:
-                    raise
 
     async def _choose_route(self, tokens: int, excluded: frozenset[str]) -> Route:
         spec = self._source.spec

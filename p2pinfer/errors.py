@@ -88,3 +88,19 @@ class NoRoute(P2PInferError):
     def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class Unfinished(NoRoute):
+    """A generation that has begun could not go on, also after waiting. What there is of it is in here.
+
+    Attributes:
+        text: All of the text so far.
+        resume_token: What `Client.resume` and `p2pinfer generate --resume` take to go on from there.
+    """
+
+    def __init__(
+        self, message: str, missing: Sequence[tuple[int, int]], text: str, resume_token: str
+    ) -> None:
+        super().__init__(message, missing)
+        self.text = text
+        self.resume_token = resume_token

@@ -3,19 +3,24 @@
 A generation holds everything that is needed to start over: the token ids so far. When its session fails it
 plans another route without the peer that failed, pushes the ids through as one prefill and goes on. A draw
 depends on the seed and the position alone, so the text is the one an undisturbed run would have given.
+
+Where there is no other route it waits, first for news and then, ever more slowly, for those that failed to be
+back. When its patience is at an end it raises `Unfinished`, whose token goes on from there, in any process.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
+import msgspec
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused, PromptTooLong
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused, PromptTooLong, Unfinished
 from p2pinfer.models.ends import Ends
 from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.span import BlockSpan
@@ -23,6 +28,8 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import StopMatcher, TextStream, Tokenizer
 from p2pinfer.routing.route import Route, RouteOutcome
 
+from .patience import Outage, Patience, Waiting
+from .resume import GenerationState, check_state, encode_state
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -47,6 +54,8 @@ class GenerationConfig:
         stop: object = self.stop
         if isinstance(stop, str):  # whose characters would each be a stop
             raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,11 @@ class GenerationResult:
 class Walker(Protocol):
     """Where a generation gets its sessions from: the client."""
 
+    @property
+    def table_changed(self) -> trio.Event:
+        """Set with the next piece of news about who serves what."""
+        ...
+
     async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
         """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none."""
         ...
@@ -103,6 +117,38 @@ class Walker(Protocol):
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """How this client is connected to a peer."""
         ...
+
+
+def new_state(
+    spec: ModelSpec, tokenizer: Tokenizer, prompt: str, config: GenerationConfig
+) -> GenerationState:
+    """What a generation that continues `prompt` begins with; where there is no seed, one is drawn.
+
+    Raises:
+        PromptTooLong: The prompt leaves no room in the model's context.
+        ConfigError: The model cannot draw tokens like that.
+    """
+    prompt_ids = tuple(tokenizer.encode(prompt))
+    room = spec.max_positions - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes "
+            f"{spec.max_positions}, the answer included; shorten it"
+        )
+    if not prompt_ids:
+        raise PromptTooLong("the prompt is empty and this model has no token to begin with; write something")
+    sampling = SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed)
+    return GenerationState(
+        spec.model,
+        spec.revision,
+        prompt_ids,
+        min(config.max_new_tokens, room),
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        Sampler(sampling).seed,
+        config.stop,
+    )
 
 
 @dataclass(slots=True)
@@ -131,39 +177,39 @@ class Generation:
         spec: ModelSpec,
         ends: Ends,
         tokenizer: Tokenizer,
-        prompt: str,
-        config: GenerationConfig,
+        state: GenerationState,
         *,
-        max_attempts: int = 8,
+        patience: Patience | None = None,
+        on_wait: Callable[[Waiting], None] = lambda _: None,
     ) -> None:
-        """Raises PromptTooLong at once if the prompt leaves no room in the model's context."""
+        """Go on from `state`: that of `new_state`, or of a token.
+
+        Raises:
+            ConfigError: The state is of another model, or of none.
+        """
+        check_state(state, spec)
         self._walker = walker
         self._ends = ends
-        self._prompt_ids = tuple(tokenizer.encode(prompt))
-        room = spec.max_positions - len(self._prompt_ids)
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt is {len(self._prompt_ids)} tokens long and {spec.model} takes "
-                f"{spec.max_positions}, the answer included; shorten it"
-            )
-        if not self._prompt_ids:
-            raise PromptTooLong(
-                "the prompt is empty and this model has no token to begin with; write something"
-            )
-        self._max_new_tokens = min(config.max_new_tokens, room)
-        self._max_attempts = max_attempts
-        self._sampler = Sampler(SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed))
+        self._tokenizer = tokenizer
+        self._state = state
+        self._patience = patience or Patience()
+        self._on_wait = on_wait
+        self._prompt_ids = state.prompt_ids
+        self._max_new_tokens = state.max_new_tokens
+        self._sampler = Sampler(SamplingConfig(state.temperature, state.top_p, state.top_k, state.seed))
         self._eos_ids = tokenizer.eos_ids
         self._text_stream = TextStream(tokenizer)
-        self._stops = StopMatcher(config.stop)
+        self._stops = StopMatcher(state.stop)
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._finish_reason: FinishReason | None = None
+        for token_id in state.token_ids:
+            if self._finish_reason is None:
+                self._text.append(self._take(token_id))
         self._session: Session | None = None
         self._session_began = (0.0, 0)  # when, and with how many tokens generated
         self._route: tuple[HopUsed, ...] = ()
         self._excluded: frozenset[str] = frozenset()
-        self._failures_in_a_row = 0
         self._failovers = 0
         self._per_hop_ms: tuple[float, ...] = ()
         self._per_step_ms = 0.0
@@ -176,8 +222,8 @@ class Generation:
         """The next token.
 
         Raises:
-            NoRoute: The swarm cannot serve this (any more); `result` holds what came before.
-            PeerError: Route after route failed without a token in between.
+            NoRoute: The swarm cannot serve this; `Unfinished`, if it could before.
+            PeerError: Route after route failed, and none has given a token yet.
         """
         if self._finish_reason is not None:
             await self.aclose()
@@ -196,25 +242,39 @@ class Generation:
         return token
 
     async def _next_id(self) -> int:
-        failure: PeerError | None = None
-        forgiven = False
+        outage: Outage | None = None
         while True:
+            changed = self._walker.table_changed
             try:
                 hidden = await self._last_hidden()
-            except PeerError as error:
-                await self._abandon(error)
-                failure = error
-                continue
-            except NoRoute as error:
-                if failure is None:
-                    raise
-                if self._excluded and not forgiven:
-                    # Those that failed may be back, and they are better than nobody.
-                    forgiven, self._excluded = True, frozenset()
-                    continue
-                raise NoRoute(f"{error}; the last one failed: {failure}", error.missing) from failure
-            self._failures_in_a_row = 0
-            return await trio.to_thread.run_sync(self._draw, hidden)
+            except (PeerError, NoRoute) as error:
+                outage = outage or Outage(self._patience, begun=bool(self._token_ids))
+                await self._get_over(error, outage, changed)
+            else:
+                return await trio.to_thread.run_sync(self._draw, hidden)
+
+    async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
+        """Return when there is something to be tried; raise when it has been long enough."""
+        if isinstance(error, PeerError):
+            await self._abandon(error)
+            outage.note(error)
+            if outage.may_try_on:
+                return
+            if not self._token_ids:
+                raise error
+        elif self._excluded and outage.may_forgive():
+            self._excluded = frozenset()
+            return
+        if await outage.pause(error, changed, self._on_wait):
+            self._excluded = frozenset()
+            return
+        reason, cause = outage.describe(error), outage.failure or error
+        missing = error.missing if isinstance(error, NoRoute) else ()
+        if self._token_ids and (token := self.resume_token):
+            raise Unfinished(reason, missing, "".join(self._text), token) from cause
+        if error is cause:
+            raise error
+        raise NoRoute(reason, missing) from cause
 
     async def _last_hidden(self) -> Tensor:
         """(1, hidden_size): the last position's hidden state after every block."""
@@ -255,11 +315,10 @@ class Generation:
         return text
 
     async def _abandon(self, error: PeerError) -> None:
-        """Give up the route and leave out who failed; raise when that has happened too often.
+        """Give up the route and leave out who failed.
 
         Where nobody is known to have failed, the whole route is left out, and nobody's record suffers.
         """
-        self._failures_in_a_row += 1
         overslept = isinstance(error, PeerRefused) and error.code == "lease_expired"
         blamed = {error.peer_id} if error.peer_id else set[str]()
         if self._session is not None:
@@ -269,8 +328,6 @@ class Generation:
             session, self._session = self._session, None
             await session.aclose()
         logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
-        if self._failures_in_a_row >= self._max_attempts:
-            raise error
         if not overslept:  # our reader paused for longer than the hops wait: nobody's fault but ours
             self._excluded |= blamed
 
@@ -298,6 +355,21 @@ class Generation:
         self._walker.route_ended(self._session.route, outcome)
 
     @property
+    def prompt(self) -> str:
+        """The text that is being continued, as the model sees it."""
+        return self._tokenizer.decode(self._prompt_ids)
+
+    @property
+    def resume_token(self) -> str | None:
+        """What `Client.resume` takes to go on from here, in any process; None if there is nothing left to do.
+
+        It holds the prompt: keep it as safe as that.
+        """
+        if self._finish_reason is not None:
+            return None
+        return encode_state(msgspec.structs.replace(self._state, token_ids=tuple(self._token_ids)))
+
+    @property
     def result(self) -> GenerationResult:
         """What has been generated; whole once the iteration has ended."""
         clock, session = self._clock, self._session
@@ -313,7 +385,7 @@ class Generation:
             self._route,
             Timings(
                 first - (clock.started or first),
-                (len(self._token_ids) - 1) / spent if spent > 0 else 0.0,
+                (len(self._token_ids) - len(self._state.token_ids) - 1) / spent if spent > 0 else 0.0,
                 per_hop,
                 per_step,
             ),

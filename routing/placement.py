@@ -13,11 +13,14 @@ look at the same moment could make the same move; callers look at times of their
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from p2pinfer.models.span import BlockSpan
 
 from .announcement import Announcement
 from .config import PlacementConfig
+
+_NEARLY: Final = 0.75  # a span remembered is not given up for a third more blocks
 
 
 def choose_span(
@@ -25,6 +28,8 @@ def choose_span(
     num_blocks: int,
     capacity_blocks: int,
     tokens_per_s_per_block: float,
+    last: BlockSpan | None = None,
+    config: PlacementConfig | None = None,
 ) -> BlockSpan:
     """The span with which a newcomer serves the swarm best; the first one, if several do.
 
@@ -32,13 +37,21 @@ def choose_span(
         announcements: What everybody else serves, all of one model revision.
         capacity_blocks: Blocks the newcomer has room for; it takes as many, or all there are.
         tokens_per_s_per_block: Its speed if it held a single block.
+        last: What it served before it was restarted. It keeps that, unless it would pay to move away or
+            there is room for a good deal more.
     """
     if capacity_blocks < 1:
         raise ValueError(f"a node cannot hold {capacity_blocks} blocks")
     rates = _rates(announcements, num_blocks)
     width = min(capacity_blocks, num_blocks)
     spans = [BlockSpan(start, start + width) for start in range(num_blocks - width + 1)]
-    return max(spans, key=lambda span: sorted(_with(rates, span, tokens_per_s_per_block / width)))
+    best = max(spans, key=lambda span: sorted(_with(rates, span, tokens_per_s_per_block / width)))
+    # How much memory is free differs a little with every start; that alone is no reason to move.
+    if last is None or last.stop > num_blocks or not _NEARLY * width <= len(last) <= width:
+        return best
+    before = _with(rates, last, tokens_per_s_per_block / len(last))
+    after = _with(rates, best, tokens_per_s_per_block / width)
+    return best if _pays(before, after, config or PlacementConfig()) else last
 
 
 def should_move(
@@ -66,9 +79,14 @@ def should_move(
     rates = _rates(others, num_blocks)
     before = _with(rates, own.span, own.tokens_per_s)
     after = _with(rates, target, own.tokens_per_s)
+    return target if _pays(before, after, config) else None
+
+
+def _pays(before: Sequence[float], after: Sequence[float], config: PlacementConfig) -> bool:
+    """Whether these rates of all blocks are worth giving up those."""
     if after.count(0.0) != before.count(0.0):
-        return target if after.count(0.0) < before.count(0.0) else None
-    return target if min(after) > min(before) * (1 + config.min_gain) else None
+        return after.count(0.0) < before.count(0.0)
+    return min(after) > min(before) * (1 + config.min_gain)
 
 
 def _rates(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:

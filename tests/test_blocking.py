@@ -36,6 +36,19 @@ def test_a_generation_can_be_read_at_once_or_token_by_token(swarm: BlockingClien
     assert list(generation) == []
 
 
+def test_a_generation_that_was_left_goes_on(swarm: BlockingClient) -> None:
+    whole = swarm.generate("Once upon a time", max_new_tokens=8).text()
+    left = swarm.generate("Once upon a time", max_new_tokens=8)
+    next(left)
+    left.close()
+    assert left.resume_token is not None
+    resumed = swarm.resume(left.resume_token)
+    assert resumed.text() == whole
+    assert resumed.resume_token is None
+    with pytest.raises(p2pinfer.ConfigError, match="no resume token"):
+        swarm.resume("0badcafe")
+
+
 def test_peers_are_the_nodes(swarm: BlockingClient) -> None:
     spans = sorted(peer.announcement.span for peer in swarm.peers())
     assert [str(span) for span in spans] == ["0:3", "3:5", "5:8"]

@@ -14,7 +14,7 @@ import trio.testing
 
 from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig, generation_config
-from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError
+from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
 from p2pinfer.generate import Generation, GenerationConfig
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
@@ -22,6 +22,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.identity import Identity
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.wire import Codec
+from p2pinfer.patience import Waiting
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
@@ -192,6 +193,47 @@ async def test_a_client_waits_for_peers_that_are_about_to_come(open_client: Open
         await trio.testing.wait_all_tasks_blocked()
         await swarm.serve("b", 3, 8)
     assert texts == [", there was a little"]
+
+
+async def test_a_text_waits_for_who_replaces_the_one_that_died(open_client: OpenClient) -> None:
+    told: list[Waiting] = []
+    waiting = trio.Event()
+
+    def note(reason: Waiting) -> None:
+        told.append(reason)
+        waiting.set()
+
+    async with open_client(on_wait=note) as (client, swarm), trio.open_nursery() as nursery:
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        generation = client.generate(PROMPT, max_new_tokens=5)
+        await anext(generation)
+        await swarm.network.kill("b")
+        swarm.announce("b", 3, 8, leaving=True)
+        nursery.start_soon(text_of, generation)
+        await waiting.wait()
+        await swarm.serve("c", 3, 8)
+    assert generation.result.text == ", there was a little"
+    assert [each.missing for each in told] == [((3, 8),)]
+
+
+async def test_a_text_that_waited_in_vain_can_be_resumed_by_another_client(open_client: OpenClient) -> None:
+    async with open_client(config=ClientConfig(wait_s=0.05, dtype="float32")) as (client, swarm):
+        await swarm.serve("a")
+        generation = client.generate(PROMPT, max_new_tokens=5, temperature=1.0, seed=3)
+        whole = await text_of(client.generate(PROMPT, max_new_tokens=5, temperature=1.0, seed=3))
+        await anext(generation)
+        await swarm.network.kill("a")
+        swarm.announce("a", leaving=True)
+        with pytest.raises(Unfinished, match="nobody serves blocks 0:8") as caught:
+            await text_of(generation)
+        assert caught.value.text == generation.result.text
+    async with open_client() as (client, swarm):
+        await swarm.serve("b")
+        resumed = client.resume(caught.value.resume_token)
+        assert await text_of(resumed) == whole
+        with pytest.raises(ConfigError, match="no resume token"):
+            client.resume("p2pr0.AAAA")
 
 
 async def test_blocks_that_nobody_serves_are_named(open_client: OpenClient) -> None:
@@ -393,6 +435,7 @@ def test_single_fields_of_a_generation_can_be_replaced() -> None:
     [
         ({"max_attempts": 0}, "max_attempts is 0; it must be 1 or more"),
         ({"find_timeout_s": 0.0}, "find_timeout_s is 0; it must be above 0"),
+        ({"wait_s": -1.0}, "wait_s is -1; it must be 0 or more"),
         ({"policy_timeout_s": -1.0}, "policy_timeout_s is -1; it must be above 0"),
     ],
 )

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerRefused, PeerUnreachable, PeerVanished, PromptTooLong
-from p2pinfer.generate import Generation, GenerationConfig, HopUsed, Token
+from p2pinfer.errors import (
+    ConfigError,
+    NoRoute,
+    PeerRefused,
+    PeerUnreachable,
+    PeerVanished,
+    PromptTooLong,
+    Unfinished,
+)
+from p2pinfer.generate import Generation, GenerationConfig, HopUsed, Token, new_state
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.runner import Chunk, open_runner
 from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text import Tokenizer, load_tokenizer
+from p2pinfer.patience import Patience, Waiting
+from p2pinfer.resume import decode_state, encode_state
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session import Session, SessionConfig, open_session
 
@@ -64,6 +76,14 @@ class Walk:
         self._host = swarm.network.host("client")
         self._routes = list(routes)
 
+    @property
+    def table_changed(self) -> trio.Event:
+        return self._swarm.view.changed
+
+    def offer(self, *routes: Route) -> None:
+        """Have further routes from now on; the announcement that brings them is news."""
+        self._routes += routes
+
     async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
         self.asked.append((tokens, excluded))
         if not self._routes:
@@ -92,12 +112,19 @@ def start(
     tokenizer: Tokenizer,
     prompt: str = PROMPT,
     *,
-    max_attempts: int = 8,
+    patience: Patience | None = None,
+    on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:
     options.setdefault("max_new_tokens", 10)
-    config = GenerationConfig(**options)
-    return Generation(walk, swarm.spec, ends, tokenizer, prompt, config, max_attempts=max_attempts)
+    state = new_state(swarm.spec, tokenizer, prompt, GenerationConfig(**options))
+    return Generation(walk, swarm.spec, ends, tokenizer, state, patience=patience, on_wait=on_wait)
+
+
+def resume(walk: Walk, swarm: MemorySwarm, ends: Ends, tokenizer: Tokenizer, token: str | None) -> Generation:
+    """As another process would."""
+    assert token is not None
+    return Generation(walk, swarm.spec, ends, tokenizer, decode_state(token))
 
 
 async def test_a_generation_gives_what_one_machine_gives(
@@ -201,10 +228,12 @@ async def test_without_another_route_the_text_so_far_and_the_reason_are_kept(
         tokens = [await anext(generation) for _ in range(3)]
         await swarm.network.kill("a")
         with pytest.raises(
-            NoRoute, match="nobody serves blocks 0:8; the last one failed: the stream"
+            Unfinished, match="nobody serves blocks 0:8; the last one failed: the stream"
         ) as caught:
             await anext(generation)
         assert caught.value.missing == ((0, 8),)
+        assert caught.value.text == generation.result.text
+        assert caught.value.resume_token == generation.resume_token
         assert isinstance(caught.value.__cause__, PeerVanished)
         result = generation.result
         assert result.text == "".join(token.text for token in tokens)
@@ -226,11 +255,149 @@ async def test_after_so_many_failures_in_a_row_the_last_one_comes_out(
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         walk = Walk(swarm, *(route_over(**{f"gone-{n}": (0, 8)}) for n in range(9)))
-        generation = start(walk, swarm, ends, tokenizer, max_attempts=3)
+        generation = start(walk, swarm, ends, tokenizer, patience=Patience(max_attempts=3))
         with pytest.raises(PeerUnreachable) as caught:
             await anext(generation)
         assert caught.value.peer_id == "gone-2"
         assert len(walk.asked) == 3
+
+
+async def test_in_the_middle_of_a_text_so_many_failures_in_a_row_are_a_reason_to_pause(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    told: list[Waiting] = []
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        gone = [route_over(**{f"gone-{n}": (0, 8)}) for n in range(4)]
+        walk = Walk(swarm, route_over(a=(0, 8)), *gone, route_over(b=(0, 8)))
+        patience = Patience(wait_s=30.0, max_attempts=3)
+        generation = start(walk, swarm, ends, tokenizer, patience=patience, on_wait=told.append)
+        await anext(generation)
+        await swarm.network.kill("a")
+        await swarm.serve("b")
+        async for _ in generation:
+            pass
+        assert [sorted(excluded) for _, excluded in walk.asked] == [
+            [],
+            ["a"],
+            ["a", "gone-0"],
+            [],  # after the pause
+            ["gone-2"],
+            ["gone-2", "gone-3"],
+        ]
+        assert [each.reason for each in told] == ["peer gone-1 cannot be reached"]
+        assert generation.result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+async def test_a_text_waits_for_a_replacement_and_goes_on_as_if_nothing_had_happened(
+    seed: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, route_over(a=(0, 8)))
+        waiting = trio.Event()
+        told: list[Waiting] = []
+
+        def note(reason: Waiting) -> None:
+            told.append(reason)
+            waiting.set()
+
+        generation = start(
+            walk,
+            swarm,
+            ends,
+            tokenizer,
+            patience=Patience(wait_s=30.0),
+            on_wait=note,
+            temperature=1.0 if seed else 0.0,
+            seed=seed,
+        )
+        for _ in range(4):
+            await anext(generation)
+        await swarm.network.kill("a")
+        async with trio.open_nursery() as nursery:
+
+            async def go_on() -> None:
+                async for _ in generation:
+                    pass
+
+            nursery.start_soon(go_on)
+            await waiting.wait()
+            walk.offer(route_over(b=(0, 8)))
+            await swarm.serve("b")
+        result = generation.result
+        assert list(result.token_ids) == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), 10, seed)
+        assert (result.finish_reason, result.failovers) == ("length", 1)
+        (waited,) = told
+        assert waited.reason.startswith("no route: nobody serves blocks 0:8; the last one failed: ")
+        assert waited.missing == ((0, 8),)
+        assert 25 < waited.left_s <= 30
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("cut", [0, 1, 9])
+async def test_a_resumed_text_is_the_one_that_an_undisturbed_run_gives(
+    options: dict[str, Any], cut: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    """Also where nobody gave a seed: the token has the one that was drawn."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 3)
+        first = start(walk, swarm, ends, tokenizer, **options)
+        for _ in range(cut):
+            await anext(first)
+        token, before = first.resume_token, first.result
+        whole = [each.id async for each in first]
+        assert first.resume_token is None
+        second = resume(walk, swarm, ends, tokenizer, token)
+        assert second.prompt == PROMPT
+        assert (second.result.text, second.result.token_ids) == (before.text, before.token_ids)
+        assert second.resume_token == token
+        rest = [each async for each in second]
+        assert [each.id for each in rest] == whole
+        assert before.text + "".join(each.text for each in rest) == first.result.text
+        assert second.result.token_ids == first.result.token_ids
+        assert second.result.finish_reason == "length"
+        assert second.result.timings.tokens_per_s > 0 or len(rest) == 1
+        await swarm.all_closed()
+
+
+async def test_a_resumed_text_keeps_what_was_held_back(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning of a stop text, and half a character."""
+    first, second = (
+        next(id for id in range(4096) if tokenizer.token_bytes(id) == byte) for byte in (b"\xc3", b"\xa9")
+    )
+    word = tokenizer.encode("xyz")[-1]
+    stop = tokenizer.decode([word]) + "é"
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        force(monkeypatch, ends, [word, first, second])
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 2)
+        cut = start(walk, swarm, ends, tokenizer, stop=(stop[-2:],))
+        texts = [(await anext(cut)).text for _ in range(2)]
+        await cut.aclose()
+        resumed = resume(walk, swarm, ends, tokenizer, cut.resume_token)
+        assert [each.text async for each in resumed] == [""]
+        assert resumed.result.finish_reason == "stop"
+        assert resumed.result.text == "".join(texts) == tokenizer.decode([word])[:-1]
+
+
+async def test_a_token_of_a_text_that_had_ended_gives_no_more(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    (eos,) = tokenizer.eos_ids
+    async with open_memory_swarm(checkpoint) as swarm:
+        state = new_state(swarm.spec, tokenizer, PROMPT, GenerationConfig())
+        ended = encode_state(msgspec.structs.replace(state, token_ids=(300, eos, 301)))
+        generation = resume(Walk(swarm), swarm, ends, tokenizer, ended)
+        assert [each async for each in generation] == []
+        assert generation.result.token_ids == (300, eos)
+        assert generation.result.finish_reason == "eos"
 
 
 async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody(
@@ -429,6 +596,7 @@ async def test_one_that_is_cancelled_frees_what_the_hops_hold(
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": -3}, "max_new_tokens is -3"),
         ({"stop": "The end"}, "stop is the text 'The end'"),
+        ({"seed": 1 << 63}, "it must fit into 64 bits"),
     ],
 )
 def test_what_makes_no_sense_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:

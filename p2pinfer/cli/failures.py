@@ -8,7 +8,15 @@ from typing import NamedTuple, cast
 
 import click
 
-from p2pinfer.errors import ConfigError, LocalError, NoRoute, P2PInferError, PolicyError, SpanOutOfRange
+from p2pinfer.errors import (
+    ConfigError,
+    LocalError,
+    NoRoute,
+    P2PInferError,
+    PolicyError,
+    SpanOutOfRange,
+    Unfinished,
+)
 
 from .plain import one_line
 
@@ -49,6 +57,9 @@ class Failure(NamedTuple):
         }
         if isinstance(self.error, NoRoute):
             described["missing"] = [list(gap) for gap in self.error.missing]
+        if isinstance(self.error, Unfinished):
+            described["text"] = self.error.text
+            described["resume_token"] = self.error.resume_token
         return described
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
-from p2pinfer.errors import ConfigError
+from p2pinfer.errors import ConfigError, LocalError, P2PInferError
 
+from .failures import OutputClosed
 from .invocation import BOOTSTRAP, DATA_DIR, MODEL, Invocation, command, setting
-from .terminal import print_note, write_out
+from .terminal import note, print_note, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.generate import Generation, GenerationResult
+    from p2pinfer.patience import Waiting
 
 POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 
@@ -26,9 +32,10 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
         'p2pinfer generate --temperature 0.8 --seed 7 --stats "The little fox"',
         "cat prompt.txt | p2pinfer generate --json -",
         'p2pinfer generate --policy my_module:MyPolicy "Once upon a time"',
+        "p2pinfer generate --resume 1f9c2a7b",
     ],
 )
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @MODEL
 @setting("generation.max_new_tokens", "--max-new-tokens N", "Stop after N tokens. [default: 128]")
 @setting("generation.temperature", "--temperature T", "0 takes the likeliest token. [default: 0.0]")
@@ -43,20 +50,28 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     "Who chooses peers: a built-in policy or module:Class. [default: risk-adjusted]",
     choices=POLICIES,
 )
+@setting(
+    "client.wait_s",
+    "--wait SECONDS",
+    "How long a text waits for blocks that nobody serves any more. [default: 60.0]",
+)
 @DATA_DIR
+@click.option("--resume", metavar="TOKEN", help="Go on with a text that was cut off, in place of PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--stats", is_flag=True, help="Print the route and its times afterwards.")
-def generate(call: Invocation, prompt: str, echo: bool, stats: bool) -> None:
+def generate(call: Invocation, prompt: str | None, resume: str | None, echo: bool, stats: bool) -> None:
     """Continue PROMPT on the swarm, and print the text as it comes.
 
     PROMPT - is read from standard input. With no swarm in reach, the bundled model runs on three nodes that
-    are started on this computer and end with the text.
+    are started on this computer and end with the text. A text that is cut off, by Ctrl-C or because the swarm
+    cannot go on, is kept; --resume prints the rest, as if nothing had happened.
     """
     from p2pinfer.client import Client, ClientConfig  # what follows takes seconds to import: torch, libp2p
     from p2pinfer.config import SharedConfig
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
     from p2pinfer.generate import GenerationConfig
     from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.resume import find_token
     from p2pinfer.routing.config import RoutingConfig
     from p2pinfer.session import SessionConfig
 
@@ -65,6 +80,10 @@ def generate(call: Invocation, prompt: str, echo: bool, stats: bool) -> None:
     from .running import run
 
     settings = call.settings(GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, HostConfig)
+    if (prompt is None) == (resume is None):
+        raise click.UsageError("give a PROMPT, or --resume and what was said then")
+    if resume is not None:
+        _check_nothing_asked_for(call)
     text = _read_stdin() if prompt == "-" else prompt
 
     async def main() -> None:
@@ -77,15 +96,22 @@ def generate(call: Invocation, prompt: str, echo: bool, stats: bool) -> None:
             session_config=settings.build(SessionConfig),
             routing_config=settings.build(RoutingConfig),
             progress=Bars(quiet=call.quiet),
+            on_wait=_waiting_teller(call),
         )
         with NodesStarting(quiet=call.quiet) as starting:
             async with client:
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
-                generation = client.generate(text, settings.build(GenerationConfig))
+                if resume is not None:
+                    generation = client.resume(find_token(resume, shared.data_dir))
+                    before = generation.prompt + generation.result.text
+                else:
+                    generation = client.generate(text or "", settings.build(GenerationConfig))
+                    before = text or ""
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    await _stream(generation, before=text if echo else "", silent=call.json)
+                    with _kept(generation, call, shared.data_dir, resume):
+                        await _stream(generation, before=before if echo else "", silent=call.json)
                     if call.json:
-                        write_out(json.dumps(to_dict(generation.result), ensure_ascii=False) + "\n")
+                        write_out(_to_json(generation))
                     if stats:
                         print_note(route_table(generation.result))
 
@@ -103,6 +129,68 @@ async def _stream(generation: Generation, *, before: str, silent: bool) -> None:
     finally:
         if begun:
             write_out("\n")
+
+
+@contextmanager
+def _kept(generation: Generation, call: Invocation, data_dir: Path, resumed: str | None) -> Generator[None]:
+    """If the text is cut off, keep what it takes to go on and say how; else forget what was kept."""
+    from p2pinfer.resume import drop_token, keep_token
+
+    before = len(generation.result.token_ids)
+    try:
+        yield
+    except OutputClosed:  # whoever read it had enough
+        raise
+    except BaseException as exc:
+        token = generation.resume_token
+        if token is not None and len(generation.result.token_ids) > before:
+            if call.json and not isinstance(exc, P2PInferError):  # an error's own JSON has the token
+                write_out(_to_json(generation))
+            try:
+                name = keep_token(token, data_dir)
+            except LocalError as error:
+                note(f"{error}; this is the token: {token}")
+            else:
+                if resumed is not None and resumed != name:
+                    drop_token(resumed, data_dir)
+                if not call.quiet:
+                    note(f"cut off here; to go on: {_command_to_resume(name, call)}")
+        raise
+    if resumed is not None:
+        drop_token(resumed, data_dir)
+
+
+def _command_to_resume(name: str, call: Invocation) -> str:
+    """With what was said of model, swarm and folder, which a token does not hold."""
+    words = ["p2pinfer", "generate", "--resume", name]
+    for key in ("model", "bootstrap", "data_dir"):
+        if key in call.flags:
+            flag = call.flags[key]
+            many = isinstance(flag.value, tuple)
+            values = cast("tuple[object, ...]", flag.value) if many else (flag.value,)
+            said = f"{key}=" if flag.name == "--set" else ""
+            words += [word for value in values for word in (flag.name, f"{said}{value}")]
+    return shlex.join(words)
+
+
+def _check_nothing_asked_for(call: Invocation) -> None:
+    """A token holds how tokens are drawn; another way would give another text."""
+    for key, flag in call.flags.items():
+        if key.startswith("generation."):
+            raise ConfigError(f"{flag.name}: a text goes on as it began; leave it out with --resume")
+
+
+def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:
+    def tell(waiting: Waiting) -> None:
+        if not call.quiet:
+            note(f"waiting for up to {waiting.left_s:.0f} s: {waiting.reason}")
+
+    return tell
+
+
+def _to_json(generation: Generation) -> str:
+    told = {**to_dict(generation.result), "resume_token": generation.resume_token}
+    return json.dumps(told, ensure_ascii=False) + "\n"
 
 
 def to_dict(result: GenerationResult) -> dict[str, object]:

@@ -5,20 +5,35 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import p2pinfer
 from p2pinfer.cli.app import run
+from p2pinfer.errors import PeerVanished
+from p2pinfer.resume import decode_state, find_token, keep_token
+from p2pinfer.session import Session
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "Once upon a time"
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"
-KEYS = ["text", "token_ids", "prompt_tokens", "finish_reason", "route", "timings", "failovers"]
+KEYS = [
+    "text",
+    "token_ids",
+    "prompt_tokens",
+    "finish_reason",
+    "route",
+    "timings",
+    "failovers",
+    "resume_token",
+]
 
 POLICY = """
 from p2pinfer import RoutingPolicy, cheapest_routes
@@ -28,6 +43,36 @@ class Own(RoutingPolicy):
         print("asked")
         return cheapest_routes(candidates, request, view)
 """
+
+
+FICKLE = """
+from p2pinfer import NoRoute, RoutingPolicy, cheapest_routes
+
+class Fickle(RoutingPolicy):
+    sessions = 0
+
+    def choose_routes(self, candidates, request, view):
+        self.sessions += 1
+        if self.sessions > 1:
+            raise NoRoute("no route: nobody serves blocks 3:8", [(3, 8)])
+        return cheapest_routes(candidates, request, view)
+"""
+
+
+@pytest.fixture
+def fickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """A way to generate that ends after three tokens, unless fickle.py is gone; it keeps things in `home`."""
+    whole, script = Session.decode, tmp_path / "fickle.py"
+
+    async def decode(self: Session, hidden: Tensor, position: int) -> Tensor:
+        if position >= 7 and script.exists():
+            raise PeerVanished("gone")
+        return await whole(self, hidden, position)
+
+    monkeypatch.setattr(Session, "decode", decode)
+    monkeypatch.chdir(tmp_path)
+    script.write_text(FICKLE)
+    return ("--data-dir", str(tmp_path / "home"), "--policy", "fickle:Fickle")
 
 
 def generate(address: str, *more: str) -> int:
@@ -63,6 +108,7 @@ def test_json_is_one_object_with_everything(swarm_address: str, capsys: pytest.C
     assert set(told["timings"]) == {"first_token_s", "tokens_per_s", "per_hop_ms"}
     assert len(told["timings"]["per_hop_ms"]) == 2
     assert told["failovers"] == 0
+    assert told["resume_token"] is None
 
 
 def test_a_prompt_from_standard_input_loses_its_line_end(
@@ -113,6 +159,11 @@ def test_a_policy_of_ones_own_is_found_in_the_working_directory(
         (["--top-p", "7", "x"], 2, "top_p is 7.0"),
         (["--model", "no/such/folder", "x"], 1, "there is no folder 'no/such/folder'"),
         (["word " * 2000], 1, "tokens long and tiny-stories takes 1024"),
+        ([], 2, "give a PROMPT, or --resume and what was said then"),
+        (["--resume", "0badcafe", "x"], 2, "give a PROMPT, or --resume and what was said then"),
+        (["--resume", "0badcafe", "--seed", "3"], 2, "--seed: a text goes on as it began"),
+        (["--resume", "0badcafe"], 2, "no generation is kept as '0badcafe' in"),
+        (["--resume", "p2pr1.AAAA"], 2, "the resume token is cut short or damaged"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_node_is_started(
@@ -160,3 +211,69 @@ def test_ctrl_c_takes_the_embedded_swarm_with_it(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert (text, said) == ("", "")
     assert list(tmp_path.glob("p2pinfer-*")) == []
+
+
+def cut_off(address: str, home: Path) -> str:
+    """The token of a text that was left after five tokens of twelve."""
+    with p2pinfer.connect(bootstrap=[address], data_dir=home) as connected:
+        generation = connected.generate(PROMPT, max_new_tokens=12)
+        for _ in range(5):
+            next(generation)
+        generation.close()
+        token = generation.resume_token
+    assert token is not None
+    return token
+
+
+def test_a_text_that_was_cut_off_goes_on(
+    swarm_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(swarm_address, "--json", PROMPT) == 0
+    whole = json.loads(capsys.readouterr().out)
+    token = cut_off(swarm_address, tmp_path)
+    name = keep_token(token, tmp_path)
+    again = ["generate", "--bootstrap", swarm_address, "--data-dir", str(tmp_path), "--resume"]
+    assert run([*again, token, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["text"], told["token_ids"]) == (whole["text"], whole["token_ids"])
+    assert find_token(name, tmp_path) == token
+    assert run([*again, name, "--echo"]) == 0
+    text, said = capsys.readouterr()
+    assert (text, said) == (f"{PROMPT}{whole['text']}\n", "")
+    assert run([*again, name]) == 2
+    assert "no generation is kept" in capsys.readouterr().err
+
+
+def test_a_text_that_cannot_go_on_says_what_is_missing_and_how_to_go_on(
+    swarm_address: str,
+    fickle: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = [*fickle, "--wait", "0.3", PROMPT]
+    assert generate(swarm_address, *asked) == 1
+    text, said = capsys.readouterr()
+    waiting, cut, failure = said.splitlines()
+    assert waiting == "waiting for up to 0 s: no route: nobody serves blocks 3:8; the last one failed: gone"
+    assert failure.startswith("p2pinfer: no route: nobody serves blocks 3:8")
+    before, command = cut.split(" p2pinfer ")
+    assert before == "cut off here; to go on:"
+    assert generate(swarm_address, *asked, "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["missing"]) == ("Unfinished", [[3, 8]])
+    assert told["text"] == text.removesuffix("\n") == ", there was"
+    assert told["resume_token"].startswith("p2pr1.")
+    (tmp_path / "fickle.py").unlink()
+    assert run(shlex.split(command)) == 0
+    assert capsys.readouterr().out.startswith(" a little girl")
+
+
+def test_a_token_that_cannot_be_kept_is_printed(
+    swarm_address: str, fickle: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "resume").write_text("a file in the way")
+    assert generate(swarm_address, *fickle, "--wait", "0", PROMPT) == 1
+    (kept, _) = capsys.readouterr().err.splitlines()
+    assert kept.startswith("cannot keep a resume token in")
+    assert decode_state(kept.rpartition(" ")[2]).max_new_tokens == 12

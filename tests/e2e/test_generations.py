@@ -117,7 +117,7 @@ def known(client: Client) -> list[str]:
 async def test_blocks_that_only_a_node_that_left_had_are_named(tiny_stories: Path, tmp_path: Path) -> None:
     """The text so far is kept."""
     async with open_nodes(tiny_stories, tmp_path, [(0, 5)]) as nodes:
-        async with nodes.client(find_timeout_s=0.2) as client:
+        async with nodes.client(wait_s=0.2) as client:
             async with open_nodes(tiny_stories, tmp_path / "more", [(5, 8)], bootstrap=nodes.address):
                 while len(client.peers()) < 2:
                     await client.member.table_changed.wait()

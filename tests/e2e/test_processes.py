@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ SHAPE: dict[str, Any] = {
     "route": [{"peer_id": str, "blocks": [int], "connection": str}],
     "timings": {"first_token_s": float, "tokens_per_s": float, "per_hop_ms": [float]},
     "failovers": int,
+    "resume_token": type(None),
 }
 
 
@@ -106,7 +108,8 @@ def test_ctrl_c_in_the_middle_of_a_text_leaves_nothing_behind(tmp_path: Path) ->
         text, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGINT
     assert text.endswith("\n")
-    assert said == ""
+    (name,) = re.findall(r"^cut off here; to go on: p2pinfer generate --resume (\w+)\n$", said)
+    assert [path.name for path in (tmp_path / "data" / "p2pinfer" / "resume").iterdir()] == [name]
     assert not [node for node in nodes if node.is_running()]
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -117,3 +120,29 @@ def test_nodes_of_a_client_that_was_killed_end_by_themselves(tmp_path: Path) -> 
         process.wait()
         _, alive = psutil.wait_procs(nodes, timeout=30)
         assert alive == []
+
+
+def test_a_text_cut_off_by_ctrl_c_goes_on_in_another_process(swarm: Swarm, tmp_path: Path) -> None:
+    """Both parts together are what an undisturbed run prints."""
+    common = ("--bootstrap", swarm.address)
+    drawn = ("--temperature", "1", "--seed", "11", "--max-new-tokens", "300", PROMPT)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    with command(tmp_path / "whole", "generate", *common, *drawn) as process:
+        whole, _ = process.communicate(timeout=PATIENCE_S)
+    with command(tmp_path / "cut", "generate", *common, *drawn) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        before = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        # Not by `communicate`, which would not see what has been read ahead.
+        before += process.stdout.read().removesuffix("\n")
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGINT
+    (name,) = re.findall(r"--resume (\w+)", said)
+    (tmp_path / "cut" / "tmp").rmdir()
+    with command(tmp_path / "cut", "generate", *common, "--resume", name) as process:
+        after, said = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, said) == (0, "")
+    assert before + after == whole
+    assert len(before) < len(whole) - 1

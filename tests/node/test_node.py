@@ -21,7 +21,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Leaving, Loading, Ready, SessionOpened, Starting
-from p2pinfer.node.identity import Identity
+from p2pinfer.node.identity import Identity, load_identity
 from p2pinfer.node.node import NodeConfig, run_node
 from p2pinfer.node.sizing import Capacity
 from p2pinfer.node.swarm import SwarmMember
@@ -82,7 +82,11 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     @asynccontextmanager
     async def opened(
-        *, serve: ServeConfig = QUICK, others: tuple[tuple[int, int], ...] = (), **options: Any
+        *,
+        serve: ServeConfig = QUICK,
+        others: tuple[tuple[int, int], ...] = (),
+        ghost: tuple[int, int] | None = None,
+        **options: Any,
     ) -> AsyncGenerator[Node]:
         async with open_memory_swarm(checkpoint) as swarm:
 
@@ -93,6 +97,8 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
             monkeypatch.setattr(node_module, "open_swarm", join)
             for index, (start, stop) in enumerate(others):
                 swarm.announce(f"other-{index}", start, stop)
+            if ghost is not None:  # what the node itself announced before it was killed
+                swarm.announce(load_identity(tmp_path).peer_id, *ghost)
             node = Node(swarm)
             config = NodeConfig(data_dir=tmp_path, cache_dir=tmp_path, **options)
 
@@ -172,6 +178,22 @@ async def test_a_node_takes_the_blocks_that_the_swarm_needs_most(
     async with open_node(num_blocks=3, others=((0, 4), (7, 8))) as node:
         assert await node.wait_for(Loading) == Loading((4, 7), "5 blocks fit; the swarm is weakest here")
         assert (await node.wait_for(Ready)).blocks == (4, 7)
+
+
+async def test_a_node_that_was_killed_comes_back_to_its_blocks_as_the_same_peer(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own announcement, which has not expired, does not drive it away."""
+    room_for(monkeypatch, 3)
+    async with open_node(others=((0, 4), (7, 8))) as node:
+        first = await node.wait_for(Ready)
+        assert first.blocks == (4, 7)
+    async with open_node(others=((0, 4), (4, 8)), ghost=(4, 7)) as node:
+        again = await node.wait_for(Ready)
+        assert (again.peer_id, again.blocks) == (first.peer_id, (4, 7))
+        assert await node.wait_for(Loading) == Loading((4, 7), "served before, and still needed")
+    async with open_node(others=((4, 8),), ghost=(4, 7)) as node:
+        assert (await node.wait_for(Ready)).blocks == (0, 3)
 
 
 @pytest.mark.parametrize("num_blocks", [None, 100])

@@ -158,3 +158,24 @@ def test_a_small_gain_is_not_worth_a_move() -> None:
 def test_a_node_does_not_move_from_one_gap_it_fills_to_another() -> None:
     own, other = serving((4, 6), (2, 4))
     assert should_move(own, [other], 6, LONG_S) is None
+
+
+def test_a_restarted_node_goes_back_to_where_it_was() -> None:
+    others = serving((0, 4), (4, 8))
+    assert choose_span(others, 8, 4, 10.0) == BlockSpan(0, 4)
+    for last in (BlockSpan(2, 6), BlockSpan(4, 8), BlockSpan(5, 8)):
+        assert choose_span(others, 8, 4, 10.0, last) == last
+
+
+def test_a_restarted_node_goes_where_it_is_needed_more() -> None:
+    last = BlockSpan(0, 4)
+    assert choose_span(serving((0, 4)), 8, 4, 10.0, last) == BlockSpan(4, 8)
+    weak = [announcement("a", BlockSpan(0, 4), 50.0), announcement("b", BlockSpan(4, 8), 10.0)]
+    assert choose_span(weak, 8, 4, 40.0, last) == BlockSpan(4, 8)
+    assert choose_span(weak, 8, 4, 40.0, last, PlacementConfig(min_gain=2.0)) == last
+
+
+@pytest.mark.parametrize("last", [BlockSpan(0, 2), BlockSpan(0, 5), BlockSpan(6, 9)])
+def test_what_no_longer_fits_is_not_gone_back_to(last: BlockSpan) -> None:
+    """Too few blocks for the room there is, too many for it, or blocks that the model does not have."""
+    assert choose_span(serving((0, 4)), 8, 4, 10.0, last) == BlockSpan(4, 8)

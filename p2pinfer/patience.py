@@ -1,0 +1,93 @@
+"""How long a generation puts up with not getting on, and what it says meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import NoRoute, PeerError
+
+FIRST_PAUSE_S: Final = 0.25  # between two looks for a route, if there is no news in between
+LAST_PAUSE_S: Final = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a generation waits, and for what."""
+
+    find_s: float = 0.0  # for a first route, seconds
+    wait_s: float = 0.0  # for a replacement in the middle of a text, from the failure on, seconds
+    max_attempts: int = 8  # routes that fail in a row before it pauses, or at its beginning gives up
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A generation in the middle of its text has nobody to go on with, and waits."""
+
+    reason: str  # one line
+    missing: tuple[tuple[int, int], ...]  # the spans that nobody serves, as far as known
+    left_s: float  # for how much longer
+
+
+class Outage:
+    """The time since a token was due: what failed, what to try next, and when it has been long enough.
+
+    Those that failed are given another chance once in every round, because they may be back and are better
+    than nobody. Between rounds there is a pause, which news ends early and which grows without it.
+    """
+
+    def __init__(self, patience: Patience, *, begun: bool) -> None:
+        self.failure: PeerError | None = None  # the last one
+        self._begun = begun
+        self._max_attempts = patience.max_attempts
+        self._deadline = trio.current_time() + (patience.wait_s if begun else patience.find_s)
+        self._pause_s = FIRST_PAUSE_S
+        self._attempts = 0  # that failed in this round
+        self._forgave = False  # in this round
+        self._told = ""
+
+    def note(self, failure: PeerError) -> None:
+        """Another route failed."""
+        self.failure = failure
+        self._attempts += 1
+
+    @property
+    def may_try_on(self) -> bool:
+        """Whether to try yet another route at once."""
+        return self._attempts < self._max_attempts
+
+    def may_forgive(self) -> bool:
+        """Whether to try those that failed once more at once; True once a round."""
+        forgives, self._forgave = not self._forgave, True
+        return forgives
+
+    def describe(self, error: PeerError | NoRoute) -> str:
+        """Why there is no token, in one line."""
+        if isinstance(error, PeerError) or self.failure is None:
+            return str(error)
+        return f"{error}; the last one failed: {self.failure}"
+
+    async def pause(
+        self, error: PeerError | NoRoute, changed: trio.Event, on_wait: Callable[[Waiting], None]
+    ) -> bool:
+        """Wait until a new round is worth while; False, at once, if it has been long enough.
+
+        Args:
+            changed: Set with the next piece of news.
+            on_wait: Told about every reason once, if the text has begun.
+        """
+        left_s = self._deadline - trio.current_time()
+        if left_s <= 0:
+            return False
+        missing = error.missing if isinstance(error, NoRoute) else ()
+        if self._begun and self._told != (reason := str(error)):
+            self._told = reason
+            on_wait(Waiting(self.describe(error), missing, left_s))
+        with trio.move_on_after(min(self._pause_s, left_s)):
+            await changed.wait()
+        self._pause_s = min(2 * self._pause_s, LAST_PAUSE_S)
+        self._attempts, self._forgave = 0, True  # the caller forgives everybody
+        return True
