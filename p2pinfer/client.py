@@ -7,6 +7,7 @@ memory. What it learns from a route's fate goes to its ledger and to the policy 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Literal
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, PeerError, PeerRefused, PolicyError
+from p2pinfer.errors import ConfigError, PeerError, PeerRefused
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -33,10 +34,12 @@ from p2pinfer.node.wire import CODECS, Codec
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.routing.policy import RoutingPolicy, ask_policy, load_policy, tell_policy
+from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
 
+from .asking import PolicyDesk
 from .generate import Generation, GenerationConfig, new_state
+from .keeping import kept_ledger
 from .patience import Patience, Waiting
 from .resume import GenerationState, decode_state
 from .session import Session, SessionConfig, open_session
@@ -83,7 +86,7 @@ class Client:
         bootstrap: Multiaddrs to join by; those of bootstrap_peers.txt if empty.
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
         routing_config: What the built-in policies weigh by.
-        ledger: What is known of peers; a fresh one by default.
+        reputation: What is known of peers, kept by whoever passes it; that of `data_dir` by default.
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
 
     Raises:
@@ -104,16 +107,19 @@ class Client:
         host_config: HostConfig | None = None,
         session_config: SessionConfig | None = None,
         routing_config: RoutingConfig | None = None,
-        ledger: Ledger | None = None,
+        reputation: Ledger | None = None,
         cache_dir: Path | None = None,
         data_dir: Path | None = None,
         progress: Progress | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
     ) -> None:
-        self.ledger = ledger or Ledger()
+        self.ledger = reputation or Ledger()
+        self._keeps_ledger = reputation is None
         self._config = config or ClientConfig()
         policy = policy or self._config.policy
         self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
+        fallback = load_policy(DEFAULT_POLICY, config=routing_config)
+        self._desk = PolicyDesk(self.policy, fallback, self._config.policy_timeout_s)
         self._model = model
         self._bootstrap = tuple(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
@@ -133,11 +139,15 @@ class Client:
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
             self._source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
+            if self._keeps_ledger:
+                self.ledger = await stack.enter_async_context(kept_ledger(self._data_dir))
             self._member = await stack.enter_async_context(
                 open_swarm(new_identity(), self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
             self._nursery = await stack.enter_async_context(open_nursery())
+            self._nursery.start_soon(self._desk.keep_telling)
+            stack.push_async_callback(self._desk.finish)
             self._ends, self._tokenizer = await trio.to_thread.run_sync(
                 self._load_ends, abandon_on_cancel=True
             )
@@ -201,6 +211,19 @@ class Client:
             for announcement in self._member.announcements(self._source.spec.revision)
         ]
 
+    async def keep_no_record(self, vouched: Sequence[str] = ()) -> None:
+        """Learn into memory only, where nothing is known yet: the peers are our own and end with us.
+
+        A ledger that was passed to this client is left as it is.
+
+        Args:
+            vouched: Peers whose integrity is taken for granted.
+        """
+        if self._keeps_ledger:
+            await trio.to_thread.run_sync(self.ledger.detach)
+            for peer_id in vouched:
+                self.ledger.vouch(peer_id)
+
     @property
     def ends(self) -> Ends:
         """Embedding and head, which run here."""
@@ -240,26 +263,20 @@ class Client:
         except PeerError as exc:
             outcome = RouteOutcome(ok=False, error=str(exc), failed_peer=exc.peer_id or None)
             if isinstance(exc, PeerRefused):  # it has no room, say: no reason to rely on it less
-                self._tell_policy(route, outcome)
+                self._desk.tell(route, outcome)
             else:
                 self.route_ended(route, outcome)
             raise
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
-        now = trio.current_time()
+        now = time.time()  # the ledger outlives this process
         for hop in route.hops:
             if outcome.ok:
                 self.ledger.record_success(hop.peer_id, now)
             elif hop.peer_id == outcome.failed_peer:
-                self.ledger.record_failure(hop.peer_id, now)
-        self._tell_policy(route, outcome)
-
-    def _tell_policy(self, route: Route, outcome: RouteOutcome) -> None:
-        try:
-            tell_policy(self.policy, route, outcome)
-        except PolicyError as exc:  # the user's code; the text must not suffer from it
-            logger.warning("%s", exc)
+                self.ledger.record_failure(hop.peer_id, now, outcome.error or "")
+        self._desk.tell(route, outcome)
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """How this client is connected to a hop."""
@@ -281,15 +298,8 @@ class Client:
             excluded,
             self._member.coordinate,
         )
-        try:
-            with trio.fail_after(self._config.policy_timeout_s):
-                routes = await trio.to_thread.run_sync(
-                    ask_policy, self.policy, candidates, request, self.ledger, abandon_on_cancel=True
-                )
-        except trio.TooSlowError as exc:
-            raise PolicyError(
-                f"the routing policy said nothing for {self._config.policy_timeout_s:g} s"
-            ) from exc
+        self.ledger.advance(time.time())
+        routes = await self._desk.choose_routes(candidates, request, self.ledger)
         return routes[0]
 
     def _codec_for(self, route: Route) -> Codec:

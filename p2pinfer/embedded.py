@@ -27,6 +27,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.identity import load_identity
 from p2pinfer.node.tasks import open_nursery
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ async def swarm_in_reach(
             client.member.addrs,
             model=BUNDLED_MODEL,
             on_ready=lambda ready: on_embedding(ready, len(SPANS)),
-        ):
+        ) as nodes:
+            await client.keep_no_record(vouched=[load_identity(node.home).peer_id for node in nodes])
             yield
 
 

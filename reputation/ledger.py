@@ -354,6 +354,20 @@ class Ledger:
                     self._store.close()
                     self._store = None
 
+    def detach(self) -> None:
+        """Write what is new, close the file, and go on in memory as if nobody had been met yet.
+
+        Raises:
+            LocalError: As `close`.
+        """
+        self.close()
+        with self._lock:
+            self._accounts.clear()
+            self._attestations.clear()
+            self._proofs.clear()
+            self._changes = Changes()
+            self._attested = {}
+
     # ------------------------------------------------------------------ inside
 
     def _change(self, peer_id: str, change: Change, now: float) -> None:

@@ -15,3 +15,18 @@ class ReputationView(Protocol):
     def is_banned(self, peer_id: str) -> bool:
         """Whether the peer must not be used at all."""
         ...
+
+
+class ReadOnlyView:
+    """Another view's answers and nothing else, for code that should not reach a ledger's other methods."""
+
+    def __init__(self, view: ReputationView) -> None:
+        self._score, self._is_banned = view.score, view.is_banned
+
+    def score(self, peer_id: str) -> Score:
+        """As the other view says."""
+        return self._score(peer_id)
+
+    def is_banned(self, peer_id: str) -> bool:
+        """As the other view says."""
+        return self._is_banned(peer_id)

@@ -19,7 +19,7 @@ class Refusal(IntEnum):
     FULL = 1  # its cache lacks room for the request
     EXCLUDED = 2  # the request says so
     UNTRUSTED = 3  # its integrity is below what the request demands
-    BANNED = 4  # the user says so
+    BANNED = 4  # the user says so, its audits do, or a proof
     ABSENT = 5  # it is leaving, or holds another model
 
 
@@ -87,8 +87,11 @@ def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteReques
         case Refusal.EXCLUDED:
             return f"{blocks} are served only by peers that failed this request or already work for it"
         case Refusal.UNTRUSTED:
-            return f"{blocks} are served only by peers whose integrity is below {request.min_integrity:.2f}"
+            return (
+                f"{blocks} are served only by peers whose integrity is below {request.min_integrity:.2f}; "
+                "the default policy tries and audits them, `p2pinfer reputation vouch` takes your word for it"
+            )
         case Refusal.BANNED:
-            return f"{blocks} are served only by peers that you banned"
+            return f"{blocks} are served only by banned peers; `p2pinfer reputation` says why"
         case Refusal.ABSENT:
             return f"nobody serves {blocks}; `p2pinfer node --blocks {spans[0]}` would"

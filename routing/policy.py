@@ -22,11 +22,12 @@ from typing import cast
 
 from p2pinfer.errors import NoRoute, PolicyError
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.reputation.view import ReputationView
+from p2pinfer.reputation.view import ReadOnlyView, ReputationView
 
 from .check import check_routes
 from .config import RoutingConfig
 from .eligibility import eligible, no_route
+from .newcomers import route_with_newcomer
 from .planner import cheapest_routes
 from .route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 
@@ -56,15 +57,32 @@ class RoutingPolicy(ABC):
 
 
 class RiskAdjusted(RoutingPolicy):
-    """The least expected time per token, with the chance of failure and of a lie priced in."""
+    """The least expected time per token, with the chance of failure and of a lie priced in.
 
-    def __init__(self, config: RoutingConfig | None = None) -> None:
-        self._config = config
+    In a share of the sessions a newcomer is given a try, see `newcomers.py`; never in a failover, where a
+    part of a route is wanted at once.
+    """
+
+    def __init__(
+        self,
+        config: RoutingConfig | None = None,
+        *,
+        rng: random.Random | None = None,
+        alternatives: int = _ALTERNATIVES,
+    ) -> None:
+        self._config = config or RoutingConfig()
+        self._rng = rng or random.Random()
+        self._alternatives = alternatives
 
     def choose_routes(
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
     ) -> Sequence[Route]:
-        return cheapest_routes(candidates, request, view, self._config, _ALTERNATIVES)
+        routes = cheapest_routes(candidates, request, view, self._config, self._alternatives)
+        if request.span is None and self._rng.random() < self._config.explore_share:
+            attempt = route_with_newcomer(routes[0], candidates, request, view, self._config, self._rng)
+            if attempt is not None:
+                return [attempt, *routes]
+        return routes
 
 
 class Fastest(RoutingPolicy):
@@ -83,7 +101,8 @@ class Spread(RoutingPolicy):
     """A random route, every peer as often as it has capacity: many sessions do not queue at one peer.
 
     Goes block by block. Of the peers that serve the next block one is drawn, by tokens per second and by
-    the blocks it takes off the way, and is used to the end of its span.
+    the blocks it takes off the way, and is used to the end of its span. Integrity and reliability thin
+    that out: among proven peers a newcomer has a twentieth of its chance, among newcomers all of it.
     """
 
     def __init__(self, rng: random.Random | None = None) -> None:
@@ -112,8 +131,10 @@ class Spread(RoutingPolicy):
             weights = [
                 peer.announcement.tokens_per_s
                 * (min(peer.span.stop, stop) - block)
-                * max(view.score(peer.peer_id).reliability, 0.01)
+                * max(score.reliability, 0.01)
+                * max(score.integrity, 0.01)
                 for peer in serving
+                for score in (view.score(peer.peer_id),)
             ]
             chosen = self._rng.choices(serving, weights)[0]
             hops.append(chosen.hop(BlockSpan(block, min(chosen.span.stop, stop))))
@@ -122,11 +143,14 @@ class Spread(RoutingPolicy):
 
 
 class TrustedOnly(RoutingPolicy):
-    """Risk-adjusted, but only over peers whose integrity has been shown to be at least `min_integrity`."""
+    """Risk-adjusted, but only over peers whose integrity has been shown to be at least `min_integrity`.
 
-    def __init__(self, min_integrity: float = 0.6, config: RoutingConfig | None = None) -> None:
-        self._min_integrity = min_integrity
-        self._config = config
+    It never tries anybody out: another policy's sessions, or the user's word, must have shown it.
+    """
+
+    def __init__(self, min_integrity: float | None = None, config: RoutingConfig | None = None) -> None:
+        self._config = config or RoutingConfig()
+        self._min_integrity = self._config.trusted_integrity if min_integrity is None else min_integrity
 
     def choose_routes(
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
@@ -182,7 +206,7 @@ def ask_policy(
         PolicyError: The policy raised anything else, or returned something that is no route.
     """
     try:
-        routes = _as_list(policy.choose_routes(list(candidates), request, view))
+        routes = _as_list(policy.choose_routes(list(candidates), request, ReadOnlyView(view)))
         check_routes(routes, request, candidates, view)
     except NoRoute:
         raise

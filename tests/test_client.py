@@ -23,6 +23,7 @@ from p2pinfer.node.identity import Identity
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.wire import Codec
 from p2pinfer.patience import Waiting
+from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
@@ -102,9 +103,6 @@ async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: Open
         assert (request.hidden_bytes_per_token, request.tokens) == (640, 10)
         assert request.coordinate == client.member.coordinate
         assert [(each.peer_id, each.relayed) for each in policy.candidates[0]] == [("a", False), ("b", False)]
-        ((route, outcome),) = policy.outcomes
-        assert set(route.peer_ids) == {"a", "b"}
-        assert outcome.ok
         newcomer = client.ledger.score("nobody").reliability
         assert client.ledger.score("a").reliability > newcomer
         peers = {peer.announcement.peer_id: peer for peer in client.peers()}
@@ -113,6 +111,9 @@ async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: Open
         assert client.spec == client.ends.spec == swarm.spec
         assert client.connection_kind("nobody") == "direct"
         await swarm.all_closed()
+    ((route, outcome),) = policy.outcomes
+    assert set(route.peer_ids) == {"a", "b"}
+    assert outcome.ok
 
 
 async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: OpenClient) -> None:
@@ -131,7 +132,7 @@ async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: Open
         assert [hop.peer_id for hop in generation.result.route] == ["a", "c"]
         assert policy.requests[-1].excluded == {"b"}
         assert client.ledger.score("b").reliability < client.ledger.score("c").reliability
-        assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
+    assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
 
 
 async def test_two_peers_that_die_together_are_one_failover(open_client: OpenClient) -> None:
@@ -168,15 +169,16 @@ async def test_a_peer_out_of_reach_counts_as_failed_and_one_that_refuses_does_no
         await swarm.serve("good", tokens_per_s=10)
         newcomer = client.ledger.score("nobody").reliability
         assert await text_of(client.generate(PROMPT, max_new_tokens=1))
-        assert [(outcome.ok, outcome.failed_peer) for _, outcome in policy.outcomes] == [
-            (False, "full"),
-            (False, "gone"),
-            (True, None),
-        ]
-        assert "the KV cache has" in (policy.outcomes[0][1].error or "")
         assert client.ledger.score("full").reliability == newcomer
         assert client.ledger.score("gone").reliability < newcomer
         assert client.ledger.score("good").reliability > newcomer
+        assert "gone cannot be reached" in client.ledger.account("gone").notes[0].text
+    assert [(outcome.ok, outcome.failed_peer) for _, outcome in policy.outcomes] == [
+        (False, "full"),
+        (False, "gone"),
+        (True, None),
+    ]
+    assert "the KV cache has" in (policy.outcomes[0][1].error or "")
 
 
 async def test_a_client_waits_for_peers_that_are_about_to_come(open_client: OpenClient) -> None:
@@ -307,36 +309,122 @@ class Absurd(RoutingPolicy):
         return [Route((Hop("ghost", BlockSpan(0, 8)),))]
 
 
+class BanLover(RoutingPolicy):
+    """Chooses a peer that is banned, and tries to lift the ban."""
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        assert view.is_banned("bad")
+        assert not hasattr(view, "forgive")
+        return [Route((Hop("bad", BlockSpan(0, 8)),))]
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (Broken(), "policy Broken raised ZeroDivisionError: by zero"),
-        (Absurd(), "policy Absurd: .* uses ghost, which is no candidate"),
+        (
+            Broken(),
+            "policy Broken raised ZeroDivisionError: by zero; the policy RiskAdjusted chooses instead",
+        ),
+        (Absurd(), "uses ghost, which is no candidate; the policy RiskAdjusted chooses instead"),
+        (BanLover(), "uses bad, which is banned; the policy RiskAdjusted chooses instead"),
     ],
 )
-async def test_a_policy_that_fails_is_named(
-    policy: RoutingPolicy, message: str, open_client: OpenClient
+async def test_for_a_policy_that_fails_the_default_stands_in_and_it_is_named(
+    policy: RoutingPolicy, message: str, open_client: OpenClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_client(policy=policy) as (client, swarm):
-        swarm.announce("a")
-        with pytest.raises(PolicyError, match=message):
-            await anext(client.generate(PROMPT))
+        await swarm.serve("a", tokens_per_s=10)
+        swarm.announce("bad", tokens_per_s=900)
+        client.ledger.ban("bad", "it cheated")
+        generation = client.generate(PROMPT, max_new_tokens=2)
+        assert await text_of(generation) == ", there"
+        assert [hop.peer_id for hop in generation.result.route] == ["a"]
+    assert message in caplog.text
 
 
-async def test_a_policy_that_thinks_for_ever_is_given_up(open_client: OpenClient) -> None:
+async def test_a_policy_that_thinks_for_ever_is_asked_once(
+    open_client: OpenClient, caplog: pytest.LogCaptureFixture
+) -> None:
     done = threading.Event()
+    asked: list[RouteRequest] = []
 
     class Thinker(Recorder):
         def choose_routes(
             self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
         ) -> Sequence[Route]:
+            asked.append(request)
             done.wait()
             return []
 
-    async with open_client(policy=Thinker(), config=SOON) as (client, _):
-        with pytest.raises(PolicyError, match=r"said nothing for 0\.05 s"):
-            await anext(client.generate(PROMPT))
+    config = ClientConfig(policy_timeout_s=0.05, dtype="float32")
+    async with open_client(policy=Thinker(), config=config) as (client, swarm):
+        await swarm.serve("a")
+        for _ in range(2):
+            assert await text_of(client.generate(PROMPT, max_new_tokens=1)) == ","
         done.set()
+    assert len(asked) == 1
+    assert "policy Thinker: choose_routes took longer than 0.05 s" in caplog.text
+
+
+async def test_a_policy_that_listens_for_ever_holds_nothing_up(
+    open_client: OpenClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = threading.Event()
+
+    class Dreamer(Recorder):
+        def on_result(self, route: Route, outcome: RouteOutcome) -> None:
+            super().on_result(route, outcome)
+            done.wait()
+
+    policy = Dreamer()
+    config = ClientConfig(policy_timeout_s=0.05, dtype="float32")
+    async with open_client(policy=policy, config=config) as (client, swarm):
+        await swarm.serve("a")
+        for _ in range(3):
+            assert await text_of(client.generate(PROMPT, max_new_tokens=1)) == ","
+    done.set()
+    assert len(policy.outcomes) == 1
+    assert "policy Dreamer: on_result took longer than 0.05 s" in caplog.text
+
+
+async def test_what_a_client_learnt_is_there_for_the_next_one(
+    open_client: OpenClient, tmp_path: Path
+) -> None:
+    async with open_client() as (client, swarm):
+        await swarm.serve("a")
+        await text_of(client.generate(PROMPT, max_new_tokens=1))
+        before = client.ledger.account("a")
+    async with open_client() as (client, _):
+        assert client.ledger.account("a") == before
+        assert before.sessions == 1
+
+
+async def test_a_ledger_of_ones_own_is_used_and_not_kept(open_client: OpenClient, tmp_path: Path) -> None:
+    own = Ledger()
+    async with open_client(reputation=own) as (client, swarm):
+        await swarm.serve("a")
+        await text_of(client.generate(PROMPT, max_new_tokens=1))
+        await client.keep_no_record(vouched=["a"])
+    assert own.account("a").sessions == 1
+    assert not own.account("a").vouched
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+async def test_of_peers_that_end_with_the_client_no_record_is_kept(
+    open_client: OpenClient, tmp_path: Path
+) -> None:
+    async with open_client() as (client, swarm):
+        await swarm.serve("a")
+        client.ledger.ban("known before")
+        await client.keep_no_record(vouched=["a"])
+        assert client.ledger.score("a").integrity == 1.0
+        assert not client.ledger.is_banned("known before")
+        assert await text_of(client.generate(PROMPT, max_new_tokens=1))
+    async with open_client() as (client, _):
+        assert client.ledger.is_banned("known before")
+        assert client.ledger.account("a").sessions == 0
 
 
 async def test_a_policy_that_cannot_learn_spoils_no_text(

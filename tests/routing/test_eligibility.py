@@ -77,8 +77,9 @@ def test_the_error_tells_unserved_blocks_from_served_ones_that_cannot_be_used() 
     assert error.missing == ((5, 6), (7, 8))
     assert str(error) == (
         "no route: nobody serves blocks 5:6, 7:8; `p2pinfer node --blocks 5:6` would; "
-        "blocks 4:5 are served only by peers that you banned; "
-        "blocks 3:4 are served only by peers whose integrity is below 0.60; "
+        "blocks 4:5 are served only by banned peers; `p2pinfer reputation` says why; "
+        "blocks 3:4 are served only by peers whose integrity is below 0.60; the default policy tries and "
+        "audits them, `p2pinfer reputation vouch` takes your word for it; "
         "blocks 2:3 are served only by peers that failed this request or already work for it; "
         "blocks 1:2, 6:7 are served only by peers without cache for 100 tokens; try again soon"
     )
