@@ -18,6 +18,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
+from p2pinfer.node.relay_config import RelayConfig
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.session import SessionConfig
 
@@ -26,6 +27,7 @@ LAYERS = (
     (HostConfig, "node, generate, swarm"),
     (ComputeConfig, "node"),
     (ServeConfig, "node"),
+    (RelayConfig, "node"),
     (GenerationConfig, "generate"),
     (ClientConfig, "generate"),
     (SessionConfig, "generate"),

@@ -15,6 +15,7 @@ from p2pinfer.errors import AddressUnusable
 from .identity import is_peer_id
 
 _TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(?:/p2p/([^/\s]+))?/?\Z", re.ASCII)
+CIRCUIT = "/p2p-circuit"
 
 
 def parse_tcp(address: str) -> tuple[str, str, int, str]:
@@ -38,12 +39,38 @@ def parse_tcp(address: str) -> tuple[str, str, int, str]:
     return protocol, host, int(port), peer_id or ""
 
 
+def parse_circuit(address: str) -> tuple[str, str, str]:
+    """(the relay's address with `/p2p/<relay>`, the relay's id, peer id or "") of a way through a relay.
+
+    It is written `/ip4/<ip>/tcp/<port>/p2p/<relay>/p2p-circuit[/p2p/<peer>]`.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    relay, circuit, rest = address.partition(CIRCUIT)
+    named = rest.removeprefix("/p2p/").removesuffix("/")
+    if not circuit or (rest not in ("", "/") and not (rest.startswith("/p2p/") and is_peer_id(named))):
+        raise ValueError(f"{address!r} is not of the form /ip4/<ip>/tcp/<port>/p2p/<relay>/p2p-circuit")
+    _, relay_id = split_peer(relay)
+    return relay, relay_id, named if rest not in ("", "/") else ""
+
+
+def is_circuit(address: str) -> bool:
+    """Whether `address` leads through a relay."""
+    return CIRCUIT in address
+
+
 def split_peer(address: str) -> tuple[str, str]:
-    """`address` without `/p2p/<id>`, and the id.
+    """`address` without `/p2p/<id>` of whom it leads to, and the id.
 
     Raises:
         ValueError: It cannot be dialled, or names no peer.
     """
+    if is_circuit(address):
+        relay, _, peer_id = parse_circuit(address)
+        if not peer_id:
+            raise ValueError(f"{address!r} does not end in /p2p/<peer id>")
+        return relay + CIRCUIT, peer_id
     protocol, host, port, peer_id = parse_tcp(address)
     if not peer_id:
         raise ValueError(f"{address!r} does not end in /p2p/<peer id>")

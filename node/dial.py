@@ -13,6 +13,9 @@ async def race(
     attempt: Callable[[str], Awaitable[None]],
     stagger_s: float,
     errors: dict[str, Exception],
+    *,
+    detours: Sequence[str] = (),
+    head_start_s: float = 0.0,
 ) -> None:
     """Try `addresses` in order, each `stagger_s` after the one before or as soon as that failed.
 
@@ -20,6 +23,7 @@ async def race(
 
     Args:
         errors: Filled with what became of each address that failed; if the race is cancelled, so far.
+        detours: Tried likewise, once all of `addresses` have failed or have had `head_start_s` to themselves.
     """
 
     async def run(address: str, failed: trio.Event) -> None:
@@ -31,12 +35,21 @@ async def race(
         else:
             nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
+    async def start(addresses: Sequence[str]) -> list[trio.Event]:
+        fates: list[trio.Event] = []
         for address in addresses:
-            failed = trio.Event()
+            fates.append(failed := trio.Event())
             nursery.start_soon(run, address, failed)
             with trio.move_on_after(stagger_s):
                 await failed.wait()
+        return fates
+
+    async with trio.open_nursery() as nursery:
+        fates = await start(addresses)
+        with trio.move_on_after(head_start_s):
+            for failed in fates:
+                await failed.wait()
+        await start(detours)
 
 
 def innermost(exc: BaseException) -> str:

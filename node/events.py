@@ -41,6 +41,16 @@ class Ready(_Event, frozen=True, tag="ready"):
     cache_tokens: int
 
 
+class Reached(_Event, frozen=True, tag="reached"):
+    """How others reach the node, found out or changed."""
+
+    reachability: str  # public, mapped, private or unknown, as in announcements
+    nat: str  # none, firewall, port-preserving, symmetric or unknown
+    addrs: tuple[str, ...]
+    relays: tuple[str, ...]  # ids of the peers that carry connections to it
+    description: str
+
+
 class SessionOpened(_Event, frozen=True, tag="session_opened"):
     """A client reserved a session."""
 
@@ -73,7 +83,9 @@ class Leaving(_Event, frozen=True, tag="leaving"):
     sessions: int
 
 
-Event: TypeAlias = Starting | Loading | Ready | SessionOpened | SessionClosed | SessionRefused | Leaving
+Event: TypeAlias = (
+    Starting | Loading | Reached | Ready | SessionOpened | SessionClosed | SessionRefused | Leaving
+)
 
 _encoder = msgspec.json.Encoder()
 

@@ -19,12 +19,14 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, PeerError, PeerUnreachable
+from p2pinfer.routing.announcement import MAX_ADDRS
 
-from .addresses import check_listen, parse_tcp
+from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp
+from .circuit import dial_circuit
 from .dial import innermost, race
 from .host_config import HostConfig
 from .identity import Identity, is_peer_id
-from .libp2p_host import new_libp2p_host, run_libp2p_host
+from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
 from .stream import PeerStream
@@ -68,6 +70,9 @@ class Host:
         self._config = config
         self._network: Any = libp2p_host.get_network()
         self._dials: dict[str, _Dial] = {}
+        self._outside: tuple[str, ...] = ()
+        self._relays: tuple[str, ...] = ()
+        self._settle: Callable[[str], Awaitable[None]] | None = None
         self._watcher = _Watcher(self._network)
         self._network.register_notifee(self._watcher)
 
@@ -75,8 +80,36 @@ class Host:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        """The multiaddrs that others can dial, each with `/p2p/<peer id>`; empty if this host only dials."""
-        return tuple(str(address) for address in self.libp2p.get_addrs())
+        """The multiaddrs that others can dial, each with `/p2p/<peer id>`; empty if this host only dials.
+
+        Best first: those that a router or a dial-back gave us, some of the machine's own, ways through
+        relays. They are no more than fit an announcement: a machine with many networks has more.
+        """
+        relayed = [f"{relay}{CIRCUIT}/p2p/{self.peer_id}" for relay in self._relays[: MAX_ADDRS // 2]]
+        return (*self.direct_addrs[: MAX_ADDRS - len(relayed)], *relayed)
+
+    @property
+    def direct_addrs(self) -> tuple[str, ...]:
+        """Those of `addrs` that lead straight here."""
+        outside = (f"{address}/p2p/{self.peer_id}" for address in self._outside)
+        return tuple(dict.fromkeys((*outside, *(str(address) for address in self.libp2p.get_addrs()))))
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """The multiaddrs this host listens on, wildcards and all, with the ports that it got."""
+        return tuple(str(each) for each in cast(Any, self.libp2p).get_transport_addrs())
+
+    def be_reached_at(self, outside: Sequence[str]) -> None:
+        """Tell others these multiaddrs, which lead here from outside, before the machine's own."""
+        self._outside = tuple(outside)
+
+    def be_reached_through(self, relays: Sequence[str]) -> None:
+        """Tell others these addresses of relays, each with `/p2p/<relay>`, that connect them with us."""
+        self._relays = tuple(relays)
+
+    def when_relayed(self, settle: Callable[[str], Awaitable[None]]) -> None:
+        """Have `settle` awaited by whoever has just connected to a peer through a relay."""
+        self._settle = settle
 
     def connected_peers(self) -> list[str]:
         """The peers there is a live connection to."""
@@ -88,6 +121,32 @@ class Host:
         if connection is None:
             return None
         return "relayed" if connection.get_connection_type() == ConnectionType.RELAYED else "direct"
+
+    def remote_address(self, peer_id: str) -> tuple[str, int] | None:
+        """The IP address and port that a direct connection to `peer_id` leads to; None if there is none."""
+        connection = self._connection(peer_id)
+        return None if connection is None else connection.muxed_conn.get_remote_address()
+
+    def local_port(self, peer_id: str) -> int | None:
+        """The port that a direct connection to `peer_id` leaves from; None if there is none."""
+        connection = self._connection(peer_id)
+        if connection is None or connection.get_connection_type() == ConnectionType.RELAYED:
+            return None
+        return cast("int | None", raw_stream_of(connection).local_port)
+
+    async def dial_from(
+        self, peer_id: str, address: str, source: tuple[str, int] | None, *, responding: bool
+    ) -> None:
+        """Connect to `address`, from a given local one if two dial each other at once.
+
+        Args:
+            responding: Leave the first word of the handshake to the peer.
+
+        Raises:
+            BaseLibp2pError: There was no connection, or not with `peer_id`.
+        """
+        dial = self._network.dial_addr_as_responder if responding else self._network.dial_addr
+        await dial(Multiaddr(address), ID.from_base58(peer_id), source)
 
     def when_connected(self, callback: PeerCallback) -> None:
         """Have `callback` called with the id of every peer that connects, or is connected to, from now on."""
@@ -218,16 +277,30 @@ class Host:
         target = ID.from_base58(peer_id)
 
         async def attempt(address: str) -> None:
-            protocol, host, port, named = parse_tcp(address)
-            if named not in ("", peer_id):
-                raise ValueError(f"that is peer {named}")
-            await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
+            if is_circuit(address):
+                relay_addr, relay_id, named = parse_circuit(address)
+                _check_named(named, peer_id)
+                await dial_circuit(self, relay_id, relay_addr, peer_id)
+            else:
+                protocol, host, port, named = parse_tcp(address)
+                _check_named(named, peer_id)
+                await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
 
         self._network.unblock_peer(target)
         errors: dict[str, Exception] = {}
         with trio.move_on_after(self._config.dial_timeout_s):
-            await race(addrs, attempt, self._config.dial_stagger_s, errors)
-        if self._connection(peer_id) is None:
+            await race(
+                [address for address in addrs if not is_circuit(address)],
+                attempt,
+                self._config.dial_stagger_s,
+                errors,
+                detours=[address for address in addrs if is_circuit(address)],
+                head_start_s=self._config.relay_head_start_s,
+            )
+        kind = self.connection_kind(peer_id)
+        if kind == "relayed" and self._settle is not None:
+            await self._settle(peer_id)
+        elif kind is None:
             silent = f"no answer within {self._config.dial_timeout_s:g} s"
             tried = "; ".join(
                 f"{address}: {innermost(errors[address]) if address in errors else silent}"
@@ -281,6 +354,11 @@ async def _open_stream(connection: Any, protocol: str, peer_id: str) -> PeerStre
         raise
     stream.set_protocol(TProtocol(protocol))
     return PeerStream(stream, peer_id)
+
+
+def _check_named(named: str, peer_id: str) -> None:
+    if named not in ("", peer_id):
+        raise ValueError(f"that is peer {named}")
 
 
 def _is_peers_fault(exc: Exception) -> bool:

@@ -74,6 +74,11 @@ async def run_libp2p_host(
                 await _close(host)
 
 
+def raw_stream_of(connection: Any) -> Any:
+    """The `RawStream` under a connection of the swarm: below yamux, Noise and libp2p's wrappers."""
+    return connection.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream
+
+
 class _Muxer(MuxerMultistream):
     """Negotiates yamux and speaks it our way. libp2p's makes its own `Yamux` whatever it is given."""
 

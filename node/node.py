@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.placement import choose_span, should_move
 
 from .config import ServeConfig
-from .events import Event, Leaving, Loading, Ready, Starting
+from .events import Event, Leaving, Loading, Reached, Ready, Starting
 from .host import HostConfig
-from .identity import load_identity
+from .identity import Identity, load_identity
 from .last_span import last_span, remember_span
 from .offer import Offer
+from .reachability import describe
+from .relay_config import RelayConfig
 from .server import ServedSpan, SpanServer
 from .sizing import measure_capacity, measure_speed
 from .swarm import SwarmMember, open_swarm
@@ -70,6 +73,7 @@ async def run_node(
     host_config: HostConfig | None = None,
     compute_config: ComputeConfig | None = None,
     serve_config: ServeConfig | None = None,
+    relay_config: RelayConfig | None = None,
     report: Callable[[Event], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> None:
@@ -85,6 +89,7 @@ async def run_node(
         config,
         compute_config or ComputeConfig(),
         serve_config or ServeConfig(),
+        relay_config or RelayConfig(),
         report,
         progress,
     )
@@ -99,12 +104,14 @@ class _Node:
         config: NodeConfig,
         compute: ComputeConfig,
         serve: ServeConfig,
+        relay: RelayConfig,
         report: Callable[[Event], None],
         progress: Progress | None,
     ) -> None:
         self._config = config
         self._compute = compute
         self._serve = serve
+        self._relay = relay
         self._report = report
         self._progress = progress
 
@@ -112,12 +119,12 @@ class _Node:
         config = self._config
         identity = load_identity(config.data_dir)
         if config.no_blocks:
-            async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
+            async with self._open_swarm(identity, host_config) as member:
                 await self._introduce(member)
         # What may take minutes is abandoned on Ctrl-C: its thread ends with the process.
         source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         wanted = self._wanted_blocks(source.spec)
-        async with open_swarm(identity, host_config, config.bootstrap, config.data_dir) as member:
+        async with self._open_swarm(identity, host_config) as member:
             spec = source.spec
             self._report(Starting(member.peer_id, member.addrs, spec.model, spec.revision))
             await member.join(spec.revision)
@@ -125,6 +132,15 @@ class _Node:
                 await self._serve_span(source, member, wanted, "asked for", may_move=False)
             else:
                 await self._serve_where_needed(source, member)
+
+    @asynccontextmanager
+    async def _open_swarm(self, identity: Identity, host_config: HostConfig) -> AsyncGenerator[SwarmMember]:
+        config = self._config
+        async with open_swarm(
+            identity, host_config, config.bootstrap, config.data_dir, self._relay
+        ) as member:
+            with member.reach.telling(lambda: self._report(_reached(member))):
+                yield member
 
     async def _introduce(self, member: SwarmMember) -> None:
         """Hold no blocks: pass on what is gossiped, tell newcomers who is there."""
@@ -210,6 +226,14 @@ class _Node:
                 f"{spec.model} has {spec.num_blocks} blocks, 0:{spec.num_blocks}; {span} is not among them"
             )
         return span
+
+
+def _reached(member: SwarmMember) -> Reached:
+    status = member.reach.status
+    said = describe(status.reachability)
+    if status.relays:
+        said += f"; {len(status.relays)} relay{'s' * (len(status.relays) > 1)} carry connections to it"
+    return Reached(status.reachability.kind, status.reachability.nat, member.addrs, status.relays, said)
 
 
 def _ready(member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float) -> Ready:

@@ -42,6 +42,10 @@ class Offer:
         if abs(free - self._announced_free) > total // 8:
             self._touched.set()
 
+    def _move(self) -> None:
+        """We are reached elsewhere than we said; worth an announcement in any case."""
+        self._touched.set()
+
     def announcement(self) -> Announcement:
         """The offer as of this moment.
 
@@ -58,7 +62,7 @@ class Offer:
             tokens_per_s=self._tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._sequence,
-            reachability="unknown",
+            reachability=self._member.reach.reachability.kind,
             addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
             coordinate=self._member.coordinate,
             ttl_s=self._config.announce_ttl_s,
@@ -77,8 +81,9 @@ class Offer:
 
     async def keep_fresh(self) -> None:
         """Announce on change and once an interval, never more often than the minimal gap."""
-        while True:
-            await trio.sleep(self._config.announce_min_gap_s)
-            with trio.move_on_after(self._config.announce_interval_s - self._config.announce_min_gap_s):
-                await self._touched.wait()
-            await self.announce()
+        with self._member.reach.telling(self._move):
+            while True:
+                await trio.sleep(self._config.announce_min_gap_s)
+                with trio.move_on_after(self._config.announce_interval_s - self._config.announce_min_gap_s):
+                    await self._touched.wait()
+                await self.announce()

@@ -18,6 +18,7 @@ import trio
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 
 from .host import Host
+from .length_prefix import receive_value, send_value
 from .records import MAX_RECORD_BYTES
 from .stream import PeerStream
 from .view import SwarmView
@@ -52,8 +53,8 @@ def serve_snapshots(host: Host, view: SwarmView) -> None:
 
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(_TIMEOUT_S):
-            request = decode_request(await _receive(stream, _MAX_REQUEST_BYTES))
-            await _send(stream, encode_response(view.records(request.revision)))
+            request = decode_request(await receive_value(stream, _MAX_REQUEST_BYTES))
+            await send_value(stream, encode_response(view.records(request.revision)))
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
 
@@ -67,8 +68,8 @@ async def fetch_snapshot(host: Host, view: SwarmView, peer_id: str, revision: st
     try:
         with trio.fail_after(_TIMEOUT_S):
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
-                await _send(stream, _encoder.encode(_Request(revision)))
-                entries = decode_response(await _receive(stream, MAX_RESPONSE_BYTES))
+                await send_value(stream, _encoder.encode(_Request(revision)))
+                entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
     except trio.TooSlowError as exc:
         raise PeerVanished(f"no snapshot in {_TIMEOUT_S:g} s", peer_id) from exc
     except ProtocolViolation as exc:
@@ -111,22 +112,3 @@ def decode_response(encoded: bytes) -> list[tuple[bytes, float]]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolViolation(f"malformed snapshot: {exc}") from exc
     return [(entry.record, entry.age_s) for entry in entries if math.isfinite(entry.age_s)]
-
-
-async def _send(stream: trio.abc.SendStream, content: bytes) -> None:
-    await stream.send_all(len(content).to_bytes(4, "big") + content)
-
-
-async def _receive(stream: trio.abc.ReceiveStream, limit: int) -> bytes:
-    buffer = bytearray()
-    size = 4
-    while len(buffer) < size:
-        received = await stream.receive_some(1 << 16)
-        if not received:
-            raise PeerVanished("the stream ended in the middle of a snapshot")
-        buffer += received
-        if size == 4 and len(buffer) >= 4:
-            size = 4 + int.from_bytes(buffer[:4], "big")
-            if size > limit + 4:
-                raise ProtocolViolation(f"a snapshot message of {size} bytes; {limit} are allowed")
-    return bytes(buffer[4:size])

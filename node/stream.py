@@ -8,6 +8,7 @@ from operator import index
 from typing import Any
 
 import trio
+from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
@@ -38,6 +39,21 @@ class PeerStream(trio.abc.Stream):
         self._closed = False
         self._sending = False
         self._receiving = False
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it runs over a connection through a relay."""
+        return self.muxed.muxed_conn.get_connection_type() == ConnectionType.RELAYED
+
+    @property
+    def remote_address(self) -> tuple[str, int] | None:
+        """The IP address and port that the peer's connection comes from; None through a relay."""
+        return self.muxed.get_remote_address()
+
+    @property
+    def is_inbound(self) -> bool:
+        """Whether the peer made the connection."""
+        return not self.muxed.muxed_conn.is_initiator
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`.

@@ -20,6 +20,8 @@ from .gossip import Gossip, open_gossip
 from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .latency import Latency
+from .reach import Reach, open_reach
+from .relay_config import RelayConfig
 from .snapshot import serve_snapshots
 from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
@@ -29,7 +31,13 @@ class SwarmMember:
     """This process as a member of the swarm. Made by `open_swarm`."""
 
     def __init__(
-        self, host: Host, view: SwarmView, gossip: Gossip, peers: Neighbourhood, latency: Latency
+        self,
+        host: Host,
+        view: SwarmView,
+        gossip: Gossip,
+        peers: Neighbourhood,
+        latency: Latency,
+        reach: Reach,
     ) -> None:
         self.host = host
         self.peer_id = host.peer_id
@@ -37,6 +45,7 @@ class SwarmMember:
         self._gossip = gossip
         self._neighbourhood = peers
         self._latency = latency
+        self.reach = reach
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -96,9 +105,16 @@ class SwarmMember:
 
 @asynccontextmanager
 async def open_swarm(
-    identity: Identity, host_config: HostConfig, bootstrap: Sequence[str], data_dir: Path
+    identity: Identity,
+    host_config: HostConfig,
+    bootstrap: Sequence[str],
+    data_dir: Path,
+    relay_config: RelayConfig | None = None,
 ) -> AsyncGenerator[SwarmMember]:
     """Join the swarm until the block ends.
+
+    Args:
+        relay_config: What may be spent on carrying others' connections; None: nothing.
 
     Raises:
         ConfigError: A bootstrap address is malformed.
@@ -106,19 +122,23 @@ async def open_swarm(
     """
     first_peers = bootstrap_peers(bootstrap, data_dir)
     # Whoever is cancelled still says goodbye: a node to the swarm, a client to its hops.
-    async with outlasting(_open_member(identity, host_config, first_peers)) as member:
+    async with outlasting(_open_member(identity, host_config, first_peers, relay_config)) as member:
         yield member
 
 
 @asynccontextmanager
 async def _open_member(
-    identity: Identity, host_config: HostConfig, first_peers: Sequence[BootstrapPeer]
+    identity: Identity,
+    host_config: HostConfig,
+    first_peers: Sequence[BootstrapPeer],
+    relay_config: RelayConfig | None,
 ) -> AsyncGenerator[SwarmMember]:
     view = SwarmView()
     with bare_errors():
         async with (
             open_host(identity, host_config) as host,
             open_gossip(host, identity, view) as gossip,
+            open_reach(host, host_config, relay_config, view.everybody) as reach,
             open_nursery() as nursery,
         ):
             latency = Latency(host, view.everybody)
@@ -126,4 +146,4 @@ async def _open_member(
             serve_snapshots(host, view)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
-            yield SwarmMember(host, view, gossip, neighbourhood, latency)
+            yield SwarmMember(host, view, gossip, neighbourhood, latency, reach)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import trio
 from libp2p.abc import IRawConnection
 from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
@@ -16,6 +16,7 @@ from multiaddr import Multiaddr
 
 from .addresses import parse_tcp
 from .dial import innermost
+from .raw_stream import RawStream
 
 READ_BYTES = 1 << 17
 KEEPALIVE_IDLE_S = 5
@@ -42,76 +43,56 @@ def tune(stream: trio.SocketStream, user_timeout_s: float) -> None:
             set_option(socket.IPPROTO_TCP, option, value)
 
 
-class TcpStream(TrioTCPStream):
-    """A TCP connection read in large pieces, whose writers can be cancelled without harm.
+def share_port(sock: Any) -> None:
+    """Let `sock` be bound to a port that a listener has; both must say so."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "SO_REUSEPORT"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
-    libp2p's own reads the length and the body of every Noise message from the socket separately, and a write
-    cancelled half-way leaves the peer with half a message, after which it can decrypt nothing more.
-    """
+
+class TcpStream(RawStream):
+    """A TCP connection under Noise."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
-        self.closed = trio.Event()
-        self._received = b""
-        self._read = 0  # how much of it was handed out
-        self._outbox = bytearray()
-        self._taken = 0  # bytes ever put into the outbox
-        self._sent = 0  # bytes ever sent from it
-        self._sending = False
-        self._progress = trio.lowlevel.ParkingLot()
+        super().__init__()
+        self.stream = stream
+        self._remote = _name(stream.socket.getpeername)
+        self.local_port = (_name(stream.socket.getsockname) or ("", None))[1]
 
-    async def read(self, n: int | None = None) -> bytes:
-        """At most `n` bytes; does not suspend while some are left of what was received before.
-
-        Raises:
-            ConnectionClosedError: The connection has ended.
-        """
-        if self._read == len(self._received):
-            try:
-                self._received = bytes(await self.stream.receive_some(READ_BYTES))
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-                raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
-            self._read = 0
-            if not self._received:
-                raise ConnectionClosedError("the peer closed the connection", transport="tcp")
-        start = self._read
-        self._read = len(self._received) if n is None else min(start + n, len(self._received))
-        return self._received[start : self._read]
-
-    async def write(self, data: bytes) -> None:
-        """Send `data`, taking it before the first suspension: who writes first is sent first.
-
-        A caller that is cancelled leaves its bytes behind, and the next one sends them.
-
-        Raises:
-            ConnectionClosedError: The connection has ended.
-        """
-        self._outbox += data
-        self._taken += len(data)
-        until = self._taken
-        while self._sent < until:
-            if self._sending:
-                await self._progress.park()
-            else:
-                await self._send_some()
-
-    async def _send_some(self) -> None:
-        self._sending = True
+    async def _receive(self) -> bytes:
         try:
-            sent = await self.stream.socket.send(self._outbox)
+            received = bytes(await self.stream.receive_some(READ_BYTES))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
+        if not received:
+            raise ConnectionClosedError("the peer closed the connection", transport="tcp")
+        return received
+
+    async def _send_some(self, outbox: bytearray) -> None:
+        try:
+            sent = await self.stream.socket.send(outbox)
         except (OSError, trio.ClosedResourceError) as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
-        else:
-            self._sent += sent
-            del self._outbox[:sent]
-        finally:
-            self._sending = False
-            self._progress.unpark_all()
+        del outbox[:sent]
 
     async def close(self) -> None:
         self.closed.set()
         await self.stream.aclose()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The peer's address; libp2p's own stream has none for IPv6, whose socket names are longer."""
+        return self._remote
+
+
+def _name(ask: Callable[[], Any]) -> tuple[str, int] | None:
+    try:
+        name = ask()
+    except OSError:  # it is gone already
+        return None
+    if isinstance(name, str | bytes):  # a pair of Unix sockets has no addresses
+        return None
+    return str(name[0]).removeprefix("::ffff:"), int(name[1])
 
 
 class TunedTCP(TCP):
@@ -132,10 +113,19 @@ class TunedTCP(TCP):
         return RawConnection(TcpStream(stream), True)
 
     async def dial_with_source(self, maddr: Multiaddr, source: tuple[str, int]) -> IRawConnection:
-        """Connect from a given local port, as hole punching needs."""
-        connection: Any = await super().dial_with_source(maddr, source)
-        tune(connection.stream.stream, self._user_timeout_s)
-        return RawConnection(TcpStream(connection.stream.stream), True)
+        """Connect to an IP address from a given local one, as hole punching needs."""
+        _, host, port, _ = parse_tcp(str(maddr))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with trio.socket.socket(family, socket.SOCK_STREAM) as connecting:
+            try:
+                share_port(connecting)
+                await connecting.bind(source)
+                await connecting.connect((host, port))
+            except OSError as exc:
+                raise OpenConnectionError(innermost(exc)) from exc
+            stream = trio.SocketStream(connecting.dup())
+        tune(stream, self._user_timeout_s)
+        return RawConnection(TcpStream(stream), True)
 
     def create_listener(self, handler_function: Any) -> Any:
         """A listener whose task for a connection ends with the connection.

@@ -42,11 +42,12 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     from p2pinfer.node.config import ServeConfig
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.node import NodeConfig, run_node
+    from p2pinfer.node.relay_config import RelayConfig
 
     from .progress import Bars
     from .running import run
 
-    settings = call.settings(NodeConfig, HostConfig, ComputeConfig, ServeConfig)
+    settings = call.settings(NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig)
 
     async def main() -> None:
         await run_node(
@@ -54,6 +55,7 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
             host_config=settings.build(HostConfig),
             compute_config=settings.build(ComputeConfig),
             serve_config=settings.build(ServeConfig),
+            relay_config=settings.build(RelayConfig),
             report=_reporter(call),
             progress=Bars(quiet=call.json or call.quiet),
         )

@@ -53,6 +53,8 @@ def describe_event(event: events.Event) -> str:
             return f"loading blocks {start}:{stop} ({event.reason})"
         case events.Ready():
             return "\n          ".join([_offer(event), *(f"--bootstrap {addr}" for addr in event.addrs)])
+        case events.Reached():
+            return event.description
         case events.SessionOpened():
             return (
                 f"{short_peer(event.peer_id)} opened a session of {event.max_tokens:,} tokens; "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,8 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
 from p2pinfer.node.gossip import Gossip
 from p2pinfer.node.latency import Latency
+from p2pinfer.node.reach import Reach
+from p2pinfer.node.reachability import Reachability
 from p2pinfer.node.server import ServedSpan, SpanServer
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.tasks import open_nursery
@@ -61,6 +63,22 @@ class MemoryGossip:
         await trio.sleep_forever()
 
 
+class MemoryReach:
+    """A host that is reached as it is."""
+
+    def __init__(self) -> None:
+        self.reachability = Reachability("public", "none")
+        self.listeners: list[Callable[[], None]] = []
+
+    @contextmanager
+    def telling(self, callback: Callable[[], None]) -> Generator[None]:
+        self.listeners.append(callback)
+        try:
+            yield
+        finally:
+            self.listeners.remove(callback)
+
+
 class MemoryNeighbourhood:
     """Neighbours that have told all they know."""
 
@@ -97,6 +115,7 @@ class MemorySwarm:
             cast(Gossip, self.gossip),
             cast(Neighbourhood, self.neighbourhood),
             Latency(host, self.view.everybody),
+            cast(Reach, MemoryReach()),
         )
 
     async def serve(

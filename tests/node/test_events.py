@@ -10,6 +10,7 @@ from p2pinfer.node.events import (
     Event,
     Leaving,
     Loading,
+    Reached,
     Ready,
     SessionClosed,
     SessionOpened,
@@ -21,6 +22,7 @@ from p2pinfer.node.events import (
 EXAMPLES: list[Event] = [
     Starting("12D3", ("/ip4/127.0.0.1/tcp/1/p2p/12D3",), "tiny-stories", "ab"),
     Loading((0, 4), "asked for"),
+    Reached("public", "none", ("/ip4/192.0.2.7/tcp/1/p2p/12D3",), ("12D3",), "reachable from the internet"),
     Ready(
         "12D3", ("/ip4/127.0.0.1/tcp/1/p2p/12D3",), "tiny-stories", "ab", (0, 4), "bfloat16", "cpu", 9.5, 64
     ),
@@ -42,7 +44,7 @@ def test_an_event_is_one_object_on_one_line_that_names_itself(event: Event) -> N
 
 
 def test_a_ready_event_says_what_scripts_wait_for() -> None:
-    told = json.loads(to_json(EXAMPLES[2]))
+    told = json.loads(to_json(EXAMPLES[3]))
     assert told["event"] == "ready"
     assert {key: told[key] for key in ("peer_id", "addrs", "model", "revision", "blocks")} == {
         "peer_id": "12D3",
