@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 DIALBACK_PROTOCOL: Final = "/p2pinfer/dialback/1.0.0"
 MAX_PORTS: Final = 4
-DIAL_S: Final = 2.5  # for one dial back; a dropped SYN is sent again after one second
-ANSWER_S: Final = 5.0  # for the whole of an answer
+DIAL_S: Final = 2.0  # for one dial back; a dropped SYN is sent again after one second
+ANSWER_S: Final = 4.0  # for the whole of an answer
 _MAX_BYTES: Final = 1024
 ASKS_PER_S: Final = 0.2  # of one IP address; each costs us a few packets and a handshake
 ASKS_AT_ONCE: Final = 8

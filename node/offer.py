@@ -33,6 +33,7 @@ class Offer:
         self._tokens_per_s = tokens_per_s
         self._config = config
         self._touched = trio.Event()
+        self._moved = trio.Event()
         self._announced_free = -1
         self._sequence = 0
 
@@ -43,7 +44,8 @@ class Offer:
             self._touched.set()
 
     def _move(self) -> None:
-        """We are reached elsewhere than we said; worth an announcement in any case."""
+        """We are reached elsewhere than we said: worth an announcement at once."""
+        self._moved.set()
         self._touched.set()
 
     def announcement(self) -> Announcement:
@@ -70,7 +72,7 @@ class Offer:
 
     async def announce(self) -> None:
         """Tell the swarm."""
-        self._touched = trio.Event()
+        self._touched, self._moved = trio.Event(), trio.Event()
         announcement = self.announcement()
         self._announced_free = announcement.free_cache_tokens
         await self._member.announce(announcement)
@@ -83,7 +85,8 @@ class Offer:
         """Announce on change and once an interval, never more often than the minimal gap."""
         with self._member.reach.telling(self._move):
             while True:
-                await trio.sleep(self._config.announce_min_gap_s)
+                with trio.move_on_after(self._config.announce_min_gap_s):
+                    await self._moved.wait()
                 with trio.move_on_after(self._config.announce_interval_s - self._config.announce_min_gap_s):
                     await self._touched.wait()
                 await self.announce()

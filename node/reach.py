@@ -40,6 +40,7 @@ MAX_OBSERVERS: Final = 4  # peers outside the local network that are asked at a 
 MAX_ASKED: Final = 32  # peers that are asked in one round, whatever they say
 LOOK_AGAIN_S: Final = 300.0  # between rounds when nothing happens
 SETTLE_S: Final = 0.2  # after a connection, for the others that come with it
+TOGETHER_S: Final = 0.3  # changes that come within this time are told of at once
 MAX_PUNCHED: Final = 256  # peers whose last attempt is remembered
 
 
@@ -82,12 +83,11 @@ class Reach:
         self._upnp = "not tried"
         self._mapping: Mapping | None = None
         self._news = trio.Event()
+        self._changed = trio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._punched: dict[str, bool] = {}
         self._reserved_ports = [] if host.listening else _reserve_ports()
-        self._keeper = RelayKeeper(
-            host, config.relays if host.listening else 0, self._relay_candidates, self._tell
-        )
+        self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
         self._puncher = Puncher(
             host,
             self._meeting_points,
@@ -131,7 +131,9 @@ class Reach:
             self._relay.register()
         try:
             async with open_nursery() as nursery:
-                nursery.start_soon(self._keeper.serve)
+                nursery.start_soon(self._keep_telling)
+                if self._config.relays and self._host.listening:
+                    nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
                 await self._keep_looking()
         finally:
@@ -183,11 +185,19 @@ class Reach:
             logger.info("%s", describe(now))
             self._host.be_reached_at(now.addrs)
             self._keeper.look_again()
-            self._tell()
+            self._note_change()
 
-    def _tell(self) -> None:
-        for listener in list(self._listeners):
-            listener()
+    async def _keep_telling(self) -> None:
+        """Tell of changes, those that come together at once."""
+        while True:
+            await self._changed.wait()
+            await trio.sleep(TOGETHER_S)
+            self._changed = trio.Event()
+            for listener in list(self._listeners):
+                listener()
+
+    def _note_change(self) -> None:
+        self._changed.set()
 
     def _look(self) -> None:
         self._news.set()
@@ -205,7 +215,7 @@ class Reach:
     async def _keep_mapping(self) -> None:
         """Once we turn out to be behind a router, ask it for a port, and see if that helps."""
         while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
-            await self._changed()
+            await self._next_change()
         inside = next((parse_tcp(each)[2] for each in self._host.listening if "/ip4/" in each), 0)
         if not (inside and self._may_map()):
             return
@@ -226,7 +236,7 @@ class Reach:
         finally:
             self._mapping = None
 
-    async def _changed(self) -> None:
+    async def _next_change(self) -> None:
         changed = trio.Event()
         with self.telling(changed.set):
             await changed.wait()
