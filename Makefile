@@ -19,7 +19,7 @@ INSTALL := $(PIP) install $(if $(CI),--quiet) --constraint constraints.txt \
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test lint check bench bench-gpu wheel-test docs lab-shell clean
+.PHONY: help demo test lint check bench bench-gpu wheel-test docs lab lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,6 +51,9 @@ bench: $(TESTABLE)  ## speed against local transformers
 
 bench-gpu: $(TESTABLE)  ## the same on an NVIDIA GPU
 	$(BIN)/python benchmarks/gpu.py
+
+lab: $(TESTABLE)  ## every pair of routers in a simulated internet, RUNS=5 times; writes docs/nat.md's tables
+	$(BIN)/python -m tests.lab pairs --runs $(or $(RUNS),5)
 
 lab-shell: $(TESTABLE)  ## a shell in a host of a simulated internet; SCENARIO=... HOST=... choose it
 	@$(BIN)/python -m tests.lab shell $(or $(SCENARIO),volunteers) $(or $(HOST),n1)

@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 
+from .commands import open_commands
 from .lab import ROOT, Lab, lacks, open_lab
 from .namespaces import environ, why_not
+from .pairs import Run, measure
 from .scenario import Scenario
-from .scenarios import SCENARIOS, named
+from .scenarios import KINDS, SCENARIOS, named
+from .table import DOCUMENT, keep, shortcomings, write
 
 
 def main() -> int:
@@ -29,19 +32,25 @@ def main() -> int:
         each.add_argument("scenario")
         each.add_argument("host")
     run.add_argument("argv", nargs=argparse.REMAINDER)
+    pairs = commands.add_parser("pairs", help="every pair of kinds, and the tables of docs/nat.md")
+    pairs.add_argument("--runs", type=int, default=5)
+    pairs.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
     asked = parser.parse_args()
     if asked.command == "list":
         print("\n".join(f"{name:12} {scenario.says}" for name, scenario in SCENARIOS.items()))
         return 0
     try:
-        scenario = named(asked.scenario)
-        scenario.site(asked.host)
+        scenario = named("all-pairs" if asked.command == "pairs" else asked.scenario)
+        if asked.command != "pairs":
+            scenario.site(asked.host)
     except KeyError as exc:
         print(exc.args[0], file=sys.stderr)
         return 2
     if obstacle := why_not() or lacks(scenario):
         print(obstacle, file=sys.stderr)
         return 1
+    if asked.command == "pairs":
+        return measure_pairs(scenario, asked.runs, tuple(filter(None, asked.kinds.split(","))))
     argv = [os.environ.get("SHELL", "/bin/sh")] if asked.command == "shell" else asked.argv
     with open_lab(scenario) as lab:
         if asked.command == "shell":
@@ -50,6 +59,23 @@ def main() -> int:
             lab.corner.enter(argv, netns=asked.host),
             env=environ(PYTHONPATH=str(ROOT), LAB_KEEPER=str(lab.corner.keeper)),
         )
+
+
+def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...]) -> int:
+    """Run the pairs, say what is missing, and write the tables if all kinds took part; the exit code."""
+    done: list[Run] = []
+    with open_lab(scenario) as lab, open_commands(lab) as opened:
+        for run in measure(opened, runs, kinds or tuple(KINDS)):
+            times = f"{run.first_s} {run.direct_s}"
+            print(f"{run.role:7} {run.left:16} {run.right:16} {run.how:8} {times} {run.why}", flush=True)
+            done.append(run)
+    if kinds:
+        return 0
+    keep(done)
+    write(DOCUMENT, done)
+    short = shortcomings(done, runs)
+    print("\n".join(short), file=sys.stderr)
+    return 1 if short else 0
 
 
 def introduction(scenario: Scenario, lab: Lab, here: str) -> str:

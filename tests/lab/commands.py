@@ -140,20 +140,20 @@ class Commands:
     def __init__(self, lab: Lab, zygote: subprocess.Popen[bytes]) -> None:
         self.lab = lab
         self._zygote = zygote
-        self._started: list[Command] = []
+        self.started: list[Command] = []  # in order
         self._rest = b""
         assert zygote.stdout is not None
         os.set_blocking(zygote.stdout.fileno(), False)
 
     def start(self, host: str, *argv: str, **environ: str) -> Command:
         """Start `p2pinfer ARGV` in a host, with folders of its own."""
-        number = len(self._started)
+        number = len(self.started)
         folder = self.lab.home / f"{number}-{host}"
         folder.mkdir()
         for name in ("stdout", "stderr"):
             (folder / name).touch()
         command = Command(host, folder, self._look)
-        self._started.append(command)
+        self.started.append(command)
         request = {
             "id": number,
             "host": host,
@@ -193,9 +193,9 @@ class Commands:
         for line in lines:
             told = json.loads(line)
             if "pid" in told:
-                self._started[told["id"]].pid = told["pid"]
+                self.started[told["id"]].pid = told["pid"]
             elif "exit" in told:
-                self._started[told["id"]].exit_code = told["exit"]
+                self.started[told["id"]].exit_code = told["exit"]
 
 
 _FRUGAL = ("--set", "compute.threads=1", "--dtype", "float32")

@@ -11,13 +11,13 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from .commands import Command, Commands, bootstrap
-from .pinned import VARIABLE, write_route
+from .pinned import POLICY, VARIABLE, WrittenRoute, write_routes
 from .reference import greedy_ids
 from .scenarios import KINDS, RELAY_PORT, RELAYS, site_name
 
@@ -64,7 +64,7 @@ class Bench:
         """Every pair once as node and client; the nodes stay, the clients are new in every run."""
         nodes = {kind: self._node(site_name("a", kind), "0:8") for kind in self._kinds}
         try:
-            ids = {kind: node.event("ready")["peer_id"] for kind, node in nodes.items()}
+            ids = {kind: reachable(node) for kind, node in nodes.items()}
             for pairs in rounds(self._kinds):
                 clients = {
                     pair: self._generate(site_name("b", pair[1]), [(ids[pair[0]], "0:8")]) for pair in pairs
@@ -80,10 +80,7 @@ class Bench:
             lefts = {pair: self._node(site_name("a", pair[0]), "0:4") for pair in pairs}
             rights = {pair: self._node(site_name("b", pair[1]), "4:8") for pair in pairs}
             try:
-                ids = {
-                    pair: (lefts[pair].event("ready")["peer_id"], rights[pair].event("ready")["peer_id"])
-                    for pair in pairs
-                }
+                ids = {pair: (reachable(lefts[pair]), reachable(rights[pair])) for pair in pairs}
                 clients = {
                     pair: self._generate("c", [(one, "0:4"), (other, "4:8")])
                     for pair, (one, other) in ids.items()
@@ -96,15 +93,8 @@ class Bench:
     def _node(self, host: str, blocks: str) -> Command:
         return self._commands.node(host, "--blocks", blocks, *self._relays)
 
-    def _generate(self, host: str, route: list[tuple[str, str]]) -> Command:
-        return self._commands.generate(
-            host,
-            PROMPT,
-            *self._relays,
-            *("--max-new-tokens", str(TOKENS), "--policy", "tests.lab.pinned:Pinned"),
-            *("--set", "client.find_timeout_s=30"),
-            **{VARIABLE: write_route(route)},
-        )
+    def _generate(self, host: str, route: WrittenRoute) -> Command:
+        return generate(self._commands, host, TOKENS, [route], self._relays)
 
     def _judge(
         self, role: Role, left: str, right: str, client: Command, dialler: Command, peer_id: str
@@ -151,6 +141,19 @@ def rounds(kinds: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         yield [(kind, kinds[(index + shift) % len(kinds)]) for index, kind in enumerate(kinds)]
 
 
+def generate(
+    commands: Commands, host: str, tokens: int, routes: Sequence[WrittenRoute], flags: Sequence[str]
+) -> Command:
+    """Start a generation that goes the first of these routes, or the next one if a peer has failed."""
+    return commands.generate(
+        host,
+        PROMPT,
+        *flags,
+        *("--max-new-tokens", str(tokens), "--policy", POLICY, "--set", "client.find_timeout_s=30"),
+        **{VARIABLE: write_routes(*routes)},
+    )
+
+
 def start_relays(commands: Commands, hosts: Sequence[str] = RELAYS) -> list[str]:
     """Start introducers that relay, and return the flags by which others join them."""
     relays: list[Command] = []
@@ -160,6 +163,19 @@ def start_relays(commands: Commands, hosts: Sequence[str] = RELAYS) -> list[str]
         relays.append(commands.node(host, "--no-blocks", "--listen", listen, *flags))
         flags += bootstrap(relays[-1].event("ready")["addrs"][:1])
     return flags
+
+
+def reachable(node: Command) -> str:
+    """The id of a node that serves, once others can reach it in some way or other."""
+
+    def look() -> bool | None:
+        known = [event for event in node.events() if event["event"] == "reached"]
+        reached = known and (known[-1]["reachability"] in ("public", "mapped") or known[-1]["relays"])
+        return True if reached else None
+
+    node.wait_until(look, "a way to be reached")
+    peer_id: str = node.event("ready")["peer_id"]
+    return peer_id
 
 
 def leave(commands: Sequence[Command] | Any) -> None:
@@ -174,14 +190,10 @@ def leave(commands: Sequence[Command] | Any) -> None:
             command.kill()
 
 
-def measure(commands: Commands, runs: int, note: Callable[[Run], None]) -> list[Run]:
-    """Run every pair `runs` times in both roles."""
-    bench = Bench(commands)
-    done: list[Run] = []
+def measure(commands: Commands, runs: int, kinds: Sequence[str]) -> Iterator[Run]:
+    """Run every pair of these kinds `runs` times in both roles."""
+    bench = Bench(commands, kinds)
     for number in range(runs):
-        for rounds_of in (bench.client_rounds, bench.hop_rounds):
-            for run in rounds_of():
-                note(run)
-                done.append(run)
+        yield from bench.client_rounds()
+        yield from bench.hop_rounds()
         print(f"{number + 1} of {runs}, {time.strftime('%H:%M:%S')}", file=sys.stderr)
-    return done

@@ -68,9 +68,15 @@ _NAMED: Final = (
         ),
     ),
     Scenario(
-        "one-relay",
-        "a public host and two homes: the smallest internet that needs a relay",
-        (Site("relay1", line=DATACENTRE), home("a", "port-preserving"), home("b", "symmetric")),
+        "homes",
+        "a relay, two homes that can punch, one that cannot, and a public client",
+        (
+            Site("relay1", line=DATACENTRE),
+            home("a", "port-preserving"),
+            home("b", "port-preserving"),
+            home("s", "symmetric"),
+            Site("c", line=HOME),
+        ),
     ),
     Scenario(
         "family",
