@@ -7,6 +7,7 @@ nobody. Here a lost connection ends the place at once, and the next candidate is
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -112,7 +113,7 @@ class RelayKeeper:
         dues = [place.renew_at for place in self._places.values()]
         if len(self._places) < self._wanted or not candidates:
             dues.append(trio.current_time() + CHECK_S)
-        return min(dues)
+        return min(dues, default=math.inf)  # a host that wants no relay, like a client's, waits for news only
 
     async def _reserve(self, candidate: RelayCandidate) -> None:
         peer_id = candidate.peer_id
