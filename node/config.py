@@ -16,6 +16,8 @@ class ServeConfig:
     max_chunk_tokens: int = 1024  # tokens in one step
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along
     replay_bytes: int = 1 << 30  # host memory for the replay logs of all sessions, bytes
+    evidence_bytes: int = 256 << 20  # host memory for what receipts name, for whoever checks it, bytes
+    evidence_keep_s: float = 900.0  # how long after a session's last step that is kept
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message, and for its predecessor's attachment
     dial_timeout_s: float = 10.0  # for reaching a session's successor

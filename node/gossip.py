@@ -31,10 +31,11 @@ from p2pinfer.routing.announcement import Announcement
 
 from .host import Host
 from .identity import Identity
+from .proofs import Heard, Notice, decode_notice, encode_notice, is_notice
 from .rates import RateLimit
-from .records import MAX_RECORD_BYTES
+from .records import MAX_RECORD_BYTES, open_record, seal
 from .tasks import open_nursery
-from .view import SwarmView, open_announcement
+from .view import SwarmView, announcement_by
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ MAX_TOLD: Final = 4096  # authors whose last news is remembered
 TOLD_S: Final = 900.0  # for how long; a table remembers no record longer than that
 FAREWELL_S: Final = 1.0  # how long a goodbye may take to reach the neighbours
 FAREWELL_GRACE_S: Final = 0.1  # between reaching a neighbour and being understood by it
+PROOFS_PER_S: Final = 1 / 30  # notices of proofs by one author
+PROOFS_AT_ONCE: Final = 4
 _TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
 
 
@@ -71,6 +74,8 @@ class Gossip:
         self._unheard: dict[str, bytes] = {}  # topic -> our last record, if nobody was there to hear it
         self._told: dict[tuple[str, str], tuple[int, float]] = {}  # author, revision -> last sequence, when
         self._publishes = RateLimit(PUBLISHES_PER_S, PUBLISHES_AT_ONCE)
+        self._notices = RateLimit(PROOFS_PER_S, PROOFS_AT_ONCE)
+        self.on_notice: Callable[[Heard], bool] = lambda _: False  # whether others should get it
         self._changed = trio.Event()  # set, and replaced, when a neighbour enters a topic or our mesh
         pubsub.gossipsub.on_change = self._note_change
 
@@ -94,6 +99,11 @@ class Gossip:
 
         self.pubsub.set_topic_validator(topic, is_worth_passing_on, False)
         await self.pubsub.subscribe(topic)
+
+    async def publish_notice(self, notice: Notice) -> None:
+        """Tell everybody in the topic of a proof that we hold."""
+        record = seal(self._identity, encode_notice(notice))
+        await self.pubsub.publish(topic_of(notice.revision), record)
 
     async def announce(self, announcement: Announcement) -> None:
         """Tell everybody in the topic; a goodbye has reached the neighbours when this returns."""
@@ -166,12 +176,15 @@ class Gossip:
     def _take(self, forwarder: str, message: rpc_pb2.Message, revision: str) -> bool:
         """Take in the record in a message; whether others should get it."""
         try:
-            announcement = open_announcement(message.data)
+            author, payload = open_record(message.data)
+            # A message is signed by who published it, so nobody can spend another author's rate.
+            if str(ID(message.from_id)) != author:
+                raise ProtocolViolation("a record that somebody else published")
+            if is_notice(payload):
+                return self._take_notice(author, decode_notice(payload), revision)
+            announcement = announcement_by(author, payload)
             if announcement.revision != revision:
                 raise ProtocolViolation("an announcement of another model than its topic's")
-            # A message is signed by who published it, so nobody can spend another author's rate.
-            if str(ID(message.from_id)) != announcement.peer_id:
-                raise ProtocolViolation("an announcement that somebody else published")
             if not self._is_news(announcement):
                 raise ProtocolViolation("an announcement that was heard before")
             if not self._publishes.allows(announcement.peer_id, trio.current_time()):
@@ -181,6 +194,13 @@ class Gossip:
         except ProtocolViolation as exc:
             logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
             return False
+
+    def _take_notice(self, author: str, notice: Notice, revision: str) -> bool:
+        if notice.revision != revision:
+            raise ProtocolViolation("a notice about another model than its topic's")
+        if not self._notices.allows(author, trio.current_time()):
+            raise ProtocolViolation(f"{author} accuses too often")
+        return self.on_notice(Heard(notice, author))
 
     def _is_news(self, announcement: Announcement) -> bool:
         """Whether gossip has not brought it yet, and nothing later is known.

@@ -26,6 +26,8 @@ from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 
 from .config import ServeConfig
+from .evidence import EvidenceStore
+from .notary import Notary
 from .replay import ReplayLog
 from .tensors import decode_hidden, encode_hidden
 from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step, printable
@@ -46,6 +48,7 @@ class _Output:
     """A computed step on its way out."""
 
     step: Step
+    received: bytearray
     done: Done
     arrived_at: float
 
@@ -68,6 +71,8 @@ class HopSession:
         replay: ReplayLog | None,
         worker: Worker,
         config: ServeConfig,
+        notary: Notary,
+        evidence: EvidenceStore,
     ) -> None:
         self.opening = opening
         self.client_id = client_id
@@ -82,6 +87,8 @@ class HopSession:
         self._replay = replay
         self._worker = worker
         self._config = config
+        self._notary = notary
+        self._evidence = evidence
         self._epoch = 0
         self._expected_position = 0  # where the next step may begin at the latest
         self._in_flight = 0
@@ -119,7 +126,7 @@ class HopSession:
                 Chunk(self._lease, step.position, hidden),
                 self._span,
                 is_stale=lambda: self._is_superseded(step),
-                on_done=lambda done: self._on_done(_Output(step, done, arrived_at)),
+                on_done=lambda done: self._on_done(_Output(step, payload, done, arrived_at)),
                 submitted_at=arrived_at,
             )
         )
@@ -165,33 +172,46 @@ class HopSession:
             PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
         """
         async for output in self._outbox_out:
-            step, done = output.step, output.done
-            if done.output is not None:
-                await self._send_on(step, done.output, self._bill(output))
+            if output.done.output is not None:
+                await self._send_on(output, output.done.output)
             self._in_flight -= 1
             if not self._in_flight:
                 self._rollbacks.clear()
 
-    async def _send_on(self, step: Step, hidden: Tensor, bill: Bill) -> None:
+    async def _send_on(self, output: _Output, hidden: Tensor) -> None:
+        step = output.step
         self.tokens_computed += step.tokens
         self.last_active = trio.current_time()
-        bills = (*step.bills, bill)
-        if self.opening.successor is None:
-            wanted = hidden[len(hidden) - step.returns :]
-            result = Result(step.number, step.epoch, step.returns, bills, step.receipts)
-            await self.control.send(result, encode_hidden(wanted, self.opening.codec))
+        successor = self.opening.successor
+        rows = hidden[len(hidden) - step.returns :] if successor is None else hidden
+        # A copy: the tensor is a slice of the whole batch's output, and who keeps it would keep all of that.
+        payload = bytes(encode_hidden(rows, self.opening.codec))
+        receipts = (*step.receipts, await self._attest(output, payload, len(rows)))
+        bills = (*step.bills, self._bill(output))
+        if successor is None:
+            result = Result(step.number, step.epoch, step.returns, bills, receipts)
+            await self.control.send(result, payload)
             return
-        # A copy: the tensor is a slice of the whole batch's output, and the log would keep all of that.
-        payload = bytes(encode_hidden(hidden, self.opening.codec))
         assert self._replay is not None
         self._replay.append(step.position, step.tokens, payload)
         if self.successor is None:
             return  # lost; the client knows and will decide
         try:
-            await self.successor.send(msgspec.structs.replace(step, bills=bills), payload)
+            await self.successor.send(msgspec.structs.replace(step, bills=bills, receipts=receipts), payload)
         except PeerVanished as exc:
-            lost, self.successor = self.opening.successor.peer_id, None
+            lost, self.successor = successor.peer_id, None
             await self.refuse("successor_vanished", f"the next hop is gone: {exc}", lost)
+
+    async def _attest(self, output: _Output, payload: bytes, returned: int) -> bytes:
+        """Our receipt for a step; what it names is kept for whoever may want to check it."""
+        signed = await self._notary.attest(output.step, output.received, payload, returned)
+        contents = (
+            (signed.receipt_digest, signed.receipt),
+            (signed.input_digest, output.received),
+            (signed.output_digest, payload),
+        )
+        self._evidence.add(self.opening.session, contents, trio.current_time())
+        return signed.receipt
 
     def _bill(self, output: _Output) -> Bill:
         done = output.done

@@ -25,7 +25,7 @@ from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_t
 from .circuit import dial_circuit
 from .dial import innermost, race
 from .host_config import HostConfig
-from .identity import Identity, is_peer_id
+from .identity import Identity, is_peer_id, verify
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
@@ -66,6 +66,8 @@ class Host:
 
     def __init__(self, identity: Identity, config: HostConfig, libp2p_host: IHost) -> None:
         self.peer_id = identity.peer_id
+        self.sign = identity.sign  # the 64-byte Ed25519 signature of some bytes
+        self.verify = verify  # (peer id, bytes, signature)
         self.libp2p = libp2p_host
         self._config = config
         self._network: Any = libp2p_host.get_network()

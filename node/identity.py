@@ -6,6 +6,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import base58
@@ -83,6 +84,7 @@ def is_peer_id(text: str) -> bool:
     return _public_key_of(text) is not None
 
 
+@lru_cache(maxsize=1024)  # 20 us a time otherwise, and every receipt of a session asks
 def _public_key_of(peer_id: str) -> Ed25519PublicKey | None:
     if not 46 <= len(peer_id) <= 60:  # base58 takes quadratic time; these hold 38 bytes
         return None

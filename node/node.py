@@ -137,7 +137,7 @@ class _Node:
     async def _open_swarm(self, identity: Identity, host_config: HostConfig) -> AsyncGenerator[SwarmMember]:
         config = self._config
         async with open_swarm(
-            identity, host_config, config.bootstrap, config.data_dir, self._relay
+            identity, host_config, config.bootstrap, config.data_dir, self._relay, self._serve
         ) as member:
             with member.reach.telling(lambda: self._report(_reached(member))):
                 yield member
@@ -173,7 +173,9 @@ class _Node:
         async with open_worker(runner, self._serve.max_batch_tokens) as worker:
             offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
             served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
-            server = SpanServer(member.host, served, self._serve, self._report, offer.touch)
+            server = SpanServer(
+                member.host, served, self._serve, self._report, offer.touch, evidence=member.proofs.store
+            )
             server.register()
             moving = False
             try:

@@ -24,8 +24,10 @@ from p2pinfer.models.spec import ModelSpec
 
 from .config import ServeConfig
 from .events import Event, SessionClosed, SessionOpened, SessionRefused
+from .evidence import EvidenceStore
 from .hop import HopSession, Refusal
 from .host import Host
+from .notary import Notary
 from .replay import ReplayBudget, ReplayLog
 from .stream import PeerStream
 from .tensors import row_bytes
@@ -73,6 +75,8 @@ class SpanServer:
         config: ServeConfig,
         report: Callable[[Event], None],
         on_change: Callable[[], None] = lambda: None,
+        *,
+        evidence: EvidenceStore,
     ) -> None:
         self._host = host
         self._served = served
@@ -80,6 +84,7 @@ class SpanServer:
         self._report = report
         self._on_change = on_change
         self._replay_budget = ReplayBudget(config.replay_bytes)
+        self._evidence = evidence  # it outlives a span: who moved still answers for what it did
         self._sessions: dict[SessionId, HopSession] = {}
         self._admitted = trio.Event()  # set, and replaced, whenever a session is let in
         self._leaving = False
@@ -158,6 +163,8 @@ class SpanServer:
             replay=replay,
             worker=served.worker,
             config=config,
+            notary=Notary(opening, served.dtype, self._host.sign),
+            evidence=self._evidence,
         )
         self._sessions[opening.session] = session
         self._admitted.set()

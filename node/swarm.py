@@ -16,10 +16,13 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
 from .bootstrap import BootstrapPeer, Neighbourhood, bootstrap_peers
+from .config import ServeConfig
+from .evidence import EvidenceStore, serve_evidence
 from .gossip import Gossip, open_gossip
 from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .latency import Latency
+from .proofs import ProofCarrier
 from .reach import Reach, open_reach
 from .relay_config import RelayConfig
 from .snapshot import serve_snapshots
@@ -38,8 +41,10 @@ class SwarmMember:
         peers: Neighbourhood,
         latency: Latency,
         reach: Reach,
+        proofs: ProofCarrier,
     ) -> None:
         self.host = host
+        self.proofs = proofs
         self.peer_id = host.peer_id
         self._view = view
         self._gossip = gossip
@@ -110,11 +115,13 @@ async def open_swarm(
     bootstrap: Sequence[str],
     data_dir: Path,
     relay_config: RelayConfig | None = None,
+    serve_config: ServeConfig | None = None,
 ) -> AsyncGenerator[SwarmMember]:
     """Join the swarm until the block ends.
 
     Args:
         relay_config: What may be spent on carrying others' connections; None: nothing.
+        serve_config: Says how much of what receipts and fraud proofs name is kept for others.
 
     Raises:
         ConfigError: A bootstrap address is malformed.
@@ -122,7 +129,9 @@ async def open_swarm(
     """
     first_peers = bootstrap_peers(bootstrap, data_dir)
     # Whoever is cancelled still says goodbye: a node to the swarm, a client to its hops.
-    async with outlasting(_open_member(identity, host_config, first_peers, relay_config)) as member:
+    async with outlasting(
+        _open_member(identity, host_config, first_peers, relay_config, serve_config or ServeConfig())
+    ) as member:
         yield member
 
 
@@ -132,6 +141,7 @@ async def _open_member(
     host_config: HostConfig,
     first_peers: Sequence[BootstrapPeer],
     relay_config: RelayConfig | None,
+    serve: ServeConfig,
 ) -> AsyncGenerator[SwarmMember]:
     view = SwarmView()
     with bare_errors():
@@ -144,6 +154,10 @@ async def _open_member(
             latency = Latency(host, view.everybody)
             neighbourhood = Neighbourhood(host, view, first_peers)
             serve_snapshots(host, view)
+            proofs = ProofCarrier(host, EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s), gossip)
+            gossip.on_notice = proofs.hear
+            serve_evidence(host, proofs.store)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
-            yield SwarmMember(host, view, gossip, neighbourhood, latency, reach)
+            nursery.start_soon(proofs.serve)
+            yield SwarmMember(host, view, gossip, neighbourhood, latency, reach, proofs)

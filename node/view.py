@@ -89,7 +89,15 @@ def open_announcement(record: bytes) -> Announcement:
     Raises:
         ProtocolViolation: The record is malformed, forged, or about somebody else than its author.
     """
-    author, payload = open_record(record)
+    return announcement_by(*open_record(record))
+
+
+def announcement_by(author: str, payload: bytes) -> Announcement:
+    """The announcement that a record's author signed.
+
+    Raises:
+        ProtocolViolation: It is malformed, or about somebody else.
+    """
     announcement = decode_announcement(payload)
     if announcement.peer_id != author:
         raise ProtocolViolation("an announcement about somebody else", author)

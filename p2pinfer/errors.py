@@ -78,6 +78,14 @@ class ProtocolViolation(PeerError):
     """The peer sent bytes that its protocol does not allow."""
 
 
+class Equivocation(ProtocolViolation):
+    """The peer signed two different receipts for one step; `receipts` are both, and prove it to anybody."""
+
+    def __init__(self, message: str, peer_id: str = "", receipts: tuple[bytes, ...] = ()) -> None:
+        super().__init__(message, peer_id)
+        self.receipts = receipts
+
+
 class WrongOutput(PeerError):
     """The peer's output has the wrong shape or holds values that are not finite."""
 

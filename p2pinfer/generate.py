@@ -335,9 +335,13 @@ class Generation:
         """Let the hops free what they hold for this generation; harmless twice."""
         if self._session is not None:
             session = self._session
-            self._settle(None)
-            self._session = None
-            await session.aclose()
+            error: PeerError | None = None
+            try:
+                error = await session.settle()
+            finally:  # cancelled: what was not checked is nobody's fault
+                self._settle(error)
+                self._session = None
+                await session.aclose()
 
     def _settle(self, error: PeerError | None) -> None:
         """Tell the policy and the ledger how the route fared."""

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from statistics import median
@@ -43,7 +43,10 @@ from p2pinfer.node.wire import (
     Step,
     Successor,
 )
+from p2pinfer.reputation.receipt import Payload
 from p2pinfer.routing.route import Hop, Route
+
+from .receipts import PassedStep, ReceiptBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,13 @@ class Session:
         codec: Codec,
         config: SessionConfig,
         streams: Sequence[FrameStream],
+        book: ReceiptBook | None = None,
+        on_closed: Callable[[Session], None] = lambda _: None,
     ) -> None:
         self.route = route
+        self.opened_route = route
+        self.book = book
+        self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []
         self._spec = spec
         self._codec: Codec = codec
@@ -90,10 +98,13 @@ class Session:
         self._next_number = 0
         self._epoch = 0
         self._failure: PeerError | None = None
-        self._awaited: deque[Step] = deque()  # sent and not answered yet, oldest first
+        self._on_closed = on_closed
+        self._awaited: deque[tuple[Step, Payload]] = deque()  # sent and not answered yet, oldest first
+        self._receipts_due = trio.Event()
         # As many as are awaited: `_deliver` lets in no others.
         self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray]](math.inf)
-        self._watchers = [trio.CancelScope() for _ in streams]
+        self._watchers = [trio.CancelScope() for _ in (*streams, "receipts")]
+        self._closed = False
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
         """Push the hidden states of `position`, `position + 1`, ... through every block.
@@ -146,11 +157,12 @@ class Session:
     async def _send(self, hidden: Tensor, position: int, returns: int) -> None:
         step = Step(self._next_number, self._epoch, position, len(hidden), returns)
         self._next_number += 1
-        self._awaited.append(step)
+        payload = encode_hidden(hidden, self._codec)
+        self._awaited.append((step, payload))
         first, limit_s = self._streams[0], self._config.step_timeout_s
         try:
             with trio.fail_after(limit_s):
-                await first.send(step, encode_hidden(hidden, self._codec))
+                await first.send(step, payload)
         except PeerVanished as exc:
             raise self._failure or exc from exc
         except trio.TooSlowError as exc:
@@ -186,20 +198,46 @@ class Session:
                                 f"{type(message).__name__} in the middle of a session", stream.peer_id
                             )
         except PeerError as exc:
-            self._failure = self._failure or exc
-            self._results_in.close()
+            self._fail(exc)
+
+    async def watch_receipts(self) -> None:
+        """Check receipts as they gather, until the session is closed."""
+        assert self.book is not None
+        with self._watchers[-1]:
+            while True:
+                await self._receipts_due.wait()
+                self._receipts_due = trio.Event()
+                await self.settle()
+
+    async def settle(self) -> PeerError | None:
+        """Check every receipt that has come; returns what is wrong with one, or None."""
+        if self.book is not None and self.broken_receipt is None:
+            try:
+                await self.book.check()
+            except PeerError as exc:
+                self.broken_receipt = exc
+                self._fail(exc)
+        return self.broken_receipt
+
+    def _fail(self, error: PeerError) -> None:
+        self._failure = self._failure or error
+        self._results_in.close()
 
     def _deliver(self, result: Result, payload: bytearray) -> None:
         last = self._streams[-1].peer_id
         if not self._awaited:
             raise ProtocolViolation(f"result {result.number}, which nobody asked for", last)
-        step = self._awaited.popleft()
+        step, sent = self._awaited.popleft()
         due = (step.number, step.epoch, step.returns)
         if (result.number, result.epoch, result.tokens) != due:
             raise ProtocolViolation(
                 f"result {result.number} with {result.tokens} rows; due is {step.number} with {step.returns}",
                 last,
             )
+        if self.book is not None:
+            self.book.note(PassedStep(step, self.route.hops, sent, payload, result.receipts))
+            if self.book.is_due:
+                self._receipts_due.set()
         with suppress(trio.ClosedResourceError):  # it was on its way when we closed
             self._results_in.send_nowait((result, payload))
 
@@ -208,6 +246,9 @@ class Session:
         for scope in self._watchers:
             scope.cancel()
         self._results_in.close()
+        if not self._closed:
+            self._closed = True
+            self._on_closed(self)
         await _close_all(self._streams)
 
 
@@ -220,12 +261,18 @@ async def open_session(
     max_tokens: int,
     codec: Codec,
     config: SessionConfig,
+    check_receipts: bool = True,
+    keep_steps: bool = False,
+    on_closed: Callable[[Session], None] = lambda _: None,
 ) -> Session:
     """Open a session on every hop of `route` at once.
 
     Args:
         nursery: Runs one small reader task per hop until the session is closed.
         max_tokens: How many positions every hop is to reserve.
+        check_receipts: Demand a receipt from every hop for every step.
+        keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
+        on_closed: Called once, when the session is closed.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
@@ -268,9 +315,16 @@ async def open_session(
     except BaseException:
         await _close_all(list(streams.values()))
         raise
-    session = Session(route, spec, codec, config, [streams[index] for index in range(len(route.hops))])
+    book = None
+    if check_receipts:
+        session_id = openings[0].session
+        book = ReceiptBook(session_id, spec.revision, codec, host.verify, keep=keep_steps)
+    in_order = [streams[index] for index in range(len(route.hops))]
+    session = Session(route, spec, codec, config, in_order, book, on_closed)
     for index in range(len(route.hops)):
         nursery.start_soon(session.watch, index)
+    if book is not None:
+        nursery.start_soon(session.watch_receipts)
     return session
 
 

@@ -65,6 +65,7 @@ async def open_over(
         max_tokens=max_tokens,
         codec="float32",
         config=config or SessionConfig(),
+        check_receipts=False,  # hops that play a part sign nothing; tests/test_receipts.py checks
     )
 
 

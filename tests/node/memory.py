@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import trio
 import trio.testing
+from blake3 import blake3
 
 from p2pinfer.errors import PeerError, PeerUnreachable
 from p2pinfer.node.host import Handler, Host
-from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.stream import PeerStream, StreamBroken
+
+
+def sign(peer_id: str, payload: bytes) -> bytes:
+    """What stands for a signature where peer ids are names."""
+    return blake3(peer_id.encode() + payload).digest(64)
+
+
+def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
+    return signature == sign(peer_id, payload)
 
 
 class MemoryStream(trio.abc.Stream):
@@ -21,7 +32,10 @@ class MemoryStream(trio.abc.Stream):
         self._pipe = pipe
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._pipe.send_all(data)
+        try:
+            await self._pipe.send_all(data)
+        except trio.BrokenResourceError as exc:
+            raise StreamBroken(f"peer {self.peer_id} vanished", self.peer_id) from exc
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._pipe.wait_send_all_might_not_block()
@@ -70,6 +84,8 @@ class MemoryHost:
         self.peer_id = peer_id
         self.addrs = (f"/memory/{peer_id}",)
         self.handlers: dict[str, Handler] = {}
+        self.sign = partial(sign, peer_id)
+        self.verify = verify
         self._network = network
 
     def serve(self, protocol: str, handler: Handler) -> None:

@@ -16,8 +16,10 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.bootstrap import Neighbourhood
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
+from p2pinfer.node.evidence import EvidenceStore, serve_evidence
 from p2pinfer.node.gossip import Gossip
 from p2pinfer.node.latency import Latency
+from p2pinfer.node.proofs import Heard, Notice, ProofCarrier
 from p2pinfer.node.reach import Reach
 from p2pinfer.node.reachability import Reachability
 from p2pinfer.node.server import ServedSpan, SpanServer
@@ -48,6 +50,7 @@ class MemoryGossip:
     def __init__(self, view: SwarmView) -> None:
         self.joined: set[str] = set()
         self.announced: list[Announcement] = []
+        self.carriers: dict[str, ProofCarrier] = {}
         self._view = view
 
     async def join(self, revision: str) -> None:
@@ -58,6 +61,14 @@ class MemoryGossip:
         await trio.lowlevel.checkpoint()
         self.announced.append(announcement)
         self._view.accept(announcement, b"record")
+
+    async def publish_notice(self, notice: Notice) -> None:
+        await trio.lowlevel.checkpoint()
+        now = trio.current_time()
+        author = next(peer_id for peer_id, each in self.carriers.items() if each.store.get(notice.proof, now))
+        for peer_id, carrier in self.carriers.items():
+            if peer_id != author:
+                carrier.hear(Heard(notice, author))
 
     async def follow_neighbours(self) -> None:
         await trio.sleep_forever()
@@ -109,6 +120,10 @@ class MemorySwarm:
     def member(self, peer_id: str) -> SwarmMember:
         """A place in the swarm."""
         host = self.network.host(peer_id)
+        proofs = ProofCarrier(host, EvidenceStore(64 << 20, 900), self.gossip)
+        serve_evidence(host, proofs.store)
+        self.gossip.carriers[peer_id] = proofs
+        self.network.nursery.start_soon(proofs.serve)
         return SwarmMember(
             host,
             self.view,
@@ -116,6 +131,7 @@ class MemorySwarm:
             cast(Neighbourhood, self.neighbourhood),
             Latency(host, self.view.everybody),
             cast(Reach, MemoryReach()),
+            proofs,
         )
 
     async def serve(
@@ -133,7 +149,10 @@ class MemorySwarm:
         runner = open_runner(self.checkpoint, BlockSpan(start, stop), compute)
         worker = await self._stack.enter_async_context(open_worker(runner, config.max_batch_tokens))
         offered = ServedSpan(self.spec, runner.span, runner.dtype_name, runner.cache, worker)
-        server = SpanServer(self.network.host(peer_id), offered, config, self.events.append)
+        host = self.network.host(peer_id)
+        evidence = EvidenceStore(64 << 20, 900)
+        serve_evidence(host, evidence)
+        server = SpanServer(host, offered, config, self.events.append, evidence=evidence)
         server.register()
         self.served[peer_id] = Served(runner, server)
         self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=runner.dtype_name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -8,9 +9,13 @@ import trio.testing
 
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.evidence import EvidenceStore
 from p2pinfer.node.hop import HopSession, Refusal
+from p2pinfer.node.notary import Notary
 from p2pinfer.node.wire import FrameStream, Open, Result, Step
 from p2pinfer.node.worker import Done, Job, Worker
+
+from .memory import sign
 
 
 class Inbox:
@@ -36,8 +41,9 @@ class Inbox:
 
 def open_hop(worker: Inbox) -> tuple[HopSession, FrameStream]:
     ours, theirs = trio.testing.memory_stream_pair()
+    opening = Open(b"s" * 16, "r", 0, 1, 64, "float32")
     session = HopSession(
-        Open(b"s" * 16, "r", 0, 1, 64, "float32"),
+        opening,
         "client",
         FrameStream(ours, max_payload_bytes=1000),
         hidden_size=2,
@@ -45,6 +51,8 @@ def open_hop(worker: Inbox) -> tuple[HopSession, FrameStream]:
         replay=None,
         worker=cast(Worker, worker),
         config=ServeConfig(max_steps_in_flight=16),
+        notary=Notary(opening, "float32", partial(sign, "hop")),
+        evidence=EvidenceStore(1 << 20, 900),
     )
     return session, FrameStream(theirs, max_payload_bytes=1000)
 

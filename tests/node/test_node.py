@@ -21,6 +21,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Leaving, Loading, Ready, SessionOpened, Starting
+from p2pinfer.node.evidence import EVIDENCE_PROTOCOL
 from p2pinfer.node.identity import Identity, load_identity
 from p2pinfer.node.node import NodeConfig, run_node
 from p2pinfer.node.sizing import Capacity
@@ -136,7 +137,8 @@ async def test_a_node_serves_what_it_was_told_to_and_says_goodbye(open_node: Ope
         await node.wait_for(Leaving)
         assert node.swarm.gossip.announced[-1].leaving
         assert node.swarm.view.live(spec.revision) == []
-        assert node.swarm.network.hosts[ready.peer_id].handlers == {}
+        # What it signed for it goes on to answer for.
+        assert set(node.swarm.network.hosts[ready.peer_id].handlers) == {EVIDENCE_PROTOCOL}
 
 
 async def test_a_node_that_leaves_in_the_middle_of_sessions_says_how_many(open_node: OpenNode) -> None:

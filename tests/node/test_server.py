@@ -22,6 +22,7 @@ from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
+from p2pinfer.node.evidence import EvidenceStore
 from p2pinfer.node.host import Host
 from p2pinfer.node.server import ServedSpan, SpanServer
 from p2pinfer.node.wire import (
@@ -118,7 +119,13 @@ async def open_swarm(checkpoint: Checkpoint, *cuts: int, **limits: float) -> Asy
             worker = open_worker(runner, config.max_batch_tokens)
             workers.append(worker)
             served = ServedSpan(checkpoint.spec, span, "float32", runner.cache, await worker.__aenter__())
-            server = SpanServer(swarm.network.host(name), served, config, swarm.events.append)
+            server = SpanServer(
+                swarm.network.host(name),
+                served,
+                config,
+                swarm.events.append,
+                evidence=EvidenceStore(64 << 20, 900),
+            )
             server.register()
             swarm.servers[name], swarm.runners[name] = server, runner
             hops.append(Hop(name, span))

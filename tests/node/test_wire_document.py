@@ -11,7 +11,8 @@ from typing import get_args
 import msgspec
 import pytest
 
-from p2pinfer.node import records, snapshot, wire
+from p2pinfer.node import evidence, proofs, records, snapshot, wire
+from p2pinfer.reputation import proof, receipt
 from p2pinfer.routing import announcement
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -24,6 +25,11 @@ TABLES = {
     "_Sealed": ("Sealed records", 0),
     "_Request": ("Snapshots", 0),
     "_Entry": ("Snapshots", 1),
+    "Receipt": ("Session and chain frames", 0),
+    "_Ask": ("Evidence", 0),
+    "_Answer": ("Evidence", 1),
+    "Proof": ("Fraud proofs", 0),
+    "Notice": ("Fraud proofs", 1),
 }
 
 
@@ -35,7 +41,8 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
             yield value
 
 
-STRUCTS = [struct for module in (wire, snapshot, records, announcement) for struct in structs(module)]
+MODULES = (wire, snapshot, records, announcement, receipt, evidence, proof, proofs)
+STRUCTS = [struct for module in MODULES for struct in structs(module)]
 
 
 def section(title: str) -> str:
@@ -70,10 +77,22 @@ def test_the_document_names_every_refusal_code() -> None:
 
 
 def test_the_document_has_the_protocols_and_the_bounds() -> None:
-    for protocol in (wire.SESSION_PROTOCOL, wire.CHAIN_PROTOCOL, snapshot.SNAPSHOT_PROTOCOL):
+    for protocol in (
+        wire.SESSION_PROTOCOL,
+        wire.CHAIN_PROTOCOL,
+        snapshot.SNAPSHOT_PROTOCOL,
+        evidence.EVIDENCE_PROTOCOL,
+    ):
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
-        "Session and chain frames": [wire.MAX_HEADER_BYTES],
+        "Session and chain frames": [wire.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Evidence": [evidence.MAX_DIGESTS, evidence.MAX_CONTENT_BYTES],
+        "Fraud proofs": [
+            proof.MAX_PROOF_BYTES,
+            proof.MAX_RECEIPTS,
+            proofs.MAX_NOTICE_BYTES,
+            proofs.MAX_TENSOR_BYTES,
+        ],
         "Announcements": [
             announcement.MAX_ANNOUNCEMENT_BYTES,
             announcement.MAX_BLOCKS,
@@ -89,7 +108,10 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
 
 
 def test_the_document_says_what_a_signature_covers() -> None:
-    domain: bytes = vars(records)["_DOMAIN"]
-    text, zero = domain[:-1].decode(), domain[-1:]
-    assert f"`{text}`, one zero byte" in section("Sealed records")
-    assert zero == b"\0"
+    for title, domain in {
+        "Sealed records": vars(records)["_DOMAIN"],
+        "Session and chain frames": receipt.DOMAIN,
+    }.items():
+        text, zero = domain[:-1].decode(), domain[-1:]
+        assert f"`{text}`, one zero byte" in section(title)
+        assert zero == b"\0"

@@ -1,0 +1,120 @@
+"""What shows a third party that a peer lied, with nobody's word to be taken for it.
+
+A proof names the peer and carries its own signed receipts. Two of them for one place in a chain are a lie in
+themselves. A chain from its first receipt on, together with the tensors that it names, lets anybody run the
+blocks again and compare; the tensors travel by content address, apart from the proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from p2pinfer.errors import ProtocolViolation
+
+from .receipt import (
+    MAX_RECEIPT_BYTES,
+    CheckSignature,
+    Receipt,
+    ReceiptChain,
+    Terms,
+    contradict,
+    decode_receipt,
+    digest_of,
+    open_receipt,
+)
+
+MAX_PROOF_BYTES: Final = 1 << 22
+MAX_RECEIPTS: Final = 8192
+_EMPTY: Final = digest_of(b"")
+
+
+class Proof(msgspec.Struct, frozen=True, array_like=True):
+    """An accusation that anybody can check."""
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)]
+    peer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]  # who is accused
+    kind: Literal["output", "equivocation"]
+    receipts: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=MAX_RECEIPT_BYTES)], ...],
+        msgspec.Meta(min_length=1, max_length=MAX_RECEIPTS),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """A proof whose signatures and chain are in order; whether the outputs are wrong is still to be seen."""
+
+    peer_id: str
+    kind: Literal["output", "equivocation"]
+    receipts: tuple[Receipt, ...]
+    signed: tuple[bytes, ...]  # the same, as they travelled
+
+    @property
+    def revision(self) -> str:
+        """The model it is about."""
+        return self.receipts[0].revision
+
+    @property
+    def contents(self) -> tuple[bytes, ...]:
+        """Digests of the tensors that are needed to run the blocks again; none for an equivocation."""
+        if self.kind == "equivocation":
+            return ()
+        return tensors_of(self.receipts)
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Proof)
+
+
+def tensors_of(receipts: tuple[Receipt, ...]) -> tuple[bytes, ...]:
+    """The digests of all inputs and outputs, each once; of what is empty there is nothing to fetch."""
+    digests = dict.fromkeys(digest for each in receipts for digest in (each.input, each.output))
+    return tuple(digest for digest in digests if digest != _EMPTY)
+
+
+def encode_proof(proof: Proof) -> bytes:
+    """The proof as it is addressed by its blake3, kept and fetched."""
+    return _encoder.encode(proof)
+
+
+def decode_proof(encoded: bytes) -> Proof:
+    """The proof in `encoded`; nothing of it is checked yet.
+
+    Raises:
+        ProtocolViolation: The bytes are no proof, or too many.
+    """
+    if len(encoded) > MAX_PROOF_BYTES:
+        raise ProtocolViolation(f"a proof of {len(encoded)} bytes; {MAX_PROOF_BYTES} are allowed")
+    try:
+        return _decoder.decode(encoded)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("not a proof") from exc
+
+
+def open_proof(proof: Proof, check: CheckSignature) -> Accusation:
+    """What a proof says, once its signatures hold. Takes 50 us a receipt.
+
+    Raises:
+        ProtocolViolation: A receipt is not the accused peer's, or they are no chain from its beginning.
+    """
+    if proof.kind == "equivocation":
+        return _open_equivocation(proof, check)
+    receipts: list[Receipt] = []
+    first = decode_receipt(proof.receipts[0])
+    terms = Terms(first.session, first.revision, first.start, first.stop, first.codec)
+    chain = ReceiptChain(proof.peer_id, terms, check)
+    for number, signed in enumerate(proof.receipts):
+        receipts.append(chain.extend(signed))
+        if receipts[-1].sequence != number:
+            raise ProtocolViolation("a proof with a gap in its receipts")
+    return Accusation(proof.peer_id, "output", tuple(receipts), proof.receipts)
+
+
+def _open_equivocation(proof: Proof, check: CheckSignature) -> Accusation:
+    receipts = tuple(open_receipt(signed, proof.peer_id, check) for signed in proof.receipts)
+    if len(receipts) != 2 or not contradict(*receipts):
+        raise ProtocolViolation("receipts that do not contradict each other")
+    return Accusation(proof.peer_id, "equivocation", receipts, proof.receipts)

@@ -1,0 +1,211 @@
+"""What a hop signs for every step: what came in, what went out, and all that it signed before.
+
+    receipt of the hop before        receipt of this hop             receipt of the step before
+      output: blake3  ── equals ──>    input: blake3
+                                       previous: blake3  ── of ──>     session, nonce, sequence - 1
+
+The digests fix what was done before anyone knows whether it will be looked at; `previous` binds each step to
+the history it attended to; session, revision, span and positions say what should have been computed. So a
+wrong output is a lie that can be shown to third parties. A hop that signs two different receipts for one
+place in a chain has lied to one of their holders, whatever it computed.
+
+The nonce is the hop's own and new for every session it lets in. A chain that the client named alone could be
+opened twice under one name, and the hop's honest receipts would look like two for one place.
+
+Canonical form: a MessagePack array of the fields in order, followed by the 64-byte Ed25519 signature over
+`p2pinfer/1/receipt`, a zero byte, and that array. What does not encode back to the very same bytes is none.
+Signatures are made and checked by functions that are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, TypeAlias
+
+import msgspec
+from blake3 import blake3
+
+from p2pinfer.errors import Equivocation, ProtocolViolation
+
+RECEIPT_VERSION: Final = 1
+MAX_RECEIPT_BYTES: Final = 1024
+DOMAIN: Final = b"p2pinfer/1/receipt\0"
+NO_RECEIPT: Final = bytes(32)  # `previous` of a chain's first receipt
+_SIGNATURE_BYTES: Final = 64
+
+Payload: TypeAlias = bytes | bytearray | memoryview
+Sign: TypeAlias = Callable[[bytes], bytes]
+CheckSignature: TypeAlias = Callable[[str, bytes, bytes], bool]  # (peer id, what was signed, signature)
+
+_Digest: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+_Id: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+
+
+class Receipt(msgspec.Struct, frozen=True, array_like=True):
+    """One step on one hop. Digests are blake3 over the payloads as they travelled."""
+
+    version: Annotated[int, msgspec.Meta(ge=RECEIPT_VERSION, le=RECEIPT_VERSION)]
+    session: _Id
+    sequence: _Count  # 0, 1, 2 ... in the order in which this hop computed
+    previous: _Digest  # blake3 of the signed receipt before; zeros for the first
+    revision: Annotated[str, msgspec.Meta(max_length=64)]
+    start: _Block
+    stop: _Block
+    position: _Count  # of the input's first token
+    tokens: _Count  # rows of the input
+    returned: _Count  # rows of the output: the last ones; all of them but on a route's last hop
+    epoch: _Count
+    dtype: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]  # what the hop computed in
+    codec: Literal["float32", "bfloat16", "float16"]
+    input: _Digest
+    output: _Digest
+    nonce: _Id  # the hop's own, one for each chain
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What every receipt of one hop in one session must say."""
+
+    session: bytes
+    revision: str
+    start: int
+    stop: int
+    codec: str
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Receipt)
+
+
+def digest_of(payload: Payload) -> bytes:
+    """The 32 bytes by which a payload, or a signed receipt, is named."""
+    return blake3(payload).digest()
+
+
+def sign_receipt(receipt: Receipt, sign: Sign) -> bytes:
+    """The receipt as it travels."""
+    body = _encoder.encode(receipt)
+    return body + sign(DOMAIN + body)
+
+
+def decode_receipt(signed: Payload) -> Receipt:
+    """What a signed receipt says; the signature is not looked at.
+
+    Raises:
+        ProtocolViolation: The bytes are no receipt in its canonical form.
+    """
+    if not _SIGNATURE_BYTES < len(signed) <= MAX_RECEIPT_BYTES:
+        raise ProtocolViolation(f"a receipt of {len(signed)} bytes")
+    body = bytes(signed[:-_SIGNATURE_BYTES])
+    try:
+        receipt = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("not a receipt") from exc  # exc may quote the peer
+    if _encoder.encode(receipt) != body:
+        raise ProtocolViolation("a receipt that is not in its canonical form")
+    if receipt.start >= receipt.stop or receipt.returned > receipt.tokens:
+        raise ProtocolViolation("a receipt over nothing")
+    return receipt
+
+
+def is_signed_by(signed: Payload, peer_id: str, check: CheckSignature) -> bool:
+    """Whether `peer_id` signed these bytes as a receipt."""
+    body, signature = bytes(signed[:-_SIGNATURE_BYTES]), bytes(signed[-_SIGNATURE_BYTES:])
+    return check(peer_id, DOMAIN + body, signature)
+
+
+def open_receipt(signed: Payload, peer_id: str, check: CheckSignature) -> Receipt:
+    """The receipt that `peer_id` signed.
+
+    Raises:
+        ProtocolViolation: It is malformed, or the signature is not the peer's.
+    """
+    try:
+        receipt = decode_receipt(signed)
+    except ProtocolViolation as exc:
+        exc.peer_id = peer_id
+        raise
+    if not is_signed_by(signed, peer_id, check):
+        raise ProtocolViolation("a receipt whose signature is not the hop's", peer_id)
+    return receipt
+
+
+class ReceiptChain:
+    """The receipts of one hop in one session, held against each other as they come.
+
+    Steps that a later epoch superseded may be missing: a hop further on dropped them, and their receipts with
+    them. Nothing else may.
+    """
+
+    def __init__(self, peer_id: str, terms: Terms, check: CheckSignature) -> None:
+        self.peer_id = peer_id
+        self._terms = terms
+        self._check = check
+        self._last: Receipt | None = None
+        self._last_signed = b""
+
+    def extend(self, signed: bytes) -> Receipt:
+        """Take in the next receipt.
+
+        Raises:
+            ProtocolViolation: It is malformed, forged, about something else, or does not follow.
+            Equivocation: It stands where another one of the same chain stands.
+        """
+        receipt = open_receipt(signed, self.peer_id, self._check)
+        said = Terms(receipt.session, receipt.revision, receipt.start, receipt.stop, receipt.codec)
+        if said != self._terms:
+            raise ProtocolViolation("a receipt for another session, model or span", self.peer_id)
+        last = self._last
+        if last is not None:
+            self._check_follows(receipt, signed, last)
+        elif receipt.sequence == 0 and receipt.previous != NO_RECEIPT:
+            raise ProtocolViolation("a chain of receipts that begins in the middle", self.peer_id)
+        self._last, self._last_signed = receipt, signed
+        return receipt
+
+    def _check_follows(self, receipt: Receipt, signed: bytes, last: Receipt) -> None:
+        if contradict(last, receipt):
+            raise Equivocation(
+                f"two receipts for step {receipt.sequence} of one session",
+                self.peer_id,
+                (self._last_signed, signed),
+            )
+        if (receipt.nonce, receipt.dtype) != (last.nonce, last.dtype) or receipt.epoch < last.epoch:
+            raise ProtocolViolation("receipts of two chains in one session", self.peer_id)
+        skipped = receipt.sequence - last.sequence - 1
+        if skipped < 0 or (skipped and receipt.epoch == last.epoch):
+            raise ProtocolViolation(
+                f"receipt {receipt.sequence} came after receipt {last.sequence}", self.peer_id
+            )
+        if not skipped and receipt.previous != digest_of(self._last_signed):
+            raise ProtocolViolation(
+                f"receipt {receipt.sequence} does not follow from the one before", self.peer_id
+            )
+
+
+def contradict(one: Receipt, other: Receipt) -> bool:
+    """Whether these two of one signer prove fraud: one place in one chain, and not the same words."""
+    places = [(each.session, each.nonce, each.sequence) for each in (one, other)]
+    return places[0] == places[1] and one != other
+
+
+def broken_link(receipts: list[Receipt], sent: bytes, got: bytes) -> int | None:
+    """The index of the hop to blame where what was handed over is not what was taken; None if all fit.
+
+    A hop refuses input that differs from what its predecessor signed, so one that signed for such an input is
+    itself to blame, not its predecessor.
+
+    Args:
+        receipts: Of one step, one a hop, in the route's order.
+        sent: Digest of what the first hop was sent.
+        got: Digest of what came back from the last one.
+    """
+    handed = sent
+    for index, receipt in enumerate(receipts):
+        if receipt.input != handed:
+            return index
+        handed = receipt.output
+    return None if handed == got else len(receipts) - 1
