@@ -19,7 +19,7 @@ INSTALL := $(PIP) install $(if $(CI),--quiet) --constraint constraints.txt \
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test lint check bench bench-gpu wheel-test docs lab lab-shell clean
+.PHONY: help demo test lint check bench bench-gpu wheel-test chaos docs lab lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -57,6 +57,9 @@ lab: $(TESTABLE)  ## every pair of routers in a simulated internet, RUNS=5 times
 
 lab-shell: $(TESTABLE)  ## a shell in a host of a simulated internet; SCENARIO=... HOST=... choose it
 	@$(BIN)/python -m tests.lab shell $(or $(SCENARIO),volunteers) $(or $(HOST),n1)
+
+chaos: $(TESTABLE)  ## nodes that die, freeze and leave for an hour; SEED=... repeats a run, DURATION=... in seconds
+	$(BIN)/python -m tests.chaos --duration $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
 
 docs: $(TESTABLE)  ## write docs/configuration.md anew
 	$(BIN)/python docs/write_configuration.py

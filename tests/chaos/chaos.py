@@ -1,0 +1,299 @@
+"""Eight nodes, four clients, a fault every few seconds: everything that was promised arrives.
+
+    start -> warm up -> vitals -> clients and faults for so long -> all is mended -> clients finish -> vitals
+
+A generation is promised when its client begins it, unless the client itself is killed. It must end with the
+ids that transformers gives, and soon. Nodes that lived through all of it must hold what they held before.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .processes import ClientProcess, NodeProcess, Zygote
+from .requests import expected_ids, make_requests
+from .schedule import Fault, plan_faults
+from .vitals import Vitals, describe, read_vitals
+
+SPANS = ((0, 3), (3, 6), (6, 8), (0, 4), (4, 8), (2, 6), (0, 2), (5, 8))  # every block on three nodes
+SURVIVORS = (0, 1, 2)  # hold all blocks between them; frozen now and then, never ended
+CLIENTS = 4
+WAIT_S = 120.0  # how long a client waits for blocks that are gone
+HANG_S = WAIT_S + 60.0  # after which a generation counts as hung
+SETTLE_S = 3.0  # in which connections of who has gone are noticed
+QUIET_S = 60.0  # until a node has noticed that nobody is there any more
+LEAVE_S = 30.0  # for a node to leave after a SIGTERM, on a machine this busy
+
+# What a survivor may hold more than before. Connections come and go with restarts, and a connection has a
+# handful of tasks; allocators keep some of what was freed.
+MORE_MIB = 48.0
+MORE_PER_CONNECTION = 8
+MORE_THREADS = 2
+
+
+@dataclass
+class Outcome:
+    """What came of a run."""
+
+    seed: int
+    duration_s: float
+    faults: Counter[str] = field(default_factory=Counter[str])
+    generations: int = 0
+    tokens: int = 0
+    lost_with_client: int = 0
+    failovers: int = 0
+    resumed: int = 0
+    stalls_s: list[float] = field(default_factory=list[float])  # of generations with a failover, the longest
+    vitals: list[tuple[str, Vitals, Vitals]] = field(default_factory=list[tuple[str, Vitals, Vitals]])
+    failures: list[str] = field(default_factory=list[str])
+
+    def report(self) -> str:
+        """For people, a figure a line."""
+        stalls = sorted(self.stalls_s) or [0.0]
+        lines = [
+            f"seed {self.seed}, {self.duration_s:.0f} s, {len(SPANS)} nodes, {CLIENTS} clients",
+            "faults: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items())),
+            f"generations ended right: {self.generations} of {self.tokens} tokens together, {self.resumed} "
+            f"of them resumed by token; gone with a client that was killed: {self.lost_with_client}",
+            f"failovers: {self.failovers}; longest stall of a generation that had one: "
+            f"median {median(stalls):.2f} s, 95 % {stalls[int(0.95 * (len(stalls) - 1))]:.2f} s, "
+            f"longest {stalls[-1]:.2f} s",
+        ]
+        for name, before, after in self.vitals:
+            lines += [f"{name} before: {describe(before)}", f"{name} after:  {describe(after)}"]
+        lines += [f"FAILED {failure}" for failure in self.failures]
+        return "\n".join(lines)
+
+
+def run_chaos(seed: int, duration_s: float, home: Path, say: Callable[[str], None] = print) -> Outcome:
+    """One run. Nothing is left running, whatever happens."""
+    say(f"chaos seed {seed}: `python -m tests.chaos --seed {seed} --duration {duration_s:g}` repeats it")
+    zygote = Zygote()
+    try:
+        return _Run(zygote, seed, duration_s, home, say).run()
+    finally:
+        zygote.close()
+
+
+class _Run:
+    def __init__(
+        self, zygote: Zygote, seed: int, duration_s: float, home: Path, say: Callable[[str], None]
+    ) -> None:
+        self._zygote = zygote
+        self._say = say
+        self._outcome = Outcome(seed, duration_s)
+        self._nodes = [NodeProcess(zygote, home / f"node-{i}", span) for i, span in enumerate(SPANS)]
+        self._clients = [ClientProcess(zygote, home / f"client-{i}") for i in range(CLIENTS)]
+        self._bootstrap = [self._nodes[index].address for index in SURVIVORS]
+        self._seeds = random.Random(seed)
+        self._expected = expected_ids(make_requests())
+        self._began: dict[int, dict[str, Any]] = {}  # client -> the generation it is at
+        self._mends: list[tuple[float, Fault]] = []  # when, and what to put right
+        self._leaving: dict[int, float] = {}  # node -> by when it must have ended
+
+    def run(self) -> Outcome:
+        for node in self._nodes:
+            node.run(self._bootstrap)
+        for node in self._nodes:
+            node.wait_ready()
+        self._say(f"{len(self._nodes)} nodes serve")
+        self._start_clients()
+        self._go_on(until=time.monotonic() + min(20.0, self._outcome.duration_s), faults=[])
+        self._stop_clients()
+        before = self._vitals()
+        self._start_clients()
+        plan = plan_faults(
+            self._outcome.seed,
+            self._outcome.duration_s,
+            nodes=len(self._nodes),
+            clients=CLIENTS,
+            survivors=SURVIVORS,
+        )
+        self._go_on(until=time.monotonic() + self._outcome.duration_s, faults=plan)
+        while self._mends:
+            self._go_on(until=self._mends[0][0], faults=[])
+        self._stop_clients()
+        after = self._vitals()
+        self._outcome.vitals = [(name, before[name], after[name]) for name in before]
+        self._check_growth()
+        self._end_nodes()
+        return self._outcome
+
+    # ------------------------------------------------------------------ clients
+
+    def _start_clients(self) -> None:
+        for client in self._clients:
+            client.run(self._bootstrap, self._seeds.randrange(1 << 30), WAIT_S)
+
+    def _stop_clients(self) -> None:
+        """Let them finish what they are at."""
+        for client in self._clients:
+            client.signal(signal.SIGUSR1)
+        deadline = time.monotonic() + HANG_S
+        while any(client.exit_code is None for client in self._clients):
+            self._hear()
+            self._zygote.listen(0.2)
+            if time.monotonic() > deadline:
+                self._fail("clients do not come to an end")
+                for client in self._clients:
+                    client.signal(signal.SIGKILL)
+        self._hear()
+        for client in self._clients:
+            if client.exit_code:
+                self._fail(f"{client.home.name} ended with {client.exit_code}: {client.said()[-2000:]}")
+
+    def _hear(self) -> None:
+        """What the clients have to say, and whether one is silent for too long."""
+        for index, client in enumerate(self._clients):
+            for event in client.events():
+                self._take(index, event)
+            began = self._began.get(index)
+            if began is not None and time.time() - began["at"] > HANG_S:
+                self._fail(f"client {index}: request {began['request']} hangs for {HANG_S:g} s")
+                self._began.pop(index)
+
+    def _take(self, index: int, event: dict[str, Any]) -> None:
+        outcome = self._outcome
+        if event["event"] == "began":
+            self._began[index] = event
+            return
+        self._began.pop(index, None)
+        if event["event"] == "failed":
+            self._fail(f"client {index}: request {event['request']} failed: {event['error']}")
+            return
+        if event["ids"] != self._expected[event["request"]]:
+            self._fail(f"client {index}: request {event['request']} gave {event['ids']}")
+            return
+        outcome.generations += 1
+        outcome.tokens += len(event["ids"])
+        outcome.failovers += event["failovers"]
+        outcome.resumed += event["resumed"]
+        if event["failovers"]:
+            outcome.stalls_s.append(event["stall_s"])
+
+    def _fail(self, what: str) -> None:
+        self._say(f"FAILED {what}")
+        self._outcome.failures.append(what)
+
+    # ------------------------------------------------------------------ faults
+
+    def _go_on(self, until: float, faults: Sequence[Fault]) -> None:
+        """Listen, harm and mend until then."""
+        began = time.monotonic()
+        due = list(faults)
+        while (now := time.monotonic()) < until:
+            while due and began + due[0].at_s <= now:
+                self._harm(due.pop(0))
+            while self._mends and self._mends[0][0] <= now:
+                self._mend(self._mends.pop(0)[1])
+            self._hear()
+            self._watch_nodes()
+            self._zygote.listen(0.1)
+        while self._mends and self._mends[0][0] <= until:
+            self._mend(self._mends.pop(0)[1])
+
+    def _harm(self, fault: Fault) -> None:
+        self._outcome.faults[fault.kind] += 1
+        self._say(f"{fault.at_s:8.1f} s  {fault.kind} {fault.target} for {fault.lasts_s:.1f} s")
+        self._mends.append((time.monotonic() + fault.lasts_s, fault))
+        self._mends.sort(key=lambda mend: mend[0])
+        match fault.kind:
+            case "kill":
+                self._nodes[fault.target].signal(signal.SIGKILL)
+            case "freeze":
+                self._nodes[fault.target].signal(signal.SIGSTOP)
+            case "leave":
+                self._nodes[fault.target].signal(signal.SIGTERM)
+                self._leaving[fault.target] = time.monotonic() + LEAVE_S
+            case "vanish":
+                client = self._clients[fault.target]
+                client.signal(signal.SIGKILL)
+                client.wait_ended(10)
+                for event in client.events():
+                    self._take(fault.target, event)
+                self._outcome.lost_with_client += self._began.pop(fault.target, None) is not None
+
+    def _mend(self, fault: Fault) -> None:
+        if fault.kind == "vanish":
+            client = self._clients[fault.target]
+            client.run(self._bootstrap, self._seeds.randrange(1 << 30), WAIT_S)
+            return
+        node = self._nodes[fault.target]
+        if fault.kind == "freeze":
+            node.signal(signal.SIGCONT)
+            return
+        try:
+            exit_code = node.wait_ended(LEAVE_S)
+        except TimeoutError as exc:
+            self._fail(str(exc))
+            node.signal(signal.SIGKILL)
+            node.wait_ended(10)
+        else:
+            if fault.kind == "leave" and exit_code:
+                self._fail(f"node {fault.target} left with exit code {exit_code}: {node.said()[-2000:]}")
+        self._leaving.pop(fault.target, None)
+        node.run(self._bootstrap)
+
+    def _watch_nodes(self) -> None:
+        """Nobody ends unasked."""
+        harmed = {fault.target for _, fault in self._mends if fault.kind in ("kill", "leave")}
+        for index, node in enumerate(self._nodes):
+            if index not in harmed and node.exit_code is not None:
+                self._fail(f"node {index} ended with {node.exit_code}: {node.said()[-2000:]}")
+                node.run(self._bootstrap)
+
+    # ------------------------------------------------------------------ what is left behind
+
+    def _vitals(self) -> dict[str, Vitals]:
+        """Of every survivor, once it has nothing to do any more and its connections have settled."""
+        deadline = time.monotonic() + QUIET_S
+        found: dict[str, Vitals] = {}
+        for index in SURVIVORS:
+            node = self._nodes[index]
+            connections = -1
+            while True:
+                vitals = read_vitals(node.pid, node.home / "vitals.json")
+                settled = vitals.sessions == 0 and vitals.connections == connections
+                if settled or time.monotonic() > deadline:
+                    break
+                connections = vitals.connections
+                self._zygote.listen(SETTLE_S)
+            found[node.home.name] = vitals
+            self._say(f"{node.home.name}: {describe(vitals)}")
+        return found
+
+    def _check_growth(self) -> None:
+        for name, before, after in self._outcome.vitals:
+            more = max(0, after.connections - before.connections)
+            allowed = {
+                "rss_mib": MORE_MIB,
+                "threads": MORE_THREADS,
+                "descriptors": more + 1,
+                "tasks": MORE_PER_CONNECTION * (more + 1),
+                "streams": MORE_PER_CONNECTION * (more + 1),
+                "sessions": 0,
+            }
+            for what, most in allowed.items():
+                grown = getattr(after, what) - getattr(before, what)
+                if grown > most:
+                    self._fail(f"{name} holds {grown:g} {what} more than before")
+
+    def _end_nodes(self) -> None:
+        for node in self._nodes:
+            node.signal(signal.SIGTERM)
+        for node in self._nodes:
+            with suppress(TimeoutError):
+                if node.wait_ended(LEAVE_S) == 0:
+                    if "Traceback" in node.said():
+                        self._fail(f"{node.home.name} said {node.said()[-2000:]}")
+                    continue
+            self._fail(f"{node.home.name} does not leave: {node.exit_code}")

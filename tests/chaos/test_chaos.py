@@ -1,0 +1,59 @@
+"""A short chaos run, and that a seed plans the same faults every time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .chaos import CLIENTS, SPANS, SURVIVORS, run_chaos
+from .schedule import GAP_S, KINDS, MOST_AT_ONCE, RECOVERY_S, Fault, plan_faults
+
+
+def plan(seed: int, duration_s: float = 600.0) -> list[Fault]:
+    return plan_faults(seed, duration_s, nodes=len(SPANS), clients=CLIENTS, survivors=SURVIVORS)
+
+
+def test_every_block_is_held_by_survivors_and_three_times_over() -> None:
+    for block in range(8):
+        assert sum(start <= block < stop for start, stop in SPANS) >= 3
+        assert any(SPANS[index][0] <= block < SPANS[index][1] for index in SURVIVORS)
+
+
+@given(st.integers(0, 1 << 32))
+def test_a_seed_always_plans_the_same_faults(seed: int) -> None:
+    faults = plan(seed)
+    assert faults == plan(seed)
+    assert plan(seed, 300.0) == [fault for fault in faults if fault.at_s < 300.0]
+    assert all(later.at_s - sooner.at_s >= GAP_S[0] - 0.001 for sooner, later in pairwise(faults))
+
+
+@given(st.integers(0, 1 << 32))
+def test_survivors_are_never_ended_and_nobody_is_harmed_twice_at_once(seed: int) -> None:
+    faults = plan(seed)
+    assert all(fault.target not in SURVIVORS for fault in faults if fault.kind in ("kill", "leave"))
+    for fault in faults:
+        others = [
+            each
+            for each in faults
+            if each is not fault
+            and (each.kind == "vanish") == (fault.kind == "vanish")
+            and each.at_s <= fault.at_s < each.at_s + each.lasts_s + RECOVERY_S - 0.01
+        ]
+        assert fault.target not in {each.target for each in others}
+        assert fault.kind == "vanish" or len(others) < MOST_AT_ONCE
+
+
+def test_all_kinds_of_faults_happen() -> None:
+    assert {fault.kind for fault in plan(1)} == set(KINDS)
+
+
+@pytest.mark.slow
+def test_whatever_was_promised_arrives(tmp_path: Path) -> None:
+    outcome = run_chaos(20, 40.0, tmp_path)
+    assert outcome.failures == [], outcome.report()
+    assert outcome.generations > 20
+    assert sum(outcome.faults.values()) > 5

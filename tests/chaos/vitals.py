@@ -1,0 +1,94 @@
+"""What a process holds: memory, threads, descriptors from outside; tasks, streams, sessions from inside.
+
+A process that called `install` writes what it knows of itself into a file whenever it gets a SIGUSR2. Nothing
+in it runs for this purpose, so nothing that is measured is there because of the measuring.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import trio
+
+ANSWER_S = 20.0  # a frozen or very busy process answers late
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """One process at one moment."""
+
+    rss_mib: float
+    threads: int
+    descriptors: int
+    tasks: int
+    connections: int
+    streams: int
+    sessions: int
+
+
+def install(path: Path) -> None:
+    """Answer every SIGUSR2 from now on; in the main thread, before trio runs."""
+
+    def answer(signum: int, frame: FrameType | None) -> None:
+        _write(path)
+
+    signal.signal(signal.SIGUSR2, answer)
+
+
+def read_vitals(pid: int, path: Path) -> Vitals:
+    """Those of the process `pid`, which has `install`ed `path`.
+
+    Raises:
+        TimeoutError: It does not answer.
+    """
+    path.unlink(missing_ok=True)
+    process = psutil.Process(pid)
+    process.send_signal(signal.SIGUSR2)
+    deadline = time.monotonic() + ANSWER_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {pid} does not say how it is")
+        time.sleep(0.05)
+    inside = json.loads(path.read_text(encoding="ascii"))
+    with process.oneshot():
+        return Vitals(
+            rss_mib=round(process.memory_info().rss / (1 << 20), 1),
+            threads=process.num_threads(),
+            descriptors=process.num_fds(),
+            **inside,
+        )
+
+
+def describe(vitals: Vitals) -> str:
+    """On one line."""
+    return ", ".join(f"{name} {value}" for name, value in asdict(vitals).items())
+
+
+def _write(path: Path) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(_inside()), encoding="ascii")
+    draft.replace(path)
+
+
+def _inside() -> dict[str, int]:
+    gc.collect()
+    yamux: Any = sys.modules["p2pinfer.node.yamux"]
+    server: Any = sys.modules.get("p2pinfer.node.server")
+    connections = streams = sessions = 0
+    for each in gc.get_objects():
+        if type(each) is yamux.YamuxConnection and not each.is_closed:
+            connections += 1
+            streams += len(each._streams)
+        elif server is not None and type(each) is server.SpanServer:
+            sessions += each.sessions
+    tasks = trio.lowlevel.current_statistics().tasks_living
+    return {"tasks": tasks, "connections": connections, "streams": streams, "sessions": sessions}
