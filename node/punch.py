@@ -58,7 +58,7 @@ class Puncher:
     Args:
         outside: Gives the multiaddrs at which a peer that dials at the same moment would meet us, or none.
         source: Gives the local address and port that we dial from, or None; for IPv6 if its argument is true.
-        is_reachable: Says whether anybody can dial us at `outside` at any moment.
+        let_in: Asked for when a peer cannot be met and has to dial us: lets it in, and says if that may work.
         on_end: Told the peer's id, and whether there is a direct connection, whenever an attempt is over.
     """
 
@@ -67,7 +67,7 @@ class Puncher:
         host: Host,
         outside: Callable[[], Sequence[str]],
         source: Callable[[bool], tuple[str, int] | None],
-        is_reachable: Callable[[], bool],
+        let_in: Callable[[], bool],
         *,
         wait_s: float,
         on_end: Callable[[str, bool], None] = lambda peer_id, direct: None,
@@ -75,7 +75,7 @@ class Puncher:
         self._host = host
         self._outside = outside
         self._source = source
-        self._is_reachable = is_reachable
+        self._let_in = let_in
         self._wait_s = wait_s
         self._on_end = on_end
         self._over: dict[str, trio.Event] = {}  # by peer that we wait for to punch
@@ -116,11 +116,13 @@ class Puncher:
                 await send_message(stream, HolePunch(type=HolePunch.SYNC))
             logger.debug("punch.start peer=%s rtt_ms=%.0f addrs=%s", peer_id, rtt_s * 1e3, theirs)
             with trio.move_on_after(ROUND_S):
+                if not self._outside():
+                    await self._call(peer_id, theirs)
+                    return True
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._call, peer_id, theirs)
-                    if self._outside():
-                        await trio.sleep(rtt_s / 2)
-                        nursery.start_soon(self._dial_all, peer_id, theirs, True)
+                    await trio.sleep(rtt_s / 2)
+                    nursery.start_soon(self._dial_all, peer_id, theirs, True)
                     await self._until_direct(peer_id)
                     nursery.cancel_scope.cancel()
         return True
@@ -133,8 +135,9 @@ class Puncher:
         try:
             with trio.fail_after(ANSWER_S):
                 theirs = _addresses(await receive_message(stream, HolePunch))
+                hopeless = not theirs and not self._let_in()
                 await send_message(stream, self._connect())
-                if not theirs and not self._is_reachable():
+                if hopeless:
                     return
                 sync = await receive_message(stream, HolePunch)
             if sync.type != HolePunch.SYNC:

@@ -22,6 +22,7 @@ from p2pinfer.routing.announcement import Announcement
 from .addresses import machine_addresses, parse_tcp
 from .circuit import serve_circuits
 from .dialback import ask, serve_dialback
+from .door import keep_open
 from .host import Host
 from .host_config import HostConfig
 from .punch import Puncher
@@ -86,13 +87,14 @@ class Reach:
         self._changed = trio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._punched: dict[str, bool] = {}
+        self._door_wanted = trio.Event()
         self._reserved_ports = [] if host.listening else _reserve_ports()
         self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
         self._puncher = Puncher(
             host,
             self._meeting_points,
             self._source,
-            self._is_reachable,
+            self._let_in,
             wait_s=config.punch_wait_s,
             on_end=self._note_punch,
         )
@@ -135,6 +137,7 @@ class Reach:
                 if self._config.relays and self._host.listening:
                     nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
+                nursery.start_soon(self._keep_door)
                 await self._keep_looking()
         finally:
             for reserved in self._reserved_ports:
@@ -168,6 +171,8 @@ class Reach:
 
     async def _ask(self, peer_id: str) -> None:
         ports = [parse_tcp(address)[2] for address in self._host.listening]
+        if self._door_wanted.is_set():
+            ports += [reserved.getsockname()[1] for reserved in self._reserved_ports]
         if self._mapping:
             ports.append(self._mapping.port)
         try:
@@ -209,18 +214,21 @@ class Reach:
     # ------------------------------------------------------------------ the router
 
     def _may_map(self) -> bool:
-        """Whether UPnP has still to be tried."""
-        return self._config.upnp and bool(self._host.listening) and self._upnp == "not tried"
+        """Whether UPnP has still to be tried. For a client only once a peer cannot be met otherwise."""
+        wanted = bool(self._host.listening) or self._door_wanted.is_set()
+        return self._config.upnp and wanted and self._upnp == "not tried"
 
     async def _keep_mapping(self) -> None:
         """Once we turn out to be behind a router, ask it for a port, and see if that helps."""
         while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
             await self._next_change()
-        inside = next((parse_tcp(each)[2] for each in self._host.listening if "/ip4/" in each), 0)
+        if not self._host.listening:
+            await self._door_wanted.wait()
+        inside = self._source(False)
         if not (inside and self._may_map()):
             return
         try:
-            async with open_mapping(inside) as mapping:
+            async with open_mapping(inside[1]) as mapping:
                 self._mapping = mapping
                 self._upnp = f"the router maps its port {mapping.port} at {mapping.ip} to this node"
                 self._seen = _Seen()
@@ -240,6 +248,21 @@ class Reach:
         changed = trio.Event()
         with self.telling(changed.set):
             await changed.wait()
+
+    async def _keep_door(self) -> None:
+        """Let peers in at a client's port once one of them cannot be met in another way."""
+        await self._door_wanted.wait()
+        async with trio.open_nursery() as nursery:
+            for reserved in self._reserved_ports:
+                ip, port, *_ = reserved.getsockname()
+                await nursery.start(keep_open, self._host, ip, port)
+            self._seen = _Seen()
+            self._look()
+
+    def _let_in(self) -> bool:
+        """Make ourselves as reachable as can be, now that somebody has to dial us."""
+        self._door_wanted.set()
+        return self._is_reachable() or self.reachability.nat in ("firewall", "none")
 
     # ------------------------------------------------------------------ relays
 

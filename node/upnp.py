@@ -81,13 +81,13 @@ def discover() -> Gateway:
     upnp = cast(Any, miniupnpc).UPnP()
     upnp.discoverdelay = DISCOVER_MS
     try:
-        if not upnp.discover():
-            raise NoMapping("no router answers to UPnP")
+        upnp.discover()
+    except Exception as exc:  # miniupnpc raises bare ones, "Success" among them, whatever it has found
+        logger.debug("upnp.discover why=%s", exc)
+    try:
         upnp.selectigd()
-    except NoMapping:
-        raise
-    except Exception as exc:  # miniupnpc raises bare Exceptions
-        raise NoMapping(f"no router answers to UPnP ({exc})") from exc
+    except Exception as exc:
+        raise NoMapping("no router answers to UPnP") from exc
     return cast(Gateway, upnp)
 
 
