@@ -28,8 +28,8 @@ from torch.nn import functional
 from .cache import CacheLease, PagedCache
 from .families import Architecture
 
-# Rows of scores held at once under a soft cap, where they are not fused away.
-_SOFTCAP_ROWS = 256
+# Rows of scores held at once where they are not fused away.
+_SCORE_ROWS = 256
 
 
 class Attention(Protocol):
@@ -69,7 +69,9 @@ class PackedAttention:
         windows: Sequence[int | None],
         cache: PagedCache,
         pieces: Sequence[Piece],
+        stepwise: bool = False,
     ) -> None:
+        """Attention of `pieces`; with `stepwise` in products that round one by one, see `Blocks.stepwise`."""
         spans = [(piece.lease, piece.position, piece.position + piece.tokens) for piece in pieces]
         slots = [slot for lease, start, stop in spans for slot in lease.slots(start, stop)]
         positions = [position for _, start, stop in spans for position in range(start, stop)]
@@ -77,7 +79,7 @@ class PackedAttention:
         self._slots = torch.tensor(slots, device=cache.device)
         self.positions = torch.tensor(positions, device=cache.device)
         self._counts = [piece.tokens for piece in pieces]
-        self._readers = [_Reader(architecture, windows, cache, piece) for piece in pieces]
+        self._readers = [_Reader(architecture, windows, cache, piece, stepwise) for piece in pieces]
         group = architecture.heads // architecture.kv_heads
         self._groups = (architecture.kv_heads, group, architecture.head_dim)
 
@@ -93,8 +95,14 @@ class _Reader:
     """One piece's side of the attention, block after block."""
 
     def __init__(
-        self, architecture: Architecture, windows: Sequence[int | None], cache: PagedCache, piece: Piece
+        self,
+        architecture: Architecture,
+        windows: Sequence[int | None],
+        cache: PagedCache,
+        piece: Piece,
+        stepwise: bool,
     ) -> None:
+        self._stepwise = stepwise
         self._scale = architecture.attention_scale
         self._softcap = architecture.attention_softcap
         self._tokens = piece.tokens
@@ -111,7 +119,7 @@ class _Reader:
         keys, values = sight.keys_values(block)
         if self._tokens == 1:
             return self._read_rows(queries, keys, values, None)
-        if self._whole and window is None and self._softcap is None:
+        if self._whole and window is None and self._softcap is None and not self._stepwise:
             return _attend_causally(queries, keys, values, self._scale)
         rows = queries.transpose(0, 1).flatten(1, 2)[None]
         output = self._read_rows(rows, keys, values, sight.mask)
@@ -119,6 +127,8 @@ class _Reader:
 
     def _read_rows(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(1, kv_heads, tokens * group, head_dim) -> the same shape."""
+        if self._stepwise:
+            return attend_stepwise(rows, keys, values, mask, self._scale, self._softcap)
         if self._softcap is not None:
             return attend_capped(rows, keys, values, mask, self._scale, self._softcap)
         if rows.shape[2] == 1 and rows.dtype != torch.float32:
@@ -181,10 +191,30 @@ def attend_capped(
     """Attention under a soft cap: (any, kv_heads, rows, head_dim) -> the same, `mask` added to the scores."""
     keys, values = keys.float().transpose(2, 3) * (scale / softcap), values.float()
     outputs: list[Tensor] = []
-    for start in range(0, rows.shape[2], _SOFTCAP_ROWS):
-        part = slice(start, start + _SOFTCAP_ROWS)
+    for start in range(0, rows.shape[2], _SCORE_ROWS):
+        part = slice(start, start + _SCORE_ROWS)
         scores = (rows[:, :, part].float() @ keys).tanh_().mul_(softcap)
         if mask is not None:
             scores.add_(mask[..., part, :])
         outputs.append(scores.softmax(-1) @ values)
     return torch.cat(outputs, 2).to(rows.dtype)
+
+
+def attend_stepwise(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention as transformers' eager one has it, scores and weights rounded to the rows' dtype.
+
+    (any, kv_heads, rows, head_dim) -> the same, `mask` added to the scores.
+    """
+    keys = keys.transpose(2, 3)
+    outputs: list[Tensor] = []
+    for start in range(0, rows.shape[2], _SCORE_ROWS):
+        part = slice(start, start + _SCORE_ROWS)
+        scores = (rows[:, :, part] @ keys) * scale
+        if softcap is not None:
+            scores = (scores / softcap).tanh_() * softcap
+        if mask is not None:
+            scores += mask[..., part, :]
+        outputs.append(scores.softmax(-1, dtype=torch.float32).to(rows.dtype) @ values)
+    return torch.cat(outputs, 2)

@@ -12,6 +12,7 @@ are three calls, their norms five, their rotation ten.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class Blocks:
         span: Which of its blocks these are.
         architecture: Their shape.
         windows: How far each of them sees, or None for all the way.
+        rounds_stepwise: Whether every operation rounds by itself.
     """
 
     def __init__(
@@ -57,8 +59,19 @@ class Blocks:
         self.windows = architecture.windows[span.start : span.stop]
         self.device = target.device
         self.dtype = target.dtype
+        self.rounds_stepwise = False
         self._rope = rope
         self._blocks = blocks
+
+    def stepwise(self) -> Blocks:
+        """The same blocks on the same weights, rounding after every operation that the formulas have.
+
+        Plain implementations do, transformers' eager one for instance, and are a little less accurate for it.
+        """
+        plain = copy(self)
+        plain.rounds_stepwise = True
+        plain._blocks = [block.stepwise() for block in self._blocks]
+        return plain
 
     def forward(self, hidden: Tensor, attention: Attention, span: BlockSpan | None = None) -> Tensor:
         """Hidden states after the span, or after the part of it that `span` names.
@@ -132,6 +145,13 @@ class _Block:
         self._mlp = load_mlp(architecture, weights)
         output_norm = family.mlp_output_norm
         self._mlp_output_norm = norm(output_norm, hidden) if output_norm else None
+
+    def stepwise(self) -> _Block:
+        plain = copy(self)
+        for name, part in vars(self).items():
+            if isinstance(part, Norm):
+                setattr(plain, name, part.stepwise())
+        return plain
 
     def forward(self, index: int, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         heads = self._qkv(self._attention_norm(hidden)).view(len(hidden), *self._head_shape)

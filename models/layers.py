@@ -43,16 +43,28 @@ class Linear:
 
 
 class Norm:
-    """Root mean square norm over the last dimension, computed in float32 as every family does."""
+    """Root mean square norm over the last dimension, computed in float32 as every family does.
 
-    __slots__ = ("_eps", "_shape", "_weight")
+    With `stepwise` the normed rows are rounded before they are weighted, as in transformers.
+    """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    __slots__ = ("_eps", "_shape", "_stepwise", "_weight")
+
+    def __init__(self, weight: Tensor, eps: float, *, stepwise: bool = False) -> None:
         self._shape = weight.shape
         self._weight = weight
         self._eps = eps
+        self._stepwise = stepwise
+
+    def stepwise(self) -> Norm:
+        """The same norm, rounding stepwise."""
+        return Norm(self._weight, self._eps, stepwise=True)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if self._stepwise and rows.dtype == self._weight.dtype:
+            return (
+                functional.rms_norm(rows.float(), self._shape, None, self._eps).to(rows.dtype) * self._weight
+            )
         if rows.dtype == self._weight.dtype:
             return functional.rms_norm(rows, self._shape, self._weight, self._eps)
         return functional.rms_norm(rows.float(), self._shape, self._weight, self._eps).to(rows.dtype)

@@ -54,6 +54,10 @@ class SpanRunner:
         self._num_threads = torch.get_num_threads()
         self._thread: int | None = None
 
+    def stepwise(self) -> SpanRunner:
+        """A runner of the same weights that shares this one's cache, and rounds as `Blocks.stepwise` does."""
+        return SpanRunner(self._blocks.stepwise(), self.cache)
+
     def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         """Run the span over all chunks as one batch, and extend their sessions by them.
 
@@ -88,8 +92,11 @@ class SpanRunner:
         # Only the whole span is recorded: a client chooses the part, and each recording holds memory.
         if self._decoder is not None and span == self.span and self._decoder.accepts(pieces):
             return self._decoder.run(pieces, hidden, span)
-        attention = PackedAttention(self._blocks.architecture, self._blocks.windows, self.cache, pieces)
-        return self._blocks.forward(hidden, attention, span)
+        blocks = self._blocks
+        attention = PackedAttention(
+            blocks.architecture, blocks.windows, self.cache, pieces, blocks.rounds_stepwise
+        )
+        return blocks.forward(hidden, attention, span)
 
     def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
         """What every lease's length will be."""

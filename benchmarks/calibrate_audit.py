@@ -1,0 +1,293 @@
+"""How far honest peers lie from each other, and the limits that follow for audits.
+
+    python benchmarks/calibrate_audit.py                          # this machine's CPU, both models
+    python benchmarks/calibrate_audit.py --device cpu cuda --dump outputs/
+    python benchmarks/calibrate_audit.py --dumped outputs/        # those of another machine, judged here
+
+Every span of 1 to 15 blocks is run in every mode that an honest peer may use, on trained weights, and held
+against a CPU's floor as an audit does. A check is one chunk of 32 tokens in one mode. With no failure among n
+checks, the rate of false failures is below 1 - 0.05^(1/n) with a confidence of 95 %, as far as checks are
+independent, which those of one session are not quite. Lines of JSON go to `--out`, a table to the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from audit_sessions import (
+    MODELS,
+    Outputs,
+    StockBlocks,
+    honest_modes,
+    inputs_at,
+    open_model,
+    run_mode,
+    sample_sessions,
+    spans_of,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.deviation import Deviation
+from p2pinfer.models.noise_floor import NoiseFloor, measure_floor
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.reputation.verdict import Verdict, judge
+
+SHORT = (4, 8, 12, 16, 24)
+DUMPED_MODES = ("bfloat16, prefill", "bfloat16, decode, batched", "TF32, prefill", "float16, prefill")
+DUMPED_SPANS = ("7:8", "0:4", "12:16", "4:12", "0:15", "15:30", "0:8")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One chunk that was looked at."""
+
+    model: str
+    blocks: int
+    span: str
+    mode: str
+    part: str  # "session", or which tokens of it alone
+    tokens: int
+    median: float
+    upper: float
+    worst: float
+    shared: float
+    first: float | None
+    logits: float | None
+    worst_logits: float | None
+    flip_margin: float | None
+    verdict: str
+
+
+def checks_of(model: str, span: BlockSpan, mode: str, part: str, deviation: Deviation) -> Iterator[Check]:
+    """A deviation's chunks, each judged by itself."""
+    for index, chunk in enumerate(deviation.chunks):
+        first = deviation.first_rho if index == 0 else None
+        finding = judge(Deviation((chunk,), first))
+        effect = chunk.logits
+        yield Check(
+            model,
+            len(span),
+            str(span),
+            mode,
+            part,
+            chunk.tokens,
+            chunk.median_rho,
+            chunk.upper_rho,
+            chunk.max_rho,
+            chunk.shared,
+            first,
+            effect.median_rho if effect else None,
+            effect.max_rho if effect else None,
+            effect.flip_margin if effect else None,
+            finding.verdict.value,
+        )
+
+
+def check_mode(
+    model: str,
+    span: BlockSpan,
+    mode: str,
+    floors: Sequence[NoiseFloor],
+    inputs: Outputs,
+    outputs: Outputs,
+    tail: Tail | None,
+) -> Iterator[Check]:
+    """Every check of one mode: whole sessions, their ends as a last hop returns them, and shorter ones."""
+    for index, (floor, given, output) in enumerate(zip(floors, inputs, outputs, strict=True)):
+        got, tokens = output.to(torch.bfloat16).float(), len(output)
+        # Logits take longer than all else together: every fourth session will do.
+        part = tail if index % 4 == 0 else None
+        yield from checks_of(model, span, mode, "session", compare(floor, got, range(tokens), part))
+        for count in SHORT:
+            last = range(tokens - count, tokens)
+            yield from checks_of(model, span, mode, f"last {count}", compare(floor, got[-count:], last))
+            short = measure_floor(
+                given[:count].float(), floor.exact[:count], [run[:count] for run in floor.rounded]
+            )
+            deviation = compare(short, got[:count], range(count))
+            yield from checks_of(model, span, mode, f"first {count}", deviation)
+
+
+def calibrate(
+    model: str, devices: Sequence[str], count: int, dump: Path | None, only: Sequence[str]
+) -> Iterator[Check]:
+    """Every check on one model."""
+    checkpoint = open_model(model)
+    spans = [span for span in spans_of(model) if not only or str(span) in only]
+    sessions = sample_sessions(checkpoint, count)
+    inputs = inputs_at(checkpoint, sessions, [span.start for span in spans])
+    modes = [mode for device in devices for mode in honest_modes(device)]
+    stock = [
+        (
+            f"{device.upper()} {str(dtype).removeprefix('torch.')}, transformers, {attention}",
+            StockBlocks(checkpoint.folder, dtype, device, attention),
+        )
+        for device in devices
+        for dtype, attention in (
+            (torch.bfloat16, "eager"),
+            (torch.bfloat16, "sdpa"),
+            (torch.float16, "eager"),
+        )
+        if device != "cpu" or dtype == torch.bfloat16
+    ]
+    for span in spans:
+        given = inputs[span.start]
+        outputs = {mode.name: run_mode(mode, checkpoint, span, given) for mode in modes}
+        outputs |= {name: blocks.run(span, given) for name, blocks in stock}
+        if dump is not None and str(span) in DUMPED_SPANS:
+            write_dump(dump, model, span, given, outputs)
+        yield from check_span(checkpoint, model, span, given, outputs, devices[-1])
+
+
+def check_span(
+    checkpoint: Checkpoint,
+    model: str,
+    span: BlockSpan,
+    inputs: Outputs,
+    outputs: dict[str, Outputs],
+    tail_device: str,
+) -> Iterator[Check]:
+    """Every check on one span, against the floor that this machine's CPU measures."""
+    tokens = max(map(len, inputs))
+    reference = open_reference(checkpoint, span, max_tokens=tokens)
+    floors = [rerun(reference, span, each, torch.bfloat16) for each in inputs]
+    tail = open_tail(checkpoint, span, max_tokens=tokens, device=tail_device)
+    for mode, each in outputs.items():
+        print(f"{model} {span} {mode}", file=sys.stderr)
+        yield from check_mode(model, span, mode, floors, inputs, each, tail)
+
+
+def write_dump(
+    folder: Path, model: str, span: BlockSpan, inputs: Outputs, outputs: dict[str, Outputs]
+) -> None:
+    """What another machine needs to judge these outputs, as one file."""
+    kept = {"inputs": torch.stack(list(inputs))}
+    kept |= {
+        name: torch.stack(each).to(torch.bfloat16)
+        for name, each in outputs.items()
+        if name.removeprefix("CUDA ") in DUMPED_MODES
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / f"{model}_{span.start}_{span.stop}.safetensors")
+
+
+def check_dump(path: Path) -> Iterator[Check]:
+    """Every check on another machine's outputs."""
+    model, start, stop = path.stem.rsplit("_", 2)
+    tensors: dict[str, Tensor] = load_file(path)
+    inputs = list(tensors.pop("inputs"))
+    outputs = {f"{name}, elsewhere": list(each) for name, each in tensors.items()}
+    span = BlockSpan(int(start), int(stop))
+    yield from check_span(open_model(model), model, span, inputs, outputs, "cpu")
+
+
+def bound(failures: int, checks: int) -> float:
+    """The one-sided 95 % upper bound of a rate (Clopper and Pearson, 1934), by bisection."""
+    low, high = failures / checks, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        term = total = (1 - middle) ** checks
+        for k in range(1, failures + 1):
+            term *= (checks - k + 1) / k * middle / (1 - middle)
+            total += term
+        low, high = (middle, high) if total > 0.05 else (low, middle)
+    return high
+
+
+def table(checks: Sequence[Check]) -> str:
+    """The worst of every mode, as Markdown."""
+    columns: list[tuple[str, Callable[[Check], float | None]]] = [
+        ("chunk", lambda check: check.median),
+        ("tenth", lambda check: check.upper),
+        ("token", lambda check: check.worst),
+        ("shared", lambda check: check.shared),
+        ("first", lambda check: check.first),
+        ("logits", lambda check: check.logits),
+        ("token's logits", lambda check: check.worst_logits),
+        ("lead lost", lambda check: check.flip_margin),
+    ]
+    lines = [
+        "| mode | checks | failed | suspect | " + " | ".join(name for name, _ in columns) + " |",
+        "|" + "---|" * (4 + len(columns)),
+    ]
+    whole = [check for check in checks if check.part == "session"]
+    for mode in [*dict.fromkeys(check.mode for check in whole), "all"]:
+        chosen = [check for check in whole if mode in (check.mode, "all")]
+        worst = [
+            max((v for check in chosen if (v := value(check)) is not None), default=None)
+            for _, value in columns
+        ]
+        counts = [
+            sum(check.verdict == each.value for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)
+        ]
+        cells = [f"{value:.3g}" if value is not None else "-" for value in worst]
+        lines.append(f"| {mode} | {len(chosen)} | {counts[0]} | {counts[1]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def short_table(checks: Sequence[Check]) -> str:
+    """The same for few tokens."""
+    lines = ["| tokens | checks | failed | suspect | chunk | token |", "|---|---|---|---|---|---|"]
+    for part in dict.fromkeys(check.part for check in checks if check.part != "session"):
+        chosen = [check for check in checks if check.part == part]
+        counts = [
+            sum(check.verdict == each.value for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)
+        ]
+        median, worst = max(check.median for check in chosen), max(check.worst for check in chosen)
+        lines.append(f"| {part} | {len(chosen)} | {counts[0]} | {counts[1]} | {median:.3g} | {worst:.3g} |")
+    return "\n".join(lines)
+
+
+def report(checks: Sequence[Check]) -> None:
+    """The tables and the bound."""
+    print(table(checks), "", short_table(checks), "", sep="\n")
+    whole = [check for check in checks if check.part == "session"]
+    failures = sum(check.verdict == Verdict.FAIL.value for check in whole)
+    print(f"{failures} of {len(whole)} honest checks failed: below {bound(failures, len(whole)):.3%} at 95 %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--device", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
+    parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
+    parser.add_argument("--span", nargs="+", default=[], help="A:B; all of them by default")
+    parser.add_argument("--dump", type=Path, help="keep a GPU's outputs here")
+    parser.add_argument("--dumped", type=Path, help="judge the outputs kept here, and nothing else")
+    parser.add_argument("--out", type=Path, help="every check as a line of JSON; appended to")
+    parser.add_argument("--report", type=Path, nargs="+", help="only print the tables of such files")
+    options = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}", file=sys.stderr)
+    if options.report:
+        lines = [line for path in options.report for line in path.read_text().splitlines()]
+        report([Check(**json.loads(line)) for line in lines])
+        return
+    if options.dumped:
+        sources = [check_dump(path) for path in sorted(options.dumped.glob("*.safetensors"))]
+    else:
+        sources = [
+            calibrate(model, options.device, options.sessions, options.dump, options.span)
+            for model in options.model
+        ]
+    checks: list[Check] = []
+    for source in sources:
+        for check in source:
+            checks.append(check)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(asdict(check)) + "\n")
+    report(checks)
+
+
+if __name__ == "__main__":
+    main()

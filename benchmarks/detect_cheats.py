@@ -1,0 +1,171 @@
+"""How much of what dishonest peers do is found, by chunks of 32 tokens.
+
+    python benchmarks/detect_cheats.py
+    python benchmarks/detect_cheats.py --model smollm2 --sessions 8
+
+Every cheat runs in bfloat16 on trained weights, like an honest peer. Each chunk is judged by itself, with
+the default limits. For the attack that aims at the logits from inside the tolerance, the blocks after the
+span are at hand, as for a client that holds the model; all other cheats are found without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from audit_sessions import MODELS, Outputs, alone, inputs_at, open_model, open_span, sample_sessions
+from cheats import DRIFTS, WEIGHTS, Aim, run_altered, run_parts, skipped, swapped, tampered, with_noise
+from torch import Tensor
+
+from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.deviation import Deviation
+from p2pinfer.models.noise_floor import NoiseFloor
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.reputation.verdict import Verdict, judge
+
+SPANS = {
+    BUNDLED_MODEL: ("0:1", "5:6", "4:6", "0:4", "4:8", "0:8"),
+    "smollm2": ("0:1", "14:15", "29:30", "12:14", "0:4", "12:16", "4:12", "22:30", "0:15", "15:30"),
+}
+AIMED_SPANS = {BUNDLED_MODEL: ("0:4", "2:6", "4:8"), "smollm2": ("4:12", "12:16", "22:30")}
+AIMED_RATIOS = (0.8, 1.0, 1.15)
+INT8_IN_FLOAT32 = "int8, groups of 32, computed in float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Catch:
+    """One chunk of a cheat's output."""
+
+    model: str
+    span: str
+    cheat: str
+    found: bool
+    suspect: bool
+    median: float
+    worst: float
+    shared: float
+    logits: float | None
+
+
+def judge_chunks(
+    model: str,
+    span: BlockSpan,
+    cheat: str,
+    floors: Sequence[NoiseFloor],
+    outputs: Outputs,
+    tail: Tail | None = None,
+) -> Iterator[Catch]:
+    """A verdict for each chunk by itself."""
+    for floor, output in zip(floors, outputs, strict=True):
+        got = output.to(torch.bfloat16).float()
+        for chunk in compare(floor, got, range(len(got)), tail).chunks:
+            verdict = judge(Deviation((chunk,))).verdict
+            yield Catch(
+                model,
+                str(span),
+                cheat,
+                verdict is Verdict.FAIL,
+                verdict is Verdict.SUSPECT,
+                chunk.median_rho,
+                chunk.max_rho,
+                chunk.shared,
+                chunk.logits.median_rho if chunk.logits else None,
+            )
+
+
+def dishonest_outputs(
+    checkpoint: Checkpoint, span: BlockSpan, inputs: Outputs
+) -> Iterator[tuple[str, Outputs]]:
+    """Every cheat's outputs by session."""
+    runner = open_span(checkpoint, span, "bfloat16", "cpu")
+    honest = alone(runner, inputs)
+    for name, alter in {**WEIGHTS, **DRIFTS}.items():
+        yield name, run_altered(checkpoint, span, alter, inputs)
+    yield INT8_IN_FLOAT32, run_altered(checkpoint, span, WEIGHTS["int8, groups of 32"], inputs, "float32")
+    yield "identity", list(inputs)
+    yield "replay", [*honest[1:], honest[0]]
+    yield "noise of 1 % in the output", [with_noise(each, 1e-2, seed) for seed, each in enumerate(honest)]
+    wrong = list(inputs)
+    if len(span) > 1:
+        wrong = [run_parts(runner, each, skipped(span)) for each in inputs]
+        yield "a block skipped", wrong
+        yield "two blocks swapped", [run_parts(runner, each, swapped(span)) for each in inputs]
+    yield "one token in 32", [tampered(good, bad) for good, bad in zip(honest, wrong, strict=True)]
+
+
+def catch_all(model: str, count: int) -> Iterator[Catch]:
+    """Every chunk of every cheat on one model."""
+    checkpoint = open_model(model)
+    spans = [BlockSpan.parse(text) for text in SPANS[model]]
+    aimed = [BlockSpan.parse(text) for text in AIMED_SPANS[model]]
+    sessions = sample_sessions(checkpoint, count)
+    inputs = inputs_at(checkpoint, sessions, [span.start for span in (*spans, *aimed)])
+    for span in spans:
+        print(f"{model} {span}", file=sys.stderr)
+        given = inputs[span.start]
+        floors = measure_floors(checkpoint, span, given)
+        for cheat, outputs in dishonest_outputs(checkpoint, span, given):
+            yield from judge_chunks(model, span, cheat, floors, outputs)
+    for span in aimed:
+        print(f"{model} {span}, aimed", file=sys.stderr)
+        given = inputs[span.start]
+        floors = measure_floors(checkpoint, span, given)
+        tail = open_tail(checkpoint, span, max_tokens=max(map(len, given)))
+        attack = Aim(checkpoint.folder, span)
+        for ratio in AIMED_RATIOS:
+            pushed = [attack.push(floor, ratio) for floor in floors]
+            cheat = f"aimed at the logits, ratio {ratio}"
+            yield from judge_chunks(model, span, cheat, floors, pushed, tail)
+
+
+def measure_floors(checkpoint: Checkpoint, span: BlockSpan, inputs: Sequence[Tensor]) -> list[NoiseFloor]:
+    reference = open_reference(checkpoint, span, max_tokens=max(map(len, inputs)))
+    return [rerun(reference, span, each, torch.bfloat16) for each in inputs]
+
+
+def table(catches: Sequence[Catch]) -> str:
+    """What was found of each cheat, and the least of its figures, as Markdown."""
+    lines = [
+        "| cheat | chunks | found | suspect | chunk | token | shared | logits | missed in |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cheat in dict.fromkeys(catch.cheat for catch in catches):
+        chosen = [catch for catch in catches if catch.cheat == cheat]
+        found = sum(catch.found for catch in chosen) / len(chosen)
+        suspect = sum(catch.suspect for catch in chosen) / len(chosen)
+        effects = [catch.logits for catch in chosen if catch.logits is not None]
+        missed = sorted({f"{catch.model} {catch.span}" for catch in chosen if not catch.found})
+        cells = [
+            f"{100 * found:.4g} %",
+            f"{100 * suspect:.3g} %",
+            f"{min(catch.median for catch in chosen):.3g}",
+            f"{min(catch.worst for catch in chosen):.3g}",
+            f"{min(catch.shared for catch in chosen):.2g}",
+            f"{min(effects):.3g}" if effects else "-",
+            ", ".join(missed) or "-",
+        ]
+        lines.append(f"| {cheat} | {len(chosen)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
+    parser.add_argument("--out", type=Path, help="every chunk as a line of JSON")
+    options = parser.parse_args()
+    catches = [catch for model in options.model for catch in catch_all(model, options.sessions)]
+    if options.out:
+        options.out.write_text("".join(json.dumps(asdict(catch)) + "\n" for catch in catches))
+    print(table(catches))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""How far a peer's output lies from the published model's, in numbers; `reputation.verdict` judges them.
+
+The unit is the rounding of bfloat16: a ratio of 1 is what computing in bfloat16 costs by itself. See
+`noise_floor` for how it is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LogitDeviation:
+    """What a chunk's deviation does to the logits.
+
+    Attributes:
+        median_rho: The median over the tokens of the largest change among the likeliest tokens' logits, over
+            what rounding changes there.
+        max_rho: The same, of the worst token.
+        flip_margin: Of the tokens whose likeliest successor is another one, the largest lead (a difference
+            of probabilities) that the published model gives to its own; 0 if there is none.
+    """
+
+    median_rho: float
+    max_rho: float
+    flip_margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDeviation:
+    """The deviation of some adjacent tokens.
+
+    Attributes:
+        start: The position of the first of them.
+        stop: One more than the last one's.
+        tokens: How many of them there were to look at.
+        median_rho: The median of the tokens' ratios.
+        upper_rho: Nine of ten tokens have at most this ratio.
+        max_rho: The worst token's.
+        shared: How much of the squared deviations the tokens have in common, see `noise_floor.shared_part`.
+        logits: What it does to the logits; None where the blocks after the span were not to be had.
+    """
+
+    start: int
+    stop: int
+    tokens: int
+    median_rho: float
+    upper_rho: float
+    max_rho: float
+    shared: float
+    logits: LogitDeviation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """The deviation of a session's outputs from a span.
+
+    Attributes:
+        chunks: In order, the first position of the sequence left out.
+        first_rho: The ratio at that position, if it was among the outputs. It is kept apart: some models
+            give it activations a hundred times larger than all others, and rounding there follows no rule.
+    """
+
+    chunks: tuple[ChunkDeviation, ...]
+    first_rho: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the chunks hold."""
+        return sum(chunk.tokens for chunk in self.chunks)
