@@ -202,7 +202,7 @@ def compare(
     with torch.inference_mode():
         deviations = floor.deviations(outputs, where)
         effect = _measure_logits(tail, floor, outputs, where) if tail and at else None
-    first = float(deviations[0].norm()) if at and at[0] == 0 else None
+    first = float(deviations[0].square().sum().sqrt()) if at and at[0] == 0 else None
     chunks = tuple(
         _describe(at[part], deviations[part], effect.part(part) if effect else None)
         for part in _chunks(0 if first is None else 1, len(at))
