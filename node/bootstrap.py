@@ -17,7 +17,7 @@ from typing import Final
 
 import trio
 
-from p2pinfer.errors import ConfigError, PeerError
+from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
 
 from .addresses import split_peer
 from .host import Host
@@ -103,6 +103,8 @@ class Neighbourhood:
         peers: Sequence[BootstrapPeer],
     ) -> None:
         self.settled = trio.Event()  # set once a neighbour's table was taken in
+        self.decided = trio.Event()  # set with `settled`, or once all bootstrap peers have turned us away
+        self._turned_away: set[str] = set()
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
@@ -174,12 +176,15 @@ class Neighbourhood:
             await self._ask(peer.peer_id)
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
+            if isinstance(exc, NotAdmitted):
+                self._note_turned_away(peer.peer_id, exc)
             self._note_trouble(peer.peer_id, str(exc), dialled_at)
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
         await fetch_snapshot(self._host, self._view, peer_id)
         self.settled.set()
+        self.decided.set()
         if peer_id in self._troubles:
             self._troubles[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
 
@@ -215,6 +220,14 @@ class Neighbourhood:
         self._troubles[peer_id] = known
         if len(self._troubles) > MAX_TROUBLES:
             del self._troubles[next(iter(self._troubles))]
+
+    def _note_turned_away(self, peer_id: str, error: NotAdmitted) -> None:
+        """Say it at once: trying on is of no use before somebody changes a key or a list."""
+        if peer_id not in self._turned_away and any(peer.peer_id == peer_id for peer in self._peers):
+            logger.warning("%s", error)
+            self._turned_away.add(peer_id)
+        if self._turned_away.issuperset(peer.peer_id for peer in self._peers):
+            self.decided.set()
 
     def _warn_once(self) -> None:
         if not self._warned and all(

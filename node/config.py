@@ -11,16 +11,23 @@ from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
 class ServeConfig:
     """Limits of a serving node. Each is reached by a test."""
 
-    max_sessions: int = 256  # sessions open at once
+    max_sessions: int = 512  # sessions open at once
+    max_sessions_per_client: int = 256  # of them, those of one client
+    client_share: float = 0.75  # what one client may hold of the cache and replay log that others leave
     max_steps_in_flight: int = 16  # steps of one session received and not yet sent on
+    max_bytes_in_flight: int = 64 << 20  # hidden states of those steps, bytes
     max_chunk_tokens: int = 1024  # tokens in one step
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along
+    client_batch_steps: int = 32  # decode steps of one client in one batch, while another one waits
     replay_bytes: int = 1 << 30  # host memory for the replay logs of all sessions, bytes
+    replay_bytes_per_session: int = 512 << 20  # of it, what one session may reserve, bytes
     evidence_bytes: int = 256 << 20  # host memory for what receipts name, for whoever checks it, bytes
     evidence_keep_s: float = 900.0  # how long after a session's last step that is kept
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message, and for its predecessor's attachment
     dial_timeout_s: float = 10.0  # for reaching a session's successor
+    frame_timeout_s: float = 10.0  # for a frame that has begun, and one more second for each
+    min_bytes_per_s: int = 16384  # bytes of it: who sends or reads more slowly is cut off
     announce_interval_s: float = 60.0  # between announcements when nothing changes
     announce_ttl_s: float = 120.0  # how long an announcement counts
     announce_min_gap_s: float = 5.0  # between announcements when much changes
@@ -32,6 +39,10 @@ class ServeConfig:
             value = getattr(self, each.name)
             if value <= 0:
                 raise ValueError(f"{each.name} is {value:g}; it must be above 0")
+        if self.client_share > 1:
+            raise ValueError(
+                f"client_share is {self.client_share:g}; it must be at most 1, which is everything"
+            )
         if not MIN_TTL_S <= self.announce_ttl_s <= MAX_TTL_S:
             raise ValueError(
                 f"announce_ttl_s is {self.announce_ttl_s:g}; peers accept {MIN_TTL_S:g} to {MAX_TTL_S:g}"

@@ -11,7 +11,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from multiaddr import Multiaddr
 
 from .host import Host
-from .tcp import TcpStream, share_port
+from .tcp import TcpStream, TunedTCP, share_port
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,12 @@ async def keep_open(
     """
     network: Any = host.libp2p.get_network()
     address = Multiaddr(f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}")
+    transport: TunedTCP = network.transport_manager.transport_for_dialing(address)
     under_way = trio.CapacityLimiter(MAX_AT_ONCE)
 
     async def let_in(accepted: trio.socket.SocketType) -> None:
         async with under_way:
-            raw = RawConnection(TcpStream(trio.SocketStream(accepted)), False)
+            raw = RawConnection(transport.guarded(TcpStream(trio.SocketStream(accepted))), False)
             try:
                 await network.upgrade_inbound_raw_conn(raw, address)
             except Exception as exc:  # a stranger's handshake can go wrong in any way

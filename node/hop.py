@@ -92,6 +92,7 @@ class HopSession:
         self._epoch = 0
         self._expected_position = 0  # where the next step may begin at the latest
         self._in_flight = 0
+        self._bytes_in_flight = 0
         self._rollbacks: list[tuple[int, int]] = []  # (epoch, position) of steps that superseded others
         self._ended = False
         self._closed = False
@@ -111,7 +112,7 @@ class HopSession:
             WrongOutput: Its hidden states are not finite.
         """
         arrived_at = time.perf_counter()
-        self._check(step)
+        self._check(step, len(payload))
         hidden = decode_hidden(
             payload, step.tokens, self._hidden_size, self.opening.codec, self.predecessor_id
         )
@@ -120,6 +121,7 @@ class HopSession:
         self._epoch = step.epoch
         self._expected_position = step.position + step.tokens
         self._in_flight += 1
+        self._bytes_in_flight += len(payload)
         self.last_active = trio.current_time()
         self._worker.submit(
             Job(
@@ -131,7 +133,17 @@ class HopSession:
             )
         )
 
-    def _check(self, step: Step) -> None:
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens of the cache that are kept for this session."""
+        return self._lease.max_tokens
+
+    @property
+    def reserved_replay_bytes(self) -> int:
+        """Bytes of the replay log that are kept for this session."""
+        return self._replay.reserved_bytes if self._replay is not None else 0
+
+    def _check(self, step: Step, payload_bytes: int) -> None:
         peer = self.predecessor_id
         if step.epoch < self._epoch:
             raise ProtocolViolation(f"step {step.number} is of epoch {step.epoch} after {self._epoch}", peer)
@@ -150,6 +162,8 @@ class HopSession:
             raise ProtocolViolation(f"step {step.number} of {step.tokens} tokens is too long", peer)
         if self._in_flight >= self._config.max_steps_in_flight:
             raise ProtocolViolation(f"more than {self._config.max_steps_in_flight} steps in flight", peer)
+        if self._bytes_in_flight + payload_bytes > self._config.max_bytes_in_flight:
+            raise ProtocolViolation(f"more than {self._config.max_bytes_in_flight} bytes in flight", peer)
 
     def _is_superseded(self, step: Step) -> bool:
         """Asked in the worker's thread, while the event loop at most appends to what it reads."""
@@ -175,6 +189,7 @@ class HopSession:
             if output.done.output is not None:
                 await self._send_on(output, output.done.output)
             self._in_flight -= 1
+            self._bytes_in_flight -= len(output.received)
             if not self._in_flight:
                 self._rollbacks.clear()
 

@@ -18,12 +18,15 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from p2pinfer.errors import AddressUnusable, PeerError, PeerUnreachable
+from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.routing.announcement import MAX_ADDRS
 
 from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp
 from .circuit import dial_circuit
+from .counts import Counts
 from .dial import innermost, race
+from .gate import GATED, Gate, reason
+from .guarded import StrangerMet
 from .host_config import HostConfig
 from .identity import Identity, is_peer_id, verify
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
@@ -31,6 +34,7 @@ from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
 from .stream import PeerStream
 from .tasks import open_nursery
+from .yamux_stream import StreamRefused
 
 __all__ = ["Host", "HostConfig", "open_host"]
 
@@ -50,7 +54,9 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
     config = config or HostConfig()
     check_listen(config.listen)
     adopt_libp2p_logs()
-    raw = new_libp2p_host(identity, config)
+    counts = Counts()
+    gate = Gate(config, lambda why: counts.add("refusals", why))
+    raw = new_libp2p_host(identity, config, gate, counts)
     network: Any = raw.get_network()
     listen = [Multiaddr(address) for address in config.listen]
     async with open_nursery() as nursery:
@@ -58,17 +64,21 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
         for address in listen:
             if str(address) not in network.listeners:
                 raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
-        yield Host(identity, config, raw)
+        yield Host(identity, config, raw, gate, counts)
 
 
 class Host:
     """This process as a peer among peers. Made by `open_host`."""
 
-    def __init__(self, identity: Identity, config: HostConfig, libp2p_host: IHost) -> None:
+    def __init__(
+        self, identity: Identity, config: HostConfig, libp2p_host: IHost, gate: Gate, counts: Counts
+    ) -> None:
         self.peer_id = identity.peer_id
         self.sign = identity.sign  # the 64-byte Ed25519 signature of some bytes
         self.verify = verify  # (peer id, bytes, signature)
         self.libp2p = libp2p_host
+        self.counts = counts
+        self.gate = gate
         self._config = config
         self._network: Any = libp2p_host.get_network()
         self._dials: dict[str, _Dial] = {}
@@ -168,7 +178,8 @@ class Host:
 
         Raises:
             PeerUnreachable: No address answered, or the connection was lost meanwhile.
-            PeerRefused: The peer does not speak `protocol`.
+            NotAdmitted: The peer does not let us in, or we do not deal with it.
+            PeerRefused: The peer does not speak `protocol`, or opens no more streams for us (code "busy").
         """
         await self.connect(peer_id, addrs)
         timeout_s = self._config.stream_timeout_s
@@ -177,7 +188,10 @@ class Host:
                 return await _open_stream(self._connection(peer_id), protocol, peer_id)
         except trio.TooSlowError as exc:
             raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id) from exc
+        except StreamRefused as exc:
+            raise PeerRefused(f"peer {peer_id} opens no more streams: {exc}", peer_id, "busy") from exc
         except BaseLibp2pError as exc:
+            self._raise_if_turned_away(peer_id)
             raise PeerUnreachable(f"peer {peer_id} was lost while opening a stream: {exc}", peer_id) from exc
 
     def serve(self, protocol: str, handler: Handler) -> None:
@@ -218,11 +232,14 @@ class Host:
 
         Raises:
             PeerUnreachable: No address answered with that identity.
+            NotAdmitted: The peer does not let us in, or we do not deal with it.
         """
         if peer_id == self.peer_id:
             raise PeerUnreachable("this is our own peer id; a node does not dial itself", peer_id)
         if not is_peer_id(peer_id):
             raise PeerUnreachable(f"{peer_id!r} is not a peer id", peer_id)
+        if not self.gate.admits(peer_id):
+            raise NotAdmitted(f"peer {peer_id} is on our deny list, or not on our allow list", peer_id)
         while self._connection(peer_id) is None:
             ongoing = self._dials.get(peer_id)
             if ongoing is None:
@@ -230,7 +247,7 @@ class Host:
                 continue
             await ongoing.done.wait()
             if ongoing.error is not None and ongoing.addrs.issuperset(addrs):
-                raise PeerUnreachable(str(ongoing.error), peer_id) from ongoing.error
+                raise type(ongoing.error)(str(ongoing.error), peer_id) from ongoing.error
 
     async def ping(self, peer_id: str) -> float:
         """The seconds of one round trip to a connected peer, measured by the muxer: a dozen bytes each way.
@@ -303,12 +320,23 @@ class Host:
         if kind == "relayed" and self._settle is not None:
             await self._settle(peer_id)
         elif kind is None:
+            self._raise_if_turned_away(peer_id)
             silent = f"no answer within {self._config.dial_timeout_s:g} s"
             tried = "; ".join(
                 f"{address}: {innermost(errors[address]) if address in errors else silent}"
                 for address in addrs
             )
-            raise PeerUnreachable(f"peer {peer_id} cannot be reached: {tried}", peer_id)
+            strangers = any(_is_stranger(error) for error in errors.values())
+            error_type = NotAdmitted if strangers else PeerUnreachable
+            raise error_type(f"peer {peer_id} cannot be reached: {tried}", peer_id)
+
+    def _raise_if_turned_away(self, peer_id: str) -> None:
+        if self.gate.has_turned_us_away(peer_id):
+            raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}", peer_id)
+
+
+def _is_stranger(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, StrangerMet) or _is_stranger(error.__cause__))
 
 
 class _Dial:

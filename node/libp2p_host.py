@@ -15,11 +15,13 @@ from typing import Any, cast
 import trio
 from libp2p import new_host
 from libp2p.abc import IHost, ISecureConn
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
@@ -27,34 +29,51 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
 from .addresses import advertised
+from .counts import Counts
+from .gate import GATED, Gate
+from .guarded import Guarded
 from .host_config import HostConfig
 from .identity import Identity
+from .rates import RateLimit
 from .shield import shielded
+from .swarm_key import load_swarm_key
 from .tcp import TunedTCP
 from .yamux import YamuxConnection
+from .yamux_frames import GO_AWAY, HEADER
 
 logger = logging.getLogger(__name__)
 
 ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
 
 
-def new_libp2p_host(identity: Identity, config: HostConfig) -> IHost:
-    """A host that offers Noise and our muxer, dials nobody of its own accord, and outlives its handlers."""
+def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: Counts) -> IHost:
+    """A host that offers Noise and our muxer, dials nobody of its own accord, and outlives its handlers.
+
+    Raises:
+        ConfigError: `config.swarm_key` is no key.
+    """
+    key = load_swarm_key(config.swarm_key) if config.swarm_key else None
     noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
     host = new_host(
         key_pair=identity.key_pair,
-        transports=[TunedTCP(config.user_timeout_s)],
+        transports=[
+            TunedTCP(config.user_timeout_s, key, _Strangers(counts), config.max_connections_per_address)
+        ],
         sec_opt={NOISE: noise},
         addrs_factory=_Advertised(),
         connection_config=ConnectionConfig(
             max_connections=config.max_connections,
             high_watermark=config.max_connections,
+            max_connections_per_peer=config.max_connections_per_peer,
             min_connections=0,
             low_watermark=0,
+            inbound_upgrade_timeout=config.handshake_timeout_s,
+            outbound_upgrade_timeout=config.handshake_timeout_s,
+            inbound_stream_protocol_negotiation_timeout=config.handshake_timeout_s,
         ),
     )
     network: Any = host.get_network()
-    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer)
+    network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer, gate, counts)
     network.auto_connector = _DialsNobody(network)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
     network.set_stream_handler(_guarded(network.common_stream_handler))
@@ -76,19 +95,41 @@ async def run_libp2p_host(
 
 def raw_stream_of(connection: Any) -> Any:
     """The `RawStream` under a connection of the swarm: below yamux, Noise and libp2p's wrappers."""
-    return connection.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream
+    stream = connection.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream
+    return stream.inner if isinstance(stream, Guarded) else stream
 
 
 class _Muxer(MuxerMultistream):
     """Negotiates yamux and speaks it our way. libp2p's makes its own `Yamux` whatever it is given."""
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, gate: Gate, counts: Counts) -> None:
         super().__init__({TProtocol(YAMUX): YamuxConnection})
         self._max_streams = max_streams
+        self._gate = gate
+        self._counts = counts
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
+        """Raises MultiselectError for a peer that we do not let in, after telling it so."""
         await self.select_transport(cast(Any, conn))
-        return YamuxConnection(conn, peer_id, max_streams=self._max_streams)
+        if not self._gate.lets_in(str(peer_id)):
+            await conn.write(HEADER.pack(0, GO_AWAY, 0, 0, GATED))
+            raise MultiselectError(f"peer {peer_id} is not let in")
+        relayed = conn.get_connection_type() == ConnectionType.RELAYED
+        traffic = self._counts.traffic["relayed" if relayed else "direct"]
+        return YamuxConnection(conn, peer_id, max_streams=self._max_streams, gate=self._gate, traffic=traffic)
+
+
+class _Strangers:
+    """Tells of whoever connects and is not of our swarm, once a minute for one address."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+        self._told = RateLimit(1 / 60, 1)
+
+    def __call__(self, address: str, why: str) -> None:
+        self._counts.add("refusals", "stranger")
+        if self._told.allows(address, time.monotonic()):
+            logger.warning("turned away a connection from %s: %s", address, why)
 
 
 class _DialsNobody(AutoConnector):

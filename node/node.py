@@ -32,6 +32,7 @@ from .events import Event, Leaving, Loading, Reached, Ready, Starting
 from .host import HostConfig
 from .identity import Identity, load_identity
 from .last_span import last_span, remember_span
+from .metrics import Metrics, serve_metrics
 from .offer import Offer
 from .reachability import describe
 from .relay_config import RelayConfig
@@ -55,6 +56,8 @@ class NodeConfig:
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
     bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
+    metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics
+    metrics_address: str = "127.0.0.1"  # where that port is; others than this machine's own have no password
 
     def __post_init__(self) -> None:
         if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
@@ -63,6 +66,8 @@ class NodeConfig:
             )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port is {self.metrics_port}; ports are 0 to 65535")
         if self.blocks is not None:
             BlockSpan.parse(self.blocks)
 
@@ -114,6 +119,7 @@ class _Node:
         self._relay = relay
         self._report = report
         self._progress = progress
+        self._metrics: Metrics | None = None
 
     async def run(self, host_config: HostConfig) -> None:
         config = self._config
@@ -140,7 +146,18 @@ class _Node:
             identity, host_config, config.bootstrap, config.data_dir, self._relay, self._serve
         ) as member:
             with member.reach.telling(lambda: self._report(_reached(member))):
-                yield member
+                async with self._open_metrics(member):
+                    yield member
+
+    @asynccontextmanager
+    async def _open_metrics(self, member: SwarmMember) -> AsyncGenerator[None]:
+        """Serve metrics until the block ends, if somebody wants them."""
+        config = self._config
+        async with open_nursery() as nursery:
+            if config.metrics_port is not None:
+                self._metrics = Metrics(member.host)
+                await nursery.start(serve_metrics, self._metrics, config.metrics_address, config.metrics_port)
+            yield
 
     async def _introduce(self, member: SwarmMember) -> None:
         """Hold no blocks: pass on what is gossiped, tell newcomers who is there."""
@@ -177,6 +194,8 @@ class _Node:
                 member.host, served, self._serve, self._report, offer.touch, evidence=member.proofs.store
             )
             server.register()
+            if self._metrics is not None:
+                _watch_span(self._metrics, server, runner)
             moving = False
             try:
                 await offer.announce()
@@ -236,6 +255,15 @@ def _reached(member: SwarmMember) -> Reached:
     if status.relays:
         said += f"; {len(status.relays)} relay{'s' * (len(status.relays) > 1)} carry connections to it"
     return Reached(status.reachability.kind, status.reachability.nat, member.addrs, status.relays, said)
+
+
+def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner) -> None:
+    """Show what serving a span is about; of the span served last."""
+    cache = runner.cache
+    metrics.watch("sessions", "Open sessions.", lambda: server.sessions)
+    metrics.watch("cache_tokens", "Tokens that the KV cache has room for.", lambda: cache.capacity_tokens)
+    metrics.watch("cache_free_tokens", "Of them, those not reserved.", lambda: cache.free_tokens)
+    metrics.watch("replay_bytes", "Reserved for replay logs.", lambda: server.replay_bytes)
 
 
 def _ready(member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float) -> Ready:

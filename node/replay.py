@@ -30,6 +30,11 @@ class ReplayBudget:
             raise CacheFull(f"replay log full: {size / 2**20:.1f} MiB asked, {left:.1f} MiB left")
         self.reserved_bytes += size
 
+    @property
+    def free_bytes(self) -> int:
+        """What is left."""
+        return self.total_bytes - self.reserved_bytes
+
     def release(self, size: int) -> None:
         """Give back what `reserve` took."""
         self.reserved_bytes -= size
@@ -51,7 +56,7 @@ class ReplayLog:
     def __init__(self, budget: ReplayBudget, max_bytes: int) -> None:
         budget.reserve(max_bytes)
         self._budget = budget
-        self._reserved = max_bytes
+        self.reserved_bytes = max_bytes
         self._sent: list[Sent] = []
 
     @property
@@ -82,5 +87,5 @@ class ReplayLog:
     def release(self) -> None:
         """Forget everything and give the budget back; harmless twice."""
         self._sent.clear()
-        self._budget.release(self._reserved)
-        self._reserved = 0
+        self._budget.release(self.reserved_bytes)
+        self.reserved_bytes = 0

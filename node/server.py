@@ -18,7 +18,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import CacheFull, PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
-from p2pinfer.models.cache import PagedCache
+from p2pinfer.models.cache import CacheLease, PagedCache
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 
@@ -29,6 +29,7 @@ from .hop import HopSession, Refusal
 from .host import Host
 from .notary import Notary
 from .replay import ReplayBudget, ReplayLog
+from .shares import exceeds_share
 from .stream import PeerStream
 from .tensors import row_bytes
 from .wire import (
@@ -41,6 +42,7 @@ from .wire import (
     Message,
     Open,
     Opened,
+    Pace,
     Refused,
     SessionId,
     Step,
@@ -88,11 +90,17 @@ class SpanServer:
         self._sessions: dict[SessionId, HopSession] = {}
         self._admitted = trio.Event()  # set, and replaced, whenever a session is let in
         self._leaving = False
+        self._pace = Pace(config.frame_timeout_s, config.min_bytes_per_s)
 
     @property
     def sessions(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes that sessions have reserved for replay logs."""
+        return self._replay_budget.reserved_bytes
 
     def register(self) -> None:
         """Answer both protocols from now on."""
@@ -121,6 +129,7 @@ class SpanServer:
             try:
                 session = self._admit(opening, stream.peer_id, control)
             except Refusal as refusal:
+                self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
                 with trio.move_on_after(_FAREWELL_S):
                     await control.send(Refused(refusal.code, printable(str(refusal))))
@@ -141,19 +150,16 @@ class SpanServer:
             raise Refusal("busy", "this session is already open")
         if len(self._sessions) >= config.max_sessions:
             raise Refusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
+        theirs = [session for session in self._sessions.values() if session.client_id == client_id]
+        if len(theirs) >= config.max_sessions_per_client:
+            raise Refusal("busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit")
         hidden_size = served.spec.hidden_size
-        replay = None
+        lease = self._reserve_cache(opening, sum(session.reserved_tokens for session in theirs))
         try:
-            lease = served.cache.reserve(opening.max_tokens)
-        except CacheFull as exc:
-            raise Refusal("cache_full", str(exc)) from exc
-        if opening.successor is not None:
-            try:
-                log_bytes = opening.max_tokens * row_bytes(hidden_size, opening.codec)
-                replay = ReplayLog(self._replay_budget, log_bytes)
-            except CacheFull as exc:
-                lease.release()
-                raise Refusal("cache_full", str(exc)) from exc
+            replay = self._reserve_replay(opening, sum(session.reserved_replay_bytes for session in theirs))
+        except Refusal:
+            lease.release()
+            raise
         session = HopSession(
             opening,
             client_id,
@@ -169,10 +175,48 @@ class SpanServer:
         self._sessions[opening.session] = session
         self._admitted.set()
         self._admitted = trio.Event()
+        self._host.counts.add("sessions_opened")
         blocks = (opening.start, opening.stop)
         self._report(SessionOpened(client_id, blocks, opening.max_tokens, self.sessions))
         self._on_change()
         return session
+
+    def _reserve_cache(self, opening: Open, held: int) -> CacheLease:
+        """`held` is what other sessions of the same client have reserved, in tokens."""
+        cache = self._served.cache
+        try:
+            lease = cache.reserve(opening.max_tokens)
+        except CacheFull as exc:
+            raise Refusal("cache_full", str(exc)) from exc
+        if exceeds_share(held + lease.max_tokens, cache.free_tokens, self._config.client_share):
+            lease.release()
+            raise Refusal(
+                "over_share",
+                f"you hold {held} tokens of the cache, {cache.free_tokens} are free, and "
+                f"{opening.max_tokens} more would be over one client's share",
+            )
+        return lease
+
+    def _reserve_replay(self, opening: Open, held: int) -> ReplayLog | None:
+        """None on the last hop, which has nobody to replay to; `held` as above, in bytes."""
+        config, budget = self._config, self._replay_budget
+        if opening.successor is None:
+            return None
+        size = opening.max_tokens * row_bytes(self._served.spec.hidden_size, opening.codec)
+        if size > config.replay_bytes_per_session:
+            raise Refusal(
+                "cache_full",
+                f"{opening.max_tokens} tokens take {size} bytes of replay log, and a session may have "
+                f"{config.replay_bytes_per_session}",
+            )
+        try:
+            replay = ReplayLog(budget, size)
+        except CacheFull as exc:
+            raise Refusal("cache_full", str(exc)) from exc
+        if exceeds_share(held + size, budget.free_bytes, config.client_share):
+            replay.release()
+            raise Refusal("over_share", f"{size} more bytes of replay log would be over one client's share")
+        return replay
 
     async def _run(self, session: HopSession) -> None:
         """Everything between a session's admission and its end."""
@@ -187,6 +231,8 @@ class SpanServer:
             session.close()
             del self._sessions[session.opening.session]
             reason = str(session.ended_by) if session.ended_by else "done"
+            if session.ended_by is not None:
+                self._host.counts.add("refusals", session.ended_by.code)
             self._report(SessionClosed(session.client_id, session.tokens_computed, reason, self.sessions))
             self._on_change()
         # The session is over, whether its client listens or not.
@@ -214,12 +260,21 @@ class SpanServer:
             if session.opening.successor is not None:
                 session.successor = await self._attach(session, session.opening.successor)
             try:
-                await session.control.send(Opened(self._served.dtype))
+                await session.control.send(self._opened())
                 await session.forward()
             finally:
                 if session.successor is not None:
                     with trio.CancelScope(shield=True), trio.move_on_after(1):
                         await session.successor.end()
+
+    def _opened(self) -> Opened:
+        config = self._config
+        return Opened(
+            self._served.dtype,
+            config.max_chunk_tokens,
+            config.max_steps_in_flight,
+            config.max_bytes_in_flight,
+        )
 
     async def _attach(self, session: HopSession, successor: Successor) -> FrameStream:
         """A chain stream to `successor`, which has agreed to take this session's steps from us."""
@@ -292,7 +347,7 @@ class SpanServer:
 
     def _frames(self, stream: PeerStream) -> FrameStream:
         """Frames without payloads: who has not been let in cannot make us hold megabytes a stream."""
-        return FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id)
+        return FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id, pace=self._pace)
 
     async def _first_message(self, frames: FrameStream) -> Message:
         with trio.move_on_after(self._config.handshake_timeout_s):

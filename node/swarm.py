@@ -72,8 +72,8 @@ class SwarmMember:
         return self._latency.rtt_ms(peer_id)
 
     def announcements(self, revision: str) -> list[Announcement]:
-        """Who serves `revision`, ourselves included."""
-        return self._view.live(revision)
+        """Who serves `revision`, ourselves included; not those whom we have nothing to do with."""
+        return [peer for peer in self._view.live(revision) if self.host.gate.admits(peer.peer_id)]
 
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`."""
@@ -88,10 +88,10 @@ class SwarmMember:
         await self._gossip.follow_neighbours()
 
     async def wait_settled(self, timeout_s: float) -> bool:
-        """Wait until a neighbour's table was taken in; False if that took too long or nobody is there."""
+        """Wait until a neighbour's table was taken in; False if nobody is there, lets us in, or is quick."""
         if self._neighbourhood.has_peers:
             with trio.move_on_after(timeout_s):
-                await self._neighbourhood.settled.wait()
+                await self._neighbourhood.decided.wait()
         return self._neighbourhood.settled.is_set()
 
     async def reach_somebody(self, timeout_s: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -16,6 +18,7 @@ from multiaddr import Multiaddr
 
 from .addresses import parse_tcp
 from .dial import innermost
+from .guarded import Guarded
 from .raw_stream import RawStream
 
 READ_BYTES = 1 << 17
@@ -96,11 +99,27 @@ def _name(ask: Callable[[], Any]) -> tuple[str, int] | None:
 
 
 class TunedTCP(TCP):
-    """libp2p's TCP transport, with every connection tuned and wrapped, dialled or accepted."""
+    """libp2p's TCP transport, with every connection tuned, guarded and wrapped, dialled or accepted.
 
-    def __init__(self, user_timeout_s: float) -> None:
+    Args:
+        key: That of the private swarm that every peer must be of.
+        on_stranger: Called with the address of whoever connects and is not, and with how it showed.
+        max_per_address: Connections accepted from one IP address at once.
+    """
+
+    def __init__(
+        self,
+        user_timeout_s: float,
+        key: bytes | None = None,
+        on_stranger: Callable[[str, str], None] = lambda address, why: None,
+        max_per_address: int = 1 << 20,
+    ) -> None:
         super().__init__()
         self._user_timeout_s = user_timeout_s
+        self._key = key
+        self._on_stranger = on_stranger
+        self._max_per_address = max_per_address
+        self._accepted = Counter[str]()  # connections by the IP address they come from
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect to `/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>`; libp2p's logs every refusal as an error."""
@@ -110,7 +129,7 @@ class TunedTCP(TCP):
         except OSError as exc:
             raise OpenConnectionError(innermost(exc)) from exc
         tune(stream, self._user_timeout_s)
-        return RawConnection(TcpStream(stream), True)
+        return RawConnection(self._dialled(TcpStream(stream)), True)
 
     async def dial_with_source(self, maddr: Multiaddr, source: tuple[str, int]) -> IRawConnection:
         """Connect to an IP address from a given local one, as hole punching needs."""
@@ -125,7 +144,14 @@ class TunedTCP(TCP):
                 raise OpenConnectionError(innermost(exc)) from exc
             stream = trio.SocketStream(connecting.dup())
         tune(stream, self._user_timeout_s)
-        return RawConnection(TcpStream(stream), True)
+        return RawConnection(self._dialled(TcpStream(stream)), True)
+
+    def _dialled(self, stream: TcpStream) -> Guarded:
+        return Guarded(stream, self._key, lambda address, why: None)  # who dials sees the error
+
+    def guarded(self, stream: TcpStream) -> Guarded:
+        """A connection that was accepted, which must begin as those of our swarm do."""
+        return Guarded(stream, self._key, self._on_stranger)
 
     def create_listener(self, handler_function: Any) -> Any:
         """A listener whose task for a connection ends with the connection.
@@ -137,12 +163,37 @@ class TunedTCP(TCP):
         async def handle(accepted: Any) -> None:
             tune(accepted.stream, self._user_timeout_s)
             stream = TcpStream(accepted.stream)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_when, stream.closed, nursery.cancel_scope)
-                await handler_function(stream)
-                nursery.cancel_scope.cancel()
+            guarded = self.guarded(stream)
+            with self._counted(stream) as is_welcome:
+                if not is_welcome:
+                    await stream.close()
+                    return
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_when, stream.closed, nursery.cancel_scope)
+                    await handler_function(guarded)
+                    nursery.cancel_scope.cancel()
 
         return super().create_listener(handle)
+
+    @contextmanager
+    def _counted(self, stream: TcpStream) -> Generator[bool]:
+        """Whether there is a place for another connection from where `stream` comes, which it then has."""
+        remote = stream.get_remote_address()
+        if remote is None:  # it is gone already
+            yield False
+            return
+        address = remote[0]
+        if self._accepted[address] >= self._max_per_address:
+            self._on_stranger(address, f"it has {self._max_per_address} connections already")
+            yield False
+            return
+        self._accepted[address] += 1
+        try:
+            yield True
+        finally:
+            self._accepted[address] -= 1
+            if not self._accepted[address]:
+                del self._accepted[address]
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:

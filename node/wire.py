@@ -12,7 +12,9 @@ field's type and range before a message exists. Whatever fails is a `ProtocolVio
 
 from __future__ import annotations
 
+import math
 import struct
+from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 import msgspec
@@ -32,7 +34,8 @@ RefusalCode: TypeAlias = Literal[
     "cache_full",  # no room for the session's KV cache or replay log
     "wrong_model",  # another revision is served here
     "wrong_span",  # these blocks are not held here
-    "busy",  # too many sessions
+    "busy",  # too many sessions, of this client or of all
+    "over_share",  # this client holds as much of the cache or the replay log as one may
     "leaving",  # the node is shutting down
     "no_session",  # the session to attach to is not known, or not yours
     "successor_unreachable",  # the next hop could not be dialled, or did not let us attach
@@ -82,9 +85,12 @@ class Open(_Message, frozen=True, tag="open"):
 
 
 class Opened(_Message, frozen=True, tag="opened"):
-    """Hop to client: cache reserved, successor attached; steps may come."""
+    """Hop to client: cache reserved, successor attached; steps may come, within these limits."""
 
     dtype: Annotated[str, msgspec.Meta(max_length=16)]  # what the hop computes in
+    max_chunk_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1024  # tokens in one step
+    max_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 16  # steps without a result
+    max_bytes_in_flight: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = 64 << 20  # of their hidden states
 
 
 class Attach(_Message, frozen=True, tag="attach"):
@@ -179,11 +185,35 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else " " for each in text)[:1024]
 
 
-class FrameStream:
-    """Frames over a byte stream. One task may receive; any number may send, one whole frame at a time."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The slowest that a peer may send or take in a frame that has begun."""
 
-    def __init__(self, stream: trio.abc.Stream, *, max_payload_bytes: int, peer_id: str = "") -> None:
+    grace_s: float
+    bytes_per_s: float
+
+    def limit_s(self, frame_bytes: int) -> float:
+        """How long a frame of so many bytes may take."""
+        return self.grace_s + frame_bytes / self.bytes_per_s
+
+
+class FrameStream:
+    """Frames over a byte stream. One task may receive; any number may send, one whole frame at a time.
+
+    With a `pace`, a peer that sends or reads more slowly is cut off. How long it pauses between frames is for
+    others to judge.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        max_payload_bytes: int,
+        peer_id: str = "",
+        pace: Pace | None = None,
+    ) -> None:
         self.peer_id = peer_id
+        self._pace = pace
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream
         self._send_lock = trio.StrictFIFOLock()
@@ -194,12 +224,18 @@ class FrameStream:
         """Send one frame.
 
         Raises:
-            PeerVanished: The stream is gone. A cancelled send leaves half a frame: close the stream then.
+            PeerVanished: The stream is gone, or the peer does not keep the pace. A cancelled send leaves half
+                a frame: close the stream then.
         """
         frame = encode_header(message, len(payload))
+        limit_s = self._pace.limit_s(len(frame) + len(payload)) if self._pace else math.inf
         async with self._send_lock:
             try:
-                await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
+                with trio.fail_after(limit_s):
+                    await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
+            except trio.TooSlowError as exc:
+                await trio.aclose_forcefully(self._stream)
+                raise PeerVanished(f"took no frame in within {limit_s:.0f} s", self.peer_id) from exc
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise PeerVanished("the stream ended while sending", self.peer_id) from exc
 
@@ -208,9 +244,12 @@ class FrameStream:
 
         Raises:
             PeerVanished: The stream broke, or ended without `End`.
-            ProtocolViolation: What came is no frame of this protocol, or larger than allowed.
+            ProtocolViolation: What came is no frame of this protocol, is too large, or comes too slowly.
         """
-        await self._fill(_LENGTHS.size)
+        if not self._buffer:
+            await self._fill(1)
+        began_at = trio.current_time()
+        await self._fill(_LENGTHS.size, self._deadline(began_at, _LENGTHS.size))
         header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
         if header_bytes > MAX_HEADER_BYTES or payload_bytes > self.max_payload_bytes:
             raise ProtocolViolation(
@@ -219,7 +258,8 @@ class FrameStream:
                 self.peer_id,
             )
         head = _LENGTHS.size + header_bytes
-        await self._fill(head)
+        deadline = self._deadline(began_at, head + payload_bytes)
+        await self._fill(head, deadline)
         try:
             message = decode_message(self._buffer[_LENGTHS.size : head])
         except ProtocolViolation as exc:
@@ -227,16 +267,22 @@ class FrameStream:
             raise
         if payload_bytes and not isinstance(message, Step | Result):
             raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
-        await self._fill(head + payload_bytes)
+        await self._fill(head + payload_bytes, deadline)
         payload = self._buffer[head : head + payload_bytes]
         del self._buffer[: head + payload_bytes]
         return message, payload
 
-    async def _fill(self, size: int) -> None:
+    def _deadline(self, began_at: float, frame_bytes: int) -> float:
+        return began_at + self._pace.limit_s(frame_bytes) if self._pace else math.inf
+
+    async def _fill(self, size: int, deadline: float = math.inf) -> None:
         """Read until the buffer holds `size` bytes. It grows only by what has really arrived."""
         while len(self._buffer) < size:
             try:
-                received = await self._stream.receive_some(READ_BYTES)
+                with trio.fail_at(deadline):
+                    received = await self._stream.receive_some(READ_BYTES)
+            except trio.TooSlowError as exc:
+                raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise PeerVanished("the stream broke", self.peer_id) from exc
             if not received:

@@ -28,6 +28,8 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError, MuxedStreamReset
 from multiaddr import Multiaddr
 
+from .counts import Traffic
+from .gate import GATED, RESOURCE_LIMIT_EXCEEDED, Gate
 from .shield import shielded
 from .yamux_frames import (
     ACK,
@@ -57,8 +59,19 @@ LINGER_S = 60.0  # how long a stream that we closed may wait for the peer's own 
 class YamuxConnection(IMuxedConn):
     """All streams to one peer. libp2p's swarm makes it, runs `start`, and closes it."""
 
-    def __init__(self, conn: ISecureConn, peer_id: ID, *, max_streams: int = 256) -> None:
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        *,
+        max_streams: int = 256,
+        gate: Gate | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """`gate` decides about the peer's streams, over all of its connections; `traffic` counts bytes."""
         self.peer_id = peer_id
+        self._gate = gate
+        self._traffic = traffic or Traffic()
         self.secured_conn = conn
         self.event_started = trio.Event()
         self.rtt_s = 0.0  # measured; 0 until the first pong
@@ -184,6 +197,7 @@ class YamuxConnection(IMuxedConn):
             await self.secured_conn.write(b"".join((header, payload)))
         except (BaseLibp2pError, OSError) as exc:
             raise MuxedStreamReset(f"the connection is gone: {exc}") from exc
+        self._traffic.sent += len(header) + len(payload)
 
     def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Have a frame without payload written as soon as possible."""
@@ -204,7 +218,10 @@ class YamuxConnection(IMuxedConn):
     def forget(self, stream: YamuxStream) -> None:
         if self._streams.pop(stream.stream_id, None) is not None:
             self._growth -= stream.window - INITIAL_WINDOW
-            self._theirs -= not stream.ours
+            if not stream.ours:
+                self._theirs -= 1
+                if self._gate is not None:
+                    self._gate.give_back(str(self.peer_id))
 
     # ------------------------------------------------------------------ tasks
 
@@ -234,13 +251,17 @@ class YamuxConnection(IMuxedConn):
     async def _receive_until_the_end(self) -> None:
         try:
             while True:
-                self._feed(await self.secured_conn.read())
+                message = await self.secured_conn.read()
+                self._traffic.received += len(message)
+                self._feed(message)
         except YamuxViolation as exc:
             logger.debug("connection.violation peer=%s why=%s", self.peer_id, exc)
             with trio.move_on_after(1):
                 await self.send(HEADER.pack(0, GO_AWAY, 0, 0, PROTOCOL_ERROR))
         except _GoneAway as exc:
             logger.debug("connection.gone_away peer=%s code=%s", self.peer_id, exc)
+            if self._gate is not None and exc.code == GATED:
+                self._gate.note_turned_away(str(self.peer_id))
         except Exception as exc:  # the socket's, Noise's, libp2p's: the connection is over in any case
             logger.debug("connection.ended peer=%s why=%r", self.peer_id, exc)
 
@@ -270,6 +291,9 @@ class YamuxConnection(IMuxedConn):
             stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)
             if kind == DATA:
                 self._begin_body(stream, flags, length)
+            elif stream is not None and flags & RST:
+                stream.reset_code = length
+                stream.end_by(flags)
             elif stream is not None:
                 stream.add_credit(length)
                 stream.end_by(flags)
@@ -305,19 +329,27 @@ class YamuxConnection(IMuxedConn):
     def _accept(self, stream_id: int) -> YamuxStream | None:
         if stream_id % 2 != (not self.is_initiator) % 2 or not stream_id or stream_id in self._streams:
             raise YamuxViolation(f"stream {stream_id} cannot be opened")
-        stream = YamuxStream(self, stream_id, ours=False)
-        try:
-            if self._theirs >= self._max_streams:
-                raise trio.WouldBlock
-            self._accept_in.send_nowait(stream)
-        except trio.WouldBlock:
-            logger.debug("stream.refused peer=%s open=%s", self.peer_id, self._theirs)
-            self.answer(WINDOW_UPDATE, RST, stream_id, 0)
+        code = self._refusal()
+        if code:
+            logger.debug("stream.refused peer=%s open=%s code=%#x", self.peer_id, self._theirs, code)
+            self.answer(WINDOW_UPDATE, RST, stream_id, code)
             return None
+        stream = YamuxStream(self, stream_id, ours=False)
+        self._accept_in.send_nowait(stream)
         self._streams[stream_id] = stream
         self._theirs += 1
         self.answer(WINDOW_UPDATE, ACK, stream_id, 0)
         return stream
+
+    def _refusal(self) -> int:
+        """The number to refuse the peer's next stream with; 0 lets it in."""
+        code = self._gate.take_stream(str(self.peer_id)) if self._gate is not None else 0
+        waiting = self._accept_in.statistics().current_buffer_used
+        if code or max(self._theirs, waiting) < self._max_streams:
+            return code
+        if self._gate is not None:
+            self._gate.give_back(str(self.peer_id))
+        return RESOURCE_LIMIT_EXCEEDED
 
     # ------------------------------------------------------------------ ending
 
@@ -342,3 +374,7 @@ class YamuxConnection(IMuxedConn):
 
 class _GoneAway(Exception):
     """The peer said goodbye, with this code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{code:#x}")
+        self.code = code

@@ -9,6 +9,7 @@ import trio
 from libp2p.abc import IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
+from .gate import reason
 from .yamux_frames import (
     DATA,
     FIN,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from .yamux import YamuxConnection
 
 
+class StreamRefused(MuxedStreamReset):
+    """The peer lets us open no such stream at the moment; the message says why."""
+
+
 class YamuxStream(IMuxedStream):
     """One of the streams of `muxed_conn`; a byte pipe each way, each with its own end."""
 
@@ -34,6 +39,7 @@ class YamuxStream(IMuxedStream):
         self.stream_id = stream_id
         self.ours = ours
         self.closed_at: float | None = None  # when we stopped reading; nothing more is wanted
+        self.reset_code = 0  # why the peer reset it, by its word
         self.bytes_sent = 0
         self.window = INITIAL_WINDOW
         self.grantable = INITIAL_WINDOW  # bytes the peer may still send
@@ -63,7 +69,7 @@ class YamuxStream(IMuxedStream):
             if self.closed_at is not None:
                 raise MuxedStreamClosed("the stream is closed for receiving")
             if self._lost:
-                raise MuxedStreamReset("the stream was reset")
+                raise self._reset_error()
             if self._end_received:
                 raise MuxedStreamEOF("the peer has ended the stream")
             await self._readers.park()
@@ -103,7 +109,7 @@ class YamuxStream(IMuxedStream):
         """
         while True:
             if self._lost:
-                raise MuxedStreamReset("the stream was reset")
+                raise self._reset_error()
             if self._end_sent:
                 raise MuxedStreamClosed("the stream is closed for sending")
             if self._credit:
@@ -183,6 +189,10 @@ class YamuxStream(IMuxedStream):
         self._writers.unpark_all()
 
     # ------------------------------------------------------------------ private
+
+    def _reset_error(self) -> MuxedStreamReset:
+        why = reason(self.reset_code)
+        return StreamRefused(why) if why else MuxedStreamReset("the stream was reset")
 
     def _receive_end(self) -> None:
         self._end_received = True

@@ -47,8 +47,9 @@ def connect(
 
     @asynccontextmanager
     async def open_client() -> AsyncGenerator[Client]:
-        embedding = may_embed(model, bootstrap)
-        host_config = client_host_config(options.pop("host_config", HostConfig()), embedding=embedding)
+        host_config: HostConfig = options.pop("host_config", HostConfig())
+        embedding = may_embed(model, bootstrap, host_config)
+        host_config = client_host_config(host_config, embedding=embedding)
         client = Client(model=model, bootstrap=bootstrap, policy=policy, host_config=host_config, **options)
         async with client, swarm_in_reach(client, embedding=embedding):
             yield client

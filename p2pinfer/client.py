@@ -18,7 +18,7 @@ from typing import Literal
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, PeerError, PeerRefused
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -41,6 +41,7 @@ from .asking import PolicyDesk
 from .generate import Generation, GenerationConfig, new_state
 from .keeping import kept_ledger
 from .patience import Patience, Waiting
+from .resting import Resting
 from .resume import GenerationState, decode_state
 from .session import Session, SessionConfig, open_session
 
@@ -55,6 +56,7 @@ class ClientConfig:
     find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
     wait_s: float = 60.0  # how long a text that has begun waits for a replacement of who failed, seconds
     policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
+    busy_pause_s: float = 2.0  # how long a peer that refused for want of room is left alone, seconds
     max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
@@ -62,7 +64,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
-        for name in ("find_timeout_s", "policy_timeout_s"):
+        for name in ("find_timeout_s", "policy_timeout_s", "busy_pause_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
         if self.wait_s < 0:
@@ -128,6 +130,7 @@ class Client:
         self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
         self._progress = progress
         self._on_wait = on_wait
+        self._resting = Resting(self._config.busy_pause_s)
         self._stack = AsyncExitStack()
         self._source: ModelSource
         self._ends: Ends
@@ -263,6 +266,8 @@ class Client:
         except PeerError as exc:
             outcome = RouteOutcome(ok=False, error=str(exc), failed_peer=exc.peer_id or None)
             if isinstance(exc, PeerRefused):  # it has no room, say: no reason to rely on it less
+                if exc.is_passing:
+                    self._resting.rest(exc.peer_id, trio.current_time())
                 self._desk.tell(route, outcome)
             else:
                 self.route_ended(route, outcome)
@@ -285,6 +290,16 @@ class Client:
     # ------------------------------------------------------------------ planning
 
     async def _choose_route(self, tokens: int, excluded: frozenset[str]) -> Route:
+        """A route around those that had no room a moment ago; without them there may be none: then later."""
+        resting = self._resting.peers(trio.current_time())
+        if resting:
+            try:
+                return await self._ask_policy(tokens, excluded | resting)
+            except NoRoute:
+                await trio.sleep_until(self._resting.next_end())
+        return await self._ask_policy(tokens, excluded)
+
+    async def _ask_policy(self, tokens: int, excluded: frozenset[str]) -> Route:
         spec = self._source.spec
         candidates = [
             Candidate(peer.announcement, peer.rtt_ms, relayed=peer.connection == "relayed")

@@ -54,9 +54,10 @@ class EmbeddedNode:
         return " | ".join(line.strip() for line in written.splitlines()[-3:]) or "it said nothing"
 
 
-def may_embed(model: str, bootstrap: Sequence[str]) -> bool:
+def may_embed(model: str, bootstrap: Sequence[str], config: HostConfig) -> bool:
     """Whether nodes of our own may stand in for a swarm that is not in reach: only if nobody named one."""
-    return model == BUNDLED_MODEL and not bootstrap
+    named = bootstrap or config.swarm_key is not None or config.allow
+    return model == BUNDLED_MODEL and not named
 
 
 def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:

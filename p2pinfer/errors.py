@@ -62,6 +62,10 @@ class PeerUnreachable(PeerError):
     """No address of the peer answered."""
 
 
+class NotAdmitted(PeerUnreachable):
+    """The peer is of another swarm than we are, or one of us is not on the other's list."""
+
+
 class PeerVanished(PeerError):
     """The connection to the peer ended in the middle of something."""
 
@@ -69,9 +73,16 @@ class PeerVanished(PeerError):
 class PeerRefused(PeerError):
     """The peer answered, and said no. `code` is one of `p2pinfer.node.wire.RefusalCode`."""
 
+    _PASSING = frozenset(("busy", "cache_full", "over_share"))
+
     def __init__(self, message: str, peer_id: str = "", code: str = "") -> None:
         super().__init__(message, peer_id)
         self.code = code
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the peer only lacks room at the moment: no fault of its, and worth asking again later."""
+        return self.code in self._PASSING
 
 
 class ProtocolViolation(PeerError):

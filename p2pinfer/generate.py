@@ -328,7 +328,8 @@ class Generation:
             session, self._session = self._session, None
             await session.aclose()
         logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
-        if not overslept:  # our reader paused for longer than the hops wait: nobody's fault but ours
+        # Our reader paused for longer than the hops wait, or a hop has no room, which the client remembers.
+        if not overslept and not (isinstance(error, PeerRefused) and error.is_passing):
             self._excluded |= blamed
 
     async def aclose(self) -> None:

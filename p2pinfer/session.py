@@ -46,6 +46,7 @@ from p2pinfer.node.wire import (
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.routing.route import Hop, Route
 
+from .agreed import Agreed, agree
 from .receipts import PassedStep, ReceiptBook
 
 
@@ -83,10 +84,12 @@ class Session:
         codec: Codec,
         config: SessionConfig,
         streams: Sequence[FrameStream],
+        agreed: Agreed,
         book: ReceiptBook | None = None,
         on_closed: Callable[[Session], None] = lambda _: None,
     ) -> None:
         self.route = route
+        self._agreed = agreed
         self.opened_route = route
         self.book = book
         self.broken_receipt: PeerError | None = None
@@ -133,14 +136,15 @@ class Session:
         Raises:
             PeerError: As for `decode`.
         """
-        chunks = torch.split(hidden, self._config.chunk_tokens)
+        agreed = self._agreed
+        chunks = torch.split(hidden, agreed.chunk_tokens)
         for index, chunk in enumerate(chunks):
-            if index >= self._config.chunks_in_flight:
+            if index >= agreed.chunks_in_flight:
                 await self._receive()
             is_last = index == len(chunks) - 1
             await self._send(chunk, position, returns=1 if is_last else 0)
             position += len(chunk)
-        for _ in range(min(len(chunks), self._config.chunks_in_flight) - 1):
+        for _ in range(min(len(chunks), agreed.chunks_in_flight) - 1):
             await self._receive()
         _, last = await self._receive()
         return last
@@ -279,7 +283,7 @@ async def open_session(
     """
     openings = _openings(host.peer_id, route, spec, max_tokens, codec)
     streams: dict[int, FrameStream] = {}
-    ready: set[int] = set()
+    ready: dict[int, Opened] = {}
     failures: list[PeerError] = []
 
     async def open_hop(index: int, hop: Hop, scope: trio.CancelScope) -> None:
@@ -290,8 +294,8 @@ async def open_session(
             streams[index] = frames
             await frames.send(openings[index])
             match (await frames.receive())[0]:
-                case Opened():
-                    ready.add(index)
+                case Opened() as opened:
+                    ready[index] = opened
                 case Refused() as refused:
                     raise refusal_error(refused, hop.peer_id, route)
                 case other:
@@ -319,8 +323,11 @@ async def open_session(
     if check_receipts:
         session_id = openings[0].session
         book = ReceiptBook(session_id, spec.revision, codec, host.verify, keep=keep_steps)
+    agreed = agree(
+        config.chunk_tokens, config.chunks_in_flight, row_bytes(spec.hidden_size, codec), ready.values()
+    )
     in_order = [streams[index] for index in range(len(route.hops))]
-    session = Session(route, spec, codec, config, in_order, book, on_closed)
+    session = Session(route, spec, codec, config, in_order, agreed, book, on_closed)
     for index in range(len(route.hops)):
         nursery.start_soon(session.watch, index)
     if book is not None:

@@ -153,7 +153,9 @@ async def test_a_swarm_in_reach_is_used(tmp_path: Path) -> None:
 
 
 def test_only_the_bundled_model_without_a_named_swarm_may_be_embedded() -> None:
-    assert may_embed(BUNDLED_MODEL, [])
-    assert not may_embed(BUNDLED_MODEL, ["/ip4/192.0.2.1/tcp/1"])
-    assert not may_embed("some/model", [])
+    assert may_embed(BUNDLED_MODEL, [], HostConfig())
+    assert not may_embed(BUNDLED_MODEL, ["/ip4/192.0.2.1/tcp/1"], HostConfig())
+    assert not may_embed(BUNDLED_MODEL, [], HostConfig(swarm_key=Path("swarm.key")))
+    assert not may_embed(BUNDLED_MODEL, [], HostConfig(allow=("12D3KooW",)))
+    assert not may_embed("some/model", [], HostConfig())
     assert client_host_config(HostConfig(), embedding=False).listen == ()

@@ -16,6 +16,7 @@ from click.shell_completion import get_completion_class
 
 from .failures import Failure, OutputClosed, describe_failure
 from .generate import generate
+from .keygen import keygen
 from .node import node
 from .plain import printable
 from .swarm import swarm
@@ -88,6 +89,7 @@ def completion(shell: str) -> None:
 app.add_command(generate)
 app.add_command(node)
 app.add_command(swarm)
+app.add_command(keygen)
 app.add_command(app.commands.pop("completion"))
 
 

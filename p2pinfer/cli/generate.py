@@ -15,7 +15,7 @@ import click
 from p2pinfer.errors import ConfigError, LocalError, P2PInferError
 
 from .failures import OutputClosed
-from .invocation import BOOTSTRAP, DATA_DIR, MODEL, Invocation, command, setting
+from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, MODEL, SWARM_KEY, Invocation, command, setting
 from .terminal import note, print_note, write_out
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @setting("generation.seed", "--seed S", "Draw the same every time. [default: none]")
 @setting("generation.stop", "--stop TEXT", "End before this text; may be repeated.", multiple=True)
 @BOOTSTRAP
+@SWARM_KEY
+@ALLOW
+@DENY
 @setting(
     "client.policy",
     "--policy POLICY",
@@ -88,11 +91,12 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
 
     async def main() -> None:
         shared = settings.build(SharedConfig)
-        embedding = may_embed(shared.model, shared.bootstrap)
+        host_config = settings.build(HostConfig)
+        embedding = may_embed(shared.model, shared.bootstrap, host_config)
         client = Client(
             **settings.shared(),
             config=settings.build(ClientConfig),
-            host_config=client_host_config(settings.build(HostConfig), embedding=embedding),
+            host_config=client_host_config(host_config, embedding=embedding),
             session_config=settings.build(SessionConfig),
             routing_config=settings.build(RoutingConfig),
             progress=Bars(quiet=call.quiet),

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from p2pinfer.config import Flag, Settings, load_settings
 from p2pinfer.errors import ConfigError
 
+from .log_format import FORMATS, LEVELS
 from .terminal import set_up_logging, write_out
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,6 +38,8 @@ class Invocation:
 
     json: bool = False
     verbosity: int = 0
+    log_level: str | None = None
+    log_format: str = "text"
     print_config: bool = False
     config_file: Path | None = None
     flags: dict[str, Flag] = field(default_factory=dict[str, Flag])
@@ -106,7 +109,7 @@ def command(
     def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Command:
         def call(**own: Any) -> None:
             invocation = _invocation(click.get_current_context())
-            set_up_logging(invocation.verbosity)
+            set_up_logging(invocation.verbosity, level=invocation.log_level, form=invocation.log_format)
             function(invocation, **own)
 
         options: list[click.Parameter] = getattr(function, "__click_params__", [])
@@ -148,6 +151,18 @@ BOOTSTRAP = setting(
     "--bootstrap MULTIADDR",
     "Dial this peer first; may be repeated. [default: those of bootstrap_peers.txt]",
     multiple=True,
+)
+SWARM_KEY = setting(
+    "host.swarm_key", "--swarm-key FILE", "Be of the private swarm with this key. [default: the public one]"
+)
+ALLOW = setting(
+    "host.allow",
+    "--allow PEER_OR_FILE",
+    "Deal with these peers alone: a peer id, or a file with one a line; may be repeated.",
+    multiple=True,
+)
+DENY = setting(
+    "host.deny", "--deny PEER_OR_FILE", "Never deal with these peers; may be repeated.", multiple=True
 )
 DATA_DIR = setting("data_dir", "--data-dir DIR", "Where the identity and config.toml are.")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -216,6 +231,18 @@ def _switches() -> list[click.Option]:
             help="Say what happens; -vv in detail, with tracebacks.",
         ),
         _switch("-q", "--quiet", is_flag=True, help="Say nothing but errors.", callback=_take_quiet),
+        _switch(
+            "--log-level",
+            type=click.Choice(LEVELS),
+            metavar="LEVEL",
+            help=f"What to log: {', '.join(LEVELS)}. [default: warning]",
+        ),
+        _switch(
+            "--log-format",
+            type=click.Choice(FORMATS),
+            metavar="FORMAT",
+            help=f"How: {', '.join(FORMATS)}. [default: text]",
+        ),
     ]
 
 

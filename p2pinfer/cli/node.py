@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from .failures import Interrupted
-from .invocation import BOOTSTRAP, DATA_DIR, DTYPES, MODEL, Invocation, command, setting
+from .invocation import (
+    ALLOW,
+    BOOTSTRAP,
+    DATA_DIR,
+    DENY,
+    DTYPES,
+    MODEL,
+    SWARM_KEY,
+    Invocation,
+    command,
+    setting,
+)
 from .terminal import write_out
 
 if TYPE_CHECKING:
@@ -34,6 +45,10 @@ if TYPE_CHECKING:
 @setting("compute.device", "--device DEVICE", "Where. [default: auto]", choices=("auto", "cpu", "cuda"))
 @setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
 @BOOTSTRAP
+@SWARM_KEY
+@ALLOW
+@DENY
+@setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics there. [default: none]")
 @DATA_DIR
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def node(call: Invocation, until_stdin_closes: bool) -> None:

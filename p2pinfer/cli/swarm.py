@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import click
 
-from .invocation import BOOTSTRAP, DATA_DIR, MODEL, Invocation, command
+from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, MODEL, SWARM_KEY, Invocation, command
 
 SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what they know
 
@@ -16,6 +16,9 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 )
 @MODEL
 @BOOTSTRAP
+@SWARM_KEY
+@ALLOW
+@DENY
 @DATA_DIR
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
 def swarm(call: Invocation, watch: bool) -> None:

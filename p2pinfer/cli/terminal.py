@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from .failures import OutputClosed
-from .plain import printable
+from .log_format import formatter
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,19 +54,18 @@ def _laid_out(renderable: RenderableType, stream: TextIO) -> str:
     return capture.get()
 
 
-class _Formatter(logging.Formatter):
-    """Log lines quote what peers said, and so do tracebacks."""
+def set_up_logging(verbosity: int, *, level: str | None = None, form: str = "text") -> None:
+    """Log to standard error: warnings; from 1 on what an operator would tell a friend; from 2 on all.
 
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(printable(line) for line in super().format(record).split("\n"))
-
-
-def set_up_logging(verbosity: int) -> None:
-    """Log to standard error: warnings; from 1 on what an operator would tell a friend; from 2 on all."""
+    Args:
+        level: Says the same by name, and has the last word.
+        form: One of `log_format.FORMATS`.
+    """
+    if level is not None:
+        verbosity = {"debug": 2, "info": 1, "warning": 0, "error": -1}[level]
     ours = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
-    when = "%(asctime)s " if verbosity >= 2 else ""
-    handler.setFormatter(_Formatter(f"{when}%(levelname).1s %(name)s: %(message)s"))
+    handler.setFormatter(formatter(form, with_time=verbosity >= 2))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.WARNING if verbosity >= 2 else logging.CRITICAL)

@@ -212,11 +212,13 @@ async def test_too_many_streams_are_refused_and_room_is_made_when_one_ends(start
     accepted = accept(bob, ECHO)
     await alice.connect(bob.peer_id, bob.addrs)
     streams: list[PeerStream] = []
-    with pytest.raises(PeerUnreachable, match="reset"):
+    with pytest.raises(PeerRefused, match="as many streams open as it allows") as caught:
         while len(streams) < 4:
             streams.append(await alice.open_stream(bob.peer_id, ECHO))
             await accepted.receive()
     assert streams
+    assert caught.value.is_passing
+    assert bob.counts.by_label("refusals") == {"streams": 1}
     await streams.pop().reset()
     await alice.ping(bob.peer_id)  # by its answer bob has seen the reset
     await alice.open_stream(bob.peer_id, ECHO)

@@ -11,7 +11,10 @@ import trio.testing
 from blake3 import blake3
 
 from p2pinfer.errors import PeerError, PeerUnreachable
+from p2pinfer.node.counts import Counts
+from p2pinfer.node.gate import Gate
 from p2pinfer.node.host import Handler, Host
+from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.stream import PeerStream, StreamBroken
 
 
@@ -83,6 +86,8 @@ class MemoryHost:
     def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
         self.peer_id = peer_id
         self.addrs = (f"/memory/{peer_id}",)
+        self.counts = Counts()
+        self.gate = Gate(HostConfig())
         self.handlers: dict[str, Handler] = {}
         self.sign = partial(sign, peer_id)
         self.verify = verify

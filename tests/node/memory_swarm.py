@@ -97,6 +97,7 @@ class MemoryNeighbourhood:
         self.has_peers = True
         self.settled = trio.Event()
         self.settled.set()
+        self.decided = self.settled
 
     def describe_failures(self) -> str:
         return "it is out of reach"

@@ -310,10 +310,17 @@ async def test_an_epoch_that_falls_is_a_violation(checkpoint: Checkpoint) -> Non
         assert "epoch 1 after 2" in (await refusal(frames)).message
 
 
-async def test_more_steps_in_flight_than_allowed_end_the_session(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "limit, said",
+    [
+        ({"max_steps_in_flight": 3}, "more than 3 steps in flight"),
+        ({"max_bytes_in_flight": 10 * 1280}, "more than 12800 bytes in flight"),
+    ],
+)
+async def test_more_in_flight_than_allowed_ends_the_session(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], said: str
 ) -> None:
-    async with open_swarm(checkpoint, max_steps_in_flight=3) as swarm:
+    async with open_swarm(checkpoint, **limit) as swarm:
         release = threading.Event()
         run = swarm.runners["a"].run
 
@@ -322,13 +329,80 @@ async def test_more_steps_in_flight_than_allowed_end_the_session(
             return run(chunks, span)
 
         monkeypatch.setattr(swarm.runners["a"], "run", slow)
-        session = await swarm.session(config=SessionConfig(chunk_tokens=2))
+        frames = await swarm.frames("a")
+        await frames.send(swarm.opening())
         try:
-            with pytest.raises(PeerRefused, match="more than 3 steps in flight"):
-                await session.prefill(hidden_states(60), 0)
+            for number in range(4):
+                await frames.send(Step(number, 0, number * 3, 3, 0), bytes(3 * 1280))
+            assert said in (await refusal(frames)).message
         finally:
             release.set()
+        await swarm.all_closed()
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_steps_in_flight": 1}, {"max_chunk_tokens": 3}, {"max_bytes_in_flight": 5 * 1280}]
+)
+async def test_a_client_keeps_to_what_the_hops_say_they_take(
+    checkpoint: Checkpoint, limit: dict[str, int]
+) -> None:
+    hidden = hidden_states(40)
+    async with open_swarm(checkpoint, 3, **limit) as swarm:
+        session = await swarm.session()
+        last = await session.prefill(hidden, 0)
+        torch.testing.assert_close(last, local_output(checkpoint, hidden)[-1:], atol=2e-4, rtol=1e-4)
         await session.aclose()
+
+
+async def test_one_client_cannot_have_all_sessions(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, max_sessions=4, max_sessions_per_client=2) as swarm:
+        greedy = [await swarm.session() for _ in range(2)]
+        with pytest.raises(PeerRefused, match="2 sessions of yours are open") as caught:
+            await swarm.session()
+        assert (caught.value.code, caught.value.is_passing) == ("busy", True)
+        swarm.client = swarm.network.host("another")
+        await (await swarm.session()).aclose()
+        for session in greedy:
+            await session.aclose()
+        await swarm.all_closed()
+        assert swarm.network.hosts["a"].counts.by_label("refusals") == {"busy": 1}
+        assert swarm.network.hosts["a"].counts.total("sessions_opened") == 3
+
+
+async def test_one_client_cannot_have_the_whole_cache(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint) as swarm:
+        cache = swarm.runners["a"].cache
+        half = cache.capacity_tokens // 2
+        greedy = await swarm.session(half)
+        with pytest.raises(PeerRefused, match="over one client's share") as caught:
+            await swarm.session(half)
+        assert (caught.value.code, caught.value.is_passing) == ("over_share", True)
+        assert cache.free_tokens >= half - cache.page_tokens
+        swarm.client = swarm.network.host("another")
+        await (await swarm.session(half // 2)).aclose()
+        await greedy.aclose()
+        await swarm.all_closed()
+
+
+async def test_one_client_cannot_have_the_whole_replay_log(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, 4, replay_bytes=100 * 1280) as swarm:
+        greedy = await swarm.session(64)
+        with pytest.raises(PeerRefused, match="replay log would be over one client's share") as caught:
+            await swarm.session(32)
+        assert caught.value.code == "over_share"
+        swarm.client = swarm.network.host("another")
+        await (await swarm.session(16)).aclose()
+        await greedy.aclose()
+        await swarm.all_closed()
+        assert swarm.servers["a"].replay_bytes == 0
+
+
+async def test_one_session_cannot_have_more_than_its_part_of_the_replay_log(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, 4, replay_bytes_per_session=63 * 1280) as swarm:
+        with pytest.raises(PeerRefused, match="64 tokens take 81920 bytes of replay log") as caught:
+            await swarm.session(64)
+        assert caught.value.code == "cache_full"
+        await (await swarm.session(63)).aclose()
         await swarm.all_closed()
 
 

@@ -13,6 +13,7 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
+from p2pinfer.node.guarded import GREETING, Guarded
 from p2pinfer.node.tcp import TcpStream, TunedTCP, tune
 
 Pair = tuple[TcpStream, trio.SocketStream]
@@ -49,11 +50,12 @@ async def test_a_system_without_some_options_is_tuned_by_the_rest(monkeypatch: p
 
 async def test_both_ends_of_a_dialled_connection_are_tuned() -> None:
     transport = TunedTCP(10.0)
-    accepted, arrived = trio.open_memory_channel[TcpStream](1)
+    accepted, arrived = trio.open_memory_channel[Guarded](1)
 
-    async def handle(stream: TcpStream) -> None:
+    async def handle(stream: Guarded) -> None:
         await accepted.send(stream)
-        await stream.closed.wait()
+        assert isinstance(stream.inner, TcpStream)
+        await stream.inner.closed.wait()
         await trio.sleep_forever()  # as libp2p does
 
     listener = transport.create_listener(handle)
@@ -66,11 +68,11 @@ async def test_both_ends_of_a_dialled_connection_are_tuned() -> None:
         ):
             ours: Any = connection
             theirs = await arrived.receive()
-            for stream in (ours.stream, theirs):
+            for stream in (ours.stream.inner, theirs.inner):
                 assert isinstance(stream, TcpStream)
                 assert stream.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
-            await ours.write(b"hello")
-            assert await theirs.read(5) == b"hello"
+            await ours.write(GREETING)
+            assert await theirs.read(len(GREETING)) == GREETING
             await ours.close()
             with pytest.raises(ConnectionClosedError, match="closed"):
                 await theirs.read(1)

@@ -66,8 +66,8 @@ def test_a_mutated_message_is_a_message_or_a_protocol_violation(
 
 
 def test_fields_of_a_later_version_are_skipped() -> None:
-    assert wire.decode_message(msgspec.msgpack.encode(["opened", "float32", "a field of tomorrow"])) == (
-        wire.Opened("float32")
+    assert wire.decode_message(msgspec.msgpack.encode(["attached", "a field of tomorrow"])) == (
+        wire.Attached()
     )
 
 
@@ -178,3 +178,70 @@ async def test_end_is_said_once_and_quietly_when_the_peer_is_gone() -> None:
 def test_whatever_went_wrong_can_be_said_in_a_refusal(text: str) -> None:
     message = Refused("busy", wire.printable(text))
     assert wire.decode_message(split(wire.encode_header(message, 0))) == message
+
+
+# ---------------------------------------------------------------------- the pace
+
+PACE = wire.Pace(grace_s=10.0, bytes_per_s=100.0)
+
+
+async def test_a_frame_that_comes_a_byte_at_a_time_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    frame = wire.encode_header(wire.Attached(), 0)
+
+    async def drip() -> None:
+        for byte in frame:
+            await trio.sleep(4)
+            await ours.send_all(bytes([byte]))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drip)
+        began_at = trio.current_time()
+        with pytest.raises(ProtocolViolation, match="too slowly"):
+            await FrameStream(theirs, max_payload_bytes=10, peer_id="mallory", pace=PACE).receive()
+        assert trio.current_time() - began_at < 4 + PACE.limit_s(len(frame)) + 0.1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pause_between_frames_may_be_as_long_as_it_likes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    frames = FrameStream(theirs, max_payload_bytes=10, pace=PACE)
+
+    async def pause() -> None:
+        await trio.sleep(1000)
+        await ours.send_all(wire.encode_header(wire.Attached(), 0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pause)
+        assert await frames.receive() == (wire.Attached(), bytearray())
+
+
+async def test_a_large_frame_may_take_its_time(autojump_clock: trio.testing.MockClock) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    step = wire.Step(0, 0, 0, 1, 1)
+
+    async def trickle() -> None:
+        frame = wire.encode_header(step, 2000) + bytes(2000)
+        for at in range(0, len(frame), 100):
+            await trio.sleep(1)
+            await ours.send_all(frame[at : at + 100])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        received = await FrameStream(theirs, max_payload_bytes=2000, pace=PACE).receive()
+    assert received == (step, bytearray(2000))
+
+
+async def test_a_reader_that_takes_nothing_in_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    frames = FrameStream(ours, max_payload_bytes=10, peer_id="mallory", pace=PACE)
+    began_at = trio.current_time()
+    with pytest.raises(PeerVanished, match="took no frame in within 10 s") as caught:
+        await frames.send(wire.Attached())
+    assert caught.value.peer_id == "mallory"
+    assert trio.current_time() - began_at == pytest.approx(10, abs=1)
+    with pytest.raises(PeerVanished):
+        await frames.send(wire.Attached())
+    await theirs.aclose()

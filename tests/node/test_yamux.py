@@ -22,6 +22,8 @@ from libp2p.stream_muxer.exceptions import (
 )
 
 from p2pinfer.node import yamux
+from p2pinfer.node.gate import GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate
+from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.yamux import YamuxConnection
 from p2pinfer.node.yamux_frames import (
     ACK,
@@ -36,7 +38,7 @@ from p2pinfer.node.yamux_frames import (
     SYN,
     WINDOW_UPDATE,
 )
-from p2pinfer.node.yamux_stream import YamuxStream
+from p2pinfer.node.yamux_stream import StreamRefused, YamuxStream
 
 Frame = tuple[int, int, int, int, bytes]
 
@@ -104,10 +106,10 @@ async def settle() -> None:
 
 @asynccontextmanager
 async def running(
-    *, is_initiator: bool = True, max_streams: int = 4
+    *, is_initiator: bool = True, max_streams: int = 4, gate: Gate | None = None
 ) -> AsyncGenerator[tuple[YamuxConnection, Wire]]:
     wire = Wire(is_initiator=is_initiator)
-    connection = YamuxConnection(cast(Any, wire), ID(b"peer"), max_streams=max_streams)
+    connection = YamuxConnection(cast(Any, wire), ID(b"peer"), max_streams=max_streams, gate=gate)
     with trio.fail_after(100_000):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.start)
@@ -302,7 +304,7 @@ async def test_more_streams_than_allowed_are_refused() -> None:
         second = await accepted(connection, wire, 4)
         wire.frame(WINDOW_UPDATE, SYN, 6, 0)
         await settle()
-        assert wire.taken() == [(WINDOW_UPDATE, RST, 6, 0, b"")]
+        assert wire.taken() == [(WINDOW_UPDATE, RST, 6, RESOURCE_LIMIT_EXCEEDED, b"")]
         await second.reset()
         await accepted(connection, wire, 8)
 
@@ -313,7 +315,34 @@ async def test_streams_that_come_faster_than_they_are_accepted_are_refused() -> 
             wire.frame(WINDOW_UPDATE, SYN, stream_id, 0)
             wire.frame(WINDOW_UPDATE, RST, stream_id, 0)
         await settle()
-        assert (WINDOW_UPDATE, RST, 6, 0, b"") in wire.taken()
+        assert (WINDOW_UPDATE, RST, 6, RESOURCE_LIMIT_EXCEEDED, b"") in wire.taken()
+
+
+async def test_the_gate_decides_about_streams_and_hears_when_they_end() -> None:
+    gate = Gate(HostConfig(streams_at_once=2, streams_per_s=0.001))
+    async with running(gate=gate) as (connection, wire):
+        await accepted(connection, wire, 2)
+        second = await accepted(connection, wire, 4)
+        assert gate.streams == 2
+        wire.frame(WINDOW_UPDATE, SYN, 6, 0)
+        await settle()
+        assert wire.taken() == [(WINDOW_UPDATE, RST, 6, RATE_LIMITED, b"")]
+        await second.reset()
+        assert gate.streams == 1
+        wire.frame(GO_AWAY, 0, 0, GATED)
+        await settle()
+        assert gate.has_turned_us_away(str(connection.peer_id))
+        assert gate.streams == 0
+
+
+async def test_a_reset_with_a_reason_is_told_from_one_without() -> None:
+    async with running() as (connection, wire):
+        for code, error in ((0, MuxedStreamReset), (RESOURCE_LIMIT_EXCEEDED, StreamRefused)):
+            stream = await connection.open_stream()
+            wire.frame(WINDOW_UPDATE, RST, stream.stream_id, code)
+            with pytest.raises(MuxedStreamReset) as caught:
+                await stream.read()
+            assert type(caught.value) is error
 
 
 async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.MockClock) -> None:

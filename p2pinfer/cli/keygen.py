@@ -1,0 +1,24 @@
+"""`p2pinfer keygen`: the key of a private swarm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .invocation import Invocation, command
+from .terminal import note
+
+
+@command("keygen", examples=["p2pinfer keygen swarm.key", "p2pinfer node --swarm-key swarm.key"])
+@click.argument("file", type=click.Path(path_type=Path))
+def keygen(call: Invocation, file: Path) -> None:
+    """Make the key of a private swarm, and write it to FILE.
+
+    Whoever has the file can join with --swarm-key FILE, and nobody else can. Give it to members only.
+    """
+    from p2pinfer.node.swarm_key import make_swarm_key
+
+    make_swarm_key(file)
+    if not call.quiet:
+        note(f"wrote {file}; every node and client of the swarm takes --swarm-key {file}")

@@ -1,0 +1,180 @@
+"""Private swarms and lists of peers, over real sockets: who is kept out hears of it at once, and why."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
+from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.identity import new_identity
+from p2pinfer.node.snapshot import serve_snapshots
+from p2pinfer.node.swarm_key import make_swarm_key
+from p2pinfer.node.view import SwarmView
+
+from .support import ECHO, LOOPBACK, StartHost, echo, receive_exactly
+
+AT_ONCE_S = 3.0  # far below every time-out
+
+
+def keyed(path: Path) -> HostConfig:
+    if not path.exists():
+        make_swarm_key(path)
+    return replace(LOOPBACK, swarm_key=path)
+
+
+def of_ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name.startswith("p2pinfer.node")]
+
+
+async def test_members_of_a_private_swarm_talk(start_host: StartHost, tmp_path: Path) -> None:
+    alice = await start_host(keyed(tmp_path / "key"))
+    bob = await start_host(keyed(tmp_path / "key"))
+    bob.serve(ECHO, echo)
+    stream = await alice.open_stream(bob.peer_id, ECHO, bob.addrs)
+    message = b"hello" * 100_000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, message)
+        assert await receive_exactly(stream, len(message)) == message
+    traffic = bob.counts.traffic["direct"]
+    assert min(traffic.received, traffic.sent) > len(message)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, what_we_hear, what_they_log",
+    [
+        ("key", None, "it lacks the key of this private swarm", "whose key we lack"),
+        (None, "key", "whose key we lack", "it lacks the key of this private swarm"),
+        ("key", "other", "it has another key than this private swarm", "it has another key"),
+    ],
+)
+async def test_a_peer_of_another_swarm_is_refused_at_once_on_both_sides(
+    start_host: StartHost,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    ours: str | None,
+    theirs: str | None,
+    what_we_hear: str,
+    what_they_log: str,
+) -> None:
+    alice = await start_host(keyed(tmp_path / ours) if ours else LOOPBACK)
+    bob = await start_host(keyed(tmp_path / theirs) if theirs else LOOPBACK)
+    with trio.fail_after(AT_ONCE_S), pytest.raises(NotAdmitted, match=what_we_hear):
+        await alice.connect(bob.peer_id, bob.addrs)
+    while not of_ours(caplog):
+        await trio.lowlevel.checkpoint()
+    (told,) = of_ours(caplog)
+    assert told.levelno == logging.WARNING
+    assert what_they_log in told.getMessage()
+    assert "127.0.0.1" in told.getMessage()
+    for _ in range(3):
+        with pytest.raises(NotAdmitted):
+            await alice.connect(bob.peer_id, bob.addrs)
+    while bob.counts.total("refusals", "stranger") < 4:
+        await trio.lowlevel.checkpoint()
+    assert len(of_ours(caplog)) == 1  # once a minute for one address is enough
+
+
+async def refused(alice: Host, bob: Host) -> PeerError:
+    """What becomes of a connection that bob does not want, whenever alice notices."""
+    with trio.fail_after(AT_ONCE_S), pytest.raises(PeerError) as caught:
+        await alice.open_stream(bob.peer_id, ECHO, bob.addrs)
+    return caught.value
+
+
+@pytest.mark.parametrize("listed", ["allow", "deny"])
+async def test_who_is_not_let_in_is_told_so(start_host: StartHost, listed: str) -> None:
+    anna, eve = new_identity(), new_identity()
+    lists = {"allow": (anna.peer_id,)} if listed == "allow" else {"deny": (eve.peer_id,)}
+    bob = await start_host(replace(LOOPBACK, **lists))  # type: ignore[arg-type]
+    bob.serve(ECHO, echo)
+    welcome, unwelcome = await start_host(identity=anna), await start_host(identity=eve)
+    await (await welcome.open_stream(bob.peer_id, ECHO, bob.addrs)).send_all(b"hello")
+    error = await refused(unwelcome, bob)
+    assert isinstance(error, NotAdmitted)
+    assert "we are on its deny list, or not on its allow list" in str(error)
+    assert bob.connected_peers() == [anna.peer_id]
+    assert bob.counts.by_label("refusals") == {"gated": 1}
+
+
+async def test_a_peer_that_is_denied_is_not_dialled_either(start_host: StartHost) -> None:
+    bob = await start_host()
+    alice = await start_host(replace(LOOPBACK, deny=(bob.peer_id,)))
+    with pytest.raises(NotAdmitted, match="on our deny list"):
+        await alice.connect(bob.peer_id, bob.addrs)
+    assert bob.connected_peers() == []
+
+
+async def test_waiting_for_a_swarm_ends_when_all_of_it_has_turned_us_away(
+    start_host: StartHost, tmp_path: Path, caplog: pytest.LogCaptureFixture, nursery: trio.Nursery
+) -> None:
+    alice, bob = await start_host(keyed(tmp_path / "key")), await start_host(keyed(tmp_path / "other"))
+    view = SwarmView()
+    serve_snapshots(bob, view)
+    neighbourhood = Neighbourhood(alice, view, [BootstrapPeer(bob.peer_id, bob.addrs)])
+    nursery.start_soon(neighbourhood.keep)
+    with trio.fail_after(AT_ONCE_S):
+        await neighbourhood.decided.wait()
+    assert not neighbourhood.settled.is_set()
+    assert "it has another key" in neighbourhood.describe_failures()
+    ours = [record for record in caplog.records if record.name.endswith("bootstrap")]
+    assert [record.levelno for record in ours] == [logging.WARNING]
+
+
+async def test_one_address_cannot_have_all_connections(
+    start_host: StartHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    bob = await start_host(replace(LOOPBACK, max_connections_per_address=2))
+    port = int(bob.addrs[0].split("/")[4])
+    streams = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(2)]
+    for stream in streams:
+        assert (await stream.receive_some(1)) == b"\x13"  # it has begun to talk to us
+    alice = await start_host()
+    with trio.fail_after(AT_ONCE_S), pytest.raises(PeerUnreachable):
+        await alice.connect(bob.peer_id, bob.addrs)
+    assert "it has 2 connections already" in caplog.text
+    for stream in streams:
+        await stream.aclose()
+    with trio.fail_after(AT_ONCE_S):
+        while True:
+            try:
+                return await alice.connect(bob.peer_id, bob.addrs)
+            except PeerUnreachable:
+                await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"\x13/multistream/1.0.0\n", b"\x13/multistream/1.0.0\n\x07/noise\n\x00"]
+)
+async def test_who_begins_and_does_not_go_on_is_cut_off(start_host: StartHost, sent: bytes) -> None:
+    """Real sockets: a connection on which nothing happens costs a place for the handshake's time only."""
+    bob = await start_host(replace(LOOPBACK, handshake_timeout_s=0.3))
+    port = int(bob.addrs[0].split("/")[4])
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        if sent:
+            await stream.send_all(sent)
+        with trio.fail_after(AT_ONCE_S):
+            while await stream.receive_some(1000):
+                pass
+
+
+async def test_streams_opened_too_fast_are_refused_and_the_connection_stays(start_host: StartHost) -> None:
+    alice = await start_host()
+    bob = await start_host(replace(LOOPBACK, streams_at_once=20, streams_per_s=0.001))
+    bob.serve(ECHO, echo)
+    await alice.connect(bob.peer_id, bob.addrs)
+    error: PeerError | None = None
+    for _ in range(30):
+        try:
+            await (await alice.open_stream(bob.peer_id, ECHO)).reset()
+        except PeerError as exc:
+            error = exc
+    assert error is not None
+    assert "lets nobody open streams that fast" in str(error)
+    assert getattr(error, "is_passing", False)
+    await alice.ping(bob.peer_id)
