@@ -117,12 +117,30 @@ def _why(exc: OSError) -> str:
 def advertised(listening: Iterable[str]) -> list[str]:
     """What to tell others about the addresses in `listening`: wildcards become this machine's addresses."""
     result: list[str] = []
+    lonely: list[str] = []  # what a wildcard means on a machine without a network
     for address in listening:
         protocol, host, port, _ = parse_tcp(address)
         wildcard = ipaddress.ip_address(host).is_unspecified
         for each in machine_addresses(protocol) if wildcard else [host]:
-            result.append(f"/{protocol}/{each}/tcp/{port}")
-    return list(dict.fromkeys(result))
+            only_here = wildcard and ipaddress.ip_address(each).is_loopback
+            (lonely if only_here else result).append(f"/{protocol}/{each}/tcp/{port}")
+    return list(dict.fromkeys(result or lonely))
+
+
+def without_missing_ipv6(addresses: Sequence[str]) -> list[str]:
+    """`addresses` less the IPv6 wildcard, if this system has no IPv6 and there are others."""
+    if _has_ipv6() or len(addresses) < 2:
+        return list(addresses)
+    return [address for address in addresses if not address.startswith("/ip6/::/")]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
 
 
 def machine_addresses(protocol: str) -> list[str]:

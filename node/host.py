@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import trio
@@ -21,7 +22,7 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.routing.announcement import MAX_ADDRS
 
-from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp
+from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp, without_missing_ipv6
 from .circuit import dial_circuit
 from .counts import Counts
 from .dial import innermost, race
@@ -52,6 +53,7 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
         AddressUnusable: An address of `config.listen` is malformed, taken, or not of this machine.
     """
     config = config or HostConfig()
+    config = replace(config, listen=tuple(without_missing_ipv6(config.listen)))
     check_listen(config.listen)
     adopt_libp2p_logs()
     counts = Counts()

@@ -10,7 +10,7 @@ from pathlib import Path
 class HostConfig:
     """Where a host listens, whom it lets in, and what it grants each peer."""
 
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)  # multiaddrs to listen on; none: only dial out
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")  # multiaddrs; none: only dial out
     swarm_key: Path | None = None  # file with the key of a private swarm; not set: the public swarm
     allow: tuple[str, ...] = ()  # peer ids, or files with one a line, that alone may connect; none: everybody
     deny: tuple[str, ...] = ()  # peer ids, or files with one a line, that may not connect
@@ -18,7 +18,7 @@ class HostConfig:
     dial_stagger_s: float = 0.1  # between the first tries of a peer's addresses, seconds
     stream_timeout_s: float = 10.0  # for opening a stream to a connected peer, seconds
     handshake_timeout_s: float = 10.0  # for encryption on a new connection, the protocol on a stream, seconds
-    user_timeout_s: float = 10.0  # after which a connection that acknowledges nothing is dead, seconds
+    user_timeout_s: float = 2.8  # after which a connection that acknowledges nothing sent is dead, seconds
     relay_head_start_s: float = 0.5  # that a peer's own addresses have before ways through a relay, seconds
     relays: int = 2  # where to be reached if this machine cannot be; 0: nowhere
     punch: bool = True  # turn relayed connections into direct ones where the routers let us

@@ -36,7 +36,7 @@ SPANS = (BlockSpan(0, 3), BlockSpan(3, 5), BlockSpan(5, 8))  # the bundled model
 START_TIMEOUT_S = 90.0  # importing torch from a cold disk takes a slow machine half a minute
 LEAVE_TIMEOUT_S = 5.0
 IN_REACH_TIMEOUT_S = 3.0  # how long bootstrap peers have to answer where there is another way
-BOOTSTRAP_TIMEOUT_S = 10.0  # how long they have where there is none
+BOOTSTRAP_TIMEOUT_S = 2.5  # how long they have where there is none: a handshake takes four round trips
 _LAST_WORDS_BYTES = 2000
 
 
