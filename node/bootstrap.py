@@ -32,6 +32,7 @@ FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
 STEADY_S: Final = 10.0  # a connection that lasted this long was a success
+MAX_FOUND: Final = 64  # peers of the local network that are remembered
 MAX_TROUBLES: Final = 256  # peers whose failures are remembered
 WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
 
@@ -108,11 +109,19 @@ class Neighbourhood:
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        self._found: dict[str, BootstrapPeer] = {}  # in the local network
         self._troubles: dict[str, _Trouble] = {}
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._warned = False
-        self._lost = trio.Event()  # set, and replaced, when a peer is lost
+        self._lost = trio.Event()  # set, and replaced, when a peer is lost, or found in the local network
         host.when_disconnected(self._note_loss)
+
+    def add(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        """Somebody found in the local network: dialled like those we were told of, and before others."""
+        if len(self._found) < MAX_FOUND and peer_id not in {self._host.peer_id, *self._found}:
+            logger.debug("bootstrap.found peer=%s addrs=%s", peer_id, addrs)
+            self._found[peer_id] = BootstrapPeer(peer_id, addrs)
+            self._wake()
 
     @property
     def has_peers(self) -> bool:
@@ -144,12 +153,14 @@ class Neighbourhood:
         """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
         wanted = [peer for peer in self._peers if peer.peer_id not in connected]
         known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
+        near = [peer for peer in self._found.values() if peer.peer_id not in known]
         others = [
             BootstrapPeer(peer.peer_id, peer.addrs)
             for peer in self._view.everybody()
             if peer.peer_id not in known and peer.addrs and self._is_due(peer.peer_id)
         ]
         wanted = [peer for peer in wanted if self._is_due(peer.peer_id)]
+        wanted += [peer for peer in near if self._is_due(peer.peer_id)][:NEIGHBOURS]
         missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
         return wanted + random.sample(others, min(missing, len(others)))
 
@@ -197,6 +208,9 @@ class Neighbourhood:
     def _note_loss(self, peer_id: str) -> None:
         if peer_id in self._reached_at:
             self._note_end(peer_id)
+        self._wake()
+
+    def _wake(self) -> None:
         self._lost.set()
         self._lost = trio.Event()
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
@@ -30,9 +29,8 @@ CLOSE_S: Final = 2.0
 Found = Callable[[str, tuple[str, ...]], None]
 
 
-@asynccontextmanager
-async def open_lan(addrs: Sequence[str], found: Found) -> AsyncGenerator[None]:
-    """Advertise `addrs`, if there are any, and look for others, until the block ends.
+async def keep_looking_around(addrs: Sequence[str], found: Found) -> None:
+    """Advertise `addrs`, if there are any, and look for others, until cancelled.
 
     A network that does not let us is logged, and no error.
 
@@ -44,10 +42,9 @@ async def open_lan(addrs: Sequence[str], found: Found) -> AsyncGenerator[None]:
     zeroconf: Zeroconf | None = None
     try:
         zeroconf = await trio.to_thread.run_sync(_start, list(addrs), watch)
+        await trio.sleep_forever()
     except Exception as exc:  # zeroconf's own errors and the system's: no multicast here
         logger.info("peers in the local network cannot be looked for: %s", exc)
-    try:
-        yield
     finally:
         watch.ended = True
         if zeroconf is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -21,6 +22,7 @@ from .evidence import EvidenceStore, serve_evidence
 from .gossip import Gossip, open_gossip
 from .host import Host, HostConfig, open_host
 from .identity import Identity
+from .lan import keep_looking_around
 from .latency import Latency
 from .proofs import ProofCarrier
 from .reach import Reach, open_reach
@@ -28,6 +30,8 @@ from .relay_config import RelayConfig
 from .snapshot import serve_snapshots
 from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
+
+LAN_S: Final = 1.0  # how long peers in the local network have to answer, where nobody else is known
 
 
 class SwarmMember:
@@ -42,6 +46,8 @@ class SwarmMember:
         latency: Latency,
         reach: Reach,
         proofs: ProofCarrier,
+        *,
+        looks_around: bool = False,
     ) -> None:
         self.host = host
         self.proofs = proofs
@@ -51,6 +57,7 @@ class SwarmMember:
         self._neighbourhood = peers
         self._latency = latency
         self.reach = reach
+        self._looks_around = looks_around
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -89,10 +96,14 @@ class SwarmMember:
 
     async def wait_settled(self, timeout_s: float) -> bool:
         """Wait until a neighbour's table was taken in; False if nobody is there, lets us in, or is quick."""
-        if self._neighbourhood.has_peers:
-            with trio.move_on_after(timeout_s):
+        if self._neighbourhood.has_peers or self._looks_around:
+            with trio.move_on_after(timeout_s if self._neighbourhood.has_peers else min(timeout_s, LAN_S)):
                 await self._neighbourhood.decided.wait()
         return self._neighbourhood.settled.is_set()
+
+    def describe_failures(self) -> str:
+        """Which bootstrap peers could not be reached and why, in one line; empty if all could."""
+        return self._neighbourhood.describe_failures()
 
     async def reach_somebody(self, timeout_s: float) -> None:
         """Like `wait_settled`, for those who can do nothing on their own.
@@ -153,6 +164,10 @@ async def _open_member(
         ):
             latency = Latency(host, view.everybody)
             neighbourhood = Neighbourhood(host, view, first_peers)
+            advertised = [address for address in host.direct_addrs if not _is_loopback(address)]
+            looks_around = host_config.mdns and (bool(advertised) or not first_peers)
+            if looks_around:
+                nursery.start_soon(keep_looking_around, advertised, neighbourhood.add)
             serve_snapshots(host, view)
             proofs = ProofCarrier(host, EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s), gossip)
             gossip.on_notice = proofs.hear
@@ -160,4 +175,10 @@ async def _open_member(
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
             nursery.start_soon(proofs.serve)
-            yield SwarmMember(host, view, gossip, neighbourhood, latency, reach, proofs)
+            yield SwarmMember(
+                host, view, gossip, neighbourhood, latency, reach, proofs, looks_around=looks_around
+            )
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith(("/ip4/127.", "/ip6/::1/"))

@@ -21,7 +21,7 @@ from .tasks import open_nursery
 
 logger = logging.getLogger(__name__)
 
-DISCOVER_MS: Final = 2000  # how long routers have to answer
+DISCOVER_MS: Final = 1000  # how long routers have to answer each of four questions
 LEASE_S: Final = 1200  # a node that crashes leaves its port open for so long at most
 FOREVER_S: Final = 0  # what routers that know no leases insist on
 PORTS_TRIED: Final = 4

@@ -14,6 +14,14 @@ import pytest
 import p2pinfer.models
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_lan() -> Generator[None]:
+    """Neither these processes nor those they start look for peers in the local network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("P2PINFER_HOST__MDNS", "false")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_stories() -> Path:
     """The bundled model's folder; not to be written to."""

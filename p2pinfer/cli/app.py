@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 from click.shell_completion import get_completion_class
 
+from .doctor import doctor
 from .failures import Failure, OutputClosed, describe_failure
 from .generate import generate
 from .keygen import keygen
@@ -89,6 +90,7 @@ def completion(shell: str) -> None:
 app.add_command(generate)
 app.add_command(node)
 app.add_command(swarm)
+app.add_command(doctor)
 app.add_command(keygen)
 app.add_command(app.commands.pop("completion"))
 
