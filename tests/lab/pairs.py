@@ -106,7 +106,7 @@ class Bench:
             client.kill()
             return failed(why=str(exc))
         if code != 0:
-            return failed(why=client.err.strip() or f"exit code {code}")
+            return failed(why=client.err.strip().splitlines()[-1] if client.err else f"exit code {code}")
         result = json.loads(client.out)
         if tuple(result["token_ids"]) != self._expected:
             return failed(why=f"wrong text: {result['text']!r}")
@@ -149,7 +149,8 @@ def generate(
         host,
         PROMPT,
         *flags,
-        *("--max-new-tokens", str(tokens), "--policy", POLICY, "--set", "client.find_timeout_s=30"),
+        *("--max-new-tokens", str(tokens), "--policy", POLICY),
+        *("--set", "client.find_timeout_s=30", "--set", "client.dtype=float32", "-v"),
         **{VARIABLE: write_routes(*routes)},
     )
 

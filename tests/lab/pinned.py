@@ -37,7 +37,10 @@ class Pinned(RoutingPolicy):
             hops = [hop.split("=") for hop in route.split(",")]
             if usable.issuperset(peer for peer, _ in hops):
                 return [Route(tuple(known[peer].hop(BlockSpan.parse(span)) for peer, span in hops))]
-        raise NoRoute(f"none of the routes can be gone: {sorted(request.excluded)} failed, there are {known}")
+        absent = [candidate.peer_id for candidate in candidates if candidate.peer_id not in known]
+        raise NoRoute(
+            f"no pinned route is there; failed: {sorted(request.excluded)}, not announced: {absent}"
+        )
 
 
 def can_be_dialled(candidate: Candidate) -> bool:
