@@ -159,12 +159,8 @@ class Gossip:
             await changed.wait()
 
     def _is_heard(self, topic: str) -> bool:
-        """Whether there is anybody to whom what we publish goes at once.
-
-        A neighbour is in the topic before it is in the mesh; what is published in between reaches nobody,
-        and is never offered again because those in the mesh are taken to have it.
-        """
-        return not self.pubsub.gossipsub.mesh.get(topic, set()).isdisjoint(self.pubsub.peers)
+        """Whether there is a neighbour to hear what we publish."""
+        return not self.pubsub.peer_topics.get(topic, set()).isdisjoint(self.pubsub.peers)
 
     async def _unsubscribe_one(self, revisions: Iterable[str]) -> None:
         for revision in sorted(revisions)[:1]:
@@ -324,6 +320,20 @@ class _Router(GossipSub):
     """
 
     on_change: Callable[[], None] = staticmethod(lambda: None)
+
+    def _get_peers_to_send(self, topic_ids: Any, msg_forwarder: ID, origin: ID, msg_id: Any = None) -> Any:
+        """Whom a message goes to at once: our own news to every neighbour in the topic, others' to the mesh.
+
+        "In flood publishing, ... the router publishes the message to all peers with a score greater than
+        publishThreshold" -- gossipsub v1.1. Who comes back within a minute, or finds a neighbour's mesh full,
+        is kept out of that mesh for a minute, and would not be heard all that time.
+        """
+        pubsub: Any = self.pubsub
+        if origin != pubsub.my_id:
+            return super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id)
+        return {
+            peer for topic in topic_ids for peer in pubsub.peer_topics.get(topic, ()) if peer in pubsub.peers
+        }
 
     async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
         try:

@@ -170,10 +170,8 @@ class Commands:
         return command
 
     def node(self, host: str, *argv: str) -> Command:
-        """Start a node that keeps its identity when it is started again in the same host."""
-        return self.start(
-            host, "node", "--json", "--data-dir", str(self.lab.home / f"data-{host}"), *_FRUGAL, *argv
-        )
+        """Start a node; with an identity of its own, unless `--data-dir` says which."""
+        return self.start(host, "node", "--json", "--data-dir", "data", *_FRUGAL, *argv)
 
     def generate(self, host: str, prompt: str, *argv: str, **environ: str) -> Command:
         """Start a generation; its result is the JSON it prints."""

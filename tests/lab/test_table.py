@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from .pairs import Run, rounds
+from .pairs import Role, Run, rounds
 from .scenarios import KINDS
 from .table import BEGIN, END, every_pair, keep, load, must_be_direct, render, shortcomings, write
 
 
-def perfect(role: str, left: str, right: str) -> Run:
+def perfect(role: Role, left: str, right: str) -> Run:
     """What the requirements ask for."""
-    assert role in ("client", "hops")
-    as_role = "client" if role == "client" else "hops"
-    if must_be_direct(as_role, left, right):
-        return Run(as_role, left, right, "direct", 0.2, 1.0, 2.0)
-    return Run(as_role, left, right, "relayed", 0.2, None, 1.2)
+    if must_be_direct(role, left, right):
+        return Run(role, left, right, "direct", 0.2, 1.0, 2.0)
+    return Run(role, left, right, "relayed", 0.2, None, 1.2)
 
 
 RUNS = [perfect(*pair) for pair in every_pair() for _ in range(5)]

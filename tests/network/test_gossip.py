@@ -99,6 +99,19 @@ async def test_three_members_hear_of_each_other_through_one(join: Join) -> None:
     assert set(bob.gossip.neighbours) == {alice.host.peer_id, carol.host.peer_id}
 
 
+async def test_who_is_kept_out_of_a_neighbours_mesh_is_heard_all_the_same(join: Join) -> None:
+    """As is who comes back within a minute, or whose neighbour has as many in its mesh as it likes."""
+    alice, bob = await join(), await join()
+    topic = topic_of(REVISION)
+    bob.gossip.pubsub.gossipsub.back_off[topic] = {ID.from_base58(alice.host.peer_id): 1 << 40}
+    alice.gossip.pubsub.gossipsub.back_off[topic] = {ID.from_base58(bob.host.peer_id): 1 << 40}
+    await alice.connect(bob)
+    for sequence in (1, 2):
+        await alice.gossip.announce(alice.announcement(sequence))
+        await bob.hears(alice, sequence)
+    assert not alice.gossip.pubsub.gossipsub.mesh[topic]
+
+
 async def test_an_introducer_passes_on_what_its_neighbours_care_about(join: Join) -> None:
     alice, introducer, bob = await join(OTHER), await join(None), await join(OTHER)
     await alice.connect(introducer)
