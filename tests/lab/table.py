@@ -102,7 +102,7 @@ def _cell(runs: Sequence[Run]) -> str:
     if not runs:
         return "not run"
     hows = [run.how for run in runs]
-    how = max(("direct", "relayed", "failed"), key=hows.count)
+    how = statistics.mode(hows)
     share = "" if hows.count(how) == len(runs) else f" ({hows.count(how)} of {len(runs)})"
     if how == "failed":
         return f"failed{share}"
