@@ -21,6 +21,7 @@ from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.relay_config import RelayConfig
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.session import SessionConfig
+from p2pinfer.verifier import AuditConfig
 
 LAYERS = (
     (NodeConfig, "node"),
@@ -32,6 +33,7 @@ LAYERS = (
     (ClientConfig, "generate"),
     (SessionConfig, "generate"),
     (RoutingConfig, "generate"),
+    (AuditConfig, "generate"),
 )
 
 INTRODUCTION = """\

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
+    from .audit import AuditTally as AuditTally
     from .blocking import BlockingClient as BlockingClient
     from .blocking import BlockingGeneration as BlockingGeneration
     from .blocking import connect as connect
@@ -64,8 +65,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .routing.route import RouteOutcome as RouteOutcome
     from .routing.route import RouteRequest as RouteRequest
     from .session import SessionConfig as SessionConfig
+    from .verifier import AuditConfig as AuditConfig
+    from .verifier import Verifier as Verifier
 
 _HOMES = {
+    "audit": ("AuditTally",),
+    "verifier": ("AuditConfig", "Verifier"),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client", "ClientConfig", "PeerView"),
     "errors": (

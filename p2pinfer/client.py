@@ -38,12 +38,14 @@ from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
 
 from .asking import PolicyDesk
+from .audit import Auditor, AuditTally
 from .generate import Generation, GenerationConfig, new_state
 from .keeping import kept_ledger
 from .patience import Patience, Waiting
 from .resting import Resting
 from .resume import GenerationState, decode_state
 from .session import Session, SessionConfig, open_session
+from .verifier import AuditConfig, LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ class Client:
         routing_config: What the built-in policies weigh by.
         reputation: What is known of peers, kept by whoever passes it; that of `data_dir` by default.
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
+        audit: How often peers are checked, and what that may take.
+        verifier: Who says whether a peer's output is right; by default, its blocks run again here.
 
     Raises:
         PolicyError: There is no such policy.
@@ -114,6 +118,8 @@ class Client:
         data_dir: Path | None = None,
         progress: Progress | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
+        audit: AuditConfig | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self.ledger = reputation or Ledger()
         self._keeps_ledger = reputation is None
@@ -131,6 +137,9 @@ class Client:
         self._progress = progress
         self._on_wait = on_wait
         self._resting = Resting(self._config.busy_pause_s)
+        self._audit_config = audit or AuditConfig()
+        self._verifier = verifier
+        self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
         self._source: ModelSource
         self._ends: Ends
@@ -151,6 +160,8 @@ class Client:
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._desk.keep_telling)
             stack.push_async_callback(self._desk.finish)
+            self._auditor = self._new_auditor()
+            self._nursery.start_soon(self._auditor.serve)
             self._ends, self._tokenizer = await trio.to_thread.run_sync(
                 self._load_ends, abandon_on_cancel=True
             )
@@ -163,7 +174,31 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is None:
+            await self.audits_settled()
         await self._stack.__aexit__(kind, error, traceback)
+
+    def _new_auditor(self) -> Auditor:
+        verifier = self._verifier or LocalVerifier(self._source, self._audit_config)
+        return Auditor(
+            self._member,
+            self._source.spec,
+            self.ledger,
+            verifier,
+            self._audit_config,
+            host_config=self._host_config,
+        )
+
+    @property
+    def audits(self) -> AuditTally:
+        """What this client's audits have come to so far."""
+        return self._auditor.tally if self._auditor else AuditTally()
+
+    async def audits_settled(self) -> None:
+        """Wait until the sessions that were closed are checked as far as they are going to be."""
+        if self._auditor is not None:
+            with trio.move_on_after(self._audit_config.linger_s):
+                await self._auditor.settled()
 
     @property
     def member(self) -> SwarmMember:
@@ -253,6 +288,13 @@ class Client:
         """
         route = await self._choose_route(tokens, excluded)
         logger.debug("session.open route=%s", route)
+        auditor = self._auditor
+        chosen = auditor.toss(route) if auditor else frozenset[str]()
+
+        def closed(session: Session) -> None:
+            if auditor is not None:
+                auditor.session_closed(session, chosen)
+
         try:
             return await open_session(
                 self._member.host,
@@ -262,6 +304,8 @@ class Client:
                 max_tokens=tokens,
                 codec=self._codec_for(route),
                 config=self._session_config,
+                keep_steps=bool(chosen),
+                on_closed=closed,
             )
         except PeerError as exc:
             outcome = RouteOutcome(ok=False, error=str(exc), failed_peer=exc.peer_id or None)

@@ -28,7 +28,18 @@ from p2pinfer.errors import ConfigError
 ENV_PREFIX = "P2PINFER_"
 ENV_CONFIG = "P2PINFER_CONFIG"
 FILE_NAME = "config.toml"
-SECTIONS = ("node", "host", "compute", "serve", "relay", "client", "session", "routing", "generation")
+SECTIONS = (
+    "node",
+    "host",
+    "compute",
+    "serve",
+    "relay",
+    "client",
+    "session",
+    "routing",
+    "audit",
+    "generation",
+)
 
 _Config = TypeVar("_Config")
 

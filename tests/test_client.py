@@ -30,6 +30,7 @@ from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.session import Session, open_session
+from p2pinfer.verifier import AuditConfig
 
 from .node.memory_swarm import MemorySwarm, open_memory_swarm
 
@@ -58,6 +59,7 @@ def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
             monkeypatch.setattr(client_module, "open_swarm", join)
             options.setdefault("config", ClientConfig(dtype="float32"))
+            options.setdefault("audit", AuditConfig(rate=0.0))
             async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
                 yield client, swarm
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,6 +20,7 @@ from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, MODEL, SWARM_KEY, Invo
 from .terminal import note, print_note, write_out
 
 if TYPE_CHECKING:
+    from p2pinfer.client import Client
     from p2pinfer.generate import Generation, GenerationResult
     from p2pinfer.patience import Waiting
 
@@ -47,6 +49,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @SWARM_KEY
 @ALLOW
 @DENY
+@setting("audit.rate", "--audit-rate SHARE", "Of hops to check. [default: more where less is known]")
 @setting(
     "client.policy",
     "--policy POLICY",
@@ -77,12 +80,15 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     from p2pinfer.resume import find_token
     from p2pinfer.routing.config import RoutingConfig
     from p2pinfer.session import SessionConfig
+    from p2pinfer.verifier import AuditConfig
 
     from .progress import Bars, NodesStarting
     from .render import route_table
     from .running import run
 
-    settings = call.settings(GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, HostConfig)
+    settings = call.settings(
+        GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig
+    )
     if (prompt is None) == (resume is None):
         raise click.UsageError("give a PROMPT, or --resume and what was said then")
     if resume is not None:
@@ -99,6 +105,7 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
             host_config=client_host_config(host_config, embedding=embedding),
             session_config=settings.build(SessionConfig),
             routing_config=settings.build(RoutingConfig),
+            audit=settings.build(AuditConfig),
             progress=Bars(quiet=call.quiet),
             on_wait=_waiting_teller(call),
         )
@@ -112,12 +119,14 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
                     generation = client.generate(text or "", settings.build(GenerationConfig))
                     before = text or ""
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    with _kept(generation, call, shared.data_dir, resume):
+                    with _kept(generation, client, call, shared.data_dir, resume):
                         await _stream(generation, before=before if echo else "", silent=call.json)
+                    if call.json or stats:
+                        await client.audits_settled()
                     if call.json:
-                        write_out(_to_json(generation))
+                        write_out(_to_json(generation, client))
                     if stats:
-                        print_note(route_table(generation.result))
+                        print_note(route_table(generation.result, client.ledger, client.audits))
 
     run(main)
 
@@ -136,7 +145,9 @@ async def _stream(generation: Generation, *, before: str, silent: bool) -> None:
 
 
 @contextmanager
-def _kept(generation: Generation, call: Invocation, data_dir: Path, resumed: str | None) -> Generator[None]:
+def _kept(
+    generation: Generation, client: Client, call: Invocation, data_dir: Path, resumed: str | None
+) -> Generator[None]:
     """If the text is cut off, keep what it takes to go on and say how; else forget what was kept."""
     from p2pinfer.resume import drop_token, keep_token
 
@@ -149,7 +160,7 @@ def _kept(generation: Generation, call: Invocation, data_dir: Path, resumed: str
         token = generation.resume_token
         if token is not None and len(generation.result.token_ids) > before:
             if call.json and not isinstance(exc, P2PInferError):  # an error's own JSON has the token
-                write_out(_to_json(generation))
+                write_out(_to_json(generation, client))
             try:
                 name = keep_token(token, data_dir)
             except LocalError as error:
@@ -192,21 +203,28 @@ def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:
     return tell
 
 
-def _to_json(generation: Generation) -> str:
-    told = {**to_dict(generation.result), "resume_token": generation.resume_token}
+def _to_json(generation: Generation, client: Client) -> str:
+    told = {**to_dict(generation.result, client), "resume_token": generation.resume_token}
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 
-def to_dict(result: GenerationResult) -> dict[str, object]:
-    """The result as `--json` prints it."""
+def to_dict(result: GenerationResult, client: Client) -> dict[str, object]:
+    """The result as `--json` prints it, with what the client believes of the peers it used."""
     timings = result.timings
+    scores = {hop.peer_id: client.ledger.score(hop.peer_id) for hop in result.route}
     return {
         "text": result.text,
         "token_ids": list(result.token_ids),
         "prompt_tokens": result.prompt_tokens,
         "finish_reason": result.finish_reason,
         "route": [
-            {"peer_id": hop.peer_id, "blocks": [hop.span.start, hop.span.stop], "connection": hop.connection}
+            {
+                "peer_id": hop.peer_id,
+                "blocks": [hop.span.start, hop.span.stop],
+                "connection": hop.connection,
+                "integrity": round(scores[hop.peer_id].integrity, 3),
+                "reliability": round(scores[hop.peer_id].reliability, 3),
+            }
             for hop in result.route
         ],
         "timings": {
@@ -215,6 +233,7 @@ def to_dict(result: GenerationResult) -> dict[str, object]:
             "per_hop_ms": list(timings.per_hop_ms),
         },
         "failovers": result.failovers,
+        "audits": asdict(client.audits),
     }
 
 

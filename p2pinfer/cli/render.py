@@ -13,7 +13,9 @@ from p2pinfer.node import events
 from .plain import one_line
 
 if TYPE_CHECKING:
+    from p2pinfer.audit import AuditTally
     from p2pinfer.generate import GenerationResult
+    from p2pinfer.reputation.view import ReputationView
 
 
 def short_peer(peer_id: str) -> str:
@@ -21,17 +23,21 @@ def short_peer(peer_id: str) -> str:
     return peer_id if len(peer_id) <= 12 else f"{peer_id[:4]}..{peer_id[-6:]}"
 
 
-def route_table(result: GenerationResult) -> RenderableType:
-    """The bill of a generation: what each hop took, and how fast the whole was."""
+def route_table(result: GenerationResult, view: ReputationView, audits: AuditTally) -> RenderableType:
+    """The bill of a generation: what each hop took, how far it is believed, and how fast the whole was."""
     timings = result.timings
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("hop")
     table.add_column("blocks")
     table.add_column("connection")
     table.add_column("ms/token", justify="right")
+    table.add_column("integrity", justify="right")
+    table.add_column("reliability", justify="right")
     for index, hop in enumerate(result.route):
         spent = f"{timings.per_hop_ms[index]:.2f}" if index < len(timings.per_hop_ms) else "-"
-        table.add_row(Text(short_peer(hop.peer_id)), str(hop.span), hop.connection, spent)
+        score = view.score(hop.peer_id)
+        scores = f"{score.integrity:.2f}", f"{score.reliability:.2f}"
+        table.add_row(Text(short_peer(hop.peer_id)), str(hop.span), hop.connection, spent, *scores)
     elsewhere = timings.per_step_ms - sum(timings.per_hop_ms)
     if timings.per_hop_ms and elsewhere > 0:
         table.add_row("network", "", "", f"{elsewhere:.2f}", style="dim")
@@ -41,7 +47,20 @@ def route_table(result: GenerationResult) -> RenderableType:
     )
     if result.failovers:
         summary += f"; {result.failovers} failover{'s' * (result.failovers > 1)}"
-    return Group(table, Text(summary))
+    return Group(table, Text(summary), Text(_describe_audits(audits)))
+
+
+def _describe_audits(audits: AuditTally) -> str:
+    if not audits.done:
+        return "no hop was audited"
+    counts = {
+        "passed": audits.passed,
+        "failed": audits.failed,
+        "suspect": audits.suspect,
+        "inconclusive": audits.inconclusive,
+    }
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{audits.done} hop{'s' * (audits.done > 1)} audited: {told}"
 
 
 def describe_event(event: events.Event) -> str:

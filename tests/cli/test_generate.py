@@ -32,6 +32,7 @@ KEYS = [
     "route",
     "timings",
     "failovers",
+    "audits",
     "resume_token",
 ]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from p2pinfer.audit import AuditTally
 from p2pinfer.cli.render import describe_event, route_table, short_peer
 from p2pinfer.generate import GenerationResult, HopUsed, Timings
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import events
+from p2pinfer.reputation.ledger import Ledger
 
 PEER = "12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"
 ADDRS = ("/ip4/192.0.2.1/tcp/1/p2p/12D3",)
@@ -59,10 +61,10 @@ def test_every_event_has_its_line(event: events.Event, line: str) -> None:
     assert describe_event(event) == line
 
 
-def shown(result: GenerationResult) -> str:
+def shown(result: GenerationResult, audits: AuditTally | None = None) -> str:
     console = Console(width=100, color_system=None)
     with console.capture() as capture:
-        console.print(route_table(result))
+        console.print(route_table(result, Ledger(), audits or AuditTally()))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -73,22 +75,33 @@ def result(timings: Timings, failovers: int) -> GenerationResult:
 
 def test_the_bill_lists_the_hops_and_the_network() -> None:
     assert shown(result(Timings(0.25, 40.0, (4.5, 3.25), 10.0), failovers=0)) == (
-        "hop           blocks  connection  ms/token\n"
-        "12D3..Ag6gpz  0:4     direct          4.50\n"
-        "other         4:8     relayed         3.25\n"
+        "hop           blocks  connection  ms/token  integrity  reliability\n"
+        "12D3..Ag6gpz  0:4     direct          4.50       0.05         0.80\n"
+        "other         4:8     relayed         3.25       0.05         0.80\n"
         "network                               2.25\n"
-        "3 tokens after a prompt of 5: 40.0 tok/s, the first after 250 ms"
+        "3 tokens after a prompt of 5: 40.0 tok/s, the first after 250 ms\n"
+        "no hop was audited"
     )
+
+
+def test_the_bill_says_what_was_checked() -> None:
+    timings = Timings(0.1, 1.0, (), 0.0)
+    one = shown(result(timings, failovers=0), AuditTally(done=1, passed=1))
+    assert one.endswith("\n1 hop audited: 1 passed")
+    all_sorts = AuditTally(done=10, passed=4, failed=3, suspect=2, inconclusive=1)
+    told = "\n10 hops audited: 4 passed, 3 failed, 2 suspect, 1 inconclusive"
+    assert shown(result(timings, failovers=0), all_sorts).endswith(told)
 
 
 def test_the_bill_of_a_single_token_has_no_times_per_hop() -> None:
     assert shown(result(Timings(0.25, 0.0, (), 0.0), failovers=2)) == (
-        "hop           blocks  connection  ms/token\n"
-        "12D3..Ag6gpz  0:4     direct             -\n"
-        "other         4:8     relayed            -\n"
-        "3 tokens after a prompt of 5: 0.0 tok/s, the first after 250 ms; 2 failovers"
+        "hop           blocks  connection  ms/token  integrity  reliability\n"
+        "12D3..Ag6gpz  0:4     direct             -       0.05         0.80\n"
+        "other         4:8     relayed            -       0.05         0.80\n"
+        "3 tokens after a prompt of 5: 0.0 tok/s, the first after 250 ms; 2 failovers\n"
+        "no hop was audited"
     )
 
 
 def test_one_failover_is_singular() -> None:
-    assert shown(result(Timings(0.1, 1.0, (), 0.0), failovers=1)).endswith("; 1 failover")
+    assert shown(result(Timings(0.1, 1.0, (), 0.0), failovers=1)).endswith("; 1 failover\nno hop was audited")

@@ -50,9 +50,10 @@ SHAPE: dict[str, Any] = {
     "token_ids": [int],
     "prompt_tokens": int,
     "finish_reason": str,
-    "route": [{"peer_id": str, "blocks": [int], "connection": str}],
+    "route": [{"peer_id": str, "blocks": [int], "connection": str, "integrity": float, "reliability": float}],
     "timings": {"first_token_s": float, "tokens_per_s": float, "per_hop_ms": [float]},
     "failovers": int,
+    "audits": dict.fromkeys(("done", "passed", "failed", "suspect", "inconclusive"), int),
     "resume_token": type(None),
 }
 
