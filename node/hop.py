@@ -20,7 +20,7 @@ import msgspec
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.errors import PeerVanished, ProtocolViolation, WrongOutput
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
@@ -29,7 +29,7 @@ from .config import ServeConfig
 from .evidence import EvidenceStore
 from .notary import Notary
 from .replay import ReplayLog
-from .tensors import decode_hidden, encode_hidden
+from .tensors import check_finite, encode_hidden, view_hidden
 from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
 
@@ -94,6 +94,7 @@ class HopSession:
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._rollbacks: list[tuple[int, int]] = []  # (epoch, position) of steps that superseded others
+        self._is_spoilt = False  # a step came whose values are not finite
         self._ended = False
         self._closed = False
         self._scopes: list[trio.CancelScope] = []
@@ -109,13 +110,10 @@ class HopSession:
 
         Raises:
             ProtocolViolation: The step does not follow from the ones before, or is larger than agreed.
-            WrongOutput: Its hidden states are not finite.
         """
         arrived_at = time.perf_counter()
         self._check(step, len(payload))
-        hidden = decode_hidden(
-            payload, step.tokens, self._hidden_size, self.opening.codec, self.predecessor_id
-        )
+        hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, self.predecessor_id)
         if step.epoch > self._epoch:
             self._rollbacks.append((step.epoch, step.position))
         self._epoch = step.epoch
@@ -130,6 +128,9 @@ class HopSession:
                 is_stale=lambda: self._is_superseded(step),
                 on_done=lambda done: self._on_done(_Output(step, payload, done, arrived_at)),
                 submitted_at=arrived_at,
+                client=self.client_id,
+                check=lambda: self._check_values(hidden),
+                encode=lambda output: self._encode(step, output),
             )
         )
 
@@ -165,16 +166,35 @@ class HopSession:
         if self._bytes_in_flight + payload_bytes > self._config.max_bytes_in_flight:
             raise ProtocolViolation(f"more than {self._config.max_bytes_in_flight} bytes in flight", peer)
 
+    def _check_values(self, hidden: Tensor) -> None:
+        """In the worker's thread: what is not finite must not reach the cache, nor may what follows."""
+        try:
+            check_finite(hidden, self.predecessor_id)
+        except WrongOutput:
+            self._is_spoilt = True
+            raise
+
+    def _encode(self, step: Step, output: Tensor) -> bytes:
+        """What of a step's output goes out, as it travels; called in the worker's thread.
+
+        A copy: the tensor is a slice of the whole batch's output, and who keeps it would keep all of that.
+        """
+        rows = output[len(output) - step.returns :] if self.opening.successor is None else output
+        return bytes(encode_hidden(rows, self.opening.codec))
+
     def _is_superseded(self, step: Step) -> bool:
         """Asked in the worker's thread, while the event loop at most appends to what it reads."""
         return (
             self._ended
             or self._closed
+            or self._is_spoilt
             or any(step.epoch < epoch and step.position >= position for epoch, position in self._rollbacks)
         )
 
     def _on_done(self, output: _Output) -> None:
-        if output.done.error is not None:
+        if isinstance(output.done.error, WrongOutput):
+            self.end(Refusal("wrong_input", str(output.done.error), output.done.error.peer_id))
+        elif output.done.error is not None:
             self.end(Refusal("compute", f"step {output.step.number} failed: {output.done.error}"))
         elif not self._closed:
             self._outbox_in.send_nowait(output)  # never full: `_check` bounds what is in flight
@@ -187,21 +207,19 @@ class HopSession:
         """
         async for output in self._outbox_out:
             if output.done.output is not None:
-                await self._send_on(output, output.done.output)
+                await self._send_on(output, output.done.payload)
             self._in_flight -= 1
             self._bytes_in_flight -= len(output.received)
             if not self._in_flight:
                 self._rollbacks.clear()
 
-    async def _send_on(self, output: _Output, hidden: Tensor) -> None:
+    async def _send_on(self, output: _Output, payload: bytes) -> None:
         step = output.step
         self.tokens_computed += step.tokens
         self.last_active = trio.current_time()
         successor = self.opening.successor
-        rows = hidden[len(hidden) - step.returns :] if successor is None else hidden
-        # A copy: the tensor is a slice of the whole batch's output, and who keeps it would keep all of that.
-        payload = bytes(encode_hidden(rows, self.opening.codec))
-        receipts = (*step.receipts, await self._attest(output, payload, len(rows)))
+        returned = step.returns if successor is None else step.tokens
+        receipts = (*step.receipts, await self._attest(output, payload, returned))
         bills = (*step.bills, self._bill(output))
         if successor is None:
             result = Result(step.number, step.epoch, step.returns, bills, receipts)

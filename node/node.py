@@ -40,7 +40,7 @@ from .server import ServedSpan, SpanServer
 from .sizing import measure_capacity, measure_speed
 from .swarm import SwarmMember, open_swarm
 from .tasks import open_nursery
-from .worker import open_worker
+from .worker import Worker, open_worker
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,13 @@ class _Node:
         self._report(Loading((span.start, span.stop), reason))
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         tokens_per_s = await trio.to_thread.run_sync(measure_speed, runner)
-        async with open_worker(runner, self._serve.max_batch_tokens) as worker:
+        worker_opening = open_worker(
+            runner,
+            self._serve.max_batch_tokens,
+            client_steps=self._serve.client_batch_steps,
+            counts=member.host.counts,
+        )
+        async with worker_opening as worker:
             offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
             served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
             server = SpanServer(
@@ -195,7 +201,7 @@ class _Node:
             )
             server.register()
             if self._metrics is not None:
-                _watch_span(self._metrics, server, runner)
+                _watch_span(self._metrics, server, runner, worker)
             moving = False
             try:
                 await offer.announce()
@@ -257,10 +263,11 @@ def _reached(member: SwarmMember) -> Reached:
     return Reached(status.reachability.kind, status.reachability.nat, member.addrs, status.relays, said)
 
 
-def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner) -> None:
+def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner, worker: Worker) -> None:
     """Show what serving a span is about; of the span served last."""
     cache = runner.cache
     metrics.watch("sessions", "Open sessions.", lambda: server.sessions)
+    metrics.watch("queue_steps", "Steps that wait to be computed.", lambda: worker.queued)
     metrics.watch("cache_tokens", "Tokens that the KV cache has room for.", lambda: cache.capacity_tokens)
     metrics.watch("cache_free_tokens", "Of them, those not reserved.", lambda: cache.free_tokens)
     metrics.watch("replay_bytes", "Reserved for replay logs.", lambda: server.replay_bytes)

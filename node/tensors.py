@@ -48,6 +48,17 @@ def decode_hidden(
         ProtocolViolation: The payload's length is not that of such a tensor.
         WrongOutput: A value is not finite; it must not reach a cache.
     """
+    hidden = view_hidden(payload, tokens, hidden_size, codec, peer_id)
+    check_finite(hidden, peer_id)
+    return hidden
+
+
+def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec, peer_id: str = "") -> Tensor:
+    """`decode_hidden` without a look at the values, which takes 13 ms for a thousand wide tokens.
+
+    Raises:
+        ProtocolViolation: The payload's length is not that of such a tensor.
+    """
     expected = tokens * row_bytes(hidden_size, codec)
     if len(payload) != expected:
         raise ProtocolViolation(
@@ -55,9 +66,12 @@ def decode_hidden(
         )
     if not tokens:
         return torch.empty(0, hidden_size, dtype=_DTYPES[codec])
-    hidden = torch.frombuffer(payload, dtype=_DTYPES[codec]).view(tokens, hidden_size)
+    return torch.frombuffer(payload, dtype=_DTYPES[codec]).view(tokens, hidden_size)
+
+
+def check_finite(hidden: Tensor, peer_id: str = "") -> None:
+    """Raises WrongOutput if a value is not finite."""
     # One reduction instead of isfinite().all(): a sum of finite float32 may overflow only for absurd scales,
     # which are refused as well.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)):
         raise WrongOutput("hidden states that are not finite", peer_id)
-    return hidden

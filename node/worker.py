@@ -4,7 +4,8 @@ trio tasks submit jobs and go on; the thread takes every job that is ready, of a
 batch, and hands the outputs back to the event loop in one call per batch. While a batch computes, the next
 one collects, and before it begins it waits a moment for sessions that are due back (see `returns`). Jobs of
 one session run in the order they came, at most one of them in a batch. Prefill is bounded per batch and
-decode steps ride along, so a long prompt delays nobody by more than one chunk.
+decode steps ride along, so a long prompt delays nobody by more than one chunk. Clients take turns (see
+`fair`), and while others wait, nobody has more than `client_steps` decode steps in a batch.
 
 Only this thread touches tensors on the device and the lengths of leases; pages are reserved and given back
 in the event loop alone.
@@ -16,7 +17,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,10 +26,13 @@ from typing import Final, Protocol
 import trio
 from torch import Tensor
 
+from p2pinfer.errors import P2PInferError
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 
+from .counts import Counts
+from .fair import FairLine
 from .returns import Returns
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,7 @@ class Done:
     queue_s: float
     compute_s: float
     batch_tokens: int
+    payload: bytes = b""  # the output as the job's `encode` has it travel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +68,11 @@ class Job:
     is_stale: Callable[[], bool]
     on_done: Callable[[Done], None]  # called in the event loop
     submitted_at: float  # seconds of the worker's clock
+    client: str = ""  # whose it is
+    check: Callable[[], None] | None = (
+        None  # what raises if the chunk must not be computed; may take its time
+    )
+    encode: Callable[[Tensor], bytes] | None = None  # the same for the output on its way out
 
     @property
     def is_decode(self) -> bool:
@@ -74,13 +84,21 @@ class Worker:
     """Computes jobs in batches, in a thread of its own. See `open_worker`."""
 
     def __init__(
-        self, runner: Runner, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        runner: Runner,
+        max_batch_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        client_steps: int = 32,
+        counts: Counts | None = None,
     ) -> None:
         self._runner = runner
         self._max_batch_tokens = max_batch_tokens
+        self._client_steps = client_steps
+        self._counts = counts or Counts()
         self._clock = clock
         self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: deque[Job] = deque()
+        self._waiting: FairLine[Job] = FairLine()
         self._returns: Returns[CacheLease] = Returns()
         self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
@@ -94,6 +112,11 @@ class Worker:
         """Let the thread end after the batch at hand; returns it, to be joined."""
         self._arrivals.put(None)
         return self._thread
+
+    @property
+    def queued(self) -> int:
+        """How many jobs wait, at about this moment."""
+        return len(self._waiting) + self._arrivals.qsize()
 
     def submit(self, job: Job) -> None:
         """Queue a job; returns at once. Its `on_done` is called in any case, until the worker closes."""
@@ -131,7 +154,7 @@ class Worker:
                 if arrival is None:
                     return False
                 if isinstance(arrival, Job):
-                    self._waiting.append(arrival)
+                    self._waiting.add(arrival.client, len(arrival.chunk.hidden), arrival)
                     self._returns.arrive(arrival.chunk.lease, arrival.submitted_at)
                 else:
                     arrival()
@@ -155,44 +178,62 @@ class Worker:
         return True
 
     def _next_batch(self) -> list[Job]:
-        """The longest-waiting jobs that fit together: one a lease, prefill bounded, decode always."""
+        """The next jobs that fit together: one a lease, prefill bounded, and decode for each client."""
         batch: list[Job] = []
-        later: deque[Job] = deque()
         taken: set[int] = set()
         room = self._max_batch_tokens
+        most_steps = self._client_steps if len(self._waiting.clients()) > 1 else len(self._waiting)
+        steps = Counter[str]()
         for job in self._waiting:
             tokens, lease = len(job.chunk.hidden), id(job.chunk.lease)
-            fits = job.is_decode or tokens <= room or room == self._max_batch_tokens
-            if lease in taken or not fits or (batch and job.span != batch[0].span):
-                later.append(job)
+            if job.is_decode:
+                fits = steps[job.client] < most_steps
             else:
+                fits = tokens <= room or room == self._max_batch_tokens
+            if fits and lease not in taken and not (batch and job.span != batch[0].span):
                 batch.append(job)
                 room -= 0 if job.is_decode else tokens
+                steps[job.client] += job.is_decode
             taken.add(lease)
-        self._waiting = later
+        self._waiting.take(batch)
         return batch
 
     def _compute(self, batch: list[Job]) -> None:
         started = self._clock()
         stale: list[Job] = []
         live: list[Job] = []
+        wrong: list[tuple[Job, Exception]] = []
         for job in batch:
-            (stale if job.is_stale() else live).append(job)
+            if job.is_stale():
+                stale.append(job)
+            elif (error := _complaint(job)) is not None:
+                wrong.append((job, error))
+            else:
+                live.append(job)
         results = self._run(live)
+        payloads = [_encoded(job, output) for job, (output, _) in zip(live, results, strict=True)]
         seconds = self._clock() - started
         total = sum(len(job.chunk.hidden) for job in live)
+        self._count(live, total)
         self._let_go(live, started + seconds)
         if _all_decode(live):
             self._patience_s = PATIENCE * seconds
         calls = [
-            (job, Done(output, error, started - job.submitted_at, seconds, total))
-            for job, (output, error) in zip(live, results, strict=True)
+            (job, Done(output, error, started - job.submitted_at, seconds, total, payload))
+            for job, (output, error), payload in zip(live, results, payloads, strict=True)
         ]
         calls += [(job, Done(None, None, started - job.submitted_at, 0.0, 0)) for job in stale]
+        calls += [(job, Done(None, error, started - job.submitted_at, 0.0, 0)) for job, error in wrong]
         try:
             self._token.run_sync_soon(_deliver, calls)
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(calls))
+
+    def _count(self, jobs: list[Job], tokens: int) -> None:
+        if jobs:
+            self._counts.add("batches")
+            self._counts.add("steps", by=len(jobs))
+            self._counts.add("tokens", by=tokens)
 
     def _let_go(self, jobs: list[Job], now: float) -> None:
         """Note who is to come back; who prefills, or has more steps here already, is not waited for."""
@@ -217,6 +258,20 @@ class Worker:
             return [(None, exc)]
 
 
+def _complaint(job: Job) -> Exception | None:
+    """What the job's own check has against it."""
+    try:
+        if job.check is not None:
+            job.check()
+    except P2PInferError as exc:
+        return exc
+    return None
+
+
+def _encoded(job: Job, output: Tensor | None) -> bytes:
+    return b"" if output is None or job.encode is None else job.encode(output)
+
+
 def _all_decode(jobs: Iterable[Job]) -> bool:
     return all(job.is_decode for job in jobs)
 
@@ -228,10 +283,15 @@ def _deliver(calls: list[tuple[Job, Done]]) -> None:
 
 @asynccontextmanager
 async def open_worker(
-    runner: Runner, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+    runner: Runner,
+    max_batch_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    client_steps: int = 32,
+    counts: Counts | None = None,
 ) -> AsyncGenerator[Worker]:
     """A running worker; on exit it finishes the batch at hand and its thread ends."""
-    worker = Worker(runner, max_batch_tokens, clock)
+    worker = Worker(runner, max_batch_tokens, clock, client_steps=client_steps, counts=counts)
     worker.start()
     try:
         yield worker

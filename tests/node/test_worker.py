@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import pytest
@@ -10,9 +10,11 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.errors import WrongOutput
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.counts import Counts
 from p2pinfer.node.worker import Done, Job, Worker, open_worker
 
 
@@ -62,6 +64,9 @@ class Results:
         stale: bool = False,
         span: BlockSpan = BlockSpan(0, 4),
         submitted_at: float | None = None,
+        client: str = "",
+        check: Callable[[], None] | None = None,
+        encode: Callable[[Tensor], bytes] | None = None,
     ) -> None:
         chunk = Chunk(cast(CacheLease, lease or Lease()), position, torch.zeros(tokens, 2))
 
@@ -70,7 +75,7 @@ class Results:
             self._arrived.set()
 
         at = time.perf_counter() if submitted_at is None else submitted_at
-        self._worker.submit(Job(chunk, span, lambda: stale, note, at))
+        self._worker.submit(Job(chunk, span, lambda: stale, note, at, client, check, encode))
 
     async def wait(self, count: int) -> list[str]:
         with trio.fail_after(5):
@@ -270,3 +275,71 @@ async def test_a_prompt_waits_for_nobody() -> None:
         device.gate.release()
         results.submit("prompt", 40, submitted_at=device.now)
         assert (await results.wait(7))[-1] == "prompt"
+
+
+async def test_a_client_with_a_long_line_of_prompts_does_not_keep_another_waiting() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 100) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for number in range(8):
+            results.submit(f"greedy {number}", tokens=100, client="greedy")
+        results.submit("modest", tokens=100, client="modest")
+        runner.gate.release(10)
+        order = await results.wait(10)
+    assert order.index("modest") <= 2
+
+
+async def test_decode_steps_of_one_client_fill_no_batch_while_another_waits() -> None:
+    runner, counts = Recorder(), Counts()
+    async with open_worker(runner, 100, client_steps=4, counts=counts) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        for number in range(10):
+            results.submit(f"greedy {number}", client="greedy")
+        results.submit("modest", client="modest")
+        runner.gate.release(2)
+        assert "modest" in (await results.wait(6))[:6]
+        runner.gate.release(10)
+        await results.wait(12)
+    assert runner.batches == [[1], [1] * 5, [1] * 6]  # alone again, it may fill a batch
+    assert (counts.total("batches"), counts.total("steps"), counts.total("tokens")) == (3, 12, 12)
+
+
+async def test_a_jobs_own_check_keeps_it_from_being_computed_and_its_output_is_encoded_here() -> None:
+    runner = Recorder()
+    runner.gate.release(10)
+    threads: set[int] = set()
+
+    def complain() -> None:
+        threads.add(threading.get_ident())
+        raise WrongOutput("not finite", "mallory")
+
+    def encode(output: Tensor) -> bytes:
+        threads.add(threading.get_ident())
+        return bytes(output.shape)
+
+    async with open_worker(runner, 100) as worker:
+        results = Results(worker)
+        results.submit("wrong", check=complain)
+        results.submit("right", tokens=3, check=lambda: None, encode=encode)
+        await results.wait(2)
+    done = dict(results.done)
+    assert isinstance(done["wrong"].error, WrongOutput)
+    assert done["wrong"].output is None
+    assert done["right"].payload == bytes([3, 2])
+    assert [3] in runner.batches
+    assert threads == runner.threads
+
+
+async def test_what_waits_is_told() -> None:
+    runner = Recorder()
+    async with open_worker(runner, 100) as worker:
+        results = Results(worker)
+        await held_up(runner, results)
+        assert worker.queued == 0
+        for number in range(3):
+            results.submit(str(number))
+        assert worker.queued == 3
+        runner.gate.release(10)
+        await results.wait(4)
