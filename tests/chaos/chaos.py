@@ -285,7 +285,8 @@ class _Run:
             for what, most in allowed.items():
                 grown = getattr(after, what) - getattr(before, what)
                 if grown > most:
-                    self._fail(f"{name} holds {grown:g} {what} more than before")
+                    doing = f": {after.more_doing(before)}" if what == "tasks" else ""
+                    self._fail(f"{name} holds {grown:g} {what} more than before{doing}")
 
     def _end_nodes(self) -> None:
         for node in self._nodes:

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--wait", type=float, required=True)
     parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--hold", type=int, metavar="N", help="open N generations and do no more")
     asked = parser.parse_args(argv)
     trio.run(_run, asked)
     os._exit(0)
@@ -50,6 +51,12 @@ async def _run(asked: Any) -> None:
         client = Client(bootstrap=asked.bootstrap, config=config, cache_dir=asked.home, data_dir=asked.home)
         async with client:
             await client.member.reach_somebody(asked.wait)
+            if asked.hold:
+                held = [client.generate(f"Once {index}") for index in range(asked.hold)]
+                for generation in held:
+                    await anext(generation)
+                _say(event="holding")
+                await trio.sleep_forever()
             requests = make_requests()
             while not stopping.is_set():
                 index = rng.randrange(len(requests))

@@ -44,6 +44,8 @@ class Zygote:
     def start(self, kind: Literal["node", "client"], home: Path, argv: Sequence[str]) -> int:
         """The pid of a new process that writes to `stdout` and `stderr` in `home`."""
         home.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):
+            (home / name).touch()
         self._asked += 1
         asked = {"id": self._asked, "kind": kind, "home": str(home), "argv": list(argv)}
         assert self._process.stdin is not None
@@ -156,6 +158,8 @@ class NodeProcess(_Process):
         argv = ["node", "--json", "--until-stdin-closes", "--blocks", "{}:{}".format(*self.blocks)]
         argv += ["--dtype", "float32", "--listen", self._listen, "--data-dir", str(self.home)]
         argv += ["--set", "compute.threads=1", "--set", f"cache_dir={self.home.parent}", *flags]
+        # What is kept for auditors grows for a quarter of an hour by design, and would hide other growth.
+        argv += ["--set", f"serve.evidence_bytes={4 << 20}"]
         for address in bootstrap:
             argv += ["--bootstrap", address]
         self.start(*argv)
@@ -174,9 +178,9 @@ class ClientProcess(_Process):
 
     kind = "client"
 
-    def run(self, bootstrap: Sequence[str], seed: int, wait_s: float) -> None:
+    def run(self, bootstrap: Sequence[str], seed: int, wait_s: float, *flags: str) -> None:
         """Start it."""
-        argv = ["--seed", str(seed), "--wait", str(wait_s), "--home", str(self.home)]
+        argv = ["--seed", str(seed), "--wait", str(wait_s), "--home", str(self.home), *flags]
         for address in bootstrap:
             argv += ["--bootstrap", address]
         self.start(*argv)

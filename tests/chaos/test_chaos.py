@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pinfer.node.identity import new_identity
+
 from .chaos import CLIENTS, SPANS, SURVIVORS, run_chaos
+from .fuzz import run_fuzz
+from .mutate import conversations, mutate
 from .schedule import GAP_S, KINDS, MOST_AT_ONCE, RECOVERY_S, Fault, plan_faults
+from .soak import run_soak
 
 
 def plan(seed: int, duration_s: float = 600.0) -> list[Fault]:
@@ -57,3 +63,26 @@ def test_whatever_was_promised_arrives(tmp_path: Path) -> None:
     assert outcome.failures == [], outcome.report()
     assert outcome.generations > 20
     assert sum(outcome.faults.values()) > 5
+
+
+@pytest.mark.slow
+def test_many_sessions_leave_nothing_behind(tmp_path: Path) -> None:
+    outcome = run_soak(300, 40, 0, tmp_path)
+    assert outcome.failures == [], outcome.report()
+
+
+@pytest.mark.slow
+def test_an_honest_client_is_served_while_all_protocols_are_fed_nonsense(tmp_path: Path) -> None:
+    """How much it is slowed is for a longer run to say: here it only must not come to a halt."""
+    outcome = run_fuzz(1500, 200.0, 3, tmp_path, most_slowed=5.0)
+    assert outcome.failures == [], outcome.report()
+    assert len(outcome.frames) >= 10
+
+
+@given(st.randoms(use_true_random=False))
+def test_what_is_mutated_is_never_what_it_was(rng: random.Random) -> None:
+    attacker = new_identity()
+    talks = conversations("ab" * 16, 320, 8, attacker.peer_id, "/ip4/127.0.0.1/tcp/9", attacker)
+    for talk in talks:
+        for frame in talk.frames:
+            assert mutate(frame, rng) != frame.encode()

@@ -11,7 +11,9 @@ import json
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +35,12 @@ class Vitals:
     connections: int
     streams: int
     sessions: int
+    doing: Mapping[str, int] = field(default_factory=dict[str, int], repr=False)  # tasks by what they run
+
+    def more_doing(self, before: Vitals) -> dict[str, int]:
+        """The tasks that were not there before."""
+        more = {name: count - before.doing.get(name, 0) for name, count in self.doing.items()}
+        return {name: count for name, count in more.items() if count > 0}
 
 
 def install(path: Path) -> None:
@@ -70,7 +78,7 @@ def read_vitals(pid: int, path: Path) -> Vitals:
 
 def describe(vitals: Vitals) -> str:
     """On one line."""
-    return ", ".join(f"{name} {value}" for name, value in asdict(vitals).items())
+    return ", ".join(f"{name} {value}" for name, value in asdict(vitals).items() if name != "doing")
 
 
 def _write(path: Path) -> None:
@@ -79,7 +87,7 @@ def _write(path: Path) -> None:
     draft.replace(path)
 
 
-def _inside() -> dict[str, int]:
+def _inside() -> dict[str, Any]:
     gc.collect()
     yamux: Any = sys.modules["p2pinfer.node.yamux"]
     server: Any = sys.modules.get("p2pinfer.node.server")
@@ -90,5 +98,19 @@ def _inside() -> dict[str, int]:
             streams += len(each._streams)
         elif server is not None and type(each) is server.SpanServer:
             sessions += each.sessions
-    tasks = trio.lowlevel.current_statistics().tasks_living
-    return {"tasks": tasks, "connections": connections, "streams": streams, "sessions": sessions}
+    doing = Counter(_task_names(trio.lowlevel.current_root_task()))
+    return {
+        "tasks": doing.total(),
+        "connections": connections,
+        "streams": streams,
+        "sessions": sessions,
+        "doing": doing,
+    }
+
+
+def _task_names(task: trio.lowlevel.Task | None) -> Iterator[str]:
+    if task is not None:
+        yield task.name
+        for nursery in task.child_nurseries:
+            for child in nursery.child_tasks:
+                yield from _task_names(child)

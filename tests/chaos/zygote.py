@@ -67,6 +67,10 @@ def _note_child(signum: int, frame: FrameType | None) -> None:
     """Python writes to the wakeup descriptor only for signals that have a handler."""
 
 
+def _end(signum: int, frame: FrameType | None) -> None:
+    os._exit(0)
+
+
 def _reap(children: set[int]) -> None:
     for pid in list(children):
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -89,6 +93,7 @@ def _become(asked: dict[str, Any], life: int) -> None:
         os.dup2(opened, number)
         os.close(opened)
     vitals.install(home / "vitals.json")
+    signal.signal(signal.SIGUSR1, _end)  # until the client listens for it
     try:
         if asked["kind"] == "client":
             client.main(asked["argv"])
