@@ -145,9 +145,11 @@ class _Block:
         self._mlp = load_mlp(architecture, weights)
         output_norm = family.mlp_output_norm
         self._mlp_output_norm = norm(output_norm, hidden) if output_norm else None
+        self._stepwise = False
 
     def stepwise(self) -> _Block:
         plain = copy(self)
+        plain._stepwise = True
         for name, part in vars(self).items():
             if isinstance(part, Norm):
                 setattr(plain, name, part.stepwise())
@@ -159,7 +161,7 @@ class _Block:
         if self._query_norm and self._key_norm:
             queries.copy_(self._query_norm(queries))
             keys.copy_(self._key_norm(keys))
-        rotate(heads[:, : self._turned], rotation)
+        rotate(heads[:, : self._turned], rotation, stepwise=self._stepwise)
         output = self._output(attention.attend(index, queries, heads[:, self._heads :]))
         if self._attention_output_norm:
             output = self._attention_output_norm(output)

@@ -35,9 +35,12 @@ class Rope:
         return Rotation(cos.to(dtype), sin.to(dtype))
 
 
-def rotate(heads: Tensor, rotation: Rotation) -> None:
-    """Turn `heads`, (tokens, any number of heads, head_dim), in place."""
+def rotate(heads: Tensor, rotation: Rotation, *, stepwise: bool = False) -> None:
+    """Turn `heads`, (tokens, any number of heads, head_dim), in place; see `Blocks.stepwise`."""
     swapped = heads.roll(heads.shape[-1] // 2, -1)
+    if stepwise:
+        heads.mul_(rotation.cos).add_(swapped * rotation.sin)
+        return
     heads.mul_(rotation.cos).addcmul_(swapped, rotation.sin)
 
 

@@ -9,7 +9,6 @@ is none exceeds them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -30,16 +29,16 @@ class Verdict(Enum):
 class Thresholds:
     """What is still fair. Ratios are in units of bfloat16's rounding."""
 
-    chunk: float = 1.22  # of a chunk's median token; above it fails
-    suspect: float = 1.18  # the same; above it is suspect
+    chunk: float = 1.21  # of a chunk's median token; above it fails
+    suspect: float = 1.17  # the same; above it is suspect
     shared: float = 0.45  # square of what a chunk's tokens deviate by in common
-    upper: float = 2.5  # of the worst tenth of a chunk's tokens
-    token: float = 8.0  # of any token
-    first: float = 50.0  # of the sequence's first token, where rounding follows no rule
-    logit_chunk: float = 1.5  # of a chunk's median token, by its effect on the logits
-    logit_token: float = 8.0  # of any token, by its effect on the logits
+    upper: float = 2.2  # of the worst tenth of a chunk's tokens
+    token: float = 6.0  # of any token
+    first: float = 8.0  # of the sequence's first token, whose activations are unlike all others
+    logit_chunk: float = 2.0  # of a chunk's median token, by its effect on the logits
+    logit_token: float = 10.0  # of any token, by its effect on the logits
     flip_margin: float = 0.1  # lead, as a difference of probabilities, that the likeliest token may lose
-    full_chunk: int = 24  # tokens; the median of fewer strays further, so its limits widen
+    full_chunk: int = 24  # tokens; the median of fewer strays further, and its limits with it
     least_tokens: int = 8  # fewer than these, together, cannot pass
 
 
@@ -113,8 +112,8 @@ def _ratios(chunk: ChunkDeviation, limits: Thresholds) -> Iterator[tuple[str, fl
 
 
 def _widened(limit: float, chunk: ChunkDeviation, limits: Thresholds) -> float:
-    """A median's limit for this chunk: its distance from 1 grows as a mean's error does."""
-    return 1 + (limit - 1) * math.sqrt(max(1.0, limits.full_chunk / chunk.tokens))
+    """A median's limit for this chunk; few tokens share much of their rounding, above all the first ones."""
+    return 1 + (limit - 1) * max(1.0, limits.full_chunk / chunk.tokens)
 
 
 def _exceeds(value: float, limit: float) -> str:
