@@ -20,7 +20,8 @@ class ServeConfig:
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along
     client_batch_steps: int = 32  # decode steps of one client in one batch, while another one waits
     replay_bytes: int = 1 << 30  # host memory for the replay logs of all sessions, bytes
-    replay_bytes_per_session: int = 512 << 20  # of it, what one session may reserve, bytes
+    replay_bytes_per_session: int = 512 << 20  # of it; a longer session is replayed from further up
+    max_relinks: int = 64  # how often the client of one session may give this hop another successor
     evidence_bytes: int = 256 << 20  # host memory for what receipts name, for whoever checks it, bytes
     evidence_keep_s: float = 900.0  # how long after a session's last step that is kept
     lease_s: float = 300.0  # a session idle this long is closed, seconds
@@ -33,6 +34,7 @@ class ServeConfig:
     announce_min_gap_s: float = 5.0  # between announcements when much changes
     settle_s: float = 2.0  # how long a newcomer waits for the swarm's table before it picks a span
     leave_timeout_s: float = 3.0  # for the farewell on the way out
+    drain_s: float = 8.0  # after that, until the sessions that run have been handed over
 
     def __post_init__(self) -> None:
         for each in fields(self):

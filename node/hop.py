@@ -7,14 +7,19 @@ the outbox, and one task sends. So reading, computing and sending of successive 
 prompt keeps every hop of a route at work. What is between `accept` and the outbox's end is in flight, and
 bounded: a peer that sends more than it may is cut off rather than read slowly, because a reader that pauses
 for seconds makes libp2p kill the connection under everybody.
+
+The session's client, and nobody else, may change the neighbours while the session runs: `expect` lets
+another peer feed it, `switch` has the outputs go elsewhere. Steps with `replay` come from somebody's log and
+stop here or a few hops on; what they leave behind is the cache and the log of a session that never broke.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 import trio
@@ -27,11 +32,14 @@ from p2pinfer.models.span import BlockSpan
 
 from .config import ServeConfig
 from .evidence import EvidenceStore
+from .link import Link
 from .notary import Notary
 from .replay import ReplayLog
 from .tensors import check_finite, encode_hidden, view_hidden
-from .wire import Bill, FrameStream, Open, RefusalCode, Refused, Result, Step, printable
+from .wire import Bill, Filled, FrameStream, Leaving, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
+
+_MAX_PREDECESSORS: Final = 3  # expected at once: one that feeds us, one that is to, one given up meanwhile
 
 
 class Refusal(Exception):
@@ -51,13 +59,15 @@ class _Output:
     received: bytearray
     done: Done
     arrived_at: float
+    feeder: FrameStream  # where the step came from
 
 
 class HopSession:
     """The state of one session on this hop, from its admission to its end.
 
     `opening` is what the client asked for; `lease` and `replay` are its reservations, which `close` gives
-    back. `successor` is None on the last hop: outputs then return to the client on `control`.
+    back. Outputs go out on `link`; on the last hop they return to the client on `control`. `link` is None
+    there, before the successor is reached, and after it is lost; `standby` is to take its place.
     """
 
     def __init__(
@@ -77,20 +87,25 @@ class HopSession:
         self.opening = opening
         self.client_id = client_id
         self.control = control
-        self.successor: FrameStream | None = None
+        self.link: Link | None = None
+        self.standby: Link | None = None
         self.ended_by: Refusal | None = None
         self.tokens_computed = 0
         self.last_active = trio.current_time()
         self._hidden_size = hidden_size
         self._span = BlockSpan(opening.start, opening.stop)
         self._lease = lease
-        self._replay = replay
+        self.replay = replay
         self._worker = worker
         self._config = config
         self._notary = notary
         self._evidence = evidence
         self._epoch = 0
+        self._least_epoch = 0  # of steps that are still sent on
         self._expected_position = 0  # where the next step may begin at the latest
+        self._predecessors = [opening.predecessor or client_id]  # the last one named takes over
+        self._feeds: dict[str, trio.CancelScope] = {}  # of the chain streams that they have attached
+        self._replayer: FrameStream | None = None  # where the last step with `replay` came from
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._rollbacks: list[tuple[int, int]] = []  # (epoch, position) of steps that superseded others
@@ -100,20 +115,53 @@ class HopSession:
         self._scopes: list[trio.CancelScope] = []
         self._outbox_in, self._outbox_out = trio.open_memory_channel[_Output](config.max_steps_in_flight)
 
-    @property
-    def predecessor_id(self) -> str:
-        """The only peer that may send steps to this session."""
-        return self.opening.predecessor or self.client_id
+    def expects(self, peer_id: str) -> bool:
+        """Whether this peer may attach and feed the session."""
+        return peer_id in self._predecessors
 
-    def accept(self, step: Step, payload: bytearray) -> None:
-        """Check a step and hand it to the worker.
+    def expect(self, peer_id: str) -> None:
+        """Let this peer feed the session too, and alone as soon as it sends a step that is no replay."""
+        self.last_active = trio.current_time()
+        if peer_id in self._predecessors:
+            self._predecessors.remove(peer_id)
+        self._predecessors.append(peer_id)
+        self._cut_off(self._predecessors[:-_MAX_PREDECESSORS])
+
+    @contextmanager
+    def feeding(self, peer_id: str) -> Generator[None]:
+        """Whatever runs inside is cancelled when the peer is cut off, or attaches anew."""
+        with trio.CancelScope() as scope:
+            if (former := self._feeds.get(peer_id)) is not None:
+                former.cancel()
+            self._feeds[peer_id] = scope
+            try:
+                yield
+            finally:
+                if self._feeds.get(peer_id) is scope:
+                    del self._feeds[peer_id]
+
+    def _cut_off(self, peer_ids: list[str]) -> None:
+        for peer_id in peer_ids:
+            self._predecessors.remove(peer_id)
+            if (feed := self._feeds.get(peer_id)) is not None:
+                feed.cancel()
+
+    def accept(self, step: Step, payload: bytearray, feeder: FrameStream) -> None:
+        """Check a step that came on the stream `feeder` and hand it to the worker.
 
         Raises:
             ProtocolViolation: The step does not follow from the ones before, or is larger than agreed.
         """
         arrived_at = time.perf_counter()
-        self._check(step, len(payload))
-        hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, self.predecessor_id)
+        peer_id = feeder.peer_id
+        if not self.expects(peer_id):
+            return  # cut off, and what it had sent before still comes in
+        self._check(step, len(payload), peer_id)
+        hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, peer_id)
+        if step.replay:
+            self._replayer = feeder
+        elif peer_id == self._predecessors[-1]:
+            self._cut_off(self._predecessors[:-1])
         if step.epoch > self._epoch:
             self._rollbacks.append((step.epoch, step.position))
         self._epoch = step.epoch
@@ -126,10 +174,10 @@ class HopSession:
                 Chunk(self._lease, step.position, hidden),
                 self._span,
                 is_stale=lambda: self._is_superseded(step),
-                on_done=lambda done: self._on_done(_Output(step, payload, done, arrived_at)),
+                on_done=lambda done: self._on_done(_Output(step, payload, done, arrived_at, feeder)),
                 submitted_at=arrived_at,
                 client=self.client_id,
-                check=lambda: self._check_values(hidden),
+                check=lambda: self._check_values(hidden, peer_id),
                 encode=lambda output: self._encode(step, output),
             )
         )
@@ -142,10 +190,9 @@ class HopSession:
     @property
     def reserved_replay_bytes(self) -> int:
         """Bytes of the replay log that are kept for this session."""
-        return self._replay.reserved_bytes if self._replay is not None else 0
+        return self.replay.reserved_bytes if self.replay is not None else 0
 
-    def _check(self, step: Step, payload_bytes: int) -> None:
-        peer = self.predecessor_id
+    def _check(self, step: Step, payload_bytes: int, peer: str) -> None:
         if step.epoch < self._epoch:
             raise ProtocolViolation(f"step {step.number} is of epoch {step.epoch} after {self._epoch}", peer)
         if step.position > self._expected_position:
@@ -166,10 +213,10 @@ class HopSession:
         if self._bytes_in_flight + payload_bytes > self._config.max_bytes_in_flight:
             raise ProtocolViolation(f"more than {self._config.max_bytes_in_flight} bytes in flight", peer)
 
-    def _check_values(self, hidden: Tensor) -> None:
+    def _check_values(self, hidden: Tensor, peer: str) -> None:
         """In the worker's thread: what is not finite must not reach the cache, nor may what follows."""
         try:
-            check_finite(hidden, self.predecessor_id)
+            check_finite(hidden, peer)
         except WrongOutput:
             self._is_spoilt = True
             raise
@@ -221,22 +268,54 @@ class HopSession:
         returned = step.returns if successor is None else step.tokens
         receipts = (*step.receipts, await self._attest(output, payload, returned))
         bills = (*step.bills, self._bill(output))
-        if successor is None:
+        if self.replay is not None:
+            self.replay.append(step.position, step.tokens, payload)
+        link = self.link
+        if step.replay == 1 or (step.replay and successor is None):
+            await self._confirm(output.feeder, step.number)
+        elif successor is None:
             result = Result(step.number, step.epoch, step.returns, bills, receipts)
             await self.control.send(result, payload)
-            return
-        assert self._replay is not None
-        self._replay.append(step.position, step.tokens, payload)
-        if self.successor is None:
-            return  # lost; the client knows and will decide
-        try:
-            await self.successor.send(msgspec.structs.replace(step, bills=bills, receipts=receipts), payload)
-        except PeerVanished as exc:
-            lost, self.successor = successor.peer_id, None
-            await self.refuse("successor_vanished", f"the next hop is gone: {exc}", lost)
+        elif link is not None and step.epoch >= self._least_epoch:  # else the client will send it again
+            replay = max(0, step.replay - 1)
+            onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)
+            try:
+                await link.send(onward, payload)
+            except PeerVanished as exc:
+                await self.lose(link, str(exc))
+
+    async def _confirm(self, feeder: FrameStream, number: int) -> None:
+        with suppress(PeerVanished):  # whoever replays may be given up like anybody else
+            await feeder.send(Filled(number))
+
+    async def pass_on(self, filled: Filled) -> None:
+        """Tell whoever replayed through this hop that the hops behind have it all."""
+        if self._replayer is not None:
+            await self._confirm(self._replayer, filled.number)
+
+    def switch(self, link: Link, epoch: int) -> Link | None:
+        """Have outputs of `epoch` and later go out on `link`, and no others; returns the former link."""
+        former, self.link = self.link, link
+        self.standby = None
+        self._least_epoch = epoch
+        return former
+
+    async def lose(self, link: Link, why: str) -> None:
+        """Do without a link that broke, and tell the client if steps were to go out on it.
+
+        Raises:
+            PeerVanished: The client is gone.
+        """
+        if link is self.standby:
+            self.standby = None
+        elif link is self.link:
+            self.link = None
+            await self.refuse("successor_vanished", f"the next hop is gone: {why}", link.peer_id)
 
     async def _attest(self, output: _Output, payload: bytes, returned: int) -> bytes:
         """Our receipt for a step; what it names is kept for whoever may want to check it."""
+        if output.feeder is not self.control:
+            self._notary.predecessor = output.feeder.peer_id
         signed = await self._notary.attest(output.step, output.received, payload, returned)
         contents = (
             (signed.receipt_digest, signed.receipt),
@@ -258,6 +337,11 @@ class HopSession:
             PeerVanished: The client is gone.
         """
         await self.control.send(Refused(code, printable(message), about_peer))
+
+    async def say_leaving(self, seconds: float) -> None:
+        """Tell the client that this hop is there for so many seconds more; quiet if the client is gone."""
+        with suppress(PeerVanished):
+            await self.control.send(Leaving(seconds))
 
     @contextmanager
     def scope(self) -> Generator[None]:
@@ -287,8 +371,8 @@ class HopSession:
         self._closed = True
         self._outbox_in.close()
         self._worker.release(self._lease)
-        if self._replay is not None:
-            self._replay.release()
+        if self.replay is not None:
+            self.replay.release()
 
 
 def _us(seconds: float) -> int:

@@ -214,12 +214,14 @@ class _Node:
                 return better
             finally:
                 server.refuse_newcomers()
-                with trio.CancelScope(shield=True), trio.move_on_after(self._serve.leave_timeout_s):
-                    await offer.withdraw()
+                with trio.CancelScope(shield=True):
+                    with trio.move_on_after(self._serve.leave_timeout_s):
+                        await offer.withdraw()
+                    if not moving:
+                        self._report(Leaving(server.sessions))
+                        await server.drain(self._serve.drain_s)
                 # The host would keep the server, and with it the blocks, while the next ones are loaded.
                 server.unregister()
-                if not moving:
-                    self._report(Leaving(server.sessions))
 
     async def _until_needed_elsewhere(
         self, spec: ModelSpec, member: SwarmMember, offer: Offer, server: SpanServer, may_move: bool

@@ -40,9 +40,14 @@ class Attestation:
 
 
 class Notary:
-    """The hop's end of one chain of receipts; its steps come in the order in which they were computed."""
+    """The hop's end of one chain of receipts; its steps come in the order in which they were computed.
+
+    Attributes:
+        predecessor: The hop that they come from; None is the client. It may change while the session runs.
+    """
 
     def __init__(self, opening: Open, dtype: str, sign: Sign) -> None:
+        self.predecessor = opening.predecessor
         self._opening = opening
         self._dtype = dtype
         self._sign = sign
@@ -87,7 +92,7 @@ class Notary:
 
     def _compare_with_predecessor(self, step: Step, received: bytes) -> None:
         """What it signed and what it sent must agree, or the blame for its output would be ours."""
-        predecessor = self._opening.predecessor
+        predecessor = self.predecessor
         if predecessor is None or not step.receipts:
             return
         try:

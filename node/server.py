@@ -10,19 +10,20 @@ whatever ends it touches no other session.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from p2pinfer.errors import CacheFull, PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
+from p2pinfer.errors import CacheFull, PeerVanished, ProtocolViolation
 from p2pinfer.models.cache import CacheLease, PagedCache
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 
 from .config import ServeConfig
+from .control import SessionControl, ending
 from .events import Event, SessionClosed, SessionOpened, SessionRefused
 from .evidence import EvidenceStore
 from .hop import HopSession, Refusal
@@ -35,6 +36,7 @@ from .tensors import row_bytes
 from .wire import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
+    Alive,
     Attach,
     Attached,
     End,
@@ -43,10 +45,10 @@ from .wire import (
     Open,
     Opened,
     Pace,
+    Probe,
     Refused,
     SessionId,
     Step,
-    Successor,
     printable,
 )
 from .worker import Worker
@@ -88,7 +90,7 @@ class SpanServer:
         self._replay_budget = ReplayBudget(config.replay_bytes)
         self._evidence = evidence  # it outlives a span: who moved still answers for what it did
         self._sessions: dict[SessionId, HopSession] = {}
-        self._admitted = trio.Event()  # set, and replaced, whenever a session is let in
+        self._changed = trio.Event()  # set, and replaced, whenever a session begins, ends or expects another
         self._leaving = False
         self._pace = Pace(config.frame_timeout_s, config.min_bytes_per_s)
 
@@ -115,6 +117,20 @@ class SpanServer:
     def refuse_newcomers(self) -> None:
         """Let nobody in any more; sessions that run go on."""
         self._leaving = True
+
+    async def drain(self, within_s: float) -> None:
+        """Have the clients of all sessions go on elsewhere; returns when they have, or the time is over."""
+        self.refuse_newcomers()
+        with trio.move_on_after(within_s):
+            async with trio.open_nursery() as nursery:
+                for session in self._sessions.values():
+                    nursery.start_soon(session.say_leaving, within_s)
+            while self._sessions:
+                await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     # ------------------------------------------------------------------ the client's stream
 
@@ -173,8 +189,7 @@ class SpanServer:
             evidence=self._evidence,
         )
         self._sessions[opening.session] = session
-        self._admitted.set()
-        self._admitted = trio.Event()
+        self._notify()
         self._host.counts.add("sessions_opened")
         blocks = (opening.start, opening.stop)
         self._report(SessionOpened(client_id, blocks, opening.max_tokens, self.sessions))
@@ -203,12 +218,7 @@ class SpanServer:
         if opening.successor is None:
             return None
         size = opening.max_tokens * row_bytes(self._served.spec.hidden_size, opening.codec)
-        if size > config.replay_bytes_per_session:
-            raise Refusal(
-                "cache_full",
-                f"{opening.max_tokens} tokens take {size} bytes of replay log, and a session may have "
-                f"{config.replay_bytes_per_session}",
-            )
+        size = min(size, config.replay_bytes_per_session)
         try:
             replay = ReplayLog(budget, size)
         except CacheFull as exc:
@@ -221,15 +231,11 @@ class SpanServer:
     async def _run(self, session: HopSession) -> None:
         """Everything between a session's admission and its end."""
         try:
-            with session.scope():
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._link_and_forward, session)
-                    nursery.start_soon(self._watch_lease, session)
-                    with ending(session, client_gone="the client vanished"):
-                        await self._read_control(session)
+            await SessionControl(session, self._host, self._config, self._opened(), self._notify).run()
         finally:
             session.close()
             del self._sessions[session.opening.session]
+            self._notify()
             reason = str(session.ended_by) if session.ended_by else "done"
             if session.ended_by is not None:
                 self._host.counts.add("refusals", session.ended_by.code)
@@ -243,30 +249,6 @@ class SpanServer:
                     await session.refuse(refusal.code, str(refusal), refusal.about_peer)
             await session.control.end()
 
-    async def _read_control(self, session: HopSession) -> None:
-        """Until the client says `End`: its steps if it feeds us itself, and nothing else."""
-        while True:
-            message, payload = await session.control.receive()
-            match message:
-                case Step() if session.opening.predecessor is None:
-                    session.accept(message, payload)
-                case End():
-                    return session.end(None)
-                case _:
-                    raise ProtocolViolation(f"{type(message).__name__} in the middle of a session")
-
-    async def _link_and_forward(self, session: HopSession) -> None:
-        with ending(session, client_gone="the client vanished"):
-            if session.opening.successor is not None:
-                session.successor = await self._attach(session, session.opening.successor)
-            try:
-                await session.control.send(self._opened())
-                await session.forward()
-            finally:
-                if session.successor is not None:
-                    with trio.CancelScope(shield=True), trio.move_on_after(1):
-                        await session.successor.end()
-
     def _opened(self) -> Opened:
         config = self._config
         return Opened(
@@ -276,33 +258,6 @@ class SpanServer:
             config.max_bytes_in_flight,
         )
 
-    async def _attach(self, session: HopSession, successor: Successor) -> FrameStream:
-        """A chain stream to `successor`, which has agreed to take this session's steps from us."""
-        peer_id = successor.peer_id
-        try:
-            with trio.fail_after(self._config.dial_timeout_s):
-                stream = await self._host.open_stream(peer_id, CHAIN_PROTOCOL, successor.addrs)
-                chain = self._frames(stream)
-                try:
-                    await chain.send(Attach(session.opening.session))
-                    reply, _ = await chain.receive()
-                    if not isinstance(reply, Attached):
-                        raise PeerRefused(f"it answered {reply}", peer_id)
-                except BaseException:
-                    await stream.reset()
-                    raise
-        except (PeerError, trio.TooSlowError) as exc:
-            # What happened at which address is for our own log: a client could scan our network with it.
-            logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
-            raise Refusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
-        return chain
-
-    async def _watch_lease(self, session: HopSession) -> None:
-        lease_s = self._config.lease_s
-        while (deadline := session.last_active + lease_s) > trio.current_time():
-            await trio.sleep_until(deadline)
-        session.end(Refusal("lease_expired", f"no step for {lease_s:g} s"))
-
     # ------------------------------------------------------------------ the predecessor's stream
 
     async def _answer_predecessor(self, stream: PeerStream) -> None:
@@ -311,33 +266,41 @@ class SpanServer:
             attach = await self._first_message(chain)
             if not isinstance(attach, Attach):
                 raise ProtocolViolation(f"a chain stream begins with {type(attach).__name__}", stream.peer_id)
-            session = await self._await_session(attach.session)
-            if session is None or session.opening.predecessor != stream.peer_id:
+            session = await self._await_session(attach.session, stream.peer_id)
+            if session is None:
                 await chain.send(Refused("no_session", "no session here expects you as its predecessor"))
                 await chain.end()
                 return
             chain.max_payload_bytes = self._largest_payload
-            await chain.send(Attached())
-            with session.scope(), ending(session):
+            with session.scope(), session.feeding(stream.peer_id), ending(session):
+                await chain.send(Attached())
                 await self._read_chain(session, chain)
+            with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
+                await chain.end()  # so that it is no broken stream to the predecessor
 
     async def _read_chain(self, session: HopSession, chain: FrameStream) -> None:
         while True:
             message, payload = await chain.receive()
             match message:
                 case Step():
-                    session.accept(message, payload)
+                    session.accept(message, payload, chain)
+                case Probe():
+                    await chain.send(Alive(message.number))
                 case End():
                     return
                 case _:
                     raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
 
-    async def _await_session(self, session_id: SessionId) -> HopSession | None:
-        """The session of that id; the client's own message may still be on its way."""
+    async def _await_session(self, session_id: SessionId, peer_id: str) -> HopSession | None:
+        """The session of that id that expects the peer; the client's own word may still be on its way."""
         with trio.move_on_after(self._config.handshake_timeout_s):
-            while session_id not in self._sessions:
-                await self._admitted.wait()
-        return self._sessions.get(session_id)
+            while True:
+                changed = self._changed
+                session = self._sessions.get(session_id)
+                if session is not None and session.expects(peer_id):
+                    return session
+                await changed.wait()
+        return None
 
     # ------------------------------------------------------------------ both
 
@@ -354,24 +317,3 @@ class SpanServer:
             message, _ = await frames.receive()
             return message
         raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
-
-
-@contextmanager
-def ending(session: HopSession, client_gone: str | None = None) -> Generator[None]:
-    """What a peer does wrong inside ends the session, and nothing else.
-
-    A stream that breaks ends it only if it is the client's, and `client_gone` says so; a predecessor that
-    vanishes may be replaced.
-    """
-    try:
-        yield
-    except Refusal as refusal:
-        session.end(refusal)
-    except ProtocolViolation as exc:
-        session.end(Refusal("protocol", str(exc), exc.peer_id))
-    except WrongOutput as exc:
-        session.end(Refusal("wrong_input", str(exc), exc.peer_id))
-    except PeerVanished as exc:
-        logger.debug("session.stream_lost peer=%s why=%s", exc.peer_id, exc)
-        if client_gone:
-            session.end(Refusal("no_session", client_gone))

@@ -40,6 +40,7 @@ RefusalCode: TypeAlias = Literal[
     "no_session",  # the session to attach to is not known, or not yours
     "successor_unreachable",  # the next hop could not be dialled, or did not let us attach
     "successor_vanished",  # the next hop is gone in the middle of the session
+    "no_replay",  # the replay log does not reach back as far as was asked
     "lease_expired",  # the session was idle too long
     "wrong_input",  # a tensor came in that is not finite
     "protocol",  # a frame that the protocol does not allow
@@ -123,6 +124,9 @@ class Step(_Message, frozen=True, tag="step"):
 
     A position below the cache's length rolls the cache back to it. A step of a higher `epoch` supersedes the
     queued steps of lower ones that begin at or after its position: they are dropped unread.
+
+    With `replay` it only fills caches and replay logs, of as many hops, the receiver being the first: nobody
+    answers it with a `Result`, but the last of them says `Filled`.
     """
 
     number: Count
@@ -132,6 +136,13 @@ class Step(_Message, frozen=True, tag="step"):
     returns: Count  # how many of the last positions the client wants back from the last hop
     bills: Bills = ()
     receipts: Receipts = ()
+    replay: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+
+
+class Filled(_Message, frozen=True, tag="filled"):
+    """Hop to whoever fed it: a step with `replay` is in the caches of all hops it was meant for."""
+
+    number: Count
 
 
 class Result(_Message, frozen=True, tag="result"):
@@ -152,11 +163,85 @@ class Refused(_Message, frozen=True, tag="refused"):
     peer_id: Annotated[str, msgspec.Meta(max_length=128)] = ""  # the peer it is about, if another one
 
 
+class Expect(_Message, frozen=True, tag="expect"):
+    """Client to hop: let this peer attach as well. With its first step of its own, others are cut off."""
+
+    predecessor: PeerIdText
+
+
+class Relink(_Message, frozen=True, tag="relink"):
+    """Client to hop: stand ready to send to `successor`, and send it positions `[start, stop)` of the log.
+
+    They go as steps of `epoch` with `replay`, of at most `chunk_tokens` each, no more than `window` of them
+    not `Filled` yet; a link to that peer is made unless there is one. With `switch` the link then takes the
+    place of the former one, and steps of lower epochs are not sent on any more.
+    """
+
+    number: Count
+    successor: Successor
+    start: Count
+    stop: Count
+    replay: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    epoch: Count
+    switch: bool
+    chunk_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 256
+    window: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
+
+
+class Relinked(_Message, frozen=True, tag="relinked"):
+    """Hop to client: done, or the reason why not.
+
+    Without `switch` everything replayed has been `Filled`; with it, everything has been sent.
+    """
+
+    number: Count
+    problem: RefusalCode | None = None
+
+
+class Probe(_Message, frozen=True, tag="probe"):
+    """Client to hop, and hop to successor: are you there? The event loop answers, whatever is computed.
+
+    A hop that is asked by its client asks its successor in turn, and waits `within_ms` for the answer.
+    """
+
+    number: Count
+    within_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 0
+
+
+class Alive(_Message, frozen=True, tag="alive"):
+    """The answer to `Probe`, and whether the hop's successor answers; None where there is none to ask."""
+
+    number: Count
+    successor: bool | None = None
+
+
+class Leaving(_Message, frozen=True, tag="leaving"):
+    """Hop to client: this node stops in so many seconds; have another one take over."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
 class End(_Message, frozen=True, tag="end"):
     """Nothing follows on this stream."""
 
 
-Message: TypeAlias = Open | Opened | Attach | Attached | Step | Result | Refused | End
+Message: TypeAlias = (
+    Open
+    | Opened
+    | Attach
+    | Attached
+    | Step
+    | Filled
+    | Result
+    | Refused
+    | Expect
+    | Relink
+    | Relinked
+    | Probe
+    | Alive
+    | Leaving
+    | End
+)
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)

@@ -39,6 +39,7 @@ from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
 
 from .asking import PolicyDesk
 from .audit import Auditor, AuditTally
+from .failover import Gap
 from .generate import Generation, GenerationConfig, new_state
 from .keeping import kept_ledger
 from .patience import Patience, Waiting
@@ -306,16 +307,31 @@ class Client:
                 config=self._session_config,
                 keep_steps=bool(chosen),
                 on_closed=closed,
+                replanner=self,
+                shunned=excluded,
             )
         except PeerError as exc:
-            outcome = RouteOutcome(ok=False, error=str(exc), failed_peer=exc.peer_id or None)
-            if isinstance(exc, PeerRefused):  # it has no room, say: no reason to rely on it less
-                if exc.is_passing:
-                    self._resting.rest(exc.peer_id, trio.current_time())
-                self._desk.tell(route, outcome)
-            else:
-                self.route_ended(route, outcome)
+            self.hop_failed(route, exc)
             raise
+
+    async def replacement(self, gap: Gap) -> Route:
+        """The policy's best hops for blocks that a running session lost; does not wait for peers to appear.
+
+        Raises:
+            NoRoute: Nobody else serves them, as far as is known.
+        """
+        resting = self._resting.peers(trio.current_time())
+        return await self._ask_policy(gap.tokens, gap.excluded | resting, gap)
+
+    def hop_failed(self, route: Route, error: PeerError) -> None:
+        """Note that a hop of `route` failed or refused, and tell the policy."""
+        outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
+        if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
+            if error.is_passing:
+                self._resting.rest(error.peer_id, trio.current_time())
+            self._desk.tell(route, outcome)
+        else:
+            self.route_ended(route, outcome)
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
@@ -343,7 +359,8 @@ class Client:
                 await trio.sleep_until(self._resting.next_end())
         return await self._ask_policy(tokens, excluded)
 
-    async def _ask_policy(self, tokens: int, excluded: frozenset[str]) -> Route:
+    async def _ask_policy(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
+        """The policy's first choice for all blocks, or for those of `gap`."""
         spec = self._source.spec
         candidates = [
             Candidate(peer.announcement, peer.rtt_ms, relayed=peer.connection == "relayed")
@@ -357,6 +374,11 @@ class Client:
             excluded,
             self._member.coordinate,
         )
+        if gap is not None:
+            by_id = {candidate.peer_id: candidate for candidate in candidates}
+            source = by_id.get(gap.before.peer_id) if gap.before else None
+            sink = by_id.get(gap.after.peer_id) if gap.after else None
+            request = replace(request, span=gap.span, source=source, sink=sink)
         self.ledger.advance(time.time())
         routes = await self._desk.choose_routes(candidates, request, self.ledger)
         return routes[0]

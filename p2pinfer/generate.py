@@ -1,8 +1,9 @@
 """From a prompt to text: tokens, hidden states, a session, logits, a draw, text.
 
-A generation holds everything that is needed to start over: the token ids so far. When its session fails it
-plans another route without the peer that failed, pushes the ids through as one prefill and goes on. A draw
-depends on the seed and the position alone, so the text is the one an undisturbed run would have given.
+A session replaces hops that fail by itself. A generation holds everything that is needed to start over all
+the same: the token ids so far. When its session is beyond repair it plans another route without the peers
+that failed, pushes the ids through as one prefill and goes on. A draw depends on the seed and the position
+alone, so the text is the one an undisturbed run would have given.
 
 Where there is no other route it waits, first for news and then, ever more slowly, for those that failed to be
 back. When its patience is at an end it raises `Unfinished`, whose token goes on from there, in any process.
@@ -284,13 +285,28 @@ class Generation:
                 len(self._prompt_ids) + self._max_new_tokens, self._excluded
             )
             self._session_began = (time.perf_counter(), len(self._token_ids))
+            self._session.recall = self._recall
+            self._note_route(self._session.route)
+            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
+            hidden = await self._session.prefill(embedded, 0)
+        else:
+            hidden = await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
+        self._note_route(self._session.route)
+        return hidden
+
+    def _recall(self, start: int, stop: int) -> Tensor:
+        """What a session was given at past positions, (tokens, hidden_size)."""
+        return self._ends.embed((*self._prompt_ids, *self._token_ids)[start:stop])
+
+    def _note_route(self, route: Route) -> None:
+        """Keep who takes part; hops may have been replaced."""
+        if [(hop.peer_id, hop.span) for hop in route.hops] != [
+            (hop.peer_id, hop.span) for hop in self._route
+        ]:
             self._route = tuple(
                 HopUsed(hop.peer_id, hop.span, self._walker.connection_kind(hop.peer_id))
-                for hop in self._session.route.hops
+                for hop in route.hops
             )
-            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
-            return await self._session.prefill(embedded, 0)
-        return await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
 
     def _draw(self, hidden: Tensor) -> int:
         position = len(self._prompt_ids) + len(self._token_ids)
@@ -324,6 +340,7 @@ class Generation:
         if self._session is not None:
             self._failovers += not overslept
             blamed = blamed or set(self._session.route.peer_ids)
+            blamed |= self._session.failed_peers
             self._settle(None if overslept else error)
             session, self._session = self._session, None
             await session.aclose()
@@ -357,6 +374,7 @@ class Generation:
             per_hop_ms=self._session.per_hop_ms(),
         )
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
+        self._failovers += self._session.failovers
         self._walker.route_ended(self._session.route, outcome)
 
     @property
@@ -394,5 +412,5 @@ class Generation:
                 per_hop,
                 per_step,
             ),
-            self._failovers,
+            self._failovers + (session.failovers if session else 0),
         )

@@ -1,53 +1,56 @@
 """A client's walk along a route: one stream to every hop, steps in at the first, results out of the last.
 
 Steps go out without waiting for one another, so a prompt cut in chunks keeps all hops at work. Results come
-back in the order of their steps. A hop that refuses or vanishes ends the session with a `PeerError` that
-names it; whoever holds the session then plans another route and opens a new one.
+back in the order of their steps.
+
+A hop that fails is replaced while the others keep what they have (`chain.py` says how), and the steps whose
+results are missing are sent again: the caller sees a pause and nothing else. Who takes over is for the
+`replanner` to say. Without one, or when nobody can, the session ends with a `PeerError` that names the hop
+that failed; whoever holds the session then plans another route and opens a new one.
+
+A hop that is busy is not a hop that is dead. While a step takes long every hop is asked for a sign of life,
+which its event loop gives whatever its device computes, and for one of its successor. Who gives none is
+replaced.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import pairwise
 from statistics import median
+from typing import Final
 
+import msgspec
 import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import (
-    PeerError,
-    PeerRefused,
-    PeerUnreachable,
-    PeerVanished,
-    ProtocolViolation,
-    WrongOutput,
-)
+from p2pinfer.errors import NoRoute, PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.host import Host
-from p2pinfer.node.tensors import decode_hidden, encode_hidden, row_bytes
-from p2pinfer.node.wire import (
-    SESSION_PROTOCOL,
-    Bill,
-    Codec,
-    FrameStream,
-    Open,
-    Opened,
-    Refused,
-    Result,
-    Step,
-    Successor,
-)
+from p2pinfer.node.tensors import decode_hidden, encode_hidden
+from p2pinfer.node.wire import Bill, Codec, Refused, Result, Step
 from p2pinfer.reputation.receipt import Payload
-from p2pinfer.routing.route import Hop, Route
+from p2pinfer.routing.route import Route
 
-from .agreed import Agreed, agree
+from .chain import Chain, ChainConfig, Recall, Spare
+from .failover import Faults, Replanner
+from .hop_stream import HopStream, end_all, refusal_error
 from .receipts import PassedStep, ReceiptBook
+
+logger = logging.getLogger(__name__)
+
+_SETTLED_TOKENS: Final = 32  # a spare that lacks no more than this is warm enough to take over
+_MAX_ROUNDS: Final = 6  # of catching up with a session that goes on
+_SLOWEST_BYTES_PER_S: Final = 1 << 20  # what a link carries at least; bytes under way excuse silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class SessionConfig:
     chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
     open_timeout_s: float = 15.0  # until every hop of a route has said yes
     step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
+    probe_after_s: float = 1.0  # after so long without a result, hops are asked for a sign of life
+    probe_timeout_s: float = 1.5  # a hop that gives none in this time counts as dead
+    repair_timeout_s: float = 5.0  # for one try to put others in place of a hop that failed
+    max_repairs: int = 8  # tries in a row
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -74,40 +81,106 @@ class StepTiming:
     bills: tuple[Bill, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A step that has no result yet."""
+
+    step: Step
+    payload: Payload
+
+
 class Session:
-    """An open session on every hop of `route`. Made by `open_session`; close it with `aclose`."""
+    """An open session on every hop of `route`. Made by `open_session`; close it with `aclose`.
+
+    Attributes:
+        opened_route: The hops at the beginning.
+        recall: What went in at past positions. With it the first hop can be replaced too. Called in a thread.
+        failovers: How often hops failed and were replaced.
+        handovers: How often a hop that still worked was replaced.
+    """
 
     def __init__(
         self,
-        route: Route,
+        host: Host,
+        nursery: trio.Nursery,
         spec: ModelSpec,
         codec: Codec,
         config: SessionConfig,
-        streams: Sequence[FrameStream],
-        agreed: Agreed,
-        book: ReceiptBook | None = None,
+        route: Route,
+        max_tokens: int,
+        *,
+        replanner: Replanner | None = None,
+        shunned: frozenset[str] = frozenset(),
         on_closed: Callable[[Session], None] = lambda _: None,
     ) -> None:
-        self.route = route
-        self._agreed = agreed
+        self.session_id = secrets.token_bytes(16)
+        chain_config = ChainConfig(
+            session=self.session_id,
+            spec=spec,
+            codec=codec,
+            max_tokens=max_tokens,
+            chunk_tokens=config.chunk_tokens,
+            chunks_in_flight=config.chunks_in_flight,
+            open_timeout_s=config.open_timeout_s,
+            probe_after_s=config.probe_after_s,
+            probe_timeout_s=config.probe_timeout_s,
+        )
+        self.chain = Chain(host, nursery, chain_config, self)
+        self._faults = Faults(
+            self.chain,
+            replanner,
+            shunned,
+            max_tokens=max_tokens,
+            timeout_s=config.repair_timeout_s,
+            probe_timeout_s=config.probe_timeout_s,
+            max_repairs=config.max_repairs,
+        )
         self.opened_route = route
-        self.book = book
+        self.book: ReceiptBook | None = None
         self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []
+        self.failovers = 0
+        self.handovers = 0
+        self._nursery = nursery
         self._spec = spec
         self._codec: Codec = codec
         self._config = config
-        self._streams = streams
+        self._max_tokens = max_tokens
+        self._replanner = replanner
         self._next_number = 0
-        self._epoch = 0
-        self._failure: PeerError | None = None
-        self._on_closed = on_closed
-        self._awaited: deque[tuple[Step, Payload]] = deque()  # sent and not answered yet, oldest first
+        self._length = 0  # positions whose results have come
+        self._awaited: deque[_Sent] = deque()  # oldest first
+        self._over: PeerError | None = None  # why nothing can be repaired
+        self._turn = trio.Lock()  # held by a step, or by a change of hops between steps
+        self._warming: trio.CancelScope | None = None
+        self._spare: Spare | None = None
+        self._step_sent = trio.Event()
+        self._progress_at = 0.0  # when something last came or went
+        self._watchdog = trio.CancelScope()
+        self._auditor = trio.CancelScope()
         self._receipts_due = trio.Event()
-        # As many as are awaited: `_deliver` lets in no others.
-        self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray]](math.inf)
-        self._watchers = [trio.CancelScope() for _ in (*streams, "receipts")]
+        self._on_closed = on_closed
         self._closed = False
+        # As many results as are awaited, and a None for whatever else is to wake the one who waits.
+        self._results_in, self._results = trio.open_memory_channel[tuple[Result, bytearray] | None](math.inf)
+
+    @property
+    def route(self) -> Route:
+        """The hops that take part at the moment."""
+        return self.chain.route
+
+    @property
+    def recall(self) -> Recall | None:
+        return self.chain.recall
+
+    @recall.setter
+    def recall(self, recall: Recall | None) -> None:
+        self.chain.recall = recall
+
+    @property
+    def failed_peers(self) -> frozenset[str]:
+        """Everybody who failed this session, replaced or not."""
+        return self._faults.shunned | {hop.peer_id for hop in self._faults.failed}
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
         """Push the hidden states of `position`, `position + 1`, ... through every block.
@@ -119,13 +192,14 @@ class Session:
             (tokens, hidden_size), in the session's codec.
 
         Raises:
-            PeerError: A hop refused, vanished, broke protocol or took too long; the session is over.
+            PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
         """
-        started = time.perf_counter()
-        await self._send(hidden, position, returns=len(hidden))
-        result, output = await self._receive()
-        self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
-        return output
+        async with self._turn:
+            started = time.perf_counter()
+            await self._send(hidden, position, returns=len(hidden))
+            result, output = await self._receive()
+            self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
+            return output
 
     async def prefill(self, hidden: Tensor, position: int) -> Tensor:
         """Push a prompt through in chunks that follow each other without waiting.
@@ -136,18 +210,41 @@ class Session:
         Raises:
             PeerError: As for `decode`.
         """
-        agreed = self._agreed
-        chunks = torch.split(hidden, agreed.chunk_tokens)
-        for index, chunk in enumerate(chunks):
-            if index >= agreed.chunks_in_flight:
+        async with self._turn:
+            agreed = self.chain.agreed
+            chunks = torch.split(hidden, agreed.chunk_tokens)
+            for index, chunk in enumerate(chunks):
+                if index >= agreed.chunks_in_flight:
+                    await self._receive()
+                is_last = index == len(chunks) - 1
+                await self._send(chunk, position, returns=1 if is_last else 0)
+                position += len(chunk)
+            for _ in range(min(len(chunks), agreed.chunks_in_flight) - 1):
                 await self._receive()
-            is_last = index == len(chunks) - 1
-            await self._send(chunk, position, returns=1 if is_last else 0)
-            position += len(chunk)
-        for _ in range(min(len(chunks), agreed.chunks_in_flight) - 1):
-            await self._receive()
-        _, last = await self._receive()
-        return last
+            _, last = await self._receive()
+            return last
+
+    async def replace(self, peer_id: str) -> None:
+        """Put others in place of a hop that still works, between two steps; steps go on meanwhile.
+
+        Raises:
+            NoRoute: There is nobody else. The session is as it was, here and in what follows.
+            PeerError: Those who were to take over failed, or a hop of the session did meanwhile.
+            ValueError: The peer is no hop of this session, or another one is being replaced.
+        """
+        hop = next((each for each in self.chain.hops if each.peer_id == peer_id), None)
+        if hop is None or self._warming is not None or self._replanner is None:
+            raise ValueError(f"{peer_id} cannot be replaced: no hop, or not the only one to be replaced")
+        with trio.CancelScope() as self._warming:
+            try:
+                await self._hand_over(hop)
+            finally:
+                self._warming = None
+                if self._spare is not None:
+                    spare, self._spare = self._spare, None
+                    await end_all(spare.hops)
+        if hop in self.chain.hops:
+            raise PeerVanished("a hop failed while another one was being replaced", peer_id)
 
     def per_hop_ms(self) -> tuple[float, ...]:
         """Each hop's median time per decode step, its queue included; empty before the first."""
@@ -158,56 +255,67 @@ class Session:
         """The median decode step as seen from here; 0 before the first."""
         return median(timing.seconds for timing in self.timings) * 1e3 if self.timings else 0.0
 
+    async def aclose(self) -> None:
+        """Tell every hop that the session is over; quick, and quiet about hops that are gone."""
+        self._over = self._over or PeerVanished("the session is closed", self.chain.hops[-1].peer_id)
+        self._watchdog.cancel()
+        self._auditor.cancel()
+        if self._warming is not None:
+            self._warming.cancel()
+        self._results_in.close()
+        if not self._closed:
+            self._closed = True
+            self._on_closed(self)
+        spares = self._spare.hops if self._spare else []
+        await end_all([*self.chain.hops, *spares])
+
+    # ------------------------------------------------------------------ steps and results
+
     async def _send(self, hidden: Tensor, position: int, returns: int) -> None:
-        step = Step(self._next_number, self._epoch, position, len(hidden), returns)
+        step = Step(self._next_number, self.chain.epoch, position, len(hidden), returns)
         self._next_number += 1
-        payload = encode_hidden(hidden, self._codec)
-        self._awaited.append((step, payload))
-        first, limit_s = self._streams[0], self._config.step_timeout_s
+        if self._spare is not None:  # what is rolled back has to be replayed as well
+            self._spare.filled = min(self._spare.filled, position)
+        sent = _Sent(step, encode_hidden(hidden, self._codec))
+        if not self._awaited:
+            self._progress_at = trio.current_time()
+        self._awaited.append(sent)
+        self._step_sent.set()
+        await self._push(sent)
+
+    async def _push(self, sent: _Sent) -> None:
+        """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
+        first, limit_s = self.chain.hops[0], self._config.step_timeout_s
         try:
             with trio.fail_after(limit_s):
-                await first.send(step, payload)
+                await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
-            raise self._failure or exc from exc
-        except trio.TooSlowError as exc:
-            raise PeerVanished(f"it took nothing in for {limit_s:g} s", first.peer_id) from exc
+            self.on_lost(first, exc)
+        except trio.TooSlowError:
+            self.on_lost(first, PeerVanished(f"it took nothing in for {limit_s:g} s", first.peer_id))
 
     async def _receive(self) -> tuple[Result, Tensor]:
-        last = self._streams[-1].peer_id
-        try:
-            with trio.fail_after(self._config.step_timeout_s):
-                result, payload = await self._results.receive()
-        except trio.TooSlowError as exc:
-            # Any hop may have kept it to itself: nobody is named.
-            raise PeerVanished(f"no answer in {self._config.step_timeout_s:g} s") from exc
-        except trio.EndOfChannel as exc:
-            raise self._failure or PeerVanished("the session is closed", last) from exc
-        hidden = decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
-        return result, hidden
-
-    async def watch(self, index: int) -> None:
-        """Read hop `index`'s stream to its end: results from the last hop, refusals from any."""
-        stream = self._streams[index]
-        try:
-            with self._watchers[index]:
-                while True:
-                    message, payload = await stream.receive()
-                    match message:
-                        case Result() if index == len(self._streams) - 1:
-                            self._deliver(message, payload)
-                        case Refused():
-                            raise refusal_error(message, stream.peer_id, self.route)
-                        case _:
-                            raise ProtocolViolation(
-                                f"{type(message).__name__} in the middle of a session", stream.peer_id
-                            )
-        except PeerError as exc:
-            self._fail(exc)
+        """The oldest result that is missing, whatever has to be repaired for it."""
+        limit_s = self._config.step_timeout_s
+        answer: tuple[Result, bytearray] | None = None
+        while answer is None:
+            if self._over or self._faults.first:
+                await self._repair()
+            try:
+                with trio.fail_after(limit_s):
+                    answer = await self._results.receive()
+            except trio.TooSlowError as exc:
+                # Any hop may have kept it to itself: nobody is named.
+                raise PeerVanished(f"no answer in {limit_s:g} s") from exc
+            except trio.EndOfChannel as exc:
+                raise self._over or PeerVanished("the session is closed") from exc
+        result, payload = answer
+        last = self.chain.hops[-1].peer_id
+        return result, decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
 
     async def watch_receipts(self) -> None:
         """Check receipts as they gather, until the session is closed."""
-        assert self.book is not None
-        with self._watchers[-1]:
+        with self._auditor:
             while True:
                 await self._receipts_due.wait()
                 self._receipts_due = trio.Event()
@@ -220,24 +328,32 @@ class Session:
                 await self.book.check()
             except PeerError as exc:
                 self.broken_receipt = exc
-                self._fail(exc)
+                self._over = self._over or exc  # what followed may be wrong as well
+                self._wake()
         return self.broken_receipt
 
-    def _fail(self, error: PeerError) -> None:
-        self._failure = self._failure or error
-        self._results_in.close()
+    # ------------------------------------------------------------------ what hops say
 
-    def _deliver(self, result: Result, payload: bytearray) -> None:
-        last = self._streams[-1].peer_id
+    def on_result(self, stream: HopStream, result: Result, payload: bytearray) -> None:
+        """Take a result that is due; drop one of an epoch that is over."""
+        if stream is not self.chain.hops[-1]:
+            if stream in self.chain.hops:
+                raise ProtocolViolation("Result in the middle of the chain", stream.peer_id)
+            return
+        if result.epoch < self.chain.epoch:
+            return
         if not self._awaited:
-            raise ProtocolViolation(f"result {result.number}, which nobody asked for", last)
-        step, sent = self._awaited.popleft()
+            raise ProtocolViolation(f"result {result.number}, which nobody asked for", stream.peer_id)
+        step, sent = self._awaited[0].step, self._awaited[0].payload
         due = (step.number, step.epoch, step.returns)
         if (result.number, result.epoch, result.tokens) != due:
             raise ProtocolViolation(
                 f"result {result.number} with {result.tokens} rows; due is {step.number} with {step.returns}",
-                last,
+                stream.peer_id,
             )
+        self._awaited.popleft()
+        self._length = step.position + step.tokens
+        self._progress_at = trio.current_time()
         if self.book is not None:
             self.book.note(PassedStep(step, self.route.hops, sent, payload, result.receipts))
             if self.book.is_due:
@@ -245,15 +361,132 @@ class Session:
         with suppress(trio.ClosedResourceError):  # it was on its way when we closed
             self._results_in.send_nowait((result, payload))
 
-    async def aclose(self) -> None:
-        """Tell every hop that the session is over; quick, and quiet about hops that are gone."""
-        for scope in self._watchers:
-            scope.cancel()
-        self._results_in.close()
-        if not self._closed:
-            self._closed = True
-            self._on_closed(self)
-        await _close_all(self._streams)
+    def on_refused(self, stream: HopStream, refused: Refused) -> None:
+        """Note what a hop cannot do any more."""
+        if stream not in self.chain.hops:
+            return
+        error = refusal_error(refused, stream.peer_id, self.route)
+        _, after = self.chain.neighbours([stream])
+        if refused.code == "successor_vanished" and after is not None:
+            self._faults.cut.setdefault(after, error)
+        elif refused.code == "compute":
+            self._faults.failed.setdefault(stream, error)
+        else:  # the hop has ended the session; and what it complains of would come again
+            self._faults.failed.setdefault(stream, error)
+            self._over = self._over or error
+        self._wake()
+
+    def on_lost(self, stream: HopStream, error: PeerError) -> None:
+        """Note that a hop is gone."""
+        if stream in self.chain.hops:
+            self._faults.failed.setdefault(stream, error)
+            self._wake()
+
+    def on_leaving(self, stream: HopStream, seconds: float) -> None:
+        """Have another one take over from a hop that is about to go."""
+        logger.info("%s leaves in %.1f s", stream.peer_id, seconds)
+        if stream in self.chain.hops and self._replanner is not None:
+            self._nursery.start_soon(self._see_off, stream)
+
+    async def _see_off(self, hop: HopStream) -> None:
+        try:
+            await self.replace(hop.peer_id)
+        except (PeerError, NoRoute, ValueError) as exc:
+            logger.info("nobody takes over from %s before it leaves: %s", hop.peer_id, exc)
+
+    def _wake(self) -> None:
+        with suppress(trio.ClosedResourceError):
+            self._results_in.send_nowait(None)
+
+    async def keep_watch(self) -> None:
+        """Ask for signs of life whenever a step takes long; until the session is closed."""
+        with self._watchdog:
+            while True:
+                if not self._awaited:
+                    self._step_sent = trio.Event()
+                    await self._step_sent.wait()
+                under_way = sum(len(sent.payload) for sent in self._awaited)
+                due_at = self._progress_at + self._config.probe_after_s + under_way / _SLOWEST_BYTES_PER_S
+                if trio.current_time() < due_at:
+                    await trio.sleep_until(due_at)
+                else:
+                    await self._look_around()
+
+    async def _look_around(self) -> None:
+        asked_at, epoch = trio.current_time(), self.chain.epoch
+        silent, cut = await self.chain.probe(self._config.probe_timeout_s)
+        if self._progress_at < asked_at and self.chain.epoch == epoch:
+            for hop in silent:
+                self.on_lost(hop, PeerVanished("it shows no sign of life", hop.peer_id))
+            for hop in cut:
+                self._faults.cut.setdefault(
+                    hop, PeerVanished("the hop before does not reach it", hop.peer_id)
+                )
+                self._wake()
+        self._progress_at = trio.current_time()
+
+    # ------------------------------------------------------------------ other hops
+
+    async def _repair(self) -> None:
+        """Mend what is broken, and send again what has no result.
+
+        Raises:
+            PeerError: It cannot be done; the session is over. If nobody can take over, NoRoute is its cause.
+        """
+        first = self._over or self._faults.first
+        assert first is not None
+        if self._over:
+            raise first
+        self._over = first  # unless what follows succeeds
+        spare, self._spare = self._spare, None
+        if self._warming is not None:
+            self._warming.cancel()
+        if spare is not None:
+            spare.filled = 0  # how far it was fed is not known
+        began_at = trio.current_time()
+        steps = [each.step for each in self._awaited]
+        if any(a.position + a.tokens != b.position for a, b in pairwise(steps)):
+            raise first  # a step that rolls back has undone what the one before it needs
+        try:
+            await self._faults.mend(self._confirmed, spare)
+        except NoRoute as exc:
+            raise first from exc
+        self._over = None
+        self.failovers += 1
+        self.timings.clear()  # of hops that are not there any more
+        await self._send_again()
+        logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, self.route)
+
+    @property
+    def _confirmed(self) -> int:
+        """Positions that every hop has in its cache."""
+        return self._awaited[0].step.position if self._awaited else self._length
+
+    async def _send_again(self) -> None:
+        """Send every step that has no result, under the epoch that has begun."""
+        sent, self._awaited = self._awaited, deque[_Sent]()
+        for each in sent:
+            step = msgspec.structs.replace(each.step, epoch=self.chain.epoch)
+            self._awaited.append(_Sent(step, each.payload))
+        self._progress_at = trio.current_time()
+        for each in [*self._awaited]:
+            await self._push(each)
+
+    async def _hand_over(self, hop: HopStream) -> None:
+        spare = self._spare = await self._faults.open_spare([hop], self._config.open_timeout_s)
+        involved = [*spare.hops, *self.chain.neighbours([hop])[:1]]
+        living = [each for each in involved if each is not None]
+        for _ in range(_MAX_ROUNDS):
+            if self._length - spare.filled <= _SETTLED_TOKENS:
+                break
+            await self.chain.attended(living, partial(self.chain.fill, spare, self._length))
+        async with self._turn:
+            if self._over or self._faults.first or hop not in self.chain.hops:
+                return  # a failure came first
+            await self._faults.take_over(spare, self._length)
+            self._spare = None
+            self.handovers += 1
+            self.timings.clear()
 
 
 async def open_session(
@@ -265,6 +498,8 @@ async def open_session(
     max_tokens: int,
     codec: Codec,
     config: SessionConfig,
+    replanner: Replanner | None = None,
+    shunned: frozenset[str] = frozenset(),
     check_receipts: bool = True,
     keep_steps: bool = False,
     on_closed: Callable[[Session], None] = lambda _: None,
@@ -272,8 +507,10 @@ async def open_session(
     """Open a session on every hop of `route` at once.
 
     Args:
-        nursery: Runs one small reader task per hop until the session is closed.
+        nursery: Runs one small reader task per hop, and one more, until the session is closed.
         max_tokens: How many positions every hop is to reserve.
+        replanner: Whom to ask for others when a hop fails; None lets the session end with it.
+        shunned: Peers that are not to be among those others.
         check_receipts: Demand a receipt from every hop for every step.
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
         on_closed: Called once, when the session is closed.
@@ -281,109 +518,21 @@ async def open_session(
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
     """
-    openings = _openings(host.peer_id, route, spec, max_tokens, codec)
-    streams: dict[int, FrameStream] = {}
-    ready: dict[int, Opened] = {}
-    failures: list[PeerError] = []
-
-    async def open_hop(index: int, hop: Hop, scope: trio.CancelScope) -> None:
-        try:
-            stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs)
-            largest = config.chunk_tokens * row_bytes(spec.hidden_size, codec)
-            frames = FrameStream(stream, max_payload_bytes=largest, peer_id=hop.peer_id)
-            streams[index] = frames
-            await frames.send(openings[index])
-            match (await frames.receive())[0]:
-                case Opened() as opened:
-                    ready[index] = opened
-                case Refused() as refused:
-                    raise refusal_error(refused, hop.peer_id, route)
-                case other:
-                    raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
-        except PeerError as exc:
-            failures.append(exc)
-            scope.cancel()
-
-    try:
-        with trio.move_on_after(config.open_timeout_s):
-            async with trio.open_nursery() as opening:
-                for index, hop in enumerate(route.hops):
-                    opening.start_soon(open_hop, index, hop, opening.cancel_scope)
-        if not failures and len(ready) < len(route.hops):
-            silent = next(hop for index, hop in enumerate(route.hops) if index not in ready)
-            failures.append(
-                PeerUnreachable(f"did not open a session within {config.open_timeout_s:g} s", silent.peer_id)
-            )
-        if failures:
-            raise failures[0]
-    except BaseException:
-        await _close_all(list(streams.values()))
-        raise
-    book = None
-    if check_receipts:
-        session_id = openings[0].session
-        book = ReceiptBook(session_id, spec.revision, codec, host.verify, keep=keep_steps)
-    agreed = agree(
-        config.chunk_tokens, config.chunks_in_flight, row_bytes(spec.hidden_size, codec), ready.values()
+    session = Session(
+        host,
+        nursery,
+        spec,
+        codec,
+        config,
+        route,
+        max_tokens,
+        replanner=replanner,
+        shunned=shunned,
+        on_closed=on_closed,
     )
-    in_order = [streams[index] for index in range(len(route.hops))]
-    session = Session(route, spec, codec, config, in_order, agreed, book, on_closed)
-    for index in range(len(route.hops)):
-        nursery.start_soon(session.watch, index)
-    if book is not None:
+    await session.chain.open(route)
+    nursery.start_soon(session.keep_watch)
+    if check_receipts:
+        session.book = ReceiptBook(session.session_id, spec.revision, codec, host.verify, keep=keep_steps)
         nursery.start_soon(session.watch_receipts)
     return session
-
-
-def _openings(client_id: str, route: Route, spec: ModelSpec, max_tokens: int, codec: Codec) -> list[Open]:
-    """What to ask of each hop: all the same session, each with its neighbours."""
-    session_id = secrets.token_bytes(16)
-    hops = route.hops
-    openings: list[Open] = []
-    for index, hop in enumerate(hops):
-        after = hops[index + 1] if index + 1 < len(hops) else None
-        openings.append(
-            Open(
-                session_id,
-                spec.revision,
-                hop.span.start,
-                hop.span.stop,
-                max_tokens,
-                codec,
-                predecessor=hops[index - 1].peer_id if index else None,
-                successor=Successor(after.peer_id, tuple(after.addrs)) if after else None,
-            )
-        )
-    return openings
-
-
-def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
-    """The error that a refusal amounts to, and whose it is.
-
-    A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
-    the neighbour out of the next route is right whoever is at fault. Its word about anybody else is not
-    taken: then it is the sender that is left out.
-    """
-    peers = route.peer_ids
-    at = peers.index(sender)
-    neighbours = {*peers[max(at - 1, 0) : at], *peers[at + 1 : at + 2]}
-    blamed = refused.peer_id if refused.peer_id in neighbours else sender
-    match refused.code:
-        case "successor_unreachable":
-            return PeerUnreachable(refused.message, blamed)
-        case "successor_vanished":
-            return PeerVanished(refused.message, blamed)
-        case "wrong_input":
-            return WrongOutput(refused.message, blamed)
-        case "protocol":
-            return PeerRefused(refused.message, blamed, refused.code)
-        case _:
-            return PeerRefused(refused.message, sender, refused.code)
-
-
-async def _close_all(streams: Sequence[FrameStream]) -> None:
-    """End every stream, shielded and within a second: a hop frees its cache when it hears of it."""
-    with trio.CancelScope(shield=True), trio.move_on_after(1):
-        async with trio.open_nursery() as closing:
-            for stream in streams:
-                closing.start_soon(stream.end)

@@ -21,6 +21,7 @@ from p2pinfer.errors import (
     ProtocolViolation,
     WrongOutput,
 )
+from p2pinfer.hop_stream import refusal_error
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.wire import (
@@ -37,7 +38,7 @@ from p2pinfer.node.wire import (
     Successor,
 )
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session import Session, SessionConfig, open_session, refusal_error
+from p2pinfer.session import Session, SessionConfig, open_session
 
 from .node.memory import MemoryNetwork
 from .node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
@@ -336,7 +337,9 @@ async def test_a_step_that_takes_too_long_counts_as_dead(
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         script(swarm.network, "a", stay)
-        session = await open_over(swarm, route_over(a=(0, 8)), SessionConfig(step_timeout_s=20))
+        session = await open_over(
+            swarm, route_over(a=(0, 8)), SessionConfig(step_timeout_s=20, probe_after_s=100)
+        )
         with pytest.raises(PeerVanished, match="no answer in 20 s"):
             await session.decode(hidden_states(1), 0)
         assert trio.current_time() >= 20
@@ -351,7 +354,9 @@ async def test_a_first_hop_that_takes_nothing_in_counts_as_dead(
 
     async with open_memory_swarm(checkpoint) as swarm:
         script(swarm.network, "a", stay)
-        session = await open_over(swarm, route_over(a=(0, 8)), SessionConfig(step_timeout_s=20))
+        session = await open_over(
+            swarm, route_over(a=(0, 8)), SessionConfig(step_timeout_s=20, probe_after_s=100)
+        )
         with monkeypatch.context() as patch:
             patch.setattr(FrameStream, "send", never)
             with pytest.raises(PeerVanished, match="it took nothing in for 20 s") as caught:

@@ -45,7 +45,7 @@ def open_hop(worker: Inbox) -> tuple[HopSession, FrameStream]:
     session = HopSession(
         opening,
         "client",
-        FrameStream(ours, max_payload_bytes=1000),
+        FrameStream(ours, max_payload_bytes=1000, peer_id="client"),
         hidden_size=2,
         lease=cast(CacheLease, object()),
         replay=None,
@@ -58,7 +58,7 @@ def open_hop(worker: Inbox) -> tuple[HopSession, FrameStream]:
 
 
 def send(session: HopSession, number: int, epoch: int, position: int, tokens: int) -> None:
-    session.accept(Step(number, epoch, position, tokens, 1), bytearray(8 * tokens))
+    session.accept(Step(number, epoch, position, tokens, 1), bytearray(8 * tokens), session.control)
 
 
 async def test_a_higher_epoch_drops_what_begins_at_or_after_it_and_nothing_before() -> None:

@@ -18,7 +18,10 @@ from p2pinfer.routing import announcement
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
 # Where the document has a struct's fields: a row of the messages' table, a bracketed list, or a table of its
 # own (the how-manieth of a section). A struct that is nowhere here fails the first test.
-MESSAGES = ("Open", "Opened", "Attach", "Attached", "Step", "Result", "Refused", "End")
+MESSAGES = (
+    *("Open", "Opened", "Attach", "Attached", "Step", "Filled", "Result", "Refused"),
+    *("Expect", "Relink", "Relinked", "Probe", "Alive", "Leaving", "End"),
+)
 LISTS = {"Successor": "successor", "Bill": "bills"}
 TABLES = {
     "_Wire": ("Announcements", 0),
@@ -52,7 +55,8 @@ def section(title: str) -> str:
 def documented(name: str) -> tuple[str, ...]:
     """The fields that the document gives a struct."""
     if name in MESSAGES:
-        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", DOCUMENT, re.MULTILINE)
+        frames = section("Session and chain frames")
+        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", frames, re.MULTILINE)
         return tuple(field.split()[0] for field in row.split(",") if field.strip())
     if name in LISTS:
         [fields] = re.findall(rf"^- \*{LISTS[name]}\*: `\[([^]]*)\]`", DOCUMENT, re.MULTILINE)

@@ -1,0 +1,244 @@
+"""What the client of a running session says, and what the hop does about it.
+
+The client's stream brings steps, if the client feeds this hop itself, and changes of the chain: who may feed
+us (`Expect`), whom we feed (`Relink`), whether everybody is there (`Probe`). Nobody else can change a chain.
+Steps are taken in at once; what may take long runs beside the reader, at most one relinking and one probe at
+a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+import trio
+
+from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
+
+from .config import ServeConfig
+from .hop import HopSession, Refusal
+from .host import Host
+from .link import Link
+from .replay import ReplayGap
+from .wire import (
+    CHAIN_PROTOCOL,
+    Alive,
+    Attach,
+    Attached,
+    End,
+    Expect,
+    FrameStream,
+    Opened,
+    Probe,
+    RefusalCode,
+    Relink,
+    Relinked,
+    Step,
+    Successor,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def ending(session: HopSession, client_gone: str | None = None) -> Generator[None]:
+    """What a peer does wrong inside ends the session, and nothing else.
+
+    A stream that breaks ends it only if it is the client's, and `client_gone` says so; a predecessor that
+    vanishes may be replaced.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        session.end(refusal)
+    except ProtocolViolation as exc:
+        session.end(Refusal("protocol", str(exc), exc.peer_id))
+    except WrongOutput as exc:
+        session.end(Refusal("wrong_input", str(exc), exc.peer_id))
+    except PeerVanished as exc:
+        logger.debug("session.stream_lost peer=%s why=%s", exc.peer_id, exc)
+        if client_gone:
+            session.end(Refusal("no_session", client_gone))
+
+
+class SessionControl:
+    """The tasks of one session between its admission and its end; `run` is all of them."""
+
+    def __init__(
+        self,
+        session: HopSession,
+        host: Host,
+        config: ServeConfig,
+        opened: Opened,
+        on_expect: Callable[[], None],
+    ) -> None:
+        """`on_expect` is called when the session has come to expect another predecessor."""
+        self._session = session
+        self._host = host
+        self._config = config
+        self._opened = opened
+        self._on_expect = on_expect
+        self._relinking = trio.CancelScope()
+        self._relinks = 0
+        self._probing = False
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        """Until the session ends, by whatever."""
+        with self._session.scope():
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._link_and_forward)
+                self._nursery.start_soon(self._watch_lease)
+                with ending(self._session, client_gone="the client vanished"):
+                    await self._read()
+
+    async def _read(self) -> None:
+        """Until the client says `End`."""
+        session = self._session
+        while True:
+            message, payload = await session.control.receive()
+            match message:
+                case Step() if session.opening.predecessor is None:
+                    session.accept(message, payload, session.control)
+                case Expect():
+                    session.expect(message.predecessor)
+                    self._on_expect()
+                case Relink() if session.opening.successor is not None:
+                    self._begin_relink(message)
+                case Probe():
+                    if not self._probing:
+                        self._nursery.start_soon(self._answer, message)
+                case End():
+                    return session.end(None)
+                case _:
+                    raise ProtocolViolation(f"{type(message).__name__} in the middle of a session")
+
+    async def _watch_lease(self) -> None:
+        session, lease_s = self._session, self._config.lease_s
+        while (deadline := session.last_active + lease_s) > trio.current_time():
+            await trio.sleep_until(deadline)
+        session.end(Refusal("lease_expired", f"no step for {lease_s:g} s"))
+
+    # ------------------------------------------------------------------ the successor
+
+    async def _link_and_forward(self) -> None:
+        session = self._session
+        with ending(session, client_gone="the client vanished"):
+            if session.opening.successor is not None:
+                session.link = await self._link_to(session.opening.successor)
+            try:
+                await session.control.send(self._opened)
+                await session.forward()
+            finally:
+                for link in (session.link, session.standby):
+                    if link is not None:
+                        with trio.CancelScope(shield=True), trio.move_on_after(1):
+                            await link.end()
+
+    async def _link_to(self, successor: Successor) -> Link:
+        link = Link(await self._attach(successor), self._session.pass_on)
+        self._nursery.start_soon(self._watch, link)
+        return link
+
+    async def _attach(self, successor: Successor) -> FrameStream:
+        """A chain stream to `successor`, which has agreed to take this session's steps from us."""
+        peer_id = successor.peer_id
+        try:
+            with trio.fail_after(self._config.dial_timeout_s):
+                stream = await self._host.open_stream(peer_id, CHAIN_PROTOCOL, successor.addrs)
+                chain = FrameStream(stream, max_payload_bytes=0, peer_id=peer_id)
+                try:
+                    await chain.send(Attach(self._session.opening.session))
+                    reply, _ = await chain.receive()
+                    if not isinstance(reply, Attached):
+                        raise PeerRefused(f"it answered {reply}", peer_id)
+                except BaseException:
+                    await stream.reset()
+                    raise
+        except (PeerError, trio.TooSlowError) as exc:
+            # What happened at which address is for our own log: a client could scan our network with it.
+            logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
+            raise Refusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
+        return chain
+
+    async def _watch(self, link: Link) -> None:
+        try:
+            await link.watch()
+        except PeerError as exc:
+            logger.debug("session.link_lost peer=%s why=%s", link.peer_id, exc)
+            with suppress(PeerVanished):  # the reader of the client's stream notices by itself
+                await self._session.lose(link, str(exc))
+        finally:
+            if self._session.link is link:
+                self._session.link = None
+            await link.aclose()
+
+    # ------------------------------------------------------------------ what the client asks for
+
+    def _begin_relink(self, relink: Relink) -> None:
+        """In place of one that has not come to its end: the client has given that one up."""
+        self._relinks += 1
+        if self._relinks > self._config.max_relinks:
+            raise ProtocolViolation(f"more than {self._config.max_relinks} successors for one session")
+        self._session.last_active = trio.current_time()
+        self._relinking.cancel()
+        self._relinking = trio.CancelScope()
+        self._nursery.start_soon(self._relink, relink, self._relinking)
+
+    async def _relink(self, relink: Relink, scope: trio.CancelScope) -> None:
+        problem: RefusalCode | None = None
+        with scope:
+            try:
+                await self._replay(relink)
+            except Refusal as refusal:
+                problem = refusal.code
+            except ReplayGap as exc:
+                logger.debug("session.no_replay why=%s", exc)
+                problem = "no_replay"
+            except PeerVanished as exc:
+                logger.debug("session.replay_lost peer=%s why=%s", relink.successor.peer_id, exc)
+                problem = "successor_vanished"
+        if not scope.cancelled_caught:
+            with ending(self._session, client_gone="the client vanished"):
+                await self._session.control.send(Relinked(relink.number, problem))
+
+    async def _replay(self, relink: Relink) -> None:
+        session, successor = self._session, relink.successor
+        assert session.replay is not None
+        pieces = session.replay.chunks(relink.start, relink.stop, relink.chunk_tokens)
+        link = self._link_in_use(successor.peer_id)
+        if link is None:
+            former = session.standby
+            if former is not None:
+                session.standby = None
+                await former.aclose()
+            link = session.standby = await self._link_to(successor)
+        await link.replay(pieces, hops=relink.replay, epoch=relink.epoch, window=relink.window)
+        if not relink.switch:
+            await link.all_filled()
+            return
+        former = session.switch(link, relink.epoch)
+        if former is not None and former is not link:
+            await former.aclose()
+        if link.is_lost:
+            raise PeerVanished("it was lost while being fed", link.peer_id)
+
+    def _link_in_use(self, peer_id: str) -> Link | None:
+        for link in (self._session.standby, self._session.link):
+            if link is not None and link.peer_id == peer_id and not link.is_lost:
+                return link
+        return None
+
+    async def _answer(self, probe: Probe) -> None:
+        """Say that we are there, and whether our successor is."""
+        session = self._session
+        self._probing = True
+        try:
+            answers: bool | None = None
+            if session.opening.successor is not None and probe.within_ms:
+                answers = session.link is not None and await session.link.probe(probe.within_ms / 1e3)
+            with ending(session, client_gone="the client vanished"):
+                await session.control.send(Alive(probe.number, answers))
+        finally:
+            self._probing = False

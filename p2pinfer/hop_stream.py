@@ -1,0 +1,312 @@
+"""A client's stream to one hop of its session, and how many of them are opened at once.
+
+One task reads the stream. Answers go to whoever asked; results, refusals and goodbyes to a listener. When the
+stream ends, whoever waits for an answer is told why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from p2pinfer.errors import (
+    PeerError,
+    PeerRefused,
+    PeerUnreachable,
+    PeerVanished,
+    ProtocolViolation,
+    WrongOutput,
+)
+from p2pinfer.node.host import Host
+from p2pinfer.node.link import ReplayWindow
+from p2pinfer.node.wire import (
+    SESSION_PROTOCOL,
+    Alive,
+    Expect,
+    Filled,
+    FrameStream,
+    Leaving,
+    Open,
+    Opened,
+    Probe,
+    RefusalCode,
+    Refused,
+    Relink,
+    Relinked,
+    Result,
+    Step,
+    Successor,
+)
+from p2pinfer.reputation.receipt import Payload
+from p2pinfer.routing.route import Hop, Route
+
+from .agreed import Agreed
+
+
+class Listener(Protocol):
+    """Who hears what hops say without having been asked."""
+
+    def on_result(self, stream: HopStream, result: Result, payload: bytearray) -> None:
+        """A step came out of the chain; may raise ProtocolViolation."""
+        ...
+
+    def on_refused(self, stream: HopStream, refused: Refused) -> None:
+        """The hop cannot go on as it is."""
+        ...
+
+    def on_lost(self, stream: HopStream, error: PeerError) -> None:
+        """The stream has ended, or what came on it cannot be believed."""
+        ...
+
+    def on_leaving(self, stream: HopStream, seconds: float) -> None:
+        """The hop is there for so many seconds more."""
+        ...
+
+
+@dataclass(slots=True)
+class _Answer:
+    arrived: trio.Event = field(default_factory=trio.Event)
+    problem: RefusalCode | None = None
+    alive: Alive | None = None
+
+
+class HopStream:
+    """One hop that has opened the session. `watch` runs for as long as it is used."""
+
+    def __init__(self, hop: Hop, opened: Opened, frames: FrameStream) -> None:
+        self.hop = hop
+        self.opened = opened
+        self.peer_id = hop.peer_id
+        self.lost = trio.Event()
+        self.error: PeerError | None = None  # why it is lost
+        self._frames = frames
+        self._window = ReplayWindow()
+        self._answers: dict[int, _Answer] = {}
+        self._asked = 0
+        self._scope = trio.CancelScope()
+
+    async def send(self, step: Step, payload: Payload) -> None:
+        """Send a step.
+
+        Raises:
+            PeerVanished: The hop is gone.
+        """
+        await self._frames.send(step, payload)
+
+    async def fill(self, step: Step, payload: Payload, window: int) -> None:
+        """Send a step with `replay` as soon as fewer than `window` of them are not in place.
+
+        Raises:
+            PeerVanished: The hop is gone.
+        """
+        await self._window.enter(window)
+        await self._frames.send(step, payload)
+
+    async def all_filled(self) -> None:
+        """Wait until whatever was sent by `fill` is in place.
+
+        Raises:
+            PeerVanished: The hop is gone.
+        """
+        await self._window.drain()
+
+    async def expect(self, predecessor: str) -> None:
+        """Let another peer feed the hop as well.
+
+        Raises:
+            PeerVanished: The hop is gone.
+        """
+        await self._frames.send(Expect(predecessor))
+
+    async def relink(
+        self,
+        successor: Hop,
+        start: int,
+        stop: int,
+        *,
+        replay: int,
+        epoch: int,
+        switch: bool,
+        pace: Agreed | None = None,
+    ) -> None:
+        """Have the hop link to `successor` and replay `[start, stop)` to it, at a pace; see `wire.Relink`.
+
+        Raises:
+            PeerRefused: The hop's log does not hold that; the code is `no_replay`, and the link stands.
+            PeerError: The hop, or by its word the successor, is gone.
+        """
+        target = Successor(successor.peer_id, tuple(successor.addrs))
+        pace = pace or Agreed(1, 1)
+        number, answer = self._ask()
+        relink = Relink(
+            number, target, start, stop, replay, epoch, switch, pace.chunk_tokens, pace.chunks_in_flight
+        )
+        try:
+            await self._frames.send(relink)
+            await answer.arrived.wait()
+        finally:
+            del self._answers[number]
+        if self.error is not None:
+            raise self.error
+        match answer.problem:
+            case None:
+                return
+            case "no_replay":
+                raise PeerRefused("its replay log does not reach that far", self.peer_id, "no_replay")
+            case "successor_unreachable":
+                raise PeerUnreachable("the hop before could not reach it", successor.peer_id)
+            case problem:
+                raise PeerVanished(f"the hop before lost it: {problem}", successor.peer_id)
+
+    async def probe(self, within_s: float, *, ask_successor: bool = True) -> Alive | None:
+        """The hop's sign of life; None if there was none.
+
+        With `ask_successor` the hop has all of that time to hear from its successor; we wait a bit longer.
+        """
+        number, answer = self._ask()
+        within_ms = int(within_s * 1e3) if ask_successor else 0
+        try:
+            with trio.move_on_after(within_s * (1.2 if ask_successor else 1.0)):
+                await self._frames.send(Probe(number, within_ms))
+                await answer.arrived.wait()
+        except PeerVanished:
+            return None
+        finally:
+            del self._answers[number]
+        return answer.alive
+
+    async def watch(self, listener: Listener) -> None:
+        """Read the stream to its end."""
+        try:
+            with self._scope:
+                while True:
+                    message, payload = await self._frames.receive()
+                    match message:
+                        case Result():
+                            listener.on_result(self, message, payload)
+                        case Filled() if self._window.is_open:
+                            self._window.confirm()
+                        case Relinked() | Alive():
+                            self._answer(message)
+                        case Leaving():
+                            listener.on_leaving(self, message.seconds)
+                        case Refused():
+                            listener.on_refused(self, message)
+                        case _:
+                            raise ProtocolViolation(
+                                f"{type(message).__name__} in the middle of a session", self.peer_id
+                            )
+        except PeerError as exc:
+            self.error = exc
+            listener.on_lost(self, exc)
+        finally:
+            self.error = self.error or PeerVanished("the session is closed", self.peer_id)
+            self.lost.set()
+            self._window.close()
+            for answer in self._answers.values():
+                answer.arrived.set()
+
+    async def end(self) -> None:
+        """Say that the session is over here; quiet if the hop is gone."""
+        self._scope.cancel()
+        await self._frames.end()
+
+    def _ask(self) -> tuple[int, _Answer]:
+        number = self._asked
+        self._asked += 1
+        answer = self._answers[number] = _Answer()
+        if self.lost.is_set():
+            answer.arrived.set()
+        return number, answer
+
+    def _answer(self, message: Relinked | Alive) -> None:
+        answer = self._answers.get(message.number)
+        if answer is None:
+            return  # we have given up waiting for it
+        if isinstance(message, Alive):
+            answer.alive = message
+        else:
+            answer.problem = message.problem
+        answer.arrived.set()
+
+
+async def open_hops(
+    host: Host, openings: Sequence[tuple[Hop, Open]], route: Route, *, max_payload_bytes: int, within_s: float
+) -> list[HopStream]:
+    """Open a session on every hop at once. `route` is what they are to be part of.
+
+    Raises:
+        PeerError: A hop could not be reached or refused; nothing stays open.
+    """
+    streams: dict[int, FrameStream] = {}
+    ready: dict[int, Opened] = {}
+    failures: list[PeerError] = []
+
+    async def open_hop(index: int, hop: Hop, opening: Open, scope: trio.CancelScope) -> None:
+        try:
+            stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs)
+            frames = FrameStream(stream, max_payload_bytes=max_payload_bytes, peer_id=hop.peer_id)
+            streams[index] = frames
+            await frames.send(opening)
+            match (await frames.receive())[0]:
+                case Opened() as opened:
+                    ready[index] = opened
+                case Refused() as refused:
+                    raise refusal_error(refused, hop.peer_id, route)
+                case Leaving():
+                    raise PeerRefused("this node is shutting down", hop.peer_id, "leaving")
+                case other:
+                    raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
+        except PeerError as exc:
+            failures.append(exc)
+            scope.cancel()
+
+    try:
+        with trio.move_on_after(within_s):
+            async with trio.open_nursery() as nursery:
+                for index, (hop, opening) in enumerate(openings):
+                    nursery.start_soon(open_hop, index, hop, opening, nursery.cancel_scope)
+        if not failures and len(ready) < len(openings):
+            silent = next(hop for index, (hop, _) in enumerate(openings) if index not in ready)
+            failures.append(PeerUnreachable(f"did not open a session within {within_s:g} s", silent.peer_id))
+        if failures:
+            raise failures[0]
+    except BaseException:
+        await end_all(list(streams.values()))
+        raise
+    return [HopStream(hop, ready[index], streams[index]) for index, (hop, _) in enumerate(openings)]
+
+
+def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
+    """The error that a refusal amounts to, and whose it is.
+
+    A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
+    the neighbour out of the next route is right whoever is at fault. Its word about anybody else is not
+    taken: then it is the sender that is left out.
+    """
+    peers = route.peer_ids
+    at = peers.index(sender)
+    neighbours = {*peers[max(at - 1, 0) : at], *peers[at + 1 : at + 2]}
+    blamed = refused.peer_id if refused.peer_id in neighbours else sender
+    match refused.code:
+        case "successor_unreachable":
+            return PeerUnreachable(refused.message, blamed)
+        case "successor_vanished":
+            return PeerVanished(refused.message, blamed)
+        case "wrong_input":
+            return WrongOutput(refused.message, blamed)
+        case "protocol":
+            return PeerRefused(refused.message, blamed, refused.code)
+        case _:
+            return PeerRefused(refused.message, sender, refused.code)
+
+
+async def end_all(streams: Sequence[FrameStream | HopStream]) -> None:
+    """End every stream, shielded and within a second: a hop frees its cache when it hears of it."""
+    with trio.CancelScope(shield=True), trio.move_on_after(1):
+        async with trio.open_nursery() as closing:
+            for stream in streams:
+                closing.start_soon(stream.end)

@@ -1,0 +1,145 @@
+"""Hops that die, stall, lie or leave while a session runs, over real blocks: what comes out is the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import NoRoute, PeerError
+from p2pinfer.failover import Gap
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.runner import Chunk, open_runner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session import Session, SessionConfig, open_session
+
+from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
+
+PROMPT, TOTAL = 20, 32
+CHUNKS = SessionConfig(chunk_tokens=6, chunks_in_flight=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Tensor:
+    return torch.randn(TOTAL, 320, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Checkpoint, inputs: Tensor) -> Tensor:
+    """What one machine gives."""
+    runner = open_runner(checkpoint, BlockSpan(0, 8), FLOAT32)
+    return runner.run([Chunk(runner.cache.reserve(TOTAL), 0, inputs)])[0]
+
+
+class Spares:
+    """Names replacements: the first of those it was given, by span, that is not excluded."""
+
+    def __init__(self, **spans: tuple[int, int]) -> None:
+        self.spans = spans
+        self.gaps: list[Gap] = []
+        self.failed: list[str] = []
+        self.before_answering: Callable[[], Awaitable[None]] | None = None
+
+    async def replacement(self, gap: Gap) -> Route:
+        self.gaps.append(gap)
+        await trio.lowlevel.checkpoint()
+        if self.before_answering is not None:
+            await self.before_answering()
+        hops: list[Hop] = []
+        block = gap.span.start
+        for peer_id, (start, stop) in self.spans.items():
+            if start <= block < stop and block < gap.span.stop and peer_id not in gap.excluded:
+                hops.append(Hop(peer_id, BlockSpan(block, min(stop, gap.span.stop))))
+                block = hops[-1].span.stop
+        if block < gap.span.stop:
+            raise NoRoute("nobody is left", [(block, gap.span.stop)])
+        return Route(tuple(hops))
+
+    def hop_failed(self, route: Route, error: PeerError) -> None:
+        assert error.peer_id in route.peer_ids
+        self.failed.append(error.peer_id)
+
+
+@asynccontextmanager
+async def running(
+    swarm: MemorySwarm,
+    route: Route,
+    spares: Spares,
+    inputs: Tensor,
+    config: SessionConfig = CHUNKS,
+) -> AsyncGenerator[Session]:
+    """A session that remembers what went in; at the end nothing of it may be left anywhere."""
+    session = await open_session(
+        swarm.network.host("client"),
+        swarm.network.nursery,
+        route,
+        swarm.spec,
+        max_tokens=TOTAL,
+        codec="float32",
+        config=config,
+        replanner=spares,
+    )
+    session.recall = lambda start, stop: inputs[start:stop]
+    yield session
+    await session.aclose()
+    await swarm.all_closed()
+
+
+async def serve(swarm: MemorySwarm, **spans: tuple[int, int]) -> None:
+    for peer_id, span in spans.items():
+        await swarm.serve(peer_id, *span)
+
+
+def close_to(output: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(output, expected, atol=2e-4, rtol=1e-4)
+
+
+async def decode_rest(session: Session, inputs: Tensor, expected: Tensor, start: int = PROMPT) -> None:
+    for position in range(start, TOTAL):
+        output = await session.decode(inputs[position : position + 1], position)
+        close_to(output, expected[position : position + 1])
+
+
+WAY = {"a": (0, 3), "b": (3, 5), "c": (5, 8)}
+OTHERS = {"d": (0, 4), "e": (2, 6), "f": (4, 8)}
+
+
+@pytest.mark.parametrize("victims", ["a", "b", "c", "ab", "bc", "ac", "abc"])
+@pytest.mark.parametrize("moment", ["at prefill", "between steps", "inside a step"])
+async def test_whoever_dies_whenever_the_outputs_are_those_of_one_machine(
+    victims: str, moment: str, checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        spares = Spares(**OTHERS)
+
+        async def kill() -> None:
+            for victim in victims:
+                await swarm.network.kill(victim)
+
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            if moment == "at prefill":
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(kill)
+                    close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            else:
+                close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+                if moment == "between steps":
+                    await kill()
+                else:
+                    swarm.network.nursery.start_soon(kill)
+            await decode_rest(session, inputs, expected)
+            assert session.failovers >= 1
+            assert not set(victims) & set(session.route.peer_ids)
+            assert set(spares.failed) == set(victims) == session.failed_peers
