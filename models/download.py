@@ -79,8 +79,13 @@ def download(published: Published, url: str, folder: Path, *, count: Count, paus
             return
         with part.open("ab+") as file:
             receiving = _Receiving(published, url, file, count)
-            receiving.resume()
+            resumed = receiving.resume()
             _persist(receiving, pause)
+            if resumed and not published.is_matched_by(receiving.digest):
+                # What an earlier run left was damaged, by a crash, say; nothing is the hub's fault yet.
+                logger.info("the part of %s that was here is damaged; fetching it anew", published.name)
+                receiving.restart()
+                _persist(receiving, pause)
         if not published.is_matched_by(receiving.digest):
             part.unlink()
             raise CheckpointError(
@@ -126,13 +131,14 @@ class _Receiving:
     def is_whole(self) -> bool:
         return self.size == self.published.size
 
-    def resume(self) -> None:
-        """Take in what an earlier attempt left in the file."""
+    def resume(self) -> bool:
+        """Take in what an earlier attempt left in the file; whether that was anything."""
         self._file.seek(0)
         while piece := self._file.read(_PIECE_BYTES):
             self._take(piece)
         if self.size > self.published.size:
-            self._restart()
+            self.restart()
+        return self.size > 0
 
     def receive(self) -> None:
         """Ask for the rest and take in what comes."""
@@ -149,7 +155,7 @@ class _Receiving:
                 raise CheckpointError(f"{self._url} ends before the {self.published.size} bytes published")
             _hub_utils.hf_raise_for_status(response)
             if response.status_code != 206:  # the server knows no ranges
-                self._restart()
+                self.restart()
             for (
                 piece
             ) in response.iter_raw():  # as it comes: what waits in a buffer is lost with the connection
@@ -165,7 +171,8 @@ class _Receiving:
         self.size += len(piece)
         self._count(len(piece))
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget what has come."""
         self._count(-self.size)
         self._file.truncate(0)
         self.digest, self.size = self.published.digest(), 0

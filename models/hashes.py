@@ -79,8 +79,11 @@ class _Entry:
         with contextlib.suppress(OSError):  # a read-only cache is no reason to stop
             self._note.parent.mkdir(parents=True, exist_ok=True)
             draft = self._note.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({**self._stamp, "sha256": sha256}))
-            draft.replace(self._note)
+            try:
+                draft.write_text(json.dumps({**self._stamp, "sha256": sha256}))
+                draft.replace(self._note)
+            finally:
+                draft.unlink(missing_ok=True)
 
     def _recall(self) -> str | None:
         if self._note is None:

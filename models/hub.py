@@ -11,7 +11,9 @@ huggingface_hub's own cache already holds is linked instead of fetched.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -65,6 +67,7 @@ def open_hub(
     model: str,
     *,
     cache_dir: Path,
+    weights_bytes: int = 0,
     progress: Progress | None = None,
     endpoint: str | None = None,
     pause: Pause = time.sleep,
@@ -74,6 +77,7 @@ def open_hub(
     With no network the listing of the last time counts, so what was fetched once keeps working.
 
     Args:
+        weights_bytes: What all models in `cache_dir` together may take there; 0: whatever is free.
         endpoint: The hub's address; by default huggingface_hub's, which HF_ENDPOINT sets.
         pause: Waits so many seconds before a download is tried again.
 
@@ -81,7 +85,7 @@ def open_hub(
         ModelNotFound: The hub has no such model, keeps it from us, or cannot be reached.
         CheckpointError: The model is there but cannot be used.
     """
-    store = _Store(model, cache_dir, endpoint, pause)
+    store = _Store(model, cache_dir, weights_bytes, endpoint, pause)
     listing = store.ask()
     shards = _shard_names(model, listing)
     unhashed = [name for name in shards if listing.files[name].sha256 is None]
@@ -127,9 +131,12 @@ class HubSource:
 class _Store:
     """One model's place on this disk and its address at the hub."""
 
-    def __init__(self, model: str, cache_dir: Path, endpoint: str | None, pause: Pause) -> None:
+    def __init__(
+        self, model: str, cache_dir: Path, weights_bytes: int, endpoint: str | None, pause: Pause
+    ) -> None:
         self._model = model
         self._cache_dir = cache_dir
+        self._weights_bytes = weights_bytes
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
         self._pause = pause
         self._root = cache_dir / "hub" / model.replace("/", "--")
@@ -147,9 +154,21 @@ class _Store:
                 raise self._explain(exc) from exc
             logger.info("the hub cannot be reached; %s is used as it was fetched before", self._model)
             return known
-        self._root.mkdir(parents=True, exist_ok=True)
-        remembered.write_bytes(msgspec.json.encode(listing))
+        self._remember(listing, remembered)
         return listing
+
+    def _remember(self, listing: Listing, path: Path) -> None:
+        """Keep a listing for a day without network; the one before stays if there is no room for it."""
+        draft = path.with_suffix(f".{os.getpid()}")
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_bytes(msgspec.json.encode(listing))
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as exc:
+            logger.info("%s cannot be written: %s; without network the model will be unknown", path, exc)
 
     def folder_of(self, shards: Iterable[Published]) -> Path:
         """Where the files of a model with these weights lie."""
@@ -158,6 +177,12 @@ class _Store:
 
     def bring(self, folder: Path, listing: Listing, names: Iterable[str], progress: Progress | None) -> None:
         """Have these files in `folder`, those that the hub lists, each with the content it publishes."""
+        try:
+            self._bring(folder, listing, names, progress)
+        except (TransportError, OSError) as exc:
+            raise self._explain(exc) from exc
+
+    def _bring(self, folder: Path, listing: Listing, names: Iterable[str], progress: Progress | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = [listing.files[name] for name in names if name in listing.files]
         missing = self._missing(folder, wanted, progress)
@@ -168,10 +193,7 @@ class _Store:
         total = sum(file.size for file in missing)
         label = f"fetching {self._model}" + (f" ({len(missing)} files)" if len(missing) > 1 else "")
         jobs = [partial(self._download, file, folder, listing.commit) for file in missing]
-        try:
-            run_counted(jobs, label=label, total_bytes=total, threads=_PARALLEL_DOWNLOADS, progress=progress)
-        except (TransportError, OSError) as exc:
-            raise self._explain(exc) from exc
+        run_counted(jobs, label=label, total_bytes=total, threads=_PARALLEL_DOWNLOADS, progress=progress)
 
     def _download(self, file: Published, folder: Path, commit: str, count: Count) -> None:
         url = huggingface_hub.hf_hub_url(self._model, file.name, revision=commit, endpoint=self._api.endpoint)
@@ -218,6 +240,17 @@ class _Store:
                 f"{self._model} needs {needed / 1e9:.1f} GB more in {self._cache_dir}, where "
                 f"{free / 1e9:.1f} GB are free; make room or choose another cache directory"
             )
+        if self._weights_bytes and needed + (used := self._used_bytes()) > self._weights_bytes:
+            raise CheckpointError(
+                f"{self._model} needs {needed / 1e9:.1f} GB more, and models in {self._cache_dir} take "
+                f"{used / 1e9:.1f} of the {self._weights_bytes / 1e9:.1f} GB that weights_bytes allows; "
+                f"raise it, or remove models from {self._root.parent}"
+            )
+
+    def _used_bytes(self) -> int:
+        """What the models in the cache directory take, this one's files and parts included."""
+        files = (path for path in self._root.parent.rglob("*") if path.is_file() and not path.is_symlink())
+        return sum(path.stat().st_size for path in files)
 
     def _explain(self, exc: Exception) -> ModelNotFound:
         """One line for a person, whatever huggingface_hub raised."""
@@ -234,6 +267,16 @@ class _Store:
                 text = f"the hub at {endpoint} answers {status} when asked for {model}; try again later"
             case _ if _is_out_of_reach(exc):
                 text = f"the hub at {endpoint} cannot be reached for {model}; connect, or set HF_ENDPOINT"
+            case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
+                text = (
+                    f"there is no room left for {model} in {self._cache_dir}; "
+                    f"make some and start again: what has come is kept"
+                )
+            case OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM):
+                text = (
+                    f"{self._cache_dir} cannot be written ({exc.strerror}), and not all of {model} is there; "
+                    f"choose another cache directory, with --set cache_dir=DIR"
+                )
             case OSError():
                 text = f"{model} cannot be stored in {self._cache_dir}: {exc}"
             case errors.HFValidationError():

@@ -37,8 +37,13 @@ class ModelSource(Protocol):
         ...
 
 
-def resolve_model(model: str, *, cache_dir: Path, progress: Progress | None = None) -> ModelSource:
+def resolve_model(
+    model: str, *, cache_dir: Path, weights_bytes: int = 0, progress: Progress | None = None
+) -> ModelSource:
     """Find the model: `tiny-stories` is the bundled one, then come folders, then ids of the hub.
+
+    Args:
+        weights_bytes: What all models of the hub together may take in `cache_dir`; 0: whatever is free.
 
     Raises:
         ModelNotFound: Nothing of that name can be reached.
@@ -57,7 +62,7 @@ def resolve_model(model: str, *, cache_dir: Path, progress: Progress | None = No
         )
     from .hub import open_hub  # huggingface_hub's HTTP takes 0.3 s to import, and most runs have a folder
 
-    return open_hub(model, cache_dir=cache_dir, progress=progress)
+    return open_hub(model, cache_dir=cache_dir, weights_bytes=weights_bytes, progress=progress)
 
 
 class FolderSource:

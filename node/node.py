@@ -55,6 +55,7 @@ class NodeConfig:
     no_blocks: bool = False  # serve none: introduce peers to each other
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
+    weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
     bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
     metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics
     metrics_address: str = "127.0.0.1"  # where that port is; others than this machine's own have no password
@@ -66,6 +67,8 @@ class NodeConfig:
             )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
+        if self.weights_bytes < 0:
+            raise ConfigError(f"weights_bytes is {self.weights_bytes}; it must be 0 or more")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigError(f"--metrics-port is {self.metrics_port}; ports are 0 to 65535")
         if self.blocks is not None:
@@ -240,7 +243,13 @@ class _Node:
                 return better
 
     def _resolve(self) -> ModelSource:
-        return resolve_model(self._config.model, cache_dir=self._config.cache_dir, progress=self._progress)
+        config = self._config
+        return resolve_model(
+            config.model,
+            cache_dir=config.cache_dir,
+            weights_bytes=config.weights_bytes,
+            progress=self._progress,
+        )
 
     def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
         checkpoint = source.fetch(span, ends=False, progress=self._progress)

@@ -117,6 +117,7 @@ class Client:
         reputation: Ledger | None = None,
         cache_dir: Path | None = None,
         data_dir: Path | None = None,
+        weights_bytes: int = 0,
         progress: Progress | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         audit: AuditConfig | None = None,
@@ -135,6 +136,7 @@ class Client:
         self._session_config = session_config or SessionConfig()
         self._cache_dir = cache_dir or platformdirs.user_cache_path("p2pinfer")
         self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
+        self._weights_bytes = weights_bytes
         self._progress = progress
         self._on_wait = on_wait
         self._resting = Resting(self._config.busy_pause_s)
@@ -398,7 +400,12 @@ class Client:
     # ------------------------------------------------------------------ loading
 
     def _resolve(self) -> ModelSource:
-        return resolve_model(self._model, cache_dir=self._cache_dir, progress=self._progress)
+        return resolve_model(
+            self._model,
+            cache_dir=self._cache_dir,
+            weights_bytes=self._weights_bytes,
+            progress=self._progress,
+        )
 
     def _load_ends(self) -> tuple[Ends, Tokenizer]:
         checkpoint = self._source.fetch(None, ends=True, progress=self._progress)

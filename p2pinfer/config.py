@@ -56,6 +56,7 @@ class SharedConfig:
     cache_dir: Path = field(  # where downloaded models are kept
         default_factory=lambda: Path(platformdirs.user_cache_dir("p2pinfer"))
     )
+    weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
 
 
 SHARED = frozenset(each.name for each in dataclasses.fields(SharedConfig))

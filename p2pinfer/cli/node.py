@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
+
+from p2pinfer.errors import LocalError
 
 from .failures import Interrupted
 from .invocation import (
@@ -26,6 +29,8 @@ from .terminal import write_out
 
 if TYPE_CHECKING:
     from p2pinfer.node.events import Event
+
+logger = logging.getLogger(__name__)
 
 
 @command(
@@ -89,11 +94,19 @@ def _reporter(call: Invocation) -> Callable[[Event], None]:
     from .render import describe_event
 
     def print_json(event: Event) -> None:
-        write_out(to_json(event) + "\n")
+        _write_or_go_on(to_json(event) + "\n")
 
     def print_line(event: Event) -> None:
-        write_out(f"{time.strftime('%H:%M:%S')}  {describe_event(event)}\n")
+        _write_or_go_on(f"{time.strftime('%H:%M:%S')}  {describe_event(event)}\n")
 
     if call.json:
         return print_json
     return (lambda _: None) if call.quiet else print_line
+
+
+def _write_or_go_on(line: str) -> None:
+    """A full disk costs lines and not the sessions being served; a reader that left ends the node."""
+    try:
+        write_out(line)
+    except LocalError as exc:
+        logger.warning("%s; serving on", exc)

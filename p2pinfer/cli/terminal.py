@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
+from p2pinfer.errors import LocalError
+
 from .failures import OutputClosed
 from .log_format import formatter
 
@@ -19,17 +21,20 @@ def write_out(text: str) -> None:
 
     Raises:
         OutputClosed: The reader is gone, as after `| head -1`.
+        LocalError: It cannot be written, as to a disk that is full.
     """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError as exc:
         raise OutputClosed from exc
+    except OSError as exc:
+        raise LocalError(f"standard output cannot be written: {exc.strerror or exc}") from exc
 
 
 def note(text: str) -> None:
     """Say something to people; with nobody left to hear it, say nothing."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 

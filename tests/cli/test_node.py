@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 
 from p2pinfer.cli import node as node_command
 from p2pinfer.cli.app import run
+from p2pinfer.errors import LocalError
 
 from .support import start_node, wait_ready
 
@@ -105,3 +107,49 @@ def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:
     events, said = node.communicate(timeout=20)
     assert json.loads(events)["event"] == "leaving"
     assert (node.returncode, said) == (130, "")
+
+
+def test_a_full_disk_under_the_output_costs_lines_and_no_sessions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+
+    def write_out(text: str) -> None:
+        printed.append(text)
+        if "leaving" not in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise LocalError("standard output cannot be written: No space left on device")
+
+    monkeypatch.setattr(node_command, "write_out", write_out)
+    assert run(["node", "--json", "--no-blocks", "--listen", "/ip4/127.0.0.1/tcp/0"]) == 0
+    assert printed
+    assert "No space left on device; serving on" in capsys.readouterr().err
+
+
+def test_a_metrics_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        argv = ["node", "--no-blocks", "--listen", "/ip4/127.0.0.1/tcp/0", "--metrics-port", str(port)]
+        assert run(argv) == 1
+    assert f"metrics cannot be served on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--metrics-port", "70000"], "--metrics-port is 70000; ports are 0 to 65535"),
+        (["--swarm-key", "nowhere.key"], "the swarm key nowhere.key cannot be read"),
+        (["--allow", "nobody"], "nobody is neither a peer id nor a file"),
+        (["--deny", "nobody"], "nobody is neither a peer id nor a file"),
+        (["--set", "weights_bytes=-1"], "weights_bytes is -1; it must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["node", "--no-blocks", "--listen", "/ip4/127.0.0.1/tcp/0", *flags]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from p2pinfer.cli.failures import OutputClosed
 from p2pinfer.cli.terminal import note, print_note, print_out, set_up_logging, write_out
+from p2pinfer.errors import LocalError
 
 
 def closed_pipe() -> int:
@@ -38,6 +39,19 @@ def test_a_reader_that_left_ends_the_command_quietly(monkeypatch: pytest.MonkeyP
         write_out("text")
     with pytest.raises(BrokenPipeError):
         out.close()
+
+
+def test_a_disk_that_is_full_is_one_line_and_notes_are_not_worth_failing_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1))
+    with pytest.raises(LocalError, match="standard output cannot be written: No space left on device"):
+        write_out("text")
+    note("text")
+    for stream in (sys.stdout, sys.stderr):
+        with pytest.raises(OSError, match="No space left"):
+            stream.close()
 
 
 def test_nobody_to_tell_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
