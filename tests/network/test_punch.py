@@ -1,0 +1,189 @@
+"""Hole punching between hosts on loopback, which counts as the internet here. Routers are in tests/lab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import trio
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+
+from p2pinfer.errors import PeerVanished
+from p2pinfer.node import punch
+from p2pinfer.node.addresses import parse_tcp
+from p2pinfer.node.circuit import reserve, serve_circuits
+from p2pinfer.node.delimited import receive_message, send_message
+from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.punch import PUNCH_PROTOCOL, Puncher
+from p2pinfer.node.relay import Relay
+from p2pinfer.node.relay_config import RelayConfig
+
+from .support import DEAD, ECHO, StartHost, echo
+
+Side = tuple[Host, Puncher]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(punch, "is_global", lambda ip: True)
+    monkeypatch.setattr(punch, "BETWEEN_ROUNDS_S", 0.01)
+    monkeypatch.setattr(punch, "ROUND_S", 1.0)
+
+
+def punching(
+    host: Host,
+    outside: Sequence[str] = (),
+    *,
+    let_in: bool = False,
+    wait_s: float = 2.0,
+    told: Callable[[str, bool], None] = lambda peer_id, direct: None,
+) -> Puncher:
+    """A puncher that says it is to be met at `outside`, and dials from its host's own port."""
+
+    def source(six: bool) -> tuple[str, int] | None:
+        ports = [parse_tcp(address)[2] for address in host.listening]
+        return ("127.0.0.1", ports[0]) if ports and not six else None
+
+    puncher = Puncher(host, lambda: outside, source, lambda: let_in, wait_s=wait_s, on_end=told)
+    puncher.register()
+    return puncher
+
+
+async def behind(relay: Host, host: Host, puncher: Puncher) -> None:
+    """Have `host` be reached through `relay`, as far as anybody says."""
+    serve_circuits(host, puncher.arrived)
+    await host.connect(relay.peer_id, relay.addrs)
+    await reserve(host, relay.peer_id)
+
+
+async def start_relay(start_host: StartHost) -> Host:
+    relay = await start_host()
+    Relay(relay, RelayConfig(), lambda stream: True).register()
+    return relay
+
+
+def way(relay: Host) -> list[str]:
+    return [f"{relay.addrs[0]}/p2p-circuit"]
+
+
+def place(host: Host) -> str:
+    """Where a host is, without its id."""
+    return host.direct_addrs[0].partition("/p2p/")[0]
+
+
+async def test_who_can_be_reached_is_dialled_by_the_other_side(start_host: StartHost) -> None:
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    ends: list[tuple[str, bool]] = []
+    punching(client, [place(client)], let_in=True)
+    await behind(relay, server, punching(server, told=lambda peer, direct: ends.append((peer, direct))))
+    await client.connect(server.peer_id, way(relay))
+    assert client.connection_kind(server.peer_id) == "direct"
+    while not ends:
+        await trio.sleep(0.01)
+    assert ends == [(client.peer_id, True)]
+
+
+async def test_two_that_dial_each_other_at_once_meet(start_host: StartHost) -> None:
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    punching(client, [place(client)])
+    await behind(relay, server, punching(server, [place(server)]))
+    server.serve(ECHO, echo)
+    await client.connect(server.peer_id, way(relay))
+    assert client.connection_kind(server.peer_id) == "direct"
+    async with await client.open_stream(server.peer_id, ECHO) as stream:
+        assert not stream.is_relayed
+        await stream.send_all(b"hello")
+        assert await stream.receive_some() == b"hello"
+
+
+async def test_a_stream_that_was_relayed_goes_on_beside_the_direct_connection(start_host: StartHost) -> None:
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    punching(client, [place(client)], wait_s=0.0)
+    await behind(relay, server, punching(server, [place(server)]))
+    server.serve(ECHO, echo)
+    stream = await client.open_stream(server.peer_id, ECHO, way(relay))
+    assert stream.is_relayed
+    while client.connection_kind(server.peer_id) != "direct":
+        await trio.sleep(0.01)
+    await stream.send_all(b"still here")
+    assert await stream.receive_some() == b"still here"
+
+
+async def test_where_neither_can_be_met_nobody_dials_and_nobody_waits(start_host: StartHost) -> None:
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    ends: list[tuple[str, bool]] = []
+    punching(client, wait_s=15.0)
+    await behind(relay, server, punching(server, told=lambda peer, direct: ends.append((peer, direct))))
+    with trio.fail_after(10):
+        await client.connect(server.peer_id, way(relay))
+    assert client.connection_kind(server.peer_id) == "relayed"
+    while not ends:
+        await trio.sleep(0.01)
+    assert ends == [(client.peer_id, False)]
+
+
+async def test_addresses_that_do_not_answer_end_the_attempt(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(punch, "ROUND_S", 0.2)
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    ends: list[tuple[str, bool]] = []
+    punching(client, [DEAD])
+    await behind(
+        relay, server, punching(server, [DEAD], told=lambda peer, direct: ends.append((peer, direct)))
+    )
+    await client.connect(server.peer_id, way(relay))
+    while not ends:
+        await trio.sleep(0.01)
+    assert ends == [(client.peer_id, False)]
+    assert client.connection_kind(server.peer_id) == "relayed"
+
+
+async def test_a_peer_that_knows_nothing_of_punching_keeps_nobody(start_host: StartHost) -> None:
+    relay, server, client = await start_relay(start_host), await start_host(), await start_host()
+    punching(client, [place(client)], wait_s=0.2)
+    serve_circuits(server, lambda peer_id: trio.sleep_forever())
+    await server.connect(relay.peer_id, relay.addrs)
+    await reserve(server, relay.peer_id)
+    await client.connect(server.peer_id, way(relay))
+    assert client.connection_kind(server.peer_id) == "relayed"
+
+
+async def test_over_a_direct_connection_there_is_nothing_to_punch(start_host: StartHost) -> None:
+    server, client = await start_host(), await start_host()
+    punching(server, [place(server)])
+    with pytest.raises(PeerVanished):
+        async with await client.open_stream(server.peer_id, PUNCH_PROTOCOL, server.addrs) as stream:
+            await send_message(stream, HolePunch(type=HolePunch.CONNECT))
+            await receive_message(stream, HolePunch)
+
+
+@pytest.mark.parametrize("second", [HolePunch.CONNECT, None])
+async def test_who_says_something_else_than_sync_is_cut_off(
+    start_host: StartHost, second: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(punch, "ANSWER_S", 0.3)
+    relay, server, client = (
+        await start_relay(start_host),
+        await start_host(),
+        await start_host(HostConfig(listen=())),
+    )
+    punching(client, [place(server)], wait_s=0.0, let_in=True)
+
+    async def rude(peer_id: str) -> None:
+        async with await server.open_stream(peer_id, PUNCH_PROTOCOL) as stream:
+            await send_message(stream, HolePunch(type=HolePunch.CONNECT))
+            await receive_message(stream, HolePunch)
+            if second is not None:
+                await send_message(stream, HolePunch(type=second))  # type: ignore[arg-type]
+            with pytest.raises(PeerVanished):
+                await stream.receive_some()
+        cut_off.set()
+        await trio.sleep_forever()
+
+    cut_off = trio.Event()
+    serve_circuits(server, rude)
+    await server.connect(relay.peer_id, relay.addrs)
+    await reserve(server, relay.peer_id)
+    await client.connect(server.peer_id, way(relay))
+    await cut_off.wait()
