@@ -127,8 +127,9 @@ class RelayKeeper:
             self._note_trouble(peer_id)
             self._lose(peer_id)
             return
-        self._troubles.pop(peer_id, None)
         known = self._places.get(peer_id)
+        if known is not None:  # it has lasted; until then, what it did before is held against it
+            self._troubles.pop(peer_id, None)
         renew_at = trio.current_time() + self._renew_after_s(peer_id, granted.expires_s)
         since = known.since if known else trio.current_time()
         self._places[peer_id] = _Place(candidate.addrs, since, renew_at)

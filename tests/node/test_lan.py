@@ -41,6 +41,9 @@ def test_nonsense_is_nobody(text: bytes) -> None:
     assert peer_of(text) is None
 
 
+def ignore(peer_id: str, addrs: tuple[str, ...]) -> None: ...
+
+
 class Multicast:
     """Stands in for zeroconf: `announce` is what its thread does when somebody is there."""
 
@@ -72,7 +75,10 @@ def multicast(monkeypatch: pytest.MonkeyPatch) -> Multicast:
     def browse(zeroconf: Multicast, kind: str, handlers: list[Callable[..., None]]) -> None:
         network.handler = handlers[0]
 
-    monkeypatch.setattr(lan, "Zeroconf", lambda **options: network)
+    def start(**options: object) -> Multicast:
+        return network
+
+    monkeypatch.setattr(lan, "Zeroconf", start)
     monkeypatch.setattr(lan, "ServiceBrowser", browse)
     return network
 
@@ -81,7 +87,11 @@ async def test_every_peer_is_told_of_once_and_the_end_is_clean(
     multicast: Multicast, nursery: trio.Nursery
 ) -> None:
     found: list[tuple[str, tuple[str, ...]]] = []
-    nursery.start_soon(keep_looking_around, ADDRS, lambda peer, addrs: found.append((peer, addrs)))
+
+    def note(peer_id: str, addrs: tuple[str, ...]) -> None:
+        found.append((peer_id, addrs))
+
+    nursery.start_soon(keep_looking_around, ADDRS, note)
     while not hasattr(multicast, "handler"):
         await trio.sleep(0.001)
     text = service_of(ADDRS).text
@@ -97,7 +107,7 @@ async def test_every_peer_is_told_of_once_and_the_end_is_clean(
 
 
 async def test_who_only_looks_advertises_nothing(multicast: Multicast, nursery: trio.Nursery) -> None:
-    nursery.start_soon(keep_looking_around, [], lambda peer, addrs: None)
+    nursery.start_soon(keep_looking_around, (), ignore)
     while not hasattr(multicast, "handler"):
         await trio.sleep(0.001)
     assert multicast.registered == []
@@ -112,7 +122,7 @@ async def test_a_network_without_multicast_is_no_error(
 
     monkeypatch.setattr(lan, "Zeroconf", refuse)
     with caplog.at_level(logging.INFO, "p2pinfer"), trio.fail_after(5):
-        await keep_looking_around(ADDRS, lambda peer, addrs: None)
+        await keep_looking_around(ADDRS, ignore)
     assert "no such device" in caplog.text
 
 
@@ -124,5 +134,5 @@ async def test_a_browser_that_cannot_start_leaves_nothing_open(
 
     monkeypatch.setattr(lan, "ServiceBrowser", refuse)
     with trio.fail_after(5):
-        await keep_looking_around(ADDRS, lambda peer, addrs: None)
+        await keep_looking_around(ADDRS, ignore)
     assert multicast.closed

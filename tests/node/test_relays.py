@@ -180,7 +180,10 @@ async def test_troubles_of_many_strangers_are_forgotten(
     keeper: RelayKeeper, around: Relays, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relays, "MAX_TROUBLES", 3)
+    await trio.sleep(1)
     around.refusing = {str(n) for n in range(10)}
     around.candidates = [RelayCandidate(str(n), ("/ip4/11.0.0.1/tcp/1",)) for n in range(10)]
+    for name in keeper.relays:
+        around.lose(name)
     await trio.sleep(1)
     assert len(keeper._troubles) == 3  # pyright: ignore[reportPrivateUsage]

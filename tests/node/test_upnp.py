@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
+import miniupnpc
 import pytest
 import trio
-import trio.testing
 
 from p2pinfer.node import upnp
 from p2pinfer.node.upnp import NoMapping, open_mapping
@@ -62,7 +62,7 @@ class Router:
 
 
 def use(router: Router, monkeypatch: pytest.MonkeyPatch) -> Router:
-    monkeypatch.setattr(upnp.miniupnpc, "UPnP", lambda: router)
+    monkeypatch.setattr(miniupnpc, "UPnP", lambda: router)
     return router
 
 
@@ -122,6 +122,6 @@ async def test_a_router_that_has_forgotten_is_left_alone(monkeypatch: pytest.Mon
 
 
 def test_what_miniupnpc_offers_is_what_is_used() -> None:
-    real: Any = upnp.miniupnpc.UPnP()
+    real = cast(Any, miniupnpc).UPnP()
     for name in ("discover", "selectigd", "externalipaddress", "addportmapping", "deleteportmapping"):
         assert callable(getattr(real, name))
