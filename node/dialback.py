@@ -31,7 +31,7 @@ DIALBACK_PROTOCOL: Final = "/p2pinfer/dialback/1.0.0"
 MAX_PORTS: Final = 4
 DIAL_S: Final = 2.0  # for one dial back; a dropped SYN is sent again after one second
 ANSWER_S: Final = 4.0  # for the whole of an answer
-_MAX_BYTES: Final = 1024
+MAX_BYTES: Final = 1024
 ASKS_PER_S: Final = 0.2  # of one IP address; each costs us a few packets and a handshake
 ASKS_AT_ONCE: Final = 8
 MAX_UNDER_WAY: Final = 32
@@ -39,19 +39,19 @@ MAX_UNDER_WAY: Final = 32
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
-class _Request(msgspec.Struct, frozen=True, array_like=True):
+class _Ports(msgspec.Struct, frozen=True, array_like=True):
     ports: Annotated[tuple[_Port, ...], msgspec.Meta(max_length=MAX_PORTS)]  # where to try
 
 
-class _Response(msgspec.Struct, frozen=True, array_like=True):
+class _Seen(msgspec.Struct, frozen=True, array_like=True):
     ip: Annotated[str, msgspec.Meta(max_length=64)]  # the connection comes from there
     port: _Port
     reached: Annotated[tuple[_Port, ...], msgspec.Meta(max_length=MAX_PORTS)]
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_requests: Final[msgspec.msgpack.Decoder[_Request]] = msgspec.msgpack.Decoder(_Request)
-_responses: Final[msgspec.msgpack.Decoder[_Response]] = msgspec.msgpack.Decoder(_Response)
+_questions: Final[msgspec.msgpack.Decoder[_Ports]] = msgspec.msgpack.Decoder(_Ports)
+_answers: Final[msgspec.msgpack.Decoder[_Seen]] = msgspec.msgpack.Decoder(_Seen)
 
 
 def serve_dialback(host: Host) -> None:
@@ -61,7 +61,7 @@ def serve_dialback(host: Host) -> None:
 
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(ANSWER_S):
-            request = decode_request(await receive_value(stream, _MAX_BYTES))
+            request = decode_request(await receive_value(stream, MAX_BYTES))
             remote = stream.remote_address
             if remote is None:
                 raise ProtocolViolation("asked through a relay to be dialled back", stream.peer_id)
@@ -70,7 +70,7 @@ def serve_dialback(host: Host) -> None:
                 async with under_way, trio.open_nursery() as nursery:
                     for port in dict.fromkeys(request.ports):
                         nursery.start_soon(_try, host, stream.peer_id, remote[0], port, reached)
-            await send_value(stream, _encoder.encode(_Response(*remote, tuple(reached))))
+            await send_value(stream, _encoder.encode(_Seen(*remote, tuple(reached))))
 
     host.serve(DIALBACK_PROTOCOL, answer)
 
@@ -90,8 +90,8 @@ async def ask(host: Host, peer_id: str, ports: tuple[int, ...]) -> Observation:
                 if stream.is_relayed:
                     raise PeerVanished("there is no direct connection", peer_id)
                 local_port = None if stream.is_inbound else host.local_port(peer_id)
-                await send_value(stream, _encoder.encode(_Request(ports[:MAX_PORTS])))
-                answer = decode_response(await receive_value(stream, _MAX_BYTES))
+                await send_value(stream, _encoder.encode(_Ports(ports[:MAX_PORTS])))
+                answer = decode_response(await receive_value(stream, MAX_BYTES))
     except trio.TooSlowError as exc:
         raise PeerVanished("no answer to where it sees us", peer_id) from exc
     except ProtocolViolation as exc:
@@ -101,15 +101,15 @@ async def ask(host: Host, peer_id: str, ports: tuple[int, ...]) -> Observation:
     return Observation(peer_id, answer.ip, answer.port, local_port, reached)
 
 
-def decode_request(encoded: bytes) -> _Request:
+def decode_request(encoded: bytes) -> _Ports:
     """Raises ProtocolViolation for anything that is no request."""
-    request: _Request = _decode(_requests, encoded)
+    request: _Ports = _decode(_questions, encoded)
     return request
 
 
-def decode_response(encoded: bytes) -> _Response:
+def decode_response(encoded: bytes) -> _Seen:
     """Raises ProtocolViolation for anything that is no response."""
-    response: _Response = _decode(_responses, encoded)
+    response: _Seen = _decode(_answers, encoded)
     return response
 
 

@@ -65,6 +65,7 @@ class Offer:
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._sequence,
             reachability=self._member.reach.reachability.kind,
+            nat=self._member.reach.reachability.nat,
             addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
             coordinate=self._member.coordinate,
             ttl_s=self._config.announce_ttl_s,

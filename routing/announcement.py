@@ -27,6 +27,7 @@ MIN_TTL_S = 5.0
 MAX_TTL_S = 300.0
 
 Reachability = Literal["public", "mapped", "private", "unknown"]
+Nat = Literal["none", "firewall", "port-preserving", "symmetric", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Announcement:
             milliseconds does).
         ttl_s: For how long, from when it was made, the announcement may be believed.
         leaving: The peer says goodbye; nothing else of the announcement counts.
+        nat: What is between the peer and the internet: between two `symmetric` ones no hole can be punched.
     """
 
     peer_id: str
@@ -61,6 +63,7 @@ class Announcement:
     coordinate: Coordinate | None = None
     ttl_s: float = 120.0
     leaving: bool = False
+    nat: Nat = "unknown"
 
 
 # Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns
@@ -76,6 +79,7 @@ _Rate = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Sequence = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Reachability = Annotated[str, msgspec.Meta(pattern=r"\A(public|mapped|private|unknown)\Z")]
+_Nat = Annotated[str, msgspec.Meta(pattern=r"\A(none|firewall|port-preserving|symmetric|unknown)\Z")]
 _Ttl = Annotated[float, msgspec.Meta(ge=MIN_TTL_S, le=MAX_TTL_S)]
 _Axis = Annotated[float, msgspec.Meta(ge=-COORDINATE_LIMIT_MS, le=COORDINATE_LIMIT_MS)]
 _Height = Annotated[float, msgspec.Meta(ge=0, le=COORDINATE_LIMIT_MS)]
@@ -98,6 +102,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     coordinate: tuple[_Axis, _Axis, _Axis, _Height, _Error] | None
     ttl_s: _Ttl
     leaving: bool
+    nat: _Nat = "unknown"
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -127,6 +132,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.coordinate,
             announcement.ttl_s,
             announcement.leaving,
+            announcement.nat,
         )
     )
     try:
@@ -166,4 +172,5 @@ def decode_announcement(encoded: bytes) -> Announcement:
         coordinate=None if wire.coordinate is None else Coordinate(*wire.coordinate),
         ttl_s=wire.ttl_s,
         leaving=wire.leaving,
+        nat=cast(Nat, wire.nat),
     )

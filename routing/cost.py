@@ -54,6 +54,7 @@ def edge_s(
     detour_s = 0.0
     if rtt_ms is None:
         rtt_ms = _predicted_rtt_ms(_place(start, request), _place(end, request), config)
+        relayed = relayed or _must_be_relayed(start, end)
         if relayed:
             detour_s = config.relay_detour_s
         elif _is_private(start) and _is_private(end):
@@ -103,6 +104,13 @@ def _predicted_rtt_ms(a: Coordinate | None, b: Coordinate | None, config: Routin
     if a is None or b is None or max(a.error, b.error) > config.max_coordinate_error:
         return config.default_rtt_ms
     return distance_ms(a, b)
+
+
+def _must_be_relayed(start: Candidate | None, end: Candidate | None) -> bool:
+    """Whether no hole can be punched: neither can be dialled, and one's port is not known beforehand."""
+    if not (_is_private(start) and _is_private(end)):
+        return False
+    return any(peer is not None and peer.announcement.nat == "symmetric" for peer in (start, end))
 
 
 def _is_private(peer: Candidate | None) -> bool:

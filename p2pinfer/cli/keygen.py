@@ -19,6 +19,7 @@ def keygen(call: Invocation, file: Path) -> None:
     """
     from p2pinfer.node.swarm_key import make_swarm_key
 
+    call.settings()  # ends the command before it makes anything, if that was only asked for
     make_swarm_key(file)
     if not call.quiet:
         note(f"wrote {file}; every node and client of the swarm takes --swarm-key {file}")

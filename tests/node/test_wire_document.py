@@ -11,7 +11,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from p2pinfer.node import evidence, proofs, records, snapshot, wire
+from p2pinfer.node import dialback, evidence, proofs, records, snapshot, wire
 from p2pinfer.reputation import proof, receipt
 from p2pinfer.routing import announcement
 
@@ -29,6 +29,8 @@ TABLES = {
     "_Request": ("Snapshots", 0),
     "_Entry": ("Snapshots", 1),
     "Receipt": ("Session and chain frames", 0),
+    "_Ports": ("Dial-back", 0),
+    "_Seen": ("Dial-back", 1),
     "_Ask": ("Evidence", 0),
     "_Answer": ("Evidence", 1),
     "Proof": ("Fraud proofs", 0),
@@ -44,7 +46,7 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
             yield value
 
 
-MODULES = (wire, snapshot, records, announcement, receipt, evidence, proof, proofs)
+MODULES = (wire, snapshot, dialback, records, announcement, receipt, evidence, proof, proofs)
 STRUCTS = [struct for module in MODULES for struct in structs(module)]
 
 
@@ -85,11 +87,13 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
         wire.SESSION_PROTOCOL,
         wire.CHAIN_PROTOCOL,
         snapshot.SNAPSHOT_PROTOCOL,
+        dialback.DIALBACK_PROTOCOL,
         evidence.EVIDENCE_PROTOCOL,
     ):
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
         "Session and chain frames": [wire.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Dial-back": [dialback.MAX_PORTS, dialback.MAX_BYTES],
         "Evidence": [evidence.MAX_DIGESTS, evidence.MAX_CONTENT_BYTES],
         "Fraud proofs": [
             proof.MAX_PROOF_BYTES,

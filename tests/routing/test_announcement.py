@@ -153,7 +153,12 @@ def test_fields_that_a_later_version_appends_are_skipped() -> None:
 
 def test_a_missing_field_is_refused() -> None:
     with pytest.raises(ProtocolViolation):
-        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-1]))
+        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-2]))
+
+
+def test_a_peer_of_before_does_not_say_what_is_between_it_and_the_internet() -> None:
+    earlier = msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-1])
+    assert decode_announcement(earlier).nat == "unknown"
 
 
 def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:

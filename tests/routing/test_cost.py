@@ -5,7 +5,7 @@ import pytest
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.score import Score
-from p2pinfer.routing.announcement import Announcement, Reachability
+from p2pinfer.routing.announcement import Announcement, Nat, Reachability
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.cost import edge_s, hop_price, route_cost
@@ -70,6 +70,24 @@ def test_a_route_costs_what_the_formula_says() -> None:
         (lat_a + 0.2 * 0.5) / 0.8 + 0.2 * 0.1 + (lat_b + 0.5 * 0.5) / 0.5 + 0.2 * 0.5 + 0.030 + TRANSFER_S
     )
     assert route_cost(route, [a, b], request, view, CONFIG) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "relayed"),
+    [
+        ("symmetric", "port-preserving", True),
+        ("port-preserving", "symmetric", True),
+        ("port-preserving", "port-preserving", False),
+    ],
+)
+def test_where_no_hole_can_be_punched_an_edge_costs_a_relay(one: Nat, other: Nat, relayed: bool) -> None:
+    a, b = candidate("a", reachability="private"), candidate("b", reachability="private")
+    a = replace(a, announcement=replace(a.announcement, nat=one))
+    b = replace(b, announcement=replace(b.announcement, nat=other))
+    detour_s, transfer_s = (0.03, RELAYED_TRANSFER_S) if relayed else (0.015, TRANSFER_S)
+    assert edge_s(a, b, REQUEST, CONFIG) == pytest.approx(0.040 + detour_s + transfer_s)
+    public = candidate("c")
+    assert edge_s(a, public, REQUEST, CONFIG) == pytest.approx(0.040 + TRANSFER_S)
 
 
 def test_without_a_view_there_is_no_risk() -> None:
