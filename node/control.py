@@ -108,6 +108,7 @@ class SessionControl:
                     self._begin_relink(message)
                 case Probe():
                     if not self._probing:
+                        self._probing = True
                         self._nursery.start_soon(self._answer, message)
                 case End():
                     return session.end(None)
@@ -219,6 +220,7 @@ class SessionControl:
             await link.all_filled()
             return
         former = session.switch(link, relink.epoch)
+        self._host.counts.add("failovers")
         if former is not None and former is not link:
             await former.aclose()
         if link.is_lost:
@@ -233,7 +235,6 @@ class SessionControl:
     async def _answer(self, probe: Probe) -> None:
         """Say that we are there, and whether our successor is."""
         session = self._session
-        self._probing = True
         try:
             answers: bool | None = None
             if session.opening.successor is not None and probe.within_ms:

@@ -26,8 +26,8 @@ MEANINGS: Final[dict[Name, tuple[str, str]]] = {
     "batches": ("", "Batches computed; steps by batches is the mean batch size."),
     "steps": ("", "Steps computed."),
     "tokens": ("", "Tokens of those steps."),
-    "failovers": ("", "Hops replaced in running sessions that passed through here."),
-    "audits": ("verdict", "Audits this node took part in, by how they ended."),
+    "failovers": ("", "Successors replaced in running sessions."),
+    "audits": ("verdict", "Audits, by how they ended; asked: evidence that auditors wanted of us."),
 }
 
 

@@ -125,6 +125,7 @@ def serve_evidence(host: Host, store: EvidenceStore, clock: Callable[[], float] 
     async def answer(stream: PeerStream) -> None:
         if not asks.allows(stream.peer_id, clock()):
             raise ProtocolViolation("asks for evidence too often", stream.peer_id)
+        host.counts.add("audits", "asked")
         with trio.move_on_after(_TIMEOUT_S):
             digests = decode_ask(await _receive_value(stream, bytearray(), _MAX_REQUEST_BYTES))
             contents = contents_for(store, digests, clock())

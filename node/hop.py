@@ -163,7 +163,9 @@ class HopSession:
         elif peer_id == self._predecessors[-1]:
             self._cut_off(self._predecessors[:-1])
         if step.epoch > self._epoch:
-            self._rollbacks.append((step.epoch, step.position))
+            # Steps finish in order, so those that no step in flight has brought concern nobody any more.
+            latest = self._rollbacks[1 - self._config.max_steps_in_flight :]
+            self._rollbacks = [*latest, (step.epoch, step.position)]
         self._epoch = step.epoch
         self._expected_position = step.position + step.tokens
         self._in_flight += 1
@@ -230,7 +232,7 @@ class HopSession:
         return bytes(encode_hidden(rows, self.opening.codec))
 
     def _is_superseded(self, step: Step) -> bool:
-        """Asked in the worker's thread, while the event loop at most appends to what it reads."""
+        """Asked in the worker's thread, while the event loop at most replaces what it reads."""
         return (
             self._ended
             or self._closed
@@ -258,7 +260,7 @@ class HopSession:
             self._in_flight -= 1
             self._bytes_in_flight -= len(output.received)
             if not self._in_flight:
-                self._rollbacks.clear()
+                self._rollbacks = []
 
     async def _send_on(self, output: _Output, payload: bytes) -> None:
         step = output.step

@@ -333,6 +333,8 @@ class FrameStream:
         """
         if not self._buffer:
             await self._fill(1)
+        else:  # a quarter of a megabyte of small frames may have come at once, and others want their turn
+            await trio.lowlevel.checkpoint()
         began_at = trio.current_time()
         await self._fill(_LENGTHS.size, self._deadline(began_at, _LENGTHS.size))
         header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)

@@ -18,6 +18,7 @@ INITIAL_WINDOW = 256 * 1024  # "Both sides assume the initial 256KB window" -- s
 MAX_WINDOW = 4 << 20  # 40 MB/s over 100 ms
 MAX_GROWTH = 64 << 20  # what all streams of a connection may have on top of their initial windows
 MAX_PAYLOAD = 65535 - 16 - HEADER.size  # header and payload fit one Noise message, so one write
+SMALL_BYTES = 1024  # pieces up to this are put together while nobody reads them
 MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
 MAX_STREAM_ID = (1 << 32) - 1
 

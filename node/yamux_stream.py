@@ -18,6 +18,7 @@ from .yamux_frames import (
     MAX_PAYLOAD,
     MAX_WINDOW,
     RST,
+    SMALL_BYTES,
     WINDOW_UPDATE,
     YamuxViolation,
 )
@@ -172,7 +173,11 @@ class YamuxStream(IMuxedStream):
         if self.closed_at is not None:
             self.abort()
         elif not self._lost:
-            self._inbox.append(piece)
+            # A window of two-byte pieces would take thirty times as much memory as it grants.
+            if self._inbox and len(piece) + len(self._inbox[-1]) <= SMALL_BYTES:
+                self._inbox[-1] += piece
+            else:
+                self._inbox.append(piece)
             self._readers.unpark_all()
 
     def end_by(self, flags: int) -> None:

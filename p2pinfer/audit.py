@@ -169,6 +169,7 @@ class Auditor:
             )
             finding = await self._judge(gathered.deposition, job.others)
         self.tally = self.tally.plus(finding.verdict)
+        self._member.host.counts.add("audits", finding.verdict.value)
         logger.info("audited %s: %s, %s", job.peer_id, finding.verdict.value, finding.reason)
         now, deposition = self._clock(), gathered.deposition
         why = gathered.withheld or finding.reason

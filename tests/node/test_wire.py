@@ -272,3 +272,23 @@ async def test_a_reader_that_takes_nothing_in_is_cut_off(autojump_clock: trio.te
     with pytest.raises(PeerVanished):
         await frames.send(wire.Attached())
     await theirs.aclose()
+
+
+async def test_a_flood_of_small_frames_leaves_others_their_turn() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await ours.send_all(wire.encode_header(wire.Attached(), 0) * 1000)
+    frames = FrameStream(theirs, max_payload_bytes=10)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        for _ in range(1000):
+            await frames.receive()
+        nursery.cancel_scope.cancel()
+    assert turns > 900

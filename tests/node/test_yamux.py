@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -24,6 +25,7 @@ from libp2p.stream_muxer.exceptions import (
 from p2pinfer.node import yamux
 from p2pinfer.node.gate import GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.yamux import YamuxConnection
 from p2pinfer.node.yamux_frames import (
     ACK,
@@ -35,6 +37,7 @@ from p2pinfer.node.yamux_frames import (
     MAX_PAYLOAD,
     PING,
     RST,
+    SMALL_BYTES,
     SYN,
     WINDOW_UPDATE,
 )
@@ -161,8 +164,13 @@ async def test_reads_take_what_is_there_and_no_more_than_asked_for() -> None:
         await settle()
         assert await stream.read(1) == b"a"
         assert await stream.read(1) == b"b"
-        assert await stream.read(5) == b"cdef"
-        assert await stream.read(-1) == b"ghi"
+        assert await stream.read(5) == b"cdefg"
+        assert await stream.read(-1) == b"hi"
+        for piece in (b"x" * SMALL_BYTES, b"y" * SMALL_BYTES):
+            wire.frame(DATA, 0, 2, SMALL_BYTES, piece)
+        await settle()
+        assert await stream.read(SMALL_BYTES + 1) == b"x" * SMALL_BYTES
+        assert await stream.read(-1) == b"y" * SMALL_BYTES
 
 
 async def test_a_window_is_granted_again_when_half_of_it_was_read() -> None:
@@ -343,6 +351,44 @@ async def test_a_reset_with_a_reason_is_told_from_one_without() -> None:
             with pytest.raises(MuxedStreamReset) as caught:
                 await stream.read()
             assert type(caught.value) is error
+
+
+async def test_small_pieces_that_nobody_reads_are_put_together() -> None:
+    async with running() as (connection, wire):
+        stream = await accepted(connection, wire)
+        sent = bytes(range(256)) * 40
+        for at in range(0, len(sent), 2):
+            wire.frame(DATA, 0, 2, 2, sent[at : at + 2])
+            if at % 1000 == 0:
+                await settle()
+        await settle()
+        assert len(stream._inbox) <= 1 + len(sent) // (SMALL_BYTES // 2)  # pyright: ignore[reportPrivateUsage]
+        received = await stream.read(3)
+        for _ in range(20):
+            wire.frame(DATA, 0, 2, 1, b"!")
+        await settle()
+        while len(received) < len(sent):
+            received += await stream.read(min(700, len(sent) - len(received)))
+        assert received == sent
+        assert set(await stream.read()) == {ord("!")}
+
+
+async def test_a_send_that_is_cancelled_when_all_of_it_is_on_its_way_harms_nothing() -> None:
+    async with running() as (connection, wire):
+        muxed = await connection.open_stream()
+        stream = PeerStream(SimpleNamespace(muxed_stream=muxed), "peer")
+        wire.taken()
+        wire.stalled = True
+        for data in (b"all of it", bytes(INITIAL_WINDOW + 1)):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, data)
+                await settle()
+                nursery.cancel_scope.cancel()
+            if data == b"all of it":
+                assert wire.taken() == [(DATA, 0, 1, 9, b"all of it")]
+        wire.stalled = False
+        await settle()
+        assert (WINDOW_UPDATE, RST, 1, 0, b"") in wire.taken()
 
 
 async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.MockClock) -> None:
