@@ -18,7 +18,7 @@ from typing import Literal
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused
+from p2pinfer.errors import ConfigError, PeerError, PeerRefused
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -352,14 +352,8 @@ class Client:
     # ------------------------------------------------------------------ planning
 
     async def _choose_route(self, tokens: int, excluded: frozenset[str]) -> Route:
-        """A route around those that had no room a moment ago; without them there may be none: then later."""
-        resting = self._resting.peers(trio.current_time())
-        if resting:
-            try:
-                return await self._ask_policy(tokens, excluded | resting)
-            except NoRoute:
-                await trio.sleep_until(self._resting.next_end())
-        return await self._ask_policy(tokens, excluded)
+        """A route around those that had no room a moment ago; NoRoute without them means: later."""
+        return await self._ask_policy(tokens, excluded | self._resting.peers(trio.current_time()))
 
     async def _ask_policy(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
         """The policy's first choice for all blocks, or for those of `gap`."""

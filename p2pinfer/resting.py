@@ -25,7 +25,3 @@ class Resting:
         """Who is resting."""
         self._until = {peer_id: until for peer_id, until in self._until.items() if until > now}
         return frozenset(self._until)
-
-    def next_end(self) -> float:
-        """When the first of them may be asked again; infinity if nobody rests."""
-        return min(self._until.values(), default=float("inf"))

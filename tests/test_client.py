@@ -19,6 +19,7 @@ from p2pinfer.generate import Generation, GenerationConfig
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.identity import Identity
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.wire import Codec
@@ -89,6 +90,24 @@ async def text_of(generation: Generation) -> str:
     async for _ in generation:
         pass
     return generation.result.text
+
+
+async def test_a_peer_without_room_is_left_alone_for_a_while_and_not_blamed(open_client: OpenClient) -> None:
+    policy = Recorder()
+    config = ClientConfig(dtype="float32", busy_pause_s=1000.0)
+    async with open_client(policy=policy, config=config) as (client, swarm):
+        full = await swarm.serve("full", tokens_per_s=1000.0, config=ServeConfig(client_share=0.001))
+        assert full.runner.cache.free_tokens > 64
+        await swarm.serve("other", tokens_per_s=10.0)
+        for _ in range(2):
+            assert await text_of(client.generate(PROMPT, max_new_tokens=200)) != ""
+        while len(policy.outcomes) < 3:  # it is told in a thread of its own
+            await trio.lowlevel.checkpoint()
+        routes = [route.peer_ids for route, _ in policy.outcomes]
+        assert routes == [("full",), ("other",), ("other",)]
+        assert policy.requests[1].excluded == policy.requests[2].excluded == {"full"}
+        assert client.ledger.score("full") == client.ledger.score("nobody")
+        assert swarm.network.hosts["full"].counts.by_label("refusals") == {"over_share": 1}
 
 
 async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: OpenClient) -> None:

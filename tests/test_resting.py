@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 from p2pinfer.resting import MAX_REMEMBERED, Resting
 
 
 def test_a_peer_rests_for_the_pause_and_is_then_asked_again() -> None:
     resting = Resting(2.0)
-    assert resting.next_end() == math.inf
     resting.rest("a", 10.0)
     resting.rest("b", 11.0)
     assert resting.peers(11.5) == {"a", "b"}
-    assert resting.next_end() == 12.0
     assert resting.peers(12.0) == {"b"}
     resting.rest("b", 12.5)
     assert resting.peers(13.5) == {"b"}
