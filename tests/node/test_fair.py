@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pinfer.node.fair import FairLine
@@ -58,6 +58,7 @@ def test_who_comes_back_has_saved_nothing_up() -> None:
     assert 4 <= first.count("back") <= 6
 
 
+@settings(deadline=None)  # a shared machine may be slow
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 512)), min_size=1, max_size=60), st.data())
 def test_jobs_of_one_client_keep_their_order_and_none_is_lost(
     asked: list[tuple[str, int]], data: st.DataObject
@@ -79,6 +80,7 @@ def test_jobs_of_one_client_keep_their_order_and_none_is_lost(
         assert numbers == sorted(numbers)
 
 
+@settings(deadline=None)  # a shared machine may be slow
 @given(st.integers(1, 512), st.integers(1, 512))
 def test_two_who_always_have_work_get_the_same_of_it(cost_a: int, cost_b: int) -> None:
     line = line_of(*(Job("a", n, cost_a) for n in range(600)), *(Job("b", n, cost_b) for n in range(600)))
