@@ -18,6 +18,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.deviation import Deviation
+from p2pinfer.models.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.models.noise_floor import NoiseFloor, measure_floor
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
@@ -47,7 +48,7 @@ DUMPED_MODES = ("bfloat16, prefill", "bfloat16, decode, batched", "TF32, prefill
 DUMPED_SPANS = ("7:8", "0:4", "12:16", "4:12", "0:15", "15:30", "0:8")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Check:
     """One chunk that was looked at."""
 
@@ -65,14 +66,23 @@ class Check:
     logits: float | None
     worst_logits: float | None
     flip_margin: float | None
-    verdict: str
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """By the limits as they are, which may be others than when it was measured."""
+        logits = None
+        if self.logits is not None and self.worst_logits is not None and self.flip_margin is not None:
+            logits = LogitDeviation(self.logits, self.worst_logits, self.flip_margin)
+        chunk = ChunkDeviation(
+            0, self.tokens, self.tokens, self.median, self.upper, self.worst, self.shared, logits
+        )
+        return judge(Deviation((chunk,), self.first)).verdict
 
 
 def checks_of(model: str, span: BlockSpan, mode: str, part: str, deviation: Deviation) -> Iterator[Check]:
-    """A deviation's chunks, each judged by itself."""
+    """A deviation's chunks, each by itself."""
     for index, chunk in enumerate(deviation.chunks):
         first = deviation.first_rho if index == 0 else None
-        finding = judge(Deviation((chunk,), first))
         effect = chunk.logits
         yield Check(
             model,
@@ -89,7 +99,6 @@ def checks_of(model: str, span: BlockSpan, mode: str, part: str, deviation: Devi
             effect.median_rho if effect else None,
             effect.max_rho if effect else None,
             effect.flip_margin if effect else None,
-            finding.verdict.value,
         )
 
 
@@ -227,9 +236,7 @@ def table(checks: Sequence[Check]) -> str:
             max((v for check in chosen if (v := value(check)) is not None), default=None)
             for _, value in columns
         ]
-        counts = [
-            sum(check.verdict == each.value for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)
-        ]
+        counts = [sum(check.verdict is each for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)]
         cells = [f"{value:.3g}" if value is not None else "-" for value in worst]
         lines.append(f"| {mode} | {len(chosen)} | {counts[0]} | {counts[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -240,9 +247,7 @@ def short_table(checks: Sequence[Check]) -> str:
     lines = ["| tokens | checks | failed | suspect | chunk | token |", "|---|---|---|---|---|---|"]
     for part in dict.fromkeys(check.part for check in checks if check.part != "session"):
         chosen = [check for check in checks if check.part == part]
-        counts = [
-            sum(check.verdict == each.value for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)
-        ]
+        counts = [sum(check.verdict is each for check in chosen) for each in (Verdict.FAIL, Verdict.SUSPECT)]
         median, worst = max(check.median for check in chosen), max(check.worst for check in chosen)
         lines.append(f"| {part} | {len(chosen)} | {counts[0]} | {counts[1]} | {median:.3g} | {worst:.3g} |")
     return "\n".join(lines)
@@ -252,7 +257,7 @@ def report(checks: Sequence[Check]) -> None:
     """The tables and the bound."""
     print(table(checks), "", short_table(checks), "", sep="\n")
     whole = [check for check in checks if check.part == "session"]
-    failures = sum(check.verdict == Verdict.FAIL.value for check in whole)
+    failures = sum(check.verdict is Verdict.FAIL for check in whole)
     print(f"{failures} of {len(whole)} honest checks failed: below {bound(failures, len(whole)):.3%} at 95 %")
 
 

@@ -9,6 +9,7 @@ is none exceeds them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -112,8 +113,11 @@ def _ratios(chunk: ChunkDeviation, limits: Thresholds) -> Iterator[tuple[str, fl
 
 
 def _widened(limit: float, chunk: ChunkDeviation, limits: Thresholds) -> float:
-    """A median's limit for this chunk; few tokens share much of their rounding, above all the first ones."""
-    return 1 + (limit - 1) * max(1.0, limits.full_chunk / chunk.tokens)
+    """A median's limit for this chunk: few tokens share much of their rounding, above all a session's first.
+
+    Of 15 such tokens honest peers reached 1.39, of 7 they reached 1.43, of 3 they reached 1.76.
+    """
+    return 1 + (limit - 1) * math.pow(max(1.0, limits.full_chunk / chunk.tokens), 1.5)
 
 
 def _exceeds(value: float, limit: float) -> str:
