@@ -96,12 +96,14 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """The posterior mean of own audits."""
         return self.alpha / (self.alpha + self.beta)
 
-    def reliability(self, now: float, config: LedgerConfig) -> float:
-        """The posterior mean over sessions as of `now`."""
+    def reliability(self, now: float, config: LedgerConfig) -> tuple[float, float]:
+        """The posterior mean over sessions as of `now`, and two standard deviations more, 1 at most."""
         good, bad = config.reliability_prior
         left = _left(now - self.as_of, config)
         good, bad = good + self.good * left, bad + self.bad * left
-        return good / (good + bad)
+        mean = good / (good + bad)
+        deviation = (mean * (1 - mean) / (good + bad + 1)) ** 0.5
+        return mean, min(1.0, mean + 2 * deviation)
 
 
 NEWCOMER = Account()

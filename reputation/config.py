@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class LedgerConfig:
     """How evidence turns into scores, and how much is remembered."""
 
-    reliability_prior: tuple[float, float] = (4.0, 1.0)  # good and bad sessions a newcomer is credited with
+    reliability_prior: tuple[float, float] = (9.5, 0.5)  # good and bad sessions a newcomer is credited with
     half_life_h: float = 72.0  # hours until what was seen of a peer's reliability counts half
     max_evidence: float = 100.0  # sessions that count at most
     audit_memory: float = 0.999  # what older audits keep of their weight with every further one
@@ -16,7 +16,7 @@ class LedgerConfig:
     ban_below: float = 0.3  # a peer whose own audits' mean is lower is banned
     min_audit_probability: float = 0.01  # nobody is trusted so far that nobody looks
     newcomer_audits: int = 10  # a peer with fewer audits is a newcomer
-    newcomer_audit_probability: float = 0.5  # at least, while it is one
+    newcomer_audit_probability: float = 1.0  # at least, while it is one
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
     attested_cap: float = 20.0  # audits that all that others say of a peer counts as at most
     min_overlap: int = 3  # peers of whom both know something before an attester has weight

@@ -16,10 +16,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
 from p2pinfer.errors import LocalError
 
@@ -32,6 +31,9 @@ from .explain import explain as explain_peer
 from .proofs import ProofDecision, ProofNote, ProofState, decide
 from .score import Score
 from .store import FILE_NAME, Change, Changes, LedgerStore, open_store
+
+if TYPE_CHECKING:
+    from .verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +99,16 @@ class Ledger:
         """The peer's score as of the ledger's time; a newcomer's integrity is the prior's 5 % quantile."""
         with self._lock:
             account = self._accounts.get(peer_id, NEWCOMER)
-            reliability = account.reliability(self._now, self.config)
+            reliability, likely = account.reliability(self._now, self.config)
             if account.vouched:
-                return Score(1.0, reliability)
+                return Score(1.0, reliability, at_best=Score(1.0, likely))
             good, bad = self._heard().get(peer_id, (0.0, 0.0))
             # Rounded, or no two calls would share a quantile that was reckoned before.
             alpha, beta = account.alpha + round(good, 1), account.beta + round(bad, 1)
-            integrity = quantile(self.config.quantile, alpha, beta)
-            return Score(integrity, reliability, self.is_newcomer(peer_id))
+            doubt = self.config.quantile
+            at_best = Score(quantile(1 - doubt, alpha, beta) if account.failed else 1.0, likely)
+            integrity = quantile(doubt, alpha, beta)
+            return Score(integrity, reliability, self.is_newcomer(peer_id), at_best)
 
     def is_banned(self, peer_id: str) -> bool:
         """Whether the peer must not be used: the user said so, its audits did, or a proof."""
@@ -160,7 +164,7 @@ class Ledger:
     def record_audit(
         self,
         peer_id: str,
-        verdict: Enum,
+        verdict: Verdict,
         now: float,
         *,
         confirmed: bool = True,
@@ -170,7 +174,7 @@ class Ledger:
         """An audit of the peer came out.
 
         Args:
-            verdict: A `Verdict`. PASS and confirmed FAIL change integrity, SUSPECT only how often the peer is
+            verdict: PASS and confirmed FAIL change integrity, SUSPECT only how often the peer is
                 audited, INCONCLUSIVE nothing.
             confirmed: Whether a second, independent re-execution agrees with a FAIL; until then it counts as
                 SUSPECT.
@@ -178,7 +182,7 @@ class Ledger:
                 a failure of reliability.
             why: One sentence for people.
         """
-        result = cast(AuditResult, verdict.value)
+        result: AuditResult = verdict.value
         if result == "fail" and not confirmed:
             result = "suspect"
         change: Change

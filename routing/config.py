@@ -8,10 +8,9 @@ class RoutingConfig:
     """Prices of the planner, all of them seconds per token or what turns into them."""
 
     redo_s: float = 0.25  # s, price of a hop that fails: seconds of stall, spread over a session's tokens
-    integrity_weight_s: float = 0.06  # s, price of a hop that may lie; about two hops' latency
+    integrity_weight_s: float = 0.03  # s, price of a hop that surely lies; about a hop's latency
     trusted_integrity: float = 0.6  # 0..1, what trusted-only demands; five audits passed, none failed
-    explore_share: float = 0.08  # 0..1, share of sessions in which a newcomer is given a try
-    explore_slack: float = 1.5  # how much slower than the best route such a try may be
+    explore_share: float = 0.1  # 0..1, share of sessions that go by what peers are at best
     min_reliability: float = 0.05  # 0..1, a peer that always failed costs this much, not infinity
     hop_overhead_s: float = 0.002  # s, to serialise, encrypt and queue at each hop
     default_rtt_ms: float = 100.0  # ms, between two of whom nothing is known

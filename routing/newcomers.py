@@ -1,16 +1,20 @@
-"""Giving newcomers a try, and not more to who comes under many names.
+"""Finding out what untried peers are worth, without giving more to who comes under many names.
 
-A newcomer's integrity is low because nobody looked yet, so a planner that prices it in never finds out. The
-default policy therefore reserves a share of the sessions: in those, one newcomer takes its whole span, and
-the cheapest peers the rest. That share is all that newcomers get together, however many there are.
+A newcomer's scores are low because nobody looked yet, so a planner that prices them in never finds out. The
+default policy therefore plans a share of its sessions by what each peer's scores may be at best, the other
+end of the same interval: optimism in the face of uncertainty, as in bandit algorithms (Auer, Cesa-Bianchi and
+Fischer, "Finite-time Analysis of the Multiarmed Bandit Problem", 2002). Such a session goes to peers that
+would be used if they were trusted, and is audited more, because audits follow doubt. All newcomers together
+get no more than that share, however many there are.
 
-An identity is a key pair and costs nothing. What costs something is an address: newcomers are drawn by
-address range first (/24 of IPv4, /48 of IPv6, a DNS name as it is) and within it second, so a thousand keys
-on one line get one line's share. A peer that announces several ranges counts in the most crowded of them:
+An identity is a key pair and costs nothing. What costs something is an address: in each such session only one
+newcomer of an address range (/24 of IPv4, /48 of IPv6, a DNS name as it is) is considered, so a thousand keys
+on one line have one line's chances. A peer that announces several ranges counts in the most crowded of them:
 an invented address beside the true one, by which it must be reached, gains nothing. Peers behind a relay
-share its range, and those without any address one range together. Proof of work was considered: it taxes a
-phone much and a data centre little. A payment or a vouching chain would need somebody whom
-all trust. So standing is paid for in audited work, which a new key has to do over again.
+share its range, and those without any address one range together; a range with a banned peer in it waits
+until that peer is gone. Proof of work was considered: it taxes a phone much and a data centre little. A
+payment or a chain of vouchers would need somebody whom all trust. So standing is paid for in audited work,
+which a new key has to do over again.
 """
 
 from __future__ import annotations
@@ -19,22 +23,17 @@ import ipaddress
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-from p2pinfer.errors import NoRoute
-from p2pinfer.models.span import BlockSpan
+from p2pinfer.reputation.score import Score
 from p2pinfer.reputation.view import ReputationView
 
 from .config import RoutingConfig
-from .cost import route_cost
 from .eligibility import eligible
 from .planner import cheapest_routes
-from .route import Candidate, Hop, Route, RouteRequest
+from .route import Candidate, Route, RouteRequest
 
 NO_RANGE = "none"
-_MIN_RELIABILITY = 0.5  # a newcomer that fails every other session had its tries
-_TRIES = 3  # newcomers looked at before the reserved session goes to the best route after all
 _FIRST_PARTS = re.compile(r"\A/(ip4|ip6|dns|dns4|dns6|dnsaddr)/([^/]+)")
 
 
@@ -66,69 +65,43 @@ def grouped_by_range(newcomers: Sequence[Candidate]) -> dict[str, list[Candidate
     return groups
 
 
-def route_with_newcomer(
-    best: Route,
+def route_at_best(
     candidates: Sequence[Candidate],
     request: RouteRequest,
     view: ReputationView,
     config: RoutingConfig,
     rng: random.Random,
-) -> Route | None:
-    """A route that gives some newcomer a try; None if nobody is to be tried.
+) -> Route:
+    """The cheapest route if every peer is what it may be at best; of each range one newcomer is considered.
 
-    Args:
-        best: What would be walked otherwise. If it has a newcomer already, nobody else is tried.
+    Raises:
+        NoRoute: As `cheapest_routes`; some of the newcomers may have been needed.
     """
-    if any(view.score(peer_id).is_newcomer for peer_id in best.peer_ids):
-        return None
-    allowed_s = config.explore_slack * route_cost(best, candidates, request, config=config)
-    for newcomer in _drawn(eligible(candidates, request, view), view, rng):
-        route = route_through(newcomer, candidates, request, view, config)
-        # Without the price of risk, which is what the try is to find out about.
-        if route is not None and route_cost(route, candidates, request, config=config) <= allowed_s:
-            return route
-    return None
+    usable = eligible(candidates, request, view)  # by what is known: a floor on integrity means just that
+    newcomers = [peer for peer in usable if view.score(peer.peer_id).is_newcomer]
+    spoilt = {
+        each for peer in candidates if view.is_banned(peer.peer_id) for each in _ranges(peer) - {NO_RANGE}
+    }
+    waiting = {peer.peer_id for peer in newcomers}
+    for name, group in grouped_by_range(newcomers).items():
+        if name not in spoilt:
+            waiting.discard(rng.choice(group).peer_id)
+    considered = [peer for peer in usable if peer.peer_id not in waiting]
+    return cheapest_routes(considered, request, _AtBest(view), config)[0]
 
 
-def route_through(
-    peer: Candidate,
-    candidates: Sequence[Candidate],
-    request: RouteRequest,
-    view: ReputationView,
-    config: RoutingConfig,
-) -> Route | None:
-    """The cheapest way to `peer`, all that it serves of the blocks wanted, and the cheapest way on."""
-    wanted = request.wanted
-    start, stop = max(peer.span.start, wanted.start), min(peer.span.stop, wanted.stop)
-    if start >= stop:
-        return None
-    hops: tuple[Hop, ...] = ()
-    excluded = request.excluded | {peer.peer_id}
-    try:
-        if wanted.start < start:
-            before = replace(request, span=BlockSpan(wanted.start, start), sink=peer, excluded=excluded)
-            hops = cheapest_routes(candidates, before, view, config)[0].hops
-            excluded = excluded | {hop.peer_id for hop in hops}
-        hops = (*hops, peer.hop(BlockSpan(start, stop)))
-        if stop < wanted.stop:
-            after = replace(request, span=BlockSpan(stop, wanted.stop), source=peer, excluded=excluded)
-            hops = (*hops, *cheapest_routes(candidates, after, view, config)[0].hops)
-    except NoRoute:
-        return None
-    return Route(hops)
+class _AtBest:
+    """A view in which every doubt goes in the peer's favour."""
 
+    def __init__(self, view: ReputationView) -> None:
+        self._view = view
 
-def _drawn(usable: Sequence[Candidate], view: ReputationView, rng: random.Random) -> Iterator[Candidate]:
-    """A few newcomers, each from another range, every range as likely as another."""
-    newcomers = [peer for peer in usable if _is_worth_a_try(peer, view)]
-    groups = grouped_by_range(newcomers)
-    for name in rng.sample(sorted(groups), min(_TRIES, len(groups))):
-        yield rng.choice(groups[name])
+    def score(self, peer_id: str) -> Score:
+        score = self._view.score(peer_id)
+        return score.at_best or score
 
-
-def _is_worth_a_try(peer: Candidate, view: ReputationView) -> bool:
-    score = view.score(peer.peer_id)
-    return score.is_newcomer and score.reliability >= _MIN_RELIABILITY
+    def is_banned(self, peer_id: str) -> bool:
+        return self._view.is_banned(peer_id)
 
 
 def _ranges(peer: Candidate) -> set[str]:

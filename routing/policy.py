@@ -27,7 +27,7 @@ from p2pinfer.reputation.view import ReadOnlyView, ReputationView
 from .check import check_routes
 from .config import RoutingConfig
 from .eligibility import eligible, no_route
-from .newcomers import route_with_newcomer
+from .newcomers import route_at_best
 from .planner import cheapest_routes
 from .route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 
@@ -59,8 +59,8 @@ class RoutingPolicy(ABC):
 class RiskAdjusted(RoutingPolicy):
     """The least expected time per token, with the chance of failure and of a lie priced in.
 
-    In a share of the sessions a newcomer is given a try, see `newcomers.py`; never in a failover, where a
-    part of a route is wanted at once.
+    A share of the sessions goes by what peers may be at best, see `newcomers.py`; never in a failover, where
+    a part of a route is wanted at once.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class RiskAdjusted(RoutingPolicy):
     ) -> Sequence[Route]:
         routes = cheapest_routes(candidates, request, view, self._config, self._alternatives)
         if request.span is None and self._rng.random() < self._config.explore_share:
-            attempt = route_with_newcomer(routes[0], candidates, request, view, self._config, self._rng)
-            if attempt is not None:
-                return [attempt, *routes]
+            with suppress(NoRoute):
+                attempt = route_at_best(candidates, request, view, self._config, self._rng)
+                return list(dict.fromkeys([attempt, *routes]))
         return routes
 
 

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from p2pinfer.audit import AuditTally
-from p2pinfer.cli.render import describe_event, route_table, short_peer
+from p2pinfer.cli.plain import short_peer
+from p2pinfer.cli.render import describe_event, route_table
 from p2pinfer.generate import GenerationResult, HopUsed, Timings
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import events
@@ -76,8 +77,8 @@ def result(timings: Timings, failovers: int) -> GenerationResult:
 def test_the_bill_lists_the_hops_and_the_network() -> None:
     assert shown(result(Timings(0.25, 40.0, (4.5, 3.25), 10.0), failovers=0)) == (
         "hop           blocks  connection  ms/token  integrity  reliability\n"
-        "12D3..Ag6gpz  0:4     direct          4.50       0.05         0.80\n"
-        "other         4:8     relayed         3.25       0.05         0.80\n"
+        "12D3..Ag6gpz  0:4     direct          4.50       0.05         0.95\n"
+        "other         4:8     relayed         3.25       0.05         0.95\n"
         "network                               2.25\n"
         "3 tokens after a prompt of 5: 40.0 tok/s, the first after 250 ms\n"
         "no hop was audited"
@@ -96,8 +97,8 @@ def test_the_bill_says_what_was_checked() -> None:
 def test_the_bill_of_a_single_token_has_no_times_per_hop() -> None:
     assert shown(result(Timings(0.25, 0.0, (), 0.0), failovers=2)) == (
         "hop           blocks  connection  ms/token  integrity  reliability\n"
-        "12D3..Ag6gpz  0:4     direct             -       0.05         0.80\n"
-        "other         4:8     relayed            -       0.05         0.80\n"
+        "12D3..Ag6gpz  0:4     direct             -       0.05         0.95\n"
+        "other         4:8     relayed            -       0.05         0.95\n"
         "3 tokens after a prompt of 5: 0.0 tok/s, the first after 250 ms; 2 failovers\n"
         "no hop was audited"
     )

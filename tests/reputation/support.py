@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from enum import Enum
 
 from p2pinfer.reputation.attestation import Attestation, Opinion, seal_attestation
 from p2pinfer.reputation.ledger import Ledger
-
-
-class Verdict(Enum):
-    PASS = "pass"
-    FAIL = "fail"
-    SUSPECT = "suspect"
-    INCONCLUSIVE = "inconclusive"
+from p2pinfer.reputation.verdict import Verdict
 
 
 def signer(author: str) -> Callable[[bytes], bytes]:

@@ -14,8 +14,9 @@ from p2pinfer.reputation.attestation import (
     seal_attestation,
 )
 from p2pinfer.reputation.ledger import Ledger, LedgerConfig
+from p2pinfer.reputation.verdict import Verdict
 
-from .support import Verdict, attestation, audit, signer, verify
+from .support import attestation, audit, signer, verify
 
 GOOD = {"a": 0.95, "b": 0.95, "c": 0.95}
 

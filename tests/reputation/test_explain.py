@@ -6,8 +6,9 @@ import pytest
 
 from p2pinfer.reputation.explain import moment, standing
 from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.verdict import Verdict
 
-from .support import Verdict, attestation, audit, verify
+from .support import attestation, audit, verify
 
 
 def told(ledger: Ledger, peer_id: str = "peer") -> str:
@@ -17,7 +18,7 @@ def told(ledger: Ledger, peer_id: str = "peer") -> str:
 def test_a_stranger() -> None:
     ledger = Ledger()
     assert "Nothing is known of it" in told(ledger)
-    assert "audited in 91% of the sessions" in told(ledger)
+    assert "audited in 100% of the sessions" in told(ledger)
     assert standing(ledger, "peer") == "newcomer"
 
 

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from p2pinfer.reputation.account import MAX_NOTES, MAX_REASON
 from p2pinfer.reputation.ledger import Ledger, LedgerConfig
+from p2pinfer.reputation.score import Score
+from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.reputation.view import ReputationView
 
-from .support import Verdict, audit
+from .support import audit
 
 HOUR_S = 3600.0
 
@@ -41,6 +43,7 @@ def test_a_newcomer_scores_the_prior() -> None:
     assert score.reliability == pytest.approx(0.8)
     assert score.integrity == pytest.approx(0.05)
     assert score.is_newcomer
+    assert score.at_best == Score(1.0, 1.0)
     assert not view.is_banned("stranger")
 
 
@@ -142,6 +145,17 @@ def test_a_newcomer_that_fails_once_is_banned_and_an_old_hand_is_not() -> None:
     assert ledger.is_banned("old")
 
 
+def test_at_best_who_never_failed_is_honest_and_who_did_is_not() -> None:
+    ledger = Ledger()
+    audit(ledger, "peer", Verdict.PASS, 100)
+    at_best = ledger.score("peer").at_best
+    assert at_best is not None and at_best.integrity == 1.0
+    audit(ledger, "peer", Verdict.FAIL)
+    score = ledger.score("peer")
+    assert score.at_best is not None
+    assert score.integrity < score.at_best.integrity < 0.97
+
+
 def test_a_failure_is_a_suspicion_until_it_is_confirmed(caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger()
     ledger.record_audit("peer", Verdict.FAIL, 1.0, confirmed=False)
@@ -174,17 +188,17 @@ def test_withheld_evidence_is_a_failure_of_reliability() -> None:
     assert ledger.account("peer").withheld == 1
 
 
-@pytest.mark.parametrize(("passes", "rate"), [(0, 0.9125), (12, 0.0524), (100, 0.0108), (5000, 0.01)])
+@pytest.mark.parametrize(("passes", "rate"), [(0, 1.0), (12, 0.0524), (100, 0.0108), (5000, 0.01)])
 def test_the_audit_rate_falls_with_what_was_passed(passes: int, rate: float) -> None:
     ledger = Ledger()
     audit(ledger, "peer", Verdict.PASS, passes)
     assert ledger.audit_probability("peer", 1.0) == pytest.approx(rate, rel=0.02)
 
 
-def test_newcomers_are_audited_in_half_of_their_sessions_at_least() -> None:
+def test_newcomers_are_audited_in_every_session() -> None:
     ledger = Ledger()
     audit(ledger, "peer", Verdict.PASS, 9)
-    assert ledger.is_newcomer("peer") and ledger.audit_probability("peer", 1.0) == 0.5
+    assert ledger.is_newcomer("peer") and ledger.audit_probability("peer", 1.0) == 1.0
     audit(ledger, "peer", Verdict.PASS)
     assert not ledger.is_newcomer("peer") and ledger.audit_probability("peer", 1.0) < 0.1
 

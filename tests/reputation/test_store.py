@@ -17,8 +17,9 @@ from p2pinfer.errors import LocalError
 from p2pinfer.reputation import store
 from p2pinfer.reputation.account import Account
 from p2pinfer.reputation.ledger import Ledger, LedgerConfig, open_ledger
+from p2pinfer.reputation.verdict import Verdict
 
-from .support import Verdict, attestation, audit, verify
+from .support import attestation, audit, verify
 
 WRITER = """
 import sys

@@ -165,7 +165,7 @@ def naive_cost(swarm: Swarm, route: Route) -> float:
         r = max(score.reliability, 0.05)
         compute = len(hop.span) / len(peer.span) / peer.announcement.tokens_per_s
         lat = 0.002 + compute + naive_edge_s(swarm, before, peer)
-        total += (lat + (1 - r) * 0.25) / r + 0.06 * (1 - score.integrity)
+        total += (lat + (1 - r) * 0.25) / r + 0.03 * (1 - score.integrity)
         before = peer
     return total + naive_edge_s(swarm, before, swarm.request.sink)
 
