@@ -20,6 +20,7 @@ from .generate import generate
 from .keygen import keygen
 from .node import node
 from .plain import printable
+from .reputation import reputation
 from .swarm import swarm
 from .terminal import note, write_out
 
@@ -67,6 +68,7 @@ def app(ctx: click.Context) -> None:
     p2pinfer generate "Once upon a time"    a story, from whatever swarm is in reach
     p2pinfer node                           lend this computer to the swarm
     p2pinfer swarm                          who is there
+    p2pinfer reputation                     whom to believe
     """
     if ctx.invoked_subcommand is None:
         write_out(ctx.get_help() + "\n")
@@ -90,6 +92,7 @@ def completion(shell: str) -> None:
 app.add_command(generate)
 app.add_command(node)
 app.add_command(swarm)
+app.add_command(reputation)
 app.add_command(doctor)
 app.add_command(keygen)
 app.add_command(app.commands.pop("completion"))

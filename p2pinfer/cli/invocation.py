@@ -28,6 +28,7 @@ _HEADINGS = {
     "bootstrap": "Network",
     "host": "Network",
     "client": "Network",
+    "audit": "Network",
     "data_dir": "Network",
 }
 
@@ -98,6 +99,17 @@ class _Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
+class _CommandGroup(_Command, click.Group):
+    """A command with commands below it, listed in the order they were added."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 def command(
     name: str, *, examples: Sequence[str]
 ) -> Callable[[Callable[Concatenate[Invocation, ...], None]], click.Command]:
@@ -107,19 +119,42 @@ def command(
     """
 
     def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Command:
-        def call(**own: Any) -> None:
-            invocation = _invocation(click.get_current_context())
-            set_up_logging(invocation.verbosity, level=invocation.log_level, form=invocation.log_format)
-            function(invocation, **own)
-
-        options: list[click.Parameter] = getattr(function, "__click_params__", [])
-        made = _Command(
-            name, callback=call, params=[*reversed(options), *_switches()], help=inspect.getdoc(function)
-        )
+        made = _Command(name, **_parts_of(function))
         made.examples = examples
         return made
 
     return decorate
+
+
+def group(
+    name: str, *, examples: Sequence[str]
+) -> Callable[[Callable[Concatenate[Invocation, ...], None]], click.Group]:
+    """As `command`, for one that has others below it; the function is for when none of them was given."""
+
+    def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Group:
+        made = _CommandGroup(name, invoke_without_command=True, **_parts_of(function))
+        made.examples = examples
+        return made
+
+    return decorate
+
+
+def _parts_of(function: Callable[Concatenate[Invocation, ...], None]) -> dict[str, Any]:
+    """What click makes a command of."""
+
+    def call(**own: Any) -> None:
+        context = click.get_current_context()
+        if context.invoked_subcommand is None:
+            invocation = _invocation(context)
+            set_up_logging(invocation.verbosity, level=invocation.log_level, form=invocation.log_format)
+            function(invocation, **own)
+
+    options: list[click.Parameter] = getattr(function, "__click_params__", [])
+    return {
+        "callback": call,
+        "params": [*reversed(options), *_switches()],
+        "help": inspect.getdoc(function),
+    }
 
 
 def setting(

@@ -22,3 +22,8 @@ def one_line(message: str, limit: int = LINE_CHARS) -> str:
     """A message as one line of at most `limit` printable characters."""
     line = printable(" ".join(message.split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def short_peer(peer_id: str) -> str:
+    """`12D3KooWAbc...xyz` -> `12D3..vwxyz`: every id begins alike, so the end is what tells peers apart."""
+    return peer_id if len(peer_id) <= 12 else f"{peer_id[:4]}..{peer_id[-6:]}"

@@ -10,17 +10,12 @@ from rich.text import Text
 
 from p2pinfer.node import events
 
-from .plain import one_line
+from .plain import one_line, short_peer
 
 if TYPE_CHECKING:
     from p2pinfer.audit import AuditTally
     from p2pinfer.generate import GenerationResult
     from p2pinfer.reputation.view import ReputationView
-
-
-def short_peer(peer_id: str) -> str:
-    """`12D3KooWAbc...xyz` -> `12D3..vwxyz`: every id begins alike, so the end is what tells peers apart."""
-    return peer_id if len(peer_id) <= 12 else f"{peer_id[:4]}..{peer_id[-6:]}"
 
 
 def route_table(result: GenerationResult, view: ReputationView, audits: AuditTally) -> RenderableType:

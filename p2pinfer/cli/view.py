@@ -19,7 +19,7 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.routing.announcement import Announcement
 
-from .render import short_peer
+from .plain import short_peer
 from .terminal import print_out, write_out
 
 PING_S = 1.0  # how long connected peers have to answer a ping
