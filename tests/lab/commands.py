@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .lab import ROOT, Lab
-from .namespaces import environ
+from .lab import Lab
+from .namespaces import environ_of_tests
 
 LOOK_EVERY_S = 0.02
 PATIENCE_S = 60.0
@@ -202,15 +202,13 @@ _FRUGAL = ("--set", "compute.threads=1", "--dtype", "float32")
 @contextmanager
 def open_commands(lab: Lab) -> Generator[Commands]:
     """What starts commands in the lab's hosts; they are killed when the block ends."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with (lab.home / "zygote-stderr").open("wb") as said:
         zygote = subprocess.Popen(
             lab.corner.enter([sys.executable, "-m", "tests.lab.zygote"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
-            cwd=ROOT,
-            env=environ(PYTHONPATH=path),
+            env=environ_of_tests(),
         )
     assert zygote.stdin is not None
     assert zygote.stdout is not None

@@ -12,12 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .namespaces import Corner, environ, open_corner
+from .namespaces import ROOT, Corner, environ, environ_of_tests, open_corner
 from .plan import line_up, namespaces, wiring
 from .scenario import Line, Scenario, Site
 from .upnp import miniupnpd, serve_upnp
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -67,8 +65,7 @@ def _open_wan(scenario: Scenario, corner: Corner) -> Generator[Wan]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
-        env=environ(),
+        env=environ_of_tests(),
     )
     with process:
         try:

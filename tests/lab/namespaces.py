@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 PROGRAMS = ("unshare", "nsenter", "ip", "iptables", "ip6tables", "sysctl", "conntrack")
+ROOT = Path(__file__).resolve().parents[2]
 _READY = "ready"
 # Debian keeps some of these where only root's PATH leads.
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -127,6 +128,11 @@ def environ(**more: str) -> dict[str, str]:
     """The environment for programs in a lab: nothing of p2pinfer's, and a PATH that leads to root's tools."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("P2PINFER_")}
     return {**kept, "PATH": _PATH, **more}
+
+
+def environ_of_tests() -> dict[str, str]:
+    """The same for `python -m tests...`: entering a mount namespace forgets the working directory."""
+    return environ(PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
 
 
 def quote(argv: Sequence[str]) -> str:
