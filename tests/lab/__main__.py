@@ -13,8 +13,8 @@ import subprocess
 import sys
 
 from .commands import open_commands
-from .lab import ROOT, Lab, lacks, open_lab
-from .namespaces import environ, why_not
+from .lab import Lab, lacks, open_lab
+from .namespaces import ROOT, environ, why_not
 from .pairs import Run, measure
 from .scenario import Scenario
 from .scenarios import KINDS, SCENARIOS, named

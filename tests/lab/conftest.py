@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from .lab import ROOT, Lab, open_lab
-from .namespaces import why_not
+from .lab import Lab, open_lab
+from .namespaces import ROOT, why_not
 from .scenario import Line, Scenario, Site
 from .scenarios import KINDS
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .namespaces import ROOT, Corner, environ, environ_of_tests, open_corner
+from .namespaces import Corner, environ, environ_of_tests, open_corner
 from .plan import line_up, namespaces, wiring
 from .scenario import Line, Scenario, Site
 from .upnp import miniupnpd, serve_upnp

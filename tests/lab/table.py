@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from .lab import ROOT
+from .namespaces import ROOT
 from .pairs import Role, Run
 from .scenarios import KINDS
 
