@@ -19,7 +19,7 @@ INSTALL := $(PIP) install $(if $(CI),--quiet) --constraint constraints.txt \
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test lint check bench bench-gpu wheel-test chaos docs lab lab-shell clean
+.PHONY: help demo test lint check bench bench-gpu wheel-test chaos fuzz docs lab lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,10 @@ lab-shell: $(TESTABLE)  ## a shell in a host of a simulated internet; SCENARIO=.
 
 chaos: $(TESTABLE)  ## nodes that die, freeze and leave for an hour; SEED=... repeats a run, DURATION=... in seconds
 	$(BIN)/python -m tests.chaos --duration $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(TESTABLE)  ## ten minutes of hostile bytes to every decoder, guided by coverage; DURATION=... in seconds
+	$(INSTALL) --quiet atheris
+	$(BIN)/python -m tests.fuzz run --duration $(or $(DURATION),600)
 
 docs: $(TESTABLE)  ## write docs/configuration.md anew
 	$(BIN)/python docs/write_configuration.py
