@@ -99,15 +99,15 @@ def _home(scenario: Scenario, site: Site) -> list[str]:
 def _rules(router: str, kind: RouterKind) -> list[str]:
     inside = f"ip netns exec {router}"
     commands = [f"{inside} sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1"]
-    # miniupnpd speaks to the older interface of the kernel only, and rules of one do not see the other's.
-    suffix = "-legacy" if kind == "upnp" else ""
-    for program in (f"iptables{suffix}", f"ip6tables{suffix}"):
+    for program in ("iptables", "ip6tables"):
         tables = f"{inside} {program} -w"
         commands += [
             f"{tables} -A FORWARD -i lan0 -o wan0 -j ACCEPT",
             f"{tables} -A FORWARD -i wan0 {ESTABLISHED} -j ACCEPT",
             f"{tables} -A INPUT -i wan0 {ESTABLISHED} -j ACCEPT",
         ]
+        if kind == "upnp":  # whatever the daemon has translated
+            commands.append(f"{tables} -A FORWARD -i wan0 -m conntrack --ctstate DNAT -j ACCEPT")
         if kind == "rst":
             for chain in ("INPUT", "FORWARD"):
                 commands.append(f"{tables} -A {chain} -i wan0 -p tcp --syn -j REJECT --reject-with tcp-reset")
@@ -116,5 +116,5 @@ def _rules(router: str, kind: RouterKind) -> list[str]:
         commands += [f"{tables} -A INPUT -i wan0 -j DROP", f"{tables} -A FORWARD -i wan0 -j DROP"]
     if kind != "firewall":
         ports = " --random-fully" if kind == "symmetric" else ""
-        commands.append(f"{inside} iptables{suffix} -w -t nat -A POSTROUTING -o wan0 -j MASQUERADE{ports}")
+        commands.append(f"{inside} iptables -w -t nat -A POSTROUTING -o wan0 -j MASQUERADE{ports}")
     return commands
