@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Final, Literal
 
 import platformdirs
 import trio
@@ -34,14 +34,16 @@ from p2pinfer.node.wire import CODECS, Codec
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.cost import route_cost
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
-from p2pinfer.routing.route import Candidate, Route, RouteOutcome, RouteRequest
+from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 
 from .asking import PolicyDesk
 from .audit import Auditor, AuditTally
 from .failover import Gap
 from .generate import Generation, GenerationConfig, new_state
 from .keeping import kept_ledger
+from .paces import Paces
 from .patience import Patience, Waiting
 from .resting import Resting
 from .resume import GenerationState, decode_state
@@ -49,6 +51,8 @@ from .session import Session, SessionConfig, open_session
 from .verifier import AuditConfig, LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
+
+_WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class Client:
         self._progress = progress
         self._on_wait = on_wait
         self._resting = Resting(self._config.busy_pause_s)
+        self._paces = Paces()
+        self._routing_config = routing_config
         self._audit_config = audit or AuditConfig()
         self._verifier = verifier
         self._auditor: Auditor | None = None
@@ -325,6 +331,26 @@ class Client:
         resting = self._resting.peers(trio.current_time())
         return await self._ask_policy(gap.tokens, gap.excluded | resting, gap)
 
+    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+        """Whom the policy prefers to a hop that takes so long for a step, if it saves half of that or more.
+
+        Raises:
+            NoRoute: The policy has nobody at all.
+        """
+        now = trio.current_time()
+        self._paces.note(hop.peer_id, len(hop.span), seconds, now)
+        candidates = [self._paces.known(candidate, now) for candidate in self._candidates()]
+        excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
+        request = self._request(gap.tokens, excluded, candidates, gap)
+        route = (await self._desk.choose_routes(candidates, request, self.ledger))[0]
+        if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
+            return None
+        slow, other = (
+            route_cost(each, candidates, request, self.ledger, self._routing_config)
+            for each in (Route((hop,)), route)
+        )
+        return route if slow - other > _WORTH_CHANGING * seconds else None
+
     def hop_failed(self, route: Route, error: PeerError) -> None:
         """Note that a hop of `route` failed or refused, and tell the policy."""
         outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
@@ -337,6 +363,8 @@ class Client:
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
+        for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):
+            self._paces.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
         now = time.time()  # the ledger outlives this process
         for hop in route.hops:
             if outcome.ok:
@@ -357,11 +385,22 @@ class Client:
 
     async def _ask_policy(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
         """The policy's first choice for all blocks, or for those of `gap`."""
-        spec = self._source.spec
-        candidates = [
+        candidates = self._candidates()
+        self.ledger.advance(time.time())
+        request = self._request(tokens, excluded, candidates, gap)
+        routes = await self._desk.choose_routes(candidates, request, self.ledger)
+        return routes[0]
+
+    def _candidates(self) -> list[Candidate]:
+        return [
             Candidate(peer.announcement, peer.rtt_ms, relayed=peer.connection == "relayed")
             for peer in self.peers()
         ]
+
+    def _request(
+        self, tokens: int, excluded: frozenset[str], candidates: Sequence[Candidate], gap: Gap | None
+    ) -> RouteRequest:
+        spec = self._source.spec
         request = RouteRequest(
             spec.revision,
             spec.num_blocks,
@@ -370,14 +409,12 @@ class Client:
             excluded,
             self._member.coordinate,
         )
-        if gap is not None:
-            by_id = {candidate.peer_id: candidate for candidate in candidates}
-            source = by_id.get(gap.before.peer_id) if gap.before else None
-            sink = by_id.get(gap.after.peer_id) if gap.after else None
-            request = replace(request, span=gap.span, source=source, sink=sink)
-        self.ledger.advance(time.time())
-        routes = await self._desk.choose_routes(candidates, request, self.ledger)
-        return routes[0]
+        if gap is None:
+            return request
+        by_id = {candidate.peer_id: candidate for candidate in candidates}
+        source = by_id.get(gap.before.peer_id) if gap.before else None
+        sink = by_id.get(gap.after.peer_id) if gap.after else None
+        return replace(request, span=gap.span, source=source, sink=sink)
 
     def _codec_for(self, route: Route) -> Codec:
         """What travels: what every hop computes in, or float32, which loses nothing of any mix."""

@@ -53,6 +53,10 @@ class Replanner(Protocol):
         """Hops that cover the gap's span and are not among the excluded; NoRoute if there are none."""
         ...
 
+    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+        """Hops to take over from one that takes so long for a step; None if it is best left alone."""
+        ...
+
     def hop_failed(self, route: Route, error: PeerError) -> None:
         """Hear that the hop `error.peer_id` of `route` failed, or refused to become one."""
         ...
@@ -120,23 +124,29 @@ class Faults:
                 return
         raise first
 
-    async def open_spare(self, replaced: Sequence[HopStream], timeout_s: float) -> Spare:
-        """Find somebody for the blocks of adjacent hops, and open the session there.
-
-        Raises:
-            NoRoute: There is nobody.
-            PeerError: Those who were found cannot; they are shunned, and another try finds others.
-        """
-        assert self._replanner is not None
+    def gap(self, replaced: Sequence[HopStream]) -> Gap:
+        """What would be missing without these adjacent hops."""
         before, after = self._chain.neighbours(replaced)
-        gap = Gap(
+        return Gap(
             BlockSpan(replaced[0].hop.span.start, replaced[-1].hop.span.stop),
             self._max_tokens,
             self.shunned | {hop.peer_id for hop in self._chain.hops},
             before.hop if before else None,
             after.hop if after else None,
         )
-        route = await self._replanner.replacement(gap)
+
+    async def open_spare(
+        self, replaced: Sequence[HopStream], timeout_s: float, route: Route | None = None
+    ) -> Spare:
+        """Find somebody for the blocks of adjacent hops, unless `route` says who, and open the session there.
+
+        Raises:
+            NoRoute: There is nobody.
+            PeerError: Those who were found cannot; they are shunned, and another try finds others.
+        """
+        assert self._replanner is not None
+        if route is None:
+            route = await self._replanner.replacement(self.gap(replaced))
         logger.debug("session.replace %s by %s", [hop.peer_id for hop in replaced], route)
         try:
             return await self._chain.open_spare(replaced, route, timeout_s)

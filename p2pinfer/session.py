@@ -10,7 +10,8 @@ that failed; whoever holds the session then plans another route and opens a new 
 
 A hop that is busy is not a hop that is dead. While a step takes long every hop is asked for a sign of life,
 which its event loop gives whatever its device computes, and for one of its successor. Who gives none is
-replaced.
+replaced. A hop that has become slow goes on working until somebody who would be much faster, if there is
+anybody, has been fed what it knows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import NoRoute, PeerError, PeerVanished, ProtocolViolation
+from p2pinfer.errors import NoRoute, P2PInferError, PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.host import Host
 from p2pinfer.node.tensors import decode_hidden, encode_hidden
@@ -45,6 +46,7 @@ from .chain import Chain, ChainConfig, Recall, Spare
 from .failover import Faults, Replanner
 from .hop_stream import HopStream, end_all, refusal_error
 from .receipts import PassedStep, ReceiptBook
+from .slowness import Slowness
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class SessionConfig:
     probe_timeout_s: float = 1.5  # a hop that gives none in this time counts as dead
     repair_timeout_s: float = 5.0  # for one try to put others in place of a hop that failed
     max_repairs: int = 8  # tries in a row
+    slow_step_s: float = 0.05  # a hop that takes so long for a token is replaced by one that would halve it
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -152,7 +155,10 @@ class Session:
         self._awaited: deque[_Sent] = deque()  # oldest first
         self._over: PeerError | None = None  # why nothing can be repaired
         self._turn = trio.Lock()  # held by a step, or by a change of hops between steps
+        self._handing_over = trio.Lock()  # a spare is warmed for one place at a time
         self._warming: trio.CancelScope | None = None
+        self._slowness = Slowness(config.slow_step_s)
+        self._improving = trio.CancelScope()
         self._spare: Spare | None = None
         self._step_sent = trio.Event()
         self._progress_at = 0.0  # when something last came or went
@@ -199,6 +205,7 @@ class Session:
             await self._send(hidden, position, returns=len(hidden))
             result, output = await self._receive()
             self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
+            self._note_pace(result.bills)
             return output
 
     async def prefill(self, hidden: Tensor, position: int) -> Tensor:
@@ -224,8 +231,11 @@ class Session:
             _, last = await self._receive()
             return last
 
-    async def replace(self, peer_id: str) -> None:
+    async def replace(self, peer_id: str, route: Route | None = None) -> None:
         """Put others in place of a hop that still works, between two steps; steps go on meanwhile.
+
+        Args:
+            route: Who is to take over; whom the replanner names, if None.
 
         Raises:
             NoRoute: There is nobody else. The session is as it was, here and in what follows.
@@ -237,7 +247,7 @@ class Session:
             raise ValueError(f"{peer_id} cannot be replaced: no hop, or not the only one to be replaced")
         with trio.CancelScope() as self._warming:
             try:
-                await self._hand_over(hop)
+                await self._hand_over(hop, route)
             finally:
                 self._warming = None
                 if self._spare is not None:
@@ -260,12 +270,13 @@ class Session:
         self._over = self._over or PeerVanished("the session is closed", self.chain.hops[-1].peer_id)
         self._watchdog.cancel()
         self._auditor.cancel()
-        if self._warming is not None:
-            self._warming.cancel()
+        self._improving.cancel()
         self._results_in.close()
         if not self._closed:
             self._closed = True
             self._on_closed(self)
+        if self._warming is not None:
+            self._warming.cancel()
         spares = self._spare.hops if self._spare else []
         await end_all([*self.chain.hops, *spares])
 
@@ -389,10 +400,45 @@ class Session:
             self._nursery.start_soon(self._see_off, stream)
 
     async def _see_off(self, hop: HopStream) -> None:
+        async with self._turn:  # not while it takes over
+            self._improving.cancel()
+        async with self._handing_over:
+            for _ in range(self._config.max_repairs):
+                if self._closed or not await self._try_to_see_off(hop):
+                    break
+
+    async def _try_to_see_off(self, hop: HopStream) -> bool:
+        """False if that is all that can be done."""
         try:
             await self.replace(hop.peer_id)
-        except (PeerError, NoRoute, ValueError) as exc:
+        except PeerError as exc:  # of who was asked; others may have room
+            logger.debug("session.handover_failed peer=%s why=%s", exc.peer_id, exc)
+            return True
+        except (P2PInferError, ValueError) as exc:
             logger.info("nobody takes over from %s before it leaves: %s", hop.peer_id, exc)
+        return False
+
+    def _note_pace(self, bills: tuple[Bill, ...]) -> None:
+        self._slowness.note(bills)
+        slow = self._slowness.suspect(trio.current_time())
+        if slow is not None and self._replanner is not None and not self._handing_over.locked():
+            place, seconds = slow
+            self._nursery.start_soon(self._improve, self._replanner, self.chain.hops[place], seconds)
+
+    async def _improve(self, replanner: Replanner, hop: HopStream, seconds: float) -> None:
+        """Have somebody faster take over from a hop that takes so long for a step, if there is anybody."""
+        with trio.CancelScope() as self._improving:
+            async with self._handing_over:
+                try:
+                    route = await replanner.better(self._faults.gap([hop]), hop.hop, seconds)
+                    if route is None:
+                        return
+                    logger.info(
+                        "%s takes %.0f ms for a step; %s is to do better", hop.peer_id, seconds * 1e3, route
+                    )
+                    await self.replace(hop.peer_id, route)
+                except (P2PInferError, ValueError) as exc:
+                    logger.info("nobody better takes over from %s: %s", hop.peer_id, exc)
 
     def _wake(self) -> None:
         with suppress(trio.ClosedResourceError):
@@ -453,7 +499,7 @@ class Session:
             raise first from exc
         self._over = None
         self.failovers += 1
-        self.timings.clear()  # of hops that are not there any more
+        self._forget_pace()
         await self._send_again()
         logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, self.route)
 
@@ -472,8 +518,8 @@ class Session:
         for each in [*self._awaited]:
             await self._push(each)
 
-    async def _hand_over(self, hop: HopStream) -> None:
-        spare = self._spare = await self._faults.open_spare([hop], self._config.open_timeout_s)
+    async def _hand_over(self, hop: HopStream, route: Route | None) -> None:
+        spare = self._spare = await self._faults.open_spare([hop], self._config.open_timeout_s, route)
         involved = [*spare.hops, *self.chain.neighbours([hop])[:1]]
         living = [each for each in involved if each is not None]
         for _ in range(_MAX_ROUNDS):
@@ -486,7 +532,12 @@ class Session:
             await self._faults.take_over(spare, self._length)
             self._spare = None
             self.handovers += 1
-            self.timings.clear()
+            self._forget_pace()
+
+    def _forget_pace(self) -> None:
+        """Begin anew: what was measured is of hops that are not there any more."""
+        self.timings.clear()
+        self._slowness.forget()
 
 
 async def open_session(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import trio.testing
 from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig, generation_config
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
+from p2pinfer.failover import Gap
 from p2pinfer.generate import Generation, GenerationConfig
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
@@ -30,7 +32,7 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
-from p2pinfer.session import Session, open_session
+from p2pinfer.session import Session, SessionConfig, open_session
 from p2pinfer.verifier import AuditConfig
 
 from .node.memory_swarm import MemorySwarm, open_memory_swarm
@@ -61,6 +63,7 @@ def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_pat
             monkeypatch.setattr(client_module, "open_swarm", join)
             options.setdefault("config", ClientConfig(dtype="float32"))
             options.setdefault("audit", AuditConfig(rate=0.0))
+            options.setdefault("session_config", SessionConfig(slow_step_s=60.0))  # machines may be busy
             async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
                 yield client, swarm
 
@@ -154,6 +157,27 @@ async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: Open
         assert policy.requests[-1].excluded == {"a", "b"}
         assert client.ledger.score("b").reliability < client.ledger.score("c").reliability
     assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
+
+
+async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(
+    open_client: OpenClient,
+) -> None:
+    async with open_client(config=SOON) as (client, swarm):
+        await swarm.serve("a", 0, 3, tokens_per_s=100)
+        await swarm.serve("b", 3, 8, tokens_per_s=100)
+        a, b = Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))
+        gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None)
+        with pytest.raises(NoRoute):
+            await client.better(replace(gap, tokens=1 << 30), b, 5.0)
+        assert await client.better(gap, b, 5.0) is None  # there is nobody else
+        await swarm.serve("c", 3, 8, tokens_per_s=10)
+        assert await client.better(gap, b, 0.15) is None
+        route = await client.better(gap, b, 1.0)
+        assert route is not None
+        assert route.peer_ids == ("c",)
+        # Sessions have shown that it is not as fast as it says.
+        client.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
+        assert await client.better(gap, b, 1.0) is None
 
 
 async def test_two_peers_that_die_together_are_one_failover(open_client: OpenClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from p2pinfer.errors import NoRoute, PeerError
 from p2pinfer.failover import Gap
+from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import Session, SessionConfig, open_session
+from p2pinfer.slowness import Slowness
 
 from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
 PROMPT, TOTAL = 20, 32
-CHUNKS = SessionConfig(chunk_tokens=6, chunks_in_flight=3)
+CHUNKS = SessionConfig(chunk_tokens=6, chunks_in_flight=3, slow_step_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,8 @@ class Spares:
         self.spans = spans
         self.gaps: list[Gap] = []
         self.failed: list[str] = []
+        self.slow: list[tuple[str, float]] = []
+        self.bettered: set[str] = set()  # hops for which it has somebody better
         self.before_answering: Callable[[], Awaitable[None]] | None = None
 
     async def replacement(self, gap: Gap) -> Route:
@@ -65,6 +70,11 @@ class Spares:
         if block < gap.span.stop:
             raise NoRoute("nobody is left", [(block, gap.span.stop)])
         return Route(tuple(hops))
+
+    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+        await trio.lowlevel.checkpoint()
+        self.slow.append((hop.peer_id, seconds))
+        return await self.replacement(gap) if hop.peer_id in self.bettered else None
 
     def hop_failed(self, route: Route, error: PeerError) -> None:
         assert error.peer_id in route.peer_ids
@@ -143,3 +153,81 @@ async def test_whoever_dies_whenever_the_outputs_are_those_of_one_machine(
             assert session.failovers >= 1
             assert not set(victims) & set(session.route.peer_ids)
             assert set(spares.failed) == set(victims) == session.failed_peers
+
+
+async def test_a_hop_that_has_become_slow_works_until_a_better_one_is_warm(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    config = replace(CHUNKS, slow_step_s=1e-9)  # any hop will do
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        spares = Spares(**OTHERS)
+        async with running(swarm, route_over(**WAY), spares, inputs, config) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            spares.bettered = set(WAY)
+            while not session.handovers:
+                await decode_rest(session, inputs, expected)
+            await decode_rest(session, inputs, expected)
+            ((slow, seconds),) = spares.slow
+            assert seconds > 0
+            assert slow not in session.route.peer_ids
+            assert (session.failovers, session.handovers, spares.failed) == (0, 1, [])
+            assert len(session.timings) < 2 * (TOTAL - PROMPT)  # those of other hops are gone
+
+
+async def test_a_slow_hop_stays_where_nobody_is_better(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CHUNKS, slow_step_s=1e-9)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY)
+        spares = Spares()
+        async with running(swarm, route_over(**WAY), spares, inputs, config) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            await decode_rest(session, inputs, expected)
+            spares.bettered = set(WAY)  # who turn out not to be there
+            monkeypatch.setattr(session, "_slowness", Slowness(1e-9))  # it would look again after a while
+            await decode_rest(session, inputs, expected)
+            assert (session.handovers, session.route) == (0, route_over(**WAY))
+            assert len(spares.slow) == 2
+
+
+async def test_hops_that_leave_together_are_replaced_one_after_the_other(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        spares = Spares(d=(0, 3), e=(3, 5), f=(5, 8))
+        await serve(swarm, **WAY, **spares.spans)
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            async with trio.open_nursery() as nursery:
+                for peer_id in WAY:
+                    nursery.start_soon(swarm.served[peer_id].server.drain, 30.0)
+                while session.handovers < 3:
+                    await decode_rest(session, inputs, expected)
+            await decode_rest(session, inputs, expected)
+            assert not set(WAY) & set(session.route.peer_ids)
+            assert session.failovers == 0
+
+
+async def test_who_refuses_to_take_over_from_a_hop_that_leaves_is_not_the_last_to_be_asked(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY)
+        leases: list[CacheLease] = []
+        for full in "de":
+            cache = (await swarm.serve(full, 3, 5)).runner.cache
+            leases.append(cache.reserve(cache.free_tokens))
+        await serve(swarm, f=(3, 5))
+        spares = Spares(d=(3, 5), e=(3, 5), f=(3, 5))
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(swarm.served["b"].server.drain, 30.0)
+                while not session.handovers:
+                    await decode_rest(session, inputs, expected)
+            assert session.route.peer_ids == ("a", "f", "c")
+            assert (session.failovers, spares.failed) == (0, ["d", "e"])
+            for lease in leases:
+                lease.release()

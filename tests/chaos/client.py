@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--hold", type=int, metavar="N", help="open N generations and do no more")
     asked = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(created).3f %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("p2pinfer").setLevel(logging.DEBUG)
     trio.run(_run, asked)
     os._exit(0)
 

@@ -35,6 +35,7 @@ def main() -> None:
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, _note_child)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGUSR1, _end)  # a client inherits it, and listens itself once it can
     children: set[int] = set()
     _say({"event": "ready"})
     unread = b""
@@ -93,7 +94,6 @@ def _become(asked: dict[str, Any], life: int) -> None:
         os.dup2(opened, number)
         os.close(opened)
     vitals.install(home / "vitals.json")
-    signal.signal(signal.SIGUSR1, _end)  # until the client listens for it
     try:
         if asked["kind"] == "client":
             client.main(asked["argv"])
