@@ -22,7 +22,7 @@ from typing import Any
 from .processes import ClientProcess, NodeProcess, Zygote
 from .requests import expected_ids, make_requests
 from .schedule import Fault, plan_faults
-from .vitals import Vitals, describe, read_vitals
+from .vitals import Vitals, describe, read_vitals, resident_mib
 
 SPANS = ((0, 3), (3, 6), (6, 8), (0, 4), (4, 8), (2, 6), (0, 2), (5, 8))  # every block on three nodes
 SURVIVORS = (0, 1, 2)  # hold all blocks between them; frozen now and then, never ended
@@ -31,6 +31,7 @@ WAIT_S = 120.0  # how long a client waits for blocks that are gone
 HANG_S = WAIT_S + 60.0  # after which a generation counts as hung
 SETTLE_S = 3.0  # in which connections of who has gone are noticed
 QUIET_S = 60.0  # until a node has noticed that nobody is there any more
+SAY_EVERY_S = 300.0  # how it goes
 LEAVE_S = 30.0  # for a node to leave after a SIGTERM, on a machine this busy
 
 # What a survivor may hold more than before. Connections come and go with restarts, and a connection has a
@@ -190,7 +191,11 @@ class _Run:
         """Listen, harm and mend until then."""
         began = time.monotonic()
         due = list(faults)
+        say_at = began + SAY_EVERY_S
         while (now := time.monotonic()) < until:
+            if now >= say_at:
+                say_at += SAY_EVERY_S
+                self._say_how_far(now - began)
             while due and began + due[0].at_s <= now:
                 self._harm(due.pop(0))
             while self._mends and self._mends[0][0] <= now:
@@ -200,6 +205,14 @@ class _Run:
             self._zygote.listen(0.1)
         while self._mends and self._mends[0][0] <= until:
             self._mend(self._mends.pop(0)[1])
+
+    def _say_how_far(self, seconds: float) -> None:
+        outcome = self._outcome
+        held = ", ".join(f"{resident_mib(self._nodes[index].pid):.0f}" for index in SURVIVORS)
+        self._say(
+            f"{seconds:8.1f} s  {outcome.generations} generations, {outcome.failovers} failovers, "
+            f"{len(outcome.failures)} failures; survivors hold {held} MiB"
+        )
 
     def _harm(self, fault: Fault) -> None:
         self._outcome.faults[fault.kind] += 1

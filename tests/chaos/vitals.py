@@ -69,11 +69,16 @@ def read_vitals(pid: int, path: Path) -> Vitals:
     inside = json.loads(path.read_text(encoding="ascii"))
     with process.oneshot():
         return Vitals(
-            rss_mib=round(process.memory_info().rss / (1 << 20), 1),
+            rss_mib=round(resident_mib(pid), 1),
             threads=process.num_threads(),
             descriptors=process.num_fds(),
             **inside,
         )
+
+
+def resident_mib(pid: int) -> float:
+    """What of a process is in memory."""
+    return float(psutil.Process(pid).memory_info().rss) / (1 << 20)
 
 
 def describe(vitals: Vitals) -> str:
