@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
-from zeroconf import InterfaceChoice, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
+from zeroconf import (
+    InterfaceChoice,
+    ServiceBrowser,
+    ServiceInfo,
+    ServiceStateChange,
+    Zeroconf,
+)
 
 from .addresses import is_circuit, parse_tcp, split_peer
 from .shield import shielded
@@ -29,7 +35,9 @@ CLOSE_S: Final = 2.0
 Found = Callable[[str, tuple[str, ...]], None]
 
 
-async def keep_looking_around(addrs: Sequence[str], found: Found) -> None:
+async def keep_looking_around(
+    addrs: Sequence[str], found: Found, *, interfaces: InterfaceChoice | list[str] = InterfaceChoice.Default
+) -> None:
     """Advertise `addrs`, if there are any, and look for others, until cancelled.
 
     A network that does not let us is logged, and no error.
@@ -37,11 +45,12 @@ async def keep_looking_around(addrs: Sequence[str], found: Found) -> None:
     Args:
         addrs: Our multiaddrs with `/p2p/<id>`.
         found: Called in trio's thread with the id and the addresses of every peer that is found, once.
+        interfaces: Where, as zeroconf has it.
     """
     watch = _Watch(found, trio.lowlevel.current_trio_token())
     zeroconf: Zeroconf | None = None
     try:
-        zeroconf = await trio.to_thread.run_sync(_start, list(addrs), watch)
+        zeroconf = await trio.to_thread.run_sync(_start, list(addrs), watch, interfaces)
         await trio.sleep_forever()
     except Exception as exc:  # zeroconf's own errors and the system's: no multicast here
         logger.info("peers in the local network cannot be looked for: %s", exc)
@@ -58,7 +67,16 @@ def service_of(addrs: Iterable[str]) -> ServiceInfo:
     usable = [address for address in addrs if not is_circuit(address)][:MAX_ADDRS]
     # A TXT record is a list of strings; all of ours begin with the same key, which a mapping cannot say.
     text = b"".join(bytes([len(line)]) + line for line in (f"dnsaddr={each}".encode() for each in usable))
-    return ServiceInfo(SERVICE, f"{name}.{SERVICE}", port=4001, properties=text, server=f"{name}.local.")
+    # Others need no address record, but who asks through zeroconf waits for one in vain.
+    hosts = {host for protocol, host, _, _ in map(parse_tcp, usable) if protocol.startswith("ip")}
+    return ServiceInfo(
+        SERVICE,
+        f"{name}.{SERVICE}",
+        port=4001,
+        properties=text,
+        server=f"{name}.local.",
+        parsed_addresses=sorted(hosts),
+    )
 
 
 def peer_of(text: bytes) -> tuple[str, tuple[str, ...]] | None:
@@ -98,8 +116,9 @@ class _Watch:
     ) -> None:
         if state_change is ServiceStateChange.Removed or self.ended:
             return
-        info = zeroconf.get_service_info(service_type, name, ASK_MS)
-        peer = peer_of(info.text) if info is not None and info.text else None
+        info = ServiceInfo(service_type, name)
+        info.request(zeroconf, ASK_MS)  # False where an address record is missing, which is no loss
+        peer = peer_of(info.text) if info.text else None
         if peer is not None:
             try:
                 self._token.run_sync_soon(self._tell, *peer)
@@ -112,8 +131,8 @@ class _Watch:
             self._found(peer_id, addrs)
 
 
-def _start(addrs: Sequence[str], watch: _Watch) -> Zeroconf:
-    zeroconf = Zeroconf(interfaces=InterfaceChoice.Default)
+def _start(addrs: Sequence[str], watch: _Watch, interfaces: InterfaceChoice | list[str]) -> Zeroconf:
+    zeroconf = Zeroconf(interfaces=interfaces)
     try:
         if addrs:
             zeroconf.register_service(service_of(addrs))

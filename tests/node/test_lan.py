@@ -1,11 +1,12 @@
-"""What is said of a peer in the local network; the multicast itself is tested in tests/lab."""
+"""What is said of a peer in the local network, and that two of them find each other."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import trio
@@ -18,7 +19,9 @@ from p2pinfer.node.identity import new_identity
 from p2pinfer.node.lan import keep_looking_around, peer_of, service_of
 
 PEER = new_identity().peer_id
+LOOPBACK: Final = ["127.0.0.1"]
 ADDRS = (f"/ip4/192.168.1.10/tcp/4001/p2p/{PEER}", f"/ip6/2abc::1/tcp/4002/p2p/{PEER}")
+TEXT = service_of(ADDRS).text
 
 
 def test_what_one_advertises_another_understands() -> None:
@@ -56,9 +59,11 @@ class Multicast:
     def register_service(self, info: Any) -> None:
         self.registered.append(info)
 
-    def get_service_info(self, kind: str, name: str, timeout: int) -> Any:
-        text = self.texts[name]
-        return None if text is None else SimpleNamespace(text=text)
+    def info(self, kind: str, name: str, **_: object) -> Any:
+        def request(network: Multicast, timeout_ms: int) -> bool:
+            return False  # as for somebody without an address record
+
+        return SimpleNamespace(text=self.texts.get(name), request=request)
 
     def close(self) -> None:
         self.closed = True
@@ -80,6 +85,7 @@ def multicast(monkeypatch: pytest.MonkeyPatch) -> Multicast:
 
     monkeypatch.setattr(lan, "Zeroconf", start)
     monkeypatch.setattr(lan, "ServiceBrowser", browse)
+    monkeypatch.setattr(lan, "ServiceInfo", network.info)
     return network
 
 
@@ -94,9 +100,8 @@ async def test_every_peer_is_told_of_once_and_the_end_is_clean(
     nursery.start_soon(keep_looking_around, ADDRS, note)
     while not hasattr(multicast, "handler"):
         await trio.sleep(0.001)
-    text = service_of(ADDRS).text
     for change in (ServiceStateChange.Added, ServiceStateChange.Updated, ServiceStateChange.Removed):
-        await trio.to_thread.run_sync(multicast.announce, "a", text, change)
+        await trio.to_thread.run_sync(multicast.announce, "a", TEXT, change)
     await trio.to_thread.run_sync(multicast.announce, "b", None)
     await trio.to_thread.run_sync(multicast.announce, "c", b"\x03abc")
     while not found:
@@ -136,3 +141,23 @@ async def test_a_browser_that_cannot_start_leaves_nothing_open(
     with trio.fail_after(5):
         await keep_looking_around(ADDRS, ignore)
     assert multicast.closed
+
+
+@pytest.mark.parametrize("others_addrs", [(), (f"/ip4/127.0.0.1/tcp/4003/p2p/{new_identity().peer_id}",)])
+async def test_hosts_on_one_wire_find_each_other(
+    others_addrs: tuple[str, ...], nursery: trio.Nursery
+) -> None:
+    """With multicast as it is; a peer that only looks finds as well."""
+    peer_id = new_identity().peer_id
+    addrs = (f"/ip4/127.0.0.1/tcp/4001/p2p/{peer_id}",)
+    met = trio.Event()
+
+    def note(found: str, at: tuple[str, ...]) -> None:
+        if found == peer_id and at == addrs:
+            met.set()
+
+    nursery.start_soon(partial(keep_looking_around, addrs, ignore, interfaces=LOOPBACK))
+    nursery.start_soon(partial(keep_looking_around, others_addrs, note, interfaces=LOOPBACK))
+    with trio.fail_after(30):
+        await met.wait()
+    nursery.cancel_scope.cancel()
