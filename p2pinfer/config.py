@@ -122,6 +122,11 @@ class Settings:
             lines.append(f"{said}  # {setting.origin}")
         return "\n".join(lines) + "\n"
 
+    def to_json(self) -> str:
+        """The same for programs: value and origin by key."""
+        said = {each.key: {"value": each.value, "origin": each.origin} for each in self}
+        return json.dumps(said, default=str) + "\n"
+
 
 def load_settings(
     *configs: type[Any],

@@ -53,7 +53,7 @@ class Invocation:
         """
         settings = load_settings(*configs, flags=self.flags, file=self.config_file)
         if self.print_config:
-            write_out(settings.to_toml())
+            write_out(settings.to_json() if self.json else settings.to_toml())
             raise click.exceptions.Exit(0)
         return settings
 
@@ -80,6 +80,14 @@ class _Command(click.Command):
     """A command whose help groups its options and ends with examples."""
 
     examples: Sequence[str] = ()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter:
+            if _invocation(ctx).print_config:  # what the command would be about need not be said
+                _invocation(ctx).settings()
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

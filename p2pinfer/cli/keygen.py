@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from .invocation import Invocation, command
-from .terminal import note
+from .terminal import note, write_out
 
 
 @command("keygen", examples=["p2pinfer keygen swarm.key", "p2pinfer node --swarm-key swarm.key"])
@@ -21,5 +22,7 @@ def keygen(call: Invocation, file: Path) -> None:
 
     call.settings()  # ends the command before it makes anything, if that was only asked for
     make_swarm_key(file)
-    if not call.quiet:
+    if call.json:
+        write_out(json.dumps({"swarm_key": str(file)}) + "\n")
+    elif not call.quiet:
         note(f"wrote {file}; every node and client of the swarm takes --swarm-key {file}")

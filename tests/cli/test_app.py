@@ -180,6 +180,22 @@ def test_print_config_says_where_each_setting_comes_from(
     assert "dial_timeout_s = 3.0  # --set" in lines
 
 
+@pytest.mark.parametrize("argv", [["keygen"], ["reputation", "show"], ["reputation", "import"]])
+def test_print_config_needs_none_of_a_commands_arguments(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*argv, "--set", "model=a", "--print-config"]) == 0
+    assert 'model = "a"  # --set' in capsys.readouterr().out
+    assert run(argv) == 2
+
+
+def test_print_config_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["node", "--json", "--print-config", "--model", "a"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["model"] == {"value": "a", "origin": "--model"}
+    assert said["bootstrap"] == {"value": [], "origin": "default"}
+
+
 def test_a_flag_of_its_own_outweighs_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["node", "--set", "model=b", "--model", "a", "--print-config"]) == 0
     assert 'model = "a"  # --model' in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,9 @@ def test_a_key_in_use_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(["keygen", str(path)]) == 2
     assert "is not overwritten" in capsys.readouterr().err
     assert path.read_bytes() == key
+
+
+def test_programs_are_told_where_the_key_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "swarm.key"
+    assert run(["keygen", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"swarm_key": str(path)}
