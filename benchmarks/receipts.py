@@ -97,7 +97,7 @@ async def walk(
         payload = bytes(encode_hidden(rows, "bfloat16"))
         started = time.perf_counter()
         step = Step(number, 0, number, len(rows), 1)
-        hop.accept(step, bytearray(payload))
+        hop.accept(step, bytearray(payload), hop.control)
         message, got = await client.receive()
         spent.append(time.perf_counter() - started)
         assert isinstance(message, Result)
@@ -118,7 +118,7 @@ async def longest_pause(hop: Any, client: FrameStream, rows: Tensor, number: int
 
     payload = bytearray(encode_hidden(rows, "bfloat16"))
     async with trio.open_nursery() as nursery:
-        hop.accept(Step(number, 0, number, len(rows), 1), payload)
+        hop.accept(Step(number, 0, number, len(rows), 1), payload, hop.control)
         nursery.start_soon(tick)
         await client.receive()
         running = False
