@@ -39,6 +39,8 @@ class ChunkDeviation:
         max_rho: The worst token's.
         shared: How much of the squared deviations the tokens have in common, see `noise_floor.shared_part`.
         logits: What it does to the logits; None where the blocks after the span were not to be had.
+        alike: As `shared`, of the rounding itself, on average over the rounded runs: near 1 where a text
+            repeats itself, since equal tokens round alike.
     """
 
     start: int
@@ -49,6 +51,7 @@ class ChunkDeviation:
     max_rho: float
     shared: float
     logits: LogitDeviation | None = None
+    alike: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,11 @@ class NoiseFloor:
         floor = self.distance[positions].clamp_min(self.least)
         return (outputs - self.exact[positions]) / self.scale / floor[:, None]
 
+    def alike(self, positions: Tensor) -> float:
+        """How much of their squared rounding these tokens have in common, on average over the runs."""
+        shared = [shared_part(self.deviations(run[positions], positions)) for run in self.rounded]
+        return sum(shared) / len(shared)
+
 
 def measure_floor(inputs: Tensor, exact: Tensor, rounded: Sequence[Tensor]) -> NoiseFloor:
     """The floor of a session, all of whose tensors are (tokens, hidden_size) float32."""

@@ -204,7 +204,7 @@ def compare(
         effect = _measure_logits(tail, floor, outputs, where) if tail and at else None
     first = float(deviations[0].square().sum().sqrt()) if at and at[0] == 0 else None
     chunks = tuple(
-        _describe(at[part], deviations[part], effect.part(part) if effect else None)
+        _describe(at[part], deviations[part], floor.alike(where[part]), effect.part(part) if effect else None)
         for part in _chunks(0 if first is None else 1, len(at))
     )
     return Deviation(chunks, first)
@@ -284,7 +284,9 @@ def _chunks(start: int, stop: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def _describe(positions: Sequence[int], deviations: Tensor, logits: LogitDeviation | None) -> ChunkDeviation:
+def _describe(
+    positions: Sequence[int], deviations: Tensor, alike: float, logits: LogitDeviation | None
+) -> ChunkDeviation:
     rho = deviations.square().sum(-1).sqrt()
     return ChunkDeviation(
         positions[0],
@@ -295,6 +297,7 @@ def _describe(positions: Sequence[int], deviations: Tensor, logits: LogitDeviati
         float(rho.max()),
         shared_part(deviations),
         logits,
+        alike,
     )
 
 

@@ -41,6 +41,7 @@ class Thresholds:
     flip_margin: float = 0.1  # lead, as a difference of probabilities, that the likeliest token may lose
     full_chunk: int = 24  # tokens; the median of fewer strays further, and its limits with it
     least_tokens: int = 8  # fewer than these, together, cannot pass
+    usual_alike: float = 0.12  # what tokens of ordinary text have in common of their rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,11 @@ def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding
             return finding(
                 Verdict.SUSPECT, f"the typical one of {_name(chunk)} {_exceeds(chunk.median_rho, limit)}"
             )
-    if deviation.tokens < limits.least_tokens:
+    if (tokens := sum(_independent(chunk, limits) for chunk in deviation.chunks)) < limits.least_tokens:
+        what = "" if tokens > 0.9 * deviation.tokens else f", so much alike that they count as {tokens:.1f},"
         return finding(
             Verdict.INCONCLUSIVE,
-            f"{deviation.tokens} tokens are too few to tell; {limits.least_tokens} would do",
+            f"{deviation.tokens} tokens{what} are too few to tell; {limits.least_tokens} would do",
         )
     worst = max(chunk.median_rho for chunk in deviation.chunks)
     reason = f"{deviation.tokens} tokens deviate {worst:.2f} times as much as rounding does, or less"
@@ -104,8 +106,9 @@ def _ratios(chunk: ChunkDeviation, limits: Thresholds) -> Iterator[tuple[str, fl
     yield "the typical one of", chunk.median_rho, _widened(limits.chunk, chunk, limits)
     yield "the worst one of", chunk.max_rho, limits.token
     if chunk.tokens >= limits.full_chunk:
-        yield "a tenth of", chunk.upper_rho, limits.upper
-        yield "the common part of", max(chunk.shared, 0.0) ** 0.5, limits.shared**0.5
+        yield "a tenth of", chunk.upper_rho, _widened(limits.upper, chunk, limits)
+        shared = limits.shared + 2 * max(0.0, chunk.alike - limits.usual_alike)
+        yield "the common part of", max(chunk.shared, 0.0) ** 0.5, shared**0.5
     if chunk.logits:
         limit = _widened(limits.logit_chunk, chunk, limits)
         yield "by its logits, the typical one of", chunk.logits.median_rho, limit
@@ -117,7 +120,16 @@ def _widened(limit: float, chunk: ChunkDeviation, limits: Thresholds) -> float:
 
     Of 15 such tokens honest peers reached 1.39, of 7 they reached 1.43, of 3 they reached 1.76.
     """
-    return 1 + (limit - 1) * math.pow(max(1.0, limits.full_chunk / chunk.tokens), 1.5)
+    return 1 + (limit - 1) * math.pow(max(1.0, limits.full_chunk / _independent(chunk, limits)), 1.5)
+
+
+def _independent(chunk: ChunkDeviation, limits: Thresholds) -> float:
+    """How many tokens that round each in their own way say as much: of a text that repeats itself, few.
+
+    As the effective size of a sample whose members correlate (Kish's design effect).
+    """
+    alike = (chunk.alike - limits.usual_alike) / (1 - limits.usual_alike)
+    return chunk.tokens / (1 + (chunk.tokens - 1) * min(max(alike, 0.0), 1.0))
 
 
 def _exceeds(value: float, limit: float) -> str:

@@ -22,6 +22,7 @@ from p2pinfer.models.verify import (
     open_tail,
     run_session,
 )
+from p2pinfer.reputation.verdict import Verdict, judge
 
 STORY = (
     "Once upon a time, there was a little fox who lived in a big forest. He had a red ball and he liked to "
@@ -221,3 +222,17 @@ def test_chunks_are_even_and_none_is_a_small_rest(count: int, sizes: list[int]) 
     assert [part.stop - part.start for part in parts] == sizes
     assert parts[0].start == 1
     assert parts[-1].stop == 1 + count
+
+
+def test_a_text_that_repeats_itself_rounds_alike(checkpoint: Checkpoint, reference: Reference) -> None:
+    """An honest peer whose one throw of the dice is another one's is not taken for one that cheats."""
+    config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
+    before = open_runner(checkpoint, BlockSpan(0, SPAN.start), config)
+    runner = open_runner(checkpoint, SPAN, config)
+    ends = load_ends(checkpoint, config)
+    for token_id in (300, 1042, 2222, 3901):
+        inputs = run_session(before, ends.embed([token_id] * 65))
+        outputs = run_session(runner, inputs)
+        deviation = measure_span(reference, SPAN, inputs, outputs, wire_dtype=BF16)
+        assert all(chunk.alike > 0.9 for chunk in deviation.chunks)
+        assert judge(deviation).verdict is Verdict.INCONCLUSIVE

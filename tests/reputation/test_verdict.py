@@ -20,8 +20,9 @@ def chunk(
     tokens: int = 32,
     logits: LogitDeviation | None = FAIR,
     shared: float = 0.1,
+    alike: float = 0.1,
 ) -> ChunkDeviation:
-    return ChunkDeviation(1, 1 + tokens, tokens, median, upper, worst, shared, logits)
+    return ChunkDeviation(1, 1 + tokens, tokens, median, upper, worst, shared, logits, alike)
 
 
 def verdict_on(*chunks: ChunkDeviation, first: float | None = None) -> Verdict:
@@ -85,6 +86,19 @@ def test_few_tokens_cannot_pass_but_can_fail() -> None:
 def test_the_fewer_tokens_the_further_their_median_may_stray() -> None:
     assert verdict_on(chunk(median=LIMITS.chunk + 0.1, tokens=LIMITS.least_tokens)) is not Verdict.FAIL
     assert verdict_on(chunk(upper=LIMITS.upper + 1, tokens=LIMITS.full_chunk - 1)) is not Verdict.FAIL
+
+
+def test_tokens_that_round_alike_say_as_little_as_few_of_them() -> None:
+    """A text that repeats itself is one throw of the dice: nobody is banned, and nobody praised, for it."""
+    repeated = chunk(median=1.4, upper=LIMITS.upper + 0.1, shared=1.9, alike=1.0)
+    finding = judge(Deviation((repeated, repeated)))
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert (
+        finding.reason == "64 tokens, so much alike that they count as 2.0, are too few to tell; 8 would do"
+    )
+    assert verdict_on(chunk(median=1.4)) is Verdict.FAIL
+    assert verdict_on(*2 * [chunk(shared=0.6, alike=0.25)]) is Verdict.PASS
+    assert verdict_on(chunk(worst=LIMITS.token + 1, alike=1.0)) is Verdict.FAIL
 
 
 def test_without_logits_it_is_said_that_they_were_not_checked() -> None:
