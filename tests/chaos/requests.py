@@ -62,11 +62,8 @@ def _continue(model: Any, request: Request) -> list[int]:
     sampler = Sampler(SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed or 0))
     ids = tokenizer().encode(request.prompt)
     new: list[int] = []
-    cached, fed = None, ids
     while len(new) < config.max_new_tokens and not (new and new[-1] in tokenizer().eos_ids):
         with torch.inference_mode():
-            output = model(torch.tensor([fed]), past_key_values=cached, use_cache=True)
-        cached = output.past_key_values
+            output = model(torch.tensor([ids + new]), use_cache=False, logits_to_keep=1)
         new.append(sampler.pick(output.logits[0, -1].float(), len(ids) + len(new)))
-        fed = new[-1:]
     return new

@@ -140,8 +140,10 @@ async def test_greedy_ids_are_those_of_transformers_in_every_family(
                 assert await generate_all(client, list(expected)) == expected
 
 
-async def teacher_forced(client: Client, ids: list[int], prefill: int) -> Tensor:
+async def teacher_forced(client: Client, ids: list[int], prefill: int, hops: int) -> Tensor:
     """Logits after each of `ids`, of which all but the first `prefill` are decoded one by one."""
+    while len(client.peers()) < hops:
+        await client.member.table_changed.wait()
     session = await client.open_session(len(ids), frozenset())
     embedded = client.ends.embed(ids)
     hidden = [await session.decode(embedded[:prefill], 0)]
@@ -166,5 +168,5 @@ async def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_cle
     async with open_nodes(folder, tmp_path, list(pairwise(boundaries)), dtype="bfloat16") as nodes:
         way = [(index, *span) for index, span in enumerate(pairwise(boundaries))]
         async with nodes.client(*way, dtype="bfloat16") as client:
-            logits = await teacher_forced(client, ids, len(start))
+            logits = await teacher_forced(client, ids, len(start), len(way))
     assert torch.equal(logits.argmax(-1)[clear], odds.indices[:, 0][clear])

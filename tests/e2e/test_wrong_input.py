@@ -96,18 +96,12 @@ CASES = {
     ),
     "a policy without a module": generate("--policy", "no_such:Own", says="there is no module no_such"),
     "a policy that is broken": generate("--policy", "torn:Own", says="cannot be loaded: SyntaxError"),
-    "a policy that raises": generate(
-        "--bootstrap", "{swarm}", "--policy", "wild:Own", says="policy Own raised ZeroDivisionError"
-    ),
-    "a policy that makes it up": generate(
-        "--bootstrap", "{swarm}", "--policy", "wild:Liar", says="policy Liar: .* which is no candidate"
-    ),
     # ------------------------------------------------------------------ the text
     "a prompt too long": Case(
         ["generate", "word " * 2000], FAILED, "tokens long and tiny-stories takes 1024"
     ),
     "a prompt that is no text": Case(["generate", "-"], WRONG, "is not UTF-8 text", b"\xff\xfe"),
-    "no prompt": Case(["generate"], WRONG, "Missing argument 'PROMPT'"),
+    "no prompt": Case(["generate"], WRONG, "give a PROMPT, or --resume"),
     "no new tokens": generate("--max-new-tokens", "0", says="max_new_tokens is 0"),
     "fewer than no new tokens": generate("--max-new-tokens", "-1", says="max_new_tokens is -1"),
     "a number that is none": generate("--max-new-tokens", "many", says="must be a whole number, not 'many'"),
@@ -288,3 +282,20 @@ def test_it_is_said_in_one_line(name: str, zygote: Zygote, places: dict[str, str
     assert ended.exit_code == case.exit_code
     if case.argv[0] != "node":
         assert ended.text == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "complaint"),
+    [
+        ("wild:Own", "policy Own raised ZeroDivisionError: division by zero; the policy RiskAdjusted"),
+        ("wild:Liar", "policy Liar: .* which is no candidate; the policy RiskAdjusted"),
+    ],
+)
+def test_a_policy_that_fails_costs_a_line_and_no_text(
+    policy: str, complaint: str, zygote: Zygote, places: dict[str, str]
+) -> None:
+    ended = zygote.run(generate("--bootstrap", "{swarm}", "--policy", policy, says=complaint), places)
+    assert ended.exit_code == 0
+    assert ended.text.startswith(", there was")
+    assert re.search(complaint, ended.said)
+    assert "Traceback" not in ended.said
