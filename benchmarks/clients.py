@@ -43,7 +43,7 @@ PROMPT = 32
 
 
 async def contest(
-    folder: Path, addrs: Sequence[str], dtype: str, device: str, clients: int, tokens: int
+    folder: Path, addrs: Sequence[str], dtype: str, device: str, clients: int, tokens: int, rounds: int
 ) -> Any:
     """Per round: all clients' tokens per second together, and the slowest's share of the fastest's."""
     command = [sys.executable, __file__, "--as-client", str(folder), dtype, device, str(tokens), *addrs]
@@ -56,7 +56,7 @@ async def contest(
         await each.next()  # it is connected and warm
     together: list[float] = []
     fair: list[float] = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for process in processes:
             assert process.stdin is not None
             await process.stdin.send_all(b"go\n")
@@ -104,18 +104,22 @@ async def be_client(folder: str, dtype: str, device: str, tokens: str, *addrs: s
             warm = True
 
 
-ROUNDS = 5
-
-
 async def measure(
-    name: str, folder: Path, dtype: str, device: str, counts: Sequence[int], tokens: int, threads: int = 1
+    name: str,
+    folder: Path,
+    dtype: str,
+    device: str,
+    counts: Sequence[int],
+    tokens: int,
+    threads: int = 1,
+    rounds: int = 5,
 ) -> list[dict[str, Any]]:
     """The rows of one model and one number of threads in the node."""
     rows: list[dict[str, Any]] = []
     async with open_swarm(folder, evenly(blocks_of(folder), 1), dtype, device, threads) as client:
         addrs = client.peers()[0].announcement.addrs
         for count in counts:
-            together, fair = await contest(folder, addrs, dtype, device, count, tokens)
+            together, fair = await contest(folder, addrs, dtype, device, count, tokens, rounds)
             alone = rows[0]["tok/s"] if rows else rounded(together)
             rows.append(
                 {
@@ -138,13 +142,16 @@ async def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in options.model:
         with model_folder(name) as folder:
             for dtype, threads in itertools.product(options.dtype, options.threads):
-                rows += await measure(name, folder, dtype, "cpu", options.clients, options.tokens, threads)
+                rows += await measure(
+                    name, folder, dtype, "cpu", options.clients, options.tokens, threads, options.rounds
+                )
     report("clients at once on one node", rows)
 
 

@@ -72,7 +72,7 @@ async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenera
         hop = HopSession(
             opening,
             "client",
-            FrameStream(ours, max_payload_bytes=LIMIT),
+            FrameStream(ours, max_payload_bytes=LIMIT, peer_id="client"),
             hidden_size=hidden,
             lease=cast(CacheLease, Lease()),
             replay=None,
