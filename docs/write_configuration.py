@@ -19,6 +19,7 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.relay_config import RelayConfig
+from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.session import SessionConfig
 from p2pinfer.verifier import AuditConfig
@@ -29,11 +30,12 @@ LAYERS = (
     (ComputeConfig, "node"),
     (ServeConfig, "node"),
     (RelayConfig, "node"),
+    (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
     (ClientConfig, "generate"),
     (SessionConfig, "generate"),
     (RoutingConfig, "generate"),
-    (AuditConfig, "generate"),
+    (AuditConfig, "generate, node --verify"),
 )
 
 INTRODUCTION = """\

@@ -118,14 +118,25 @@ class HubSource:
     def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
         if span is not None:
             self.spec.check_span(span)
-        needed = {
+        needed = self._needed(span, ends)
+        words = TOKENIZER_FILES if ends else ()
+        self._store.bring(self._folder, self._listing, [*needed, *words], progress)
+        return Checkpoint(self._folder, self.spec, open_shards(self._folder, needed))
+
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        files = self._listing.files
+        return sum(
+            files[shard].size
+            for shard in self._needed(span, ends)
+            if not (self._folder / shard).exists()  # whether it is right shows when it is fetched
+        )
+
+    def _needed(self, span: BlockSpan | None, ends: bool) -> dict[str, frozenset[str] | None]:
+        return {
             shard: names
             for shard, names in self._layout.items()
             if names is None or _serves(names, span, ends)
         }
-        words = TOKENIZER_FILES if ends else ()
-        self._store.bring(self._folder, self._listing, [*needed, *words], progress)
-        return Checkpoint(self._folder, self.spec, open_shards(self._folder, needed))
 
 
 class _Store:

@@ -36,6 +36,10 @@ class ModelSource(Protocol):
         """
         ...
 
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        """How much `fetch` would have to bring from elsewhere."""
+        ...
+
 
 def resolve_model(
     model: str, *, cache_dir: Path, weights_bytes: int = 0, progress: Progress | None = None
@@ -81,3 +85,6 @@ class FolderSource:
         if span is not None:
             self.spec.check_span(span)
         return self._checkpoint
+
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        return 0

@@ -71,12 +71,14 @@ class Tail:
     """What follows a span, up to the logits, in float32. Belongs to one thread at a time.
 
     Attributes:
-        runner: The blocks after the span; None where it is the last one.
+        runner: Holds the blocks after the span; None where it is the last one.
         ends: Norm and head.
+        span: Those of the runner's blocks that follow; all of them if None.
     """
 
     runner: SpanRunner | None
     ends: Ends
+    span: BlockSpan | None = None
 
 
 def open_reference(
@@ -121,6 +123,21 @@ def open_tail(
         runner = _open(checkpoint, rest, "float32", max_tokens, device, progress)
     config = ComputeConfig(device=device, dtype="float32")
     return Tail(runner, load_ends(checkpoint, config, progress=progress))
+
+
+def tail_of(reference: Reference, ends: Ends, start: int) -> Tail:
+    """What follows a span that ends before block `start`, with a reference's own blocks.
+
+    Raises:
+        ValueError: It does not hold all of them.
+    """
+    stop = reference.spec.num_blocks
+    if start == stop:
+        return Tail(None, ends)
+    rest = BlockSpan(start, stop)
+    if not reference.span.covers(rest):
+        raise ValueError(f"blocks {rest} are not all among {reference.span}")
+    return Tail(reference.exact, ends, rest)
 
 
 def check_rows(rows: Tensor, tokens: int, hidden_size: int, peer_id: str = "") -> Tensor:
@@ -249,7 +266,7 @@ def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: T
     elif len(outputs) < len(floor.exact):
         return None
     else:
-        runs = [run_session(tail.runner, run) for run in (*runs, outputs)]
+        runs = [run_session(tail.runner, run, tail.span) for run in (*runs, outputs)]
     changes, floors, margins = zip(*_compare_logits(tail.ends, runs), strict=True)
     change, least = torch.cat(changes), torch.cat(floors)
     least = least.clamp_min(max(_LEAST_LOGIT_FLOOR * float(least.median()), torch.finfo(torch.float32).tiny))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
 
 from .addresses import split_peer
 from .host import Host
+from .proofs import Heard
 from .snapshot import fetch_snapshot
 from .view import SwarmView
 
@@ -104,6 +105,7 @@ class Neighbourhood:
         peers: Sequence[BootstrapPeer],
     ) -> None:
         self.settled = trio.Event()  # set once a neighbour's table was taken in
+        self.on_notice: Callable[[Heard], object] = lambda _: None  # of a proof, in somebody's table
         self.decided = trio.Event()  # set with `settled`, or once all bootstrap peers have turned us away
         self._turned_away: set[str] = set()
         self._host = host
@@ -193,7 +195,7 @@ class Neighbourhood:
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
-        await fetch_snapshot(self._host, self._view, peer_id)
+        await fetch_snapshot(self._host, self._view, peer_id, on_notice=self.on_notice)
         self.settled.set()
         self.decided.set()
         if peer_id in self._troubles:

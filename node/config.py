@@ -24,6 +24,8 @@ class ServeConfig:
     max_relinks: int = 64  # how often the client of one session may give this hop another successor
     evidence_bytes: int = 256 << 20  # host memory for what receipts name, for whoever checks it, bytes
     evidence_keep_s: float = 900.0  # how long after a session's last step that is kept
+    proof_bytes: int = 128 << 20  # host memory for fraud proofs, ours and others', bytes
+    proof_keep_s: float = 86400.0  # how long a proof is kept for those who have not seen it
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message, and for its predecessor's attachment
     dial_timeout_s: float = 10.0  # for reaching a session's successor

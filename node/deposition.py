@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,13 @@ class History:
     inputs: Tensor
     outputs: Tensor
     positions: tuple[int, ...]
+
+    def first(self, tokens: int) -> History:
+        """The beginning of it, which does not depend on what came after."""
+        if len(self.inputs) <= tokens:
+            return self
+        kept = bisect_left(self.positions, tokens)
+        return History(self.inputs[:tokens], self.outputs[:kept], self.positions[:kept])
 
 
 def history_of(deposition: Deposition, hidden_size: int) -> History:

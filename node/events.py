@@ -77,6 +77,15 @@ class SessionRefused(_Event, frozen=True, tag="session_refused"):
     message: str
 
 
+class Verified(_Event, frozen=True, tag="verified"):
+    """Spare time went into checking others: so many hops, by how that came out."""
+
+    audits: int
+    passed: int
+    failed: int
+    suspect: int
+
+
 class Leaving(_Event, frozen=True, tag="leaving"):
     """The node has said goodbye to the swarm and stops."""
 
@@ -84,7 +93,7 @@ class Leaving(_Event, frozen=True, tag="leaving"):
 
 
 Event: TypeAlias = (
-    Starting | Loading | Reached | Ready | SessionOpened | SessionClosed | SessionRefused | Leaving
+    Starting | Loading | Reached | Ready | SessionOpened | SessionClosed | SessionRefused | Verified | Leaving
 )
 
 _encoder = msgspec.json.Encoder()

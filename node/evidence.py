@@ -32,7 +32,7 @@ _MAX_REQUEST_BYTES: Final = 16_384
 _MAX_ANSWER_BYTES: Final = 4_096
 _TIMEOUT_S: Final = 30.0
 _HASH_INLINE_BYTES: Final = 1 << 16
-_GROUP_SHARE: Final = 4  # one session may take a quarter of the store
+_MAX_ASKING: Final = 16  # peers at once of whom it is noted how much of a watched group they have
 
 _Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
@@ -58,7 +58,8 @@ class _Group:
     touched_at: float
     contents: dict[bytes, Payload] = field(default_factory=dict[bytes, Payload])
     size: int = 0
-    closed: bool = False  # it outgrew its share: nothing of it is kept
+    is_full: bool = False  # nothing more is added to it
+    unsent: dict[str, set[bytes]] = field(default_factory=dict[str, set[bytes]])  # by who asked for some
 
 
 class EvidenceStore:
@@ -68,29 +69,35 @@ class EvidenceStore:
     `keep_s`.
     """
 
-    def __init__(self, max_bytes: int, keep_s: float) -> None:
+    def __init__(self, max_bytes: int, keep_s: float, *, groups_at_least: int = 4) -> None:
+        """A store of `max_bytes`, none of whose groups takes more than one of so many equal shares."""
         self.held_bytes = 0
         self._max_bytes = max_bytes
+        self._groups_at_least = groups_at_least
         self._keep_s = keep_s
         self._groups: OrderedDict[bytes, _Group] = OrderedDict()
         self._group_of: dict[bytes, bytes] = {}
+        self._watched: dict[bytes, trio.Event] = {}
 
     def add(self, group: bytes, contents: Iterable[tuple[bytes, Payload]], now: float) -> None:
-        """Keep (digest, content) pairs; a group that outgrows its share of the store is not kept at all."""
+        """Keep (digest, content) pairs; of a group that outgrows its share, the first ones that fit.
+
+        A session's beginning is of use without its end, and its end is not without its beginning.
+        """
         self.forget_expired(now)
         held = self._groups.setdefault(group, _Group(now))
         self._groups.move_to_end(group)
         held.touched_at = now
         for digest, content in contents:
-            if held.closed or digest in held.contents:
+            if held.is_full or digest in held.contents:
+                continue
+            if held.size + len(content) > self._max_bytes // self._groups_at_least:
+                held.is_full = True
                 continue
             held.contents[digest] = content
             held.size += len(content)
             self.held_bytes += len(content)
             self._group_of[digest] = group
-            if held.size > self._max_bytes // _GROUP_SHARE:
-                self._empty(group, held)
-                held.closed = True
         while self.held_bytes > self._max_bytes:
             self._drop_oldest()
 
@@ -100,6 +107,24 @@ class EvidenceStore:
         group = self._group_of.get(digest)
         return None if group is None else self._groups[group].contents[digest]
 
+    def watch(self, group: bytes) -> trio.Event:
+        """Set as soon as one peer has been given all of a group."""
+        return self._watched.setdefault(group, trio.Event())
+
+    def note_sent(self, peer_id: str, digests: Iterable[bytes]) -> None:
+        """`peer_id` was given these contents."""
+        for digest in digests:
+            group = self._group_of.get(digest)
+            if group is None or group not in self._watched:
+                continue
+            held = self._groups[group]
+            if len(held.unsent) < _MAX_ASKING or peer_id in held.unsent:
+                unsent = held.unsent.setdefault(peer_id, {*held.contents})
+                unsent.discard(digest)
+                if not unsent:
+                    held.unsent.clear()
+                    self._watched.pop(group).set()
+
     def forget_expired(self, now: float) -> None:
         """Drop what was not touched for too long."""
         while self._groups and next(iter(self._groups.values())).touched_at + self._keep_s < now:
@@ -107,19 +132,17 @@ class EvidenceStore:
 
     def _drop_oldest(self) -> None:
         group, held = self._groups.popitem(last=False)
-        self._empty(group, held)
-
-    def _empty(self, group: bytes, held: _Group) -> None:
+        self._watched.pop(group, None)
         for digest in held.contents:
             if self._group_of.get(digest) == group:
                 del self._group_of[digest]
         self.held_bytes -= held.size
-        held.contents.clear()
-        held.size = 0
 
 
-def serve_evidence(host: Host, store: EvidenceStore, clock: Callable[[], float] = trio.current_time) -> None:
-    """Answer whoever asks for what `store` holds, from now on."""
+def serve_evidence(
+    host: Host, *stores: EvidenceStore, clock: Callable[[], float] = trio.current_time
+) -> None:
+    """Answer whoever asks for what the `stores` hold, from now on."""
     asks = RateLimit(ASKS_PER_S, ASKS_AT_ONCE)
 
     async def answer(stream: PeerStream) -> None:
@@ -128,13 +151,15 @@ def serve_evidence(host: Host, store: EvidenceStore, clock: Callable[[], float] 
         host.counts.add("audits", "asked")
         with trio.move_on_after(_TIMEOUT_S):
             digests = decode_ask(await _receive_value(stream, bytearray(), _MAX_REQUEST_BYTES))
-            contents = contents_for(store, digests, clock())
+            contents = contents_for(stores, digests, clock())
             sizes = tuple(None if content is None else len(content) for content in contents)
             head = _encoder.encode(_Answer(sizes))
             await stream.send_all(len(head).to_bytes(4, "big") + head)
             for content in contents:
                 if content:
                     await stream.send_all(content)
+            for store in stores:
+                store.note_sent(stream.peer_id, digests[: len(contents)])
 
     host.serve(EVIDENCE_PROTOCOL, answer)
 
@@ -164,7 +189,7 @@ async def fetch_evidence(
                 buffer = bytearray()
                 sizes = decode_answer(await _receive_value(stream, buffer, _MAX_ANSWER_BYTES))
                 total = sum(size or 0 for size in sizes)
-                if total > max_bytes or len(sizes) > len(digests):
+                if total > min(max_bytes, MAX_CONTENT_BYTES) or len(sizes) > len(digests):
                     raise ProtocolViolation(f"evidence of {total} bytes; {max_bytes} were asked for")
                 while len(buffer) < total:
                     buffer += await _receive_some(stream)
@@ -176,12 +201,15 @@ async def fetch_evidence(
     return await _checked(digests, sizes, buffer, peer_id)
 
 
-def contents_for(store: EvidenceStore, digests: Sequence[bytes], now: float) -> list[Payload | None]:
+def contents_for(
+    stores: Sequence[EvidenceStore], digests: Sequence[bytes], now: float
+) -> list[Payload | None]:
     """What is held of `digests`, in their order, as far as it fits one answer."""
     contents: list[Payload | None] = []
     left = MAX_CONTENT_BYTES
     for digest in digests:
-        content = store.get(digest, now)
+        found = (store.get(digest, now) for store in stores)
+        content = next((each for each in found if each is not None), None)
         left -= len(content or b"")
         if left < 0:
             break
@@ -208,21 +236,25 @@ def decode_answer(encoded: bytes) -> tuple[int | None, ...]:
 async def _checked(
     digests: Sequence[bytes], sizes: Sequence[int | None], buffer: bytearray, peer_id: str
 ) -> dict[bytes, bytes]:
-    """The contents in `buffer`, by digest. Hashing more than a little is done in a thread."""
-    contents: list[tuple[bytes, bytes]] = []
-    offset = 0
-    for digest, size in zip(digests, sizes, strict=False):
-        if size is not None:
-            contents.append((digest, bytes(buffer[offset : offset + size])))
-            offset += size
+    """The contents in `buffer`, by digest. Copying and hashing more than a little is done in a thread."""
 
-    def is_true() -> bool:
-        return all(digest_of(content) == digest for digest, content in contents)
+    def taken() -> dict[bytes, bytes] | None:
+        contents: dict[bytes, bytes] = {}
+        offset = 0
+        with memoryview(buffer) as view:
+            for digest, size in zip(digests, sizes, strict=False):
+                if size is not None:
+                    contents[digest] = bytes(view[offset : offset + size])
+                    offset += size
+                    if digest_of(contents[digest]) != digest:
+                        return None
+        return contents
 
-    small = offset <= _HASH_INLINE_BYTES
-    if not (is_true() if small else await trio.to_thread.run_sync(is_true)):
+    small = len(buffer) <= _HASH_INLINE_BYTES
+    contents = taken() if small else await trio.to_thread.run_sync(taken)
+    if contents is None:
         raise ProtocolViolation("evidence that is not what was asked for", peer_id)
-    return dict(contents)
+    return contents
 
 
 async def _receive_value(stream: trio.abc.ReceiveStream, buffer: bytearray, limit: int) -> bytes:

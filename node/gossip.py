@@ -100,10 +100,11 @@ class Gossip:
         self.pubsub.set_topic_validator(topic, is_worth_passing_on, False)
         await self.pubsub.subscribe(topic)
 
-    async def publish_notice(self, notice: Notice) -> None:
-        """Tell everybody in the topic of a proof that we hold."""
+    async def publish_notice(self, notice: Notice) -> bytes:
+        """Tell everybody in the topic of a proof that we hold; returns the record that they get."""
         record = seal(self._identity, encode_notice(notice))
         await self.pubsub.publish(topic_of(notice.revision), record)
+        return record
 
     async def announce(self, announcement: Announcement) -> None:
         """Tell everybody in the topic; a goodbye has reached the neighbours when this returns."""
@@ -177,7 +178,8 @@ class Gossip:
             if str(ID(message.from_id)) != author:
                 raise ProtocolViolation("a record that somebody else published")
             if is_notice(payload):
-                return self._take_notice(author, decode_notice(payload), revision)
+                heard = Heard(decode_notice(payload), author, message.data, forwarder)
+                return self._take_notice(heard, revision)
             announcement = announcement_by(author, payload)
             if announcement.revision != revision:
                 raise ProtocolViolation("an announcement of another model than its topic's")
@@ -191,12 +193,12 @@ class Gossip:
             logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
             return False
 
-    def _take_notice(self, author: str, notice: Notice, revision: str) -> bool:
-        if notice.revision != revision:
+    def _take_notice(self, heard: Heard, revision: str) -> bool:
+        if heard.notice.revision != revision:
             raise ProtocolViolation("a notice about another model than its topic's")
-        if not self._notices.allows(author, trio.current_time()):
-            raise ProtocolViolation(f"{author} accuses too often")
-        return self.on_notice(Heard(notice, author))
+        if not self._notices.allows(heard.author, trio.current_time()):
+            raise ProtocolViolation(f"{heard.author} accuses too often")
+        return self.on_notice(heard)
 
     def _is_news(self, announcement: Announcement) -> bool:
         """Whether gossip has not brought it yet, and nothing later is known.

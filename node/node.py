@@ -200,7 +200,7 @@ class _Node:
             offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
             served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
             server = SpanServer(
-                member.host, served, self._serve, self._report, offer.touch, evidence=member.proofs.store
+                member.host, served, self._serve, self._report, offer.touch, evidence=member.evidence
             )
             server.register()
             if self._metrics is not None:

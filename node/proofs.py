@@ -2,10 +2,11 @@
 
 Who has a proof gossips a notice: the proof's digest, whom it is about, and who holds it. Whoever hears of it
 fetches proof and tensors from the author, or from a neighbour who was faster, looks whether signatures and
-digests hold, and keeps all of it for others. So a client that only dials can publish. Nobody is believed:
-what a proof says of the arithmetic is for `on_proof` to see, by running the blocks again.
+digests hold, and keeps all of it for others. So a client that only dials can publish, and leave. Who comes
+later is told with a neighbour's table. Nobody is believed: what a proof says of the arithmetic is for
+`on_proof` to see, by running the blocks again.
 
-    notice (gossip) -> queue, bounded -> fetch, bounded -> signatures -> store -> on_proof
+    notice (gossip, snapshot) -> queue, bounded -> fetch, bounded -> signatures -> store -> on_proof
 
 An author whose proof turns out to be false is not listened to any more. Authors cost nothing, so what counts
 against a flood are the bounds: of notices per author and neighbour, of the queue, and of bytes.
@@ -31,7 +32,7 @@ from p2pinfer.reputation.proof import (
     encode_proof,
     open_proof,
 )
-from p2pinfer.reputation.receipt import Payload, digest_of
+from p2pinfer.reputation.receipt import CheckSignature, Payload, digest_of
 
 from .evidence import MAX_DIGESTS, EvidenceStore, fetch_evidence
 from .host import Host
@@ -42,6 +43,7 @@ MAX_NOTICE_BYTES: Final = 4096
 MAX_TENSOR_BYTES: Final = 1 << 25  # of one proof
 MAX_WAITING: Final = 32  # notices; what comes on top is dropped
 MAX_REMEMBERED: Final = 4096  # proofs and authors
+MAX_TOLD: Final = 64  # notices that a newcomer is told of
 FETCHED_AT_ONCE: Final = 4  # one that nobody has must not hold up the others
 NEIGHBOURS_ASKED: Final = 8
 RETRIES_S: Final = (0.5, 2.0, 5.0, 15.0)  # between rounds: a neighbour may be fetching it just now
@@ -63,10 +65,17 @@ class Notice(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A notice and who published it."""
+    """A notice and who published it.
+
+    Attributes:
+        record: The notice as its author sealed it, for others.
+        told_by: Who passed it on, and may hold the proof as well; empty if that is not known.
+    """
 
     notice: Notice
     author: str
+    record: bytes = b""
+    told_by: str = ""
 
 
 OnProof = Callable[[Heard, Accusation, Mapping[bytes, Payload]], Awaitable[bool | None]]
@@ -75,8 +84,8 @@ OnProof = Callable[[Heard, Accusation, Mapping[bytes, Payload]], Awaitable[bool 
 class NoticeBoard(Protocol):
     """What carries notices: gossip."""
 
-    async def publish_notice(self, notice: Notice) -> None:
-        """Tell everybody in the notice's model's topic."""
+    async def publish_notice(self, notice: Notice) -> bytes:
+        """Tell everybody in the notice's model's topic; returns the sealed record that they get."""
         ...
 
 
@@ -110,37 +119,80 @@ class ProofCarrier:
 
     def __init__(self, host: Host, store: EvidenceStore, board: NoticeBoard) -> None:
         self.store = store
-        # What looks at a proof. True: it proves what it says. False: it does not. None: that cannot be told.
-        self.on_proof: OnProof | None = None
-        self.is_wanted: Callable[[Heard], bool] = lambda _: True
+        self._on_proof: OnProof | None = None
+        self._is_wanted: Callable[[Heard], bool] = lambda _: True
         self._host = host
         self._board = board
         self._known: dict[bytes, None] = {}  # proofs; oldest first
         self._liars: dict[str, None] = {}
+        self._handing_out: dict[bytes, trio.Event] = {}  # proofs of ours
+        self._held: dict[bytes, tuple[Heard, float]] = {}  # by proof that is here: the notice, since when
         self._heard_in, self._heard = trio.open_memory_channel[Heard](MAX_WAITING)
+
+    def attach(self, on_proof: OnProof, is_wanted: Callable[[Heard], bool]) -> None:
+        """Let somebody look at proofs, those included that have come already.
+
+        Args:
+            on_proof: True: it proves what it says. False: it does not. None: that cannot be told.
+            is_wanted: Whether a proof is worth fetching and looking at.
+        """
+        self._on_proof, self._is_wanted = on_proof, is_wanted
+        for heard, _ in self._held.values():
+            if is_wanted(heard):
+                self._queue(heard)
 
     def hear(self, heard: Heard) -> bool:
         """Take in a notice; whether others should get it."""
-        if heard.author in self._liars or heard.notice.proof in self._known or not self.is_wanted(heard):
+        if heard.author in self._liars or heard.notice.proof in self._known or not self._is_wanted(heard):
             return False
+        if not self._queue(heard):
+            return False
+        _remember(self._known, heard.notice.proof)
+        return True
+
+    def _queue(self, heard: Heard) -> bool:
         try:
             self._heard_in.send_nowait(heard)
         except trio.WouldBlock:
             logger.debug("proof.too_many author=%s", heard.author)
             return False
-        _remember(self._known, heard.notice.proof)
         return True
 
     async def publish(self, proof: Proof, contents: Mapping[bytes, Payload]) -> bytes:
         """Hold a proof of ours for the swarm and tell of it; returns its content address."""
-        encoded = encode_proof(proof)
-        address = digest_of(encoded)
+        encoded, address, revision = await trio.to_thread.run_sync(_prepare, proof, self._host.verify)
         _remember(self._known, address)
-        self.store.add(address, [(address, encoded), *contents.items()], trio.current_time())
-        revision = open_proof(proof, self._host.verify).revision
-        addrs = self._host.addrs[:16]
-        await self._board.publish_notice(Notice("proof", revision, address, proof.peer_id, addrs))
+        self._keep(address, encoded, contents)
+        self._handing_out[address] = self.store.watch(address)
+        notice = Notice("proof", revision, address, proof.peer_id, self._host.addrs[:16])
+        self._note(Heard(notice, self._host.peer_id, await self._board.publish_notice(notice)))
         return address
+
+    async def handed_out(self, address: bytes) -> None:
+        """Wait until somebody else has all of a proof that was published here."""
+        if (event := self._handing_out.get(address)) is not None:
+            await event.wait()
+            self._handing_out.pop(address, None)
+
+    def records(self, revision: str | None = None) -> list[tuple[bytes, float]]:
+        """Sealed notices of the proofs that are here, with their ages in seconds, youngest first."""
+        now = trio.current_time()
+        for proof in [proof for proof in self._held if self.store.get(proof, now) is None]:
+            del self._held[proof]
+        return [
+            (heard.record, now - since)
+            for heard, since in reversed(self._held.values())
+            if revision in (None, heard.notice.revision)
+        ]
+
+    def _keep(self, address: bytes, encoded: bytes, contents: Mapping[bytes, Payload]) -> None:
+        self.store.add(address, [(address, encoded), *contents.items()], trio.current_time())
+
+    def _note(self, heard: Heard) -> None:
+        """Tell newcomers of a proof that is here."""
+        self._held[heard.notice.proof] = heard, trio.current_time()
+        if len(self._held) > MAX_TOLD:
+            del self._held[next(iter(self._held))]
 
     async def serve(self) -> None:
         """Fetch and check what was heard of, until cancelled."""
@@ -157,17 +209,19 @@ class ProofCarrier:
                 _remember(self._liars, heard.author)
             except PeerError as exc:
                 logger.debug("proof.unavailable proof=%s why=%s", heard.notice.proof.hex(), exc)
+                self._known.pop(heard.notice.proof, None)  # another one may bring it
 
     async def _follow(self, heard: Heard) -> None:
         notice = heard.notice
         encoded = (await self._fetch(heard, [notice.proof], MAX_PROOF_BYTES))[notice.proof]
-        proof = decode_proof(encoded)
-        accusation = await trio.to_thread.run_sync(open_proof, proof, self._host.verify)
+        accusation = await trio.to_thread.run_sync(_open, encoded, self._host.verify)
         if (accusation.peer_id, accusation.revision) != (notice.accused, notice.revision):
             raise ProtocolViolation("a proof about somebody else than its notice says")
         contents = await self._fetch(heard, accusation.contents, MAX_TENSOR_BYTES)
-        self.store.add(notice.proof, [(notice.proof, encoded), *contents.items()], trio.current_time())
-        if self.on_proof is not None and await self.on_proof(heard, accusation, contents) is False:
+        self._keep(notice.proof, encoded, contents)
+        self._note(heard)
+        if self._on_proof is not None and await self._on_proof(heard, accusation, contents) is False:
+            self._held.pop(notice.proof, None)
             raise ProtocolViolation(f"what {notice.accused} computed is right")
 
     async def _fetch(self, heard: Heard, digests: Sequence[bytes], max_bytes: int) -> dict[bytes, bytes]:
@@ -176,7 +230,11 @@ class ProofCarrier:
         Raises:
             PeerError: Nobody has all of them.
         """
-        found: dict[bytes, bytes] = {}
+        now = trio.current_time()
+        here = {digest: self.store.get(digest, now) for digest in digests}
+        found = {digest: bytes(content) for digest, content in here.items() if content is not None}
+        if len(found) == len(here):
+            return found
         for delay_s in (0.0, *RETRIES_S):
             await trio.sleep(delay_s)
             for peer_id in self._holders(heard):
@@ -196,14 +254,25 @@ class ProofCarrier:
         return found
 
     def _holders(self, heard: Heard) -> list[str]:
-        """Whom to ask, the author first and again for what one answer did not hold; never the accused."""
+        """Whom to ask, who told of it first, again for what one answer did not hold; never the accused."""
+        first = dict.fromkeys([heard.told_by or heard.author, heard.author])
         others = [
             peer_id
             for peer_id in self._host.connected_peers()
-            if peer_id not in (heard.author, heard.notice.accused)
+            if peer_id not in first and peer_id != heard.notice.accused
         ]
         random.shuffle(others)
-        return [heard.author, *others[:NEIGHBOURS_ASKED]] * 4
+        return [*(each for each in first if each != heard.notice.accused), *others[:NEIGHBOURS_ASKED]] * 4
+
+
+def _prepare(proof: Proof, check: CheckSignature) -> tuple[bytes, bytes, str]:
+    """The proof as it travels, its content address, and the model that it is about."""
+    encoded = encode_proof(proof)
+    return encoded, digest_of(encoded), open_proof(proof, check).revision
+
+
+def _open(encoded: bytes, check: CheckSignature) -> Accusation:
+    return open_proof(decode_proof(encoded), check)
 
 
 def _remember(known: dict[_Key, None], key: _Key) -> None:

@@ -1,5 +1,6 @@
 """A neighbour's table, asked for in one round trip, so that a newcomer need not wait for gossip.
 
+Beside announcements it holds notices of fraud proofs, of which who comes later would never hear by gossip.
 Request and response are each one MessagePack value behind a big-endian u32 length; see docs/wire.md. Every
 record of a response is checked as one from gossip would be. How old it is, is the neighbour's word: it may
 make a record seem younger than it is, by one lifetime at most.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Annotated, Final
 
@@ -19,9 +21,10 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation
 
 from .host import Host
 from .length_prefix import receive_value, send_value
-from .records import MAX_RECORD_BYTES
+from .proofs import MAX_TOLD, Heard, ProofCarrier, decode_notice, is_notice
+from .records import MAX_RECORD_BYTES, open_record
 from .stream import PeerStream
-from .view import SwarmView
+from .view import SwarmView, announcement_by
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +51,30 @@ _requests: Final[msgspec.msgpack.Decoder[_Request]] = msgspec.msgpack.Decoder(_R
 _responses: Final[msgspec.msgpack.Decoder[list[_Entry]]] = msgspec.msgpack.Decoder(_Response)
 
 
-def serve_snapshots(host: Host, view: SwarmView) -> None:
-    """Answer whoever asks for our table from now on."""
+def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = None) -> None:
+    """Answer whoever asks for our table, and for notices of the proofs that we hold, from now on."""
 
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(_TIMEOUT_S):
             request = decode_request(await receive_value(stream, _MAX_REQUEST_BYTES))
-            await send_value(stream, encode_response(view.records(request.revision)))
+            notices = proofs.records(request.revision) if proofs else []
+            await send_value(stream, encode_response([*notices, *view.records(request.revision)]))
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
 
 
-async def fetch_snapshot(host: Host, view: SwarmView, peer_id: str, revision: str | None = None) -> int:
-    """Take in a connected peer's table; returns how many of its records were news.
+async def fetch_snapshot(
+    host: Host,
+    view: SwarmView,
+    peer_id: str,
+    revision: str | None = None,
+    *,
+    on_notice: Callable[[Heard], object] = lambda _: None,
+) -> int:
+    """Take in a connected peer's table; returns how many of its announcements were news.
+
+    Args:
+        on_notice: Called with the notices of proofs that came with it, `MAX_TOLD` at most.
 
     Raises:
         PeerError: The peer is gone, does not answer in time, or answers nonsense.
@@ -75,10 +89,15 @@ async def fetch_snapshot(host: Host, view: SwarmView, peer_id: str, revision: st
     except ProtocolViolation as exc:
         exc.peer_id = peer_id
         raise
-    news = 0
+    news = notices = 0
     for record, age_s in entries:
         try:
-            news += view.take(record, age_s)
+            author, payload = open_record(record)
+            if not is_notice(payload):
+                news += view.accept(announcement_by(author, payload), record, age_s)
+            elif notices < MAX_TOLD:
+                notices += 1
+                on_notice(Heard(decode_notice(payload), author, record, told_by=peer_id))
         except ProtocolViolation as exc:
             logger.debug("snapshot.bad_record peer=%s why=%s", peer_id, exc)
         await trio.lowlevel.checkpoint()  # 1000 signatures take a tenth of a second

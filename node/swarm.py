@@ -35,7 +35,12 @@ LAN_S: Final = 1.0  # how long peers in the local network have to answer, where 
 
 
 class SwarmMember:
-    """This process as a member of the swarm. Made by `open_swarm`."""
+    """This process as a member of the swarm. Made by `open_swarm`.
+
+    Attributes:
+        proofs: The fraud proofs that were heard of.
+        evidence: What was committed to in sessions here, for whoever asks.
+    """
 
     def __init__(
         self,
@@ -46,11 +51,13 @@ class SwarmMember:
         latency: Latency,
         reach: Reach,
         proofs: ProofCarrier,
+        evidence: EvidenceStore,
         *,
         looks_around: bool = False,
     ) -> None:
         self.host = host
         self.proofs = proofs
+        self.evidence = evidence
         self.peer_id = host.peer_id
         self._view = view
         self._gossip = gossip
@@ -168,15 +175,17 @@ async def _open_member(
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
             if looks_around:
                 nursery.start_soon(keep_looking_around, advertised, neighbourhood.add)
-            serve_snapshots(host, view)
-            proofs = ProofCarrier(host, EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s), gossip)
-            gossip.on_notice = proofs.hear
-            serve_evidence(host, proofs.store)
+            evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
+            kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
+            proofs = ProofCarrier(host, kept, gossip)
+            gossip.on_notice = neighbourhood.on_notice = proofs.hear
+            serve_evidence(host, evidence, kept)
+            serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
             nursery.start_soon(proofs.serve)
             yield SwarmMember(
-                host, view, gossip, neighbourhood, latency, reach, proofs, looks_around=looks_around
+                host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around
             )
 
 

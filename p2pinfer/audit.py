@@ -4,8 +4,9 @@
                                               FAIL -> run again independently -> ban, proof -> swarm
 
 Whether a session is going to be checked is decided when it opens, because what it sends must be kept then.
-A FAIL alone costs nobody anything: somebody else, or weights that are loaded anew, must agree. Proofs of
-others are held against the same blocks before they count.
+A FAIL alone costs nobody anything: somebody else, or weights that are loaded anew, must agree. Should others
+fail as well, it is us who may be wrong, unless somebody has passed before. Proofs of others are held against
+the same blocks before they count.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import trio
@@ -40,7 +42,9 @@ from .verifier import AuditConfig, LocalVerifier, Verifier, compare_elsewhere
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # audits; what comes on top is not checked
+MAX_WAITING_BYTES = 256 << 20  # that their sessions sent and got
 SECOND_OPINIONS = 3  # peers that are tried for one
+HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fetch it
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +95,12 @@ class Auditor:
         self._clock = clock
         self._rng = rng or random.SystemRandom()
         self._pending = 0
+        self._waiting_bytes = 0
+        self._has_passed = False  # whether our re-execution ever agreed with anybody
         self._settled = trio.Event()
         self._settled.set()
         self._jobs_in, self._jobs = trio.open_memory_channel[_Job](MAX_WAITING)
-        member.proofs.on_proof = self.examine
-        member.proofs.is_wanted = self._is_wanted
+        member.proofs.attach(self.examine, self._is_wanted)
 
     def toss(self, route: Route) -> frozenset[str]:
         """The hops to be checked after a session over `route` that is about to open."""
@@ -127,128 +132,179 @@ class Auditor:
 
     def _queue(self, job: _Job) -> None:
         try:
+            if self._waiting_bytes + job.size > MAX_WAITING_BYTES:
+                raise trio.WouldBlock
             self._jobs_in.send_nowait(job)
         except trio.WouldBlock:
             logger.debug("audit.dropped peer=%s", job.peer_id)
             return
-        self._pending += 1
-        if self._settled.is_set():
+        self._waiting_bytes += job.size
+        self._note_pending(1)
+
+    def _note_pending(self, more: int) -> None:
+        self._pending += more
+        if not self._pending:
+            self._settled.set()
+        elif self._settled.is_set():
             self._settled = trio.Event()
 
     async def settled(self) -> None:
-        """Wait until every audit that was begun is done."""
+        """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
         while self._pending:
             await self._settled.wait()
 
     async def serve(self) -> None:
         """Do the audits, one after the other, until cancelled."""
-        async for job in self._jobs:
-            try:
-                await self._audit(job)
-            finally:
-                self._pending -= 1
-                if not self._pending:
-                    self._settled.set()
+        async with trio.open_nursery() as nursery:
+            async for job in self._jobs:
+                self._waiting_bytes -= job.size
+                try:
+                    for address in await self._audit(job):
+                        self._note_pending(1)
+                        nursery.start_soon(self._hand_out, address)
+                finally:
+                    self._note_pending(-1)
 
-    async def _audit(self, job: _Job) -> None:
+    async def _hand_out(self, address: bytes) -> None:
+        try:
+            with trio.move_on_after(HAND_OUT_S):
+                await self._member.proofs.handed_out(address)
+        finally:
+            self._note_pending(-1)
+
+    async def _audit(self, job: _Job) -> list[bytes]:
+        """Do one audit; returns the proofs that were published."""
         if job.contradiction:
-            await self._accuse(
-                Proof(1, job.peer_id, "equivocation", job.contradiction), {}, "it signed twice"
-            )
-            return
+            proof = Proof(1, job.peer_id, "equivocation", job.contradiction)
+            return await self._accuse(proof, {}, "it signed twice")
         if self._ledger.is_banned(job.peer_id):
-            return
+            return []
         finding, gathered = Finding(Verdict.INCONCLUSIVE, "it took too long"), Gathered(None)
+        others: list[_Opinion] = []
         with trio.move_on_after(self._config.timeout_s):
             gathered = await gather_deposition(
                 self._member.host,
                 job.steps,
                 job.peer_id,
                 self._spec.hidden_size,
-                self._config.evidence_bytes,
+                max_bytes=self._config.evidence_bytes,
+                max_tokens=self._config.max_tokens,
             )
-            finding = await self._judge(gathered.deposition, job.others)
+            finding, others = await self._judge(gathered.deposition, job.others)
+        why = gathered.withheld or finding.reason
+        published = await self._settle(
+            _Opinion(job.peer_id, gathered.deposition, finding), withheld=bool(gathered.withheld), why=why
+        )
+        for other in others:
+            published += await self._settle(other, why=other.finding.reason)
+        return published
+
+    async def _settle(self, opinion: _Opinion, *, withheld: bool = False, why: str) -> list[bytes]:
+        """Note an audit's outcome; returns the proof that was published, if it is one."""
+        peer_id, finding = opinion.peer_id, opinion.finding
         self.tally = self.tally.plus(finding.verdict)
         self._member.host.counts.add("audits", finding.verdict.value)
-        logger.info("audited %s: %s, %s", job.peer_id, finding.verdict.value, finding.reason)
-        now, deposition = self._clock(), gathered.deposition
-        why = gathered.withheld or finding.reason
-        self._ledger.record_audit(
-            job.peer_id, finding.verdict, now, withheld=bool(gathered.withheld), why=why
-        )
-        if finding.verdict is Verdict.FAIL and deposition is not None:
-            proof = Proof(1, job.peer_id, "output", deposition.signed)
-            await self._accuse(proof, deposition.contents, finding.reason)
+        logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
+        self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
+        if finding.verdict is Verdict.PASS:
+            self._has_passed = True
+        if finding.verdict is not Verdict.FAIL or opinion.deposition is None:
+            return []
+        proof = Proof(1, peer_id, "output", opinion.deposition.signed)
+        return await self._accuse(proof, opinion.deposition.contents, finding.reason)
 
-    async def _judge(self, deposition: Deposition | None, others: Sequence[str]) -> Finding:
-        """The verdict; FAIL only if a second re-execution, independent of the first, says so too."""
+    async def _judge(
+        self, deposition: Deposition | None, others: Sequence[str]
+    ) -> tuple[Finding, list[_Opinion]]:
+        """The verdict; FAIL only if a second re-execution, independent of the first, says so too.
+
+        Beside it come peers that were asked for a second opinion and found to fail themselves.
+        """
         if deposition is None:
-            return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had")
+            return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
         verifier = self._verifier
         if isinstance(verifier, LocalVerifier) and not verifier.can_hold(deposition.span):
-            return await self._judge_elsewhere(deposition, others)
+            return await self._judge_elsewhere(deposition, others), []
         finding = await verifier.verify(deposition)
         if finding.verdict is not Verdict.FAIL:
-            return finding
-        for opinion in await self._ask_others(deposition, others, 1):
-            other = await verifier.verify(opinion)
-            if other.verdict is Verdict.FAIL:
-                return Finding(
-                    Verdict.SUSPECT, f"{finding.reason}; {opinion.peer_id} gives no better: {other.reason}"
-                )
-        again = await (verifier.confirm if isinstance(verifier, LocalVerifier) else verifier.verify)(
-            deposition
-        )
-        if again.verdict is Verdict.FAIL:
-            return again
-        return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}")
+            return finding, []
+        failed: list[_Opinion] = []
+        async with aclosing(self._ask_others(deposition, others)) as opinions:
+            async for opinion in opinions:
+                other = await self._verify_fully(opinion)
+                if other.verdict is Verdict.PASS:
+                    self._has_passed = True
+                    break
+                if other.verdict is Verdict.FAIL:
+                    failed.append(_Opinion(opinion.peer_id, opinion, other))
+        if failed and not self._has_passed:
+            names = ", ".join(each.peer_id for each in failed)
+            doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
+            return Finding(Verdict.SUSPECT, doubt), []
+        again = await self._confirm(deposition)
+        if again.verdict is not Verdict.FAIL:
+            return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
+        return again, failed
+
+    async def _verify_fully(self, deposition: Deposition) -> Finding:
+        verifier = self._verifier
+        if isinstance(verifier, LocalVerifier):
+            return await verifier.verify_fully(deposition)
+        return await verifier.verify(deposition)
+
+    async def _confirm(self, deposition: Deposition) -> Finding:
+        verifier = self._verifier
+        if isinstance(verifier, LocalVerifier):
+            return await verifier.confirm(deposition)
+        return await verifier.verify(deposition)
 
     async def _judge_elsewhere(self, deposition: Deposition, others: Sequence[str]) -> Finding:
-        opinions = await self._ask_others(deposition, others, 2)
+        opinions: list[Deposition] = []
+        async with aclosing(self._ask_others(deposition, others)) as asked:
+            async for opinion in asked:
+                opinions.append(opinion)
+                if len(opinions) == 2:
+                    break
         if len(opinions) < 2:
             return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
         return await trio.to_thread.run_sync(
             compare_elsewhere, deposition, opinions[0], opinions[1], self._spec.hidden_size
         )
 
-    async def _ask_others(
-        self, deposition: Deposition, others: Sequence[str], count: int
-    ) -> list[Deposition]:
-        """What up to `count` independent peers give for the same inputs."""
+    async def _ask_others(self, deposition: Deposition, others: Sequence[str]) -> AsyncGenerator[Deposition]:
+        """What independent peers give for the same inputs, `SECOND_OPINIONS` of them at most."""
         if not self._config.remote:
-            return []
+            return
         history = await trio.to_thread.run_sync(history_of, deposition, self._spec.hidden_size)
+        avoided = (*others, *self._config.own_peers)
         able = choose_auditors(
-            self._member.announcements(self._spec.revision), deposition, self._ledger, others, self._rng
+            self._member.announcements(self._spec.revision), deposition, self._ledger, avoided, self._rng
         )
-        opinions: list[Deposition] = []
         for hop in able[:SECOND_OPINIONS]:
-            if len(opinions) == count:
-                break
             try:
-                opinions.append(
-                    await run_elsewhere(
-                        hop,
-                        self._spec,
-                        deposition,
-                        history,
-                        host_config=self._host_config,
-                        timeout_s=self._config.timeout_s / 4,
-                    )
+                opinion = await run_elsewhere(
+                    hop,
+                    self._spec,
+                    deposition,
+                    history,
+                    host_config=self._host_config,
+                    timeout_s=self._config.timeout_s / 4,
                 )
             except PeerError as exc:
                 logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)
-        return opinions
+            else:
+                yield opinion
 
-    async def _accuse(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> None:
-        """Ban, and let everybody see why."""
+    async def _accuse(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> list[bytes]:
+        """Ban, and let everybody see why; returns the proof's content address if it was published."""
         try:
             address = await self._member.proofs.publish(proof, contents)
         except P2PInferError as exc:
             logger.warning("the proof against %s could not be published: %s", proof.peer_id, exc)
             self._ledger.ban(proof.peer_id, why, self._clock())
-            return
+            return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
+        return [address]
 
     # ------------------------------------------------------------------ proofs of others
 
@@ -266,11 +322,13 @@ class Auditor:
         if accusation.kind == "output":
             signed = accusation.signed
             deposition = Deposition(accusation.peer_id, signed, accusation.receipts, contents)
-            finding = await self._verifier.verify(deposition)
+            finding = await self._verify_fully(deposition)
             if finding.verdict in (Verdict.INCONCLUSIVE, Verdict.SUSPECT):
                 return None
             why = finding.reason
             if finding.verdict is Verdict.PASS:
+                if isinstance(self._verifier, LocalVerifier) and not finding.logits_checked:
+                    return None  # what the accuser saw may have been in the logits
                 self._ledger.add_proof(
                     notice.proof.hex(), notice.accused, self._clock(), verified=False, sender=heard.author
                 )
@@ -282,12 +340,26 @@ class Auditor:
 
 
 @dataclass(frozen=True, slots=True)
+class _Opinion:
+    """What a peer did, and what that is found to be."""
+
+    peer_id: str
+    deposition: Deposition | None
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """A hop to be checked, and the steps of the session; or two receipts that contradict each other."""
 
     peer_id: str
     steps: tuple[PassedStep, ...]
     contradiction: tuple[bytes, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps in memory; hops of one session share them, and each counts them."""
+        return sum(len(each.sent) + len(each.got) for each in self.steps)
 
     @property
     def others(self) -> tuple[str, ...]:

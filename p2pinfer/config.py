@@ -34,6 +34,7 @@ SECTIONS = (
     "compute",
     "serve",
     "relay",
+    "verify",
     "client",
     "session",
     "routing",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import trio
+
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.deposition import Deposition
 from p2pinfer.node.evidence import MAX_DIGESTS, fetch_evidence
@@ -39,42 +41,85 @@ class Gathered:
 
 
 async def gather_deposition(
-    host: Host, steps: Sequence[PassedStep], peer_id: str, hidden_size: int, max_bytes: int
+    host: Host,
+    steps: Sequence[PassedStep],
+    peer_id: str,
+    hidden_size: int,
+    *,
+    max_bytes: int,
+    max_tokens: int,
 ) -> Gathered:
     """What `peer_id` did in the session of `steps`, whose receipts have been checked.
 
+    Of a long session it is the beginning, which does not depend on what came after.
+
     Args:
         max_bytes: What all tensors may take.
+        max_tokens: Positions that are of interest.
     """
     places = [(each, _index_of(each, peer_id)) for each in steps]
     mine = [(each, index) for each, index in places if index is not None]
     if not mine:
         return Gathered(None)
     hop = mine[0][0].hops[mine[0][1]]
+    # Thousands of receipts take tens of milliseconds to read.
+    known = await trio.to_thread.run_sync(_decode_all, [each.receipts[index] for each, index in mine])
     try:
-        signed = await _whole_chain(host, hop, [each.receipts[index] for each, index in mine])
+        chain = await _whole_chain(host, hop, known)
     except PeerError as exc:
         return Gathered(None, f"its receipts have gaps that it does not fill: {exc}")
-    receipts = tuple(decode_receipt(each) for each in signed)
-    contents = _own_contents(mine)
-    wanted = [digest for digest in tensors_of(receipts) if digest not in contents]
-    size = sum((each.tokens + each.returned) * row_bytes(hidden_size, each.codec) for each in receipts)
-    if size > max_bytes:
+    wanted = await trio.to_thread.run_sync(_plan, chain, mine, hidden_size, max_bytes, max_tokens)
+    if not wanted.signed:
         return Gathered(None)
-    withheld = ""
+    contents, withheld = wanted.contents, ""
     for source in (hop, *_neighbours(mine)):
-        missing = [digest for digest in wanted if digest not in contents]
+        missing = [digest for digest in wanted.tensors if digest not in contents]
         if not missing:
             break
         try:
-            await _fetch_all(host, source, missing, contents, size)
+            await _fetch_all(host, source, missing, contents, max_bytes)
         except PeerError as exc:
             withheld = withheld or (f"it withholds evidence: {exc}" if source is hop else "")
-        if source is hop and any(digest not in contents for digest in wanted):
+        if source is hop and any(digest not in contents for digest in wanted.tensors):
             withheld = withheld or "it withholds evidence that it committed to"
-    if any(digest not in contents for digest in wanted):
+    if any(digest not in contents for digest in wanted.tensors):
         return Gathered(None, withheld)
-    return Gathered(Deposition(peer_id, signed, receipts, contents), withheld)
+    return Gathered(Deposition(peer_id, wanted.signed, wanted.receipts, contents), withheld)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The part of a chain that is looked at, and what of its tensors is here already."""
+
+    signed: tuple[bytes, ...]
+    receipts: tuple[Receipt, ...]
+    tensors: tuple[bytes, ...]
+    contents: dict[bytes, Payload]
+
+
+def _plan(
+    chain: Sequence[tuple[bytes, Receipt]],
+    mine: Sequence[tuple[PassedStep, int]],
+    hidden_size: int,
+    max_bytes: int,
+    max_tokens: int,
+) -> _Wanted:
+    kept: list[tuple[bytes, Receipt]] = []
+    size = 0
+    for signed, receipt in chain:
+        size += (receipt.tokens + receipt.returned) * row_bytes(hidden_size, receipt.codec)
+        if size > max_bytes or receipt.position + receipt.tokens > max_tokens:
+            break
+        kept.append((signed, receipt))
+    receipts = tuple(receipt for _, receipt in kept)
+    tensors = tensors_of(receipts)
+    own = _own_contents(mine)
+    contents = {digest: own[digest] for digest in tensors if digest in own}
+    return _Wanted(tuple(signed for signed, _ in kept), receipts, tensors, contents)
+
+
+def _decode_all(signed: Sequence[bytes]) -> list[tuple[bytes, Receipt]]:
+    return [(each, decode_receipt(each)) for each in signed]
 
 
 async def _fetch_all(
@@ -91,19 +136,19 @@ async def _fetch_all(
         missing = rest
 
 
-async def _whole_chain(host: Host, hop: Hop, known: Sequence[bytes]) -> tuple[bytes, ...]:
+async def _whole_chain(
+    host: Host, hop: Hop, known: Sequence[tuple[bytes, Receipt]]
+) -> list[tuple[bytes, Receipt]]:
     """`known` receipts with those that the client never saw, asked for by the digest in the next one.
 
     Raises:
         PeerError: The hop does not hand them out, or they do not fit.
     """
-    chain: list[bytes] = []
+    chain: list[tuple[bytes, Receipt]] = []
     fetched = 0
-    before: Receipt | None = None
-    for signed in known:
-        receipt = decode_receipt(signed)
-        missing: list[bytes] = []
-        due = 0 if before is None else before.sequence + 1
+    due = 0
+    for signed, receipt in known:
+        missing: list[tuple[bytes, Receipt]] = []
         wanted = receipt
         while wanted.sequence > due:
             fetched += 1
@@ -114,14 +159,14 @@ async def _whole_chain(host: Host, hop: Hop, known: Sequence[bytes]) -> tuple[by
             )
             if wanted.previous not in found:
                 raise ProtocolViolation(f"receipt {wanted.sequence - 1} is not handed out", hop.peer_id)
-            missing.append(found[wanted.previous])
-            earlier = open_receipt(missing[-1], hop.peer_id, host.verify)
+            earlier = open_receipt(found[wanted.previous], hop.peer_id, host.verify)
             if (earlier.nonce, earlier.sequence) != (receipt.nonce, wanted.sequence - 1):
                 raise ProtocolViolation("a receipt of another chain", hop.peer_id)
+            missing.append((found[wanted.previous], earlier))
             wanted = earlier
-        chain += [*reversed(missing), signed]
-        before = receipt
-    return tuple(chain)
+        chain += [*reversed(missing), (signed, receipt)]
+        due = receipt.sequence + 1
+    return chain
 
 
 def _index_of(passed: PassedStep, peer_id: str) -> int | None:

@@ -21,6 +21,7 @@ from p2pinfer.node.deposition import Deposition, History
 from p2pinfer.node.host import HostConfig, open_host
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.tasks import open_nursery
+from p2pinfer.node.tensors import row_bytes
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
@@ -113,7 +114,12 @@ async def run_elsewhere(
                     await session.aclose()
                 assert session.book is not None
                 gathered = await gather_deposition(
-                    host, session.book.kept, hop.peer_id, spec.hidden_size, 1 << 62
+                    host,
+                    session.book.kept,
+                    hop.peer_id,
+                    spec.hidden_size,
+                    max_bytes=2 * len(history.inputs) * row_bytes(spec.hidden_size, deposition.codec),
+                    max_tokens=len(history.inputs),
                 )
     except trio.TooSlowError as exc:
         raise PeerError(f"no second opinion in {timeout_s:g} s", hop.peer_id) from exc

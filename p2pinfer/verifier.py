@@ -1,13 +1,15 @@
 """Runs a hop's blocks again and says whether it computed them.
 
-Locally, in float32 and once more as an honest peer might, where the blocks fit; the loaded weights are kept
-for the next audit. What is loaded is as much of the model as the memory budget allows, so that one copy
-serves every hop, and the logits can be looked at as well.
+Locally, in float32 and twice more as an honest peer might, where the blocks fit; the loaded weights are kept
+for the next audit. What is loaded is the whole model if the memory budget allows, so that one copy serves
+every hop. Then what a hop's outputs do to the logits can be looked at as well: behind the last span always,
+since norm and head cost little, behind others on a coin, since it takes four prefills of all that follows.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,17 +20,20 @@ import torch
 import trio
 
 from p2pinfer.errors import CacheFull, LocalError, ProtocolViolation, WrongOutput
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.noise_floor import measure_floor
 from p2pinfer.models.source import ModelSource
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify import Reference, Tail, check_rows, compare, open_reference, open_tail
-from p2pinfer.node.deposition import Deposition, History, history_of
+from p2pinfer.models.verify import Reference, Tail, check_rows, compare, open_reference, tail_of
+from p2pinfer.node.deposition import Deposition, history_of
 from p2pinfer.node.verify import check_span
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT: Final = 6  # once in float32, once in bfloat16
+_ENDS_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
 _COARSE: Final = Thresholds(chunk=8.0, suspect=4.0, shared=32.0, upper=16.0, token=64.0, first=500.0)
 
 
@@ -47,65 +52,86 @@ class AuditConfig:
     rate: float | None = (
         None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
     )
+    logits_share: float = 0.25  # share of audits that look at the logits where blocks follow, 0 to 1
     memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
-    max_tokens: int = 4096  # longer sessions are not run again
-    evidence_bytes: int = 64 << 20  # the tensors of one hop in one session; more are not asked for
+    download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks
+    max_tokens: int = 4096  # of a longer session the beginning is run again
+    evidence_bytes: int = 32 << 20  # the tensors of one hop in one session; the first that fit are asked for
     timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict
     linger_s: float = 10.0  # how long a client that leaves waits for its audits
+    own_peers: tuple[str, ...] = ()  # peers of ours, which are no independent second opinion
     remote: bool = True  # ask other peers to run a span again where it does not fit here, or to confirm
 
     def __post_init__(self) -> None:
         if self.rate is not None and not 0 <= self.rate <= 1:
             raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
+        if not 0 <= self.logits_share <= 1:
+            raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
         for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
-        if self.memory_bytes < 0:
-            raise ValueError(f"memory_bytes is {self.memory_bytes}; it must not be negative")
+        for name in ("memory_bytes", "download_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 class LocalVerifier:
     """A `Verifier` that runs the blocks on this machine's processor, in one thread at a time.
 
+    Args:
+        rng: Decides when the logits are looked at; nobody else may know what it will say.
+
     Attributes:
         spent_s: Processor seconds that re-executions have taken so far, loading weights included.
     """
 
-    def __init__(self, source: ModelSource, config: AuditConfig | None = None) -> None:
+    def __init__(
+        self, source: ModelSource, config: AuditConfig | None = None, *, rng: random.Random | None = None
+    ) -> None:
         self.spent_s = 0.0
         self._source = source
         self._config = config or AuditConfig()
+        self._rng = rng or random.SystemRandom()
         self._turn = trio.Lock()  # weights are loaded once, and a reference belongs to one thread
         self._loaded: _Loaded | None = None
 
     def can_hold(self, span: BlockSpan) -> bool:
-        """Whether the blocks fit the budget."""
-        return self._cost_of(len(span)) <= self._budget()
+        """Whether the blocks fit the budget of memory, and are here or nearly so."""
+        return self._cost_of(len(span)) <= self._budget() and self._is_near(span)
 
     async def verify(self, deposition: Deposition) -> Finding:
         """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
-        return await self._in_turn(lambda: self._verify(deposition, fresh=False))
+        logits = self._rng.random() < self._config.logits_share
+        return await self._in_turn(lambda: self._verify(deposition, logits=logits))
+
+    async def verify_fully(self, deposition: Deposition) -> Finding:
+        """The same, and the logits are looked at wherever they can be."""
+        return await self._in_turn(lambda: self._verify(deposition, logits=True))
 
     async def confirm(self, deposition: Deposition) -> Finding:
         """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
-        return await self._in_turn(lambda: self._verify(deposition, fresh=True))
+        return await self._in_turn(lambda: self._verify(deposition, logits=True, fresh=True))
 
     async def _in_turn(self, verify: Callable[[], Finding]) -> Finding:
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
 
-    def _verify(self, deposition: Deposition, *, fresh: bool) -> Finding:
+    def _verify(self, deposition: Deposition, *, logits: bool, fresh: bool = False) -> Finding:
         started = time.thread_time()
         try:
-            history = history_of(deposition, self._source.spec.hidden_size)
-            if len(history.inputs) > self._config.max_tokens:
-                return Finding(
-                    Verdict.INCONCLUSIVE, f"{len(history.inputs)} tokens are too many to run again"
-                )
+            history = history_of(deposition, self._source.spec.hidden_size).first(self._config.max_tokens)
             if not self.can_hold(deposition.span):
                 return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
             loaded = self._reference_for(deposition.span, len(history.inputs), fresh=fresh)
-            return self._check(loaded, deposition, history)
+            return check_span(
+                loaded.reference,
+                deposition.span,
+                history.inputs,
+                history.outputs,
+                codec=deposition.codec,
+                positions=history.positions,
+                tail=loaded.tail_behind(deposition.span, logits=logits),
+            )
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except (ProtocolViolation, LocalError, CacheFull) as exc:
@@ -113,39 +139,29 @@ class LocalVerifier:
         finally:
             self.spent_s += time.thread_time() - started
 
-    def _check(self, loaded: _Loaded, deposition: Deposition, history: History) -> Finding:
-        return check_span(
-            loaded.reference,
-            deposition.span,
-            history.inputs,
-            history.outputs,
-            codec=deposition.codec,
-            positions=history.positions,
-            tail=loaded.tails.get(deposition.span.stop),
-        )
-
     def _reference_for(self, span: BlockSpan, tokens: int, *, fresh: bool) -> _Loaded:
         loaded = self._loaded
         if fresh or loaded is None or not loaded.serves(span, tokens):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are
             self._loaded = loaded = self._load(span, max(tokens, min(1024, self._config.max_tokens)))
-        if span.stop not in loaded.tails:
-            loaded.tails[span.stop] = self._load_tail(loaded, span)
         return loaded
 
     def _load(self, span: BlockSpan, max_tokens: int) -> _Loaded:
-        everything = BlockSpan(0, self._source.spec.num_blocks)
-        wanted = everything if self._cost_of(len(everything)) <= self._budget() else span
-        checkpoint = self._source.fetch(wanted, ends=True)
-        logger.debug("audit.load blocks=%s tokens=%d", wanted, max_tokens)
-        return _Loaded(open_reference(checkpoint, wanted, max_tokens=max_tokens), {})
+        spec, budget = self._source.spec, self._budget()
+        ends_bytes = spec.vocab_size * spec.hidden_size * _ENDS_BYTES_PER_WEIGHT
+        everything = BlockSpan(0, spec.num_blocks)
+        fits = self._cost_of(spec.num_blocks) + ends_bytes <= budget
+        wanted = everything if fits and self._is_near(everything, ends=True) else span
+        with_ends = wanted.stop == spec.num_blocks and self._is_near(wanted, ends=True)
+        with_ends = with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
+        logger.debug("audit.load blocks=%s ends=%s tokens=%d", wanted, with_ends, max_tokens)
+        checkpoint = self._source.fetch(wanted, ends=with_ends)
+        config = ComputeConfig(device="cpu", dtype="float32")
+        ends = load_ends(checkpoint, config) if with_ends else None
+        return _Loaded(open_reference(checkpoint, wanted, max_tokens=max_tokens), ends)
 
-    def _load_tail(self, loaded: _Loaded, span: BlockSpan) -> Tail | None:
-        """What turns the span's outputs into logits: behind the last block that is norm and head only."""
-        if span.stop < self._source.spec.num_blocks:
-            return None
-        checkpoint = self._source.fetch(loaded.reference.span, ends=True)
-        return open_tail(checkpoint, span, max_tokens=loaded.reference.max_tokens)
+    def _is_near(self, span: BlockSpan, *, ends: bool = False) -> bool:
+        return self._source.missing_bytes(span, ends=ends) <= self._config.download_bytes
 
     def _cost_of(self, blocks: int) -> int:
         return blocks * self._source.spec.block_parameters * BYTES_PER_WEIGHT
@@ -159,10 +175,17 @@ class LocalVerifier:
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     reference: Reference
-    tails: dict[int, Tail | None]  # by the block at which they begin
+    ends: Ends | None
 
     def serves(self, span: BlockSpan, tokens: int) -> bool:
         return self.reference.span.covers(span) and tokens <= self.reference.max_tokens
+
+    def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
+        """What turns the span's outputs into logits, if that is at hand and asked for or cheap."""
+        blocks = self.reference.spec.num_blocks
+        if self.ends is None or not (logits or span.stop == blocks):
+            return None
+        return tail_of(self.reference, self.ends, span.stop) if self.reference.span.stop == blocks else None
 
 
 def compare_elsewhere(

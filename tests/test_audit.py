@@ -15,6 +15,7 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer import audit as audit_module
 from p2pinfer import client as client_module
 from p2pinfer import second_opinion
 from p2pinfer.audit import Auditor, AuditTally
@@ -35,7 +36,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.reputation.verdict import Finding, Verdict
-from p2pinfer.verifier import AuditConfig, LocalVerifier
+from p2pinfer.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier
 
 from .node.memory import sign
 from .node.memory_swarm import MemorySwarm, Served, open_memory_swarm, route_over
@@ -76,6 +77,7 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
             yield client
 
+    monkeypatch.setattr(audit_module, "HAND_OUT_S", 0.2)  # there is not always somebody to fetch a proof
     monkeypatch.setattr(client_module, "open_swarm", join)
     monkeypatch.setattr(second_opinion, "open_host", throw_away)
     return opened
@@ -169,6 +171,109 @@ async def test_a_fail_that_others_do_not_confirm_bans_nobody(
             await client.audits_settled()
             assert client.audits == AuditTally(done=1, suspect=1)
             assert not client.ledger.is_banned("a")
+
+
+async def test_two_who_lie_alike_do_not_cover_for_each_other(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    """Each is the other's second opinion; that somebody passed shows that it is not us who are wrong."""
+    cheat(await swarm.serve("a", 0, 4, tokens_per_s=1e5), noisy)
+    cheat(await swarm.serve("b", 0, 4, tokens_per_s=1), noisy)
+    await swarm.serve("c", 4, 8)
+    async with open_client() as client:
+        for _ in range(2):
+            if client.ledger.is_banned("a") and client.ledger.is_banned("b"):
+                break
+            await text_of(client.generate(PROMPT, max_new_tokens=16))
+            await client.audits_settled()
+        assert client.ledger.is_banned("a")
+        assert client.ledger.is_banned("b")
+        assert not client.ledger.is_banned("c")
+
+
+async def test_an_honest_second_opinion_confirms_where_nobody_has_passed_before(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    cheat(await swarm.serve("a", 0, 8, tokens_per_s=1e5), noisy)
+    cheat(await swarm.serve("b", 0, 8, tokens_per_s=1), noisy)
+    await swarm.serve("c", 0, 8, tokens_per_s=1)
+    async with open_client() as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=16))
+        await client.audits_settled()
+        assert client.ledger.is_banned("a")
+        assert not client.ledger.is_banned("c")
+
+
+async def test_of_a_long_session_the_beginning_is_checked(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    """By tokens, and by bytes; what comes after them may be anything."""
+    late = 0
+
+    def lie_later(output: Tensor) -> Tensor:
+        nonlocal late
+        late += len(output)
+        return output if late <= 30 else noisy(output)
+
+    cheat(await swarm.serve("a", 0, 8), lie_later)
+    rows = 320 * 4
+    limits = (
+        AuditConfig(rate=1.0, linger_s=60, max_tokens=20, evidence_bytes=1 << 20),
+        AuditConfig(rate=1.0, linger_s=60, evidence_bytes=20 * rows),
+        AuditConfig(rate=1.0, linger_s=60, evidence_bytes=2 * rows),
+        AuditConfig(rate=1.0, linger_s=60),
+    )
+    seen: list[AuditTally] = []
+    for audit in limits:
+        late = 0
+        async with open_client(audit=audit) as client:
+            await text_of(client.generate(PROMPT, max_new_tokens=60))
+            await client.audits_settled()
+            seen.append(client.audits)
+    passed, inconclusive = AuditTally(done=1, passed=1), AuditTally(done=1, inconclusive=1)
+    assert seen == [passed, passed, inconclusive, AuditTally(done=1, failed=1)]
+
+
+async def test_what_waits_to_be_audited_is_bounded(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "MAX_WAITING_BYTES", 1000)
+    await swarm.serve("a", 0, 8)
+    async with open_client() as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=8))
+        await client.audits_settled()
+        assert client.audits == AuditTally()
+
+
+async def test_what_can_be_looked_at_by_norms_alone_clears_nobody_of_a_proof(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    """The accuser may have seen in the logits what a verifier without room for the model does not."""
+    await swarm.serve("a", 0, 4)
+    await swarm.serve("b", 4, 8)
+    seen: list[Deposition] = []
+
+    class Note:
+        async def verify(self, deposition: Deposition) -> Finding:
+            seen.append(deposition)
+            return Finding(Verdict.PASS, "")
+
+    small = AuditConfig(rate=0.0, memory_bytes=4 * swarm.spec.block_parameters * BYTES_PER_WEIGHT)
+    async with open_client(verifier=Note()) as accuser, open_client(audit=small) as client:
+        await text_of(accuser.generate(PROMPT, max_new_tokens=16))
+        await accuser.audits_settled()
+        deposition = next(each for each in seen if each.peer_id == "a")
+        address = await accuser.member.proofs.publish(
+            Proof(1, "a", "output", deposition.signed), deposition.contents
+        )
+        await accuser.member.proofs.handed_out(address)
+        while not client.member.proofs.records():
+            await trio.sleep(0.01)
+        with trio.move_on_after(1):
+            while client.ledger.proofs()[address.hex()].state == "seen":
+                await trio.sleep(0.01)
+        assert client.ledger.proofs()[address.hex()].state == "seen"
+        assert client.ledger.account(accuser.member.peer_id).proofs_false == 0
 
 
 async def test_evidence_that_is_withheld_costs_reliability_and_hides_nothing(

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --model Qwen/Qwen3-8B --num-blocks 12",
         "p2pinfer node --blocks 0:4 --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
         "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
+        "p2pinfer node --verify",
     ],
 )
 @MODEL
@@ -53,32 +54,50 @@ logger = logging.getLogger(__name__)
 @SWARM_KEY
 @ALLOW
 @DENY
+@setting("verify.enabled", "--verify", "Check others' work when there is nothing else to do.")
 @setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics there. [default: none]")
 @DATA_DIR
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def node(call: Invocation, until_stdin_closes: bool) -> None:
     """Serve blocks of a model to the swarm, until Ctrl-C."""
+    from p2pinfer.config import SharedConfig
     from p2pinfer.models.config import ComputeConfig  # what follows takes seconds to import: torch, libp2p
     from p2pinfer.node.config import ServeConfig
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.node import NodeConfig, run_node
     from p2pinfer.node.relay_config import RelayConfig
+    from p2pinfer.node.tasks import open_nursery
+    from p2pinfer.patrol import VerifyConfig, open_patrol
+    from p2pinfer.verifier import AuditConfig
 
     from .progress import Bars
     from .running import run
 
-    settings = call.settings(NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig)
+    settings = call.settings(
+        NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig, VerifyConfig, AuditConfig
+    )
 
     async def main() -> None:
-        await run_node(
-            settings.build(NodeConfig),
-            host_config=settings.build(HostConfig),
-            compute_config=settings.build(ComputeConfig),
-            serve_config=settings.build(ServeConfig),
-            relay_config=settings.build(RelayConfig),
-            report=_reporter(call),
-            progress=Bars(quiet=call.json or call.quiet),
-        )
+        tell, verify = _reporter(call), settings.build(VerifyConfig)
+        shared, host_config = settings.build(SharedConfig), settings.build(HostConfig)
+        patrol = open_patrol(verify, settings.build(AuditConfig), shared, host_config, tell)
+
+        def report(event: Event) -> None:
+            tell(event)
+            patrol.note(event)
+
+        async with open_nursery() as nursery:
+            if verify.enabled:
+                nursery.start_soon(patrol.serve)
+            await run_node(
+                settings.build(NodeConfig),
+                host_config=host_config,
+                compute_config=settings.build(ComputeConfig),
+                serve_config=settings.build(ServeConfig),
+                relay_config=settings.build(RelayConfig),
+                report=report,
+                progress=Bars(quiet=call.json or call.quiet),
+            )
 
     try:
         run(main, until_stdin_closes=until_stdin_closes)

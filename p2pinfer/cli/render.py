@@ -46,16 +46,20 @@ def route_table(result: GenerationResult, view: ReputationView, audits: AuditTal
 
 
 def _describe_audits(audits: AuditTally) -> str:
-    if not audits.done:
+    return _count_audits(audits.done, audits.passed, audits.failed, audits.suspect)
+
+
+def _count_audits(done: int, passed: int, failed: int, suspect: int) -> str:
+    if not done:
         return "no hop was audited"
     counts = {
-        "passed": audits.passed,
-        "failed": audits.failed,
-        "suspect": audits.suspect,
-        "inconclusive": audits.inconclusive,
+        "passed": passed,
+        "failed": failed,
+        "suspect": suspect,
+        "inconclusive": done - passed - failed - suspect,
     }
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{audits.done} hop{'s' * (audits.done > 1)} audited: {told}"
+    return f"{done} hop{'s' * (done > 1)} audited: {told}"
 
 
 def describe_event(event: events.Event) -> str:
@@ -81,6 +85,8 @@ def describe_event(event: events.Event) -> str:
             )
         case events.SessionRefused():
             return f"{short_peer(event.peer_id)} was refused a session: {one_line(event.message)}"
+        case events.Verified():
+            return f"checked others: {_count_audits(event.audits, event.passed, event.failed, event.suspect)}"
         case events.Leaving():
             return "said goodbye to the swarm"
 

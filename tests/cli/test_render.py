@@ -55,6 +55,7 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
             events.SessionRefused(PEER, "busy", "\x1b[31mevil\n"),
             r"12D3..Ag6gpz was refused a session: \x1b[31mevil",
         ),
+        (events.Verified(4, 2, 1, 0), "checked others: 4 hops audited: 2 passed, 1 failed, 1 inconclusive"),
         (events.Leaving(0), "said goodbye to the swarm"),
     ],
 )

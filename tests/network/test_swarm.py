@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import cast
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from p2pinfer.node import bootstrap
 from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
 from p2pinfer.node.host import Host, HostConfig
 from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.proofs import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
 from p2pinfer.node.records import MAX_RECORD_BYTES, seal
 from p2pinfer.node.snapshot import (
     MAX_RECORDS,
@@ -74,6 +76,27 @@ async def test_a_newcomer_learns_at_once_what_a_neighbour_knows(start_host: Star
     assert peers(learned) == {mine.peer_id}
     assert await fetch_snapshot(newcomer, learned, old.peer_id) == 1
     assert peers(learned) == {mine.peer_id, other.peer_id}
+
+
+async def test_a_newcomer_hears_of_the_proofs_that_a_neighbour_holds(start_host: StartHost) -> None:
+    old, newcomer = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    mine, accuser = announce(known), new_identity()
+    notice = Notice("proof", REVISION, bytes(32), "a liar")
+    record = seal(accuser, encode_notice(notice))
+
+    class Carrier:
+        def records(self, revision: str | None) -> list[tuple[bytes, float]]:
+            return [(record, 1.0)] * (MAX_TOLD + 1) if revision in (None, REVISION) else []
+
+    serve_snapshots(old, known, cast(ProofCarrier, Carrier()))
+    await newcomer.connect(old.peer_id, old.addrs)
+    heard: list[Heard] = []
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, OTHER, on_notice=heard.append) == 0
+    assert heard == []
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, on_notice=heard.append) == 1
+    assert peers(learned) == {mine.peer_id}
+    assert heard == [Heard(notice, accuser.peer_id, record, old.peer_id)] * MAX_TOLD
 
 
 async def test_forged_records_in_a_snapshot_are_left_out(start_host: StartHost) -> None:

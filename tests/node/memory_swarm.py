@@ -62,13 +62,14 @@ class MemoryGossip:
         self.announced.append(announcement)
         self._view.accept(announcement, b"record")
 
-    async def publish_notice(self, notice: Notice) -> None:
+    async def publish_notice(self, notice: Notice) -> bytes:
         await trio.lowlevel.checkpoint()
         now = trio.current_time()
         author = next(peer_id for peer_id, each in self.carriers.items() if each.store.get(notice.proof, now))
         for peer_id, carrier in self.carriers.items():
             if peer_id != author:
                 carrier.hear(Heard(notice, author))
+        return b"record"
 
     async def follow_neighbours(self) -> None:
         await trio.sleep_forever()
@@ -121,8 +122,9 @@ class MemorySwarm:
     def member(self, peer_id: str) -> SwarmMember:
         """A place in the swarm."""
         host = self.network.host(peer_id)
+        evidence = EvidenceStore(64 << 20, 900)
         proofs = ProofCarrier(host, EvidenceStore(64 << 20, 900), self.gossip)
-        serve_evidence(host, proofs.store)
+        serve_evidence(host, evidence, proofs.store)
         self.gossip.carriers[peer_id] = proofs
         self.network.nursery.start_soon(proofs.serve)
         return SwarmMember(
@@ -133,6 +135,7 @@ class MemorySwarm:
             Latency(host, self.view.everybody),
             cast(Reach, MemoryReach()),
             proofs,
+            evidence,
         )
 
     async def serve(

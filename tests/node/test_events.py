@@ -16,6 +16,7 @@ from p2pinfer.node.events import (
     SessionOpened,
     SessionRefused,
     Starting,
+    Verified,
     to_json,
 )
 
@@ -30,6 +31,7 @@ EXAMPLES: list[Event] = [
     SessionOpened("12D3", (0, 4), 64, 1),
     SessionClosed("12D3", 9, "done", 0),
     SessionRefused("12D3", "busy", "two lines\nof text"),
+    Verified(4, 2, 1, 0),
     Leaving(0),
 ]
 

@@ -56,14 +56,28 @@ def test_the_oldest_sessions_make_room() -> None:
     assert store.get(digest_of(b"1" * 20), 6) is not None
 
 
-def test_one_session_does_not_take_more_than_its_share() -> None:
+def test_of_a_session_that_outgrows_its_share_the_beginning_is_kept() -> None:
     store = EvidenceStore(100, keep_s=10)
     store.add(b"small", pairs(b"kept"), now=0)
     store.add(b"greedy", pairs(b"x" * 20), now=0)
     store.add(b"greedy", pairs(b"y" * 20), now=0)
     store.add(b"greedy", pairs(b"z"), now=0)
-    assert [store.get(digest_of(each), 1) for each in (b"x" * 20, b"z", b"kept")] == [None, None, b"kept"]
-    assert store.held_bytes == 4
+    contents = [store.get(digest_of(each), 1) for each in (b"x" * 20, b"y" * 20, b"z", b"kept")]
+    assert contents == [b"x" * 20, None, None, b"kept"]
+    assert store.held_bytes == 24
+
+
+def test_a_group_is_handed_out_when_one_peer_has_all_of_it() -> None:
+    store = EvidenceStore(1000, keep_s=10)
+    store.add(SESSION, pairs(b"one", b"two"), now=0)
+    one, two = (digest_of(each) for each in (b"one", b"two"))
+    event = store.watch(SESSION)
+    store.note_sent("a", [one, digest_of(b"unknown")])
+    store.note_sent("b", [two])
+    assert not event.is_set()
+    store.note_sent("a", [one, two])
+    assert event.is_set()
+    store.note_sent("a", [one])
 
 
 def test_what_two_sessions_share_outlives_the_older() -> None:
@@ -95,7 +109,7 @@ def test_an_answer_stops_where_it_would_grow_too_large() -> None:
     store = EvidenceStore(MAX_CONTENT_BYTES * 8, keep_s=10)
     half = [bytes([number]) * (MAX_CONTENT_BYTES // 2) for number in range(3)]
     store.add(SESSION, pairs(*half), now=0)
-    answer = contents_for(store, [digest_of(each) for each in half], 0)
+    answer = contents_for([store], [digest_of(each) for each in half], 0)
     assert [len(each or b"") for each in answer] == [MAX_CONTENT_BYTES // 2] * 2
 
 

@@ -1,0 +1,262 @@
+"""Spends a node's spare time on checking others: `p2pinfer node --verify`.
+
+    nobody is served -> a client under a throw-away identity -> texts over peers known least -> audits
+         ^                                                                                        |
+         '----------------- a pause, so long that the whole takes `share` of the time <-----------'
+
+To the peers it is a client like any other: short texts, drawn at random, from an identity that they have not
+seen before. Every hop is audited, and what can be proved is published. As soon as somebody wants something of
+this node, the round is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+import trio
+
+from p2pinfer.config import SharedConfig
+from p2pinfer.errors import NoRoute, P2PInferError
+from p2pinfer.models.source import resolve_model
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.reputation.view import ReputationView
+from p2pinfer.routing.eligibility import eligible, no_route
+from p2pinfer.routing.policy import RoutingPolicy
+from p2pinfer.routing.route import Candidate, Hop, Route, RouteRequest
+
+from .client import Client
+from .generate import GenerationConfig
+from .verifier import AuditConfig, LocalVerifier, Verifier
+
+logger = logging.getLogger(__name__)
+
+# Where texts begin; they go on as chance and the model have it.
+OPENINGS: Final = (
+    "Once upon a time",
+    "The best way to",
+    "Yesterday I went to",
+    "Here is a short summary of",
+    "In the morning, she",
+    "Write a letter to",
+    "There are three reasons why",
+    "The old man looked at",
+    "How do I",
+    "It was raining, and",
+    "First, let us",
+    "My favourite",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyConfig:
+    """How much of its spare time a node checks others."""
+
+    enabled: bool = False  # check others' work when nobody wants anything of this node
+    share: float = 0.05  # of the time that may take, above 0 to 1
+    idle_s: float = 10.0  # how long nobody must have been served before
+    pause_s: float = 30.0  # between two rounds at least, seconds
+    texts: int = 3  # texts from one identity
+    max_new_tokens: int = 64  # of one text
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
+        if self.idle_s < 0 or self.pause_s < 0:
+            raise ValueError("idle_s and pause_s must not be negative")
+        if min(self.texts, self.max_new_tokens) < 1:
+            raise ValueError("texts and max_new_tokens must be 1 or more")
+
+
+OpenClient = Callable[[RoutingPolicy, str, Sequence[str]], AbstractAsyncContextManager[Client]]
+
+
+class Patrol:
+    """Checks others whenever a node has nothing to do.
+
+    Args:
+        open_client: Given a policy, the node's id and its addresses, joins the swarm by them as a client that
+            goes by the policy and audits all it uses.
+        report: Told what a round came to.
+    """
+
+    def __init__(
+        self,
+        open_client: OpenClient,
+        config: VerifyConfig,
+        report: Callable[[Event], None] = lambda _: None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._open_client = open_client
+        self._config = config
+        self._report = report
+        self._rng = rng or random.SystemRandom()
+        self._node: Ready | None = None
+        self._client_id = ""  # of the round that is under way
+        self._sessions = 0
+        self._changed = trio.Event()
+        self._round = trio.CancelScope()
+        self._texts: list[str] = []
+
+    def note(self, event: Event) -> None:
+        """Take in what the node does."""
+        match event:
+            case Ready():
+                self._node = event
+            case SessionOpened(sessions=sessions):
+                self._sessions = sessions
+                if event.peer_id != self._client_id:
+                    self._round.cancel()
+            case SessionClosed(sessions=sessions):
+                self._sessions = sessions
+            case _:
+                return
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def serve(self) -> None:
+        """Make rounds until cancelled."""
+        while True:
+            node = await self._until_idle()
+            began_at = trio.current_time()
+            with trio.CancelScope() as self._round:
+                await self._make_round(node)
+            spent_s = trio.current_time() - began_at
+            rest_s = max(self._config.pause_s, spent_s * (1 / self._config.share - 1))
+            await trio.sleep(rest_s * self._rng.uniform(0.5, 1.5))
+
+    async def _until_idle(self) -> Ready:
+        """Wait until the node serves, and has had nothing to do for a while."""
+        while True:
+            changed = self._changed
+            if self._node is None or self._sessions:
+                await changed.wait()
+                continue
+            with trio.move_on_after(self._config.idle_s):
+                await changed.wait()
+                continue
+            return self._node
+
+    async def _make_round(self, node: Ready) -> None:
+        policy = LeastKnown(node.peer_id, self._rng)
+        try:
+            async with self._open_client(policy, node.peer_id, node.addrs) as client:
+                self._client_id = client.member.peer_id
+                for _ in range(self._rng.randint(1, self._config.texts)):
+                    await self._make_text(client)
+                await client.audits_settled()
+                tally = client.audits
+        except P2PInferError as exc:  # nobody there, say
+            logger.debug("patrol.failed why=%s", exc)
+        else:
+            self._report(Verified(tally.done, tally.passed, tally.failed, tally.suspect))
+        finally:
+            self._client_id = ""
+
+    async def _make_text(self, client: Client) -> None:
+        rng, most = self._rng, self._config.max_new_tokens
+        prompt = rng.choice([*OPENINGS, *self._texts])
+        config = GenerationConfig(
+            max_new_tokens=rng.randint(max(1, most // 4), most), temperature=0.8, seed=rng.getrandbits(60)
+        )
+        generation = client.generate(prompt, config)
+        try:
+            async for _ in generation:
+                pass
+        finally:
+            await generation.aclose()
+        words = f"{prompt}{generation.result.text}".split()
+        beginning = rng.randrange(max(1, len(words) - 4))
+        self._texts = [" ".join(words[beginning : beginning + rng.randint(4, 24)]), *self._texts[:7]]
+
+
+def open_patrol(
+    verify: VerifyConfig,
+    audit: AuditConfig,
+    shared: SharedConfig,
+    host_config: HostConfig,
+    report: Callable[[Event], None],
+) -> Patrol:
+    """The patrol of a node with these settings; what it learns goes to the ledger in `data_dir`."""
+    verifiers: list[Verifier] = []  # one, whose weights stay loaded from round to round
+
+    @asynccontextmanager
+    async def open_client(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
+        config = replace(
+            audit, rate=1.0, linger_s=max(audit.linger_s, 60.0), own_peers=(*audit.own_peers, own)
+        )
+        if not verifiers:
+            source = await trio.to_thread.run_sync(
+                partial(
+                    resolve_model,
+                    shared.model,
+                    cache_dir=shared.cache_dir,
+                    weights_bytes=shared.weights_bytes,
+                )
+            )
+            verifiers.append(LocalVerifier(source, config))
+        async with Client(
+            model=shared.model,
+            bootstrap=(*addrs, *shared.bootstrap),
+            policy=policy,
+            host_config=replace(host_config, listen=()),
+            cache_dir=shared.cache_dir,
+            data_dir=shared.data_dir,
+            weights_bytes=shared.weights_bytes,
+            audit=config,
+            verifier=verifiers[0],
+        ) as client:
+            yield client
+
+    return Patrol(open_client, verify, report)
+
+
+class LeastKnown(RoutingPolicy):
+    """A random route over those whose integrity is shown least; over `own` only where nobody else serves."""
+
+    def __init__(self, own: str, rng: random.Random) -> None:
+        self._own = own
+        self._rng = rng
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        """See `RoutingPolicy`."""
+        usable = eligible(candidates, request, view)
+        others = [peer for peer in usable if peer.peer_id != self._own]
+        try:
+            return [self._draw(others, candidates, request, view)]
+        except NoRoute:
+            route = self._draw(usable, candidates, request, view)
+            if set(route.peer_ids) == {self._own}:
+                raise  # there is nobody to check
+            return [route]
+
+    def _draw(
+        self,
+        usable: Sequence[Candidate],
+        candidates: Sequence[Candidate],
+        request: RouteRequest,
+        view: ReputationView,
+    ) -> Route:
+        hops: list[Hop] = []
+        block, stop = request.wanted.start, request.wanted.stop
+        used: set[str] = set()
+        while block < stop:
+            serving = [each for each in usable if each.span.start <= block < each.span.stop]
+            serving = [each for each in serving if each.peer_id not in used]
+            if not serving:
+                raise no_route(candidates, request, view)
+            doubts = [1.02 - view.score(each.peer_id).integrity for each in serving]
+            chosen = self._rng.choices(serving, doubts)[0]
+            used.add(chosen.peer_id)
+            hops.append(chosen.hop(BlockSpan(block, min(chosen.span.stop, stop))))
+            block = hops[-1].span.stop
+        return Route(tuple(hops))
