@@ -84,16 +84,23 @@ def spans_of(name: str) -> list[BlockSpan]:
     return [BlockSpan(*pair) for pair in bounds]
 
 
-def sample_sessions(checkpoint: Checkpoint, count: int, tokens: int = TOKENS) -> list[list[int]]:
-    """Texts of exactly `tokens` tokens, each an opening and what the model itself makes of it."""
+def sample_sessions(
+    checkpoint: Checkpoint, count: int, tokens: int = TOKENS, *, first: int = 0
+) -> list[list[int]]:
+    """Texts of exactly `tokens` tokens, each an opening and what the model itself makes of it.
+
+    Args:
+        first: Which opening, and which seed, to begin with; other ones give texts that are all new.
+    """
     tokenizer = load_tokenizer(checkpoint.folder)
     texts = (_STORIES if checkpoint.spec.vocab_size < 10_000 else _TEXTS).splitlines()
-    openings = [texts[index % len(texts)].replace("\\n", "\n") for index in range(count)]
+    numbers = range(first, first + count)
+    openings = [texts[number % len(texts)].replace("\\n", "\n") for number in numbers]
     sessions = [tokenizer.encode(opening)[: tokens // 2] for opening in openings]
     config = ComputeConfig(device="cpu", cache_bytes=1 << 30)
     runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
     ends = load_ends(checkpoint, config)
-    samplers = [Sampler(SamplingConfig(temperature=0.8, seed=seed)) for seed in range(count)]
+    samplers = [Sampler(SamplingConfig(temperature=0.8, seed=seed)) for seed in numbers]
     leases = [runner.cache.reserve(tokens) for _ in sessions]
     while any(len(session) < tokens for session in sessions):
         growing = [index for index, session in enumerate(sessions) if len(session) < tokens]
@@ -107,14 +114,17 @@ def sample_sessions(checkpoint: Checkpoint, count: int, tokens: int = TOKENS) ->
     return sessions
 
 
-def inputs_at(
-    checkpoint: Checkpoint, sessions: Sequence[Sequence[int]], starts: Sequence[int]
-) -> dict[int, Outputs]:
+def embed(checkpoint: Checkpoint, sessions: Sequence[Sequence[int]]) -> Outputs:
+    """What enters the first block, by session: (tokens, hidden_size) bfloat16."""
+    ends = load_ends(checkpoint, ComputeConfig(device="cpu", dtype="bfloat16"))
+    return [ends.embed(session) for session in sessions]
+
+
+def inputs_at(checkpoint: Checkpoint, embedded: Outputs, starts: Sequence[int]) -> dict[int, Outputs]:
     """What enters each block of `starts`, by session: (tokens, hidden_size) bfloat16."""
     config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 30)
-    runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
-    ends = load_ends(checkpoint, config)
-    hidden, at = [ends.embed(session) for session in sessions], 0
+    runner = open_runner(checkpoint, BlockSpan(0, max(1, *starts)), config)
+    hidden, at = embedded, 0
     inputs: dict[int, Outputs] = {}
     for start in sorted(set(starts)):
         if start > at:

@@ -3,6 +3,7 @@
     python benchmarks/calibrate_audit.py                          # this machine's CPU, both models
     python benchmarks/calibrate_audit.py --device cpu cuda --dump outputs/
     python benchmarks/calibrate_audit.py --dumped outputs/        # those of another machine, judged here
+    python benchmarks/calibrate_audit.py --report checks.jsonl    # what was measured, by these limits
 
 Every span of 1 to 15 blocks is run in every mode that an honest peer may use, on trained weights, and held
 against a CPU's floor as an audit does. A check is one chunk of 32 tokens in one mode. With no failure among n
@@ -26,6 +27,7 @@ from audit_sessions import (
     MODELS,
     Outputs,
     StockBlocks,
+    embed,
     honest_modes,
     inputs_at,
     open_model,
@@ -36,16 +38,26 @@ from audit_sessions import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.models.noise_floor import NoiseFloor, measure_floor
+from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 SHORT = (4, 8, 16)
-DUMPED_MODES = ("bfloat16, prefill", "bfloat16, decode, batched", "TF32, prefill", "float16, prefill")
-DUMPED_SPANS = ("7:8", "0:4", "12:16", "4:12", "0:15", "15:30", "0:8")
+DUMPED_MODES = (
+    "bfloat16, prefill",
+    "bfloat16, decode, batched",
+    "bfloat16, mixed batches",
+    "TF32, prefill",
+    "float16, prefill",
+    "bfloat16, transformers, eager",
+    "bfloat16, transformers, sdpa",
+)
+DUMPED_SPANS = {BUNDLED_MODEL: ("7:8", "0:4", "0:8"), "smollm2": ("7:8", "0:4", "4:12", "0:15", "15:30")}
 
 
 @dataclass(frozen=True)
@@ -128,13 +140,12 @@ def check_mode(
 
 
 def calibrate(
-    model: str, devices: Sequence[str], count: int, dump: Path | None, only: Sequence[str]
+    model: str, devices: Sequence[str], embedded: Outputs, dump: Path | None, only: Sequence[str]
 ) -> Iterator[Check]:
     """Every check on one model."""
     checkpoint = open_model(model)
     spans = [span for span in spans_of(model) if not only or str(span) in only]
-    sessions = sample_sessions(checkpoint, count)
-    inputs = inputs_at(checkpoint, sessions, [span.start for span in spans])
+    inputs = inputs_at(checkpoint, embedded, [span.start for span in spans])
     modes = [mode for device in devices for mode in honest_modes(device)]
     stock = [
         (
@@ -153,7 +164,7 @@ def calibrate(
         given = inputs[span.start]
         outputs = {mode.name: run_mode(mode, checkpoint, span, given) for mode in modes}
         outputs |= {name: blocks.run(span, given) for name, blocks in stock}
-        if dump is not None and str(span) in DUMPED_SPANS:
+        if dump is not None and str(span) in DUMPED_SPANS[model]:
             write_dump(dump, model, span, given, outputs)
         yield from check_span(checkpoint, model, span, given, outputs, devices[-1])
 
@@ -170,7 +181,10 @@ def check_span(
     tokens = max(map(len, inputs))
     reference = open_reference(checkpoint, span, max_tokens=tokens)
     floors = [rerun(reference, span, each, torch.bfloat16) for each in inputs]
-    tail = open_tail(checkpoint, span, max_tokens=tokens, device=tail_device)
+    try:
+        tail = open_tail(checkpoint, span, max_tokens=tokens, device=tail_device)
+    except CheckpointError:  # of a model that is only here in part
+        tail = None
     for mode, each in outputs.items():
         print(f"{model} {span} {mode}", file=sys.stderr)
         yield from check_mode(model, span, mode, floors, inputs, each, tail)
@@ -198,6 +212,14 @@ def check_dump(path: Path) -> Iterator[Check]:
     outputs = {f"{name}, elsewhere": list(each) for name, each in tensors.items()}
     span = BlockSpan(int(start), int(stop))
     yield from check_span(open_model(model), model, span, inputs, outputs, "cpu")
+
+
+def sessions_of(model: str, options: argparse.Namespace) -> Outputs:
+    """Embedded sessions, those of another machine if they are at hand."""
+    if options.embedded and (path := options.embedded / f"{model}.embedded").exists():
+        return list(load_file(path)["sessions"])
+    checkpoint = open_model(model)
+    return embed(checkpoint, sample_sessions(checkpoint, options.sessions, first=options.first))
 
 
 def bound(failures: int, checks: int) -> float:
@@ -266,7 +288,10 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--device", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
     parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first session; others are new")
     parser.add_argument("--span", nargs="+", default=[], help="A:B; all of them by default")
+    parser.add_argument("--embed", type=Path, help="only write the sessions here, for another machine")
+    parser.add_argument("--embedded", type=Path, help="sessions written so, for who has some blocks only")
     parser.add_argument("--dump", type=Path, help="keep a GPU's outputs here")
     parser.add_argument("--dumped", type=Path, help="judge the outputs kept here, and nothing else")
     parser.add_argument("--out", type=Path, help="every check as a line of JSON; appended to")
@@ -277,11 +302,17 @@ def main() -> None:
         lines = [line for path in options.report for line in path.read_text().splitlines()]
         report([Check(**json.loads(line)) for line in lines])
         return
+    if options.embed:
+        for model in options.model:
+            save_file(
+                {"sessions": torch.stack(sessions_of(model, options))}, options.embed / f"{model}.embedded"
+            )
+        return
     if options.dumped:
         sources = [check_dump(path) for path in sorted(options.dumped.glob("*.safetensors"))]
     else:
         sources = [
-            calibrate(model, options.device, options.sessions, options.dump, options.span)
+            calibrate(model, options.device, sessions_of(model, options), options.dump, options.span)
             for model in options.model
         ]
     checks: list[Check] = []

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from audit_sessions import MODELS, Outputs, alone, inputs_at, open_model, open_span, sample_sessions
+from audit_sessions import MODELS, Outputs, alone, embed, inputs_at, open_model, open_span, sample_sessions
 from cheats import DRIFTS, WEIGHTS, Aim, run_altered, run_parts, skipped, swapped, tampered, with_noise
 from torch import Tensor
 
@@ -100,12 +100,12 @@ def dishonest_outputs(
     yield "one token in 32", [tampered(good, bad) for good, bad in zip(honest, wrong, strict=True)]
 
 
-def catch_all(model: str, count: int) -> Iterator[Catch]:
+def catch_all(model: str, count: int, first: int) -> Iterator[Catch]:
     """Every chunk of every cheat on one model."""
     checkpoint = open_model(model)
     spans = [BlockSpan.parse(text) for text in SPANS[model]]
     aimed = [BlockSpan.parse(text) for text in AIMED_SPANS[model]]
-    sessions = sample_sessions(checkpoint, count)
+    sessions = embed(checkpoint, sample_sessions(checkpoint, count, first=first))
     inputs = inputs_at(checkpoint, sessions, [span.start for span in (*spans, *aimed)])
     for span in spans:
         print(f"{model} {span}", file=sys.stderr)
@@ -159,9 +159,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first session; others are new")
     parser.add_argument("--out", type=Path, help="every chunk as a line of JSON")
     options = parser.parse_args()
-    catches = [catch for model in options.model for catch in catch_all(model, options.sessions)]
+    catches = [
+        catch for model in options.model for catch in catch_all(model, options.sessions, options.first)
+    ]
     if options.out:
         options.out.write_text("".join(json.dumps(asdict(catch)) + "\n" for catch in catches))
     print(table(catches))

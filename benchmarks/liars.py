@@ -1,0 +1,336 @@
+"""Six node processes, of which some lie: what reaches the user, who is banned, and what finding out costs.
+
+    python benchmarks/liars.py                                     # int8 weights, and a skipped block
+    python benchmarks/liars.py --cheat tamper noise:0.2 --generations 200
+
+The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
+the cheats are and how often they happen. One client makes short generations, one after the other, with the
+default settings. Two other processes generate nothing and can know of the cheats by proofs alone: one is
+there from the beginning, one joins through an honest node when all is over.
+
+A token is corrupted if a hop computed for it that lied in that session. It shows as wrong if the published
+model in float32 gives another one a lead of more than 0.1. Extra compute is the processor time of everything
+that would not be done without audits: running spans again here and at the bystander's, and at nodes that are
+asked for a second opinion. It is held against the processor time of the nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import trio
+from contest import report
+
+import p2pinfer.models
+from p2pinfer.client import Client
+from p2pinfer.generate import GenerationResult
+from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.ends import load_ends
+from p2pinfer.models.runner import open_runner
+from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.text import load_tokenizer
+from p2pinfer.models.verify import run_session
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.verifier import AuditConfig, LocalVerifier
+
+SPANS = ("0:3", "3:5", "5:8")
+LEAD = 0.1
+OPENINGS = (
+    "Once upon a time, there was a {} who",
+    "One day, a {} found a",
+    'The {} was sad. "Why are you sad?" asked',
+    "In the forest lived a {}. Every morning it",
+    "It was raining, and the {} wanted to",
+    "Tom had a {} that he loved. But",
+    "The {} and the bird were best friends. They",
+    "Mom gave Lily a {}. Lily said",
+    "Far away, on a hill, a {} looked at the",
+    "Ben saw a {} in the garden. He",
+)
+HEROES = ("fox", "frog", "dog", "cat", "bear", "duck", "mouse", "rabbit", "horse", "robot")
+HEROES += ("train", "boat", "doll", "kite", "ball", "turtle", "owl", "pig", "dragon", "girl")
+
+
+@dataclass
+class NodeProcess:
+    """One node, and what it has told."""
+
+    span: str
+    cheat: str
+    process: trio.Process
+    peer_id: str = ""
+    addrs: tuple[str, ...] = ()
+    ready: trio.Event = field(default_factory=trio.Event)
+    tokens: dict[str, int] = field(default_factory=dict)  # computed, by client
+
+    def cpu_s(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    async def listen(self) -> None:
+        """Take in its events until it ends."""
+        assert self.process.stdout is not None
+        rest = b""
+        async for received in self.process.stdout:
+            *lines, rest = (rest + received).split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                if event["event"] == "ready":
+                    self.peer_id, self.addrs = event["peer_id"], tuple(event["addrs"])
+                    self.ready.set()
+                elif event["event"] == "session_closed":
+                    client = event["peer_id"]
+                    self.tokens[client] = self.tokens.get(client, 0) + event["tokens"]
+        if not self.ready.is_set():
+            raise RuntimeError(f"the node for blocks {self.span} ended before it served")
+
+
+@asynccontextmanager
+async def open_nodes(
+    home: Path, bootstrap: Sequence[str], cheats: Sequence[str]
+) -> AsyncGenerator[list[NodeProcess]]:
+    """Two nodes for every span; the first ones of different spans cheat."""
+    nodes: list[NodeProcess] = []
+    async with trio.open_nursery() as nursery:
+        for index in range(2 * len(SPANS)):
+            span = SPANS[index % len(SPANS)]
+            cheat = cheats[index] if index < len(cheats) else ""
+            start = [str(Path(__file__).with_name("lying_node.py")), cheat] if cheat else ["-m", "p2pinfer"]
+            folder = home / str(index)
+            folder.mkdir()
+            (folder / "config.toml").write_text("[compute]\nthreads = 1\n")
+            command = [sys.executable, *start, "node", "--json", "--until-stdin-closes", "--blocks", span]
+            command += ["--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
+            command += [word for address in bootstrap for word in ("--bootstrap", address)]
+            with (folder / "stderr").open("wb") as stderr:
+                process = await trio.lowlevel.open_process(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=folder
+                )
+            nodes.append(NodeProcess(span, cheat, process))
+            nursery.start_soon(nodes[-1].listen)
+        try:
+            with trio.fail_after(180):
+                for node in nodes:
+                    await node.ready.wait()
+            yield nodes
+        finally:
+            with trio.CancelScope(shield=True):
+                for node in nodes:
+                    node.process.terminate()
+                for node in nodes:
+                    await node.process.wait()
+
+
+class Bystander:
+    """A client in a process of its own that generates nothing, and waits for proofs at the end."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self._process = process
+
+    async def ask(self) -> dict[str, Any]:
+        """Let it leave, and hear what it came to believe."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        await self._process.stdin.aclose()
+        told = b"".join([received async for received in self._process.stdout])
+        return json.loads(told)  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def open_bystander(home: Path, bans: int, bootstrap: Sequence[str]) -> AsyncGenerator[Bystander]:
+    command = [sys.executable, __file__, "--stand-by", str(home), str(bans), *bootstrap]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield Bystander(process)
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+async def stand_by(home: Path, bans: int, bootstrap: Sequence[str]) -> None:
+    """Be the bystander until standard input closes, and then until so many are banned, or a minute."""
+    torch.set_num_threads(1)
+    verifier = await trio.to_thread.run_sync(new_verifier, home)
+    async with Client(bootstrap=bootstrap, data_dir=home, cache_dir=home, verifier=verifier) as client:
+        await trio.to_thread.run_sync(sys.stdin.read)
+        with trio.move_on_after(60):
+            while sum(map(client.ledger.is_banned, client.ledger.peers())) < bans:
+                await trio.sleep(0.1)
+        proofs = client.ledger.proofs()
+        told = {
+            "banned": [each for each in client.ledger.peers() if client.ledger.is_banned(each)],
+            "proofs": [[note.accused, note.state] for note in proofs.values()],
+            "audits": client.audits.done,
+            "spent_s": verifier.spent_s,
+        }
+        print(json.dumps(told))
+
+
+def new_verifier(cache_dir: Path) -> LocalVerifier:
+    """The default one, whose time can be read."""
+    return LocalVerifier(resolve_model(BUNDLED_MODEL, cache_dir=cache_dir), AuditConfig())
+
+
+@dataclass
+class Told:
+    """One generation and what the ledger thought then."""
+
+    result: GenerationResult
+    prompt: str
+    liars: tuple[str, ...]  # cheats on its route
+
+
+async def generate_all(
+    client: Client, nodes: Sequence[NodeProcess], count: int, new_tokens: int
+) -> list[Told]:
+    cheats = {node.peer_id: node.cheat for node in nodes if node.cheat}
+    told: list[Told] = []
+    banned: set[str] = set()
+    for number in range(count):
+        opening = OPENINGS[number % len(OPENINGS)]
+        prompt = opening.format(HEROES[number // len(OPENINGS) % len(HEROES)])
+        generation = client.generate(prompt, max_new_tokens=new_tokens)
+        used: set[str] = set()
+        async for _ in generation:
+            used |= {hop.peer_id for hop in generation.result.route}
+        told.append(Told(generation.result, prompt, tuple(cheats[each] for each in used & {*cheats})))
+        for each in {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)} - banned:
+            banned.add(each)
+            why = client.ledger.account(each).ban
+            print(f"after {number + 1}: {cheats.get(each, 'HONEST')} banned: {why}", file=sys.stderr)
+    await client.audits_settled()
+    return told
+
+
+def count_wrong(told: Sequence[Told]) -> list[int]:
+    """Tokens of each generation that the published model would not have chosen, by a clear lead."""
+    checkpoint = open_checkpoint(Path(p2pinfer.models.__path__[0], BUNDLED_MODEL), BUNDLED_MODEL)
+    config = ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 28)
+    runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
+    ends, tokenizer = load_ends(checkpoint, config), load_tokenizer(checkpoint.folder)
+    wrong: list[int] = []
+    for each in told:
+        ids = [*tokenizer.encode(each.prompt), *each.result.token_ids]
+        chances = ends.logits(run_session(runner, ends.embed(ids[:-1]))).softmax(-1)
+        chances = chances[each.result.prompt_tokens - 1 :]
+        chosen = chances.gather(1, torch.tensor(each.result.token_ids)[:, None])[:, 0]
+        wrong.append(int((chances.amax(-1) - chosen > LEAD).sum()))
+    return wrong
+
+
+async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: float | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        verifier = new_verifier(home / "cache")
+        client = Client(
+            host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
+            data_dir=home / "client",
+            cache_dir=home / "cache",
+            audit=AuditConfig(rate=rate),
+            verifier=verifier,
+        )
+        async with client, open_nodes(home, client.member.addrs, cheats) as nodes:
+            with trio.fail_after(60):
+                while len(client.peers()) < len(nodes):
+                    await trio.sleep(0.1)
+            async with open_bystander(home / "early", len(cheats), client.member.addrs) as early:
+                before = [node.cpu_s() for node in nodes]
+                client_before, started = time.process_time(), time.perf_counter()
+                told = await generate_all(client, nodes, count, new_tokens)
+                seconds, client_s = time.perf_counter() - started, time.process_time() - client_before
+                spent = [node.cpu_s() - was for node, was in zip(nodes, before, strict=True)]
+                others = [await early.ask()]
+            addrs = nodes[-1].addrs
+            async with open_bystander(home / "late", len(cheats), addrs) as late:
+                others.append(await late.ask())
+        return summary(client, nodes, told, verifier, spent, client_s, seconds, others)
+
+
+def summary(
+    client: Client,
+    nodes: Sequence[NodeProcess],
+    told: Sequence[Told],
+    verifier: LocalVerifier,
+    spent: Sequence[float],
+    client_s: float,
+    seconds: float,
+    others: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    liars = {node.peer_id for node in nodes if node.cheat}
+    banned = {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)}
+    lengths = [len(each.result.token_ids) for each in told]
+    wrong = count_wrong(told)
+    lied_to = [length if each.liars else 0 for each, length in zip(told, lengths, strict=True)]
+    # Tokens of others than the client are second opinions; each is taken to cost what any other one does.
+    own = sum(node.tokens.get(client.member.peer_id, 0) for node in nodes)
+    asked = sum(sum(node.tokens.values()) for node in nodes) - own
+    opinions_s = sum(spent) * asked / max(1, own + asked)
+    bystanders_s = sum(other["spent_s"] for other in others)
+    extra_s = verifier.spent_s + bystanders_s + opinions_s
+    serving_s = sum(spent) - opinions_s
+    audits = client.audits
+    return {
+        "cheats": " ".join(node.cheat for node in nodes if node.cheat),
+        "generations": len(told),
+        "tokens": sum(lengths),
+        "by liars": sum(lied_to),
+        "wrong": sum(wrong),
+        "by liars, last 100": sum(lied_to[-100:]),
+        "wrong, last 100": sum(wrong[-100:]),
+        "banned": f"{len(banned & liars)} of {len(liars)}",
+        "by bystanders": ", ".join(f"{len({*other['banned']} & liars)} of {len(liars)}" for other in others),
+        "honest banned": sum(
+            len(each - liars) for each in (banned, *({*other["banned"]} for other in others))
+        ),
+        "audits": audits.done,
+        "suspect": audits.suspect,
+        "no result": audits.inconclusive,
+        "serving s": round(serving_s, 1),
+        "audits s": round(verifier.spent_s, 2),
+        "bystanders s": round(bystanders_s, 2),
+        "opinions s": round(opinions_s, 2),
+        "extra": f"{extra_s / serving_s:.2%}",
+        "client s": round(client_s, 1),
+        "seconds": round(seconds),
+        "shares": " ".join(f"{node.tokens.get(client.member.peer_id, 0) / own:.2f}" for node in nodes),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cheat", nargs="+", default=["int8", "skip"], help="of as many nodes, at most three"
+    )
+    parser.add_argument("--generations", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--audit-rate", type=float, help="the adaptive one by default")
+    parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stand_by:
+        home, bans, *addrs = options.stand_by
+        trio.run(stand_by, Path(home), int(bans), addrs)
+        return
+    torch.set_num_threads(1)
+    row = trio.run(contest, options.cheat, options.generations, options.new_tokens, options.audit_rate)
+    report("two of six nodes lie", [row])
+
+
+if __name__ == "__main__":
+    main()

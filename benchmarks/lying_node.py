@@ -1,0 +1,139 @@
+"""`p2pinfer node` with a lie in it: computes something else than the blocks it announces.
+
+    python benchmarks/lying_node.py int8 node --blocks 3:5 --bootstrap ...
+    python benchmarks/lying_node.py skip:0.2 node ...        # lies in a fifth of its sessions
+    python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
+
+Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
+the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from cheats import WEIGHTS, AlteredCheckpoint, skipped, swapped, with_noise
+from torch import Tensor
+
+import p2pinfer.node.node as serving
+from p2pinfer.cli.app import main
+from p2pinfer.models.cache import CacheLease
+from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.sizing import measure_speed
+
+BOAST = 2.0
+Run = Callable[[Sequence[Chunk], BlockSpan | None], list[Tensor]]
+Lie = Callable[[Run, Chunk, BlockSpan], Tensor]
+
+
+def skip_a_block(run: Run, chunk: Chunk, span: BlockSpan) -> Tensor:
+    return _in_parts(run, chunk, skipped(span) or [span])
+
+
+def swap_two_blocks(run: Run, chunk: Chunk, span: BlockSpan) -> Tensor:
+    return _in_parts(run, chunk, swapped(span))
+
+
+def add_noise(run: Run, chunk: Chunk, span: BlockSpan) -> Tensor:
+    return with_noise(run([chunk], span)[0], 1e-2, seed=chunk.position).to(chunk.hidden.dtype)
+
+
+def send_it_back(run: Run, chunk: Chunk, span: BlockSpan) -> Tensor:
+    run([chunk], span)
+    return chunk.hidden
+
+
+def tamper(run: Run, chunk: Chunk, span: BlockSpan) -> Tensor:
+    """Every 32nd token is that of the span without a block."""
+    output = run([chunk], span)[0].clone()
+    for row in range(len(output)):
+        if (chunk.position + row) % 32 == 5:
+            output[row] = chunk.hidden[row]
+    return output
+
+
+OUTPUTS: Mapping[str, Lie] = {
+    "skip": skip_a_block,
+    "swap": swap_two_blocks,
+    "noise": add_noise,
+    "identity": send_it_back,
+    "tamper": tamper,
+}
+NAMES: Mapping[str, str] = {
+    "int8": "int8 per row",
+    "int8g": "int8, groups of 32",
+    "fp8": "fp8",
+    "nf4": "nf4",
+    "pruned": "10 % pruned",
+    "tuned": "another revision (rank 8, 1e-2)",
+    "weight-noise": "noise of 1 % in the weights",
+}
+
+
+class Liar:
+    """Decides by session whether to lie, and sticks to it."""
+
+    def __init__(self, lie: Lie, share: float, honest_sessions: int) -> None:
+        self._lie = lie
+        self._share = share
+        self._honest_sessions = honest_sessions
+        self._rng = random.Random(0)
+        self._lies: dict[int, bool] = {}
+        self._kept: list[CacheLease] = []  # so that no two have one id
+
+    def lies_to(self, lease: CacheLease) -> bool:
+        """Whether this session is lied to."""
+        if id(lease) not in self._lies:
+            self._kept.append(lease)
+            begun = len(self._kept) > self._honest_sessions
+            self._lies[id(lease)] = begun and self._rng.random() < self._share
+        return self._lies[id(lease)]
+
+    def run(self, honest: Run, chunks: Sequence[Chunk], span: BlockSpan) -> list[Tensor]:
+        """What the node gives for a batch."""
+        outputs: list[Tensor] = []
+        for chunk in chunks:
+            if self.lies_to(chunk.lease):
+                outputs.append(self._lie(honest, chunk, span))
+            else:
+                outputs += honest([chunk], span)
+        return outputs
+
+
+def install(cheat: str) -> None:
+    """Have nodes of this process cheat: NAME, NAME:SHARE or NAME:SHARE:HONEST_SESSIONS."""
+    name, share, honest_sessions = [*cheat.split(":"), "1", "0"][:3] if ":" in cheat else [cheat, "1", "0"]
+
+    def opened(checkpoint: Checkpoint, span: BlockSpan, *rest: Any, **options: Any) -> SpanRunner:
+        if name in NAMES:
+            return open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[NAMES[name]]), span, *rest, **options)
+        runner = open_runner(checkpoint, span, *rest, **options)
+        liar, honest = Liar(OUTPUTS[name], float(share), int(honest_sessions)), runner.run
+
+        def run(chunks: Sequence[Chunk], part: BlockSpan | None = None) -> list[Tensor]:
+            return liar.run(honest, chunks, part or runner.span)
+
+        runner.run = run  # type: ignore[method-assign]
+        return runner
+
+    serving.open_runner = opened
+    serving.measure_speed = lambda runner: BOAST * measure_speed(runner)
+
+
+def _in_parts(run: Run, chunk: Chunk, parts: Sequence[BlockSpan]) -> Tensor:
+    hidden = chunk.hidden
+    for part in parts:
+        (hidden,) = run([Chunk(chunk.lease, chunk.position, hidden)], part)
+    return hidden
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    install(sys.argv.pop(1))
+    main()
