@@ -13,17 +13,15 @@ with the most neighbours in them, and `MAX_FOLLOWED_FOR_ONE` for the sake of any
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import trio
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from p2pinfer.errors import PeerError, ProtocolViolation
@@ -32,8 +30,9 @@ from p2pinfer.routing.announcement import Announcement
 from .host import Host
 from .identity import Identity
 from .proofs import Heard, Notice, decode_notice, encode_notice, is_notice
+from .pubsub import TOPIC, FloodingRouter, GuardedPubsub, topic_of
 from .rates import RateLimit
-from .records import MAX_RECORD_BYTES, open_record, seal
+from .records import open_record, seal
 from .tasks import open_nursery
 from .view import SwarmView, announcement_by
 
@@ -41,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FOLLOWED: Final = 64
 MAX_FOLLOWED_FOR_ONE: Final = 4  # a node is in one topic; who is in many may have invented them
-MAX_SUBSCRIPTIONS: Final = 80  # of a neighbour that are remembered; an introducer has the most
-MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up to 8 KB
-FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
-FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
 PUBLISHES_PER_S: Final = 0.5  # announcements of one author; one a minute, or five seconds apart, is usual
 PUBLISHES_AT_ONCE: Final = 6
 MAX_TOLD: Final = 4096  # authors whose last news is remembered
@@ -53,18 +48,12 @@ FAREWELL_S: Final = 1.0  # how long a goodbye may take to reach the neighbours
 FAREWELL_GRACE_S: Final = 0.1  # between reaching a neighbour and being understood by it
 PROOFS_PER_S: Final = 1 / 30  # notices of proofs by one author
 PROOFS_AT_ONCE: Final = 4
-_TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
-
-
-def topic_of(revision: str) -> str:
-    """The topic of a model revision."""
-    return f"/p2pinfer/1/{revision}/blocks"
 
 
 class Gossip:
     """Hears and tells who serves what. Made by `open_gossip`."""
 
-    def __init__(self, host: Host, pubsub: _Pubsub, identity: Identity, view: SwarmView) -> None:
+    def __init__(self, host: Host, pubsub: GuardedPubsub, identity: Identity, view: SwarmView) -> None:
         self.pubsub = pubsub
         self._host = host
         self._identity = identity
@@ -83,6 +72,11 @@ class Gossip:
     def neighbours(self) -> list[str]:
         """The peers we gossip with."""
         return [str(peer) for peer in self.pubsub.peers]
+
+    @property
+    def revisions(self) -> frozenset[str]:
+        """The models whose announcements we hear for our own sake."""
+        return frozenset(self._joined - self._followed)
 
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`; harmless twice."""
@@ -136,7 +130,7 @@ class Gossip:
         subscribers = {
             match[1]: peers
             for topic, peers in self.pubsub.peer_topics.items()
-            if (match := _TOPIC.fullmatch(topic)) and match[1] not in self._joined - self._followed
+            if (match := TOPIC.fullmatch(topic)) and match[1] not in self._joined - self._followed
         }
 
         def rank(revision: str) -> tuple[int, bool, str]:
@@ -243,7 +237,7 @@ class Gossip:
 @asynccontextmanager
 async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncGenerator[Gossip]:
     """Gossip over `host` until the block ends. To be opened before the host connects to anybody."""
-    router = _Router(
+    router = FloodingRouter(
         protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
         degree=6,
         degree_low=4,
@@ -253,7 +247,7 @@ async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncG
         eclipse_protection_enabled=False,  # it takes peers behind one address, or in one room, for one
         spam_protection_enabled=False,  # it counts per forwarder and drops in silence; see RateLimit
     )
-    pubsub = _Pubsub(host.libp2p, router)
+    pubsub = GuardedPubsub(host.libp2p, router)
     async with open_nursery() as nursery:
         await nursery.start(_run, pubsub, router)
         gossip = Gossip(host, pubsub, identity, view)
@@ -262,7 +256,9 @@ async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncG
 
 
 async def _run(
-    pubsub: _Pubsub, router: _Router, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    pubsub: GuardedPubsub,
+    router: FloodingRouter,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     try:
         async with background_trio_service(pubsub), background_trio_service(router):
@@ -271,98 +267,3 @@ async def _run(
             await trio.sleep_forever()
     finally:
         pubsub.seen_messages.stop()  # a thread
-
-
-class _Pubsub(Pubsub):
-    """libp2p's Pubsub, which no message from a peer can end.
-
-    It handles each in a task of a nursery that hangs below the caller's, and a malformed public key, for
-    example, raises out of it.
-    """
-
-    def __init__(self, host: Any, router: _Router) -> None:
-        self.gossipsub = router
-        super().__init__(
-            host,
-            router,
-            strict_signing=True,
-            validation_cache_ttl=0,  # what was news is none the next time; the validator says so, a cache not
-            max_subscriptions_per_peer=MAX_SUBSCRIPTIONS,
-            max_inbound_rpc_size=MAX_RPC_BYTES,
-        )
-        self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
-
-    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        if msg_forwarder == self.my_id:
-            await super().push_msg(msg_forwarder, msg)
-            return
-        if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
-            return
-        if not self._forwards.allows(str(msg_forwarder), trio.current_time()):
-            logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
-            return
-        try:
-            await super().push_msg(msg_forwarder, msg)
-        except Exception as exc:
-            logger.debug("gossip.failed forwarder=%s why=%r", msg_forwarder, exc)
-
-    def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
-        """Remember topics of ours only: another may be as long as a frame."""
-        if _TOPIC.fullmatch(sub_message.topicid):
-            super().handle_subscription(origin_id, sub_message)
-
-    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
-        """The validator has taken the record in; there is no queue to be read."""
-
-
-class _Router(GossipSub):
-    """libp2p's GossipSub, which tells when somebody new listens.
-
-    An exception in one of its background tasks ends nothing but that task's turn.
-    """
-
-    on_change: Callable[[], None] = staticmethod(lambda: None)
-
-    def _get_peers_to_send(self, topic_ids: Any, msg_forwarder: ID, origin: ID, msg_id: Any = None) -> Any:
-        """Whom a message goes to at once: our own news to every neighbour in the topic, others' to the mesh.
-
-        "In flood publishing, ... the router publishes the message to all peers with a score greater than
-        publishThreshold" -- gossipsub v1.1. Who comes back within a minute, or finds a neighbour's mesh full,
-        is kept out of that mesh for a minute, and would not be heard all that time.
-        """
-        pubsub: Any = self.pubsub
-        if origin != pubsub.my_id:
-            return super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id)
-        return {
-            peer for topic in topic_ids for peer in pubsub.peer_topics.get(topic, ()) if peer in pubsub.peers
-        }
-
-    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
-        try:
-            await super().on_peer_subscribed(peer_id, topic)
-        except Exception as exc:
-            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
-        self.on_change()
-
-    async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
-        await super().handle_graft(graft_msg, sender_peer_id)
-        self.on_change()
-
-    def mesh_heartbeat(self) -> Any:
-        grafts_and_prunes = super().mesh_heartbeat()
-        self.on_change()
-        return grafts_and_prunes
-
-    async def flush_pending_messages(self, peer_id: ID) -> None:
-        try:
-            await super().flush_pending_messages(peer_id)
-        except Exception as exc:
-            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
-
-    async def heartbeat(self) -> None:
-        while True:
-            try:
-                await super().heartbeat()
-            except Exception:
-                logger.exception("a heartbeat of gossip failed; going on")
-                await trio.sleep(self.heartbeat_interval)

@@ -1,17 +1,20 @@
-"""A neighbour's table, asked for in one round trip, so that a newcomer need not wait for gossip.
+"""A neighbour's table, or what of it the asker lacks, in one round trip.
 
-Beside announcements it holds notices of fraud proofs, of which who comes later would never hear by gossip.
-Request and response are each one MessagePack value behind a big-endian u32 length; see docs/wire.md. Every
-record of a response is checked as one from gossip would be. How old it is, is the neighbour's word: it may
-make a record seem younger than it is, by one lifetime at most.
+A newcomer asks for all of it, so that it need not wait for gossip, and is told of fraud proofs as well.
+Later on whoever asks names the records it has, by eight bytes each, and is sent the others. Request and
+response are each one MessagePack value behind a big-endian u32 length; see docs/wire.md. Every record of a
+response is checked as one from gossip would be. How old it is, is the neighbour's word: it may make a
+record seem younger than it is, by one lifetime at most.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
+from itertools import islice
 from typing import Annotated, Final
 
 import msgspec
@@ -31,12 +34,15 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_PROTOCOL: Final = "/p2pinfer/snapshot/1.0.0"
 MAX_RECORDS: Final = 1000
 MAX_RESPONSE_BYTES: Final = 1 << 21
-_MAX_REQUEST_BYTES: Final = 1024
+TAG_BYTES: Final = 8  # that stand for a record the asker has
+MAX_TAGS: Final = 4096  # as many records as a table holds
+MAX_REQUEST_BYTES: Final = 1 << 16
 _TIMEOUT_S: Final = 10.0
 
 
 class _Request(msgspec.Struct, frozen=True, array_like=True):
     revision: Annotated[str, msgspec.Meta(max_length=64)] | None  # None: of every model
+    known: Annotated[bytes, msgspec.Meta(max_length=TAG_BYTES * MAX_TAGS)] = b""  # tags of what the asker has
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -56,9 +62,13 @@ def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = N
 
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(_TIMEOUT_S):
-            request = decode_request(await receive_value(stream, _MAX_REQUEST_BYTES))
-            notices = proofs.records(request.revision) if proofs else []
-            await send_value(stream, encode_response([*notices, *view.records(request.revision)]))
+            request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
+            records = view.records(request.revision)
+            if request.known:
+                records = without(records, request.known)
+            elif proofs:
+                records = [*proofs.records(request.revision), *records]
+            await send_value(stream, encode_response(records))
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
 
@@ -69,11 +79,14 @@ async def fetch_snapshot(
     peer_id: str,
     revision: str | None = None,
     *,
+    what_is_missing: bool = False,
     on_notice: Callable[[Heard], object] = lambda _: None,
 ) -> int:
     """Take in a connected peer's table; returns how many of its announcements were news.
 
     Args:
+        revision: Of the model asked about; None is every one.
+        what_is_missing: Tell the peer what we have, and get the rest.
         on_notice: Called with the notices of proofs that came with it, `MAX_TOLD` at most.
 
     Raises:
@@ -82,7 +95,8 @@ async def fetch_snapshot(
     try:
         with trio.fail_after(_TIMEOUT_S):
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
-                await send_value(stream, _encoder.encode(_Request(revision)))
+                known = tags(view.records(revision)) if what_is_missing else b""
+                await send_value(stream, _encoder.encode(_Request(revision, known)))
                 entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
     except trio.TooSlowError as exc:
         raise PeerVanished(f"no snapshot in {_TIMEOUT_S:g} s", peer_id) from exc
@@ -102,6 +116,21 @@ async def fetch_snapshot(
             logger.debug("snapshot.bad_record peer=%s why=%s", peer_id, exc)
         await trio.lowlevel.checkpoint()  # 1000 signatures take a tenth of a second
     return news
+
+
+def tags(records: Iterable[tuple[bytes, float]]) -> bytes:
+    """What stands for these records in a request."""
+    return b"".join(_tag(record) for record, _ in islice(records, MAX_TAGS))
+
+
+def _tag(record: bytes) -> bytes:
+    return hashlib.blake2b(record, digest_size=TAG_BYTES).digest()
+
+
+def without(records: list[tuple[bytes, float]], known: bytes) -> list[tuple[bytes, float]]:
+    """Those of the records that `known` has no tag of."""
+    has = {known[at : at + TAG_BYTES] for at in range(0, len(known), TAG_BYTES)}
+    return [(record, age_s) for record, age_s in records if _tag(record) not in has]
 
 
 def encode_response(records: list[tuple[bytes, float]]) -> bytes:

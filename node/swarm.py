@@ -17,6 +17,7 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
 from .bootstrap import BootstrapPeer, Neighbourhood, bootstrap_peers
+from .catch_up import CatchUp
 from .config import ServeConfig
 from .evidence import EvidenceStore, serve_evidence
 from .gossip import Gossip, open_gossip
@@ -31,6 +32,7 @@ from .snapshot import serve_snapshots
 from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
 
+SLOW_S: Final = 8.0  # how long a peer that we are connected to has to hand its table over
 LAN_S: Final = 1.0  # how long peers in the local network have to answer, where nobody else is known
 
 
@@ -113,12 +115,15 @@ class SwarmMember:
         return self._neighbourhood.describe_failures()
 
     async def reach_somebody(self, timeout_s: float) -> None:
-        """Like `wait_settled`, for those who can do nothing on their own.
+        """Like `wait_settled`, for those who can do nothing on their own. Who has connected may take longer.
 
         Raises:
             PeerUnreachable: Nobody answered in time, or there is nobody to ask.
         """
-        if not await self.wait_settled(timeout_s):
+        settled = await self.wait_settled(timeout_s)
+        if not settled and self.host.connected_peers():
+            settled = await self.wait_settled(SLOW_S)
+        if not settled:
             tried = self._neighbourhood.describe_failures()
             raise PeerUnreachable(
                 "no peer of a swarm answered; name one that does by --bootstrap or in bootstrap_peers.txt"
@@ -183,6 +188,7 @@ async def _open_member(
             serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
+            nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions).serve)
             nursery.start_soon(proofs.serve)
             yield SwarmMember(
                 host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around

@@ -97,7 +97,7 @@ def conversations(
         for protocol, said in talks
     ]
     asks: dict[str, list[Any]] = {
-        "/p2pinfer/snapshot/1.0.0": [[revision], [None]],
+        "/p2pinfer/snapshot/1.0.0": [[revision], [None], [revision, bytes(16)]],
         "/p2pinfer/evidence/1.0.0": [[[bytes(32), b"\1" * 32]]],
         "/p2pinfer/dialback/1.0.0": [[[9, 4001]]],
     }

@@ -11,9 +11,9 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.circuit import reserve, serve_circuits
-from p2pinfer.node.gossip import topic_of
 from p2pinfer.node.host import Host, HostConfig, open_host
 from p2pinfer.node.identity import new_identity
+from p2pinfer.node.pubsub import topic_of
 from p2pinfer.node.relay import Relay
 from p2pinfer.node.relay_config import RelayConfig
 from p2pinfer.node.stream import PeerStream

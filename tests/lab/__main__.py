@@ -18,7 +18,7 @@ from .namespaces import ROOT, environ, why_not
 from .pairs import Run, measure
 from .scenario import Scenario
 from .scenarios import KINDS, SCENARIOS, named
-from .table import DOCUMENT, keep, shortcomings, write
+from .table import DOCUMENT, keep, load, shortcomings, write
 
 
 def main() -> int:
@@ -34,6 +34,7 @@ def main() -> int:
     run.add_argument("argv", nargs=argparse.REMAINDER)
     pairs = commands.add_parser("pairs", help="every pair of kinds, and the tables of docs/nat.md")
     pairs.add_argument("--runs", type=int, default=5)
+    pairs.add_argument("--add", action="store_true", help="to the runs that were kept, instead of anew")
     pairs.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
     asked = parser.parse_args()
     if asked.command == "list":
@@ -50,7 +51,8 @@ def main() -> int:
         print(obstacle, file=sys.stderr)
         return 1
     if asked.command == "pairs":
-        return measure_pairs(scenario, asked.runs, tuple(filter(None, asked.kinds.split(","))))
+        before = load() if asked.add else []
+        return measure_pairs(scenario, asked.runs, tuple(filter(None, asked.kinds.split(","))), before)
     argv = [os.environ.get("SHELL", "/bin/sh")] if asked.command == "shell" else asked.argv
     with open_lab(scenario) as lab:
         if asked.command == "shell":
@@ -61,9 +63,9 @@ def main() -> int:
         )
 
 
-def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...]) -> int:
+def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...], before: list[Run]) -> int:
     """Run the pairs, say what is missing, and write the tables if all kinds took part; the exit code."""
-    done: list[Run] = []
+    done = list(before)
     with open_lab(scenario) as lab, open_commands(lab) as opened:
         for run in measure(opened, runs, kinds or tuple(KINDS)):
             times = f"{run.first_s} {run.direct_s}"
@@ -73,7 +75,7 @@ def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...]) -> int:
         return 0
     keep(done)
     write(DOCUMENT, done)
-    short = shortcomings(done, runs)
+    short = shortcomings(done)
     print("\n".join(short), file=sys.stderr)
     return 1 if short else 0
 

@@ -1,13 +1,14 @@
 """Every pair of kinds, as node and client and as neighbouring hops: how they got connected, and when.
 
 One lab has two homes of every kind. In a round, every kind is once on the left and once on the right, so all
-pairs take as many rounds as there are kinds, and the runs of a round go on at the same time. What is measured
-is what each process saw itself (witness.py), counted from the moment it first asked for the other.
+pairs take as many rounds as there are kinds, and three runs of a round for every core go on at the same
+time. What is measured is what each process saw itself (witness.py), since it first asked for the other.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ Role = Literal["client", "hops"]
 
 PROMPT = "Once upon a time"
 TOKENS = 96  # long enough for a relayed edge to become direct meanwhile
+RUNS_A_CORE = 3
 PATIENCE_S = 45.0  # for one generation
 
 
@@ -55,6 +57,7 @@ class Bench:
     """Runs pairs in the `all-pairs` lab, with the relays running."""
 
     def __init__(self, commands: Commands, kinds: Sequence[str] = tuple(KINDS)) -> None:
+        self._at_once = RUNS_A_CORE * (os.cpu_count() or 1)
         self._commands = commands
         self._kinds = kinds
         self._expected = greedy_ids(PROMPT, TOKENS)
@@ -65,7 +68,7 @@ class Bench:
         nodes = {kind: self._node(site_name("a", kind), "0:8") for kind in self._kinds}
         try:
             ids = {kind: reachable(node) for kind, node in nodes.items()}
-            for pairs in rounds(self._kinds):
+            for pairs in self._batches():
                 clients = {
                     pair: self._generate(site_name("b", pair[1]), [(ids[pair[0]], "0:8")]) for pair in pairs
                 }
@@ -76,7 +79,7 @@ class Bench:
 
     def hop_rounds(self) -> Iterator[Run]:
         """Every pair once as neighbouring hops; all nodes are new in every round, and so is the edge."""
-        for pairs in rounds(self._kinds):
+        for pairs in self._batches():
             lefts = {pair: self._node(site_name("a", pair[0]), "0:4") for pair in pairs}
             rights = {pair: self._node(site_name("b", pair[1]), "4:8") for pair in pairs}
             try:
@@ -89,6 +92,12 @@ class Bench:
                     yield self._judge("hops", *pair, client, lefts[pair], ids[pair][1])
             finally:
                 leave([*lefts.values(), *rights.values()])
+
+    def _batches(self) -> Iterator[list[tuple[str, str]]]:
+        """All pairs, those that are run at the same time together."""
+        for pairs in rounds(self._kinds):
+            for at in range(0, len(pairs), self._at_once):
+                yield pairs[at : at + self._at_once]
 
     def _node(self, host: str, blocks: str) -> Command:
         return self._commands.node(host, "--blocks", blocks, *self._relays)

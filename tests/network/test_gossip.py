@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
@@ -15,9 +16,11 @@ from libp2p.pubsub.pb import rpc_pb2
 from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import gossip as module
-from p2pinfer.node.gossip import Gossip, open_gossip, topic_of
+from p2pinfer.node import pubsub
+from p2pinfer.node.gossip import Gossip, open_gossip
 from p2pinfer.node.host import Host
 from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.pubsub import FloodingRouter, topic_of
 from p2pinfer.node.records import seal
 from p2pinfer.node.view import SwarmView
 from p2pinfer.routing.announcement import Announcement, encode_announcement
@@ -287,8 +290,8 @@ async def test_news_is_not_passed_on_twice_even_for_its_author(
 async def test_a_forwarder_who_sends_without_end_is_cut_short(
     join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FORWARDS_AT_ONCE", 3)
-    monkeypatch.setattr(module, "FORWARDS_PER_S", 0.0)
+    monkeypatch.setattr(pubsub, "FORWARDS_AT_ONCE", 3)
+    monkeypatch.setattr(pubsub, "FORWARDS_PER_S", 0.0)
     alice, bob = await join(), await join()
     await alice.connect(bob)
     await alice.gossip.announce(alice.announcement(1))
@@ -325,7 +328,7 @@ async def test_an_introducer_follows_a_bounded_number_and_drops_what_nobody_need
 async def test_one_neighbour_cannot_fill_an_introducer_up(
     join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SUBSCRIPTIONS", 20)
+    monkeypatch.setattr(pubsub, "MAX_SUBSCRIPTIONS", 20)
     introducer, stranger = await join(None), await join(None)
     invented = [f"{number:032x}" for number in range(64)]
     for revision in invented:
@@ -410,3 +413,22 @@ async def test_a_failing_heartbeat_is_logged_and_goes_on(
     await bob.hears(alice, 1)
     assert "a heartbeat of gossip failed" in caplog.text
     assert all(record.levelno < logging.ERROR or "heartbeat" in record.message for record in caplog.records)
+
+
+async def test_a_topic_that_is_entered_while_a_neighbour_is_greeted_is_told_to_it(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libp2p's greeting has the topics of when it was begun; others are told to those already greeted."""
+    introducer, alice = await join(None), await join(REVISION)
+    pubsub_of_introducer, router = introducer.gossip.pubsub, introducer.gossip.pubsub.gossipsub
+    unread = await pubsub_of_introducer.subscribe("/another/topic")
+
+    def enter_and_add(peer_id: ID, protocol_id: TProtocol | None) -> None:
+        pubsub_of_introducer.subscribed_topics_receive[topic_of(OTHER)] = unread
+        FloodingRouter.add_peer(router, peer_id, protocol_id)
+
+    monkeypatch.setattr(router, "add_peer", enter_and_add)
+    await alice.connect(introducer)
+    known = alice.gossip.pubsub.peer_topics
+    while ID.from_base58(introducer.host.peer_id) not in known.get(topic_of(OTHER), ()):
+        await trio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,12 +19,15 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import bootstrap
 from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.catch_up import FIRST_S, LAST_S, CatchUp, next_pause_s
 from p2pinfer.node.host import Host, HostConfig
 from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.length_prefix import receive_value, send_value
 from p2pinfer.node.proofs import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
-from p2pinfer.node.records import MAX_RECORD_BYTES, seal
+from p2pinfer.node.records import MAX_RECORD_BYTES, open_record, seal
 from p2pinfer.node.snapshot import (
     MAX_RECORDS,
+    MAX_REQUEST_BYTES,
     MAX_RESPONSE_BYTES,
     SNAPSHOT_PROTOCOL,
     decode_request,
@@ -31,6 +35,8 @@ from p2pinfer.node.snapshot import (
     encode_response,
     fetch_snapshot,
     serve_snapshots,
+    tags,
+    without,
 )
 from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.view import SwarmView
@@ -97,6 +103,56 @@ async def test_a_newcomer_hears_of_the_proofs_that_a_neighbour_holds(start_host:
     assert await fetch_snapshot(newcomer, learned, old.peer_id, on_notice=heard.append) == 1
     assert peers(learned) == {mine.peer_id}
     assert heard == [Heard(notice, accuser.peer_id, record, old.peer_id)] * MAX_TOLD
+
+
+async def test_who_says_what_it_has_is_sent_the_rest(start_host: StartHost) -> None:
+    old, other = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    shared, missing = announce(known), announce(known)
+    for record, age_s in known.records():
+        if open_record(record)[0] == shared.peer_id:
+            learned.take(record, age_s)
+    sent: list[bytes] = []
+
+    async def answer(stream: PeerStream) -> None:
+        request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
+        assert request.known == tags(learned.records())
+        sent.extend(record for record, _ in without(known.records(), request.known))
+        await send_value(stream, encode_response(without(known.records(), request.known)))
+
+    old.serve(SNAPSHOT_PROTOCOL, answer)
+    await other.connect(old.peer_id, old.addrs)
+    assert await fetch_snapshot(other, learned, old.peer_id, what_is_missing=True) == 1
+    assert [open_record(record)[0] for record in sent] == [missing.peer_id]
+    serve_snapshots(old, known)
+    assert await fetch_snapshot(other, learned, old.peer_id, what_is_missing=True) == 0
+    assert peers(learned) == {shared.peer_id, missing.peer_id}
+
+
+async def test_what_gossip_lost_is_caught_up_with(start_host: StartHost, nursery: trio.Nursery) -> None:
+    old, other = await start_host(), await start_host()
+    known, learned = SwarmView(), SwarmView()
+    serve_snapshots(old, known)
+    catching_up = CatchUp(other, learned, lambda: [REVISION], random.Random(1))
+    assert await catching_up.compare() == 1.0  # nobody is there yet: the next turn comes soon
+    await other.connect(old.peer_id, old.addrs)
+    lost, foreign = announce(known), announce(known, OTHER)
+    nursery.start_soon(catching_up.serve)
+    while lost.peer_id not in peers(learned):
+        await learned.changed.wait()
+    assert foreign.peer_id not in peers(learned)
+    old.stop_serving(SNAPSHOT_PROTOCOL)
+    assert await catching_up.compare() == 0.0
+
+
+def test_turns_come_sooner_after_news_and_rarely_in_the_long_run() -> None:
+    pauses = [FIRST_S]
+    while pauses[-1] < LAST_S:
+        pauses.append(next_pause_s(pauses[-1], 0.0))
+    assert sum(pauses[:5]) < 35  # five turns in the first half minute
+    assert next_pause_s(LAST_S, 0.5) < LAST_S
+    assert next_pause_s(FIRST_S, 0.5) == FIRST_S
+    assert next_pause_s(LAST_S, 0.001) == LAST_S
 
 
 async def test_forged_records_in_a_snapshot_are_left_out(start_host: StartHost) -> None:

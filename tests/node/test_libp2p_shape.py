@@ -12,6 +12,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
+from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.io import BaseNoiseMsgReadWriter
@@ -72,9 +73,22 @@ def test_stream_py_keeps_the_account_that_netstream_keeps() -> None:
     assert "notify_closed_stream(self)" in source(NetStream.remove)
 
 
-def test_gossip_py_guards_what_pubsub_runs_as_tasks() -> None:
+def test_pubsub_py_guards_what_pubsub_runs_as_tasks() -> None:
     assert "self.manager.run_task(self.push_msg, peer_id, msg)" in source(Pubsub)
     assert "self.router.flush_pending_messages" in source(Pubsub.handle_subscription)
     assert "self.router.on_peer_subscribed" in source(Pubsub.handle_subscription)
     assert "self.manager.run_daemon_task(self.heartbeat)" in source(GossipSub.run)
     assert "self.notify_subscriptions(msg)" in source(Pubsub.push_msg)
+
+
+def test_pubsub_py_mends_a_greeting_that_is_late_and_saves_what_frames_cost() -> None:
+    greeting = source(Pubsub._handle_new_peer)
+    assert greeting.index("self.get_hello_packet()") < greeting.index("self.peers[peer_id] = stream")
+    assert "await self.router.join(topic_id)" in source(Pubsub.subscribe)
+    assert "if topic in self.mesh:\n            return" in source(GossipSub.join)
+    record = source(env_to_send_in_RPC)
+    assert "host.get_peerstore().get_local_record()" in record
+    assert "return local_env.marshal_envelope()" in record
+    assert "await self._emit_idontwant_for_message(" in source(GossipSub.publish)
+    assert "maybe_consume_signed_record(" in source(Pubsub.continuously_read_stream)
+    assert "maybe_consume_signed_record(" in source(GossipSub.handle_rpc)

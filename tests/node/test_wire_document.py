@@ -109,7 +109,14 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
             int(announcement.MAX_TTL_S),
         ],
         "Sealed records": [records.MAX_RECORD_BYTES],
-        "Snapshots": [snapshot.MAX_RESPONSE_BYTES, snapshot.MAX_RECORDS, records.MAX_RECORD_BYTES],
+        "Snapshots": [
+            snapshot.MAX_REQUEST_BYTES,
+            snapshot.TAG_BYTES,
+            snapshot.MAX_TAGS,
+            snapshot.MAX_RESPONSE_BYTES,
+            snapshot.MAX_RECORDS,
+            records.MAX_RECORD_BYTES,
+        ],
     }.items():
         numbers = re.findall(r"[\d,]*\d", section(title))
         assert {f"{bound:,}" for bound in bounds} <= set(numbers)
