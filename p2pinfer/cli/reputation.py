@@ -41,6 +41,10 @@ def reputation(call: Invocation) -> None:
 
     PEER is a peer id or the end of one, four characters or more.
     """
+    _list(call)
+
+
+def _list(call: Invocation) -> None:
     with _ledger(call) as ledger:
         if call.json:
             write_out(json.dumps({"peers": [_to_dict(ledger, each) for each in _ranked(ledger)]}) + "\n")
@@ -54,6 +58,14 @@ def _below(made: click.Command) -> click.Command:
     """Put a command below `reputation`."""
     reputation.add_command(made)
     return made
+
+
+@_below
+@command("list", examples=["p2pinfer reputation list --json"])
+@DATA_DIR
+def list_(call: Invocation) -> None:
+    """List the peers met so far, as `p2pinfer reputation` alone does."""
+    _list(call)
 
 
 @_below
@@ -224,18 +236,16 @@ def _print_table(ledger: Ledger) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from p2pinfer.reputation.explain import moment, standing
+    from p2pinfer.reputation.explain import standing
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("peer", no_wrap=True)
-    table.add_column("standing", no_wrap=True)
-    for heading in ("integrity", "audits", "reliability", "sessions"):
-        table.add_column(heading, justify="right")
-    table.add_column("last seen", no_wrap=True)
-    table.add_column("why")
+    for heading in ("peer", "standing"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("integrity", "audits", "reliability", "sessions", "seen"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reasons: list[str] = []
     for peer_id in _ranked(ledger):
         score, account = ledger.score(peer_id), ledger.account(peer_id)
-        reason = account.ban.why if account.ban else account.notes[-1].text if account.notes else ""
         table.add_row(
             Text(short_peer(peer_id)),
             Text(standing(ledger, peer_id)),
@@ -243,10 +253,22 @@ def _print_table(ledger: Ledger) -> None:
             f"{account.passed}/{account.audits}",
             f"{score.reliability:.2f}",
             f"{account.sessions - account.failures}/{account.sessions}",
-            moment(account.last_seen),
-            Text(one_line(reason, 60)),
+            _age(time.time() - account.last_seen) if account.last_seen else "-",
         )
-    print_out(table)
+        reason = account.ban.why if account.ban else account.notes[-1].text if account.notes else ""
+        if reason:
+            reasons.append(f"{short_peer(peer_id)}  {one_line(reason, 120)}\n")
+    print_out(table, whole=True)
+    if reasons:
+        write_out("\n" + "".join(reasons))
+
+
+def _age(seconds: float) -> str:
+    """Since when, as roughly as people say it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return "now"
 
 
 def _say(call: Invocation, text: str, peer_id: str) -> None:

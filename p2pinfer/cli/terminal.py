@@ -39,9 +39,13 @@ def note(text: str) -> None:
         sys.stderr.flush()
 
 
-def print_out(renderable: RenderableType) -> None:
-    """Write something that rich lays out to standard output; raises as `write_out` does."""
-    write_out(_laid_out(renderable, sys.stdout))
+def print_out(renderable: RenderableType, *, whole: bool = False) -> None:
+    """Write something that rich lays out to standard output; raises as `write_out` does.
+
+    Args:
+        whole: Leave lines that are too long to the terminal, instead of cutting figures off.
+    """
+    write_out(_laid_out(renderable, sys.stdout, whole))
 
 
 def print_note(renderable: RenderableType) -> None:
@@ -49,11 +53,14 @@ def print_note(renderable: RenderableType) -> None:
     note(_laid_out(renderable, sys.stderr).rstrip("\n"))
 
 
-def _laid_out(renderable: RenderableType, stream: TextIO) -> str:
+def _laid_out(renderable: RenderableType, stream: TextIO, whole: bool = False) -> str:
     """Text with colours if the stream is a terminal. Not printed by rich, which exits when a pipe breaks."""
     from rich.console import Console  # 50 ms that --help need not wait for
 
     console = Console(file=stream, highlight=False)
+    if whole:
+        unbounded = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(renderable, options=unbounded).maximum)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()

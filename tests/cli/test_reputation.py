@@ -51,13 +51,30 @@ def peers(ask: Ask, **options: Any) -> dict[str, dict[str, Any]]:
     return {each["peer_id"]: each for each in json.loads(ask("--json", **options))["peers"]}
 
 
-def test_people_see_a_table_with_the_best_first(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    heading, *rows = ask().splitlines()
-    assert heading.split()[:4] == ["peer", "standing", "integrity", "audits"]
-    assert rows[0].split()[:6] == ["12D3..odGoo1", "audited", "0.87", "20/20", "0.98", "20/20"]
+@pytest.mark.parametrize("columns", ["30", "80", "160"])
+@pytest.mark.parametrize("command", [(), ("list",)])
+def test_people_see_a_table_with_the_best_first(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, columns: str, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    heading, *rows = ask(*command).splitlines()
+    assert heading.split() == ["peer", "standing", "integrity", "audits", "reliability", "sessions", "seen"]
+    assert rows[0].split() == ["12D3..odGoo1", "audited", "0.87", "20/20", "0.98", "20/20", "now"]
     assert rows[1].split()[:4] == ["12D3..adBad2", "banned", "by", "audits"]
-    assert r"its logits \x1b[31mdeviate" in rows[1]
+    assert rows[2:] == ["", r"12D3..adBad2  its logits \x1b[31mdeviate"]
+
+
+def test_how_long_ago_a_peer_was_seen_is_said_roughly(tmp_path: Path, ask: Ask) -> None:
+    ledger = Ledger.open(tmp_path / "ledger.sqlite")
+    for peer_id, seconds in ((GOOD, 600), (BAD, 3 * 3600), (NEW, 40 * 86400)):
+        ledger.record_success(peer_id, time.time() - seconds)
+    ledger.vouch(NEW[:-1] + "9", 0.0)
+    ledger.close()
+    seen = {line.split()[0]: " ".join(line.split()[-2:]) for line in ask(data_dir=tmp_path).splitlines()[1:5]}
+    assert seen == {
+        **{"12D3..odGoo1": "10 min", "12D3..adBad2": "3 h", "12D3..ewNew3": "40 d"},
+        "12D3..ewNew9": "0/0 -",
+    }
 
 
 def test_json_has_both_scores_and_the_evidence(ask: Ask) -> None:
