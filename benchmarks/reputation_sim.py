@@ -125,7 +125,7 @@ def newcomers(seed: int, settled: int, rounds: int, window: int, **world: int) -
 def _add_eight(swarm: World, rng: random.Random) -> list[Peer]:
     state, swarm.rng = swarm.rng, rng
     peers = [
-        swarm.add_peer(STAGES[number % len(STAGES)], malicious=False, address=f"/ip4/172.16.{number}.1/tcp/1")
+        swarm.add_peer(STAGES[number % len(STAGES)], malicious=False, address=f"/ip4/21.0.{number}.1/tcp/1")
         for number in range(8)
     ]
     swarm.rng = state

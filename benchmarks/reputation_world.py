@@ -30,14 +30,15 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.coordinates import Coordinate, distance_ms
 from p2pinfer.routing.cost import route_cost
+from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, ask_policy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 from p2pinfer.second_opinion import choose_auditors
 from p2pinfer.verifier import compare_elsewhere
 
 REVISION = "0" * 32
-NUM_BLOCKS = 8
-STAGES = (BlockSpan(0, 2), BlockSpan(2, 4), BlockSpan(4, 6), BlockSpan(6, 8))
+NUM_BLOCKS = 4
+STAGES = tuple(BlockSpan(block, block + 1) for block in range(NUM_BLOCKS))
 ROUND_S = 300.0  # every client has one session in each
 ATTEST_EVERY = 12  # rounds
 SESSIONS_AT_ONCE = 2  # that a peer has cache for
@@ -166,7 +167,7 @@ class World:
         """A peer more, somewhere; a malicious one is a fifth faster, since it does less."""
         self.born += 1
         speed = tokens_per_s or self.rng.lognormvariate(4.0, 0.4) * (1.2 if malicious else 1.0)
-        address = address or f"/ip4/10.{self.born // 250}.{self.born % 250}.7/tcp/4001"
+        address = address or f"/ip4/20.{self.born // 250}.{self.born % 250}.7/tcp/4001"
         announcement = Announcement(
             f"peer{self.born:04}",
             "model",
@@ -227,6 +228,9 @@ class World:
             for peer_id, peer in self.peers.items()
             if self._free[peer_id] > 0
         ]
+        for candidate in candidates:
+            if client.ledger.is_banned(candidate.peer_id):
+                client.ledger.note_ranges(candidate.peer_id, ranges_of(candidate.announcement.addrs), now)
         return ask_policy(client.policy, candidates, self._request(client), client.ledger)[0]
 
     def _session(self, client: Client, now: float, tally: Tally) -> None:
@@ -391,7 +395,10 @@ class World:
         return Candidate(candidate.announcement, rtt_ms=distance_ms(client.place, place))
 
     def _request(self, client: Client) -> RouteRequest:
-        return RouteRequest(REVISION, NUM_BLOCKS, 2 * 1024, TOKENS, coordinate=client.place)
+        spoilt = client.ledger.spoilt_ranges(self.round * ROUND_S)
+        return RouteRequest(
+            REVISION, NUM_BLOCKS, 2 * 1024, TOKENS, coordinate=client.place, spoilt_ranges=spoilt
+        )
 
     def _cost(self, client: Client, route: Route) -> float:
         used = [self._seen_by(client, self.peers[peer_id].candidate) for peer_id in route.peer_ids]

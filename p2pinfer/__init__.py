@@ -56,7 +56,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .node.node import NodeConfig as NodeConfig
     from .node.node import run_node as run_node
     from .patience import Waiting as Waiting
+    from .reputation.ledger import Ledger as Ledger
     from .reputation.view import ReputationView as ReputationView
+    from .routing.config import RoutingConfig as RoutingConfig
+    from .routing.cost import route_cost as route_cost
     from .routing.planner import cheapest_routes as cheapest_routes
     from .routing.policy import RoutingPolicy as RoutingPolicy
     from .routing.route import Candidate as Candidate
@@ -100,7 +103,10 @@ _HOMES = {
     "node.host": ("HostConfig",),
     "node.node": ("NodeConfig", "run_node"),
     "patience": ("Waiting",),
+    "reputation.ledger": ("Ledger",),
     "reputation.view": ("ReputationView",),
+    "routing.config": ("RoutingConfig",),
+    "routing.cost": ("route_cost",),
     "routing.planner": ("cheapest_routes",),
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),

@@ -1,13 +1,16 @@
 """Asks a routing policy, which may be anybody's code, so that whatever it does costs a warning at most.
 
 The policy thinks in a thread, within a time limit. When it raises, returns nonsense or chooses a peer that
-must not be used, the default policy answers this once. A policy that hangs is not asked again, since its
-thread cannot be ended. How routes fared is told one by one, in a thread too, in the order it happened.
+must not be used, the default policy answers this once, unless the policy forbids it (`stand_in`). A policy
+that hangs is not asked again, since its thread cannot be ended; the built-in ones do not hang, and are waited
+for on a computer that is very busy. How routes fared is told one by one, in a thread too, in the order it
+happened.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import trio
@@ -46,14 +49,20 @@ class PolicyDesk:
 
         Raises:
             NoRoute: The policy says there is none, or the fallback does.
-            PolicyError: The fallback failed too.
+            PolicyError: The fallback failed too, or the policy will not have one.
         """
         if not self._hangs:
             try:
                 return await self._ask(self.policy, candidates, request, view)
             except PolicyError as exc:
+                if not self.policy.stand_in:
+                    raise
                 fallback = type(self._fallback).__name__
                 logger.warning("%s; the policy %s chooses instead", exc, fallback)
+        elif not self.policy.stand_in:
+            raise PolicyError(
+                f"policy {type(self.policy).__name__} took too long before; nothing stands in for it"
+            )
         return await self._ask(self._fallback, candidates, request, view)
 
     def tell(self, route: Route, outcome: RouteOutcome) -> None:
@@ -97,13 +106,14 @@ class PolicyDesk:
         request: RouteRequest,
         view: ReputationView,
     ) -> list[Route]:
+        is_ours = type(policy).__module__ == RoutingPolicy.__module__
         try:
-            with trio.fail_after(self._timeout_s):
+            with trio.fail_after(math.inf if is_ours else self._timeout_s):
                 return await trio.to_thread.run_sync(
                     ask_policy, policy, candidates, request, view, abandon_on_cancel=True
                 )
         except trio.TooSlowError as exc:
-            self._hangs = self._hangs or policy is self.policy
+            self._hangs = True
             raise PolicyError(self._too_slow(policy, "choose_routes")) from exc
 
     def _too_slow(self, policy: RoutingPolicy, method: str) -> str:

@@ -35,6 +35,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import route_cost
+from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 
@@ -385,8 +386,12 @@ class Client:
 
     async def _ask_policy(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
         """The policy's first choice for all blocks, or for those of `gap`."""
-        candidates = self._candidates()
-        self.ledger.advance(time.time())
+        candidates, now = self._candidates(), time.time()
+        self.ledger.advance(now)
+        for candidate in candidates:
+            if self.ledger.is_banned(candidate.peer_id):
+                ranges = ranges_of(candidate.announcement.addrs)
+                self.ledger.note_ranges(candidate.peer_id, ranges, now)
         request = self._request(tokens, excluded, candidates, gap)
         routes = await self._desk.choose_routes(candidates, request, self.ledger)
         return routes[0]
@@ -408,6 +413,7 @@ class Client:
             tokens,
             excluded,
             self._member.coordinate,
+            spoilt_ranges=self.ledger.spoilt_ranges(time.time()),
         )
         if gap is None:
             return request

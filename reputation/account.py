@@ -19,6 +19,7 @@ from .config import LedgerConfig
 
 MAX_REASON = 240  # characters of a note
 MAX_NOTES = 8
+MAX_RANGES = 4  # of addresses
 
 _Count: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Tally: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
@@ -56,6 +57,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         sessions, failures: Sessions ever, and those the peer ended.
         proofs_verified, proofs_false: What came of the fraud proofs that this peer sent us.
         forgiven_at: Bans from before do not count.
+        ranges: Of the addresses that it announced when it had been banned.
     """
 
     alpha: _Pseudo = 1.0
@@ -80,6 +82,9 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     vouched: bool = False
     ban: Ban | None = None
     notes: Annotated[tuple[Note, ...], msgspec.Meta(max_length=MAX_NOTES)] = ()
+    ranges: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=MAX_RANGES)
+    ] = ()
 
     @property
     def audits(self) -> int:
@@ -184,6 +189,11 @@ def banned(account: Account, now: float, by: Literal["user", "audits", "proof"],
     return noted(_changed(account, ban=Ban(now, by, why), vouched=False), now, f"banned: {why}")
 
 
+def located(account: Account, ranges: tuple[str, ...]) -> Account:
+    """A banned peer announces addresses of these ranges."""
+    return account if account.ban is None else _changed(account, ranges=ranges)
+
+
 def forgiven(account: Account, now: float) -> Account:
     """A newcomer again: no ban, no evidence; what it did stays in the notes."""
     blank = Account(first_seen=account.first_seen, last_seen=account.last_seen, forgiven_at=now)
@@ -192,7 +202,8 @@ def forgiven(account: Account, now: float) -> Account:
 
 def vouched_for(account: Account, now: float) -> Account:
     """The user answers for the peer."""
-    return noted(_changed(account, vouched=True, ban=None, forgiven_at=now), now, "vouched for")
+    account = _changed(account, vouched=True, ban=None, forgiven_at=now, ranges=())
+    return noted(account, now, "vouched for")
 
 
 def merged(ours: Account, theirs: Account) -> Account:
@@ -218,6 +229,7 @@ def merged(ours: Account, theirs: Account) -> Account:
         vouched=(ours.vouched or theirs.vouched) and not bans,
         ban=max(bans, key=lambda ban: (ban.at, ban.by, ban.why), default=None),
         notes=tuple(notes[-MAX_NOTES:]),
+        ranges=tuple(sorted({*ours.ranges, *theirs.ranges})[:MAX_RANGES]) if bans else (),
     )
 
 

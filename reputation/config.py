@@ -14,7 +14,7 @@ class LedgerConfig:
     fail_weight: float = 10.0  # audits that one confirmed failure counts as
     quantile: float = 0.05  # the share of doubt that integrity grants
     ban_below: float = 0.3  # a peer whose own audits' mean is lower is banned
-    min_audit_probability: float = 0.01  # nobody is trusted so far that nobody looks
+    min_audit_probability: float = 0.03  # nobody is trusted so far that nobody looks
     newcomer_audits: int = 10  # a peer with fewer audits is a newcomer
     newcomer_audit_probability: float = 1.0  # at least, while it is one
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
@@ -24,5 +24,7 @@ class LedgerConfig:
     max_attesters: int = 256  # of whom an attestation is kept
     proofs_per_hour: float = 6.0  # of one sender in good standing
     max_proofs_per_hour: float = 60.0  # of all strangers together; half as many again of known senders
+    least_proofs_per_hour: float = 6.0  # of all strangers together, however many of theirs were false
+    spoilt_h: float = 168.0  # hours for which newcomers from a banned peer's address range are not tried
     max_proofs: int = 10_000  # content addresses remembered
     max_peers: int = 20_000  # peers remembered; beyond that the longest unseen are forgotten

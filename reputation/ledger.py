@@ -108,7 +108,8 @@ class Ledger:
             doubt = self.config.quantile
             at_best = Score(quantile(1 - doubt, alpha, beta) if account.failed else 1.0, likely)
             integrity = quantile(doubt, alpha, beta)
-            return Score(integrity, reliability, self.is_newcomer(peer_id), at_best)
+            stranger = not account.passed
+            return Score(integrity, reliability, self.is_newcomer(peer_id), at_best, stranger)
 
     def is_banned(self, peer_id: str) -> bool:
         """Whether the peer must not be used: the user said so, its audits did, or a proof."""
@@ -217,6 +218,23 @@ class Ledger:
     def merge(self, peer_id: str, record: Account, now: float) -> None:
         """Take in another record of the same peer, one of this user's other machines say."""
         self._change(peer_id, partial(accounts.merged, theirs=accounts.not_after(record, now)), now)
+
+    def note_ranges(self, peer_id: str, ranges: Iterable[str], now: float) -> None:
+        """A banned peer announces addresses of these ranges. Of one that is not banned nothing is kept."""
+        account, known = self.account(peer_id), tuple(sorted(ranges))[: accounts.MAX_RANGES]
+        if account.ban is not None and account.ranges != known:
+            self._change(peer_id, partial(accounts.located, ranges=known), now)
+
+    def spoilt_ranges(self, now: float) -> frozenset[str]:
+        """Address ranges of peers that were banned not long ago: who is new there may be the same again."""
+        since = now - self.config.spoilt_h * 3600
+        with self._lock:
+            return frozenset(
+                each
+                for account in self._accounts.values()
+                if account.ban is not None and account.ban.at >= since
+                for each in account.ranges
+            )
 
     # ------------------------------------------------------------------ fraud proofs
 

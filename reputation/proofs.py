@@ -3,8 +3,8 @@
 A proof is known by its content address. Checking one costs a re-execution, so a stranger could keep a node
 busy with proofs of nothing: each sender is granted so many an hour, fewer the more of its proofs were false,
 none once those outweigh the true ones; and all strangers together have one allowance, so that inventing
-senders gains nothing. Senders that proved something before have an allowance beside it, which a flood of
-strangers does not use up.
+senders gains nothing, which shrinks as well when most of what they brought in the last hour was false.
+Senders that proved something before have an allowance beside it, which a flood of strangers does not use up.
 """
 
 from __future__ import annotations
@@ -72,14 +72,23 @@ def decide(
         return ProofDecision.DISTRUSTED
     if known is not None and known.sender == sender and now - known.at < _HOUR_S:
         return ProofDecision.KNOWN  # it could not be had or checked; others may bring it
-    recent = [note for note in _within_the_hour(proofs, now) if note.sender and note.state != "verified"]
+    heard = [note for note in _within_the_hour(proofs, now) if note.sender]
+    recent = [note for note in heard if note.state != "verified"]
     if sum(note.sender == sender for note in recent) + 1 > max(1.0, standing * config.proofs_per_hour):
         return ProofDecision.TOO_MANY
     is_known = _has_proved(accounts, sender)
     alike = sum(_has_proved(accounts, note.sender) == is_known for note in recent)
-    if alike + 1 > config.max_proofs_per_hour * (0.5 if is_known else 1.0):
+    most = config.max_proofs_per_hour / 2 if is_known else _strangers_allowance(heard, config)
+    if alike + 1 > most:
         return ProofDecision.TOO_MANY
     return ProofDecision.FETCH
+
+
+def _strangers_allowance(heard: list[ProofNote], config: LedgerConfig) -> float:
+    """How many proofs an hour all strangers may bring. Who proved something was a stranger until then."""
+    true = 3 + sum(note.state == "verified" for note in heard)
+    false = sum(note.state == "false" for note in heard)
+    return max(config.least_proofs_per_hour, config.max_proofs_per_hour * true / (true + false))
 
 
 def _within_the_hour(proofs: dict[str, ProofNote], now: float) -> list[ProofNote]:

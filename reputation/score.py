@@ -16,9 +16,11 @@ class Score:
         is_newcomer: Too few audits to tell, and none of them failed.
         at_best: What both may turn out to be with every doubt in the peer's favour; None where no doubt is
             known. Exploring goes by it.
+        is_stranger: It has passed no audit yet.
     """
 
     integrity: float
     reliability: float
     is_newcomer: bool = False
     at_best: Score | None = None
+    is_stranger: bool = False

@@ -10,7 +10,8 @@ class RoutingConfig:
     redo_s: float = 0.25  # s, price of a hop that fails: seconds of stall, spread over a session's tokens
     integrity_weight_s: float = 0.03  # s, price of a hop that surely lies; about a hop's latency
     trusted_integrity: float = 0.6  # 0..1, what trusted-only demands; five audits passed, none failed
-    explore_share: float = 0.1  # 0..1, share of sessions that go by what peers are at best
+    explore_share: float = 0.1  # 0..1, share of sessions that go by what all peers are at best
+    probation_share: float = 0.9  # 0..1, the same, strangers aside: peers with an audit passed, none failed
     min_reliability: float = 0.05  # 0..1, a peer that always failed costs this much, not infinity
     hop_overhead_s: float = 0.002  # s, to serialise, encrypt and queue at each hop
     default_rtt_ms: float = 100.0  # ms, between two of whom nothing is known

@@ -4,17 +4,21 @@ A newcomer's scores are low because nobody looked yet, so a planner that prices 
 default policy therefore plans a share of its sessions by what each peer's scores may be at best, the other
 end of the same interval: optimism in the face of uncertainty, as in bandit algorithms (Auer, Cesa-Bianchi and
 Fischer, "Finite-time Analysis of the Multiarmed Bandit Problem", 2002). Such a session goes to peers that
-would be used if they were trusted, and is audited more, because audits follow doubt. All newcomers together
-get no more than that share, however many there are.
+would be used if they were trusted, and is audited more, because audits follow doubt.
+
+There are two such shares. In the smaller one everybody is at best, so all strangers together get no more than
+that, however many there are. In the larger one those are who have passed an audit and failed none. They are
+audited in every session until they are no newcomers, so whoever lies then is found out by its first lie or
+its second; and without it, the ten audits that make a peer known took a hundred sessions and more.
 
 An identity is a key pair and costs nothing. What costs something is an address: in each such session only one
 newcomer of an address range (/24 of IPv4, /48 of IPv6, a DNS name as it is) is considered, so a thousand keys
 on one line have one line's chances. A peer that announces several ranges counts in the most crowded of them:
 an invented address beside the true one, by which it must be reached, gains nothing. Peers behind a relay
-share its range, and those without any address one range together; a range with a banned peer in it waits
-until that peer is gone. Proof of work was considered: it taxes a phone much and a data centre little. A
-payment or a chain of vouchers would need somebody whom all trust. So standing is paid for in audited work,
-which a new key has to do over again.
+share its range, and those without any address one range together. A range with a banned peer in it waits, and
+goes on waiting for a week when that peer is gone, unless it was a relay's. Proof of work was considered: it
+taxes a phone much and a data centre little. A payment or a chain of vouchers would need somebody whom all
+trust. So standing is paid for in audited work, which a new key has to do over again.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import ipaddress
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from p2pinfer.reputation.score import Score
 from p2pinfer.reputation.view import ReputationView
@@ -34,7 +38,22 @@ from .planner import cheapest_routes
 from .route import Candidate, Route, RouteRequest
 
 NO_RANGE = "none"
+_LOCAL = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"),
+            *("127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10", "::/48"),
+        ),
+    )
+)
 _FIRST_PARTS = re.compile(r"\A/(ip4|ip6|dns|dns4|dns6|dnsaddr)/([^/]+)")
+
+
+def ranges_of(addresses: Iterable[str]) -> frozenset[str]:
+    """The ranges by which a peer can be told again: of addresses that are its own, and mean it everywhere."""
+    own = (address for address in addresses if "/p2p-circuit" not in address)
+    return frozenset(each for each in map(address_range, own) if not _is_everywhere(each))
 
 
 def address_range(address: str) -> str:
@@ -71,15 +90,20 @@ def route_at_best(
     view: ReputationView,
     config: RoutingConfig,
     rng: random.Random,
+    *,
+    strangers: bool = True,
 ) -> Route:
     """The cheapest route if every peer is what it may be at best; of each range one newcomer is considered.
+
+    Args:
+        strangers: Whether that goes for who has passed no audit yet, and for who has failed one.
 
     Raises:
         NoRoute: As `cheapest_routes`; some of the newcomers may have been needed.
     """
     usable = eligible(candidates, request, view)  # by what is known: a floor on integrity means just that
-    newcomers = [peer for peer in usable if view.score(peer.peer_id).is_newcomer]
-    spoilt = {
+    newcomers = [peer for peer in usable if _is_tried(view.score(peer.peer_id), strangers)]
+    spoilt = request.spoilt_ranges | {
         each for peer in candidates if view.is_banned(peer.peer_id) for each in _ranges(peer) - {NO_RANGE}
     }
     waiting = {peer.peer_id for peer in newcomers}
@@ -87,22 +111,42 @@ def route_at_best(
         if name not in spoilt:
             waiting.discard(rng.choice(group).peer_id)
     considered = [peer for peer in usable if peer.peer_id not in waiting]
-    return cheapest_routes(considered, request, _AtBest(view), config)[0]
+    return cheapest_routes(considered, request, _AtBest(view, strangers), config)[0]
+
+
+def _is_tried(score: Score, strangers: bool) -> bool:
+    return score.is_newcomer and (strangers or not score.is_stranger)
 
 
 class _AtBest:
-    """A view in which every doubt goes in the peer's favour."""
+    """A view in which every doubt goes in the peer's favour; not in a stranger's unless that is wanted."""
 
-    def __init__(self, view: ReputationView) -> None:
+    def __init__(self, view: ReputationView, strangers: bool) -> None:
         self._view = view
+        self._strangers = strangers
 
     def score(self, peer_id: str) -> Score:
         score = self._view.score(peer_id)
-        return score.at_best or score
+        if score.at_best is None:
+            return score
+        doubtful = score.is_stranger or score.at_best.integrity < 1
+        return score if doubtful and not self._strangers else score.at_best
 
     def is_banned(self, peer_id: str) -> bool:
         return self._view.is_banned(peer_id)
 
 
 def _ranges(peer: Candidate) -> set[str]:
-    return {address_range(address) for address in peer.announcement.addrs} or {NO_RANGE}
+    ranges = {address_range(address) for address in peer.announcement.addrs} or {NO_RANGE}
+    return {each for each in ranges if not _is_everywhere(each)} or ranges
+
+
+def _is_everywhere(name: str) -> bool:
+    """Whether the range is in many networks: every second home is 192.168.1.0/24."""
+    if name == NO_RANGE:
+        return True
+    try:
+        network = ipaddress.ip_network(name)
+    except ValueError:
+        return False
+    return any(network.version == local.version and network.overlaps(local) for local in _LOCAL)

@@ -37,7 +37,14 @@ _ALTERNATIVES = 3
 
 
 class RoutingPolicy(ABC):
-    """Chooses routes. Subclass it, and name the class as `module:Class` or hand over an instance."""
+    """Chooses routes. Subclass it, and name the class as `module:Class` or hand over an instance.
+
+    Attributes:
+        stand_in: Whether the default policy answers when this one fails. Set it to False where a wrong way is
+            worse than none: then the generation ends with what went wrong.
+    """
+
+    stand_in: bool = True
 
     @abstractmethod
     def choose_routes(
@@ -59,8 +66,8 @@ class RoutingPolicy(ABC):
 class RiskAdjusted(RoutingPolicy):
     """The least expected time per token, with the chance of failure and of a lie priced in.
 
-    A share of the sessions goes by what peers may be at best, see `newcomers.py`; never in a failover, where
-    a part of a route is wanted at once.
+    Most sessions go by what peers that are known a little may be at best, a share of them by what anybody
+    may, see `newcomers.py`; never in a failover, where a part of a route is wanted at once.
     """
 
     def __init__(
@@ -78,9 +85,11 @@ class RiskAdjusted(RoutingPolicy):
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
     ) -> Sequence[Route]:
         routes = cheapest_routes(candidates, request, view, self._config, self._alternatives)
-        if request.span is None and self._rng.random() < self._config.explore_share:
+        draw, config = self._rng.random(), self._config
+        if request.span is None and draw < max(config.explore_share, config.probation_share):
             with suppress(NoRoute):
-                attempt = route_at_best(candidates, request, view, self._config, self._rng)
+                strangers = draw < config.explore_share
+                attempt = route_at_best(candidates, request, view, config, self._rng, strangers=strangers)
                 return list(dict.fromkeys([attempt, *routes]))
         return routes
 

@@ -85,6 +85,7 @@ class RouteRequest:
         source: The peer that hands over the first hidden state; None for the client.
         sink: The peer that takes over the last one; None for the client.
         min_integrity: Peers that score less must not be used.
+        spoilt_ranges: Address ranges where banned peers were: no newcomer from there is tried out.
     """
 
     revision: str
@@ -98,6 +99,7 @@ class RouteRequest:
     source: Candidate | None = None
     sink: Candidate | None = None
     min_integrity: float = 0.0
+    spoilt_ranges: frozenset[str] = frozenset()
 
     @property
     def wanted(self) -> BlockSpan:

@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -188,7 +189,7 @@ def test_withheld_evidence_is_a_failure_of_reliability() -> None:
     assert ledger.account("peer").withheld == 1
 
 
-@pytest.mark.parametrize(("passes", "rate"), [(0, 1.0), (12, 0.0524), (100, 0.0108), (5000, 0.01)])
+@pytest.mark.parametrize(("passes", "rate"), [(0, 1.0), (12, 0.0724), (100, 0.0308), (5000, 0.03)])
 def test_the_audit_rate_falls_with_what_was_passed(passes: int, rate: float) -> None:
     ledger = Ledger()
     audit(ledger, "peer", Verdict.PASS, passes)
@@ -219,7 +220,7 @@ def test_a_ban_holds_until_it_is_forgiven_and_so_does_the_evidence() -> None:
 def test_who_the_user_vouches_for_has_full_integrity_and_is_not_banned() -> None:
     ledger = Ledger(vouched=["mine"])
     assert ledger.score("mine").integrity == 1.0
-    assert not ledger.is_newcomer("mine") and ledger.audit_probability("mine", 0.0) == 0.01
+    assert not ledger.is_newcomer("mine") and ledger.audit_probability("mine", 0.0) == 0.03
     ledger.ban("mine")
     assert ledger.score("mine").integrity < 1.0
     ledger.vouch("mine")
@@ -266,3 +267,33 @@ def test_notes_are_few_and_short() -> None:
     notes = ledger.account("peer").notes
     assert [note.text.split()[0] for note in notes] == [str(n) for n in range(20 - MAX_NOTES, 20)]
     assert all(len(note.text) == MAX_REASON and "\n" not in note.text for note in notes)
+
+
+def test_a_stranger_is_one_until_it_passes_an_audit() -> None:
+    ledger = Ledger()
+    assert ledger.score("peer").is_stranger
+    audit(ledger, "peer", Verdict.SUSPECT)
+    assert ledger.score("peer").is_stranger
+    audit(ledger, "peer", Verdict.PASS)
+    assert not ledger.score("peer").is_stranger and ledger.score("peer").is_newcomer
+
+
+def test_where_a_banned_peer_was_is_remembered_for_a_week_and_of_others_nothing_is() -> None:
+    ledger, week = Ledger(), 7 * 86400.0
+    ledger.note_ranges("honest", ["192.0.2.0/24"], 5.0)
+    assert ledger.spoilt_ranges(5.0) == frozenset() and not ledger.account("honest").ranges
+    ledger.ban("bad", "rude", 10.0)
+    ledger.note_ranges("bad", [f"10.0.{n}.0/24" for n in range(9)], 20.0)
+    assert len(ledger.spoilt_ranges(20.0)) == 4  # it may announce any number of addresses
+    ledger.note_ranges("bad", ["203.0.113.0/24"], 30.0)
+    assert ledger.spoilt_ranges(10.0 + week) == {"203.0.113.0/24"}
+    assert ledger.spoilt_ranges(11.0 + week) == frozenset()
+
+
+@pytest.mark.parametrize("pardon", [Ledger.forgive, Ledger.vouch])
+def test_who_is_pardoned_spoils_nothing(pardon: Callable[[Ledger, str], None]) -> None:
+    ledger = Ledger(banned=["bad"])
+    ledger.note_ranges("bad", ["203.0.113.0/24"], 0.0)
+    assert ledger.spoilt_ranges(0.0)
+    pardon(ledger, "bad")
+    assert not ledger.spoilt_ranges(0.0) and not ledger.account("bad").ranges

@@ -72,6 +72,26 @@ def test_a_flood_of_strangers_leaves_room_for_who_proved_something() -> None:
     assert ledger.weigh_proof("p", "c", "witness", 3.0) is ProofDecision.FETCH
 
 
+def test_a_flood_of_false_proofs_shrinks_what_strangers_are_granted_for_an_hour() -> None:
+    """Each false one costs a re-execution, whoever sent it; 60 an hour are granted otherwise."""
+    ledger = Ledger()
+    checked = 0
+    for number in range(200):
+        decision = ledger.weigh_proof(f"p{number}", "honest", f"liar{number}", 1.0)
+        if decision is ProofDecision.FETCH:
+            ledger.add_proof(f"p{number}", "honest", 1.0, verified=False, sender=f"liar{number}")
+            checked += 1
+    assert 6 <= checked <= 15
+    assert ledger.weigh_proof("later", "honest", "another", 3602.0) is ProofDecision.FETCH
+
+
+def test_true_proofs_keep_the_strangers_allowance_large() -> None:
+    ledger = Ledger()
+    for number in range(40):
+        assert ledger.weigh_proof(f"p{number}", f"bad{number}", f"new{number}", 1.0) is ProofDecision.FETCH
+        ledger.add_proof(f"p{number}", f"bad{number}", 1.0, verified=True, sender=f"new{number}")
+
+
 def test_known_senders_have_an_allowance_too() -> None:
     ledger = Ledger(LedgerConfig(max_proofs_per_hour=4))
     for number in range(4):

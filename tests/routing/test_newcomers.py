@@ -16,7 +16,13 @@ from p2pinfer.reputation.score import Score
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import route_cost
-from p2pinfer.routing.newcomers import NO_RANGE, address_range, grouped_by_range, route_at_best
+from p2pinfer.routing.newcomers import (
+    NO_RANGE,
+    address_range,
+    grouped_by_range,
+    ranges_of,
+    route_at_best,
+)
 from p2pinfer.routing.policy import RiskAdjusted, ask_policy
 from p2pinfer.routing.route import Candidate, RouteRequest
 
@@ -36,14 +42,19 @@ def candidate(
 
 
 class View:
-    """Everybody is proven but the newcomers, and banned but the others."""
+    """Everybody is proven but the newcomers, those on probation, and who failed or is banned, by its name."""
 
-    def __init__(self, *newcomers: str) -> None:
+    def __init__(self, *newcomers: str, on_probation: tuple[str, ...] = ()) -> None:
         self._newcomers = newcomers
+        self._on_probation = on_probation
 
     def score(self, peer_id: str) -> Score:
         if peer_id in self._newcomers:
-            return Score(0.05, 0.8, True, Score(1.0, 1.0))
+            return Score(0.05, 0.8, True, Score(1.0, 1.0), is_stranger=True)
+        if peer_id in self._on_probation:
+            return Score(0.4, 0.9, True, Score(1.0, 1.0))
+        if peer_id.startswith("failed"):
+            return Score(0.4, 0.9, False, Score(0.99, 1.0))
         return Score(0.99, 0.99, at_best=Score(1.0, 1.0))
 
     def is_banned(self, peer_id: str) -> bool:
@@ -94,6 +105,52 @@ def test_newcomers_together_get_their_share_and_no_more() -> None:
     ]
     counts = chosen(peers, View(*(f"new{n}" for n in range(5))))
     assert 1 - counts["proven"] / 4000 == pytest.approx(RoutingConfig().explore_share, abs=0.015)
+
+
+def test_on_probation_a_peer_is_used_in_most_sessions_and_who_failed_is_not() -> None:
+    rivals = {"tried": ("tried",), "stranger": (), "failed": ()}
+    shares: dict[str, float] = {}
+    for name, on_probation in rivals.items():
+        peers = [candidate("proven", tokens_per_s=11.0), candidate(name, tokens_per_s=11.5)]
+        view = View("stranger", on_probation=on_probation)
+        shares[name] = chosen(peers, view)[name] / 4000
+    config = RoutingConfig()
+    assert shares["tried"] == pytest.approx(config.probation_share, abs=0.03)
+    assert shares["stranger"] == pytest.approx(config.explore_share, abs=0.02)
+    assert shares["failed"] == pytest.approx(config.explore_share, abs=0.02)
+
+
+def test_a_stranger_that_waits_does_not_keep_its_neighbour_from_its_probation() -> None:
+    address = ("/ip4/203.0.113.1/tcp/1",)
+    crowd = [candidate(f"s{n}", tokens_per_s=11.5, addrs=address) for n in range(20)]
+    tried = candidate("tried", tokens_per_s=11.5, addrs=address)
+    view = View(*(peer.peer_id for peer in crowd), on_probation=("tried",))
+    counts = chosen([candidate("proven", tokens_per_s=11.0), tried, *crowd], view)
+    assert counts["tried"] / 4000 > RoutingConfig().probation_share - RoutingConfig().explore_share - 0.03
+
+
+def test_a_range_goes_on_waiting_when_its_banned_peer_is_gone() -> None:
+    new = candidate("new", tokens_per_s=50.0, addrs=("/ip4/203.0.113.1/tcp/1",))
+    proven = candidate("proven", tokens_per_s=40.0)
+    waiting = replace(REQUEST, spoilt_ranges=ranges_of(["/ip4/203.0.113.9/tcp/4001"]))
+    assert chosen([proven, new], View("new"), times=400)["new"] > 20
+    assert chosen([proven, new], View("new"), request=waiting, times=400) == {"proven": 400}
+
+
+def test_a_home_network_says_nothing_where_a_peer_has_another_address() -> None:
+    """192.168.1.0/24 is in every second home: a cheat in one must not keep the others waiting."""
+    home = "/ip4/192.168.1.5/tcp/1"
+    assert ranges_of([home, "/ip4/127.0.0.1/tcp/1", "/ip6/fe80::1/tcp/1", "/dns4/a.example/tcp/1"]) == {
+        "a.example"
+    }
+    peers = [candidate(f"p{n}", addrs=(home, f"/ip4/192.0.{n}.1/tcp/1")) for n in range(3)]
+    groups = grouped_by_range([*peers, candidate("lan", addrs=(home,))])
+    assert sorted(groups) == ["192.0.0.0/24", "192.0.1.0/24", "192.0.2.0/24", "192.168.1.0/24"]
+
+
+def test_a_relays_range_is_not_spoilt_by_who_is_behind_it() -> None:
+    relayed = "/ip4/198.51.100.1/tcp/1/p2p/Qm/p2p-circuit"
+    assert ranges_of([relayed, "/ip4/203.0.113.9/tcp/4001", "/onion3/abc:1"]) == {"203.0.113.0/24"}
 
 
 def test_a_thousand_keys_on_one_line_have_one_lines_chances() -> None:
