@@ -2,8 +2,8 @@
 
 The client's stream brings steps, if the client feeds this hop itself, and changes of the chain: who may feed
 us (`Expect`), whom we feed (`Relink`), whether everybody is there (`Probe`). Nobody else can change a chain.
-Steps are taken in at once; what may take long runs beside the reader, at most one relinking and one probe at
-a time.
+Steps are taken in at once; what may take long runs beside the reader, at most one relinking and two
+probes at a time.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class SessionControl:
         self._on_expect = on_expect
         self._relinking = trio.CancelScope()
         self._relinks = 0
-        self._probing = False
+        self._probing: set[bool] = (
+            set()
+        )  # what is being answered: whether we are there, whether our successor is
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
@@ -107,9 +109,10 @@ class SessionControl:
                 case Relink() if session.opening.successor is not None:
                     self._begin_relink(message)
                 case Probe():
-                    if not self._probing:
-                        self._probing = True
-                        self._nursery.start_soon(self._answer, message)
+                    asks_successor = message.within_ms > 0
+                    if asks_successor not in self._probing:
+                        self._probing.add(asks_successor)
+                        self._nursery.start_soon(self._answer, message, asks_successor)
                 case End():
                     return session.end(None)
                 case _:
@@ -215,6 +218,8 @@ class SessionControl:
                 session.standby = None
                 await former.aclose()
             link = session.standby = await self._link_to(successor)
+        if link is session.link:  # the replay runs through it, and what is under way will be sent again
+            session.supersede(relink.epoch)
         await link.replay(pieces, hops=relink.replay, epoch=relink.epoch, window=relink.window)
         if not relink.switch:
             await link.all_filled()
@@ -232,14 +237,14 @@ class SessionControl:
                 return link
         return None
 
-    async def _answer(self, probe: Probe) -> None:
-        """Say that we are there, and whether our successor is."""
+    async def _answer(self, probe: Probe, asks_successor: bool) -> None:
+        """Say that we are there, and if asked whether our successor is."""
         session = self._session
         try:
             answers: bool | None = None
-            if session.opening.successor is not None and probe.within_ms:
+            if session.opening.successor is not None and asks_successor:
                 answers = session.link is not None and await session.link.probe(probe.within_ms / 1e3)
             with ending(session, client_gone="the client vanished"):
                 await session.control.send(Alive(probe.number, answers))
         finally:
-            self._probing = False
+            self._probing.discard(asks_successor)

@@ -104,6 +104,7 @@ class HopSession:
         self._least_epoch = 0  # of steps that are still sent on
         self._expected_position = 0  # where the next step may begin at the latest
         self._predecessors = [opening.predecessor or client_id]  # the last one named takes over
+        self._feeder = self._predecessors[0]  # who sent the last step that was no replay
         self._feeds: dict[str, trio.CancelScope] = {}  # of the chain streams that they have attached
         self._replayer: FrameStream | None = None  # where the last step with `replay` came from
         self._in_flight = 0
@@ -125,7 +126,8 @@ class HopSession:
         if peer_id in self._predecessors:
             self._predecessors.remove(peer_id)
         self._predecessors.append(peer_id)
-        self._cut_off(self._predecessors[:-_MAX_PREDECESSORS])
+        given_up = [each for each in self._predecessors[:-1] if each != self._feeder]
+        self._cut_off(given_up[: max(0, len(self._predecessors) - _MAX_PREDECESSORS)])
 
     @contextmanager
     def feeding(self, peer_id: str) -> Generator[None]:
@@ -160,8 +162,10 @@ class HopSession:
         hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, peer_id)
         if step.replay:
             self._replayer = feeder
-        elif peer_id == self._predecessors[-1]:
-            self._cut_off(self._predecessors[:-1])
+        else:
+            self._feeder = peer_id
+            if peer_id == self._predecessors[-1]:
+                self._cut_off(self._predecessors[:-1])
         if step.epoch > self._epoch:
             # Steps finish in order, so those that no step in flight has brought concern nobody any more.
             latest = self._rollbacks[1 - self._config.max_steps_in_flight :]
@@ -294,6 +298,10 @@ class HopSession:
         """Tell whoever replayed through this hop that the hops behind have it all."""
         if self._replayer is not None:
             await self._confirm(self._replayer, filled.number)
+
+    def supersede(self, epoch: int) -> None:
+        """Send on no outputs of epochs before this one any more."""
+        self._least_epoch = max(self._least_epoch, epoch)
 
     def switch(self, link: Link, epoch: int) -> Link | None:
         """Have outputs of `epoch` and later go out on `link`, and no others; returns the former link."""

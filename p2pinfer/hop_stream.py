@@ -6,9 +6,10 @@ stream ends, whoever waits for an answer is told why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -44,6 +45,8 @@ from p2pinfer.reputation.receipt import Payload
 from p2pinfer.routing.route import Hop, Route
 
 from .agreed import Agreed
+
+_SUCCESSORS_SHARE: Final = 0.8  # of the time for a sign of life, for one of the hop behind
 
 
 class Listener(Protocol):
@@ -86,6 +89,8 @@ class HopStream:
         self._window = ReplayWindow()
         self._answers: dict[int, _Answer] = {}
         self._asked = 0
+        self._uses: list[trio.CancelScope] = []
+        self._given_up = False
         self._scope = trio.CancelScope()
 
     async def send(self, step: Step, payload: Payload) -> None:
@@ -95,6 +100,30 @@ class HopStream:
             PeerVanished: The hop is gone.
         """
         await self._frames.send(step, payload)
+
+    @contextmanager
+    def while_there(self) -> Generator[None]:
+        """Whatever runs inside ends when the hop is given up.
+
+        Raises:
+            PeerVanished: It was.
+        """
+        with trio.CancelScope() as scope:
+            if self._given_up:
+                scope.cancel()
+            self._uses.append(scope)
+            try:
+                yield
+            finally:
+                self._uses.remove(scope)
+        if scope.cancelled_caught:
+            raise PeerVanished("it was given up", self.peer_id)
+
+    def give_up(self) -> None:
+        """Wait for the hop no more: it takes nothing in, or somebody else is to take its place."""
+        self._given_up = True
+        for scope in self._uses:
+            scope.cancel()
 
     async def fill(self, step: Step, payload: Payload, window: int) -> None:
         """Send a step with `replay` as soon as fewer than `window` of them are not in place.
@@ -164,13 +193,28 @@ class HopStream:
     async def probe(self, within_s: float, *, ask_successor: bool = True) -> Alive | None:
         """The hop's sign of life; None if there was none.
 
-        With `ask_successor` the hop has all of that time to hear from its successor; we wait a bit longer.
+        With `ask_successor` it also tells of its successor, which has most of that time. It is asked for both
+        at once and answers one after the other: who has to wait for its successor is not taken for dead.
         """
+        answers: list[Alive | None] = [None, None]
+
+        async def ask(place: int, successor_s: float) -> None:
+            answers[place] = await self._probe(within_s, successor_s)
+            if place == 0 and answers[0] is None:
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, 0, 0.0)
+            if ask_successor:
+                nursery.start_soon(ask, 1, within_s * _SUCCESSORS_SHARE)
+        alive, of_successor = answers
+        return alive and (of_successor or alive)
+
+    async def _probe(self, within_s: float, successor_s: float) -> Alive | None:
         number, answer = self._ask()
-        within_ms = int(within_s * 1e3) if ask_successor else 0
         try:
-            with trio.move_on_after(within_s * (1.2 if ask_successor else 1.0)):
-                await self._frames.send(Probe(number, within_ms))
+            with trio.move_on_after(within_s):
+                await self._frames.send(Probe(number, int(successor_s * 1e3)))
                 await answer.arrived.wait()
         except PeerVanished:
             return None

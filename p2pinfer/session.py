@@ -298,7 +298,7 @@ class Session:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
         try:
-            with trio.fail_after(limit_s):
+            with trio.fail_after(limit_s), first.while_there():
                 await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
             self.on_lost(first, exc)
@@ -389,6 +389,7 @@ class Session:
 
     def on_lost(self, stream: HopStream, error: PeerError) -> None:
         """Note that a hop is gone."""
+        stream.give_up()
         if stream in self.chain.hops:
             self._faults.failed.setdefault(stream, error)
             self._wake()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.chain import Spare
 from p2pinfer.errors import NoRoute, PeerError
 from p2pinfer.failover import Gap
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.config import ServeConfig
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import Session, SessionConfig, open_session
 from p2pinfer.slowness import Slowness
@@ -25,7 +29,8 @@ from p2pinfer.slowness import Slowness
 from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
 PROMPT, TOTAL = 20, 32
-CHUNKS = SessionConfig(chunk_tokens=6, chunks_in_flight=3, slow_step_s=60.0)
+# Nobody counts as slow or silent for want of a processor.
+CHUNKS = SessionConfig(chunk_tokens=6, chunks_in_flight=3, slow_step_s=60.0, probe_timeout_s=15.0)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +116,27 @@ async def serve(swarm: MemorySwarm, **spans: tuple[int, int]) -> None:
         await swarm.serve(peer_id, *span)
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
+    """Have an entry for every call of a method of `owner`."""
+    calls: list[None] = []
+    method = getattr(owner, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 def close_to(output: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(output, expected, atol=2e-4, rtol=1e-4)
 
 
-async def decode_rest(session: Session, inputs: Tensor, expected: Tensor, start: int = PROMPT) -> None:
-    for position in range(start, TOTAL):
+async def decode_rest(
+    session: Session, inputs: Tensor, expected: Tensor, start: int = PROMPT, stop: int = TOTAL
+) -> None:
+    for position in range(start, stop):
         output = await session.decode(inputs[position : position + 1], position)
         close_to(output, expected[position : position + 1])
 
@@ -168,10 +188,10 @@ async def test_a_hop_that_has_become_slow_works_until_a_better_one_is_warm(
             while not session.handovers:
                 await decode_rest(session, inputs, expected)
             await decode_rest(session, inputs, expected)
-            ((slow, seconds),) = spares.slow
+            slow, seconds = spares.slow[0]  # a busy machine leaves time for more
             assert seconds > 0
             assert slow not in session.route.peer_ids
-            assert (session.failovers, session.handovers, spares.failed) == (0, 1, [])
+            assert (session.failovers, spares.failed) == (0, [])
             assert len(session.timings) < 2 * (TOTAL - PROMPT)  # those of other hops are gone
 
 
@@ -231,3 +251,141 @@ async def test_who_refuses_to_take_over_from_a_hop_that_leaves_is_not_the_last_t
             assert (session.failovers, spares.failed) == (0, ["d", "e"])
             for lease in leases:
                 lease.release()
+
+
+@pytest.mark.parametrize("victim", ["a", "b", "c"])
+async def test_who_shows_no_sign_of_life_while_a_step_waits_is_replaced(
+    victim: str, checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    """As a frozen process does: its streams stay, and nothing comes or goes on them."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        config = replace(CHUNKS, probe_after_s=0.05, probe_timeout_s=1.0)
+        async with running(swarm, route_over(**WAY), Spares(**OTHERS), inputs, config) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            swarm.network.freeze(victim)
+            await decode_rest(session, inputs, expected)
+            assert victim in session.failed_peers
+            swarm.network.thaw(victim)
+
+
+async def test_a_hop_that_is_busy_is_waited_for(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its event loop answers while its device computes; nobody takes it for dead."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        runner = swarm.served["b"].runner
+        run, may_go = runner.run, threading.Event()
+
+        def slow(*chunks: Any) -> list[Tensor]:
+            may_go.wait(30)
+            return run(*chunks)
+
+        config = replace(CHUNKS, probe_after_s=0.01, probe_timeout_s=5.0)
+        spares = Spares(**OTHERS)
+        async with running(swarm, route_over(**WAY), spares, inputs, config) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            probes = count_calls(monkeypatch, session.chain, "probe")
+            monkeypatch.setattr(runner, "run", slow)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(decode_rest, session, inputs, expected)
+                while len(probes) < 3:
+                    await trio.sleep(0.01)
+                may_go.set()
+            assert (session.failovers, spares.gaps) == (0, [])
+
+
+async def test_a_broken_edge_is_made_anew_and_nobody_replaced(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        spares = Spares(**OTHERS)
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            for source, target in ("ab", "bc"):
+                await swarm.network.cut(source, target)
+                output = await session.decode(inputs[PROMPT : PROMPT + 1], PROMPT)
+                close_to(output, expected[PROMPT : PROMPT + 1])
+            assert session.route == route_over(**WAY)
+            assert (session.failovers, spares.failed) == (2, [])
+            await swarm.network.cut("a", "b")  # again: it will not last
+            await decode_rest(session, inputs, expected)
+            assert session.route.peer_ids == ("a", "d", "e", "c")
+            assert spares.failed == ["b"]
+
+
+@pytest.mark.parametrize("victim", ["b", "c"])
+async def test_where_a_log_was_given_up_the_replay_starts_further_up(
+    victim: str, checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    short = ServeConfig(replay_bytes_per_session=PROMPT * 1280)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", *WAY["a"], config=short if victim == "b" else None)
+        await swarm.serve("b", *WAY["b"], config=short)
+        await serve(swarm, c=WAY["c"], **OTHERS)
+        async with running(swarm, route_over(**WAY), Spares(**OTHERS), inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            await decode_rest(session, inputs, expected, stop=TOTAL - 2)
+            await swarm.network.kill(victim)
+            await decode_rest(session, inputs, expected, TOTAL - 2)
+            assert session.failovers == 1
+            assert session.failed_peers == {victim}
+
+
+async def test_a_session_whose_past_nobody_knows_ends_with_who_failed(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        async with running(swarm, route_over(**WAY), Spares(**OTHERS), inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            session.recall = None
+            await swarm.network.kill("a")
+            for _ in range(2):
+                with pytest.raises(PeerError) as caught:
+                    await session.decode(inputs[PROMPT : PROMPT + 1], PROMPT)
+                assert caught.value.peer_id == "a"
+
+
+async def test_a_replacement_that_dies_while_it_is_fed_is_replaced_too(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, d=(3, 5), e=(3, 5))
+        spares = Spares(d=(3, 5), e=(3, 5))
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            take_over = session.chain.take_over
+
+            async def take_over_and_die(spare: Spare, stop: int) -> None:
+                if spare.hops[0].peer_id == "d":
+                    await swarm.network.kill("d")
+                await take_over(spare, stop)
+
+            monkeypatch.setattr(session.chain, "take_over", take_over_and_die)
+            await swarm.network.kill("b")
+            await decode_rest(session, inputs, expected)
+            assert session.route.peer_ids == ("a", "e", "c")
+            assert (session.failovers, spares.failed) == (1, ["b", "d"])
+
+
+async def test_a_session_without_a_replanner_ends_with_its_hop(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        spares = Spares()
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            with pytest.raises(ValueError, match="nobody cannot be replaced"):
+                await session.replace("nobody")
+            with pytest.raises(NoRoute):
+                await session.replace("b")
+            await swarm.network.kill("b")
+            with pytest.raises(PeerError) as caught:
+                await decode_rest(session, inputs, expected)
+            assert caught.value.peer_id == "b"
+            assert isinstance(caught.value.__cause__, NoRoute)
+            assert caught.value.__cause__.missing == ((3, 5),)

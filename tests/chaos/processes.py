@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +114,8 @@ class _Process:
     def signal(self, signum: signal.Signals) -> None:
         """Send it, unless the process has ended."""
         if self.exit_code is None:
-            os.kill(self.pid, signum)
+            with suppress(ProcessLookupError):  # it has, and we have not heard of it yet
+                os.kill(self.pid, signum)
 
     def events(self) -> list[dict[str, Any]]:
         """What it reported since the last look, whole lines only."""

@@ -45,6 +45,12 @@ def make_requests(count: int = 12) -> list[Request]:
     return requests
 
 
+def history(seed: int | None, tokens: int = 512) -> Request:
+    """One with so many tokens before the first new one; drawn if there is a seed."""
+    drawn: dict[str, Any] = {} if seed is None else {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+    return Request(prompt_of(tokenizer(), tokens), GenerationConfig(max_new_tokens=24, **drawn))
+
+
 def expected_ids(requests: list[Request]) -> list[list[int]]:
     """What transformers generates for each, drawn by the same rule."""
     from transformers import AutoModelForCausalLM, logging

@@ -93,6 +93,17 @@ _NAMED: Final = (
         ),
     ),
     Scenario(
+        "failover",
+        "hops for three spans, each in a home that can punch and in one that cannot, spares, and a client",
+        (
+            *relay_sites(),
+            *(home(f"n{number}", "port-preserving") for number in (1, 2, 3)),
+            *(home(f"s{number}", "symmetric") for number in (1, 2, 3, 4)),
+            *(home(f"p{number}", "port-preserving") for number in (1, 2)),
+            home("me", "port-preserving"),
+        ),
+    ),
+    Scenario(
         "train",
         "a node on a mobile line that loses packets and queues for half a second",
         (

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from p2pinfer.models import layers
-from p2pinfer.models.layers import Linear, Norm, can_pack
+from p2pinfer.models.layers import Linear, Norm, can_pack, padded_rows
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
 )
-@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 70])
 def test_a_product_is_the_same_however_its_weight_is_laid_out(
     dtype: torch.dtype, tolerance: float, tokens: int
 ) -> None:
@@ -28,6 +28,14 @@ def test_a_product_is_the_same_however_its_weight_is_laid_out(
         product = linear(rows.to(dtype))
         assert product.dtype == dtype
         torch.testing.assert_close(product.float(), expected, atol=tolerance * 5, rtol=tolerance)
+
+
+def test_few_numbers_of_rows_are_told_apart() -> None:
+    padded = [padded_rows(count) for count in range(1, 1025)]
+    assert padded[:16] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12, 14, 14, 16, 16]
+    assert all(count <= rows <= count * 1.25 for count, rows in enumerate(padded, start=1))
+    assert len(set(padded)) == 36
+    assert {64, 128, 256, 512, 1024} < set(padded)
 
 
 def test_only_dtypes_with_kernels_on_a_cpu_are_packed() -> None:

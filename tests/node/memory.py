@@ -30,11 +30,15 @@ def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
 class MemoryStream(trio.abc.Stream):
     """One end of a pipe to `peer_id`, with what `PeerStream` adds to a trio stream."""
 
-    def __init__(self, pipe: trio.abc.Stream, peer_id: str) -> None:
+    def __init__(self, pipe: trio.abc.Stream, peer_id: str, frozen: dict[str, trio.Event]) -> None:
+        """What is sent to or received from a `frozen` peer waits until it is thawed."""
         self.peer_id = peer_id
         self._pipe = pipe
+        self._frozen = frozen
+        self._waits: list[trio.CancelScope] = []
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._thawed()
         try:
             await self._pipe.send_all(data)
         except trio.BrokenResourceError as exc:
@@ -44,13 +48,31 @@ class MemoryStream(trio.abc.Stream):
         await self._pipe.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self._pipe.receive_some(max_bytes)
+        received = await self._pipe.receive_some(max_bytes)
+        await self._thawed()
+        return received
+
+    async def _thawed(self) -> None:
+        while (thawed := self._frozen.get(self.peer_id)) is not None:
+            with trio.CancelScope() as scope:
+                self._waits.append(scope)
+                await thawed.wait()
+            self._waits.remove(scope)
+            if scope.cancelled_caught:
+                raise trio.ClosedResourceError
 
     async def aclose(self) -> None:
+        self._wake()
         await self._pipe.aclose()
 
     async def reset(self) -> None:
+        self._wake()
         await trio.aclose_forcefully(self._pipe)
+
+    def _wake(self) -> None:
+        """Let nobody wait for a frozen peer on a stream that is closed."""
+        for scope in self._waits:
+            scope.cancel()
 
 
 class MemoryNetwork:
@@ -61,6 +83,7 @@ class MemoryNetwork:
         self.ping_s = 0.01
         self.hosts: dict[str, MemoryHost] = {}
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
+        self.frozen: dict[str, trio.Event] = {}
 
     def host(self, peer_id: str) -> Host:
         self.hosts[peer_id] = MemoryHost(self, peer_id)
@@ -71,6 +94,14 @@ class MemoryNetwork:
         for opener, answerer, stream in self.streams:
             if (opener, answerer) == (source, target):
                 await stream.reset()
+
+    def freeze(self, peer_id: str) -> None:
+        """Let a peer fall silent: its streams stay, and others hear and are heard no more."""
+        self.frozen[peer_id] = trio.Event()
+
+    def thaw(self, peer_id: str) -> None:
+        """Let a frozen peer go on."""
+        self.frozen.pop(peer_id).set()
 
     async def kill(self, peer_id: str) -> None:
         """Let a peer vanish: nobody reaches it any more, and every stream it has breaks."""
@@ -117,10 +148,10 @@ class MemoryHost:
         if there is None or protocol not in there.handlers:
             raise PeerUnreachable(f"peer {peer_id} cannot be reached", peer_id)
         ours, theirs = trio.testing.memory_stream_pair()
-        stream = MemoryStream(ours, peer_id)
+        stream = MemoryStream(ours, peer_id, self._network.frozen)
         self._network.streams.append((self.peer_id, peer_id, stream))
         answer = there.handlers[protocol]
-        self._network.nursery.start_soon(_answer, answer, MemoryStream(theirs, self.peer_id))
+        self._network.nursery.start_soon(_answer, answer, MemoryStream(theirs, self.peer_id, {}))
         return cast(PeerStream, stream)
 
 

@@ -1,0 +1,154 @@
+"""A client that says where it is, and waits for a word, so that harm comes at the very moment that is meant.
+
+Reads a JSON object a line, a generation each, and writes what happens: `ready`, `now` (the moment has come;
+it does nothing more until a line is read), `spare` (hops have opened the session that are to take over; the
+same), `token`, `ended`. Times are seconds of the machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from p2pinfer.chain import Spare
+from p2pinfer.client import Client, ClientConfig
+from p2pinfer.errors import NoRoute, P2PInferError
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.reputation.view import ReputationView
+from p2pinfer.routing.policy import RoutingPolicy
+from p2pinfer.routing.route import Candidate, Route, RouteRequest
+from p2pinfer.session import Session, SessionConfig
+from p2pinfer.verifier import AuditConfig
+
+from ..lab.pinned import can_be_dialled
+from .requests import Request, history
+
+CHUNK_TOKENS = 128  # a prompt of 512 tokens is four steps
+HARMED_CHUNK = 2  # of them, when "at prefill" has come
+TOKENS_BEFORE = 6  # until "between steps" and "inside a step" have come
+FIND_S = 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.watched")
+    parser.add_argument("--bootstrap", action="append", required=True)
+    asked = parser.parse_args()
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory(prefix="p2pinfer-watched-") as home:
+            trio.run(_generate, json.loads(line), asked.bootstrap, Path(home))
+
+
+async def _generate(order: Mapping[str, Any], bootstrap: Sequence[str], home: Path) -> None:
+    hops = [(str(peer), BlockSpan(*span)) for peer, span in order["route"]]
+    policy = Laid(hops, order["spares"], anywhere=order["anywhere"])
+    request: Request = history(seed=order["seed"])
+    client = WatchedClient(
+        order["moment"],
+        bootstrap=bootstrap,
+        policy=policy,
+        config=ClientConfig(dtype="float32", device="cpu", find_timeout_s=FIND_S, wait_s=FIND_S),
+        session_config=SessionConfig(chunk_tokens=CHUNK_TOKENS, slow_step_s=FIND_S),
+        audit=AuditConfig(rate=0.0),
+        cache_dir=home,
+        data_dir=home,
+    )
+    ids: list[int] = []
+    try:
+        async with client:
+            generation = client.generate(request.prompt, request.config)
+            async for token in generation:
+                say("token", at=time.monotonic())
+                ids.append(token.id)
+                if len(ids) == TOKENS_BEFORE:
+                    if order["moment"] == "between steps":
+                        say_and_wait("now")
+                    client.arm()
+            result = generation.result
+            say("ended", ids=ids, failovers=result.failovers, went=client.opened)
+    except P2PInferError as exc:
+        say("ended", ids=ids, failovers=0, went=client.opened, error=f"{type(exc).__name__}: {exc}")
+
+
+class WatchedClient(Client):
+    """Says when a session has come to the moment, and when it has found others for hops that failed."""
+
+    def __init__(self, moment: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.opened: list[str] = []  # the peers of the first session
+        self._moment = moment
+        self._is_armed = False
+        self._pushed = 0
+
+    def arm(self) -> None:
+        """The next step is the one in which harm is to come, if that is the moment."""
+        self._is_armed = self._moment == "inside a step"
+
+    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+        session = await super().open_session(tokens, excluded)
+        if not self.opened:
+            self.opened = list(session.route.peer_ids)
+            watched: Any = session
+            watched._push = partial(self._push, watched._push)
+            watched.chain.open_spare = partial(self._open_spare, watched.chain.open_spare)
+        return session
+
+    async def _push(self, push: Any, sent: Any) -> None:
+        await push(sent)
+        self._pushed += 1
+        if self._is_armed or (self._moment == "at prefill" and self._pushed == HARMED_CHUNK):
+            self._is_armed = False
+            say_and_wait("now")
+
+    async def _open_spare(self, open_spare: Any, *args: Any) -> Spare:
+        spare: Spare = await open_spare(*args)
+        say_and_wait("spare", peers=[hop.peer_id for hop in spare.hops])
+        return spare
+
+
+class Laid(RoutingPolicy):
+    """The way that was laid down, and for what fails on it the first spare that has not failed."""
+
+    def __init__(
+        self, hops: Sequence[tuple[str, BlockSpan]], spares: Sequence[str], *, anywhere: bool
+    ) -> None:
+        """With `anywhere`, peers are waited for until they have announced how they are reached from there."""
+        self._usable = can_be_dialled if anywhere else bool
+        self._hops = hops
+        self._spares = spares
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        known = {candidate.peer_id: candidate for candidate in candidates if self._usable(candidate)}
+        peers = {peer for peer, _ in self._hops}
+        if request.span is None and not peers & request.excluded:
+            if not known.keys() >= peers | set(self._spares):
+                raise NoRoute("not everybody is here yet")
+            return [Route(tuple(known[peer].hop(span) for peer, span in self._hops))]
+        usable = [peer for peer in self._spares if peer in known and peer not in request.excluded]
+        if not usable:
+            raise NoRoute("no spare is left")
+        return [Route((known[usable[0]].hop(request.wanted),))]
+
+
+def say(event: str, **details: Any) -> None:
+    print(json.dumps({"event": event, **details}), flush=True)
+
+
+def say_and_wait(event: str, **details: Any) -> None:
+    """Nothing moves in this process until a line is read."""
+    say(event, **details)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    main()
