@@ -58,9 +58,10 @@ def ledger(**passes: int) -> Ledger:
 def policy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RoutingPolicy]:
     """The policy of the name that the test is parametrised with, as a reader would save it."""
     (source,) = re.findall(rf"^```python {request.param}\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    (tmp_path / "my_policy.py").write_text(source, encoding="utf-8")
-    yield load_policy(f"my_policy:{request.param}", tmp_path)
-    del sys.modules["my_policy"]
+    module = f"written_{request.param}"  # not my_policy: the README's has that name
+    (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+    yield load_policy(f"{module}:{request.param}", tmp_path)
+    del sys.modules[module]
 
 
 def routes(policy: RoutingPolicy, peers: list[Candidate], view: Ledger, **fields: object) -> list[list[str]]:
