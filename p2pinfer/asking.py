@@ -38,6 +38,7 @@ class PolicyDesk:
         self._fallback = fallback
         self._timeout_s = timeout_s
         self._hangs = False
+        self._said = ""
         self._untold, self._outcomes = trio.open_memory_channel[tuple[Route, RouteOutcome]](_MAX_UNTOLD)
         self._all_told = trio.Event()
         self._listens = type(policy).on_result is not RoutingPolicy.on_result
@@ -58,7 +59,9 @@ class PolicyDesk:
                 if not self.policy.stand_in:
                     raise
                 fallback = type(self._fallback).__name__
-                logger.warning("%s; the policy %s chooses instead", exc, fallback)
+                level = logging.DEBUG if str(exc) == self._said else logging.WARNING  # not for every attempt
+                logger.log(level, "%s; the policy %s chooses instead", exc, fallback)
+                self._said = str(exc)
         elif not self.policy.stand_in:
             raise PolicyError(
                 f"policy {type(self.policy).__name__} took too long before; nothing stands in for it"

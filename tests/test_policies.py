@@ -162,6 +162,9 @@ async def test_the_default_stands_in_unless_the_policy_forbids_it(caplog: pytest
     desk = PolicyDesk(Broken(), RiskAdjusted(), 5.0)
     assert [route.peer_ids for route in await desk.choose_routes(peers, REQUEST, view)] == [("a",)]
     assert "policy Broken raised ValueError: a slip; the policy RiskAdjusted chooses" in caplog.text
+    caplog.clear()
+    await desk.choose_routes(peers, REQUEST, view)
+    assert not caplog.records, "it was said before"
     desk = PolicyDesk(Unreplaced(), RiskAdjusted(), 5.0)
     for _ in range(2):
         with pytest.raises(PolicyError, match="policy Unreplaced raised ValueError: a slip"):
