@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.receipt import Payload, Receipt
 
-from .tensors import decode_hidden, dtype_of
+from .tensors import decode_hidden, row_bytes
 from .wire import Codec
+
+MAX_TOKENS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,52 +56,64 @@ class History:
     outputs: Tensor
     positions: tuple[int, ...]
 
-    def first(self, tokens: int) -> History:
-        """The beginning of it, which does not depend on what came after."""
-        if len(self.inputs) <= tokens:
-            return self
-        kept = bisect_left(self.positions, tokens)
-        return History(self.inputs[:tokens], self.outputs[:kept], self.positions[:kept])
 
+def history_of(deposition: Deposition, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
+    """Put a deposition together; of more than `max_tokens` positions the first, which depend on no later one.
 
-def history_of(deposition: Deposition, hidden_size: int) -> History:
-    """Put a deposition together.
+    A few receipts may name one payload many times, so what they come to has to be bounded.
 
     Raises:
         ProtocolViolation: Payloads are missing or of another size, or positions were left out.
         WrongOutput: An output is not finite; no honest hop signs for that.
     """
-    inputs: list[Tensor] = []  # one row each
-    outputs: dict[int, Tensor] = {}
-    codec, peer_id = deposition.codec, deposition.peer_id
+    row = row_bytes(hidden_size, deposition.codec)
+    inputs, outputs = _Pieces(row, max_tokens), _Pieces(row, max_tokens)
+    stop = 0
     for receipt in deposition.receipts:
-        if receipt.position > len(inputs):
-            raise ProtocolViolation(f"nothing is known of position {len(inputs)}", peer_id)
-        del inputs[receipt.position :]
-        for position in [each for each in outputs if each >= receipt.position]:
-            del outputs[position]
-        try:
-            rows = _rows(deposition.contents, receipt.input, receipt.tokens, hidden_size, codec)
-        except WrongOutput as exc:
-            raise ProtocolViolation(f"an input that cannot be: {exc}", peer_id) from exc
-        inputs += rows.unbind()
-        given = _rows(deposition.contents, receipt.output, receipt.returned, hidden_size, codec)
-        first = len(inputs) - receipt.returned
-        outputs.update(zip(range(first, len(inputs)), given.unbind(), strict=True))
-    positions = tuple(sorted(outputs))
-    return History(
-        _stacked(inputs, hidden_size, codec),
-        _stacked([outputs[position] for position in positions], hidden_size, codec),
-        positions,
-    )
+        if receipt.position > stop:
+            raise ProtocolViolation(f"nothing is known of position {stop}", deposition.peer_id)
+        stop = receipt.position + receipt.tokens
+        for pieces, digest, rows in (
+            (inputs, receipt.input, receipt.tokens),
+            (outputs, receipt.output, receipt.returned),
+        ):
+            pieces.truncate(receipt.position)
+            content = memoryview(deposition.contents.get(digest, b"") if rows else b"")
+            if len(content) != rows * row:
+                raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", deposition.peer_id)
+            pieces.add(stop - rows, stop, content)
+    try:
+        given = inputs.decode(hidden_size, deposition.codec)
+    except WrongOutput as exc:
+        raise ProtocolViolation(f"an input that cannot be: {exc}", deposition.peer_id) from exc
+    got = outputs.decode(hidden_size, deposition.codec, deposition.peer_id)
+    return History(given, got, outputs.positions)
 
 
-def _rows(
-    contents: Mapping[bytes, Payload], digest: bytes, tokens: int, hidden_size: int, codec: Codec
-) -> Tensor:
-    content = contents.get(digest, b"") if tokens else b""
-    return decode_hidden(bytearray(content), tokens, hidden_size, codec)
+class _Pieces:
+    """Rows of a session's first positions as they came; what is rolled back is cut off."""
 
+    def __init__(self, row: int, max_tokens: int) -> None:
+        self._row = row
+        self._max_tokens = max_tokens
+        self._pieces: list[tuple[int, int, memoryview]] = []
 
-def _stacked(rows: Sequence[Tensor], hidden_size: int, codec: Codec) -> Tensor:
-    return torch.stack(list(rows)).float() if rows else torch.empty(0, hidden_size, dtype=dtype_of(codec))
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple(chain.from_iterable(range(start, stop) for start, stop, _ in self._pieces))
+
+    def truncate(self, position: int) -> None:
+        while self._pieces and self._pieces[-1][1] > position:
+            start, _, content = self._pieces.pop()
+            self.add(start, position, content[: max(0, position - start) * self._row])
+
+    def add(self, start: int, stop: int, content: memoryview) -> None:
+        stop = min(stop, self._max_tokens)
+        if start < stop:
+            self._pieces.append((start, stop, content[: (stop - start) * self._row]))
+
+    def decode(self, hidden_size: int, codec: Codec, peer_id: str = "") -> Tensor:
+        """(rows, hidden_size) float32."""
+        tokens = sum(stop - start for start, stop, _ in self._pieces)
+        joined = bytearray().join(content for _, _, content in self._pieces)
+        return decode_hidden(joined, tokens, hidden_size, codec, peer_id).float()

@@ -46,7 +46,14 @@ def check_span(
     """
     try:
         deviation = measure_span(
-            reference, span, inputs, outputs, wire_dtype=dtype_of(codec), positions=positions, tail=tail
+            reference,
+            span,
+            inputs,
+            outputs,
+            wire_dtype=dtype_of(codec),
+            positions=positions,
+            tail=tail,
+            is_enough=lambda deviation: judge(deviation, thresholds).verdict is Verdict.FAIL,
         )
     except WrongOutput as exc:
         return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")

@@ -26,7 +26,7 @@ from p2pinfer.models.noise_floor import measure_floor
 from p2pinfer.models.source import ModelSource
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify import Reference, Tail, check_rows, compare, open_reference, tail_of
-from p2pinfer.node.deposition import Deposition, history_of
+from p2pinfer.node.deposition import Deposition, History, history_of
 from p2pinfer.node.verify import check_span
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 
@@ -52,7 +52,7 @@ class AuditConfig:
     rate: float | None = (
         None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
     )
-    logits_share: float = 0.25  # share of audits that look at the logits where blocks follow, 0 to 1
+    logits_share: float = 0.1  # share of audits that look at the logits where blocks follow, 0 to 1
     memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
     download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks
     max_tokens: int = 4096  # of a longer session the beginning is run again
@@ -110,28 +110,43 @@ class LocalVerifier:
 
     async def confirm(self, deposition: Deposition) -> Finding:
         """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
-        return await self._in_turn(lambda: self._verify(deposition, logits=True, fresh=True))
+        finding = await self._in_turn(lambda: self._verify_anew(deposition))
+        if finding.verdict is Verdict.FAIL:
+            return finding
+        self._loaded = None  # what it said is not confirmed
+        return await self.verify_fully(deposition)
 
     async def _in_turn(self, verify: Callable[[], Finding]) -> Finding:
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
 
-    def _verify(self, deposition: Deposition, *, logits: bool, fresh: bool = False) -> Finding:
+    def _verify(self, deposition: Deposition, *, logits: bool) -> Finding:
+        def check(history: History) -> Finding:
+            loaded = self._reference_for(deposition.span, len(history.inputs))
+            tail = loaded.tail_behind(deposition.span, logits=logits)
+            return _check(deposition, history, loaded.reference, tail)
+
+        return self._run(deposition, check)
+
+    def _verify_anew(self, deposition: Deposition) -> Finding:
+        """By norms alone, from the blocks in question."""
+
+        def check(history: History) -> Finding:
+            checkpoint = self._source.fetch(deposition.span, ends=False)
+            reference = open_reference(checkpoint, deposition.span, max_tokens=len(history.inputs))
+            return _check(deposition, history, reference, None)
+
+        return self._run(deposition, check)
+
+    def _run(self, deposition: Deposition, check: Callable[[History], Finding]) -> Finding:
         started = time.thread_time()
         try:
-            history = history_of(deposition, self._source.spec.hidden_size).first(self._config.max_tokens)
+            history = history_of(
+                deposition, self._source.spec.hidden_size, max_tokens=self._config.max_tokens
+            )
             if not self.can_hold(deposition.span):
                 return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
-            loaded = self._reference_for(deposition.span, len(history.inputs), fresh=fresh)
-            return check_span(
-                loaded.reference,
-                deposition.span,
-                history.inputs,
-                history.outputs,
-                codec=deposition.codec,
-                positions=history.positions,
-                tail=loaded.tail_behind(deposition.span, logits=logits),
-            )
+            return check(history)
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except (ProtocolViolation, LocalError, CacheFull) as exc:
@@ -139,9 +154,9 @@ class LocalVerifier:
         finally:
             self.spent_s += time.thread_time() - started
 
-    def _reference_for(self, span: BlockSpan, tokens: int, *, fresh: bool) -> _Loaded:
+    def _reference_for(self, span: BlockSpan, tokens: int) -> _Loaded:
         loaded = self._loaded
-        if fresh or loaded is None or not loaded.serves(span, tokens):
+        if loaded is None or not loaded.serves(span, tokens):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are
             self._loaded = loaded = self._load(span, max(tokens, min(1024, self._config.max_tokens)))
         return loaded
@@ -186,6 +201,18 @@ class _Loaded:
         if self.ends is None or not (logits or span.stop == blocks):
             return None
         return tail_of(self.reference, self.ends, span.stop) if self.reference.span.stop == blocks else None
+
+
+def _check(deposition: Deposition, history: History, reference: Reference, tail: Tail | None) -> Finding:
+    return check_span(
+        reference,
+        deposition.span,
+        history.inputs,
+        history.outputs,
+        codec=deposition.codec,
+        positions=history.positions,
+        tail=tail,
+    )
 
 
 def compare_elsewhere(

@@ -1,6 +1,6 @@
 """What a deviation says about the peer: passed, failed, suspect, or nothing.
 
-The limits come from `benchmarks/calibrate_audit.py`; docs/verification.md has its table and what each limit
+The limits come from `benchmarks/calibrate_audit.py`; docs/audits.md has its table and what each limit
 catches. Of a chunk, the typical token counts against altered weights, and so does what all tokens have in
 common; the worst tenth counts against what is done to some tokens only, the worst token against tampering
 with one, and the logits against what is small but well aimed. All limits are written so that a number that
@@ -30,7 +30,7 @@ class Verdict(Enum):
 class Thresholds:
     """What is still fair. Ratios are in units of bfloat16's rounding."""
 
-    chunk: float = 1.21  # of a chunk's median token; above it fails
+    chunk: float = 1.25  # of a chunk's median token; above it fails
     suspect: float = 1.17  # the same; above it is suspect
     shared: float = 0.45  # square of what a chunk's tokens deviate by in common
     upper: float = 2.2  # of the worst tenth of a chunk's tokens

@@ -169,7 +169,9 @@ async def test_a_fail_that_others_do_not_confirm_bans_nobody(
         async with open_client() as client:
             await text_of(client.generate(PROMPT, max_new_tokens=10))
             await client.audits_settled()
-            assert client.audits == AuditTally(done=1, suspect=1)
+            done = client.audits.done  # more than one if a slow hop was replaced
+            assert client.audits == AuditTally(done=done, suspect=done)
+            assert done
             assert not client.ledger.is_banned("a")
 
 

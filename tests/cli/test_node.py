@@ -109,6 +109,27 @@ def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:
     assert (node.returncode, said) == (130, "")
 
 
+def test_a_node_with_nothing_to_do_checks_others(tmp_path: Path) -> None:
+    homes = [tmp_path / name for name in ("other", "node")]
+    for home in homes:
+        home.mkdir()
+    other = start_node(homes[0], "0:8")
+    address = wait_ready(other)["addrs"][0]
+    at_once = ("--set", "verify.idle_s=0.1", "--set", "verify.pause_s=0", "--set", "verify.share=1")
+    node = start_node(homes[1], "0:8", "--verify", "--bootstrap", address, *at_once)
+    try:
+        wait_ready(node)
+        assert node.stdout is not None
+        events = (json.loads(line) for line in node.stdout)
+        verified = next(each for each in events if each["event"] == "verified")
+        assert verified["audits"] >= 1
+        assert verified["passed"] == verified["audits"]
+    finally:
+        for each in (node, other):
+            each.send_signal(signal.SIGTERM)
+            each.communicate(timeout=20)
+
+
 def test_a_full_disk_under_the_output_costs_lines_and_no_sessions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
