@@ -4,6 +4,10 @@ The client's stream brings steps, if the client feeds this hop itself, and chang
 us (`Expect`), whom we feed (`Relink`), whether everybody is there (`Probe`). Nobody else can change a chain.
 Steps are taken in at once; what may take long runs beside the reader, at most one relinking and two
 probes at a time.
+
+One change needs no client: a link that began on a relayed connection moves to a direct one when there is one.
+Between two steps the successor confirms that it has read everything, the session is attached once more over
+the other connection, and what follows goes there: a round trip on each of the two, and nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from typing import Final
 
 import trio
 
@@ -62,6 +67,10 @@ def ending(session: HopSession, client_gone: str | None = None) -> Generator[Non
             session.end(Refusal("no_session", client_gone))
 
 
+LOOK_S: Final = 0.25  # between looks whether a link can leave its relay
+MOVE_S: Final = 5.0  # for the successor's word that it has read everything
+
+
 class SessionControl:
     """The tasks of one session between its admission and its end; `run` is all of them."""
 
@@ -81,9 +90,9 @@ class SessionControl:
         self._on_expect = on_expect
         self._relinking = trio.CancelScope()
         self._relinks = 0
-        self._probing: set[bool] = (
-            set()
-        )  # what is being answered: whether we are there, whether our successor is
+        # What is being answered: whether we are there, whether our successor is.
+        self._probing: set[bool] = set()
+        self._moving = trio.CancelScope()
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
@@ -92,6 +101,8 @@ class SessionControl:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._link_and_forward)
                 self._nursery.start_soon(self._watch_lease)
+                if self._session.opening.successor is not None:
+                    self._nursery.start_soon(self._leave_relays)
                 with ending(self._session, client_gone="the client vanished"):
                     await self._read()
 
@@ -141,12 +152,13 @@ class SessionControl:
                             await link.end()
 
     async def _link_to(self, successor: Successor) -> Link:
-        link = Link(await self._attach(successor), self._session.pass_on)
+        frames, is_relayed = await self._attach(successor)
+        link = Link(frames, self._session.pass_on, is_relayed=is_relayed)
         self._nursery.start_soon(self._watch, link)
         return link
 
-    async def _attach(self, successor: Successor) -> FrameStream:
-        """A chain stream to `successor`, which has agreed to take this session's steps from us."""
+    async def _attach(self, successor: Successor) -> tuple[FrameStream, bool]:
+        """A chain stream to `successor`, which has agreed to take our steps; whether a relay carries it."""
         peer_id = successor.peer_id
         try:
             with trio.fail_after(self._config.dial_timeout_s):
@@ -164,7 +176,40 @@ class SessionControl:
             # What happened at which address is for our own log: a client could scan our network with it.
             logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
             raise Refusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
-        return chain
+        return chain, stream.is_relayed
+
+    async def _leave_relays(self) -> None:
+        """Move the link to a direct connection as soon as there is one."""
+        while True:
+            await trio.sleep(LOOK_S)
+            link = self._session.link
+            if link is not None and link.is_relayed and self._host.connection_kind(link.peer_id) == "direct":
+                with trio.CancelScope() as self._moving:
+                    moved = False
+                    with ending(self._session, client_gone="the client vanished"):
+                        moved = await self._move(link)
+                    if not moved:
+                        await trio.sleep(MOVE_S)
+
+    async def _move(self, link: Link) -> bool:
+        """Move a link; False if it stays where it is."""
+        session, began_at = self._session, trio.current_time()
+        async with session.pausing:
+            if session.link is not link or not await link.probe(MOVE_S):
+                return False
+            try:
+                fresh = await self._link_to(Successor(link.peer_id))
+            except Refusal as exc:
+                logger.debug("session.not_moved peer=%s why=%s", link.peer_id, exc)
+                if session.link is None:  # the successor had let go of the former one already
+                    await session.refuse("successor_vanished", str(exc), link.peer_id)
+                return False
+            session.move(fresh)
+        pause_ms = (trio.current_time() - began_at) * 1e3
+        logger.debug("session.moved peer=%s pause_ms=%.0f", link.peer_id, pause_ms)
+        self._host.counts.add("upgrades")
+        await link.aclose()
+        return True
 
     async def _watch(self, link: Link) -> None:
         try:
@@ -186,6 +231,7 @@ class SessionControl:
         if self._relinks > self._config.max_relinks:
             raise ProtocolViolation(f"more than {self._config.max_relinks} successors for one session")
         self._session.last_active = trio.current_time()
+        self._moving.cancel()
         self._relinking.cancel()
         self._relinking = trio.CancelScope()
         self._nursery.start_soon(self._relink, relink, self._relinking)

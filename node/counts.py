@@ -16,6 +16,7 @@ Name: TypeAlias = Literal[
     "steps",
     "tokens",
     "failovers",
+    "upgrades",
     "audits",
 ]
 
@@ -27,6 +28,7 @@ MEANINGS: Final[dict[Name, tuple[str, str]]] = {
     "steps": ("", "Steps computed."),
     "tokens": ("", "Tokens of those steps."),
     "failovers": ("", "Successors replaced in running sessions."),
+    "upgrades": ("", "Links of running sessions that moved from a relay to a direct connection."),
     "audits": ("verdict", "Audits, by how they ended; asked: evidence that auditors wanted of us."),
 }
 

@@ -239,9 +239,9 @@ async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncG
     """Gossip over `host` until the block ends. To be opened before the host connects to anybody."""
     router = FloodingRouter(
         protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
-        degree=6,
-        degree_low=4,
-        degree_high=12,
+        degree=4,  # a copy from each of the mesh costs more than a table compared a little later
+        degree_low=3,
+        degree_high=8,
         heartbeat_interval=1,
         adaptive_gossip_enabled=False,
         eclipse_protection_enabled=False,  # it takes peers behind one address, or in one room, for one

@@ -89,6 +89,7 @@ class HopSession:
         self.control = control
         self.link: Link | None = None
         self.standby: Link | None = None
+        self.pausing = trio.Lock()  # held while a step is sent on, and while none may be
         self.ended_by: Refusal | None = None
         self.tokens_computed = 0
         self.last_active = trio.current_time()
@@ -276,17 +277,25 @@ class HopSession:
         bills = (*step.bills, self._bill(output))
         if self.replay is not None:
             self.replay.append(step.position, step.tokens, payload)
-        link = self.link
         if step.replay == 1 or (step.replay and successor is None):
             await self._confirm(output.feeder, step.number)
         elif successor is None:
             result = Result(step.number, step.epoch, step.returns, bills, receipts)
             await self.control.send(result, payload)
-        elif link is not None and step.epoch >= self._least_epoch:  # else the client will send it again
+        else:
             replay = max(0, step.replay - 1)
-            onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)
+            await self._pass(
+                msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay), payload
+            )
+
+    async def _pass(self, step: Step, payload: bytes) -> None:
+        """Send a step to the successor; without one, or after a switch, the client will send it again."""
+        async with self.pausing:
+            link = self.link
+            if link is None or step.epoch < self._least_epoch:
+                return
             try:
-                await link.send(onward, payload)
+                await link.send(step, payload)
             except PeerVanished as exc:
                 await self.lose(link, str(exc))
 
@@ -309,6 +318,10 @@ class HopSession:
         self.standby = None
         self._least_epoch = epoch
         return former
+
+    def move(self, link: Link) -> None:
+        """Have outputs go out on another link to the same peer, which has all that went out before."""
+        self.link = link
 
     async def lose(self, link: Link, why: str) -> None:
         """Do without a link that broke, and tell the client if steps were to go out on it.

@@ -70,9 +70,12 @@ class ReplayWindow:
 class Link:
     """The stream to a successor that let us attach. One task runs `watch`; `aclose` ends it."""
 
-    def __init__(self, frames: FrameStream, pass_on: Callable[[Filled], Awaitable[None]]) -> None:
+    def __init__(
+        self, frames: FrameStream, pass_on: Callable[[Filled], Awaitable[None]], *, is_relayed: bool = False
+    ) -> None:
         """`pass_on` is given what confirms a replay that began further up."""
         self.peer_id = frames.peer_id
+        self.is_relayed = is_relayed
         self._frames = frames
         self._pass_on = pass_on
         self._window = ReplayWindow()

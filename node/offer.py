@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Final
 
 import trio
 
 from p2pinfer.models.runner import SpanRunner
 from p2pinfer.models.spec import ModelSpec
-from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, Announcement
+from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
 
 from .config import ServeConfig
 from .swarm import SwarmMember
 from .wire import printable
+
+TOPIC_PER_S: Final = 10.0  # announcements of all of a model's peers together, when nothing changes
+
+
+def announce_interval_s(peers: int, config: ServeConfig) -> float:
+    """The seconds between announcements where so many peers announce: the more they are, the rarer each."""
+    return max(config.announce_interval_s, peers / TOPIC_PER_S)
+
+
+def announce_ttl_s(peers: int, config: ServeConfig) -> float:
+    """How long an announcement counts: it outlives as many intervals, however long they are."""
+    stretched = announce_interval_s(peers, config) / config.announce_interval_s
+    return min(config.announce_ttl_s * stretched, MAX_TTL_S)
 
 
 class Offer:
@@ -68,8 +82,11 @@ class Offer:
             nat=self._member.reach.reachability.nat,
             addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
             coordinate=self._member.coordinate,
-            ttl_s=self._config.announce_ttl_s,
+            ttl_s=announce_ttl_s(self._peers(), self._config),
         )
+
+    def _peers(self) -> int:
+        return len(self._member.announcements(self._spec.revision))
 
     async def announce(self) -> None:
         """Tell the swarm."""
@@ -88,6 +105,7 @@ class Offer:
             while True:
                 with trio.move_on_after(self._config.announce_min_gap_s):
                     await self._moved.wait()
-                with trio.move_on_after(self._config.announce_interval_s - self._config.announce_min_gap_s):
+                interval_s = announce_interval_s(self._peers(), self._config)
+                with trio.move_on_after(interval_s - self._config.announce_min_gap_s):
                     await self._touched.wait()
                 await self.announce()

@@ -34,7 +34,7 @@ def main() -> int:
     run.add_argument("argv", nargs=argparse.REMAINDER)
     pairs = commands.add_parser("pairs", help="every pair of kinds, and the tables of docs/nat.md")
     pairs.add_argument("--runs", type=int, default=5)
-    pairs.add_argument("--add", action="store_true", help="to the runs that were kept, instead of anew")
+    pairs.add_argument("--add", action="store_true", help="what is missing to the runs that were kept")
     pairs.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
     asked = parser.parse_args()
     if asked.command == "list":
@@ -67,13 +67,14 @@ def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...], before:
     """Run the pairs, say what is missing, and write the tables if all kinds took part; the exit code."""
     done = list(before)
     with open_lab(scenario) as lab, open_commands(lab) as opened:
-        for run in measure(opened, runs, kinds or tuple(KINDS)):
+        for run in measure(opened, runs, kinds or tuple(KINDS), before):
             times = f"{run.first_s} {run.direct_s}"
             print(f"{run.role:7} {run.left:16} {run.right:16} {run.how:8} {times} {run.why}", flush=True)
             done.append(run)
+            if not kinds:
+                keep(done)
     if kinds:
         return 0
-    keep(done)
     write(DOCUMENT, done)
     short = shortcomings(done)
     print("\n".join(short), file=sys.stderr)

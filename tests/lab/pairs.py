@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 from .commands import Command, Commands, bootstrap
@@ -25,7 +27,7 @@ from .scenarios import KINDS, RELAY_PORT, RELAYS, site_name
 Role = Literal["client", "hops"]
 
 PROMPT = "Once upon a time"
-TOKENS = 96  # long enough for a relayed edge to become direct meanwhile
+TOKENS = 48  # long enough for a relayed edge to become direct meanwhile
 RUNS_A_CORE = 3
 PATIENCE_S = 45.0  # for one generation
 
@@ -57,6 +59,7 @@ class Bench:
     """Runs pairs in the `all-pairs` lab, with the relays running."""
 
     def __init__(self, commands: Commands, kinds: Sequence[str] = tuple(KINDS)) -> None:
+        self.is_wanted: Callable[[Role, str, str], bool] = lambda role, left, right: True
         self._at_once = RUNS_A_CORE * (os.cpu_count() or 1)
         self._commands = commands
         self._kinds = kinds
@@ -68,7 +71,7 @@ class Bench:
         nodes = {kind: self._node(site_name("a", kind), "0:8") for kind in self._kinds}
         try:
             ids = {kind: reachable(node) for kind, node in nodes.items()}
-            for pairs in self._batches():
+            for pairs in self._batches("client"):
                 clients = {
                     pair: self._generate(site_name("b", pair[1]), [(ids[pair[0]], "0:8")]) for pair in pairs
                 }
@@ -79,7 +82,7 @@ class Bench:
 
     def hop_rounds(self) -> Iterator[Run]:
         """Every pair once as neighbouring hops; all nodes are new in every round, and so is the edge."""
-        for pairs in self._batches():
+        for pairs in self._batches("hops"):
             lefts = {pair: self._node(site_name("a", pair[0]), "0:4") for pair in pairs}
             rights = {pair: self._node(site_name("b", pair[1]), "4:8") for pair in pairs}
             try:
@@ -93,11 +96,12 @@ class Bench:
             finally:
                 leave([*lefts.values(), *rights.values()])
 
-    def _batches(self) -> Iterator[list[tuple[str, str]]]:
-        """All pairs, those that are run at the same time together."""
+    def _batches(self, role: Role) -> Iterator[list[tuple[str, str]]]:
+        """All pairs that are wanted, those that are run at the same time together."""
         for pairs in rounds(self._kinds):
-            for at in range(0, len(pairs), self._at_once):
-                yield pairs[at : at + self._at_once]
+            wanted = [pair for pair in pairs if self.is_wanted(role, *pair)]
+            for at in range(0, len(wanted), self._at_once):
+                yield wanted[at : at + self._at_once]
 
     def _node(self, host: str, blocks: str) -> Command:
         return self._commands.node(host, "--blocks", blocks, *self._relays)
@@ -200,10 +204,17 @@ def leave(commands: Sequence[Command] | Any) -> None:
             command.kill()
 
 
-def measure(commands: Commands, runs: int, kinds: Sequence[str]) -> Iterator[Run]:
-    """Run every pair of these kinds `runs` times in both roles."""
+def measure(commands: Commands, runs: int, kinds: Sequence[str], before: Sequence[Run] = ()) -> Iterator[Run]:
+    """Run every pair of these kinds in both roles until it has `runs` runs, those of `before` included."""
     bench = Bench(commands, kinds)
-    for number in range(runs):
-        yield from bench.client_rounds()
-        yield from bench.hop_rounds()
-        print(f"{number + 1} of {runs}, {time.strftime('%H:%M:%S')}", file=sys.stderr)
+    had = Counter((run.role, run.left, run.right) for run in before)
+    for number in range(1, runs + 1):
+        bench.is_wanted = partial(_lacks, had, number)
+        for run in chain(bench.client_rounds(), bench.hop_rounds()):
+            had[run.role, run.left, run.right] += 1
+            yield run
+        print(f"{number} of {runs}, {time.strftime('%H:%M:%S')}", file=sys.stderr)
+
+
+def _lacks(had: Counter[tuple[Role, str, str]], number: int, role: Role, left: str, right: str) -> bool:
+    return had[role, left, right] < number

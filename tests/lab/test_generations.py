@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -58,12 +60,14 @@ def test_a_node_at_home_serves_clients_behind_other_routers() -> None:
 
 
 def generate_in_three(
-    fault: Callable[[Commands, dict[str, Command]], None] | None = None, tokens: int = 160
+    fault: Callable[[Commands, dict[str, Command]], None] | None = None,
+    tokens: int = 160,
+    node_flags: Sequence[str] = (),
 ) -> tuple[Command, dict[str, Command]]:
     """A generation of `me` over n1, n2 and n3, with a fault a second after the first token's time."""
     with swarm_in("volunteers") as (commands, flags):
         nodes = {
-            host: commands.node(host, "--blocks", span, *flags)
+            host: commands.node(host, "--blocks", span, *flags, *node_flags)
             for host, span in zip(("n1", "n2", "n3"), SPANS, strict=True)
         }
         route = [(reachable(node), span) for node, span in zip(nodes.values(), SPANS, strict=True)]
@@ -75,6 +79,32 @@ def generate_in_three(
             assert client.exit_code is None, "the generation was over before the fault"
         assert_greedy(client, tokens)
         return client, nodes
+
+
+MOVED = re.compile(r"session\.moved peer=\S+ pause_ms=(\d+)")
+
+
+@on_request
+@pytest.mark.usefixtures("in_a_lab")
+def test_edges_that_become_direct_in_the_middle_change_no_token_and_cost_no_more_than_a_step() -> None:
+    def watch(commands: Commands, nodes: dict[str, Command]) -> None:
+        for host in ("n1", "n2"):
+            moved = nodes[host].wait_until(partial(pauses, nodes[host]), "a move", 30)
+            print(f"{host} moved its link with a pause of {moved} ms")
+
+    # Nobody waits for a hole to be punched, so the chain stands on relayed connections.
+    flags = ("--set", "host.punch_wait_s=0", "--log-level", "debug")
+    client, nodes = generate_in_three(watch, node_flags=flags)
+    result = json.loads(client.out)
+    step_ms = 1e3 / result["timings"]["tokens_per_s"]
+    print(f"a step takes {step_ms:.0f} ms")
+    assert result["failovers"] == 0
+    assert all(pause_ms < step_ms for host in ("n1", "n2") for pause_ms in pauses(nodes[host]) or ())
+
+
+def pauses(node: Command) -> list[int] | None:
+    """The milliseconds for which a node sent nothing on while it moved links; None before the first."""
+    return [int(ms) for ms in MOVED.findall(node.err)] or None
 
 
 def relays_of(commands: Commands) -> list[Command]:

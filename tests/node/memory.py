@@ -30,9 +30,12 @@ def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
 class MemoryStream(trio.abc.Stream):
     """One end of a pipe to `peer_id`, with what `PeerStream` adds to a trio stream."""
 
-    def __init__(self, pipe: trio.abc.Stream, peer_id: str, frozen: dict[str, trio.Event]) -> None:
+    def __init__(
+        self, pipe: trio.abc.Stream, peer_id: str, frozen: dict[str, trio.Event], *, is_relayed: bool = False
+    ) -> None:
         """What is sent to or received from a `frozen` peer waits until it is thawed."""
         self.peer_id = peer_id
+        self.is_relayed = is_relayed
         self._pipe = pipe
         self._frozen = frozen
         self._waits: list[trio.CancelScope] = []
@@ -81,6 +84,7 @@ class MemoryNetwork:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
         self.ping_s = 0.01
+        self.relayed: set[tuple[str, str]] = set()  # who has a connection through a relay only, to whom
         self.hosts: dict[str, MemoryHost] = {}
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
         self.frozen: dict[str, trio.Event] = {}
@@ -134,7 +138,9 @@ class MemoryHost:
         return [peer_id for peer_id in self._network.hosts if peer_id != self.peer_id]
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
-        return "direct" if peer_id in self._network.hosts else None
+        if peer_id not in self._network.hosts:
+            return None
+        return "relayed" if (self.peer_id, peer_id) in self._network.relayed else "direct"
 
     async def ping(self, peer_id: str) -> float:
         await trio.lowlevel.checkpoint()
@@ -148,7 +154,8 @@ class MemoryHost:
         if there is None or protocol not in there.handlers:
             raise PeerUnreachable(f"peer {peer_id} cannot be reached", peer_id)
         ours, theirs = trio.testing.memory_stream_pair()
-        stream = MemoryStream(ours, peer_id, self._network.frozen)
+        is_relayed = (self.peer_id, peer_id) in self._network.relayed
+        stream = MemoryStream(ours, peer_id, self._network.frozen, is_relayed=is_relayed)
         self._network.streams.append((self.peer_id, peer_id, stream))
         answer = there.handlers[protocol]
         self._network.nursery.start_soon(_answer, answer, MemoryStream(theirs, self.peer_id, {}))

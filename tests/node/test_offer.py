@@ -15,8 +15,8 @@ from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.offer import Offer
-from p2pinfer.routing.announcement import decode_announcement, encode_announcement
+from p2pinfer.node.offer import TOPIC_PER_S, Offer, announce_interval_s, announce_ttl_s
+from p2pinfer.routing.announcement import MAX_TTL_S, decode_announcement, encode_announcement
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 
@@ -130,3 +130,13 @@ async def test_a_goodbye_takes_the_offer_back(checkpoint: Checkpoint, runner: Sp
         await offer.withdraw()
         assert swarm.view.live(swarm.spec.revision) == []
         assert swarm.gossip.announced[-1].leaving
+
+
+def test_the_more_announce_the_rarer_each_does_and_the_longer_it_counts() -> None:
+    config = ServeConfig()
+    assert announce_interval_s(1, config) == announce_interval_s(500, config) == config.announce_interval_s
+    assert announce_ttl_s(500, config) == config.announce_ttl_s
+    for peers in (700, 1000, 1400):
+        assert peers / announce_interval_s(peers, config) <= TOPIC_PER_S
+        assert announce_ttl_s(peers, config) == pytest.approx(2 * announce_interval_s(peers, config))
+    assert announce_ttl_s(100_000, config) == MAX_TTL_S

@@ -21,6 +21,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.control import LOOK_S
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence import EvidenceStore
 from p2pinfer.node.host import Host
@@ -593,3 +594,50 @@ async def test_an_operator_hears_of_sessions(checkpoint: Checkpoint) -> None:
         opened, closed = swarm.events
         assert opened == SessionOpened("client", (0, 8), 32, 1)
         assert closed == SessionClosed("client", 6, "done", 0)
+
+
+def chain_streams(swarm: Swarm, source: str, target: str) -> int:
+    return sum((opener, answerer) == (source, target) for opener, answerer, _ in swarm.network.streams)
+
+
+async def test_a_link_leaves_its_relay_in_the_middle_of_a_session(checkpoint: Checkpoint) -> None:
+    hidden = hidden_states(40)
+    expected = local_output(checkpoint, hidden)
+    async with open_swarm(checkpoint, 3, 6) as swarm:
+        swarm.network.relayed = {("a", "b"), ("b", "c")}
+        session = await swarm.session()
+        last = await session.prefill(hidden[:8], 0)
+        torch.testing.assert_close(last, expected[7:8], atol=2e-4, rtol=1e-4)
+        moved = 0
+        for position in range(8, 40):
+            if position == 12:
+                swarm.network.relayed.clear()
+            output = await session.decode(hidden[position : position + 1], position)
+            torch.testing.assert_close(output, expected[position : position + 1], atol=2e-4, rtol=1e-4)
+            if position == 20:
+                while moved < 2:
+                    await trio.sleep(0.01)
+                    moved = sum(swarm.network.hosts[name].counts.total("upgrades") for name in ("a", "b"))
+        assert (chain_streams(swarm, "a", "b"), chain_streams(swarm, "b", "c")) == (2, 2)
+        assert session.failovers == 0
+        await session.aclose()
+        await swarm.all_closed()
+
+
+async def test_a_link_that_cannot_be_made_anew_stays_on_its_relay(checkpoint: Checkpoint) -> None:
+    hidden = hidden_states(12)
+    expected = local_output(checkpoint, hidden)
+    async with open_swarm(checkpoint, 3) as swarm:
+        swarm.network.relayed = {("a", "b")}
+        session = await swarm.session()
+        await session.prefill(hidden[:8], 0)
+        swarm.network.hosts["b"].stop_serving(CHAIN_PROTOCOL)
+        swarm.network.relayed.clear()
+        await trio.sleep(2 * LOOK_S)
+        for position in range(8, 12):
+            output = await session.decode(hidden[position : position + 1], position)
+            torch.testing.assert_close(output, expected[position : position + 1], atol=2e-4, rtol=1e-4)
+        assert swarm.network.hosts["a"].counts.total("upgrades") == 0
+        assert session.failovers == 0
+        await session.aclose()
+        await swarm.all_closed()
