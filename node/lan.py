@@ -134,9 +134,10 @@ class _Watch:
 def _start(addrs: Sequence[str], watch: _Watch, interfaces: InterfaceChoice | list[str]) -> Zeroconf:
     zeroconf = Zeroconf(interfaces=interfaces)
     try:
+        # First, since a second goes by until a name is known to be nobody else's.
+        ServiceBrowser(zeroconf, SERVICE, handlers=[watch.changed])
         if addrs:
             zeroconf.register_service(service_of(addrs))
-        ServiceBrowser(zeroconf, SERVICE, handlers=[watch.changed])
     except BaseException:
         zeroconf.close()
         raise

@@ -33,7 +33,7 @@ from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
 
 SLOW_S: Final = 8.0  # how long a peer that we are connected to has to hand its table over
-LAN_S: Final = 1.0  # how long peers in the local network have to answer, where nobody else is known
+LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
 
 class SwarmMember:
