@@ -102,6 +102,17 @@ def test_only_the_shards_of_the_span_are_fetched(hub: HubServer, cache: Path) ->
         checkpoint.read("model.layers.0.weight")
 
 
+def test_what_would_have_to_be_fetched_is_known_before(hub: HubServer, cache: Path) -> None:
+    source = find(hub, cache)
+    size = {name: len(content) for name, content in little_model().items()}
+    first, second = BlockSpan(0, 1), BlockSpan(0, 2)
+    assert source.missing_bytes(second, ends=False) == size[SHARDS[0]] + size[SHARDS[1]]
+    assert source.missing_bytes(first, ends=True) == size[SHARDS[0]] + size[SHARDS[2]]
+    source.fetch(first, ends=False)
+    assert source.missing_bytes(first, ends=False) == 0
+    assert source.missing_bytes(second, ends=False) == size[SHARDS[1]]
+
+
 def test_the_ends_come_with_the_tokenizer(hub: HubServer, cache: Path) -> None:
     source = find(hub, cache)
     hub.fetched()

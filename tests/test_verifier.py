@@ -1,0 +1,94 @@
+"""What a local verifier takes upon itself, and what it leaves to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import ModelSpec
+from p2pinfer.node.deposition import Deposition
+from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
+from p2pinfer.reputation.verdict import Verdict
+from p2pinfer.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier
+
+SPAN = BlockSpan(2, 4)
+
+
+class Distant:
+    """A model of which a gigabyte a block would have to be fetched."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._source.spec
+
+    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+        raise AssertionError(f"{span} was fetched")
+
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        return len(span or ()) << 30
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    return resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
+
+
+def identity_over(span: BlockSpan, tokens: int = 12) -> Deposition:
+    """A hop that sends back what it got, and signs for it."""
+    payload: Payload = bytes(range(64)) * (20 * tokens)  # float32, of 320 channels
+    digest = digest_of(payload)
+    receipt = Receipt(
+        1, bytes(16), 0, NO_RECEIPT, "r", span.start, span.stop, 0, tokens, tokens, 0, "float32", "float32",
+        digest, digest, bytes(16),
+    )  # fmt: skip
+    return Deposition("hop", (), (receipt,), {digest: payload})
+
+
+async def test_weights_are_not_downloaded_for_the_sake_of_an_audit(source: ModelSource) -> None:
+    verifier = LocalVerifier(Distant(source), AuditConfig(memory_bytes=1 << 40))
+    assert verifier.can_hold(BlockSpan(0, 1))
+    assert not verifier.can_hold(SPAN)
+    finding = await verifier.verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert LocalVerifier(Distant(source), AuditConfig(memory_bytes=1 << 40, download_bytes=2 << 30)).can_hold(
+        SPAN
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_logits_behind_inner_spans_are_looked_at_as_often_as_is_said(
+    source: ModelSource, share: float
+) -> None:
+    """And not where norms have settled it."""
+    verifier = LocalVerifier(source, AuditConfig(logits_share=share))
+    finding = await verifier.verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.FAIL
+    assert not finding.logits_checked
+    assert (await verifier.confirm(identity_over(SPAN))).verdict is Verdict.FAIL
+
+
+async def test_without_room_for_the_model_the_span_alone_is_loaded(source: ModelSource) -> None:
+    room = 2 * source.spec.block_parameters * BYTES_PER_WEIGHT
+    verifier = LocalVerifier(source, AuditConfig(memory_bytes=room, logits_share=1.0))
+    for span in (SPAN, BlockSpan(6, 8)):
+        finding = await verifier.verify(identity_over(span))
+        assert finding.verdict is Verdict.FAIL
+        assert not finding.logits_checked
+    assert verifier.spent_s > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rate", 1.5), ("logits_share", -0.1), ("memory_bytes", -1), ("download_bytes", -1), ("timeout_s", 0)],
+)
+def test_settings_that_make_no_sense_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        AuditConfig(**{field: value})  # type: ignore[arg-type]
