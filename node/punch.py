@@ -15,6 +15,10 @@ dial, which starts as soon as B knows A's addresses, is all it takes.
 libp2p's own DCUtR (0.8.1) dials each address in turn for ten seconds, gives up on a refused one, which is
 what a router that answers for closed ports sends, and tells nobody when it is over. The messages are its own.
 
+Two peers that look for each other may each come through a relay, and each would begin an attempt. Both would
+dial from the same ports, and whoever speaks first in one would wait to be spoken to in the other. So one of
+them counts, that of the higher peer id, and the other is dropped.
+
 The relayed connection stays: what runs on it goes on, streams opened from then on are direct (`Host`).
 """
 
@@ -79,6 +83,7 @@ class Puncher:
         self._wait_s = wait_s
         self._on_end = on_end
         self._over: dict[str, trio.Event] = {}  # by peer that we wait for to punch
+        self._begun: dict[str, trio.CancelScope] = {}  # by peer, an attempt of ours
 
     def register(self) -> None:
         """Answer peers that want to punch, and have whoever connects through a relay wait for them."""
@@ -89,7 +94,7 @@ class Puncher:
         """Punch a way to a peer that has connected to us through a relay; returns when that is over."""
         for attempt in range(ROUNDS):
             try:
-                if self._is_direct(peer_id) or not await self._initiate(peer_id):
+                if self._is_direct(peer_id) or not await self._begin(peer_id):
                     break
             except (PeerError, trio.TooSlowError) as exc:
                 logger.debug("punch.failed peer=%s attempt=%d why=%s", peer_id, attempt, innermost(exc))
@@ -102,6 +107,23 @@ class Puncher:
         with trio.move_on_after(self._wait_s):
             await over.wait()
         self._over.pop(peer_id, None)
+
+    async def _begin(self, peer_id: str) -> bool:
+        """One round, as B, unless the peer's own counts. Returns whether another one makes sense."""
+        with trio.CancelScope() as self._begun[peer_id]:
+            try:
+                return await self._initiate(peer_id)
+            finally:
+                self._begun.pop(peer_id, None)
+                self._let_go(peer_id)
+        with trio.move_on_after(ROUND_S):  # the peer's own is under way
+            await self._until_direct(peer_id)
+        return True
+
+    def _let_go(self, peer_id: str) -> None:
+        """Whoever waits for an attempt to punch need not any more."""
+        if peer_id in self._over:
+            self._over[peer_id].set()
 
     async def _initiate(self, peer_id: str) -> bool:
         """One round, as B. Returns whether another one makes sense."""
@@ -132,6 +154,11 @@ class Puncher:
         peer_id = stream.peer_id
         if not stream.is_relayed:
             raise ProtocolViolation("there is a direct connection already", peer_id)
+        if peer_id in self._begun:
+            if self._host.peer_id > peer_id:
+                logger.debug("punch.one_is_enough peer=%s", peer_id)
+                return
+            self._begun[peer_id].cancel()
         try:
             with trio.fail_after(ANSWER_S):
                 theirs = _addresses(await receive_message(stream, HolePunch))
@@ -151,8 +178,7 @@ class Puncher:
             raise PeerVanished("said nothing while punching", peer_id) from exc
         finally:
             logger.debug("punch.over peer=%s direct=%s", peer_id, self._is_direct(peer_id))
-            if peer_id in self._over:
-                self._over[peer_id].set()
+            self._let_go(peer_id)
             self._on_end(peer_id, self._is_direct(peer_id))
 
     async def _call(self, peer_id: str, addrs: Sequence[str]) -> None:

@@ -100,6 +100,27 @@ async def test_two_that_dial_each_other_at_once_meet(start_host: StartHost) -> N
         assert await stream.receive_some() == b"hello"
 
 
+async def test_of_two_attempts_at_once_one_counts(
+    start_host: StartHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both look for each other: with two attempts each would speak first in one and wait in the other."""
+    caplog.set_level("DEBUG", logger="p2pinfer.node.punch")
+    relay = await start_relay(start_host)
+    hosts = sorted([await start_host(), await start_host()], key=lambda host: host.peer_id)
+    punchers = [punching(host, [place(host)], wait_s=0.0) for host in hosts]
+    for host in hosts:
+        await host.connect(relay.peer_id, relay.addrs)
+        await reserve(host, relay.peer_id)
+        serve_circuits(host, lambda peer_id: trio.sleep_forever())
+    await hosts[0].connect(hosts[1].peer_id, way(relay))
+    async with trio.open_nursery() as nursery:
+        for puncher, other in zip(punchers, reversed(hosts), strict=True):
+            nursery.start_soon(puncher.arrived, other.peer_id)
+    assert hosts[0].connection_kind(hosts[1].peer_id) == "direct"
+    assert hosts[1].connection_kind(hosts[0].peer_id) == "direct"
+    assert f"punch.one_is_enough peer={hosts[0].peer_id}" in caplog.text
+
+
 async def test_a_stream_that_was_relayed_goes_on_beside_the_direct_connection(start_host: StartHost) -> None:
     relay, server, client = await start_relay(start_host), await start_host(), await start_host()
     punching(client, [place(client)], wait_s=0.0)
