@@ -141,9 +141,12 @@ class LocalVerifier:
     def _run(self, deposition: Deposition, check: Callable[[History], Finding]) -> Finding:
         started = time.thread_time()
         try:
-            history = history_of(
-                deposition, self._source.spec.hidden_size, max_tokens=self._config.max_tokens
-            )
+            spec = self._source.spec
+            spec.check_span(deposition.span)  # whoever made a proof may have signed for any
+            tokens = min(self._config.max_tokens, spec.max_positions)
+            history = history_of(deposition, spec.hidden_size, max_tokens=tokens)
+            if not len(history.inputs):
+                return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
             if not self.can_hold(deposition.span):
                 return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
             return check(history)
@@ -151,6 +154,8 @@ class LocalVerifier:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except (ProtocolViolation, LocalError, CacheFull) as exc:
             return Finding(Verdict.INCONCLUSIVE, str(exc))
+        except (MemoryError, RuntimeError) as exc:  # torch's own: no text should end for want of memory here
+            return Finding(Verdict.INCONCLUSIVE, f"the blocks could not be run here: {exc}")
         finally:
             self.spent_s += time.thread_time() - started
 
@@ -232,7 +237,7 @@ def compare_elsewhere(
         return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
     except ProtocolViolation as exc:
         return Finding(Verdict.INCONCLUSIVE, str(exc))
-    if not len(history.inputs) == len(first) == len(second):
+    if not 0 < len(history.inputs) == len(first) == len(second):
         return Finding(Verdict.INCONCLUSIVE, "the other peers gave another number of outputs")
     if torch.equal(first, second):
         second = first.bfloat16().float()

@@ -11,10 +11,11 @@ from p2pinfer.models.progress import Progress
 from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.verify import Reference
 from p2pinfer.node.deposition import Deposition
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
-from p2pinfer.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier
+from p2pinfer.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier, compare_elsewhere
 
 SPAN = BlockSpan(2, 4)
 
@@ -83,6 +84,38 @@ async def test_without_room_for_the_model_the_span_alone_is_loaded(source: Model
         assert finding.verdict is Verdict.FAIL
         assert not finding.logits_checked
     assert verifier.spent_s > 0
+
+
+@pytest.mark.parametrize("span", [BlockSpan(8, 9), BlockSpan(7, 9), BlockSpan(0, 1 << 16)])
+async def test_blocks_that_the_model_has_not_prove_nothing(source: ModelSource, span: BlockSpan) -> None:
+    verifier = LocalVerifier(source)
+    for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
+        finding = await verify(identity_over(span))
+        assert finding.verdict is Verdict.INCONCLUSIVE
+
+
+async def test_what_fails_on_this_machine_proves_nothing(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> Reference:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("p2pinfer.verifier.open_reference", run_out)
+    finding = await LocalVerifier(source).verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert "out of memory" in finding.reason
+
+
+async def test_steps_of_nothing_prove_nothing(source: ModelSource) -> None:
+    nothing = identity_over(SPAN, 0)
+    for verify in (LocalVerifier(source).verify, LocalVerifier(source).confirm):
+        assert (await verify(nothing)).verdict is Verdict.INCONCLUSIVE
+    assert compare_elsewhere(nothing, nothing, nothing, 320).verdict is Verdict.INCONCLUSIVE
+
+
+async def test_of_more_positions_than_the_model_has_the_first_are_run(source: ModelSource) -> None:
+    long = identity_over(SPAN, source.spec.max_positions + 40)
+    assert (await LocalVerifier(source).verify(long)).verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
