@@ -29,6 +29,7 @@ _HEADINGS = {
     "host": "Network",
     "client": "Network",
     "audit": "Network",
+    "verify": "Network",
     "data_dir": "Network",
 }
 
