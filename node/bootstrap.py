@@ -111,6 +111,8 @@ class Neighbourhood:
         self._host = host
         self._view = view
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        if len(self._peers) < len(peers):
+            logger.info("one of the bootstrap peers is this node itself; it is left out")
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
         self._troubles: dict[str, _Trouble] = {}
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost

@@ -88,12 +88,20 @@ class GuardedPubsub(Pubsub):
             max_inbound_rpc_size=MAX_RPC_BYTES,
         )
         self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
+        self._told = RateLimit(1 / 60, 1)  # of what a neighbour should not have passed on
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         if msg_forwarder == self.my_id:
             await super().push_msg(msg_forwarder, msg)
             return
         if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
+            if self._told.allows(str(msg_forwarder), trio.current_time()):
+                logger.info(
+                    "%s passes on a record of %d bytes, %d are allowed; left out",
+                    msg_forwarder,
+                    len(msg.data),
+                    MAX_RECORD_BYTES,
+                )
             return
         if not self._forwards.allows(str(msg_forwarder), trio.current_time()):
             logger.debug("gossip.too_much forwarder=%s", msg_forwarder)

@@ -26,6 +26,8 @@ class SwarmView:
         self.changed = trio.Event()  # set, and replaced, with every piece of news
         self._table = SwarmTable() if table is None else table  # an empty one is falsy
         self._clock = clock
+        self._ours: Announcement | None = None  # the last of our own
+        self._told_of_twin = False
 
     def take(self, record: bytes, age_s: float = 0.0) -> bool:
         """Take in a record that a peer sent; whether it was news.
@@ -38,6 +40,7 @@ class SwarmView:
     def publish(self, identity: Identity, announcement: Announcement) -> bytes:
         """Take in our own announcement; returns it sealed, for others."""
         record = seal(identity, encode_announcement(announcement))
+        self._ours = announcement
         self.accept(announcement, record)
         return record
 
@@ -65,6 +68,7 @@ class SwarmView:
 
     def accept(self, announcement: Announcement, record: bytes, age_s: float = 0.0) -> bool:
         """Take in an announcement that `open_announcement` found in `record`; whether it was news."""
+        self._look_for_twin(announcement)
         news = self._table.accept(announcement, record, self._clock(), age_s)
         if news:
             logger.debug(
@@ -76,6 +80,19 @@ class SwarmView:
             self.changed.set()
             self.changed = trio.Event()
         return news
+
+    def _look_for_twin(self, announcement: Announcement) -> None:
+        """Tell of an announcement in our name that is later than our last: somebody else has our key."""
+        ours = self._ours
+        if ours is None or self._told_of_twin or announcement.peer_id != ours.peer_id:
+            return
+        if announcement.sequence > ours.sequence:
+            self._told_of_twin = True
+            logger.warning(
+                "another node announces itself as %s: it has this node's key, and peers cannot tell the two "
+                "apart; give each node a data directory of its own",
+                ours.peer_id,
+            )
 
     def _sequence_of(self, announcement: Announcement) -> int:
         """That of what we believe of the same peer and revision; -1 if that is nothing."""

@@ -132,3 +132,14 @@ async def test_a_view_keeps_time_by_trio_s_clock_and_a_table_of_its_own(identity
     view = SwarmView(table)
     view.publish(identity, offer(identity))
     assert table.live(REVISION, trio.current_time()) == [offer(identity)]
+
+
+async def test_a_later_word_in_our_own_name_is_told_of_once(
+    view: SwarmView, identity: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    view.publish(identity, offer(identity, 5))
+    view.take(seal(identity, encode_announcement(offer(identity, 4))))  # of before a restart
+    assert caplog.text == ""
+    for sequence in (6, 7):
+        view.take(seal(identity, encode_announcement(offer(identity, sequence))))
+    assert caplog.text.count("it has this node's key") == 1
