@@ -42,6 +42,8 @@ MAX_ASKED: Final = 32  # peers that are asked in one round, whatever they say
 LOOK_AGAIN_S: Final = 300.0  # between rounds when nothing happens
 SETTLE_S: Final = 0.2  # after a connection, for the others that come with it
 TOGETHER_S: Final = 0.3  # changes that come within this time are told of at once
+LEAVE_RELAY_S: Final = 1.0  # between looks whether a relayed peer can be reached as it is
+STRAIGHT_S: Final = 3.0  # for a dial to such a peer
 MAX_PUNCHED: Final = 256  # peers whose last attempt is remembered
 
 
@@ -138,6 +140,7 @@ class Reach:
                     nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
                 nursery.start_soon(self._keep_door)
+                nursery.start_soon(self._leave_relays)
                 await self._keep_looking()
         finally:
             for reserved in self._reserved_ports:
@@ -292,6 +295,33 @@ class Reach:
             if (addrs := _global_addrs(peer.addrs))
         ]
         return observers + random.sample(announced, len(announced))
+
+    async def _leave_relays(self) -> None:
+        """Dial peers that we have through a relay only, once they announce that they can be reached.
+
+        A router may take seconds to map a port, and who came through a relay before would stay there.
+        """
+        tried: dict[str, int] = {}  # by peer, the announcement that was of no use
+        while True:
+            await trio.sleep(LEAVE_RELAY_S)
+            relayed = {
+                peer for peer in self._host.connected_peers() if self._host.connection_kind(peer) == "relayed"
+            }
+            tried = {peer: sequence for peer, sequence in tried.items() if peer in relayed}
+            for peer in self._announcements() if relayed else ():
+                reachable = peer.reachability in ("public", "mapped") and peer.peer_id in relayed
+                if reachable and tried.get(peer.peer_id) != peer.sequence:
+                    tried[peer.peer_id] = peer.sequence
+                    await self._dial_straight(peer.peer_id, _global_addrs(peer.addrs))
+
+    async def _dial_straight(self, peer_id: str, addrs: Sequence[str]) -> None:
+        for address in addrs:
+            with trio.move_on_after(STRAIGHT_S):
+                try:
+                    await self._host.dial_from(peer_id, address, None, responding=False)
+                    return
+                except Exception as exc:  # whatever it is, it is this address's trouble
+                    logger.debug("reach.not_straight peer=%s address=%s why=%r", peer_id, address, exc)
 
     # ------------------------------------------------------------------ punching
 

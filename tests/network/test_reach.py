@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -13,11 +14,12 @@ import trio
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import reach, reachability
 from p2pinfer.node.addresses import parse_tcp
-from p2pinfer.node.circuit import reserve
+from p2pinfer.node.circuit import reserve, serve_circuits
 from p2pinfer.node.dialback import serve_dialback
 from p2pinfer.node.host import Host, HostConfig, open_host
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.reach import Reach, open_reach
+from p2pinfer.node.relay import Relay
 from p2pinfer.node.relay_config import RelayConfig
 from p2pinfer.node.upnp import Mapping, NoMapping
 from p2pinfer.routing.announcement import Announcement
@@ -279,3 +281,22 @@ def test_a_memory_of_punches_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
             assert (found.status.punched, found.status.relayed) == (("c",), ("b",))
 
     trio.run(main)
+
+
+async def test_a_relayed_peer_that_turns_out_to_be_reachable_is_dialled(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "LEAVE_RELAY_S", 0.05)
+    relay, server = await start_host(), await start_host()
+    Relay(relay, RelayConfig(), lambda stream: True).register()
+    serve_circuits(server, lambda peer_id: trio.sleep_forever())
+    await server.connect(relay.peer_id, relay.addrs)
+    await reserve(server, relay.peer_id)
+    said = Announcement(server.peer_id, "m", "a" * 32, BlockSpan(0, 1), "float32", 1.0, 1, 1, "private")
+    announced = [said]
+    async with reached(CLIENT, lambda: announced) as (host, _):
+        await host.connect(server.peer_id, [f"{relay.addrs[0]}/p2p-circuit"])
+        assert host.connection_kind(server.peer_id) == "relayed"
+        dead = "/ip4/127.0.0.1/tcp/1"
+        announced[0] = replace(said, sequence=2, reachability="mapped", addrs=(dead, *server.direct_addrs))
+        await until(lambda: host.connection_kind(server.peer_id) == "direct")
