@@ -32,7 +32,7 @@ HANG_S = WAIT_S + 60.0  # after which a generation counts as hung
 SETTLE_S = 3.0  # in which connections of who has gone are noticed
 QUIET_S = 60.0  # until a node has noticed that nobody is there any more
 SAY_EVERY_S = 300.0  # how it goes
-LEAVE_S = 30.0  # for a node to leave after a SIGTERM, on a machine this busy
+LEAVE_S = 120.0  # for a node to leave after a SIGTERM, on a machine that may be very busy
 
 # What a survivor may hold more than before. Connections come and go with restarts, and a connection has a
 # handful of tasks; allocators keep some of what was freed.
@@ -215,6 +215,9 @@ class _Run:
         )
 
     def _harm(self, fault: Fault) -> None:
+        if fault.kind != "vanish" and not self._nodes[fault.target].serves:
+            self._say(f"{fault.at_s:8.1f} s  {fault.kind} {fault.target} spared: it has not come back yet")
+            return
         self._outcome.faults[fault.kind] += 1
         self._say(f"{fault.at_s:8.1f} s  {fault.kind} {fault.target} for {fault.lasts_s:.1f} s")
         self._mends.append((time.monotonic() + fault.lasts_s, fault))

@@ -152,6 +152,7 @@ class NodeProcess(_Process):
         super().__init__(zygote, home)
         self.blocks = blocks
         self.peer_id = load_identity(home).peer_id
+        self._ready_start = 0
         self._listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
         self.address = f"{self._listen}/p2p/{self.peer_id}"
 
@@ -166,10 +167,18 @@ class NodeProcess(_Process):
             argv += ["--bootstrap", address]
         self.start(*argv)
 
+    @property
+    def serves(self) -> bool:
+        """Whether it has become ready since it was last started."""
+        self._ready_start = max(
+            (self.starts for event in self.events() if event["event"] == "ready"), default=self._ready_start
+        )
+        return self._ready_start == self.starts
+
     def wait_ready(self) -> None:
         """Until it serves."""
         deadline = time.monotonic() + START_S
-        while not any(event["event"] == "ready" for event in self.events()):
+        while not self.serves:
             assert self.exit_code is None, f"{self.home.name} ended: {self.said()}"
             assert time.monotonic() < deadline, f"{self.home.name} is not ready: {self.said()}"
             self._zygote.listen(0.1)
