@@ -65,6 +65,18 @@ fuzz: $(TESTABLE)  ## ten minutes of hostile bytes to every decoder, guided by c
 	$(INSTALL) --quiet atheris
 	$(BIN)/python -m tests.fuzz run --duration $(or $(DURATION),600)
 
+matrix: $(TESTABLE)  ## every fault, at every moment, to every hop; writes the table of docs/reliability.md
+	$(BIN)/python -m tests.chaos.matrix --rounds $(or $(ROUNDS),1)
+
+drain: $(TESTABLE)  ## a node that is asked to leave while it serves eight sessions
+	$(BIN)/python -m tests.chaos.drain
+
+soak: $(TESTABLE)  ## 10,000 sessions on one node, 200 at once, and a client that vanishes
+	$(BIN)/python -m tests.chaos.soak
+
+frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest client beside them
+	$(BIN)/python -m tests.chaos.fuzz
+
 docs: $(TESTABLE)  ## write docs/configuration.md anew
 	$(BIN)/python docs/write_configuration.py
 

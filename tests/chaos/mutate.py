@@ -24,9 +24,13 @@ from p2pinfer.node.wire import (
     SESSION_PROTOCOL,
     Attach,
     End,
+    Expect,
+    Filled,
     Message,
     Open,
+    Probe,
     Refused,
+    Relink,
     Result,
     Step,
     Successor,
@@ -76,7 +80,8 @@ def conversations(
     opening = Open(session, revision, 0, num_blocks, 64, "float32")
     row = bytes(4 * hidden_size)
     steps = [Step(number, 0, number, 1, 1) for number in range(3)]
-    chained = Open(session, revision, 0, 2, 64, "float32", None, Successor(peer_id, (address,)))
+    there = Successor(peer_id, (address,))
+    chained = Open(session, revision, 0, 2, 64, "float32", None, there)
     talks: list[tuple[str, list[tuple[Message, bytes]]]] = [
         (SESSION_PROTOCOL, [(opening, b"")]),
         (SESSION_PROTOCOL, [(opening, b""), (steps[0], row)]),
@@ -85,6 +90,12 @@ def conversations(
         (SESSION_PROTOCOL, [(opening, b""), (End(), b"")]),
         (SESSION_PROTOCOL, [(opening, b""), (Refused("busy", "no, you"), b"")]),
         (SESSION_PROTOCOL, [(chained, b"")]),
+        (SESSION_PROTOCOL, [(opening, b""), (steps[0], row), (Expect(peer_id), b"")]),
+        (SESSION_PROTOCOL, [(opening, b""), (Probe(0, 100), b""), (Probe(1), b"")]),
+        (SESSION_PROTOCOL, [(opening, b""), (Relink(0, there, 0, 1, 1, 1, True), b"")]),
+        (SESSION_PROTOCOL, [(opening, b""), (Step(0, 1, 0, 1, 0, replay=1), row)]),
+        (CHAIN_PROTOCOL, [(Attach(session), b""), (Filled(0), b"")]),
+        (CHAIN_PROTOCOL, [(Attach(session), b""), (Probe(0), b"")]),
         (CHAIN_PROTOCOL, [(Attach(session), b"")]),
         (CHAIN_PROTOCOL, [(Attach(session), b""), (steps[0], row)]),
         (CHAIN_PROTOCOL, [(Result(0, 0, 1), row)]),

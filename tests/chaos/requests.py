@@ -45,10 +45,10 @@ def make_requests(count: int = 12) -> list[Request]:
     return requests
 
 
-def history(seed: int | None, tokens: int = 512) -> Request:
+def history(seed: int | None, tokens: int = 512, new_tokens: int = 24) -> Request:
     """One with so many tokens before the first new one; drawn if there is a seed."""
     drawn: dict[str, Any] = {} if seed is None else {"temperature": 0.8, "top_p": 0.95, "seed": seed}
-    return Request(prompt_of(tokenizer(), tokens), GenerationConfig(max_new_tokens=24, **drawn))
+    return Request(prompt_of(tokenizer(), tokens), GenerationConfig(max_new_tokens=new_tokens, **drawn))
 
 
 def expected_ids(requests: list[Request]) -> list[list[int]]:

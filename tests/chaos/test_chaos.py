@@ -13,7 +13,23 @@ from hypothesis import strategies as st
 from p2pinfer.node.identity import new_identity
 
 from .chaos import CLIENTS, SPANS, SURVIVORS, run_chaos
+from .drain import run_drain
 from .fuzz import run_fuzz
+from .matrix import (
+    BEGIN,
+    END,
+    FAULTS,
+    MOMENTS,
+    PROMISED_S,
+    SEED,
+    VICTIMS,
+    Case,
+    Run,
+    cases,
+    run_matrix,
+    shortcomings,
+    write,
+)
 from .mutate import conversations, mutate
 from .schedule import GAP_S, KINDS, MOST_AT_ONCE, RECOVERY_S, Fault, plan_faults
 from .soak import run_soak
@@ -87,3 +103,45 @@ def test_what_is_mutated_is_never_what_it_was(seed: int) -> None:
     for talk in talks:
         for frame in talk.frames:
             assert mutate(frame, rng) != frame.encode()
+
+
+@pytest.mark.slow
+def test_a_node_with_eight_sessions_leaves_unnoticed(tmp_path: Path) -> None:
+    """How long a token may take is for a quiet machine to say: `make drain`."""
+    outcome = run_drain(tmp_path, most_stalled_s=10.0)
+    assert outcome.failures == [], outcome.report()
+    assert outcome.failovers == 0
+
+
+@pytest.mark.slow
+def test_a_hop_that_dies_or_freezes_changes_no_token() -> None:
+    chosen = [
+        Case("kill -9", "at prefill", "first hop", SEED),
+        Case("kill -9", "between steps", "two hops"),
+        Case("kill -9", "inside a step", "a hop and its replacement", SEED),
+        Case("SIGSTOP", "inside a step", "last hop"),
+    ]
+    runs = run_matrix(("kill -9", "SIGSTOP"), 1, chosen=chosen)
+    assert [run.why for run in runs] == [""] * 4, runs
+    assert all(run.failovers >= 1 for run in runs)
+
+
+def test_every_fault_comes_at_every_moment_to_every_hop(tmp_path: Path) -> None:
+    every = list(cases(FAULTS, 2))
+    assert len(every) == 2 * len(FAULTS) * len(MOMENTS) * len(VICTIMS) == 180
+    assert {(case.fault, case.seed) for case in every} == {
+        (fault, seed) for fault in FAULTS for seed in (None, SEED)
+    }
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    runs = [Run(case, float(index), 1, "wrong" * (index == 4)) for index, case in enumerate(every)]
+    write(document, runs)
+    text = document.read_text()
+    assert "old" not in text
+    assert "| kill -9 | first hop | 45.00 (90.00) | 46.00 (91.00) | 47.00 (92.00) |" in text
+    assert "| kill -9 | middle hop | 48.00 (93.00) | 94.00; 1 failed | 50.00 (95.00) |" in text
+    assert "180 generations, 179 of them with the ids that transformers gives." in text
+    assert len(shortcomings(runs)) == 1 + len(PROMISED_S)
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="lacks"):
+        write(document, runs)
