@@ -4,8 +4,9 @@
     python benchmarks/receipts.py --hidden 8192 --steps 4000
 
 A step is sent to a real hop whose blocks compute nothing and waited for; `with` hashes, signs and keeps
-evidence, `without` does neither. `check` is what the client's thread spends on a step of one hop: signature,
-chain, links. `loop` is the longest that hashing a prompt's chunk of 1024 tokens kept the event loop.
+evidence, `without` does neither. `added cpu` is the event loop's processor time, which depends less on what
+else the machine does. `check` is what the client's thread spends on a step of one hop.
+`loop` is the longest that hashing a prompt's chunk of 1024 tokens kept the event loop.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenera
 
 async def walk(
     hop: Any, client: FrameStream, rows: Tensor, steps: int, first: int
-) -> tuple[float, list[Any]]:
-    """Seconds a step, and what went through."""
+) -> tuple[float, float, list[Any]]:
+    """Seconds a step, those of the event loop's processor, and what went through."""
     hops = (Hop("hop", BlockSpan(0, 1)),)
     passed: list[PassedStep] = []
     spent: list[float] = []
+    began = time.thread_time()
     for number in range(first, first + steps):
         payload = bytes(encode_hidden(rows, "bfloat16"))
         started = time.perf_counter()
@@ -102,7 +104,7 @@ async def walk(
         spent.append(time.perf_counter() - started)
         assert isinstance(message, Result)
         passed.append(PassedStep(step, hops, payload, got, message.receipts))
-    return median(spent), passed
+    return median(spent), (time.thread_time() - began) / steps, passed
 
 
 async def longest_pause(hop: Any, client: FrameStream, rows: Tensor, number: int) -> float:
@@ -129,6 +131,7 @@ async def contest(hidden: int, steps: int) -> dict[str, Any]:
     identity = new_identity()
     one, chunk = torch.randn(1, hidden), torch.randn(1024, hidden)
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    cpu: dict[bool, list[float]] = {True: [], False: []}
     checks: list[float] = []
     pauses: dict[bool, float] = {}
     async with (
@@ -137,8 +140,9 @@ async def contest(hidden: int, steps: int) -> dict[str, Any]:
     ):
         for turn in range(ROUNDS):
             for receipts, (hop, client) in ((True, loud), (False, silent)):
-                spent, passed = await walk(hop, client, one, steps, turn * steps)
+                spent, used, passed = await walk(hop, client, one, steps, turn * steps)
                 seconds[receipts].append(spent)
+                cpu[receipts].append(used)
                 if receipts:
                     book = ReceiptBook(SESSION, REVISION, "bfloat16", lambda _, *rest: check(identity, *rest))
                     for each in passed:
@@ -154,6 +158,7 @@ async def contest(hidden: int, steps: int) -> dict[str, Any]:
         "with ms": round(median(seconds[True]) * 1e3, 4),
         "without ms": round(median(seconds[False]) * 1e3, 4),
         "added ms": round(median(added), 4),
+        "added cpu ms": round((median(cpu[True]) - median(cpu[False])) * 1e3, 4),
         "check ms": round(median(checks) * 1e3, 4),
         "loop ms": round(pauses[True], 2),
         "loop without ms": round(pauses[False], 2),
