@@ -147,7 +147,8 @@ class Bench:
             why = why or "it was over before"
         elif ended["ids"] != expected(case.seed):
             why = why or f"wrong ids {ended['ids']}"
-        return Run(case, (next_at or 0.0) - (harmed_at or 0.0), ended["failovers"], why)
+        stall_s = 0.0 if harmed_at is None or next_at is None else next_at - harmed_at
+        return Run(case, stall_s, ended["failovers"], why)
 
     def _write(self, line: str) -> None:
         assert self._client.stdin is not None
