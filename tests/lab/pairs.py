@@ -207,7 +207,7 @@ def leave(commands: Sequence[Command] | Any) -> None:
 def measure(commands: Commands, runs: int, kinds: Sequence[str], before: Sequence[Run] = ()) -> Iterator[Run]:
     """Run every pair of these kinds in both roles until it has `runs` runs, those of `before` included."""
     bench = Bench(commands, kinds)
-    had = Counter((run.role, run.left, run.right) for run in before)
+    had: Counter[tuple[Role, str, str]] = Counter((run.role, run.left, run.right) for run in before)
     for number in range(1, runs + 1):
         bench.is_wanted = partial(_lacks, had, number)
         for run in chain(bench.client_rounds(), bench.hop_rounds()):

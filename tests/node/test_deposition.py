@@ -36,7 +36,8 @@ def deposition_of(steps: Sequence[tuple[int, Tensor, Tensor]]) -> Deposition:
 
 
 def shape_of(history: History) -> tuple[list[float], list[float], tuple[int, ...]]:
-    return history.inputs[:, 0].tolist(), history.outputs[:, 0].tolist(), history.positions
+    inputs, outputs = ([float(row[0]) for row in rows] for rows in (history.inputs, history.outputs))
+    return inputs, outputs, history.positions
 
 
 def test_steps_follow_each_other() -> None:

@@ -82,7 +82,7 @@ def test_pubsub_py_guards_what_pubsub_runs_as_tasks() -> None:
 
 
 def test_pubsub_py_mends_a_greeting_that_is_late_and_saves_what_frames_cost() -> None:
-    greeting = source(Pubsub._handle_new_peer)
+    greeting = source(Pubsub._handle_new_peer)  # pyright: ignore[reportPrivateUsage]
     assert greeting.index("self.get_hello_packet()") < greeting.index("self.peers[peer_id] = stream")
     assert "await self.router.join(topic_id)" in source(Pubsub.subscribe)
     assert "if topic in self.mesh:\n            return" in source(GossipSub.join)
