@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import signal
 import sys
@@ -30,6 +31,7 @@ from .vitals import Vitals, describe, read_vitals
 STEP_GAP_S = 0.02  # between the honest client's steps, lest it be the one that is in the way
 WARM_UP_FRAMES = 500  # so that what is imported and cached on first use does not count as growth
 MORE_MIB = 48.0
+MORE_TASKS = 4
 QUIET_S = 40.0  # until what was half open has timed out
 PATIENCE_S = 120.0
 
@@ -112,7 +114,7 @@ async def _under_attack(
 
         result = await _attack(node, client, frames, rate, seed, generate)
         seconds = time.monotonic() - began
-        after = await _settled(node)
+        after = await _settled(node, before.tasks + MORE_TASKS)
     return Outcome(
         result["frames"],
         result["turned_away"],
@@ -183,12 +185,17 @@ async def _attack(
     return result
 
 
-async def _settled(node: NodeProcess) -> Vitals:
-    """What the node holds when nothing but the honest client's connection is left, or it takes too long."""
+async def _settled(node: NodeProcess, tasks: float = math.inf) -> Vitals:
+    """What the node holds when nothing but the honest client's connection is left, or it takes too long.
+
+    Args:
+        tasks: Wait for no more than these, too: a handler may outlive its connection until it times out.
+    """
     deadline = time.monotonic() + QUIET_S
     while True:
         vitals = await trio.to_thread.run_sync(read_vitals, node.pid, node.home / "vitals.json")
-        if (vitals.sessions == 0 and vitals.connections == 1) or time.monotonic() > deadline:
+        is_quiet = vitals.sessions == 0 and vitals.connections == 1 and vitals.tasks <= tasks
+        if is_quiet or time.monotonic() > deadline:
             return vitals
         await trio.sleep(1.0)
 
@@ -203,7 +210,10 @@ def _judge(outcome: Outcome, exit_code: int, said: str, most_slowed: float) -> N
         (after.rss_mib > before.rss_mib + MORE_MIB, "the node holds more memory than before"),
         (after.threads > before.threads + 2, "the node has more threads than before"),
         (after.descriptors > before.descriptors + 1, "the node holds more descriptors than before"),
-        (after.tasks > before.tasks + 4, f"the node has more tasks than before: {after.more_doing(before)}"),
+        (
+            after.tasks > before.tasks + MORE_TASKS,
+            f"the node has more tasks than before: {after.more_doing(before)}",
+        ),
         (after.streams > before.streams + 2, "the node holds more streams than before"),
         (after.sessions > 0, "the node holds sessions of nobody"),
     ]
