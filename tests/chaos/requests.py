@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -68,8 +69,19 @@ def _continue(model: Any, request: Request) -> list[int]:
     sampler = Sampler(SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed or 0))
     ids = tokenizer().encode(request.prompt)
     new: list[int] = []
+    fed, kept = ids, _empty_cache(model)
     while len(new) < config.max_new_tokens and not (new and new[-1] in tokenizer().eos_ids):
         with torch.inference_mode():
-            output = model(torch.tensor([ids + new]), use_cache=False, logits_to_keep=1)
+            output = model(torch.tensor([fed]), use_cache=True, logits_to_keep=1, **kept)
         new.append(sampler.pick(output.logits[0, -1].float(), len(ids) + len(new)))
+        fed = new[-1:]
     return new
+
+
+def _empty_cache(model: Any) -> dict[str, Any]:
+    """A cache under the name that this release of transformers has for it."""
+    from transformers import DynamicCache
+
+    cache_type: Any = DynamicCache
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache_type(config=model.config)}
