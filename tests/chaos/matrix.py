@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any, Final
 
 from ..lab.namespaces import why_not
+from ..lab.table import put_between
 from .processes import ROOT
 from .requests import expected_ids, history
 from .stages import SPANS, Internet, Loopback, Stage, open_internet, open_loopback
@@ -260,12 +261,7 @@ def write(document: Path, runs: Sequence[Run]) -> None:
     Raises:
         ValueError: The document lacks the marks.
     """
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document} lacks {BEGIN} or {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{render(runs)}\n\n{END}{after}", encoding="utf-8")
+    put_between(document, BEGIN, END, f"\n{render(runs)}\n")
 
 
 def main() -> int:

@@ -149,9 +149,17 @@ def write(document: Path, runs: Sequence[Run]) -> None:
     Raises:
         ValueError: The document lacks the marks.
     """
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document} lacks {BEGIN} or {END}")
-    document.write_text(f"{before}{BEGIN}\n\n{render(runs)}\n{END}{after}", encoding="utf-8")
+    put_between(document, BEGIN, END, f"\n{render(runs)}")
+
+
+def put_between(document: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two lines of a document.
+
+    Raises:
+        ValueError: The document lacks one of them.
+    """
+    before, has_begin, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise ValueError(f"{document} lacks {begin} or {end}")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
