@@ -38,6 +38,7 @@ from contest import (
 )
 
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.verifier import AuditConfig
 
 PROMPT = 32
 
@@ -95,7 +96,8 @@ async def be_client(folder: str, dtype: str, device: str, tokens: str, *addrs: s
     torch.set_num_threads(1)
     ids = prompt_ids(PROMPT)
     config = ClientConfig(dtype=dtype, device=device, find_timeout_s=60)
-    async with Client(model=folder, bootstrap=addrs, config=config) as client:
+    audit = AuditConfig(rate=0.0)  # see `open_swarm`
+    async with Client(model=folder, bootstrap=addrs, config=config, audit=audit) as client:
         warm = False
         while not warm or await trio.to_thread.run_sync(sys.stdin.readline):
             async with open_walk(client, PROMPT + int(tokens)) as walk:

@@ -33,6 +33,7 @@ from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.session import Session
+from p2pinfer.verifier import AuditConfig
 
 SHAPES: dict[str, dict[str, int]] = {
     "512x8": {
@@ -143,11 +144,16 @@ def evenly(blocks: int, hops: int) -> list[BlockSpan]:
 async def open_swarm(
     folder: Path, spans: Sequence[BlockSpan], dtype: str, device: str = "cpu", threads: int = 1
 ) -> AsyncGenerator[Client]:
-    """A client of one node process per span, with so many torch threads each."""
+    """A client of one node process per span, with so many torch threads each.
+
+    It audits nobody. Audits come after a session, so they would run beside whatever is timed next, local
+    transformers included: three prefills of what went before. What they cost is for `liars.py` to say.
+    """
     client = Client(
         model=str(folder),
         host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
         config=ClientConfig(dtype=dtype, device=device, find_timeout_s=60),
+        audit=AuditConfig(rate=0.0),
     )
     compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=CACHE_BYTES[device])
     async with client:

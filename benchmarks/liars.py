@@ -11,12 +11,14 @@ there from the beginning, one joins through an honest node when all is over.
 A token is corrupted if a hop computed for it that lied in that session. It shows as wrong if the published
 model in float32 gives another one a lead of more than 0.1. Extra compute is the processor time of everything
 that would not be done without audits: running spans again here and at the bystander's, and at nodes that are
-asked for a second opinion. It is held against the processor time of the nodes.
+asked for a second opinion. It is held against the processor time of the nodes. What an opinion costs a node,
+a session of one step, is measured by asking for some such sessions at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -49,6 +51,7 @@ from p2pinfer.verifier import AuditConfig, LocalVerifier
 
 SPANS = ("0:3", "3:5", "5:8")
 LEAD = 0.1
+ASKED_FOR_PRICE = 10
 OPENINGS = (
     "Once upon a time, there was a {} who",
     "One day, a {} found a",
@@ -76,6 +79,7 @@ class NodeProcess:
     addrs: tuple[str, ...] = ()
     ready: trio.Event = field(default_factory=trio.Event)
     tokens: dict[str, int] = field(default_factory=dict)  # computed, by client
+    sessions: dict[str, int] = field(default_factory=dict)  # the same
 
     def cpu_s(self) -> float:
         times = psutil.Process(self.process.pid).cpu_times()
@@ -95,6 +99,7 @@ class NodeProcess:
                 elif event["event"] == "session_closed":
                     client = event["peer_id"]
                     self.tokens[client] = self.tokens.get(client, 0) + event["tokens"]
+                    self.sessions[client] = self.sessions.get(client, 0) + 1
         if not self.ready.is_set():
             raise RuntimeError(f"the node for blocks {self.span} ended before it served")
 
@@ -217,6 +222,16 @@ async def generate_all(
     return told
 
 
+async def price_of_opinion(client: Client, nodes: Sequence[NodeProcess]) -> float:
+    """Processor seconds of a node for a session of one step, about as long as the generations were."""
+    before, hops = sum(node.cpu_s() for node in nodes), 0
+    for _ in range(ASKED_FOR_PRICE):
+        generation = client.generate(" ".join(OPENINGS[:4]).format(*HEROES), max_new_tokens=1)
+        async for _ in generation:
+            hops += len(generation.result.route)
+    return (sum(node.cpu_s() for node in nodes) - before) / hops
+
+
 def count_wrong(told: Sequence[Told]) -> list[int]:
     """Tokens of each generation that the published model would not have chosen, by a clear lead."""
     checkpoint = open_checkpoint(Path(p2pinfer.models.__path__[0], BUNDLED_MODEL), BUNDLED_MODEL)
@@ -255,10 +270,13 @@ async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: floa
                 seconds, client_s = time.perf_counter() - started, time.process_time() - client_before
                 spent = [node.cpu_s() - was for node, was in zip(nodes, before, strict=True)]
                 others = [await early.ask()]
+            opinions = sum(sum(node.sessions.values()) for node in nodes)
+            opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
+            opinions_s = opinions * await price_of_opinion(client, nodes)
             addrs = nodes[-1].addrs
             async with open_bystander(home / "late", len(cheats), addrs) as late:
                 others.append(await late.ask())
-        return summary(client, nodes, told, verifier, spent, client_s, seconds, others)
+        return summary(client, nodes, told, verifier, spent, opinions_s, client_s, seconds, others)
 
 
 def summary(
@@ -267,6 +285,7 @@ def summary(
     told: Sequence[Told],
     verifier: LocalVerifier,
     spent: Sequence[float],
+    opinions_s: float,
     client_s: float,
     seconds: float,
     others: Sequence[dict[str, Any]],
@@ -276,10 +295,7 @@ def summary(
     lengths = [len(each.result.token_ids) for each in told]
     wrong = count_wrong(told)
     lied_to = [length if each.liars else 0 for each, length in zip(told, lengths, strict=True)]
-    # Tokens of others than the client are second opinions; each is taken to cost what any other one does.
     own = sum(node.tokens.get(client.member.peer_id, 0) for node in nodes)
-    asked = sum(sum(node.tokens.values()) for node in nodes) - own
-    opinions_s = sum(spent) * asked / max(1, own + asked)
     bystanders_s = sum(other["spent_s"] for other in others)
     extra_s = verifier.spent_s + bystanders_s + opinions_s
     serving_s = sum(spent) - opinions_s
@@ -323,6 +339,7 @@ def main() -> None:
     parser.add_argument("--audit-rate", type=float, help="the adaptive one by default")
     parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    gc.freeze()  # as the command line does; there is more of it here, since transformers is imported
     if options.stand_by:
         home, bans, *addrs = options.stand_by
         trio.run(stand_by, Path(home), int(bans), addrs)

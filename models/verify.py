@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint
 from .config import ComputeConfig
 from .deviation import ChunkDeviation, Deviation, LogitDeviation
 from .ends import Ends, load_ends
+from .layers import padded_rows
 from .noise_floor import NoiseFloor, measure_floor, shared_part
 from .progress import Progress
 from .runner import Chunk, SpanRunner, open_runner
@@ -32,7 +33,6 @@ from .spec import ModelSpec
 
 CHUNK_TOKENS = 32
 _PIECE_TOKENS = 512  # run at once
-_ROWS = 32  # tokens run are a multiple of it
 _LOGIT_TOKENS = 64  # whose logits are held at once
 _TOP_TOKENS = 20
 _LEAST_LOGIT_FLOOR = 0.3  # of its median, as the least divisor
@@ -237,11 +237,12 @@ def compare(
 def run_session(runner: SpanRunner, hidden: Tensor, span: BlockSpan | None = None) -> Tensor:
     """(tokens, hidden_size) in, the same out in float32, in a session of its own.
 
-    The end is filled up, which changes nothing before it: oneDNN makes kernels for every number of rows that
-    it has not seen, and 40 tokens through 3 blocks took 25 ms with that, 15 without.
+    The end is filled up as products fill up theirs, which changes nothing before it: oneDNN makes kernels
+    for every number of rows that it has not seen, those of stepwise attention too, and 40 tokens through 3
+    blocks took 25 ms with that, 15 without.
     """
     tokens = len(hidden)
-    hidden = torch.cat([hidden, hidden[-1:].expand(-tokens % _ROWS, -1)])
+    hidden = torch.cat([hidden, hidden[-1:].expand(padded_rows(tokens) - tokens, -1)])
     lease = runner.cache.reserve(len(hidden))
     try:
         outputs: list[Tensor] = []

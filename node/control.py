@@ -26,6 +26,7 @@ from .hop import HopSession, Refusal
 from .host import Host
 from .link import Link
 from .replay import ReplayGap
+from .stream import PeerStream
 from .wire import (
     CHAIN_PROTOCOL,
     Alive,
@@ -107,13 +108,18 @@ class SessionControl:
                     await self._read()
 
     async def _read(self) -> None:
-        """Until the client says `End`."""
+        """Until the client says `End`, on whatever stream it goes on."""
+        while True:
+            with trio.CancelScope() as self._session.reading:
+                return await self._read_from(self._session.control)
+
+    async def _read_from(self, control: FrameStream) -> None:
         session = self._session
         while True:
-            message, payload = await session.control.receive()
+            message, payload = await control.receive()
             match message:
                 case Step() if session.opening.predecessor is None:
-                    session.accept(message, payload, session.control)
+                    session.accept(message, payload, control)
                 case Expect():
                     session.expect(message.predecessor)
                     self._on_expect()
@@ -152,31 +158,35 @@ class SessionControl:
                             await link.end()
 
     async def _link_to(self, successor: Successor) -> Link:
-        frames, is_relayed = await self._attach(successor)
-        link = Link(frames, self._session.pass_on, is_relayed=is_relayed)
+        with self._reaching(successor.peer_id):
+            stream = await self._host.open_stream(successor.peer_id, CHAIN_PROTOCOL, successor.addrs)
+            return await self._attach(stream)
+
+    async def _attach(self, stream: PeerStream) -> Link:
+        """A link over this stream to a successor that has agreed to take our steps."""
+        chain = FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id)
+        try:
+            await chain.send(Attach(self._session.opening.session))
+            reply, _ = await chain.receive()
+            if not isinstance(reply, Attached):
+                raise PeerRefused(f"it answered {reply}", stream.peer_id)
+        except BaseException:
+            await stream.reset()
+            raise
+        link = Link(chain, self._session.pass_on, is_relayed=stream.is_relayed)
         self._nursery.start_soon(self._watch, link)
         return link
 
-    async def _attach(self, successor: Successor) -> tuple[FrameStream, bool]:
-        """A chain stream to `successor`, which has agreed to take our steps; whether a relay carries it."""
-        peer_id = successor.peer_id
+    @contextmanager
+    def _reaching(self, peer_id: str) -> Generator[None]:
+        """What goes wrong inside, or takes too long, is a successor that cannot be reached."""
         try:
             with trio.fail_after(self._config.dial_timeout_s):
-                stream = await self._host.open_stream(peer_id, CHAIN_PROTOCOL, successor.addrs)
-                chain = FrameStream(stream, max_payload_bytes=0, peer_id=peer_id)
-                try:
-                    await chain.send(Attach(self._session.opening.session))
-                    reply, _ = await chain.receive()
-                    if not isinstance(reply, Attached):
-                        raise PeerRefused(f"it answered {reply}", peer_id)
-                except BaseException:
-                    await stream.reset()
-                    raise
+                yield
         except (PeerError, trio.TooSlowError) as exc:
             # What happened at which address is for our own log: a client could scan our network with it.
             logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
             raise Refusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
-        return chain, stream.is_relayed
 
     async def _leave_relays(self) -> None:
         """Move the link to a direct connection as soon as there is one."""
@@ -193,23 +203,34 @@ class SessionControl:
 
     async def _move(self, link: Link) -> bool:
         """Move a link; False if it stays where it is."""
-        session, began_at = self._session, trio.current_time()
-        async with session.pausing:
-            if session.link is not link or not await link.probe(MOVE_S):
+        session = self._session
+        try:
+            with self._reaching(link.peer_id):
+                stream = await self._host.open_stream(link.peer_id, CHAIN_PROTOCOL)
+            if not await self._move_to(stream, link):
+                await stream.reset()
                 return False
-            try:
-                fresh = await self._link_to(Successor(link.peer_id))
-            except Refusal as exc:
-                logger.debug("session.not_moved peer=%s why=%s", link.peer_id, exc)
-                if session.link is None:  # the successor had let go of the former one already
-                    await session.refuse("successor_vanished", str(exc), link.peer_id)
-                return False
-            session.move(fresh)
-        pause_ms = (trio.current_time() - began_at) * 1e3
-        logger.debug("session.moved peer=%s pause_ms=%.0f", link.peer_id, pause_ms)
+        except Refusal as exc:
+            logger.debug("session.not_moved peer=%s why=%s", link.peer_id, exc)
+            if session.link is None:  # the successor had let go of the former one already
+                await session.refuse("successor_vanished", str(exc), link.peer_id)
+            return False
         self._host.counts.add("upgrades")
         await link.aclose()
         return True
+
+    async def _move_to(self, stream: PeerStream, link: Link) -> bool:
+        """Nothing is sent on meanwhile: for a round trip on each of the two connections."""
+        session = self._session
+        async with session.pausing:
+            began_at = trio.current_time()
+            if session.link is not link or not await link.probe(MOVE_S):
+                return False
+            with self._reaching(link.peer_id):
+                session.move(await self._attach(stream))
+            pause_ms = (trio.current_time() - began_at) * 1e3
+            logger.debug("session.moved peer=%s pause_ms=%.0f", link.peer_id, pause_ms)
+            return True
 
     async def _watch(self, link: Link) -> None:
         try:

@@ -36,9 +36,22 @@ from .link import Link
 from .notary import Notary
 from .replay import ReplayLog
 from .tensors import check_finite, encode_hidden, view_hidden
-from .wire import Bill, Filled, FrameStream, Leaving, Open, RefusalCode, Refused, Result, Step, printable
+from .wire import (
+    Bill,
+    Filled,
+    FrameStream,
+    Leaving,
+    Moved,
+    Open,
+    RefusalCode,
+    Refused,
+    Result,
+    Step,
+    printable,
+)
 from .worker import Done, Job, Worker
 
+_FAREWELL_S: Final = 1.0  # for the end of a stream that the client has left
 _MAX_PREDECESSORS: Final = 3  # expected at once: one that feeds us, one that is to, one given up meanwhile
 
 
@@ -87,6 +100,7 @@ class HopSession:
         self.opening = opening
         self.client_id = client_id
         self.control = control
+        self.reading = trio.CancelScope()  # around whoever reads `control`
         self.link: Link | None = None
         self.standby: Link | None = None
         self.pausing = trio.Lock()  # held while a step is sent on, and while none may be
@@ -114,6 +128,7 @@ class HopSession:
         self._is_spoilt = False  # a step came whose values are not finite
         self._ended = False
         self._closed = False
+        self._left = trio.Event()  # set when `control` is used no more
         self._scopes: list[trio.CancelScope] = []
         self._outbox_in, self._outbox_out = trio.open_memory_channel[_Output](config.max_steps_in_flight)
 
@@ -360,6 +375,25 @@ class HopSession:
             PeerVanished: The client is gone.
         """
         await self.control.send(Refused(code, printable(message), about_peer))
+
+    async def go_on_at(self, control: FrameStream) -> None:
+        """Talk with the client on another stream of its; returns when that is used no more.
+
+        Raises:
+            PeerVanished: The new stream broke at once; the session is where it was.
+        """
+        await control.send(Moved())
+        former, self.control = self.control, control
+        self.reading.cancel()
+        self.leave()
+        left = self._left = trio.Event()
+        with trio.move_on_after(_FAREWELL_S):
+            await former.end()
+        await left.wait()
+
+    def leave(self) -> None:
+        """Nothing will be said on `control` any more."""
+        self._left.set()
 
     async def say_leaving(self, seconds: float) -> None:
         """Tell the client that this hop is there for so many seconds more; quiet if the client is gone."""

@@ -42,6 +42,7 @@ from .wire import (
     End,
     FrameStream,
     Message,
+    Move,
     Open,
     Opened,
     Pace,
@@ -138,6 +139,9 @@ class SpanServer:
         control = self._frames(stream)
         async with aclosing(stream):
             opening = await self._first_message(control)
+            if isinstance(opening, Move):
+                await self._move_client(opening, control)
+                return
             if not isinstance(opening, Open):
                 raise ProtocolViolation(
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
@@ -153,6 +157,17 @@ class SpanServer:
                 return
             control.max_payload_bytes = self._largest_payload
             await self._run(session)
+
+    async def _move_client(self, move: Move, control: FrameStream) -> None:
+        """Let a client go on with its session on this stream, a direct one most likely."""
+        session = self._sessions.get(move.session)
+        if session is None or session.client_id != control.peer_id:
+            with trio.move_on_after(_FAREWELL_S):
+                await control.send(Refused("no_session", "you have no such session here"))
+                await control.end()
+            return
+        control.max_payload_bytes = self._largest_payload
+        await session.go_on_at(control)
 
     def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
         served, config = self._served, self._config
@@ -248,6 +263,7 @@ class SpanServer:
                 with suppress(PeerVanished):
                     await session.refuse(refusal.code, str(refusal), refusal.about_peer)
             await session.control.end()
+        session.leave()
 
     def _opened(self) -> Opened:
         config = self._config

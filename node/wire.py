@@ -94,6 +94,19 @@ class Opened(_Message, frozen=True, tag="opened"):
     max_bytes_in_flight: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = 64 << 20  # of their hidden states
 
 
+class Move(_Message, frozen=True, tag="move"):
+    """Client to hop, first on a session stream: a session of mine goes on here instead of where it began.
+
+    Sent while none of its steps is under way. The hop answers `Moved` and says `End` on the former stream.
+    """
+
+    session: SessionId
+
+
+class Moved(_Message, frozen=True, tag="moved"):
+    """Hop to client: go on."""
+
+
 class Attach(_Message, frozen=True, tag="attach"):
     """Predecessor to hop, first on a chain stream: what follows belongs to this session."""
 
@@ -228,6 +241,8 @@ class End(_Message, frozen=True, tag="end"):
 Message: TypeAlias = (
     Open
     | Opened
+    | Move
+    | Moved
     | Attach
     | Attached
     | Step

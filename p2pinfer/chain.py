@@ -82,7 +82,7 @@ class Chain:
         self.hops: list[HopStream] = []
         self.epoch = 0
         self.recall: Recall | None = None
-        self._host = host
+        self.host = host
         self._nursery = nursery
         self._config = config
         self._listener = listener
@@ -304,7 +304,7 @@ class Chain:
     async def _open_hops(self, openings: Sequence[Open], route: Route, within_s: float) -> list[HopStream]:
         hops = {hop.span.start: hop for hop in route.hops}
         opened = await open_hops(
-            self._host,
+            self.host,
             [(hops[opening.start], opening) for opening in openings],
             route,
             max_payload_bytes=self._config.chunk_tokens

@@ -1,7 +1,8 @@
 """A client's stream to one hop of its session, and how many of them are opened at once.
 
 One task reads the stream. Answers go to whoever asked; results, refusals and goodbyes to a listener. When the
-stream ends, whoever waits for an answer is told why.
+stream ends, whoever waits for an answer is told why. A session can move to another stream, a direct one where
+the first went through a relay: what follows is sent there, and read there once the hop has ended the former.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from p2pinfer.node.link import ReplayWindow
 from p2pinfer.node.wire import (
     SESSION_PROTOCOL,
     Alive,
+    End,
     Expect,
     Filled,
     FrameStream,
     Leaving,
+    Message,
+    Move,
+    Moved,
     Open,
     Opened,
     Probe,
@@ -46,6 +51,7 @@ from p2pinfer.routing.route import Hop, Route
 
 from .agreed import Agreed
 
+_FORMER_S: Final = 1.0  # for what is still to come on a stream that was left, lest that is dead
 _SUCCESSORS_SHARE: Final = 0.8  # of the time for a sign of life, for one of the hop behind
 
 
@@ -79,13 +85,18 @@ class _Answer:
 class HopStream:
     """One hop that has opened the session. `watch` runs for as long as it is used."""
 
-    def __init__(self, hop: Hop, opened: Opened, frames: FrameStream) -> None:
+    def __init__(self, hop: Hop, opened: Opened, frames: FrameStream, *, is_relayed: bool = False) -> None:
         self.hop = hop
         self.opened = opened
+        self.is_relayed = is_relayed
         self.peer_id = hop.peer_id
         self.lost = trio.Event()
         self.error: PeerError | None = None  # why it is lost
-        self._frames = frames
+        self._frames = frames  # to send on
+        self._read_from = frames
+        self._reading = trio.CancelScope()
+        self._settled = trio.Event()  # whether the session moves or not
+        self._settled.set()
         self._window = ReplayWindow()
         self._answers: dict[int, _Answer] = {}
         self._asked = 0
@@ -222,12 +233,49 @@ class HopStream:
             del self._answers[number]
         return answer.alive
 
+    async def move(self, session: bytes, frames: FrameStream) -> None:
+        """Go on with the session on another stream to the hop, which no step must be under way to.
+
+        Raises:
+            PeerError: The hop does not agree, or is gone; if it does not say so, the former stream tells.
+        """
+        self._settled = trio.Event()
+        try:
+            await frames.send(Move(session))
+            match (await frames.receive())[0]:
+                case Moved():
+                    frames.max_payload_bytes = self._frames.max_payload_bytes
+                    self._frames = frames
+                    self._reading.deadline = trio.current_time() + _FORMER_S
+                    self.is_relayed = False
+                case other:
+                    raise PeerRefused(f"answered {type(other).__name__}", self.peer_id, "no_session")
+        finally:
+            self._settled.set()
+
+    async def _receive(self) -> tuple[Message, bytearray]:
+        """The next message; after the last one of a stream that the session has left, those of the next."""
+        while True:
+            error: PeerError = ProtocolViolation("End in the middle of a session", self.peer_id)
+            try:
+                with trio.CancelScope() as self._reading:
+                    message, payload = await self._read_from.receive()
+                    if not isinstance(message, End):
+                        return message, payload
+            except PeerVanished as exc:
+                error = exc
+            await self._settled.wait()
+            if self._read_from is self._frames:
+                raise error
+            former, self._read_from = self._read_from, self._frames
+            await former.aclose()
+
     async def watch(self, listener: Listener) -> None:
         """Read the stream to its end."""
         try:
             with self._scope:
                 while True:
-                    message, payload = await self._frames.receive()
+                    message, payload = await self._receive()
                     match message:
                         case Result():
                             listener.on_result(self, message, payload)
@@ -286,6 +334,7 @@ async def open_hops(
         PeerError: A hop could not be reached or refused; nothing stays open.
     """
     streams: dict[int, FrameStream] = {}
+    relayed: set[int] = set()
     ready: dict[int, Opened] = {}
     failures: list[PeerError] = []
 
@@ -294,6 +343,8 @@ async def open_hops(
             stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs)
             frames = FrameStream(stream, max_payload_bytes=max_payload_bytes, peer_id=hop.peer_id)
             streams[index] = frames
+            if stream.is_relayed:
+                relayed.add(index)
             await frames.send(opening)
             match (await frames.receive())[0]:
                 case Opened() as opened:
@@ -321,7 +372,10 @@ async def open_hops(
     except BaseException:
         await end_all(list(streams.values()))
         raise
-    return [HopStream(hop, ready[index], streams[index]) for index, (hop, _) in enumerate(openings)]
+    return [
+        HopStream(hop, ready[index], streams[index], is_relayed=index in relayed)
+        for index, (hop, _) in enumerate(openings)
+    ]
 
 
 def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:

@@ -21,8 +21,8 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -47,6 +47,7 @@ from .failover import Faults, Replanner
 from .hop_stream import HopStream, end_all, refusal_error
 from .receipts import PassedStep, ReceiptBook
 from .slowness import Slowness
+from .upgrade import leave_relays
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ class Session:
         self._progress_at = 0.0  # when something last came or went
         self._watchdog = trio.CancelScope()
         self._auditor = trio.CancelScope()
+        self._upgrading = trio.CancelScope()
         self._receipts_due = trio.Event()
         self._on_closed = on_closed
         self._closed = False
@@ -271,6 +273,7 @@ class Session:
         self._watchdog.cancel()
         self._auditor.cancel()
         self._improving.cancel()
+        self._upgrading.cancel()
         self._results_in.close()
         if not self._closed:
             self._closed = True
@@ -331,6 +334,17 @@ class Session:
                 await self._receipts_due.wait()
                 self._receipts_due = trio.Event()
                 await self.settle()
+
+    async def leave_relays(self) -> None:
+        """Have the streams to hops move to direct connections that come up, until the session is closed."""
+        with self._upgrading:
+            await leave_relays(self.chain.host, self.session_id, lambda: [*self.chain.hops], self._quiet)
+
+    @asynccontextmanager
+    async def _quiet(self) -> AsyncGenerator[None]:
+        """No step is under way meanwhile, and nobody is replaced."""
+        async with self._handing_over, self._turn:
+            yield
 
     async def settle(self) -> PeerError | None:
         """Check every receipt that has come; returns what is wrong with one, or None."""
@@ -559,7 +573,7 @@ async def open_session(
     """Open a session on every hop of `route` at once.
 
     Args:
-        nursery: Runs one small reader task per hop, and one more, until the session is closed.
+        nursery: Runs one small reader task per hop, and a few more, until the session is closed.
         max_tokens: How many positions every hop is to reserve.
         replanner: Whom to ask for others when a hop fails; None lets the session end with it.
         shunned: Peers that are not to be among those others.
@@ -584,6 +598,7 @@ async def open_session(
     )
     await session.chain.open(route)
     nursery.start_soon(session.keep_watch)
+    nursery.start_soon(session.leave_relays)
     if check_receipts:
         session.book = ReceiptBook(session.session_id, spec.revision, codec, host.verify, keep=keep_steps)
         nursery.start_soon(session.watch_receipts)

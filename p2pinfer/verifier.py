@@ -2,7 +2,8 @@
 
 Locally, in float32 and twice more as an honest peer might, where the blocks fit; the loaded weights are kept
 for the next audit. What is loaded is the whole model if the memory budget allows, so that one copy serves
-every hop. Then what a hop's outputs do to the logits can be looked at as well: behind the last span always,
+every hop; for a proof that somebody else sent it is the span alone, unless that does not settle it. With the
+whole model what a hop's outputs do to the logits can be looked at as well: behind the last span always,
 since norm and head cost little, behind others on a coin, since it takes four prefills of all that follows.
 """
 
@@ -105,7 +106,10 @@ class LocalVerifier:
         return await self._in_turn(lambda: self._verify(deposition, logits=logits))
 
     async def verify_fully(self, deposition: Deposition) -> Finding:
-        """The same, and the logits are looked at wherever they can be."""
+        """The same, and the logits are looked at wherever they can be, if it does not FAIL without."""
+        finding = await self._in_turn(lambda: self._verify(deposition, logits=True, whole=False))
+        if finding.verdict is Verdict.FAIL or finding.logits_checked:
+            return finding
         return await self._in_turn(lambda: self._verify(deposition, logits=True))
 
     async def confirm(self, deposition: Deposition) -> Finding:
@@ -120,9 +124,11 @@ class LocalVerifier:
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
 
-    def _verify(self, deposition: Deposition, *, logits: bool) -> Finding:
+    def _verify(self, deposition: Deposition, *, logits: bool, whole: bool = True) -> Finding:
+        """With `whole`, all of the model is loaded for it if that fits."""
+
         def check(history: History) -> Finding:
-            loaded = self._reference_for(deposition.span, len(history.inputs))
+            loaded = self._reference_for(deposition.span, len(history.inputs), whole=whole)
             tail = loaded.tail_behind(deposition.span, logits=logits)
             return _check(deposition, history, loaded.reference, tail)
 
@@ -159,26 +165,33 @@ class LocalVerifier:
         finally:
             self.spent_s += time.thread_time() - started
 
-    def _reference_for(self, span: BlockSpan, tokens: int) -> _Loaded:
+    def _reference_for(self, span: BlockSpan, tokens: int, *, whole: bool) -> _Loaded:
         loaded = self._loaded
-        if loaded is None or not loaded.serves(span, tokens):
+        wanted, with_ends = self._wanted(span, whole=whole)
+        if loaded is None or not loaded.serves(wanted, tokens, ends=with_ends):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are
-            self._loaded = loaded = self._load(span, max(tokens, min(1024, self._config.max_tokens)))
+            tokens = max(tokens, min(1024, self._config.max_tokens))
+            self._loaded = loaded = self._load(wanted, tokens, ends=with_ends)
         return loaded
 
-    def _load(self, span: BlockSpan, max_tokens: int) -> _Loaded:
+    def _wanted(self, span: BlockSpan, *, whole: bool) -> tuple[BlockSpan, bool]:
+        """The blocks to load for a look at `span`, and whether norm and head are among it."""
         spec, budget = self._source.spec, self._budget()
         ends_bytes = spec.vocab_size * spec.hidden_size * _ENDS_BYTES_PER_WEIGHT
         everything = BlockSpan(0, spec.num_blocks)
         fits = self._cost_of(spec.num_blocks) + ends_bytes <= budget
-        wanted = everything if fits and self._is_near(everything, ends=True) else span
+        wanted = everything if whole and fits and self._is_near(everything, ends=True) else span
         with_ends = wanted.stop == spec.num_blocks and self._is_near(wanted, ends=True)
-        with_ends = with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
-        logger.debug("audit.load blocks=%s ends=%s tokens=%d", wanted, with_ends, max_tokens)
-        checkpoint = self._source.fetch(wanted, ends=with_ends)
+        return wanted, with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
+
+    def _load(self, span: BlockSpan, max_tokens: int, *, ends: bool) -> _Loaded:
+        logger.debug("audit.load blocks=%s ends=%s tokens=%d", span, ends, max_tokens)
+        checkpoint = self._source.fetch(span, ends=ends)
         config = ComputeConfig(device="cpu", dtype="float32")
-        ends = load_ends(checkpoint, config) if with_ends else None
-        return _Loaded(open_reference(checkpoint, wanted, max_tokens=max_tokens), ends)
+        return _Loaded(
+            open_reference(checkpoint, span, max_tokens=max_tokens),
+            load_ends(checkpoint, config) if ends else None,
+        )
 
     def _is_near(self, span: BlockSpan, *, ends: bool = False) -> bool:
         return self._source.missing_bytes(span, ends=ends) <= self._config.download_bytes
@@ -197,8 +210,9 @@ class _Loaded:
     reference: Reference
     ends: Ends | None
 
-    def serves(self, span: BlockSpan, tokens: int) -> bool:
-        return self.reference.span.covers(span) and tokens <= self.reference.max_tokens
+    def serves(self, span: BlockSpan, tokens: int, *, ends: bool) -> bool:
+        covers = self.reference.span.covers(span) and (self.ends is not None or not ends)
+        return covers and tokens <= self.reference.max_tokens
 
     def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
         """What turns the span's outputs into logits, if that is at hand and asked for or cheap."""

@@ -15,7 +15,7 @@ class LedgerConfig:
     quantile: float = 0.05  # the share of doubt that integrity grants
     ban_below: float = 0.3  # a peer whose own audits' mean is lower is banned
     min_audit_probability: float = 0.03  # nobody is trusted so far that nobody looks
-    newcomer_audits: int = 10  # a peer with fewer audits is a newcomer
+    newcomer_audits: int = 8  # a peer with fewer audits is a newcomer
     newcomer_audit_probability: float = 1.0  # at least, while it is one
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
     attested_cap: float = 20.0  # audits that all that others say of a peer counts as at most

@@ -33,6 +33,7 @@ from p2pinfer.node.wire import (
     End,
     FrameStream,
     Message,
+    Move,
     Open,
     Opened,
     Refused,
@@ -45,7 +46,7 @@ from p2pinfer.node.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import Session, SessionConfig, open_session
 
-from .memory import MemoryNetwork
+from .memory import MemoryNetwork, MemoryStream
 
 FLOAT32 = ComputeConfig(device="cpu", dtype="float32", threads=1, cache_bytes=64 << 20)
 SESSION = b"s" * 16
@@ -620,6 +621,54 @@ async def test_a_link_leaves_its_relay_in_the_middle_of_a_session(checkpoint: Ch
                     moved = sum(swarm.network.hosts[name].counts.total("upgrades") for name in ("a", "b"))
         assert (chain_streams(swarm, "a", "b"), chain_streams(swarm, "b", "c")) == (2, 2)
         assert session.failovers == 0
+        await session.aclose()
+        await swarm.all_closed()
+
+
+def session_streams(swarm: Swarm, target: str) -> list[MemoryStream]:
+    return [
+        stream
+        for source, answerer, stream in swarm.network.streams
+        if source == "client" and answerer == target
+    ]
+
+
+async def test_the_clients_streams_leave_their_relays_in_the_middle_of_a_session(
+    checkpoint: Checkpoint,
+) -> None:
+    hidden = hidden_states(40)
+    expected = local_output(checkpoint, hidden)
+    async with open_swarm(checkpoint, 3, 6) as swarm:
+        swarm.network.relayed = {("client", "a"), ("client", "c")}
+        session = await swarm.session()
+        await session.prefill(hidden[:8], 0)
+        for position in range(8, 40):
+            if position == 12:
+                swarm.network.relayed.clear()
+            output = await session.decode(hidden[position : position + 1], position)
+            torch.testing.assert_close(output, expected[position : position + 1], atol=2e-4, rtol=1e-4)
+            if position == 20:
+                while swarm.network.hosts["client"].counts.total("upgrades") < 2:
+                    await trio.sleep(0.01)
+            if position == 24:  # what they left may break now
+                for target in "ac":
+                    await session_streams(swarm, target)[0].reset()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert [len(session_streams(swarm, target)) for target in "abc"] == [2, 1, 2]
+        assert session.failovers == 0
+        await session.aclose()
+        await swarm.all_closed()
+
+
+async def test_a_client_moves_no_session_but_its_own(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint) as swarm:
+        session = await swarm.session()
+        swarm.network.host("stranger")
+        for sender, session_id in (("stranger", session.session_id), ("client", bytes(16))):
+            frames = await swarm.frames("a", sender=sender)
+            await frames.send(Move(session_id))
+            assert (await refusal(frames)).code == "no_session"
+        await session.decode(hidden_states(2), 0)
         await session.aclose()
         await swarm.all_closed()
 

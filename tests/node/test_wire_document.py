@@ -19,7 +19,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="
 # Where the document has a struct's fields: a row of the messages' table, a bracketed list, or a table of its
 # own (the how-manieth of a section). A struct that is nowhere here fails the first test.
 MESSAGES = (
-    *("Open", "Opened", "Attach", "Attached", "Step", "Filled", "Result", "Refused"),
+    *("Open", "Opened", "Move", "Moved", "Attach", "Attached", "Step", "Filled", "Result", "Refused"),
     *("Expect", "Relink", "Relinked", "Probe", "Alive", "Leaving", "End"),
 )
 LISTS = {"Successor": "successor", "Bill": "bills"}

@@ -25,7 +25,7 @@ def test_a_stranger() -> None:
 def test_a_newcomer_is_told_how_far_it_is() -> None:
     ledger = Ledger()
     audit(ledger, "peer", Verdict.PASS, 3)
-    assert "3 of the 10 audits after which it no longer is" in told(ledger)
+    assert "3 of the 8 audits after which it no longer is" in told(ledger)
     assert "Of 3 audits it passed 3: with 95% confidence at least 47% of its work is right" in told(ledger)
 
 
