@@ -19,6 +19,7 @@ from typing import Final, Protocol
 import psutil
 import torch
 import trio
+from torch import Tensor
 
 from p2pinfer.errors import CacheFull, LocalError, ProtocolViolation, WrongOutput
 from p2pinfer.models.config import ComputeConfig
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT: Final = 6  # once in float32, once in bfloat16
 _ENDS_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
+# How far two honest outputs lie apart at most, in roundings of the output to bfloat16, by a chunk's median.
+# Spans of 1 to 15 blocks of both models in bfloat16 lay 1.8 to 11 from float32, which grows with the depth.
+_APART: Final = 32.0
 _COARSE: Final = Thresholds(chunk=8.0, suspect=4.0, shared=32.0, upper=16.0, token=64.0, first=500.0)
 
 
@@ -241,7 +245,8 @@ def compare_elsewhere(
 
     Neither is float32, so the unit is the distance of two honest roundings, and where those agree to the bit,
     the rounding of what travels. That is coarser: what it finds to FAIL deviates by far more than honest
-    peers do.
+    peers do. Where the two are further apart than honest peers can be, one of them lies, and nothing is known
+    of the third.
     """
     try:
         history = history_of(deposition, hidden_size)
@@ -253,7 +258,15 @@ def compare_elsewhere(
         return Finding(Verdict.INCONCLUSIVE, str(exc))
     if not 0 < len(history.inputs) == len(first) == len(second):
         return Finding(Verdict.INCONCLUSIVE, "the other peers gave another number of outputs")
+    if _contradict(history.inputs, first, second) or _contradict(history.inputs, second, first):
+        return Finding(Verdict.INCONCLUSIVE, "the two other peers contradict each other")
     if torch.equal(first, second):
         second = first.bfloat16().float()
     floor = measure_floor(history.inputs, first, [second])
     return judge(compare(floor, outputs, history.positions), _COARSE)
+
+
+def _contradict(inputs: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether `other` is further from `one` than rounding explains; all (tokens, hidden_size) float32."""
+    floor = measure_floor(inputs, one, [one.bfloat16().float()])
+    return any(chunk.median_rho > _APART for chunk in compare(floor, other, range(len(one))).chunks)

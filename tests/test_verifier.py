@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.ends import load_ends
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
-from p2pinfer.models.verify import Reference
+from p2pinfer.models.verify import Reference, open_reference, run_session
 from p2pinfer.node.deposition import Deposition
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
@@ -45,12 +49,30 @@ def source(tmp_path: Path) -> ModelSource:
 def identity_over(span: BlockSpan, tokens: int = 12) -> Deposition:
     """A hop that sends back what it got, and signs for it."""
     payload: Payload = bytes(range(64)) * (20 * tokens)  # float32, of 320 channels
-    digest = digest_of(payload)
+    return deposition_of(span, payload, payload, tokens)
+
+
+def deposition_of(span: BlockSpan, given: Payload, got: Payload, tokens: int) -> Deposition:
     receipt = Receipt(
         1, bytes(16), 0, NO_RECEIPT, "r", span.start, span.stop, 0, tokens, tokens, 0, "float32", "float32",
-        digest, digest, bytes(16),
+        digest_of(given), digest_of(got), bytes(16),
     )  # fmt: skip
-    return Deposition("hop", (), (receipt,), {digest: payload})
+    return Deposition("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_stories: Path) -> tuple[Tensor, list[Tensor]]:
+    """What a span is given, and what it makes of it in float32 and, twice, in bfloat16; (40, 320) each."""
+    checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
+    reference = open_reference(checkpoint, BlockSpan(0, 4), max_tokens=64)
+    ends = load_ends(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    inputs = run_session(reference.exact, ends.embed(list(range(100, 140))), BlockSpan(0, SPAN.start))
+    runners = (reference.exact, *reference.rounded)
+    return inputs, [run_session(runner, inputs, SPAN) for runner in runners]
+
+
+def computed(inputs: Tensor, outputs: Tensor) -> Deposition:
+    return deposition_of(SPAN, inputs.numpy().tobytes(), outputs.contiguous().numpy().tobytes(), len(inputs))
 
 
 async def test_weights_are_not_downloaded_for_the_sake_of_an_audit(source: ModelSource) -> None:
@@ -111,6 +133,58 @@ async def test_steps_of_nothing_prove_nothing(source: ModelSource) -> None:
     for verify in (LocalVerifier(source).verify, LocalVerifier(source).confirm):
         assert (await verify(nothing)).verdict is Verdict.INCONCLUSIVE
     assert compare_elsewhere(nothing, nothing, nothing, 320).verdict is Verdict.INCONCLUSIVE
+
+
+def test_two_peers_that_agree_decide_where_the_blocks_do_not_fit(
+    honest: tuple[Tensor, list[Tensor]],
+) -> None:
+    inputs, (exact, fused, stepwise) = honest
+    right, same, other = computed(inputs, exact), computed(inputs, fused), computed(inputs, stepwise)
+    lie = computed(inputs, inputs)
+    for one, two in ((same, other), (right, right), (right, other)):
+        assert compare_elsewhere(right, one, two, 320).verdict is Verdict.PASS
+        assert compare_elsewhere(lie, one, two, 320).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("lies_first", [True, False])
+def test_two_peers_that_contradict_each_other_decide_nothing(
+    honest: tuple[Tensor, list[Tensor]], lies_first: bool
+) -> None:
+    inputs, (exact, fused, _) = honest
+    one, other = computed(inputs, inputs), computed(inputs, fused)
+    if not lies_first:
+        one, other = other, one
+    for suspect in (exact, inputs):
+        finding = compare_elsewhere(computed(inputs, suspect), one, other, 320)
+        assert finding.verdict is Verdict.INCONCLUSIVE
+        assert "contradict" in finding.reason
+
+
+async def test_somebody_elses_proof_is_checked_without_the_rest_of_the_model(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[BlockSpan] = []
+
+    def load(checkpoint: Checkpoint, span: BlockSpan, **options: Any) -> Reference:
+        loaded.append(span)
+        return open_reference(checkpoint, span, **options)
+
+    monkeypatch.setattr("p2pinfer.verifier.open_reference", load)
+    verifier = LocalVerifier(source)
+    assert (await verifier.verify_fully(identity_over(SPAN))).verdict is Verdict.FAIL
+    assert loaded == [SPAN]
+    assert (await verifier.verify(identity_over(BlockSpan(4, 8)))).verdict is Verdict.FAIL
+    assert (await verifier.verify_fully(identity_over(SPAN))).verdict is Verdict.FAIL
+    assert loaded == [SPAN, BlockSpan(0, source.spec.num_blocks)]
+
+
+async def test_what_norms_do_not_settle_is_held_against_the_logits(
+    source: ModelSource, honest: tuple[Tensor, list[Tensor]]
+) -> None:
+    inputs, (exact, *_) = honest
+    finding = await LocalVerifier(source).verify_fully(computed(inputs, exact))
+    assert finding.verdict is Verdict.PASS
+    assert finding.logits_checked
 
 
 async def test_of_more_positions_than_the_model_has_the_first_are_run(source: ModelSource) -> None:

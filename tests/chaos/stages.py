@@ -112,17 +112,17 @@ class Internet:
         self._mends: list[Callable[[], None]] = []
         self._join = start_relays(commands)
         self._relays = dict(zip(RELAYS, commands.started, strict=False))
-        self._kept = {host: relay.folder / "data" for host, relay in self._relays.items()}
-        nodes: dict[str, Command] = {}
-        for number, span in enumerate(SPANS.values(), start=1):
-            for kind in "ns":
-                nodes[f"{kind}{number}"] = self._node(f"{kind}{number}", span)
-        for host in ("p1", "p2", "s4"):
-            nodes[host] = self._node(host, (0, 8))
-        self._ids = {host: reachable(node) for host, node in nodes.items()}
+        self._spans = {
+            f"{kind}{number}": span for number, span in enumerate(SPANS.values(), start=1) for kind in "ns"
+        } | dict.fromkeys(("p1", "p2", "s4"), (0, 8))
+        self._nodes = {host: self._node(host) for host in self._spans}
+        self._kept = {
+            host: command.folder / "data" for host, command in {**self._relays, **self._nodes}.items()
+        }
+        self._ids = {host: reachable(node) for host, node in self._nodes.items()}
 
-    def _node(self, host: str, span: tuple[int, int]) -> Command:
-        return self._commands.node(host, "--blocks", "{}:{}".format(*span), *self._join)
+    def _node(self, host: str, *flags: str) -> Command:
+        return self._commands.node(host, "--blocks", "{}:{}".format(*self._spans[host]), *self._join, *flags)
 
     def _hosts(self, fault: str, victims: Sequence[str]) -> dict[str, str]:
         """Hosts by place. Who is not to be harmed is behind a router that lets holes be punched."""
@@ -159,7 +159,7 @@ class Internet:
                 self._mends.append(self._start_relays)
 
     def _start_relays(self) -> None:
-        """As the same peers, at the same addresses."""
+        """As the same peers, at the same addresses; then who needs them, since who dies often is shunned."""
         for host in self._relays:
             listen = f"/ip4/{self._lab.scenario.public_ipv4(host)}/tcp/{RELAY_PORT}"
             self._relays[host] = self._commands.node(
@@ -167,6 +167,12 @@ class Internet:
             )
         for relay in self._relays.values():
             relay.event("ready")
+        shy = [host for host in self._nodes if host.startswith("s")]
+        for host in shy:
+            self._nodes[host].kill()
+            self._nodes[host] = self._node(host, "--data-dir", str(self._kept[host]))
+        for host in shy:
+            reachable(self._nodes[host])
 
     def mend(self) -> None:
         while self._mends:

@@ -115,7 +115,7 @@ class WatchedClient(Client):
 
 
 class Laid(RoutingPolicy):
-    """The way that was laid down, and for what fails on it the first spare that has not failed."""
+    """The way that was laid down, once, and then for what fails the first spare that has not failed."""
 
     def __init__(
         self, hops: Sequence[tuple[str, BlockSpan]], spares: Sequence[str], *, anywhere: bool
@@ -124,15 +124,17 @@ class Laid(RoutingPolicy):
         self._usable = can_be_dialled if anywhere else bool
         self._hops = hops
         self._spares = spares
+        self._is_laid = False
 
     def choose_routes(
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
     ) -> Sequence[Route]:
         known = {candidate.peer_id: candidate for candidate in candidates if self._usable(candidate)}
         peers = {peer for peer, _ in self._hops}
-        if request.span is None and not peers & request.excluded:
+        if not self._is_laid:
             if not known.keys() >= peers | set(self._spares):
                 raise NoRoute("not everybody is here yet")
+            self._is_laid = True
             return [Route(tuple(known[peer].hop(span) for peer, span in self._hops))]
         usable = [peer for peer in self._spares if peer in known and peer not in request.excluded]
         if not usable:

@@ -94,12 +94,12 @@ _NAMED: Final = (
     ),
     Scenario(
         "failover",
-        "hops for three spans, each in a home that can punch and in one that cannot, spares, and a client",
+        "hops for three spans, each in a home that can punch and one that cannot, public spares, a client",
         (
             *relay_sites(),
             *(home(f"n{number}", "port-preserving") for number in (1, 2, 3)),
             *(home(f"s{number}", "symmetric") for number in (1, 2, 3, 4)),
-            *(home(f"p{number}", "port-preserving") for number in (1, 2)),
+            *(home(f"p{number}", "public") for number in (1, 2)),
             home("me", "port-preserving"),
         ),
     ),
