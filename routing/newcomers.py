@@ -9,7 +9,7 @@ would be used if they were trusted, and is audited more, because audits follow d
 There are two such shares. In the smaller one everybody is at best, so all strangers together get no more than
 that, however many there are. In the larger one those are who have passed an audit and failed none. They are
 audited in every session until they are no newcomers, so whoever lies then is found out by its first lie or
-its second; and without it, the ten audits that make a peer known took a hundred sessions and more.
+its second; and without it, the audits that make a peer known took a hundred sessions and more.
 
 An identity is a key pair and costs nothing. What costs something is an address: in each such session only one
 newcomer of an address range (/24 of IPv4, /48 of IPv6, a DNS name as it is) is considered, so a thousand keys

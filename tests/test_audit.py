@@ -36,6 +36,8 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.policy import RiskAdjusted
 from p2pinfer.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier
 
 from .node.memory import sign
@@ -60,7 +62,7 @@ async def swarm(checkpoint: Checkpoint) -> AsyncGenerator[MemorySwarm]:
 
 @pytest.fixture
 def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
-    """Opens clients that audit everything, each with a ledger of its own."""
+    """Opens clients that audit everything and explore nothing, each with a ledger of its own."""
 
     @asynccontextmanager
     async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
@@ -74,6 +76,7 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     async def opened(**options: Any) -> AsyncGenerator[Client]:
         options = {"audit": ALWAYS, "config": ClientConfig(dtype="float32"), **options}
         options.setdefault("reputation", Ledger())
+        options.setdefault("policy", RiskAdjusted(RoutingConfig(explore_share=0.0, probation_share=0.0)))
         async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
             yield client
 
