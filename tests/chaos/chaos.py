@@ -109,7 +109,7 @@ class _Run:
             node.wait_ready()
         self._say(f"{len(self._nodes)} nodes serve")
         self._start_clients()
-        self._go_on(until=time.monotonic() + min(20.0, self._outcome.duration_s), faults=[])
+        self._go_on(until=time.monotonic() + min(20.0, self._outcome.duration_s / 3), faults=[])
         self._stop_clients()
         before = self._vitals()
         self._start_clients()

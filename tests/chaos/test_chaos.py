@@ -75,22 +75,22 @@ def test_all_kinds_of_faults_happen() -> None:
 
 @pytest.mark.slow
 def test_whatever_was_promised_arrives(tmp_path: Path) -> None:
-    outcome = run_chaos(20, 40.0, tmp_path)
+    outcome = run_chaos(20, 24.0, tmp_path)
     assert outcome.failures == [], outcome.report()
-    assert outcome.generations > 20
-    assert sum(outcome.faults.values()) > 5
+    assert outcome.generations > 8
+    assert sum(outcome.faults.values()) > 3
 
 
 @pytest.mark.slow
 def test_many_sessions_leave_nothing_behind(tmp_path: Path) -> None:
-    outcome = run_soak(300, 40, 0, tmp_path)
+    outcome = run_soak(200, 40, 0, tmp_path)
     assert outcome.failures == [], outcome.report()
 
 
 @pytest.mark.slow
 def test_an_honest_client_is_served_while_all_protocols_are_fed_nonsense(tmp_path: Path) -> None:
     """How much it is slowed is for a longer run to say: here it only must not come to a halt."""
-    outcome = run_fuzz(1500, 200.0, 3, tmp_path, most_slowed=5.0)
+    outcome = run_fuzz(1000, 200.0, 3, tmp_path, most_slowed=5.0)
     assert outcome.failures == [], outcome.report()
     assert len(outcome.frames) >= 10
 
