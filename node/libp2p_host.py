@@ -67,6 +67,7 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
             max_connections_per_peer=config.max_connections_per_peer,
             min_connections=0,
             low_watermark=0,
+            grace_period=0.0,  # else a peer that dials and dials has any number of connections for 20 s
             inbound_upgrade_timeout=config.handshake_timeout_s,
             outbound_upgrade_timeout=config.handshake_timeout_s,
             inbound_stream_protocol_negotiation_timeout=config.handshake_timeout_s,

@@ -20,7 +20,7 @@ from ..lab.commands import Command, Commands, bootstrap, open_commands
 from ..lab.lab import Lab, open_lab
 from ..lab.namespaces import environ_of_tests
 from ..lab.pairs import reachable, start_relays
-from ..lab.scenarios import RELAY_PORT, RELAYS, named
+from ..lab.scenarios import RELAYS, named
 from .processes import ROOT, NodeProcess, Zygote
 
 SPANS: Final[Mapping[str, tuple[int, int]]] = {"first": (0, 3), "middle": (3, 6), "last": (6, 8)}
@@ -111,18 +111,17 @@ class Internet:
         self._commands = commands
         self._mends: list[Callable[[], None]] = []
         self._join = start_relays(commands)
-        self._relays = dict(zip(RELAYS, commands.started, strict=False))
-        self._spans = {
-            f"{kind}{number}": span for number, span in enumerate(SPANS.values(), start=1) for kind in "ns"
-        } | dict.fromkeys(("p1", "p2", "s4"), (0, 8))
-        self._nodes = {host: self._node(host) for host in self._spans}
-        self._kept = {
-            host: command.folder / "data" for host, command in {**self._relays, **self._nodes}.items()
-        }
-        self._ids = {host: reachable(node) for host, node in self._nodes.items()}
+        self._relays = commands.started[: len(RELAYS)]
+        nodes: dict[str, Command] = {}
+        for number, span in enumerate(SPANS.values(), start=1):
+            for kind in "ns":
+                nodes[f"{kind}{number}"] = self._node(f"{kind}{number}", span)
+        for host in ("p1", "p2", "s4"):
+            nodes[host] = self._node(host, (0, 8))
+        self._ids = {host: reachable(node) for host, node in nodes.items()}
 
-    def _node(self, host: str, *flags: str) -> Command:
-        return self._commands.node(host, "--blocks", "{}:{}".format(*self._spans[host]), *self._join, *flags)
+    def _node(self, host: str, span: tuple[int, int]) -> Command:
+        return self._commands.node(host, "--blocks", "{}:{}".format(*span), *self._join)
 
     def _hosts(self, fault: str, victims: Sequence[str]) -> dict[str, str]:
         """Hosts by place. Who is not to be harmed is behind a router that lets holes be punched."""
@@ -154,25 +153,8 @@ class Internet:
                 for host in hosts:
                     self._lab.flush_nat(host)
             case _:
-                for relay in self._relays.values():
+                for relay in self._relays:
                     relay.kill()
-                self._mends.append(self._start_relays)
-
-    def _start_relays(self) -> None:
-        """As the same peers, at the same addresses; then who needs them, since who dies often is shunned."""
-        for host in self._relays:
-            listen = f"/ip4/{self._lab.scenario.public_ipv4(host)}/tcp/{RELAY_PORT}"
-            self._relays[host] = self._commands.node(
-                host, "--no-blocks", "--listen", listen, "--data-dir", str(self._kept[host]), *self._join
-            )
-        for relay in self._relays.values():
-            relay.event("ready")
-        shy = [host for host in self._nodes if host.startswith("s")]
-        for host in shy:
-            self._nodes[host].kill()
-            self._nodes[host] = self._node(host, "--data-dir", str(self._kept[host]))
-        for host in shy:
-            reachable(self._nodes[host])
 
     def mend(self) -> None:
         while self._mends:

@@ -359,6 +359,23 @@ async def test_visitors_who_left_leave_nothing_behind(start_host: StartHost) -> 
         assert await leaving.receive() == visitor.peer_id
 
 
+async def test_one_peer_has_so_many_connections_and_no_more(start_host: StartHost) -> None:
+    """The surplus ones are closed, and the peer is served on what is left."""
+    bob = await start_host(HostConfig(listen=LOOPBACK.listen, max_connections_per_peer=2))
+    bob.serve(ECHO, echo)
+    alice = await start_host()
+    dialled = Multiaddr(bob.addrs[0].partition("/p2p/")[0])
+    for _ in range(5):
+        await alice.libp2p.get_network().dial_addr(dialled, ID.from_base58(bob.peer_id))
+    with trio.fail_after(5):
+        for one, other in ((bob, alice), (alice, bob)):
+            while len(one.libp2p.get_network().connections[ID.from_base58(other.peer_id)]) > 2:
+                await trio.sleep(0.01)
+    async with await alice.open_stream(bob.peer_id, ECHO) as stream:
+        await stream.send_all(b"x")
+        assert await stream.receive_some() == b"x"
+
+
 async def test_a_ping_measures_the_round_trip(start_host: StartHost) -> None:
     alice, bob = await start_host(), await start_host()
     with pytest.raises(PeerUnreachable, match="not connected"):

@@ -37,6 +37,8 @@ from p2pinfer.node.wire import (
     Open,
     Opened,
     Refused,
+    Relink,
+    Relinked,
     Result,
     Step,
     Successor,
@@ -408,6 +410,21 @@ async def test_one_session_cannot_have_more_than_its_part_of_the_replay_log(chec
         await session.aclose()
         await swarm.all_closed()
         assert swarm.servers["a"].replay_bytes == 0
+
+
+async def test_a_session_changes_its_successor_so_often_and_no_more(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint, 4, max_relinks=2) as swarm:
+        frames = await swarm.frames("a")
+        there = await swarm.frames("b")
+        await there.send(msgspec.structs.replace(swarm.opening("b"), predecessor="a"))
+        await frames.send(msgspec.structs.replace(swarm.opening("a"), successor=Successor("b")))
+        assert isinstance((await frames.receive())[0], Opened)
+        for number in range(2):
+            await frames.send(Relink(number, Successor("b"), 0, 0, 1, number + 1, True))
+            assert (await frames.receive())[0] == Relinked(number)
+        await frames.send(Relink(2, Successor("b"), 0, 0, 1, 3, True))
+        refused = await refusal(frames)
+        assert refused.code == "protocol" and "more than 2 successors" in refused.message
 
 
 async def test_only_the_named_predecessor_may_feed_a_session(checkpoint: Checkpoint) -> None:
