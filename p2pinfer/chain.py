@@ -37,7 +37,8 @@ from p2pinfer.node.wire import Codec, Open, Step, Successor
 from p2pinfer.routing.route import Hop, Route
 
 from .agreed import Agreed, agree
-from .hop_stream import HopStream, Listener, end_all, open_hops
+from .hop_stream import HopStream, Listener
+from .opening import end_all, open_hops
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 
 from .chain import Chain, NoReplay, Spare
-from .hop_stream import HopStream, end_all
+from .hop_stream import HopStream
+from .opening import end_all
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,8 @@ from p2pinfer.routing.route import Route
 
 from .chain import Chain, ChainConfig, Recall, Spare
 from .failover import Faults, Replanner
-from .hop_stream import HopStream, end_all, refusal_error
+from .hop_stream import HopStream
+from .opening import end_all, refusal_error
 from .receipts import PassedStep, ReceiptBook
 from .slowness import Slowness
 from .upgrade import leave_relays

@@ -21,7 +21,6 @@ from p2pinfer.errors import (
     ProtocolViolation,
     WrongOutput,
 )
-from p2pinfer.hop_stream import refusal_error
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.wire import (
@@ -37,6 +36,7 @@ from p2pinfer.node.wire import (
     Step,
     Successor,
 )
+from p2pinfer.opening import refusal_error
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import Session, SessionConfig, open_session
 
