@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+_mid_line = False  # whether what was last written to standard output goes on in its line
+
+
 def write_out(text: str) -> None:
     """Write to standard output and flush, so that a reader sees each token as it comes.
 
@@ -23,9 +26,11 @@ def write_out(text: str) -> None:
         OutputClosed: The reader is gone, as after `| head -1`.
         LocalError: It cannot be written, as to a disk that is full.
     """
+    global _mid_line
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+        _mid_line = not (text or "\n").endswith("\n")
     except BrokenPipeError as exc:
         raise OutputClosed from exc
     except OSError as exc:
@@ -33,8 +38,12 @@ def write_out(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to people; with nobody left to hear it, say nothing."""
+    """Say something to people, on a line of its own; with nobody left to hear it, say nothing."""
+    global _mid_line
     with suppress(OSError):
+        if _mid_line and sys.stdout.isatty() and sys.stderr.isatty():
+            _mid_line = False
+            text = "\n" + text
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -30,6 +31,30 @@ def test_results_and_notes_go_their_own_ways(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr()
     assert said.out == "result\nlaid out\n"
     assert said.err == "note\nfor people\n"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "text", "shown"),
+    [
+        (True, "Once", "Once\nnote\n"),
+        (True, "Once\n", "Once\nnote\n"),
+        (True, "Once\n\n", "Once\n\nnote\n"),
+        (False, "Once", "Oncenote\n"),  # a file has what was generated and nothing else
+    ],
+)
+def test_a_note_in_the_middle_of_a_text_has_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, text: str, shown: str
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: is_terminal)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    write_out(text)
+    note("note")
+    assert terminal.getvalue() == shown
+    write_out(" more\n")
+    note("note")
+    assert terminal.getvalue() == shown + " more\nnote\n"
 
 
 def test_a_reader_that_left_ends_the_command_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
