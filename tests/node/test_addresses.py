@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from p2pinfer.errors import AddressUnusable
 from p2pinfer.node import addresses
 from p2pinfer.node.addresses import advertised, check_listen, machine_addresses, parse_tcp, split_peer
-from p2pinfer.node.identity import new_identity
 
-PEER = new_identity().peer_id
+PEER = "12D3KooWBny6jbU4SmjVmbw5qgDyZWFvgdKTmkeM2G2zPUvZoHwr"
 
 
 class NetworkAddress(NamedTuple):
