@@ -207,8 +207,13 @@ class SessionControl:
         try:
             with self._reaching(link.peer_id):
                 stream = await self._host.open_stream(link.peer_id, CHAIN_PROTOCOL)
-            if not await self._move_to(stream, link):
-                await stream.reset()
+            moved = False
+            try:
+                moved = await self._move_to(stream, link)
+            finally:
+                if not moved:
+                    await stream.reset()
+            if not moved:
                 return False
         except Refusal as exc:
             logger.debug("session.not_moved peer=%s why=%s", link.peer_id, exc)

@@ -300,6 +300,8 @@ class HopStream:
     async def end(self) -> None:
         """Say that the session is over here; quiet if the hop is gone."""
         self._scope.cancel()
+        if self._read_from is not self._frames:  # left, and not read to its end yet
+            await self._read_from.aclose()
         await self._frames.end()
 
     def _ask(self) -> tuple[int, _Answer]:
