@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from p2pinfer.models.verify import (
     open_reference,
     open_tail,
     run_session,
+    run_sessions,
 )
 from p2pinfer.reputation.verdict import Verdict, judge
 
@@ -101,6 +103,28 @@ def test_a_long_session_runs_in_pieces_and_comes_to_the_same(
     pieces = measure_span(reference, SPAN, inputs, honest, wire_dtype=BF16)
     for one, other in zip(whole.chunks, pieces.chunks, strict=True):
         assert abs(one.median_rho - other.median_rho) < 0.1
+
+
+@pytest.mark.parametrize(("room", "batches"), [(64, 4), (192, 4), (256, 1)])
+def test_sessions_run_as_one_batch_where_there_is_room_and_come_to_the_same(
+    checkpoint: Checkpoint, inputs: Tensor, monkeypatch: pytest.MonkeyPatch, room: int, batches: int
+) -> None:
+    """Four sessions take a page of 64 tokens each."""
+    runner = open_reference(checkpoint, SPAN, max_tokens=room).exact
+    sessions = [inputs[:20] * scale for scale in (1.0, 1.1, 0.9, 1.2)]
+    expected = [run_session(runner, each) for each in sessions]
+    runs: list[int] = []
+    run = runner.run
+
+    def counted(chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
+        runs.append(len(chunks))
+        return run(chunks, span)
+
+    monkeypatch.setattr(runner, "run", counted)
+    for output, right in zip(run_sessions(runner, sessions), expected, strict=True):
+        torch.testing.assert_close(output, right, atol=1e-4, rtol=1e-4)
+    assert len(runs) == batches
+    assert runner.cache.free_tokens == runner.cache.capacity_tokens
 
 
 def test_nothing_stays_reserved(reference: Reference, inputs: Tensor, honest: Tensor) -> None:
