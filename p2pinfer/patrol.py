@@ -24,13 +24,12 @@ import trio
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.source import resolve_model
-from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.reputation.view import ReputationView
-from p2pinfer.routing.eligibility import eligible, no_route
+from p2pinfer.routing.drawing import draw_routes
 from p2pinfer.routing.policy import RoutingPolicy
-from p2pinfer.routing.route import Candidate, Hop, Route, RouteRequest
+from p2pinfer.routing.route import Candidate, Route, RouteRequest
 
 from .client import Client
 from .generate import GenerationConfig
@@ -229,34 +228,15 @@ class LeastKnown(RoutingPolicy):
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
     ) -> Sequence[Route]:
         """See `RoutingPolicy`."""
-        usable = eligible(candidates, request, view)
-        others = [peer for peer in usable if peer.peer_id != self._own]
-        try:
-            return [self._draw(others, candidates, request, view)]
-        except NoRoute:
-            route = self._draw(usable, candidates, request, view)
-            if set(route.peer_ids) == {self._own}:
-                raise  # there is nobody to check
-            return [route]
 
-    def _draw(
-        self,
-        usable: Sequence[Candidate],
-        candidates: Sequence[Candidate],
-        request: RouteRequest,
-        view: ReputationView,
-    ) -> Route:
-        hops: list[Hop] = []
-        block, stop = request.wanted.start, request.wanted.stop
-        used: set[str] = set()
-        while block < stop:
-            serving = [each for each in usable if each.span.start <= block < each.span.stop]
-            serving = [each for each in serving if each.peer_id not in used]
-            if not serving:
-                raise no_route(candidates, request, view)
-            doubts = [1.02 - view.score(each.peer_id).integrity for each in serving]
-            chosen = self._rng.choices(serving, doubts)[0]
-            used.add(chosen.peer_id)
-            hops.append(chosen.hop(BlockSpan(block, min(chosen.span.stop, stop))))
-            block = hops[-1].span.stop
-        return Route(tuple(hops))
+        def weigh(peer: Candidate, blocks: int) -> float:
+            return 1.02 - view.score(peer.peer_id).integrity
+
+        others = [peer for peer in candidates if peer.peer_id != self._own]
+        try:
+            return draw_routes(others, request, view, weigh, self._rng)
+        except NoRoute:
+            routes = draw_routes(candidates, request, view, weigh, self._rng)
+            if set(routes[0].peer_ids) == {self._own}:
+                raise  # there is nobody to check
+            return routes

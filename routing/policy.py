@@ -21,15 +21,14 @@ from types import ModuleType
 from typing import cast
 
 from p2pinfer.errors import NoRoute, PolicyError
-from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReadOnlyView, ReputationView
 
 from .check import check_routes
 from .config import RoutingConfig
-from .eligibility import eligible, no_route
+from .drawing import draw_routes
 from .newcomers import route_at_best
 from .planner import cheapest_routes
-from .route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+from .route import Candidate, Route, RouteOutcome, RouteRequest
 
 DEFAULT_POLICY = "risk-adjusted"
 MAX_ROUTES = 16  # more than anybody would try; also the end of an endless generator
@@ -120,35 +119,12 @@ class Spread(RoutingPolicy):
     def choose_routes(
         self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
     ) -> Sequence[Route]:
-        usable = eligible(candidates, request, view)
-        routes = dict.fromkeys(self._draw(usable, candidates, request, view) for _ in range(_ALTERNATIVES))
-        return list(routes)
+        def weigh(peer: Candidate, blocks: int) -> float:
+            score = view.score(peer.peer_id)
+            trust = max(score.reliability, 0.01) * max(score.integrity, 0.01)
+            return peer.announcement.tokens_per_s * blocks * trust
 
-    def _draw(
-        self,
-        usable: Sequence[Candidate],
-        candidates: Sequence[Candidate],
-        request: RouteRequest,
-        view: ReputationView,
-    ) -> Route:
-        hops: list[Hop] = []
-        block, stop = request.wanted.start, request.wanted.stop
-        while block < stop:
-            serving = [peer for peer in usable if peer.span.start <= block < peer.span.stop]
-            if not serving:
-                raise no_route(candidates, request, view)
-            weights = [
-                peer.announcement.tokens_per_s
-                * (min(peer.span.stop, stop) - block)
-                * max(score.reliability, 0.01)
-                * max(score.integrity, 0.01)
-                for peer in serving
-                for score in (view.score(peer.peer_id),)
-            ]
-            chosen = self._rng.choices(serving, weights)[0]
-            hops.append(chosen.hop(BlockSpan(block, min(chosen.span.stop, stop))))
-            block = hops[-1].span.stop
-        return Route(tuple(hops))
+        return draw_routes(candidates, request, view, weigh, self._rng, _ALTERNATIVES)
 
 
 class TrustedOnly(RoutingPolicy):
