@@ -101,6 +101,10 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """The posterior mean of own audits."""
         return self.alpha / (self.alpha + self.beta)
 
+    def is_newcomer(self, config: LedgerConfig) -> bool:
+        """Whether there were too few audits to tell, and none of them failed."""
+        return self.failed == 0 and not self.vouched and self.passed < config.newcomer_audits
+
     def reliability(self, now: float, config: LedgerConfig) -> tuple[float, float]:
         """The posterior mean over sessions as of `now`, and two standard deviations more, 1 at most."""
         good, bad = config.reliability_prior

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
-from .account import Account, Ban
+from .account import NEWCOMER, Account, Ban
 from .config import LedgerConfig
-
-if TYPE_CHECKING:
-    from .ledger import Ledger
+from .score import Score, audit_probability
 
 
-def explain(ledger: Ledger, peer_id: str) -> list[str]:
-    """One sentence a line: standing, audits, sessions, hearsay, proofs, what happened."""
-    account, score, config = ledger.account(peer_id), ledger.score(peer_id), ledger.config
-    lines = [_standing(ledger, peer_id, account)]
-    lines += [_audits(account, score.integrity, config)]
+def explain(account: Account, score: Score, heard: tuple[float, float], config: LedgerConfig) -> list[str]:
+    """One sentence a line: standing, audits, sessions, hearsay, proofs, what happened.
+
+    Args:
+        heard: Good and bad audits that the peer is credited with on the word of others.
+    """
+    lines = [_standing(account, config), _audits(account, score.integrity, config)]
     if account.suspicion > 0.01:
         lines.append(
             f"Of its latest audits, {account.suspicion:.0%} were suspect, which proves nothing; "
             f"it is audited more often."
         )
     lines += [_sessions(account, score.reliability)]
-    good, bad = ledger.attested(peer_id)
+    good, bad = heard
     if good + bad >= 0.05:
         lines.append(
             f"Others whose audits agree with yours count as {good + bad:.1f} more audits, "
@@ -35,14 +34,13 @@ def explain(ledger: Ledger, peer_id: str) -> list[str]:
             f"{account.proofs_false} that did not."
         )
     if not account.ban:
-        rate = ledger.audit_probability(peer_id, 0.0)
+        rate = audit_probability(account, config)
         lines.append(f"Its work is audited in {rate:.0%} of the sessions it takes part in.")
     return lines + [f"{moment(note.at)}  {note.text}" for note in account.notes]
 
 
-def standing(ledger: Ledger, peer_id: str) -> str:
+def standing(account: Account, config: LedgerConfig) -> str:
     """The peer's standing in a word or two, for a table."""
-    account = ledger.account(peer_id)
     if account.ban is not None:
         return {"user": "banned by you", "audits": "banned by audits", "proof": "banned by proof"}[
             account.ban.by
@@ -51,7 +49,7 @@ def standing(ledger: Ledger, peer_id: str) -> str:
         return "vouched for"
     if account.failed:
         return "failed audits"
-    return "newcomer" if ledger.is_newcomer(peer_id) else "audited"
+    return "newcomer" if account.is_newcomer(config) else "audited"
 
 
 def moment(at: float) -> str:
@@ -59,17 +57,17 @@ def moment(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at > 0 else "-"
 
 
-def _standing(ledger: Ledger, peer_id: str, account: Account) -> str:
+def _standing(account: Account, config: LedgerConfig) -> str:
     if account.ban is not None:
         return _ban(account.ban)
     if account.vouched:
         return "You vouched for it, so its integrity is taken for granted."
-    if account == type(account)():
+    if account == NEWCOMER:
         return "Nothing is known of it: it never worked for you."
     if account.failed:
         return "It failed audits, but has passed too many to be banned for that alone."
-    if ledger.is_newcomer(peer_id):
-        wanted = ledger.config.newcomer_audits
+    if account.is_newcomer(config):
+        wanted = config.newcomer_audits
         return f"It is a newcomer: {account.passed} of the {wanted} audits after which it no longer is."
     return "It is in good standing."
 

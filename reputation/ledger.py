@@ -25,11 +25,10 @@ from p2pinfer.errors import LocalError
 from . import account as accounts
 from .account import NEWCOMER, Account, AuditResult
 from .attestation import Attestation, Verify, attested_evidence, open_attestation, own_attestation, weight
-from .beta import quantile
 from .config import LedgerConfig
 from .explain import explain as explain_peer
 from .proofs import ProofDecision, ProofNote, ProofState, decide
-from .score import Score
+from .score import Score, audit_probability, score_of
 from .store import FILE_NAME, Change, Changes, LedgerStore, open_store
 
 if TYPE_CHECKING:
@@ -99,17 +98,7 @@ class Ledger:
         """The peer's score as of the ledger's time; a newcomer's integrity is the prior's 5 % quantile."""
         with self._lock:
             account = self._accounts.get(peer_id, NEWCOMER)
-            reliability, likely = account.reliability(self._now, self.config)
-            if account.vouched:
-                return Score(1.0, reliability, at_best=Score(1.0, likely))
-            good, bad = self._heard().get(peer_id, (0.0, 0.0))
-            # Rounded, or no two calls would share a quantile that was reckoned before.
-            alpha, beta = account.alpha + round(good, 1), account.beta + round(bad, 1)
-            doubt = self.config.quantile
-            at_best = Score(quantile(1 - doubt, alpha, beta) if account.failed else 1.0, likely)
-            integrity = quantile(doubt, alpha, beta)
-            stranger = not account.passed
-            return Score(integrity, reliability, self.is_newcomer(peer_id), at_best, stranger)
+            return score_of(account, self.attested(peer_id), self._now, self.config)
 
     def is_banned(self, peer_id: str) -> bool:
         """Whether the peer must not be used: the user said so, its audits did, or a proof."""
@@ -117,25 +106,12 @@ class Ledger:
 
     def is_newcomer(self, peer_id: str) -> bool:
         """Whether the peer was audited too little to tell, and none of its audits failed."""
-        account = self._accounts.get(peer_id, NEWCOMER)
-        return account.failed == 0 and not account.vouched and account.passed < self.config.newcomer_audits
+        return self._accounts.get(peer_id, NEWCOMER).is_newcomer(self.config)
 
     def audit_probability(self, peer_id: str, now: float) -> float:
-        """With what probability to audit the peer's work in a session, on a coin it cannot see.
-
-        `min + (1 - integrity)^4`, of own audits only: praise by others lowers nobody's guard. Newcomers are
-        audited more, and so is who was SUSPECT lately. With the square, audits of short sessions of a small
-        model came to more than 2 % of what serving them costs (`benchmarks/liars.py`).
-        """
+        """With what probability to audit the peer's work in a session; see `score.audit_probability`."""
         self.advance(now)
-        config, account = self.config, self._accounts.get(peer_id, NEWCOMER)
-        if account.vouched:
-            return config.min_audit_probability
-        doubt = 1.0 - quantile(config.quantile, account.alpha, account.beta)
-        probability = config.min_audit_probability + doubt**4 + account.suspicion
-        if self.is_newcomer(peer_id):
-            probability = max(probability, config.newcomer_audit_probability)
-        return min(probability, 1.0)
+        return audit_probability(self._accounts.get(peer_id, NEWCOMER), self.config)
 
     def account(self, peer_id: str) -> Account:
         """The peer's record; a stranger's is empty."""
@@ -148,7 +124,10 @@ class Ledger:
 
     def explain(self, peer_id: str) -> list[str]:
         """Why the peer scores as it does, in plain words, one sentence a line."""
-        return explain_peer(self, peer_id)
+        with self._lock:
+            return explain_peer(
+                self.account(peer_id), self.score(peer_id), self.attested(peer_id), self.config
+            )
 
     # ------------------------------------------------------------------ what it is told
 

@@ -214,7 +214,7 @@ def _to_dict(ledger: Ledger, peer_id: str) -> dict[str, object]:
     score, account = ledger.score(peer_id), ledger.account(peer_id)
     return {
         "peer_id": peer_id,
-        "standing": standing(ledger, peer_id),
+        "standing": standing(account, ledger.config),
         "banned": ledger.is_banned(peer_id),
         "integrity": score.integrity,
         "reliability": score.reliability,
@@ -248,7 +248,7 @@ def _print_table(ledger: Ledger) -> None:
         score, account = ledger.score(peer_id), ledger.account(peer_id)
         table.add_row(
             Text(short_peer(peer_id)),
-            Text(standing(ledger, peer_id)),
+            Text(standing(account, ledger.config)),
             f"{score.integrity:.2f}",
             f"{account.passed}/{account.audits}",
             f"{score.reliability:.2f}",

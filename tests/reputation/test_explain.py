@@ -15,11 +15,15 @@ def told(ledger: Ledger, peer_id: str = "peer") -> str:
     return "\n".join(ledger.explain(peer_id))
 
 
+def standing_of(ledger: Ledger, peer_id: str = "peer") -> str:
+    return standing(ledger.account(peer_id), ledger.config)
+
+
 def test_a_stranger() -> None:
     ledger = Ledger()
     assert "Nothing is known of it" in told(ledger)
     assert "audited in 100% of the sessions" in told(ledger)
-    assert standing(ledger, "peer") == "newcomer"
+    assert standing_of(ledger) == "newcomer"
 
 
 def test_a_newcomer_is_told_how_far_it_is() -> None:
@@ -46,7 +50,7 @@ def test_one_in_good_standing_with_sessions_suspicions_and_praise() -> None:
     assert "Others whose audits agree with yours count as 19." in said
     assert "It sent 1 fraud proof that held and 0 that did not." in said
     assert said.endswith("vanished")
-    assert standing(ledger, "peer") == "audited"
+    assert standing_of(ledger) == "audited"
 
 
 @pytest.mark.parametrize(
@@ -67,18 +71,18 @@ def test_the_banned(how: str, sentence: str, word: str) -> None:
         case _:
             ledger.add_proof("address", "peer", now, verified=True)
     assert sentence in told(ledger)
-    assert standing(ledger, "peer") == word
+    assert standing_of(ledger) == word
     assert "audited in" not in told(ledger)
 
 
 def test_who_is_vouched_for_and_who_failed_and_stayed() -> None:
     ledger = Ledger(vouched=["mine"])
     assert "You vouched for it" in told(ledger, "mine")
-    assert standing(ledger, "mine") == "vouched for"
+    assert standing_of(ledger, "mine") == "vouched for"
     audit(ledger, "peer", Verdict.PASS, 100)
     audit(ledger, "peer", Verdict.FAIL)
     assert "has passed too many to be banned" in told(ledger)
-    assert standing(ledger, "peer") == "failed audits"
+    assert standing_of(ledger) == "failed audits"
 
 
 def test_no_time_is_a_dash() -> None:
