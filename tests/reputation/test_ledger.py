@@ -1,12 +1,13 @@
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.reputation.account import MAX_NOTES, MAX_REASON
-from p2pinfer.reputation.ledger import Ledger, LedgerConfig
+from p2pinfer.reputation.ledger import Ledger, LedgerConfig, open_ledger
 from p2pinfer.reputation.score import Score
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.reputation.view import ReputationView
@@ -241,25 +242,6 @@ def test_a_users_ban_replaces_the_reason_and_nothing_else_does() -> None:
 # ---------------------------------------------------------------------- bounds
 
 
-def test_the_longest_unseen_peer_is_forgotten_first() -> None:
-    ledger = Ledger(LedgerConfig(max_peers=2))
-    for peer_id in ("a", "b", "a", "c"):
-        ledger.record_failure(peer_id, 0.0)
-    prior = ledger.score("stranger")
-    assert ledger.score("b") == prior
-    assert ledger.score("a") != prior and ledger.score("c") != prior
-
-
-def test_the_banned_are_forgotten_last() -> None:
-    ledger = Ledger(LedgerConfig(max_peers=2), banned=["bad"])
-    for peer_id in ("a", "b", "c"):
-        ledger.record_success(peer_id, 0.0)
-    assert list(ledger.peers()) == ["bad", "c"]
-    for peer_id in ("worse", "worst"):
-        ledger.ban(peer_id)
-    assert list(ledger.peers()) == ["worse", "worst"]
-
-
 def test_notes_are_few_and_short() -> None:
     ledger = Ledger()
     for number in range(20):
@@ -297,3 +279,18 @@ def test_who_is_pardoned_spoils_nothing(pardon: Callable[[Ledger, str], None]) -
     assert ledger.spoilt_ranges(0.0)
     pardon(ledger, "bad")
     assert not ledger.spoilt_ranges(0.0) and not ledger.account("bad").ranges
+
+
+# ---------------------------------------------------------------------- the data directory
+
+
+def test_without_a_place_for_it_the_ledger_is_in_memory_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    ledger = open_ledger(tmp_path / "file", warn=said.append)
+    assert len(said) == 1 and "what is learnt about peers will be forgotten" in said[0]
+    ledger.record_success("a", 1.0)
+    ledger.close()
+    kept = open_ledger(tmp_path / "folder", warn=said.append)
+    kept.close()
+    assert len(said) == 1 and (tmp_path / "folder" / "ledger.sqlite").exists()

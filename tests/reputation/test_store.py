@@ -15,8 +15,7 @@ from filelock import FileLock
 
 from p2pinfer.errors import LocalError
 from p2pinfer.reputation import store
-from p2pinfer.reputation.account import Account
-from p2pinfer.reputation.ledger import Ledger, LedgerConfig, open_ledger
+from p2pinfer.reputation.ledger import Ledger, LedgerConfig
 from p2pinfer.reputation.verdict import Verdict
 
 from .support import attestation, audit, verify
@@ -66,60 +65,6 @@ def test_everything_is_there_after_a_restart(path: Path) -> None:
     assert (again.proofs(), again.attested("a")) == (proofs, said)
     assert sum(said) > 0 and again.is_banned("worse")
     again.close()
-
-
-def test_a_ledger_in_memory_writes_nothing() -> None:
-    ledger = Ledger()
-    ledger.record_success("a", 1.0)
-    assert not ledger.is_dirty
-    ledger.flush()
-    ledger.close()
-    ledger.close()
-
-
-def test_two_open_ledgers_add_up_and_see_each_other(path: Path) -> None:
-    first, second = Ledger.open(path), Ledger.open(path)
-    for _ in range(3):
-        first.record_success("peer", 1.0)
-        second.record_success("peer", 1.0)
-    assert first.is_dirty
-    first.flush()
-    assert not first.is_dirty
-    second.flush()
-    second.record_success("peer", 2.0)  # not written yet when the other's news come in
-    first.ban("bad")
-    first.flush()
-    assert first.account("peer").sessions == 6
-    assert not second.is_banned("bad")
-    second.flush()
-    assert second.is_banned("bad") and second.account("peer").sessions == 7
-    first.close()
-    second.close()
-
-
-def test_what_comes_while_others_news_are_read_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, other = Ledger.open(path), Ledger.open(path)
-    other.record_success("peer", 1.0)
-    other.record_success("stranger", 1.0)
-    other.flush()
-    ledger.record_success("peer", 1.0)
-    write = store.LedgerStore.write
-
-    def write_slowly(self: store.LedgerStore, changes: store.Changes) -> dict[str, Account]:
-        written = write(self, changes)
-        ledger.record_success("peer", 2.0)
-        ledger.record_success("late", 2.0)
-        return written
-
-    monkeypatch.setattr(store.LedgerStore, "write", write_slowly)
-    ledger.flush()
-    monkeypatch.undo()
-    assert ledger.account("peer").sessions == 3
-    assert ledger.account("late").sessions == ledger.account("stranger").sessions == 1
-    ledger.close()
-    other.flush()
-    assert other.account("peer").sessions == 3
-    other.close()
 
 
 @pytest.mark.slow
@@ -249,25 +194,6 @@ def test_an_older_attestation_and_an_unchecked_proof_overwrite_nothing(path: Pat
     again.close()
 
 
-def test_what_could_not_be_written_is_kept_and_tried_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.01)
-    ledger = Ledger.open(path)
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    ledger.record_success("a", 1.0)
-    with pytest.raises(LocalError, match="database is locked"):
-        ledger.flush()
-    ledger.record_success("a", 2.0)
-    other.close()
-    ledger.flush()
-    ledger.close()
-    again = Ledger.open(path)
-    assert again.account("a").sessions == 2
-    again.close()
-
-
 def test_a_ledger_that_another_process_is_making_is_waited_for(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,15 +201,3 @@ def test_a_ledger_that_another_process_is_making_is_waited_for(
     path.parent.mkdir()
     with FileLock(f"{path}.lock"), pytest.raises(LocalError, match="another process holds the ledger"):
         Ledger.open(path)
-
-
-def test_without_a_place_for_it_the_ledger_is_in_memory_and_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    said: list[str] = []
-    ledger = open_ledger(tmp_path / "file", warn=said.append)
-    assert len(said) == 1 and "what is learnt about peers will be forgotten" in said[0]
-    ledger.record_success("a", 1.0)
-    ledger.close()
-    kept = open_ledger(tmp_path / "folder", warn=said.append)
-    kept.close()
-    assert len(said) == 1 and (tmp_path / "folder" / "ledger.sqlite").exists()
