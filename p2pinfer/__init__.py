@@ -46,7 +46,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .generate import Generation as Generation
     from .generate import GenerationConfig as GenerationConfig
     from .generate import GenerationResult as GenerationResult
-    from .generate import HopUsed as HopUsed
     from .generate import Timings as Timings
     from .generate import Token as Token
     from .models.config import ComputeConfig as ComputeConfig
@@ -70,6 +69,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .session import SessionConfig as SessionConfig
     from .verifier import AuditConfig as AuditConfig
     from .verifier import Verifier as Verifier
+    from .way import HopUsed as HopUsed
 
 _HOMES = {
     "audit": ("AuditTally",),
@@ -96,7 +96,7 @@ _HOMES = {
         "Unfinished",
         "WrongOutput",
     ),
-    "generate": ("Generation", "GenerationConfig", "GenerationResult", "HopUsed", "Timings", "Token"),
+    "generate": ("Generation", "GenerationConfig", "GenerationResult", "Timings", "Token"),
     "models.config": ("ComputeConfig",),
     "models.span": ("BlockSpan",),
     "node.config": ("ServeConfig",),
@@ -111,6 +111,7 @@ _HOMES = {
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
     "session": ("SessionConfig",),
+    "way": ("HopUsed",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import pytest
 import torch
 import trio
@@ -21,7 +20,7 @@ from p2pinfer.errors import (
     PromptTooLong,
     Unfinished,
 )
-from p2pinfer.generate import Generation, GenerationConfig, HopUsed, Token, new_state
+from p2pinfer.generate import Generation, GenerationConfig, Token, new_state
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.runner import Chunk, open_runner
@@ -29,9 +28,10 @@ from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text import Tokenizer, load_tokenizer
 from p2pinfer.patience import Patience, Waiting
-from p2pinfer.resume import decode_state, encode_state
+from p2pinfer.resume import decode_state
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session import Session, SessionConfig, open_session
+from p2pinfer.way import HopUsed
 
 from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
@@ -365,41 +365,6 @@ async def test_a_resumed_text_is_the_one_that_an_undisturbed_run_gives(
         await swarm.all_closed()
 
 
-async def test_a_resumed_text_keeps_what_was_held_back(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The beginning of a stop text, and half a character."""
-    first, second = (
-        next(id for id in range(4096) if tokenizer.token_bytes(id) == byte) for byte in (b"\xc3", b"\xa9")
-    )
-    word = tokenizer.encode("xyz")[-1]
-    stop = tokenizer.decode([word]) + "é"
-    async with open_memory_swarm(checkpoint) as swarm:
-        await swarm.serve("a")
-        force(monkeypatch, ends, [word, first, second])
-        walk = Walk(swarm, *[route_over(a=(0, 8))] * 2)
-        cut = start(walk, swarm, ends, tokenizer, stop=(stop[-2:],))
-        texts = [(await anext(cut)).text for _ in range(2)]
-        await cut.aclose()
-        resumed = resume(walk, swarm, ends, tokenizer, cut.resume_token)
-        assert [each.text async for each in resumed] == [""]
-        assert resumed.result.finish_reason == "stop"
-        assert resumed.result.text == "".join(texts) == tokenizer.decode([word])[:-1]
-
-
-async def test_a_token_of_a_text_that_had_ended_gives_no_more(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
-) -> None:
-    (eos,) = tokenizer.eos_ids
-    async with open_memory_swarm(checkpoint) as swarm:
-        state = new_state(swarm.spec, tokenizer, PROMPT, GenerationConfig())
-        ended = encode_state(msgspec.structs.replace(state, token_ids=(300, eos, 301)))
-        generation = resume(Walk(swarm), swarm, ends, tokenizer, ended)
-        assert [each async for each in generation] == []
-        assert generation.result.token_ids == (300, eos)
-        assert generation.result.finish_reason == "eos"
-
-
 async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody(
     checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,42 +452,6 @@ async def test_an_end_of_text_ends_it_and_is_no_text(
         assert tokens[-1] == Token(eos, "")
         assert (generation.result.text, generation.result.finish_reason) == (tokenizer.decode(words), "eos")
         await swarm.all_closed()
-
-
-async def test_a_stop_ends_it_and_what_only_looked_like_one_is_kept(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = tokenizer.encode("one two three four five")
-    text = tokenizer.decode(ids)
-    async with open_memory_swarm(checkpoint) as swarm:
-        await swarm.serve("a")
-
-        async def generate(count: int, *stop: str) -> Generation:
-            force(monkeypatch, ends, ids)
-            walk = Walk(swarm, route_over(a=(0, 8)))
-            generation = start(walk, swarm, ends, tokenizer, max_new_tokens=count, stop=stop)
-            async for _ in generation:
-                pass
-            return generation
-
-        result = (await generate(len(ids), " three", "zebra")).result
-        assert (result.text, result.finish_reason) == (text.partition(" three")[0], "stop")
-        held = (await generate(len(ids), text[-4:] + "!")).result
-        assert (held.text, held.finish_reason) == (text, "length")
-
-
-async def test_half_a_character_at_the_end_is_shown_as_such(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = (
-        next(id for id in range(4096) if tokenizer.token_bytes(id) == byte) for byte in (b"\xc3", b"\xa9")
-    )
-    async with open_memory_swarm(checkpoint) as swarm:
-        await swarm.serve("a")
-        force(monkeypatch, ends, [first, second, first])
-        walk = Walk(swarm, route_over(a=(0, 8)))
-        generation = start(walk, swarm, ends, tokenizer, max_new_tokens=3)
-        assert [token.text async for token in generation] == ["", "é", "\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize(
