@@ -7,18 +7,17 @@ memory. What it learns from a route's fate goes to its ledger and to the policy 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal
+from typing import Literal
 
 import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, PeerError, PeerRefused
+from p2pinfer.errors import PeerError
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -29,31 +28,24 @@ from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.swarm import SwarmMember, open_swarm
 from p2pinfer.node.tasks import open_nursery
-from p2pinfer.node.tensors import row_bytes
 from p2pinfer.node.wire import CODECS, Codec
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.routing.cost import route_cost
-from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
-from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+from p2pinfer.routing.route import Route, RouteOutcome
 
 from .asking import PolicyDesk
 from .audit import Auditor, AuditTally
-from .failover import Gap
-from .generate import Generation, GenerationConfig, new_state
+from .generate import Generation, GenerationConfig, generation_config, new_state
 from .keeping import kept_ledger
-from .paces import Paces
+from .navigator import Navigator
 from .patience import Patience, Waiting
-from .resting import Resting
 from .resume import GenerationState, decode_state
 from .session import Session, SessionConfig, open_session
 from .verifier import AuditConfig, LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
-
-_WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +136,6 @@ class Client:
         self._weights_bytes = weights_bytes
         self._progress = progress
         self._on_wait = on_wait
-        self._resting = Resting(self._config.busy_pause_s)
-        self._paces = Paces()
         self._routing_config = routing_config
         self._audit_config = audit or AuditConfig()
         self._verifier = verifier
@@ -155,6 +145,7 @@ class Client:
         self._ends: Ends
         self._tokenizer: Tokenizer
         self._member: SwarmMember
+        self._navigator: Navigator
         self._nursery: trio.Nursery
 
     async def __aenter__(self) -> Client:
@@ -167,6 +158,14 @@ class Client:
                 open_swarm(new_identity(), self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
+            self._navigator = Navigator(
+                self._member,
+                self.spec,
+                self.ledger,
+                self._desk,
+                self._config.busy_pause_s,
+                self._routing_config,
+            )
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._desk.keep_telling)
             stack.push_async_callback(self._desk.finish)
@@ -296,7 +295,7 @@ class Client:
             NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-        route = await self._choose_route(tokens, excluded)
+        route = await self._navigator.choose_route(tokens, excluded)
         logger.debug("session.open route=%s", route)
         auditor = self._auditor
         chosen = auditor.toss(route) if auditor else frozenset[str]()
@@ -316,111 +315,20 @@ class Client:
                 config=self._session_config,
                 keep_steps=bool(chosen),
                 on_closed=closed,
-                replanner=self,
+                replanner=self._navigator,
                 shunned=excluded,
             )
         except PeerError as exc:
-            self.hop_failed(route, exc)
+            self._navigator.hop_failed(route, exc)
             raise
 
-    async def replacement(self, gap: Gap) -> Route:
-        """The policy's best hops for blocks that a running session lost; does not wait for peers to appear.
-
-        Raises:
-            NoRoute: Nobody else serves them, as far as is known.
-        """
-        resting = self._resting.peers(trio.current_time())
-        return await self._ask_policy(gap.tokens, gap.excluded | resting, gap)
-
-    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
-        """Whom the policy prefers to a hop that takes so long for a step, if it saves half of that or more.
-
-        Raises:
-            NoRoute: The policy has nobody at all.
-        """
-        now = trio.current_time()
-        self._paces.note(hop.peer_id, len(hop.span), seconds, now)
-        candidates = [self._paces.known(candidate, now) for candidate in self._candidates()]
-        excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
-        request = self._request(gap.tokens, excluded, candidates, gap)
-        route = (await self._desk.choose_routes(candidates, request, self.ledger))[0]
-        if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
-            return None
-        slow, other = (
-            route_cost(each, candidates, request, self.ledger, self._routing_config)
-            for each in (Route((hop,)), route)
-        )
-        return route if slow - other > _WORTH_CHANGING * seconds else None
-
-    def hop_failed(self, route: Route, error: PeerError) -> None:
-        """Note that a hop of `route` failed or refused, and tell the policy."""
-        outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
-        if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
-            if error.is_passing:
-                self._resting.rest(error.peer_id, trio.current_time())
-            self._desk.tell(route, outcome)
-        else:
-            self.route_ended(route, outcome)
-
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
-        """Note in the ledger how the hops fared, and tell the policy."""
-        for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):
-            self._paces.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
-        now = time.time()  # the ledger outlives this process
-        for hop in route.hops:
-            if outcome.ok:
-                self.ledger.record_success(hop.peer_id, now)
-            elif hop.peer_id == outcome.failed_peer:
-                self.ledger.record_failure(hop.peer_id, now, outcome.error or "")
-        self._desk.tell(route, outcome)
+        """Note how a route fared."""
+        self._navigator.route_ended(route, outcome)
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """How this client is connected to a hop."""
         return self._member.host.connection_kind(peer_id) or "direct"
-
-    # ------------------------------------------------------------------ planning
-
-    async def _choose_route(self, tokens: int, excluded: frozenset[str]) -> Route:
-        """A route around those that had no room a moment ago; NoRoute without them means: later."""
-        return await self._ask_policy(tokens, excluded | self._resting.peers(trio.current_time()))
-
-    async def _ask_policy(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
-        """The policy's first choice for all blocks, or for those of `gap`."""
-        candidates, now = self._candidates(), time.time()
-        self.ledger.advance(now)
-        for candidate in candidates:
-            if self.ledger.is_banned(candidate.peer_id):
-                ranges = ranges_of(candidate.announcement.addrs)
-                self.ledger.note_ranges(candidate.peer_id, ranges, now)
-        request = self._request(tokens, excluded, candidates, gap)
-        routes = await self._desk.choose_routes(candidates, request, self.ledger)
-        return routes[0]
-
-    def _candidates(self) -> list[Candidate]:
-        return [
-            Candidate(peer.announcement, peer.rtt_ms, relayed=peer.connection == "relayed")
-            for peer in self.peers()
-        ]
-
-    def _request(
-        self, tokens: int, excluded: frozenset[str], candidates: Sequence[Candidate], gap: Gap | None
-    ) -> RouteRequest:
-        spec = self._source.spec
-        request = RouteRequest(
-            spec.revision,
-            spec.num_blocks,
-            row_bytes(spec.hidden_size, "bfloat16"),
-            tokens,
-            excluded,
-            self._member.coordinate,
-            spoilt_ranges=self.ledger.spoilt_ranges(time.time()),
-        )
-        if gap is None:
-            return request
-        by_id = {candidate.peer_id: candidate for candidate in candidates}
-        source = by_id.get(gap.before.peer_id) if gap.before else None
-        sink = by_id.get(gap.after.peer_id) if gap.after else None
-        return replace(request, span=gap.span, source=source, sink=sink)
 
     def _codec_for(self, route: Route) -> Codec:
         """What travels: what every hop computes in, or float32, which loses nothing of any mix."""
@@ -448,15 +356,3 @@ class Client:
         checkpoint = self._source.fetch(None, ends=True, progress=self._progress)
         compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
         return load_ends(checkpoint, compute), load_tokenizer(checkpoint.folder)
-
-
-def generation_config(config: GenerationConfig | None, overrides: dict[str, object]) -> GenerationConfig:
-    """`config` with single fields replaced.
-
-    Raises:
-        ConfigError: There is no such field, or a value makes no sense.
-    """
-    try:
-        return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
-    except TypeError as exc:
-        raise ConfigError(f"{exc}; see p2pinfer.GenerationConfig for what can be set") from exc

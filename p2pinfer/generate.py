@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from torch import Tensor
@@ -49,6 +49,18 @@ class GenerationConfig:
             raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
+
+
+def generation_config(config: GenerationConfig | None, overrides: dict[str, object]) -> GenerationConfig:
+    """`config` with single fields replaced.
+
+    Raises:
+        ConfigError: There is no such field, or a value makes no sense.
+    """
+    try:
+        return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
+    except TypeError as exc:
+        raise ConfigError(f"{exc}; see p2pinfer.GenerationConfig for what can be set") from exc
 
 
 @dataclass(frozen=True, slots=True)

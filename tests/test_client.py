@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import trio
 import trio.testing
 
 from p2pinfer import client as client_module
-from p2pinfer.client import Client, ClientConfig, generation_config
+from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
-from p2pinfer.failover import Gap
-from p2pinfer.generate import Generation, GenerationConfig
+from p2pinfer.generate import Generation
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -157,27 +155,6 @@ async def test_a_peer_that_died_is_left_out_and_relied_on_less(open_client: Open
         assert policy.requests[-1].excluded == {"a", "b"}
         assert client.ledger.score("b").reliability < client.ledger.score("c").reliability
     assert [outcome.failed_peer for _, outcome in policy.outcomes] == [None, "b", None]
-
-
-async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(
-    open_client: OpenClient,
-) -> None:
-    async with open_client(config=SOON) as (client, swarm):
-        await swarm.serve("a", 0, 3, tokens_per_s=100)
-        await swarm.serve("b", 3, 8, tokens_per_s=100)
-        a, b = Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))
-        gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None)
-        with pytest.raises(NoRoute):
-            await client.better(replace(gap, tokens=1 << 30), b, 5.0)
-        assert await client.better(gap, b, 5.0) is None  # there is nobody else
-        await swarm.serve("c", 3, 8, tokens_per_s=10)
-        assert await client.better(gap, b, 0.15) is None
-        route = await client.better(gap, b, 1.0)
-        assert route is not None
-        assert route.peer_ids == ("c",)
-        # Sessions have shown that it is not as fast as it says.
-        client.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
-        assert await client.better(gap, b, 1.0) is None
 
 
 async def test_two_peers_that_die_together_are_one_failover(open_client: OpenClient) -> None:
@@ -549,18 +526,6 @@ async def test_entering_can_be_cancelled_while_weights_are_fetched(
                 nursery.cancel_scope.cancel()
     finally:
         arrived.set()
-
-
-def test_single_fields_of_a_generation_can_be_replaced() -> None:
-    config = GenerationConfig(temperature=0.5)
-    assert generation_config(config, {"seed": 3}) == GenerationConfig(temperature=0.5, seed=3)
-    assert generation_config(None, {}) == GenerationConfig()
-    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'temprature'.*GenerationConfig"):
-        generation_config(None, {"temprature": 1.0})
-    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
-        generation_config(None, {"max_new_tokens": 0})
-    with pytest.raises(ConfigError, match=r"see p2pinfer.GenerationConfig"):
-        generation_config(None, {"max_new_tokens": "many"})
 
 
 @pytest.mark.parametrize(

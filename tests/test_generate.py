@@ -20,7 +20,7 @@ from p2pinfer.errors import (
     PromptTooLong,
     Unfinished,
 )
-from p2pinfer.generate import Generation, GenerationConfig, Token, new_state
+from p2pinfer.generate import Generation, GenerationConfig, Token, generation_config, new_state
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.runner import Chunk, open_runner
@@ -531,3 +531,15 @@ async def test_one_that_is_cancelled_frees_what_the_hops_hold(
 def test_what_makes_no_sense_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GenerationConfig(**options)
+
+
+def test_single_fields_of_a_generation_can_be_replaced() -> None:
+    config = GenerationConfig(temperature=0.5)
+    assert generation_config(config, {"seed": 3}) == GenerationConfig(temperature=0.5, seed=3)
+    assert generation_config(None, {}) == GenerationConfig()
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'temprature'.*GenerationConfig"):
+        generation_config(None, {"temprature": 1.0})
+    with pytest.raises(ConfigError, match="max_new_tokens is 0"):
+        generation_config(None, {"max_new_tokens": 0})
+    with pytest.raises(ConfigError, match=r"see p2pinfer.GenerationConfig"):
+        generation_config(None, {"max_new_tokens": "many"})

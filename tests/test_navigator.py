@@ -1,0 +1,41 @@
+"""Routes by what a client's table says and what its sessions have shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from p2pinfer.asking import PolicyDesk
+from p2pinfer.errors import NoRoute
+from p2pinfer.failover import Gap
+from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.navigator import Navigator
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.policy import RiskAdjusted
+from p2pinfer.routing.route import Hop, RouteOutcome
+
+from .node.memory_swarm import open_memory_swarm
+
+
+async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(tiny_stories: Path) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        desk = PolicyDesk(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        navigator = Navigator(swarm.member("client"), swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+        await swarm.serve("a", 0, 3, tokens_per_s=100)
+        await swarm.serve("b", 3, 8, tokens_per_s=100)
+        a, b = Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))
+        gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None)
+        with pytest.raises(NoRoute):
+            await navigator.better(replace(gap, tokens=1 << 30), b, 5.0)
+        assert await navigator.better(gap, b, 5.0) is None  # there is nobody else
+        await swarm.serve("c", 3, 8, tokens_per_s=10)
+        assert await navigator.better(gap, b, 0.15) is None
+        route = await navigator.better(gap, b, 1.0)
+        assert route is not None
+        assert route.peer_ids == ("c",)
+        # Sessions have shown that it is not as fast as it says.
+        navigator.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
+        assert await navigator.better(gap, b, 1.0) is None
