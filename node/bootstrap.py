@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
 
 from .addresses import split_peer
 from .host import Host
-from .proofs import Heard
+from .proofs import ProofCarrier
 from .snapshot import fetch_snapshot
 from .view import SwarmView
 
@@ -103,13 +103,14 @@ class Neighbourhood:
         host: Host,
         view: SwarmView,
         peers: Sequence[BootstrapPeer],
+        proofs: ProofCarrier | None = None,
     ) -> None:
         self.settled = trio.Event()  # set once a neighbour's table was taken in
-        self.on_notice: Callable[[Heard], object] = lambda _: None  # of a proof, in somebody's table
         self.decided = trio.Event()  # set with `settled`, or once all bootstrap peers have turned us away
         self._turned_away: set[str] = set()
         self._host = host
         self._view = view
+        self._proofs = proofs
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
         if len(self._peers) < len(peers):
             logger.info("one of the bootstrap peers is this node itself; it is left out")
@@ -197,7 +198,7 @@ class Neighbourhood:
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
-        await fetch_snapshot(self._host, self._view, peer_id, on_notice=self.on_notice)
+        await fetch_snapshot(self._host, self._view, peer_id, proofs=self._proofs)
         self.settled.set()
         self.decided.set()
         if peer_id in self._troubles:

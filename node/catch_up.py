@@ -18,6 +18,7 @@ import trio
 from p2pinfer.errors import PeerError
 
 from .host import Host
+from .proofs import ProofCarrier
 from .snapshot import fetch_snapshot
 from .view import SwarmView
 
@@ -36,12 +37,14 @@ class CatchUp:
         host: Host,
         view: SwarmView,
         revisions: Callable[[], Collection[str]],
+        proofs: ProofCarrier | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`revisions` gives the models whose announcements matter here; none means all."""
         self._host = host
         self._view = view
         self._revisions = revisions
+        self._proofs = proofs
         self._rng = rng or random.Random()
 
     async def serve(self) -> None:
@@ -60,7 +63,7 @@ class CatchUp:
         peer_id = self._rng.choice(neighbours)
         revision = self._rng.choice([*sorted(self._revisions())] or [None])
         try:
-            news = await fetch_snapshot(self._host, self._view, peer_id, revision, what_is_missing=True)
+            news = await fetch_snapshot(self._host, self._view, peer_id, revision, self._proofs)
         except PeerError as exc:
             logger.debug("catch_up.failed peer=%s why=%s", peer_id, exc)
             return 0.0

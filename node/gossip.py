@@ -16,7 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final, cast
 
 import trio
 from libp2p.peer.id import ID
@@ -247,6 +247,9 @@ async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncG
         eclipse_protection_enabled=False,  # it takes peers behind one address, or in one room, for one
         spam_protection_enabled=False,  # it counts per forwarder and drops in silence; see RateLimit
     )
+    router.scorer = (
+        None  # as it is set up here it gives everybody the same score, and is asked for each message
+    )
     pubsub = GuardedPubsub(host.libp2p, router)
     async with open_nursery() as nursery:
         await nursery.start(_run, pubsub, router)
@@ -261,7 +264,9 @@ async def _run(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     try:
-        async with background_trio_service(pubsub), background_trio_service(router):
+        async with background_trio_service(pubsub) as manager, background_trio_service(router):
+            # It would look through all tasks for the parent of each new one, and every message has a task.
+            cast(Any, manager)._find_parent_task = lambda _: None
             await pubsub.wait_until_ready()
             task_status.started()
             await trio.sleep_forever()

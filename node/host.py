@@ -29,7 +29,7 @@ from .dial import innermost, race
 from .gate import GATED, Gate, reason
 from .guarded import StrangerMet
 from .host_config import HostConfig
-from .identity import Identity, is_peer_id, verify
+from .identity import Identity, is_peer_id, libp2p_id, verify
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
@@ -127,7 +127,7 @@ class Host:
 
     def connected_peers(self) -> list[str]:
         """The peers there is a live connection to."""
-        return [str(peer) for peer in self._network.connections if self._connection(str(peer)) is not None]
+        return [str(peer) for peer in self._network.connections if self._connection_to(peer) is not None]
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
         """How `peer_id` is connected; direct if it is both, None if it is neither."""
@@ -273,9 +273,11 @@ class Host:
 
     def _connection(self, peer_id: str) -> Any:
         """The live connection to use for `peer_id`: a direct one if possible, else the oldest; or None."""
-        if not is_peer_id(peer_id):
-            return None
-        connections = self._network.connections.get(ID.from_base58(peer_id), [])
+        peer = libp2p_id(peer_id)
+        return None if peer is None else self._connection_to(peer)
+
+    def _connection_to(self, peer: ID) -> Any:
+        connections = self._network.connections.get(peer, [])
         live = [each for each in connections if not (each.is_closed or each.muxed_conn.is_closed)]
         direct = (each for each in live if each.get_connection_type() != ConnectionType.RELAYED)
         return next(direct, live[0] if live else None)

@@ -72,20 +72,26 @@ def load_identity(data_dir: Path) -> Identity:
 
 def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
     """Whether `signature` over `payload` was made by the owner of `peer_id`; False for anything malformed."""
-    public_key = _public_key_of(peer_id)
+    peer = _peer_of(peer_id)
     try:
-        return public_key is not None and public_key.verify(payload, signature)
+        return peer is not None and peer[1].verify(payload, signature)
     except ValueError:  # PyNaCl's, for a signature of a wrong length
         return False
 
 
 def is_peer_id(text: str) -> bool:
     """Whether `text` is the peer id of an Ed25519 key, the only kind that p2pinfer's peers have."""
-    return _public_key_of(text) is not None
+    return _peer_of(text) is not None
 
 
-@lru_cache(maxsize=1024)  # 20 us a time otherwise, and every receipt of a session asks
-def _public_key_of(peer_id: str) -> Ed25519PublicKey | None:
+def libp2p_id(peer_id: str) -> ID | None:
+    """`peer_id` as libp2p has it; None if it is none of an Ed25519 key."""
+    peer = _peer_of(peer_id)
+    return None if peer is None else peer[0]
+
+
+@lru_cache(maxsize=4096)  # 20 us a time otherwise, and every receipt, and every look at a connection, asks
+def _peer_of(peer_id: str) -> tuple[ID, Ed25519PublicKey] | None:
     if not 46 <= len(peer_id) <= 60:  # base58 takes quadratic time; these hold 38 bytes
         return None
     try:
@@ -94,7 +100,7 @@ def _public_key_of(peer_id: str) -> Ed25519PublicKey | None:
         return None
     if len(decoded) != len(_PEER_ID_PREFIX) + 32 or not decoded.startswith(_PEER_ID_PREFIX):
         return None
-    return Ed25519PublicKey.from_bytes(decoded[len(_PEER_ID_PREFIX) :])
+    return ID(decoded), Ed25519PublicKey.from_bytes(decoded[len(_PEER_ID_PREFIX) :])
 
 
 def _identity_of(key_pair: KeyPair) -> Identity:

@@ -74,6 +74,9 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
         ),
     )
     network: Any = host.get_network()
+    network.set_resource_manager(
+        None
+    )  # its limits, 256 who come in among them, are not ours, and make no sound
     network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer, gate, counts)
     network.auto_connector = _DialsNobody(network)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again

@@ -1,10 +1,10 @@
 """A neighbour's table, or what of it the asker lacks, in one round trip.
 
-A newcomer asks for all of it, so that it need not wait for gossip, and is told of fraud proofs as well.
-Later on whoever asks names the records it has, by eight bytes each, and is sent the others. Request and
-response are each one MessagePack value behind a big-endian u32 length; see docs/wire.md. Every record of a
-response is checked as one from gossip would be. How old it is, is the neighbour's word: it may make a
-record seem younger than it is, by one lifetime at most.
+Whoever asks names the records it has, by eight bytes each, and is sent the others: a newcomer all of them, so
+that it need not wait for gossip. Notices of fraud proofs are among them. Request and response are each one
+MessagePack value behind a big-endian u32 length; see docs/wire.md. Every record of a response is checked as
+one from gossip would be. How old it is, is the neighbour's word: it may make a record seem younger than it
+is, by one lifetime at most.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import aclosing
 from itertools import islice
 from typing import Annotated, Final
@@ -63,11 +63,7 @@ def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = N
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(_TIMEOUT_S):
             request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
-            records = view.records(request.revision)
-            if request.known:
-                records = without(records, request.known)
-            elif proofs:
-                records = [*proofs.records(request.revision), *records]
+            records = without(_records(view, proofs, request.revision), request.known)
             await send_value(stream, encode_response(records))
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
@@ -78,16 +74,13 @@ async def fetch_snapshot(
     view: SwarmView,
     peer_id: str,
     revision: str | None = None,
-    *,
-    what_is_missing: bool = False,
-    on_notice: Callable[[Heard], object] = lambda _: None,
+    proofs: ProofCarrier | None = None,
 ) -> int:
-    """Take in a connected peer's table; returns how many of its announcements were news.
+    """Take in what we lack of a connected peer's table; returns how many of its announcements were news.
 
     Args:
         revision: Of the model asked about; None is every one.
-        what_is_missing: Tell the peer what we have, and get the rest.
-        on_notice: Called with the notices of proofs that came with it, `MAX_TOLD` at most.
+        proofs: Hears the notices of proofs that came with it, `MAX_TOLD` at most.
 
     Raises:
         PeerError: The peer is gone, does not answer in time, or answers nonsense.
@@ -95,7 +88,7 @@ async def fetch_snapshot(
     try:
         with trio.fail_after(_TIMEOUT_S):
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
-                known = tags(view.records(revision)) if what_is_missing else b""
+                known = tags(_records(view, proofs, revision))
                 await send_value(stream, _encoder.encode(_Request(revision, known)))
                 entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
     except trio.TooSlowError as exc:
@@ -109,13 +102,18 @@ async def fetch_snapshot(
             author, payload = open_record(record)
             if not is_notice(payload):
                 news += view.accept(announcement_by(author, payload), record, age_s)
-            elif notices < MAX_TOLD:
+            elif proofs and notices < MAX_TOLD:
                 notices += 1
-                on_notice(Heard(decode_notice(payload), author, record, told_by=peer_id))
+                proofs.hear(Heard(decode_notice(payload), author, record, told_by=peer_id))
         except ProtocolViolation as exc:
             logger.debug("snapshot.bad_record peer=%s why=%s", peer_id, exc)
         await trio.lowlevel.checkpoint()  # 1000 signatures take a tenth of a second
     return news
+
+
+def _records(view: SwarmView, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:
+    """What a process holds, with the notices of proofs first: a response has room for only so much."""
+    return [*(proofs.records(revision) if proofs else ()), *view.records(revision)]
 
 
 def tags(records: Iterable[tuple[bytes, float]]) -> bytes:

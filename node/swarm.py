@@ -175,20 +175,20 @@ async def _open_member(
             open_nursery() as nursery,
         ):
             latency = Latency(host, view.everybody)
-            neighbourhood = Neighbourhood(host, view, first_peers)
+            evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
+            kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
+            proofs = ProofCarrier(host, kept, gossip)
+            gossip.on_notice = proofs.hear
+            neighbourhood = Neighbourhood(host, view, first_peers, proofs)
             advertised = [address for address in host.direct_addrs if not _is_loopback(address)]
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
             if looks_around:
                 nursery.start_soon(keep_looking_around, advertised, neighbourhood.add)
-            evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
-            kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
-            proofs = ProofCarrier(host, kept, gossip)
-            gossip.on_notice = neighbourhood.on_notice = proofs.hear
             serve_evidence(host, evidence, kept)
             serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
-            nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions).serve)
+            nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions, proofs).serve)
             nursery.start_soon(proofs.serve)
             yield SwarmMember(
                 host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around

@@ -96,8 +96,8 @@ class SwarmView:
 
     def _sequence_of(self, announcement: Announcement) -> int:
         """That of what we believe of the same peer and revision; -1 if that is nothing."""
-        live = self.live(announcement.revision)
-        return next((peer.sequence for peer in live if peer.peer_id == announcement.peer_id), -1)
+        known = self._table.find(announcement.revision, announcement.peer_id, self._clock())
+        return -1 if known is None else known.sequence
 
 
 def open_announcement(record: bytes) -> Announcement:

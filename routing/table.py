@@ -74,6 +74,11 @@ class SwarmTable:
             entries[peer_id].announcement for peer_id in sorted(entries) if _is_live(entries[peer_id], now)
         ]
 
+    def find(self, revision: str, peer_id: str, now: float) -> Announcement | None:
+        """What a peer announces of `revision`, if it serves that."""
+        entry = self._find(revision, peer_id)
+        return entry.announcement if entry is not None and _is_live(entry, now) else None
+
     def records(self, now: float, revision: str | None = None) -> list[tuple[bytes, float]]:
         """Signed records and their ages in seconds, youngest first, to be handed to a newcomer.
 

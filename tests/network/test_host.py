@@ -376,6 +376,19 @@ async def test_one_peer_has_so_many_connections_and_no_more(start_host: StartHos
         assert await stream.receive_some() == b"x"
 
 
+async def test_no_limit_but_ours_keeps_connections_out(start_host: StartHost) -> None:
+    """libp2p has limits of its own, such as 8 of one peer and 256 that come in, and says nothing."""
+    generous = HostConfig(listen=LOOPBACK.listen, max_connections_per_peer=12)
+    alice, bob = await start_host(generous), await start_host(generous)
+    dialled = Multiaddr(bob.addrs[0].partition("/p2p/")[0])
+    for _ in range(12):
+        await alice.libp2p.get_network().dial_addr(dialled, ID.from_base58(bob.peer_id))
+    with trio.fail_after(5):
+        while len(bob.libp2p.get_network().connections[ID.from_base58(alice.peer_id)]) < 12:
+            await trio.sleep(0.01)
+    assert len(alice.libp2p.get_network().connections[ID.from_base58(bob.peer_id)]) == 12
+
+
 async def test_a_ping_measures_the_round_trip(start_host: StartHost) -> None:
     alice, bob = await start_host(), await start_host()
     with pytest.raises(PeerUnreachable, match="not connected"):

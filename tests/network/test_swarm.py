@@ -92,17 +92,28 @@ async def test_a_newcomer_hears_of_the_proofs_that_a_neighbour_holds(start_host:
     record = seal(accuser, encode_notice(notice))
 
     class Carrier:
-        def records(self, revision: str | None) -> list[tuple[bytes, float]]:
-            return [(record, 1.0)] * (MAX_TOLD + 1) if revision in (None, REVISION) else []
+        def __init__(self, *records: bytes) -> None:
+            self.heard: list[Heard] = []
+            self._records = records
 
-    serve_snapshots(old, known, cast(ProofCarrier, Carrier()))
+        def records(self, revision: str | None) -> list[tuple[bytes, float]]:
+            return [(each, 1.0) for each in self._records] if revision in (None, REVISION) else []
+
+        def hear(self, heard: Heard) -> bool:
+            self.heard.append(heard)
+            return True
+
+    serve_snapshots(old, known, cast(ProofCarrier, Carrier(*[record] * (MAX_TOLD + 1))))
     await newcomer.connect(old.peer_id, old.addrs)
-    heard: list[Heard] = []
-    assert await fetch_snapshot(newcomer, learned, old.peer_id, OTHER, on_notice=heard.append) == 0
-    assert heard == []
-    assert await fetch_snapshot(newcomer, learned, old.peer_id, on_notice=heard.append) == 1
+    ours = Carrier()
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, OTHER, cast(ProofCarrier, ours)) == 0
+    assert ours.heard == []
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, proofs=cast(ProofCarrier, ours)) == 1
     assert peers(learned) == {mine.peer_id}
-    assert heard == [Heard(notice, accuser.peer_id, record, old.peer_id)] * MAX_TOLD
+    assert ours.heard == [Heard(notice, accuser.peer_id, record, old.peer_id)] * MAX_TOLD
+    has_it = Carrier(record)
+    assert await fetch_snapshot(newcomer, learned, old.peer_id, proofs=cast(ProofCarrier, has_it)) == 0
+    assert has_it.heard == []
 
 
 async def test_who_says_what_it_has_is_sent_the_rest(start_host: StartHost) -> None:
@@ -122,10 +133,10 @@ async def test_who_says_what_it_has_is_sent_the_rest(start_host: StartHost) -> N
 
     old.serve(SNAPSHOT_PROTOCOL, answer)
     await other.connect(old.peer_id, old.addrs)
-    assert await fetch_snapshot(other, learned, old.peer_id, what_is_missing=True) == 1
+    assert await fetch_snapshot(other, learned, old.peer_id) == 1
     assert [open_record(record)[0] for record in sent] == [missing.peer_id]
     serve_snapshots(old, known)
-    assert await fetch_snapshot(other, learned, old.peer_id, what_is_missing=True) == 0
+    assert await fetch_snapshot(other, learned, old.peer_id) == 0
     assert peers(learned) == {shared.peer_id, missing.peer_id}
 
 
@@ -133,7 +144,7 @@ async def test_what_gossip_lost_is_caught_up_with(start_host: StartHost, nursery
     old, other = await start_host(), await start_host()
     known, learned = SwarmView(), SwarmView()
     serve_snapshots(old, known)
-    catching_up = CatchUp(other, learned, lambda: [REVISION], random.Random(1))
+    catching_up = CatchUp(other, learned, lambda: [REVISION], rng=random.Random(1))
     assert await catching_up.compare() == 1.0  # nobody is there yet: the next turn comes soon
     await other.connect(old.peer_id, old.addrs)
     lost, foreign = announce(known), announce(known, OTHER)
