@@ -23,7 +23,7 @@ from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused
 from p2pinfer.routing.announcement import MAX_ADDRS
 
 from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp, without_missing_ipv6
-from .circuit import dial_circuit
+from .circuit_stream import HOP_PROTOCOL, dial_circuit
 from .counts import Counts
 from .dial import innermost, race
 from .gate import GATED, Gate, reason
@@ -303,7 +303,8 @@ class Host:
             if is_circuit(address):
                 relay_addr, relay_id, named = parse_circuit(address)
                 _check_named(named, peer_id)
-                await dial_circuit(self, relay_id, relay_addr, peer_id)
+                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr])
+                await dial_circuit(self._network, stream, relay_addr, peer_id)
             else:
                 protocol, host, port, named = parse_tcp(address)
                 _check_named(named, peer_id)

@@ -28,7 +28,8 @@ from multiaddr import Multiaddr
 
 from p2pinfer.errors import PeerError, ProtocolViolation
 
-from .circuit import HOP_PROTOCOL, STOP_PROTOCOL
+from .circuit import STOP_PROTOCOL
+from .circuit_stream import HOP_PROTOCOL
 from .delimited import receive_message, send_message
 from .host import Host
 from .identity import is_peer_id

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from p2pinfer.errors import PeerRefused, PeerUnreachable, PeerVanished
-from p2pinfer.node.circuit import HOP_PROTOCOL, STOP_PROTOCOL, reserve, serve_circuits
+from p2pinfer.node.circuit import STOP_PROTOCOL, reserve, serve_circuits
+from p2pinfer.node.circuit_stream import HOP_PROTOCOL
 from p2pinfer.node.host import Host, HostConfig
 from p2pinfer.node.relay import Relay
 from p2pinfer.node.relay_config import RelayConfig
