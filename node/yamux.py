@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 
 import trio
-from libp2p.abc import IMuxedConn, ISecureConn
+from libp2p.abc import ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
@@ -48,7 +48,7 @@ from .yamux_frames import (
     WINDOW_UPDATE,
     YamuxViolation,
 )
-from .yamux_stream import YamuxStream
+from .yamux_stream import Carrier, YamuxStream
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ PING_INTERVAL_S = 30.0  # between measurements of the round trip
 LINGER_S = 60.0  # how long a stream that we closed may wait for the peer's own end
 
 
-class YamuxConnection(IMuxedConn):
+class YamuxConnection(Carrier):
     """All streams to one peer. libp2p's swarm makes it, runs `start`, and closes it."""
 
     def __init__(
@@ -189,10 +189,9 @@ class YamuxConnection(IMuxedConn):
         self.rtt_s = (self.rtt_s + rtt_s) / 2 if self.rtt_s else rtt_s
         return rtt_s
 
-    # ------------------------------------------------------------------ for the streams
+    # ------------------------------------------------------------------ for the streams: see Carrier
 
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
-        """Write one frame; at a cancellation it is sent all the same."""
         try:
             await self.secured_conn.write(b"".join((header, payload)))
         except (BaseLibp2pError, OSError) as exc:
@@ -200,7 +199,6 @@ class YamuxConnection(IMuxedConn):
         self._traffic.sent += len(header) + len(payload)
 
     def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
-        """Have a frame without payload written as soon as possible."""
         if len(self._control) < MAX_CONTROL_BYTES:
             self._control += HEADER.pack(0, kind, flags, stream_id, length)
             self._control_ready.set()
@@ -209,7 +207,6 @@ class YamuxConnection(IMuxedConn):
             self._scope.cancel()
 
     def grow(self, size: int) -> int:
-        """How much of `size` a window may grow by."""
         if self._growth + size > MAX_GROWTH:
             return 0
         self._growth += size

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING
 
 import trio
-from libp2p.abc import IMuxedStream
+from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
 from .gate import reason
@@ -23,18 +23,49 @@ from .yamux_frames import (
     YamuxViolation,
 )
 
-if TYPE_CHECKING:
-    from .yamux import YamuxConnection
-
 
 class StreamRefused(MuxedStreamReset):
     """The peer lets us open no such stream at the moment; the message says why."""
 
 
+class Carrier(IMuxedConn):
+    """What a stream needs of the connection that carries it.
+
+    Attributes:
+        rtt_s: The round trip as measured; 0 until it was.
+    """
+
+    rtt_s: float
+
+    @abstractmethod
+    async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        """Write one frame; at a cancellation it is sent all the same.
+
+        Raises:
+            MuxedStreamReset: The connection is gone.
+        """
+
+    @abstractmethod
+    def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        """Have a frame without payload written as soon as possible."""
+
+    @abstractmethod
+    def grow(self, size: int) -> int:
+        """How much of `size` a window may grow by."""
+
+    @abstractmethod
+    def forget(self, stream: YamuxStream) -> None:
+        """The stream is over. Harmless twice."""
+
+    @abstractmethod
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The IP address and port that it leads to, if it is a direct one."""
+
+
 class YamuxStream(IMuxedStream):
     """One of the streams of `muxed_conn`; a byte pipe each way, each with its own end."""
 
-    def __init__(self, connection: YamuxConnection, stream_id: int, *, ours: bool) -> None:
+    def __init__(self, connection: Carrier, stream_id: int, *, ours: bool) -> None:
         self.muxed_conn = connection  # by libp2p's name for it
         self._connection = connection
         self.stream_id = stream_id
