@@ -26,6 +26,7 @@ from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.source import resolve_model
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.reputation.verdict import Thresholds
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.drawing import draw_routes
 from p2pinfer.routing.policy import RoutingPolicy
@@ -63,7 +64,7 @@ class VerifyConfig:
     idle_s: float = 10.0  # how long nobody must have been served before
     pause_s: float = 30.0  # between two rounds at least, seconds
     texts: int = 3  # texts from one identity
-    max_new_tokens: int = 64  # of one text
+    max_new_tokens: int = 64  # of one text; fewer than 24 say little, fewer than 8 nothing
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -160,11 +161,10 @@ class Patrol:
             self._client_id = ""
 
     async def _make_text(self, client: Client) -> None:
-        rng, most = self._rng, self._config.max_new_tokens
+        rng = self._rng
         prompt = rng.choice([*OPENINGS, *self._texts])
-        config = GenerationConfig(
-            max_new_tokens=rng.randint(max(1, most // 4), most), temperature=0.8, seed=rng.getrandbits(60)
-        )
+        length = draw_length(self._config.max_new_tokens, rng)
+        config = GenerationConfig(max_new_tokens=length, temperature=0.8, seed=rng.getrandbits(60))
         generation = client.generate(prompt, config)
         try:
             async for _ in generation:
@@ -215,6 +215,15 @@ def open_patrol(
             yield client
 
     return Patrol(open_client, verify, report)
+
+
+def draw_length(most: int, rng: random.Random) -> int:
+    """How many tokens a text is to have: at random up to `most`, and enough for a verdict if that allows it.
+
+    The last hop gives one output a token. The limits for a few are so wide that who is found to cheat in a
+    longer text is merely suspect in a short one, if that much.
+    """
+    return rng.randint(max(most // 4, min(most, Thresholds().full_chunk)), most)
 
 
 class LeastKnown(RoutingPolicy):

@@ -96,9 +96,9 @@ def cheat(served: Served, change: Change) -> None:
     served.runner.run = run  # type: ignore[method-assign]
 
 
-def noisy(output: Tensor) -> Tensor:
+def noisy(output: Tensor, generator: torch.Generator | None = None) -> Tensor:
     length = output.square().sum(-1, keepdim=True).sqrt()
-    return output + 0.05 * length * torch.randn_like(output) / 18
+    return output + 0.05 * length * torch.randn(output.shape, generator=generator) / 18
 
 
 async def text_of(generation: Generation) -> str:

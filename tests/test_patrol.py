@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
+import torch
 import trio
 import trio.testing
 
@@ -16,7 +18,7 @@ from p2pinfer.errors import NoRoute
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, Leaving, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.patrol import LeastKnown, Patrol, VerifyConfig, open_patrol
+from p2pinfer.patrol import LeastKnown, Patrol, VerifyConfig, draw_length, open_patrol
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement
@@ -31,7 +33,7 @@ __all__ = ["checkpoint", "open_client", "swarm"]  # fixtures
 
 READY = Ready("me", ("/memory/me",), "tiny-stories", "r" * 32, (0, 8), "float32", "cpu", 1.0, 1)
 REQUEST = RouteRequest("r" * 32, 8, 640, 10)
-AT_ONCE = VerifyConfig(enabled=True, share=1, idle_s=0, pause_s=0, texts=1, max_new_tokens=12)
+AT_ONCE = VerifyConfig(enabled=True, share=1, idle_s=0, pause_s=0, texts=1, max_new_tokens=24)
 
 
 def opened(client: str = "a client", sessions: int = 1) -> SessionOpened:
@@ -97,7 +99,7 @@ async def test_rounds_wait_for_a_node_that_serves_and_is_idle_and_end_when_it_is
 async def test_a_round_finds_who_cheats(
     swarm: MemorySwarm, open_client: OpenClient, nursery: trio.Nursery
 ) -> None:
-    cheat(await swarm.serve("b", 0, 8), noisy)
+    cheat(await swarm.serve("b", 0, 8), partial(noisy, generator=torch.Generator().manual_seed(1)))
     await swarm.serve("me", 0, 8)
     ledger, told = Ledger(), list[Event]()
     done = trio.Event()
@@ -111,7 +113,7 @@ async def test_a_round_finds_who_cheats(
         told.append(event)
         done.set()
 
-    patrol = Patrol(join, AT_ONCE, report)
+    patrol = Patrol(join, AT_ONCE, report, random.Random(1))
     patrol.note(READY)
     nursery.start_soon(patrol.serve)
     await done.wait()
@@ -144,6 +146,13 @@ async def test_where_there_is_nobody_a_round_comes_to_nothing(
     patrol.note(READY)
     nursery.start_soon(patrol.serve)
     await twice.wait()
+
+
+@pytest.mark.parametrize(("most", "least"), [(200, 50), (64, 24), (24, 24), (12, 12), (1, 1)])
+def test_a_text_is_as_long_as_a_verdict_needs_where_that_is_allowed(most: int, least: int) -> None:
+    rng = random.Random(1)
+    lengths = {draw_length(most, rng) for _ in range(1000)}
+    assert (min(lengths), max(lengths)) == (least, most)
 
 
 def test_routes_go_over_those_known_least_and_never_over_ourselves_alone() -> None:
