@@ -6,6 +6,9 @@ So recording never waits for a disk and may be done in an event loop, while `flu
 several processes (a node, a client, the command line) keep one ledger. Changes that could not be written are
 kept, and tried again with the next flush.
 
+Others read while an event is noted, and some without the lock: a peer's record is replaced, never taken out
+and put back, since in between one that is banned would be a stranger.
+
 Memory is bounded: beyond the limits of `LedgerConfig` the longest unseen peer goes, the oldest proof, and who
 weighs least of those that attest.
 """
@@ -13,6 +16,7 @@ weighs least of those that attest.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Final
 
 from p2pinfer.errors import LocalError
@@ -30,14 +34,14 @@ class Records:
     """Accounts, attestations and notes of proofs. Hold `lock` to read several things as of one moment.
 
     Attributes:
-        accounts: By peer id, the one met last at the end.
+        accounts: By peer id, the one met last at the end. One of them may be read without the lock.
         attestations: The latest of each author.
         proofs: By content address.
         now: The latest time that anything was told of.
     """
 
     def __init__(self, config: LedgerConfig) -> None:
-        self.accounts: dict[str, Account] = {}
+        self.accounts: OrderedDict[str, Account] = OrderedDict()
         self.attestations: dict[str, Attestation] = {}
         self.proofs: dict[str, ProofNote] = {}
         self.now = 0.0
@@ -95,9 +99,7 @@ class Records:
         """Something happened to do with the peer."""
         with self.lock:
             self.advance(now)
-            # Taken out and put back: the dict's order is that of the last event.
-            account = change(self.accounts.pop(peer_id, NEWCOMER))
-            self.accounts[peer_id] = account
+            _put_last(self.accounts, peer_id, change(self.account(peer_id)))
             if self._store is not None:
                 self._changes.accounts.append((peer_id, change))
             self._attested = None if self.attestations else {}
@@ -210,10 +212,11 @@ class Records:
         contents = self._store.read()
         if contents is None:
             return
+        accounts = OrderedDict(contents.accounts)
         with self.lock:
-            self.accounts = contents.accounts
             for peer_id, change in self._changes.accounts:
-                self.accounts[peer_id] = change(self.accounts.pop(peer_id, NEWCOMER))
+                _put_last(accounts, peer_id, change(accounts.get(peer_id, NEWCOMER)))
+            self.accounts = accounts
             self.attestations = {**contents.attestations, **self._changes.attestations}
             self.proofs = {**contents.proofs, **self._changes.proofs}
             self._attested = None
@@ -221,11 +224,10 @@ class Records:
 
     def _replace(self, peer_id: str, account: Account) -> None:
         """Put in what the file says now; what came meanwhile is applied to it again."""
-        self.accounts.pop(peer_id, None)
         for other, change in self._changes.accounts:
             if other == peer_id:
                 account = change(account)
-        self.accounts[peer_id] = account
+        _put_last(self.accounts, peer_id, account)
         self._attested = None
 
     def _put_back(self, changes: Changes) -> None:
@@ -235,3 +237,8 @@ class Records:
             {**changes.attestations, **later.attestations},
             {**changes.proofs, **later.proofs},
         )
+
+
+def _put_last(accounts: OrderedDict[str, Account], peer_id: str, account: Account) -> None:
+    accounts[peer_id] = account
+    accounts.move_to_end(peer_id)

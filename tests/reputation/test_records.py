@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,51 @@ def test_what_comes_while_others_news_are_read_is_kept(path: Path, monkeypatch: 
     ledger.close()
     other.flush()
     assert other.account("peer").sessions == 3
+    other.close()
+
+
+@contextmanager
+def once_banned_always_banned(ledger: Ledger, *peer_ids: str) -> Generator[None]:
+    """Whoever looks in between any two calls, as another thread may, sees every ban there has been."""
+    seen: dict[str, list[bool]] = {peer_id: [] for peer_id in peer_ids}
+
+    def look(*_: object) -> None:
+        for peer_id, bans in seen.items():
+            bans.append(ledger.is_banned(peer_id))
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert all(bans[-1] and bans == sorted(bans) for bans in seen.values())
+
+
+def test_a_banned_peer_is_a_stranger_at_no_moment_of_an_event() -> None:
+    ledger = Ledger(banned=["bad"])
+    with once_banned_always_banned(ledger, "bad"):
+        ledger.record_failure("bad", 1.0)
+
+
+def test_a_banned_peer_is_a_stranger_at_no_moment_of_a_flush(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, other = Ledger.open(path), Ledger.open(path)
+    ledger.ban("early")
+    other.record_success("stranger", 1.0)
+    other.flush()
+    read = store.LedgerStore.read
+
+    def read_slowly(self: store.LedgerStore) -> store.Contents | None:
+        contents = read(self)
+        ledger.ban("late")  # by another thread, say
+        return contents
+
+    monkeypatch.setattr(store.LedgerStore, "read", read_slowly)
+    with once_banned_always_banned(ledger, "early", "late"):
+        ledger.flush()
+    monkeypatch.undo()
+    ledger.close()
     other.close()
 
 
