@@ -199,7 +199,7 @@ class HopSession:
                 on_done=lambda done: self._on_done(_Output(step, payload, done, arrived_at, feeder)),
                 submitted_at=arrived_at,
                 client=self.client_id,
-                check=lambda: self._check_values(hidden, peer_id),
+                check=lambda: self._check_values(payload, peer_id),
                 encode=lambda output: self._encode(step, output),
             )
         )
@@ -235,10 +235,10 @@ class HopSession:
         if self._bytes_in_flight + payload_bytes > self._config.max_bytes_in_flight:
             raise ProtocolViolation(f"more than {self._config.max_bytes_in_flight} bytes in flight", peer)
 
-    def _check_values(self, hidden: Tensor, peer: str) -> None:
+    def _check_values(self, payload: bytearray, peer: str) -> None:
         """In the worker's thread: what is not finite must not reach the cache, nor may what follows."""
         try:
-            check_finite(hidden, peer)
+            check_finite(payload, self.opening.codec, peer)
         except WrongOutput:
             self._is_spoilt = True
             raise

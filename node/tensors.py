@@ -20,6 +20,14 @@ _DTYPES: Final[dict[Codec, torch.dtype]] = {
     "float16": torch.float16,
 }
 
+# The high bytes of what is not finite: sign, and an exponent of ones. That of a float32 or bfloat16 lacks the
+# exponent's last bit, so 2**127 is among them.
+_HIGH_BYTES: Final[dict[Codec, tuple[int, ...]]] = {
+    "float32": (0x7F, 0xFF),
+    "bfloat16": (0x7F, 0xFF),
+    "float16": (0x7C, 0x7D, 0x7E, 0x7F, 0xFC, 0xFD, 0xFE, 0xFF),
+}
+
 
 def dtype_of(codec: Codec) -> torch.dtype:
     """The torch dtype that a codec carries."""
@@ -46,15 +54,15 @@ def decode_hidden(
 
     Raises:
         ProtocolViolation: The payload's length is not that of such a tensor.
-        WrongOutput: A value is not finite; it must not reach a cache.
+        WrongOutput: As for `check_finite`; such a value must not reach a cache.
     """
     hidden = view_hidden(payload, tokens, hidden_size, codec, peer_id)
-    check_finite(hidden, peer_id)
+    check_finite(payload, codec, peer_id)
     return hidden
 
 
 def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec, peer_id: str = "") -> Tensor:
-    """`decode_hidden` without a look at the values, which takes 13 ms for a thousand wide tokens.
+    """`decode_hidden` without a look at the values, which takes 3 ms for a thousand wide tokens.
 
     Raises:
         ProtocolViolation: The payload's length is not that of such a tensor.
@@ -69,9 +77,13 @@ def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec,
     return torch.frombuffer(payload, dtype=_DTYPES[codec]).view(tokens, hidden_size)
 
 
-def check_finite(hidden: Tensor, peer_id: str = "") -> None:
-    """Raises WrongOutput if a value is not finite."""
-    # One reduction instead of isfinite().all(): a sum of finite float32 may overflow only for absurd scales,
-    # which are refused as well.
-    if not torch.isfinite(hidden.sum(dtype=torch.float32)):
+def check_finite(payload: bytes | bytearray, codec: Codec, peer_id: str = "") -> None:
+    """Look for infinities and NaNs, in the bytes: reducing the tensor takes three to six times as long.
+
+    Raises:
+        WrongOutput: There are some, or values of an absurd scale, 2**127 and more.
+    """
+    itemsize = _DTYPES[codec].itemsize
+    high = payload[itemsize - 1 :: itemsize]
+    if any(each in high for each in _HIGH_BYTES[codec]):
         raise WrongOutput("hidden states that are not finite", peer_id)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias, get_args
 
@@ -331,7 +332,7 @@ class FrameStream:
         limit_s = self._pace.limit_s(len(frame) + len(payload)) if self._pace else math.inf
         async with self._send_lock:
             try:
-                with trio.fail_after(limit_s):
+                with trio.fail_after(limit_s) if limit_s < math.inf else nullcontext():
                     await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
             except trio.TooSlowError as exc:
                 await trio.aclose_forcefully(self._stream)
@@ -381,7 +382,7 @@ class FrameStream:
         """Read until the buffer holds `size` bytes. It grows only by what has really arrived."""
         while len(self._buffer) < size:
             try:
-                with trio.fail_at(deadline):
+                with trio.fail_at(deadline) if deadline < math.inf else nullcontext():
                     received = await self._stream.receive_some(READ_BYTES)
             except trio.TooSlowError as exc:
                 raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc

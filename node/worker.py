@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -148,8 +148,8 @@ class Worker:
             False when the worker is to stop.
         """
         try:
-            while True:
-                arrival = self._arrivals.get(block=wait_s != 0, timeout=wait_s)
+            while wait_s != 0 or not self._arrivals.empty():
+                arrival = self._arrivals.get(timeout=wait_s)
                 wait_s = 0
                 if arrival is None:
                     return False
@@ -159,7 +159,8 @@ class Worker:
                 else:
                     arrival()
         except queue.Empty:
-            return True
+            pass
+        return True
 
     def _gather(self) -> bool:
         """Let sessions that are due any moment join the next batch, if all that waits are decode steps.
@@ -179,6 +180,8 @@ class Worker:
 
     def _next_batch(self) -> list[Job]:
         """The next jobs that fit together: one a lease, prefill bounded, and decode for each client."""
+        if not self._waiting:
+            return []
         batch: list[Job] = []
         taken: set[int] = set()
         room = self._max_batch_tokens
@@ -211,13 +214,11 @@ class Worker:
             else:
                 live.append(job)
         results = self._run(live)
+        self._wake_loop()  # a quarter of a millisecond, in which the outputs are encoded
         payloads = [_encoded(job, output) for job, (output, _) in zip(live, results, strict=True)]
         seconds = self._clock() - started
         total = sum(len(job.chunk.hidden) for job in live)
         self._count(live, total)
-        self._let_go(live, started + seconds)
-        if _all_decode(live):
-            self._patience_s = PATIENCE * seconds
         calls = [
             (job, Done(output, error, started - job.submitted_at, seconds, total, payload))
             for job, (output, error), payload in zip(live, results, payloads, strict=True)
@@ -228,6 +229,14 @@ class Worker:
             self._token.run_sync_soon(_deliver, calls)
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(calls))
+        # While the event loop wakes up:
+        self._let_go(live, started + seconds)
+        if _all_decode(live):
+            self._patience_s = PATIENCE * seconds
+
+    def _wake_loop(self) -> None:
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(_nothing, idempotent=True)
 
     def _count(self, jobs: list[Job], tokens: int) -> None:
         if jobs:
@@ -274,6 +283,9 @@ def _encoded(job: Job, output: Tensor | None) -> bytes:
 
 def _all_decode(jobs: Iterable[Job]) -> bool:
     return all(job.is_decode for job in jobs)
+
+
+def _nothing() -> None: ...
 
 
 def _deliver(calls: list[tuple[Job, Done]]) -> None:

@@ -7,6 +7,7 @@ the first went through a relay: what follows is sent there, and read there once 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,13 +110,13 @@ class HopStream:
         await self._frames.send(step, payload)
 
     @contextmanager
-    def while_there(self) -> Generator[None]:
-        """Whatever runs inside ends when the hop is given up.
+    def while_there(self, limit_s: float = math.inf) -> Generator[None]:
+        """Whatever runs inside ends when the hop is given up, or the time is.
 
         Raises:
-            PeerVanished: It was.
+            PeerVanished: It did.
         """
-        with trio.CancelScope() as scope:
+        with trio.CancelScope(relative_deadline=limit_s) as scope:
             if self._given_up:
                 scope.cancel()
             self._uses.append(scope)
@@ -124,7 +125,8 @@ class HopStream:
             finally:
                 self._uses.remove(scope)
         if scope.cancelled_caught:
-            raise PeerVanished("it was given up", self.peer_id)
+            why = "it was given up" if self._given_up else f"it took nothing in for {limit_s:g} s"
+            raise PeerVanished(why, self.peer_id)
 
     def give_up(self) -> None:
         """Wait for the hop no more: it takes nothing in, or somebody else is to take its place."""

@@ -302,12 +302,10 @@ class Session:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
         try:
-            with trio.fail_after(limit_s), first.while_there():
+            with first.while_there(limit_s):
                 await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
             self.on_lost(first, exc)
-        except trio.TooSlowError:
-            self.on_lost(first, PeerVanished(f"it took nothing in for {limit_s:g} s", first.peer_id))
 
     async def _receive(self) -> tuple[Result, Tensor]:
         """The oldest result that is missing, whatever has to be repaired for it."""

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-from p2pinfer.node.tensors import decode_hidden, dtype_of, encode_hidden, row_bytes
+from p2pinfer.node.tensors import check_finite, decode_hidden, dtype_of, encode_hidden, row_bytes
 from p2pinfer.node.wire import Codec
 
 codecs: st.SearchStrategy[Codec] = st.sampled_from(["float32", "bfloat16", "float16"])
@@ -32,6 +32,19 @@ def test_a_payload_of_the_wrong_length_is_a_protocol_violation(codec: Codec, tok
         return
     with pytest.raises(ProtocolViolation):
         decode_hidden(bytearray(size), tokens, 8, codec, "mallory")
+
+
+@given(codecs, st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6))
+def test_any_bits_are_judged_as_torch_judges_them(codec: Codec, bits: list[int]) -> None:
+    payload = bytearray(b"".join(each.to_bytes(4, "little") for each in bits))
+    values = torch.frombuffer(payload, dtype=dtype_of(codec)).double()
+    fine = bool((values.isfinite() & (values.abs() < 2.0**127)).all())
+    try:
+        check_finite(payload, codec)
+    except WrongOutput:
+        assert not fine
+    else:
+        assert fine
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
