@@ -225,7 +225,8 @@ class Client:
 
         Raises:
             PromptTooLong: The prompt does not fit the model.
-            ConfigError: An override is not a field of `GenerationConfig`, or a value makes no sense.
+            ConfigError: An override is not a field of `GenerationConfig`, a value makes no sense, or the
+                prompt is empty and the model has no token to begin with.
         """
         state = new_state(self.spec, self._tokenizer, prompt, generation_config(config, overrides))
         return self._go_on(state)

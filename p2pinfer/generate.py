@@ -101,7 +101,7 @@ def new_state(
 
     Raises:
         PromptTooLong: The prompt leaves no room in the model's context.
-        ConfigError: The model cannot draw tokens like that.
+        ConfigError: There is no token to begin with, or the model cannot draw tokens like that.
     """
     prompt_ids = tuple(tokenizer.encode(prompt))
     room = spec.max_positions - len(prompt_ids)
@@ -111,7 +111,7 @@ def new_state(
             f"{spec.max_positions}, the answer included; shorten it"
         )
     if not prompt_ids:
-        raise PromptTooLong("the prompt is empty and this model has no token to begin with; write something")
+        raise ConfigError(f"the prompt is empty and {spec.model} has no token to begin with; write something")
     sampling = SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed)
     return GenerationState(
         spec.model,

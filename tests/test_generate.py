@@ -454,22 +454,27 @@ async def test_an_end_of_text_ends_it_and_is_no_text(
         await swarm.all_closed()
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"), [("word " * 1200, "tokens long and tiny-stories takes 1024"), ("", "is empty")]
-)
 async def test_a_prompt_that_does_not_fit_is_refused_at_once(
-    prompt: str,
-    message: str,
-    checkpoint: Checkpoint,
-    ends: Ends,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
 ) -> None:
-    if not prompt:  # the bundled model begins every text with a token; not all do
-        encode_as(monkeypatch, tokenizer, [])
     async with open_memory_swarm(checkpoint) as swarm:
-        with pytest.raises(PromptTooLong, match=message):
-            start(Walk(swarm), swarm, ends, tokenizer, prompt)
+        with pytest.raises(PromptTooLong, match="tokens long and tiny-stories takes 1024"):
+            start(Walk(swarm), swarm, ends, tokenizer, "word " * 1200)
+
+
+async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_that(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled model's tokenizer puts one there; not all do."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        generation = start(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer, "", max_new_tokens=4)
+        assert [token.id async for token in generation] == local_ids(checkpoint, ends, [1], 4, seed=0)
+        assert (generation.prompt, generation.result.text) == ("", "Once upon a time")
+        await swarm.all_closed()
+        encode_as(monkeypatch, tokenizer, [])
+        with pytest.raises(ConfigError, match="the prompt is empty and tiny-stories has no token to begin"):
+            start(Walk(swarm), swarm, ends, tokenizer, "")
 
 
 async def test_a_long_prompt_leaves_room_for_what_fits(

@@ -120,6 +120,14 @@ def test_a_prompt_from_standard_input_loses_its_line_end(
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 5
 
 
+def test_an_empty_prompt_begins_a_text_where_the_model_can(
+    swarm_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tests/e2e/test_wrong_input.py has a model that cannot."""
+    assert generate(swarm_address, "--echo", "") == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl")
+
+
 def test_a_prompt_that_is_no_text_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,12 @@ CASES = {
         ["generate", "word " * 2000], FAILED, "tokens long and tiny-stories takes 1024"
     ),
     "a prompt that is no text": Case(["generate", "-"], WRONG, "is not UTF-8 text", b"\xff\xfe"),
+    "an empty prompt, and no token to begin with": Case(
+        ["generate", "--model", "{models}/beginless", ""], WRONG, "the prompt is empty and .* has no token"
+    ),
+    "an empty standard input, and no token to begin with": Case(
+        ["generate", "--model", "{models}/beginless", "-"], WRONG, "the prompt is empty and .* has no token"
+    ),
     "no prompt": Case(["generate"], WRONG, "give a PROMPT, or --resume"),
     "no new tokens": generate("--max-new-tokens", "0", says="max_new_tokens is 0"),
     "fewer than no new tokens": generate("--max-new-tokens", "-1", says="max_new_tokens is -1"),
@@ -170,6 +176,8 @@ def models(tiny_stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copy(tiny_stories / "config.json", home / "pickled")
     (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (copy("mute") / "tokenizer.json").unlink()
+    path = copy("beginless") / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
     copy("misshapen", intermediate_size=860)
     copy("another", rope_theta=20000.0)
     copy("third", rope_theta=30000.0)
