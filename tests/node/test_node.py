@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, PeerRefused, SpanOutOfRange
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
@@ -70,11 +70,6 @@ class Node:
 
 
 OpenNode = Callable[..., AbstractAsyncContextManager[Node]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture

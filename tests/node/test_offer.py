@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
@@ -21,11 +20,6 @@ from p2pinfer.routing.announcement import MAX_TTL_S, decode_announcement, encode
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 
 GAP_S, INTERVAL_S = 5.0, 60.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from p2pinfer.errors import CacheFull, LocalError
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.runner import open_runner
 from p2pinfer.models.span import BlockSpan
@@ -17,11 +16,6 @@ from p2pinfer.node import sizing
 from p2pinfer.node.sizing import WEIGHTS_SHARE, measure_capacity, measure_speed
 
 CPU = ComputeConfig(device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: float) -> None:
