@@ -29,11 +29,12 @@ from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence import EvidenceStore
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.hop import HopSession
 from p2pinfer.node.identity import new_identity, verify
 from p2pinfer.node.notary import Attestation, Notary
 from p2pinfer.node.tensors import encode_hidden
-from p2pinfer.node.wire import FrameStream, Open, Result, Step
+from p2pinfer.node.wire import Open, Result, Step
 from p2pinfer.node.worker import open_worker
 from p2pinfer.receipts import PassedStep, ReceiptBook
 from p2pinfer.routing.route import Hop

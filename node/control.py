@@ -22,6 +22,7 @@ import trio
 from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
 
 from .config import ServeConfig
+from .frames import FrameStream
 from .hop import HopSession, Refusal
 from .host import Host
 from .link import Link
@@ -34,7 +35,6 @@ from .wire import (
     Attached,
     End,
     Expect,
-    FrameStream,
     Opened,
     Probe,
     RefusalCode,

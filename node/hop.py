@@ -32,23 +32,12 @@ from p2pinfer.models.span import BlockSpan
 
 from .config import ServeConfig
 from .evidence import EvidenceStore
+from .frames import FrameStream
 from .link import Link
 from .notary import Notary
 from .replay import ReplayLog
 from .tensors import check_finite, encode_hidden, view_hidden
-from .wire import (
-    Bill,
-    Filled,
-    FrameStream,
-    Leaving,
-    Moved,
-    Open,
-    RefusalCode,
-    Refused,
-    Result,
-    Step,
-    printable,
-)
+from .wire import Bill, Filled, Leaving, Moved, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
 
 _FAREWELL_S: Final = 1.0  # for the end of a stream that the client has left

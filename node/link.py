@@ -12,8 +12,9 @@ import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 
+from .frames import FrameStream
 from .replay import Sent
-from .wire import Alive, End, Filled, FrameStream, Probe, Step
+from .wire import Alive, End, Filled, Probe, Step
 
 
 class ReplayWindow:

@@ -26,6 +26,7 @@ from .config import ServeConfig
 from .control import SessionControl, ending
 from .events import Event, SessionClosed, SessionOpened, SessionRefused
 from .evidence import EvidenceStore
+from .frames import FrameStream, Pace
 from .hop import HopSession, Refusal
 from .host import Host
 from .notary import Notary
@@ -40,12 +41,10 @@ from .wire import (
     Attach,
     Attached,
     End,
-    FrameStream,
     Message,
     Move,
     Open,
     Opened,
-    Pace,
     Probe,
     Refused,
     SessionId,

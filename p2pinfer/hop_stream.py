@@ -22,13 +22,13 @@ from p2pinfer.errors import (
     PeerVanished,
     ProtocolViolation,
 )
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.link import ReplayWindow
 from p2pinfer.node.wire import (
     Alive,
     End,
     Expect,
     Filled,
-    FrameStream,
     Leaving,
     Message,
     Move,

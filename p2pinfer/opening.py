@@ -17,8 +17,9 @@ from p2pinfer.errors import (
     ProtocolViolation,
     WrongOutput,
 )
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.host import Host
-from p2pinfer.node.wire import SESSION_PROTOCOL, FrameStream, Leaving, Open, Opened, Refused
+from p2pinfer.node.wire import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
 from p2pinfer.routing.route import Hop, Route
 
 from .hop_stream import HopStream

@@ -16,8 +16,9 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerError
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.host import Host
-from p2pinfer.node.wire import SESSION_PROTOCOL, FrameStream
+from p2pinfer.node.wire import SESSION_PROTOCOL
 
 from .hop_stream import HopStream
 

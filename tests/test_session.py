@@ -22,12 +22,12 @@ from p2pinfer.errors import (
     WrongOutput,
 )
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.wire import (
     SESSION_PROTOCOL,
     Bill,
     End,
-    FrameStream,
     Open,
     Opened,
     RefusalCode,

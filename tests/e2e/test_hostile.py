@@ -22,6 +22,7 @@ import p2pinfer
 from p2pinfer.errors import PeerError, PeerVanished
 from p2pinfer.generate import Token
 from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.node.frames import FrameStream, encode_header
 from p2pinfer.node.host import Host, HostConfig, open_host
 from p2pinfer.node.identity import new_identity
 from p2pinfer.node.snapshot import SNAPSHOT_PROTOCOL
@@ -32,7 +33,6 @@ from p2pinfer.node.wire import (
     Attach,
     Attached,
     End,
-    FrameStream,
     Message,
     Open,
     Opened,
@@ -40,7 +40,6 @@ from p2pinfer.node.wire import (
     Result,
     Step,
     Successor,
-    encode_header,
 )
 
 from .support import NodeProcess

@@ -20,9 +20,10 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
 from p2pinfer.node.evidence import EvidenceStore
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.host import Host
 from p2pinfer.node.server import ServedSpan, SpanServer
-from p2pinfer.node.wire import SESSION_PROTOCOL, End, FrameStream, Message, Open, Opened, Refused, Result
+from p2pinfer.node.wire import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
 from p2pinfer.node.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import Session, SessionConfig, open_session

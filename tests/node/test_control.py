@@ -14,8 +14,9 @@ from torch import Tensor
 from p2pinfer.errors import PeerVanished
 from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.wire import CHAIN_PROTOCOL, FrameStream, Message, Opened, Relink, Relinked, Successor
+from p2pinfer.node.wire import CHAIN_PROTOCOL, Message, Opened, Relink, Relinked, Successor
 from p2pinfer.session import Session
 
 from .chain_swarm import Swarm, assert_close, hidden_states, local_output, open_swarm, refusal

@@ -20,9 +20,10 @@ from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence import EvidenceStore
+from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.hop import HopSession, Refusal
 from p2pinfer.node.notary import Notary
-from p2pinfer.node.wire import FrameStream, Open, Opened, Result, Step
+from p2pinfer.node.wire import Open, Opened, Result, Step
 from p2pinfer.node.worker import Done, Job, Worker
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session import SessionConfig

@@ -7,17 +7,8 @@ import pytest
 from p2pinfer.errors import PeerRefused, PeerVanished
 from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed, SessionOpened, SessionRefused
-from p2pinfer.node.wire import (
-    CHAIN_PROTOCOL,
-    SESSION_PROTOCOL,
-    Attach,
-    End,
-    FrameStream,
-    Move,
-    Opened,
-    Step,
-    encode_header,
-)
+from p2pinfer.node.frames import FrameStream, encode_header
+from p2pinfer.node.wire import CHAIN_PROTOCOL, SESSION_PROTOCOL, Attach, End, Move, Opened, Step
 
 from .chain_swarm import SESSION, hidden_states, open_swarm, refusal
 

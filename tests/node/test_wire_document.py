@@ -11,7 +11,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from p2pinfer.node import dialback, evidence, proofs, records, snapshot, wire
+from p2pinfer.node import dialback, evidence, frames, proofs, records, snapshot, wire
 from p2pinfer.reputation import proof, receipt
 from p2pinfer.routing import announcement
 
@@ -57,8 +57,8 @@ def section(title: str) -> str:
 def documented(name: str) -> tuple[str, ...]:
     """The fields that the document gives a struct."""
     if name in MESSAGES:
-        frames = section("Session and chain frames")
-        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", frames, re.MULTILINE)
+        table = section("Session and chain frames")
+        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", table, re.MULTILINE)
         return tuple(field.split()[0] for field in row.split(",") if field.strip())
     if name in LISTS:
         [fields] = re.findall(rf"^- \*{LISTS[name]}\*: `\[([^]]*)\]`", DOCUMENT, re.MULTILINE)
@@ -92,7 +92,7 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
     ):
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
-        "Session and chain frames": [wire.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Session and chain frames": [frames.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
         "Dial-back": [dialback.MAX_PORTS, dialback.MAX_BYTES],
         "Evidence": [evidence.MAX_DIGESTS, evidence.MAX_CONTENT_BYTES],
         "Fraud proofs": [

@@ -1,0 +1,159 @@
+"""The frames that messages travel in, and the streams they are sent on and read from.
+
+A frame is two big-endian u32 lengths, a header of the first length and a payload of the second. The header is
+a message (see `wire`); the payload is a tensor's bytes (see `tensors`), empty for every message but `Step`
+and `Result`. A stream ends with `End`: libp2p shows a reset and an orderly close alike to a reader, so
+without the marker a cut stream would pass for a finished one.
+
+Lengths are checked before memory is taken. Whatever is no frame is a `ProtocolViolation`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+import trio.abc
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+
+from .wire import End, Message, Result, Step, decode_message, encode_message
+
+MAX_HEADER_BYTES: Final = 1 << 16
+_READ_BYTES: Final = 1 << 18
+_LENGTHS: Final = struct.Struct(">II")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The slowest that a peer may send or take in a frame that has begun."""
+
+    grace_s: float
+    bytes_per_s: float
+
+    def limit_s(self, frame_bytes: int) -> float:
+        """How long a frame of so many bytes may take."""
+        return self.grace_s + frame_bytes / self.bytes_per_s
+
+
+def encode_header(message: Message, payload_bytes: int) -> bytes:
+    """Everything of a frame that precedes its payload."""
+    header = encode_message(message)
+    return _LENGTHS.pack(len(header), payload_bytes) + header
+
+
+class FrameStream:
+    """Frames over a byte stream. One task may receive; any number may send, one whole frame at a time.
+
+    With a `pace`, a peer that sends or reads more slowly is cut off. How long it pauses between frames is for
+    others to judge.
+    """
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        max_payload_bytes: int,
+        peer_id: str = "",
+        pace: Pace | None = None,
+    ) -> None:
+        self.peer_id = peer_id
+        self._pace = pace
+        self.max_payload_bytes = max_payload_bytes
+        self._stream = stream
+        self._send_lock = trio.StrictFIFOLock()
+        self._buffer = bytearray()
+        self._ended = False
+
+    async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
+        """Send one frame.
+
+        Raises:
+            PeerVanished: The stream is gone, or the peer does not keep the pace. A cancelled send leaves half
+                a frame: close the stream then.
+        """
+        frame = encode_header(message, len(payload))
+        limit_s = self._pace.limit_s(len(frame) + len(payload)) if self._pace else math.inf
+        async with self._send_lock:
+            try:
+                with trio.fail_after(limit_s) if limit_s < math.inf else nullcontext():
+                    await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
+            except trio.TooSlowError as exc:
+                await trio.aclose_forcefully(self._stream)
+                raise PeerVanished(f"took no frame in within {limit_s:.0f} s", self.peer_id) from exc
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                raise PeerVanished("the stream ended while sending", self.peer_id) from exc
+
+    async def receive(self) -> tuple[Message, bytearray]:
+        """The next message and its payload, which the caller owns.
+
+        Raises:
+            PeerVanished: The stream broke, or ended without `End`.
+            ProtocolViolation: What came is no frame of this protocol, is too large, or comes too slowly.
+        """
+        if not self._buffer:
+            await self._fill(1)
+        else:  # a quarter of a megabyte of small frames may have come at once, and others want their turn
+            await trio.lowlevel.checkpoint()
+        began_at = trio.current_time()
+        await self._fill(_LENGTHS.size, self._deadline(began_at, _LENGTHS.size))
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
+        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self.max_payload_bytes:
+            raise ProtocolViolation(
+                f"a frame of {header_bytes} + {payload_bytes} bytes; "
+                f"at most {MAX_HEADER_BYTES} + {self.max_payload_bytes} are allowed here",
+                self.peer_id,
+            )
+        head = _LENGTHS.size + header_bytes
+        deadline = self._deadline(began_at, head + payload_bytes)
+        await self._fill(head, deadline)
+        try:
+            message = decode_message(self._buffer[_LENGTHS.size : head])
+        except ProtocolViolation as exc:
+            exc.peer_id = self.peer_id
+            raise
+        if payload_bytes and not isinstance(message, Step | Result):
+            raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
+        await self._fill(head + payload_bytes, deadline)
+        payload = self._buffer[head : head + payload_bytes]
+        del self._buffer[: head + payload_bytes]
+        return message, payload
+
+    def _deadline(self, began_at: float, frame_bytes: int) -> float:
+        return began_at + self._pace.limit_s(frame_bytes) if self._pace else math.inf
+
+    async def _fill(self, size: int, deadline: float = math.inf) -> None:
+        """Read until the buffer holds `size` bytes. It grows only by what has really arrived."""
+        while len(self._buffer) < size:
+            try:
+                with trio.fail_at(deadline) if deadline < math.inf else nullcontext():
+                    received = await self._stream.receive_some(_READ_BYTES)
+            except trio.TooSlowError as exc:
+                raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                raise PeerVanished("the stream broke", self.peer_id) from exc
+            if not received:
+                what = "in the middle of a frame" if self._buffer else "without its end marker"
+                raise PeerVanished(f"the stream ended {what}", self.peer_id)
+            self._buffer += received
+
+    async def end(self) -> None:
+        """Say that nothing follows and close; quiet when the peer is already gone."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            await self.send(End())
+        except PeerVanished:
+            pass
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close without a word: to a peer this is a broken stream."""
+        self._ended = True
+        await self._stream.aclose()
