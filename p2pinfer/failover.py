@@ -69,6 +69,7 @@ class Faults:
     Attributes:
         failed: The hops to be replaced and why, in the order in which they failed.
         cut: The hops that the one before them does not reach.
+        fatal: Why the session is over, and nothing is to be mended any more; None while it goes on.
         shunned: The peers that failed the session or left it; it does not use them again.
     """
 
@@ -85,6 +86,7 @@ class Faults:
     ) -> None:
         self.failed: dict[HopStream, PeerError] = {}
         self.cut: dict[HopStream, PeerError] = {}
+        self.fatal: PeerError | None = None
         self.shunned = shunned
         self._chain = chain
         self._replanner = replanner

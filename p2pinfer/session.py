@@ -8,10 +8,8 @@ results are missing are sent again: the caller sees a pause and nothing else. Wh
 `replanner` to say. Without one, or when nobody can, the session ends with a `PeerError` that names the hop
 that failed; whoever holds the session then plans another route and opens a new one.
 
-A hop that is busy is not a hop that is dead. While a step takes long every hop is asked for a sign of life,
-which its event loop gives whatever its device computes, and for one of its successor. Who gives none is
-replaced. A hop that has become slow goes on working until somebody who would be much faster, if there is
-anybody, has been fed what it knows.
+So is a hop that shows no sign of life while a step waits (`watch.py`). One that leaves, or has become slow,
+works on until others can take over (`handover.py`).
 """
 
 from __future__ import annotations
@@ -20,41 +18,33 @@ import logging
 import math
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import partial
-from itertools import pairwise
 from statistics import median
-from typing import Final
 
-import msgspec
 import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import NoRoute, P2PInferError, PeerError, PeerVanished, ProtocolViolation
+from p2pinfer.errors import NoRoute, PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.host import Host
 from p2pinfer.node.tensors import decode_hidden, encode_hidden
-from p2pinfer.node.wire import Bill, Codec, Refused, Result, Step
-from p2pinfer.reputation.receipt import Payload
+from p2pinfer.node.wire import Bill, Codec, Refused, Result
 from p2pinfer.routing.route import Route
 
-from .chain import Chain, ChainConfig, Recall, Spare
+from .chain import Chain, ChainConfig, Recall
 from .failover import Faults, Replanner
+from .handover import Handovers
 from .hop_stream import HopStream
 from .opening import end_all, refusal_error
 from .receipts import PassedStep, ReceiptBook
-from .slowness import Slowness
+from .steps import Sent, Steps
 from .upgrade import leave_relays
+from .watch import keep_watch
 
 logger = logging.getLogger(__name__)
-
-_SETTLED_TOKENS: Final = 32  # a spare that lacks no more than this is warm enough to take over
-_MAX_ROUNDS: Final = 6  # of catching up with a session that goes on
-_SLOWEST_BYTES_PER_S: Final = 1 << 20  # what a link carries at least; bytes under way excuse silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +76,6 @@ class StepTiming:
     bills: tuple[Bill, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A step that has no result yet."""
-
-    step: Step
-    payload: Payload
-
-
 class Session:
     """An open session on every hop of `route`. Made by `open_session`; close it with `aclose`.
 
@@ -101,7 +83,7 @@ class Session:
         opened_route: The hops at the beginning.
         recall: What went in at past positions. With it the first hop can be replaced too. Called in a thread.
         failovers: How often hops failed and were replaced.
-        handovers: How often a hop that still worked was replaced.
+        handovers: Replaces hops that still work.
     """
 
     def __init__(
@@ -145,25 +127,21 @@ class Session:
         self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []
         self.failovers = 0
-        self.handovers = 0
-        self._nursery = nursery
+        self._steps = Steps()
+        self.handovers = Handovers(
+            self.chain,
+            self._faults,
+            self._steps,
+            replanner,
+            nursery,
+            open_timeout_s=config.open_timeout_s,
+            max_tries=config.max_repairs,
+            slow_step_s=config.slow_step_s,
+            on_done=self.timings.clear,
+        )
         self._spec = spec
         self._codec: Codec = codec
         self._config = config
-        self._max_tokens = max_tokens
-        self._replanner = replanner
-        self._next_number = 0
-        self._length = 0  # positions whose results have come
-        self._awaited: deque[_Sent] = deque()  # oldest first
-        self._over: PeerError | None = None  # why nothing can be repaired
-        self._turn = trio.Lock()  # held by a step, or by a change of hops between steps
-        self._handing_over = trio.Lock()  # a spare is warmed for one place at a time
-        self._warming: trio.CancelScope | None = None
-        self._slowness = Slowness(config.slow_step_s)
-        self._improving = trio.CancelScope()
-        self._spare: Spare | None = None
-        self._step_sent = trio.Event()
-        self._progress_at = 0.0  # when something last came or went
         self._watchdog = trio.CancelScope()
         self._auditor = trio.CancelScope()
         self._upgrading = trio.CancelScope()
@@ -203,12 +181,12 @@ class Session:
         Raises:
             PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
         """
-        async with self._turn:
+        async with self._steps.turn:
             started = time.perf_counter()
-            await self._send(hidden, position, returns=len(hidden))
+            await self._push(self._begin(hidden, position, returns=len(hidden)))
             result, output = await self._receive()
             self.timings.append(StepTiming(time.perf_counter() - started, result.bills))
-            self._note_pace(result.bills)
+            self.handovers.note_pace(result.bills)
             return output
 
     async def prefill(self, hidden: Tensor, position: int) -> Tensor:
@@ -220,44 +198,19 @@ class Session:
         Raises:
             PeerError: As for `decode`.
         """
-        async with self._turn:
+        async with self._steps.turn:
             agreed = self.chain.agreed
             chunks = torch.split(hidden, agreed.chunk_tokens)
             for index, chunk in enumerate(chunks):
                 if index >= agreed.chunks_in_flight:
                     await self._receive()
                 is_last = index == len(chunks) - 1
-                await self._send(chunk, position, returns=1 if is_last else 0)
+                await self._push(self._begin(chunk, position, returns=1 if is_last else 0))
                 position += len(chunk)
             for _ in range(min(len(chunks), agreed.chunks_in_flight) - 1):
                 await self._receive()
             _, last = await self._receive()
             return last
-
-    async def replace(self, peer_id: str, route: Route | None = None) -> None:
-        """Put others in place of a hop that still works, between two steps; steps go on meanwhile.
-
-        Args:
-            route: Who is to take over; whom the replanner names, if None.
-
-        Raises:
-            NoRoute: There is nobody else. The session is as it was, here and in what follows.
-            PeerError: Those who were to take over failed, or a hop of the session did meanwhile.
-            ValueError: The peer is no hop of this session, or another one is being replaced.
-        """
-        hop = next((each for each in self.chain.hops if each.peer_id == peer_id), None)
-        if hop is None or self._warming is not None or self._replanner is None:
-            raise ValueError(f"{peer_id} cannot be replaced: no hop, or not the only one to be replaced")
-        with trio.CancelScope() as self._warming:
-            try:
-                await self._hand_over(hop, route)
-            finally:
-                self._warming = None
-                if self._spare is not None:
-                    spare, self._spare = self._spare, None
-                    await end_all(spare.hops)
-        if hop in self.chain.hops:
-            raise PeerVanished("a hop failed while another one was being replaced", peer_id)
 
     def per_hop_ms(self) -> tuple[float, ...]:
         """Each hop's median time per decode step, its queue included; empty before the first."""
@@ -270,35 +223,27 @@ class Session:
 
     async def aclose(self) -> None:
         """Tell every hop that the session is over; quick, and quiet about hops that are gone."""
-        self._over = self._over or PeerVanished("the session is closed", self.chain.hops[-1].peer_id)
+        closed = PeerVanished("the session is closed", self.chain.hops[-1].peer_id)
+        self._faults.fatal = self._faults.fatal or closed
         self._watchdog.cancel()
         self._auditor.cancel()
-        self._improving.cancel()
         self._upgrading.cancel()
         self._results_in.close()
         if not self._closed:
             self._closed = True
             self._on_closed(self)
-        if self._warming is not None:
-            self._warming.cancel()
-        spares = self._spare.hops if self._spare else []
-        await end_all([*self.chain.hops, *spares])
+        await end_all([*self.chain.hops, *self.handovers.close()])
 
     # ------------------------------------------------------------------ steps and results
 
-    async def _send(self, hidden: Tensor, position: int, returns: int) -> None:
-        step = Step(self._next_number, self.chain.epoch, position, len(hidden), returns)
-        self._next_number += 1
-        if self._spare is not None:  # what is rolled back has to be replayed as well
-            self._spare.filled = min(self._spare.filled, position)
-        sent = _Sent(step, encode_hidden(hidden, self._codec))
-        if not self._awaited:
-            self._progress_at = trio.current_time()
-        self._awaited.append(sent)
-        self._step_sent.set()
-        await self._push(sent)
+    def _begin(self, hidden: Tensor, position: int, returns: int) -> Sent:
+        spare = self.handovers.spare
+        if spare is not None:  # what is rolled back has to be replayed as well
+            spare.filled = min(spare.filled, position)
+        payload = encode_hidden(hidden, self._codec)
+        return self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload)
 
-    async def _push(self, sent: _Sent) -> None:
+    async def _push(self, sent: Sent) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
         try:
@@ -312,7 +257,7 @@ class Session:
         limit_s = self._config.step_timeout_s
         answer: tuple[Result, bytearray] | None = None
         while answer is None:
-            if self._over or self._faults.first:
+            if self._faults.fatal or self._faults.first:
                 await self._repair()
             try:
                 with trio.fail_after(limit_s):
@@ -321,7 +266,7 @@ class Session:
                 # Any hop may have kept it to itself: nobody is named.
                 raise PeerVanished(f"no answer in {limit_s:g} s") from exc
             except trio.EndOfChannel as exc:
-                raise self._over or PeerVanished("the session is closed") from exc
+                raise self._faults.fatal or PeerVanished("the session is closed") from exc
         result, payload = answer
         last = self.chain.hops[-1].peer_id
         return result, decode_hidden(payload, result.tokens, self._spec.hidden_size, self._codec, last)
@@ -339,10 +284,22 @@ class Session:
         with self._upgrading:
             await leave_relays(self.chain.host, self.session_id, lambda: [*self.chain.hops], self._quiet)
 
+    async def keep_watch(self) -> None:
+        """Find out who shows no sign of life while a step waits, until the session is closed."""
+        with self._watchdog:
+            await keep_watch(
+                self.chain,
+                self._steps,
+                after_s=self._config.probe_after_s,
+                within_s=self._config.probe_timeout_s,
+                on_silent=self.on_lost,
+                on_cut=self._note_cut,
+            )
+
     @asynccontextmanager
     async def _quiet(self) -> AsyncGenerator[None]:
         """No step is under way meanwhile, and nobody is replaced."""
-        async with self._handing_over, self._turn:
+        async with self.handovers.busy, self._steps.turn:
             yield
 
     async def settle(self) -> PeerError | None:
@@ -352,7 +309,7 @@ class Session:
                 await self.book.check()
             except PeerError as exc:
                 self.broken_receipt = exc
-                self._over = self._over or exc  # what followed may be wrong as well
+                self._faults.fatal = self._faults.fatal or exc  # what followed may be wrong as well
                 self._wake()
         return self.broken_receipt
 
@@ -366,20 +323,9 @@ class Session:
             return
         if result.epoch < self.chain.epoch:
             return
-        if not self._awaited:
-            raise ProtocolViolation(f"result {result.number}, which nobody asked for", stream.peer_id)
-        step, sent = self._awaited[0].step, self._awaited[0].payload
-        due = (step.number, step.epoch, step.returns)
-        if (result.number, result.epoch, result.tokens) != due:
-            raise ProtocolViolation(
-                f"result {result.number} with {result.tokens} rows; due is {step.number} with {step.returns}",
-                stream.peer_id,
-            )
-        self._awaited.popleft()
-        self._length = step.position + step.tokens
-        self._progress_at = trio.current_time()
+        sent = self._steps.answer(result, stream.peer_id)
         if self.book is not None:
-            self.book.note(PassedStep(step, self.route.hops, sent, payload, result.receipts))
+            self.book.note(PassedStep(sent.step, self.route.hops, sent.payload, payload, result.receipts))
             if self.book.is_due:
                 self._receipts_due.set()
         with suppress(trio.ClosedResourceError):  # it was on its way when we closed
@@ -397,7 +343,7 @@ class Session:
             self._faults.failed.setdefault(stream, error)
         else:  # the hop has ended the session; and what it complains of would come again
             self._faults.failed.setdefault(stream, error)
-            self._over = self._over or error
+            self._faults.fatal = self._faults.fatal or error
         self._wake()
 
     def on_lost(self, stream: HopStream, error: PeerError) -> None:
@@ -410,80 +356,16 @@ class Session:
     def on_leaving(self, stream: HopStream, seconds: float) -> None:
         """Have another one take over from a hop that is about to go."""
         logger.info("%s leaves in %.1f s", stream.peer_id, seconds)
-        if stream in self.chain.hops and self._replanner is not None:
-            self._nursery.start_soon(self._see_off, stream)
+        if stream in self.chain.hops:
+            self.handovers.see_off(stream)
 
-    async def _see_off(self, hop: HopStream) -> None:
-        async with self._turn:  # not while it takes over
-            self._improving.cancel()
-        async with self._handing_over:
-            for _ in range(self._config.max_repairs):
-                if self._closed or not await self._try_to_see_off(hop):
-                    break
-
-    async def _try_to_see_off(self, hop: HopStream) -> bool:
-        """False if that is all that can be done."""
-        try:
-            await self.replace(hop.peer_id)
-        except PeerError as exc:  # of who was asked; others may have room
-            logger.debug("session.handover_failed peer=%s why=%s", exc.peer_id, exc)
-            return True
-        except (P2PInferError, ValueError) as exc:
-            logger.info("nobody takes over from %s before it leaves: %s", hop.peer_id, exc)
-        return False
-
-    def _note_pace(self, bills: tuple[Bill, ...]) -> None:
-        self._slowness.note(bills)
-        slow = self._slowness.suspect(trio.current_time())
-        if slow is not None and self._replanner is not None and not self._handing_over.locked():
-            place, seconds = slow
-            self._nursery.start_soon(self._improve, self._replanner, self.chain.hops[place], seconds)
-
-    async def _improve(self, replanner: Replanner, hop: HopStream, seconds: float) -> None:
-        """Have somebody faster take over from a hop that takes so long for a step, if there is anybody."""
-        with trio.CancelScope() as self._improving:
-            async with self._handing_over:
-                try:
-                    route = await replanner.better(self._faults.gap([hop]), hop.hop, seconds)
-                    if route is None:
-                        return
-                    logger.info(
-                        "%s takes %.0f ms for a step; %s is to do better", hop.peer_id, seconds * 1e3, route
-                    )
-                    await self.replace(hop.peer_id, route)
-                except (P2PInferError, ValueError) as exc:
-                    logger.info("nobody better takes over from %s: %s", hop.peer_id, exc)
+    def _note_cut(self, stream: HopStream, error: PeerError) -> None:
+        self._faults.cut.setdefault(stream, error)
+        self._wake()
 
     def _wake(self) -> None:
         with suppress(trio.ClosedResourceError):
             self._results_in.send_nowait(None)
-
-    async def keep_watch(self) -> None:
-        """Ask for signs of life whenever a step takes long; until the session is closed."""
-        with self._watchdog:
-            while True:
-                if not self._awaited:
-                    self._step_sent = trio.Event()
-                    await self._step_sent.wait()
-                under_way = sum(len(sent.payload) for sent in self._awaited)
-                due_at = self._progress_at + self._config.probe_after_s + under_way / _SLOWEST_BYTES_PER_S
-                if trio.current_time() < due_at:
-                    await trio.sleep_until(due_at)
-                else:
-                    await self._look_around()
-
-    async def _look_around(self) -> None:
-        asked_at, epoch = trio.current_time(), self.chain.epoch
-        silent, cut = await self.chain.probe(self._config.probe_timeout_s)
-        if self._progress_at < asked_at and self.chain.epoch == epoch:
-            for hop in silent:
-                self.on_lost(hop, PeerVanished("it shows no sign of life", hop.peer_id))
-            for hop in cut:
-                self._faults.cut.setdefault(
-                    hop, PeerVanished("the hop before does not reach it", hop.peer_id)
-                )
-                self._wake()
-        self._progress_at = trio.current_time()
 
     # ------------------------------------------------------------------ other hops
 
@@ -493,65 +375,27 @@ class Session:
         Raises:
             PeerError: It cannot be done; the session is over. If nobody can take over, NoRoute is its cause.
         """
-        first = self._over or self._faults.first
+        faults = self._faults
+        first = faults.fatal or faults.first
         assert first is not None
-        if self._over:
+        if faults.fatal:
             raise first
-        self._over = first  # unless what follows succeeds
-        spare, self._spare = self._spare, None
-        if self._warming is not None:
-            self._warming.cancel()
-        if spare is not None:
-            spare.filled = 0  # how far it was fed is not known
+        faults.fatal = first  # unless what follows succeeds
+        spare = self.handovers.break_off()
         began_at = trio.current_time()
-        steps = [each.step for each in self._awaited]
-        if any(a.position + a.tokens != b.position for a, b in pairwise(steps)):
-            raise first  # a step that rolls back has undone what the one before it needs
+        if not self._steps.may_begin_anew:
+            raise first
         try:
-            await self._faults.mend(self._confirmed, spare)
+            await faults.mend(self._steps.confirmed, spare)
         except NoRoute as exc:
             raise first from exc
-        self._over = None
+        faults.fatal = None
         self.failovers += 1
-        self._forget_pace()
-        await self._send_again()
-        logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, self.route)
-
-    @property
-    def _confirmed(self) -> int:
-        """Positions that every hop has in its cache."""
-        return self._awaited[0].step.position if self._awaited else self._length
-
-    async def _send_again(self) -> None:
-        """Send every step that has no result, under the epoch that has begun."""
-        sent, self._awaited = self._awaited, deque[_Sent]()
-        for each in sent:
-            step = msgspec.structs.replace(each.step, epoch=self.chain.epoch)
-            self._awaited.append(_Sent(step, each.payload))
-        self._progress_at = trio.current_time()
-        for each in [*self._awaited]:
-            await self._push(each)
-
-    async def _hand_over(self, hop: HopStream, route: Route | None) -> None:
-        spare = self._spare = await self._faults.open_spare([hop], self._config.open_timeout_s, route)
-        involved = [*spare.hops, *self.chain.neighbours([hop])[:1]]
-        living = [each for each in involved if each is not None]
-        for _ in range(_MAX_ROUNDS):
-            if self._length - spare.filled <= _SETTLED_TOKENS:
-                break
-            await self.chain.attended(living, partial(self.chain.fill, spare, self._length))
-        async with self._turn:
-            if self._over or self._faults.first or hop not in self.chain.hops:
-                return  # a failure came first
-            await self._faults.take_over(spare, self._length)
-            self._spare = None
-            self.handovers += 1
-            self._forget_pace()
-
-    def _forget_pace(self) -> None:
-        """Begin anew: what was measured is of hops that are not there any more."""
         self.timings.clear()
-        self._slowness.forget()
+        self.handovers.forget_pace()
+        for each in self._steps.begin_anew(self.chain.epoch):
+            await self._push(each)
+        logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, self.route)
 
 
 async def open_session(
