@@ -121,7 +121,8 @@ class SessionControl:
                 case Step() if session.opening.predecessor is None:
                     session.accept(message, payload, control)
                 case Expect():
-                    session.expect(message.predecessor)
+                    session.last_active = trio.current_time()
+                    session.predecessors.expect(message.predecessor)
                     self._on_expect()
                 case Relink() if session.opening.successor is not None:
                     self._begin_relink(message)

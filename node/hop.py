@@ -8,9 +8,10 @@ prompt keeps every hop of a route at work. What is between `accept` and the outb
 bounded: a peer that sends more than it may is cut off rather than read slowly, because a reader that pauses
 for seconds makes libp2p kill the connection under everybody.
 
-The session's client, and nobody else, may change the neighbours while the session runs: `expect` lets
-another peer feed it, `switch` has the outputs go elsewhere. Steps with `replay` come from somebody's log and
-stop here or a few hops on; what they leave behind is the cache and the log of a session that never broke.
+The session's client, and nobody else, may change the neighbours while the session runs: `predecessors` are
+told to expect another peer, `switch` has the outputs go elsewhere. Steps with `replay` come from somebody's
+log and stop here or a few hops on; what they leave behind is the cache and the log of a session that never
+broke.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from .evidence import EvidenceStore
 from .frames import FrameStream
 from .link import Link
 from .notary import Notary
+from .predecessors import Predecessors
 from .replay import ReplayLog
 from .tensors import check_finite, encode_hidden, view_hidden
 from .wire import Bill, Filled, Leaving, Moved, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
 
 _FAREWELL_S: Final = 1.0  # for the end of a stream that the client has left
-_MAX_PREDECESSORS: Final = 3  # expected at once: one that feeds us, one that is to, one given up meanwhile
 
 
 class Refusal(Exception):
@@ -89,6 +90,7 @@ class HopSession:
         self.opening = opening
         self.client_id = client_id
         self.control = control
+        self.predecessors = Predecessors(opening.predecessor or client_id)
         self.reading = trio.CancelScope()  # around whoever reads `control`
         self.link: Link | None = None
         self.standby: Link | None = None
@@ -107,9 +109,6 @@ class HopSession:
         self._epoch = 0
         self._least_epoch = 0  # of steps that are still sent on
         self._expected_position = 0  # where the next step may begin at the latest
-        self._predecessors = [opening.predecessor or client_id]  # the last one named takes over
-        self._feeder = self._predecessors[0]  # who sent the last step that was no replay
-        self._feeds: dict[str, trio.CancelScope] = {}  # of the chain streams that they have attached
         self._replayer: FrameStream | None = None  # where the last step with `replay` came from
         self._in_flight = 0
         self._bytes_in_flight = 0
@@ -121,38 +120,6 @@ class HopSession:
         self._scopes: list[trio.CancelScope] = []
         self._outbox_in, self._outbox_out = trio.open_memory_channel[_Output](config.max_steps_in_flight)
 
-    def expects(self, peer_id: str) -> bool:
-        """Whether this peer may attach and feed the session."""
-        return peer_id in self._predecessors
-
-    def expect(self, peer_id: str) -> None:
-        """Let this peer feed the session too, and alone as soon as it sends a step that is no replay."""
-        self.last_active = trio.current_time()
-        if peer_id in self._predecessors:
-            self._predecessors.remove(peer_id)
-        self._predecessors.append(peer_id)
-        given_up = [each for each in self._predecessors[:-1] if each != self._feeder]
-        self._cut_off(given_up[: max(0, len(self._predecessors) - _MAX_PREDECESSORS)])
-
-    @contextmanager
-    def feeding(self, peer_id: str) -> Generator[None]:
-        """Whatever runs inside is cancelled when the peer is cut off, or attaches anew."""
-        with trio.CancelScope() as scope:
-            if (former := self._feeds.get(peer_id)) is not None:
-                former.cancel()
-            self._feeds[peer_id] = scope
-            try:
-                yield
-            finally:
-                if self._feeds.get(peer_id) is scope:
-                    del self._feeds[peer_id]
-
-    def _cut_off(self, peer_ids: list[str]) -> None:
-        for peer_id in peer_ids:
-            self._predecessors.remove(peer_id)
-            if (feed := self._feeds.get(peer_id)) is not None:
-                feed.cancel()
-
     def accept(self, step: Step, payload: bytearray, feeder: FrameStream) -> None:
         """Check a step that came on the stream `feeder` and hand it to the worker.
 
@@ -161,16 +128,14 @@ class HopSession:
         """
         arrived_at = time.perf_counter()
         peer_id = feeder.peer_id
-        if not self.expects(peer_id):
+        if not self.predecessors.expects(peer_id):
             return  # cut off, and what it had sent before still comes in
         self._check(step, len(payload), peer_id)
         hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, peer_id)
         if step.replay:
             self._replayer = feeder
         else:
-            self._feeder = peer_id
-            if peer_id == self._predecessors[-1]:
-                self._cut_off(self._predecessors[:-1])
+            self.predecessors.fed_by(peer_id)
         if step.epoch > self._epoch:
             # Steps finish in order, so those that no step in flight has brought concern nobody any more.
             latest = self._rollbacks[1 - self._config.max_steps_in_flight :]

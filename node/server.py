@@ -287,7 +287,7 @@ class SpanServer:
                 await chain.end()
                 return
             chain.max_payload_bytes = self._largest_payload
-            with session.scope(), session.feeding(stream.peer_id), ending(session):
+            with session.scope(), session.predecessors.feeding(stream.peer_id), ending(session):
                 await chain.send(Attached())
                 await self._read_chain(session, chain)
             with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
@@ -312,7 +312,7 @@ class SpanServer:
             while True:
                 changed = self._changed
                 session = self._sessions.get(session_id)
-                if session is not None and session.expects(peer_id):
+                if session is not None and session.predecessors.expects(peer_id):
                     return session
                 await changed.wait()
         return None
