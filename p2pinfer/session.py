@@ -381,10 +381,10 @@ class Session:
         if faults.fatal:
             raise first
         faults.fatal = first  # unless what follows succeeds
-        spare = self.handovers.break_off()
-        began_at = trio.current_time()
         if not self._steps.may_begin_anew:
             raise first
+        spare = self.handovers.break_off()
+        began_at = trio.current_time()
         try:
             await faults.mend(self._steps.confirmed, spare)
         except NoRoute as exc:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from torch import Tensor
 
-from p2pinfer.errors import NoRoute
+from p2pinfer.errors import NoRoute, PeerError, PeerVanished
 from p2pinfer.models.cache import CacheLease
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.session import Session
 from p2pinfer.slowness import Slowness
 
 from .node.memory_swarm import open_memory_swarm, route_over
@@ -139,3 +143,46 @@ async def test_where_nobody_can_take_over_the_session_goes_on_as_it_is(
                 await session.handovers.replace("b")
             await decode_rest(session, inputs, expected)
             assert session.handovers.done == 0
+
+
+async def test_who_was_to_take_over_is_let_go_when_a_failure_ends_the_session(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step was given up and the next one rolls it back: neither can be sent again."""
+    may_go = threading.Event()
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, d=(3, 5))
+        run = swarm.served["c"].runner.run
+
+        def slow(*chunks: Any) -> list[Tensor]:
+            may_go.wait(30)
+            return run(*chunks)
+
+        async def step(session: Session, position: int, given_up: trio.CancelScope) -> None:
+            with given_up:
+                await session.decode(inputs[position : position + 1], position)
+
+        async def fail(session: Session) -> None:
+            with pytest.raises(PeerError) as caught:
+                await session.decode(inputs[PROMPT - 1 : PROMPT], PROMPT - 1)
+            assert caught.value.peer_id == "b"
+
+        async def hand_over(session: Session) -> None:
+            with pytest.raises(PeerVanished):
+                await session.handovers.replace("b")
+
+        async with running(swarm, route_over(**WAY), Spares(d=(3, 5)), inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            monkeypatch.setattr(swarm.served["c"].runner, "run", slow)
+            given_up = trio.CancelScope()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(step, session, PROMPT, given_up)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(fail, session)  # each waits for its turn
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(hand_over, session)
+                while session.handovers.spare is None:
+                    await trio.sleep(0.01)
+                given_up.cancel()
+                await swarm.network.kill("b")
+            may_go.set()
