@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ LIMIT_S = 300.0
 SETTLING_S = 10.0  # in which neighbours are chosen, addresses tried, and tables compared, once
 
 
-async def crowd(nodes: int, processes: int, idle_s: float) -> dict[str, float]:
+async def crowd(nodes: int, processes: int, idle_s: float, places: int) -> dict[str, float]:
     """Seconds until every node's table has every node, and the share of a core that one takes after that."""
     shares = [nodes // processes + (part < nodes % processes) for part in range(processes)]
-    async with _open_member(()) as introducer, trio.open_nursery() as nursery:
+    async with _open_member((), places) as introducer, trio.open_nursery() as nursery:
         nursery.start_soon(introducer.follow_neighbours)
         parts = [await _start_part(nursery, share, nodes, idle_s) for share in shares]
         with trio.fail_after(LIMIT_S):
@@ -114,9 +115,10 @@ async def _run(
 
 
 @asynccontextmanager
-async def _open_member(bootstrap: tuple[str, ...]) -> AsyncGenerator[SwarmMember]:
+async def _open_member(bootstrap: tuple[str, ...], places: int = 512) -> AsyncGenerator[SwarmMember]:
+    config = replace(HOST, max_connections=places)
     with tempfile.TemporaryDirectory() as home:
-        async with open_swarm(new_identity(), HOST, bootstrap, Path(home)) as member:
+        async with open_swarm(new_identity(), config, bootstrap, Path(home)) as member:
             yield member
 
 
@@ -172,6 +174,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="that the nodes are spread over"
     )
+    parser.add_argument(
+        "--places", type=int, default=512, help="connections that the introducer has room for"
+    )
     parser.add_argument("--idle", type=float, default=20.0, help="seconds to watch the crowd idle")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the nodes, for one of the processes
     asked = parser.parse_args()
@@ -179,6 +184,6 @@ if __name__ == "__main__":
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     if asked.share is None:
-        print(json.dumps(trio.run(crowd, asked.nodes, asked.processes, asked.idle)))
+        print(json.dumps(trio.run(crowd, asked.nodes, asked.processes, asked.idle, asked.places)))
     else:
         trio.run(part, asked.share, asked.nodes, asked.idle)

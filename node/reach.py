@@ -116,6 +116,10 @@ class Reach:
             self._relay.use if self._relay else None,
         )
 
+    def needs(self, peer_id: str) -> bool:
+        """Whether we are reached through this peer, or it through us."""
+        return peer_id in self._keeper.relays or (self._relay is not None and self._relay.serves(peer_id))
+
     @contextmanager
     def telling(self, callback: Callable[[], None]) -> Generator[None]:
         """Have `callback` called whenever our addresses, or what we are, have changed, inside the block."""

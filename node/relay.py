@@ -93,6 +93,10 @@ class Relay:
         self._drop_expired()
         return RelayUse(len(self._reserved), self._total, self._bytes_carried)
 
+    def serves(self, peer_id: str) -> bool:
+        """Whether others may reach this peer through us."""
+        return peer_id in self._reserved
+
     async def _answer(self, stream: PeerStream) -> None:
         try:
             with trio.fail_after(HANDSHAKE_S):

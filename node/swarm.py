@@ -28,6 +28,7 @@ from .latency import Latency
 from .proofs import ProofCarrier
 from .reach import Reach, open_reach
 from .relay_config import RelayConfig
+from .room import Room
 from .snapshot import serve_snapshots
 from .tasks import bare_errors, open_nursery, outlasting
 from .view import SwarmView
@@ -188,6 +189,7 @@ async def _open_member(
             serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
+            nursery.start_soon(Room(host, reach.needs).keep)
             nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions, proofs).serve)
             nursery.start_soon(proofs.serve)
             yield SwarmMember(
