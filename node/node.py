@@ -8,6 +8,7 @@ the swarm would gain enough by it and nobody is being served at the moment.
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 from collections.abc import AsyncGenerator, Callable
@@ -188,6 +189,7 @@ class _Node:
     ) -> BlockSpan:
         """Serve `span`; return only if another one should be served instead."""
         self._report(Loading((span.start, span.stop), reason))
+        gc.collect()  # cycles of sessions that are over would keep the blocks served before
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         tokens_per_s = await trio.to_thread.run_sync(measure_speed, runner)
         worker_opening = open_worker(
