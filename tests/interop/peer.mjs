@@ -107,7 +107,8 @@ const orders = {
   async identified ({ peer }) {
     const known = await until(async () => {
       const found = await node.peerStore.get(peerIdFromString(peer))
-      return found.protocols.length > 0 && found
+      // Protocols may be there before identify is: those of streams that the peer opened.
+      return found.metadata.has('AgentVersion') && found
     })
     return {
       protocols: known.protocols,

@@ -179,10 +179,9 @@ def _carry(internet: Internet, devices: dict[str, int]) -> None:
 
 
 def _read_some(internet: Internet, site: str, descriptor: int) -> None:
-    now = time.monotonic()
     for _ in range(BATCH):
-        try:
-            internet.send(site, os.read(descriptor, MAX_PACKET), now)
+        try:  # the time is that after the read: a packet must not have come before it was sent
+            internet.send(site, os.read(descriptor, MAX_PACKET), time.monotonic())
         except OSError:  # nothing more, or the site's end is down
             return
 

@@ -253,6 +253,8 @@ async def test_who_repeats_an_author_s_record_neither_silences_it_nor_is_passed_
     alice, bob, carol, mallory = await join(), await join(), await join(), await join()
     for member in (alice, carol, mallory):
         await member.connect(bob)
+    while len(bob.gossip.pubsub.gossipsub.mesh[topic_of(REVISION)]) < 3:  # until then news may be lost
+        await trio.sleep(0.01)
     await alice.gossip.announce(alice.announcement(1))
     for member in (bob, carol, mallory):
         await member.hears(alice, 1)
