@@ -10,8 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import Tensor
 
 import p2pinfer.models
+from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+
+from .spares import hidden_states, on_one_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +30,24 @@ def quiet_lan() -> Generator[None]:
 def tiny_stories() -> Path:
     """The bundled model's folder; not to be written to."""
     return Path(p2pinfer.models.__path__[0]) / "tiny-stories"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_stories: Path) -> Checkpoint:
+    """The bundled model's."""
+    return open_checkpoint(tiny_stories, "tiny-stories")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Tensor:
+    """What sessions that lose hops are given."""
+    return hidden_states()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Checkpoint, inputs: Tensor) -> Tensor:
+    """What must come out of them."""
+    return on_one_machine(checkpoint, inputs)
 
 
 @pytest.fixture(scope="session")

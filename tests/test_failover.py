@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import trio
 from torch import Tensor
 
 from p2pinfer.chain import Spare
 from p2pinfer.errors import NoRoute, PeerError
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.node.config import ServeConfig
 
 from .node.memory_swarm import open_memory_swarm, route_over
@@ -22,26 +20,9 @@ from .spares import (
     Spares,
     close_to,
     decode_rest,
-    hidden_states,
-    on_one_machine,
     running,
     serve,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
-
-
-@pytest.fixture(scope="module")
-def inputs() -> Tensor:
-    return hidden_states()
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Checkpoint, inputs: Tensor) -> Tensor:
-    return on_one_machine(checkpoint, inputs)
 
 
 @pytest.mark.parametrize("victims", ["a", "b", "c", "ab", "bc", "ac", "abc"])

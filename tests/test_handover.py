@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from p2pinfer.errors import NoRoute, PeerError, PeerVanished
 from p2pinfer.models.cache import CacheLease
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.session import Session
 from p2pinfer.slowness import Slowness
 
@@ -28,26 +27,9 @@ from .spares import (
     Spares,
     close_to,
     decode_rest,
-    hidden_states,
-    on_one_machine,
     running,
     serve,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
-
-
-@pytest.fixture(scope="module")
-def inputs() -> Tensor:
-    return hidden_states()
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Checkpoint, inputs: Tensor) -> Tensor:
-    return on_one_machine(checkpoint, inputs)
 
 
 async def test_a_hop_that_has_become_slow_works_until_a_better_one_is_warm(

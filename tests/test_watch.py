@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 
 from .node.memory_swarm import open_memory_swarm, route_over
 from .spares import (
@@ -22,26 +21,9 @@ from .spares import (
     Spares,
     close_to,
     decode_rest,
-    hidden_states,
-    on_one_machine,
     running,
     serve,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
-
-
-@pytest.fixture(scope="module")
-def inputs() -> Tensor:
-    return hidden_states()
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Checkpoint, inputs: Tensor) -> Tensor:
-    return on_one_machine(checkpoint, inputs)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
