@@ -21,6 +21,7 @@ import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 
+from .turn import Turn
 from .wire import End, Message, Result, Step, decode_message, encode_message
 
 MAX_HEADER_BYTES: Final = 1 << 16
@@ -65,8 +66,9 @@ class FrameStream:
         self._pace = pace
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream
-        self._send_lock = trio.StrictFIFOLock()
+        self._sending = Turn()
         self._buffer = bytearray()
+        self._frame_bytes = 0  # of the frame that comes, as far as it is known
         self._ended = False
 
     async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
@@ -78,7 +80,7 @@ class FrameStream:
         """
         frame = encode_header(message, len(payload))
         limit_s = self._pace.limit_s(len(frame) + len(payload)) if self._pace else math.inf
-        async with self._send_lock:
+        async with self._sending:
             try:
                 with trio.fail_after(limit_s) if limit_s < math.inf else nullcontext():
                     await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
@@ -96,12 +98,24 @@ class FrameStream:
             ProtocolViolation: What came is no frame of this protocol, is too large, or comes too slowly.
         """
         if not self._buffer:
-            await self._fill(1)
+            await self._read_more(math.inf)
         else:  # a quarter of a megabyte of small frames may have come at once, and others want their turn
             await trio.lowlevel.checkpoint()
-        began_at = trio.current_time()
-        await self._fill(_LENGTHS.size, self._deadline(began_at, _LENGTHS.size))
-        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._buffer)
+        began_at: float | None = None
+        while (frame := self._cut()) is None:
+            if began_at is None:
+                began_at = trio.current_time()
+            limit_s = self._pace.limit_s(self._frame_bytes) if self._pace else math.inf
+            await self._read_more(began_at + limit_s)
+        return frame
+
+    def _cut(self) -> tuple[Message, bytearray] | None:
+        """The frame that the buffer begins with; None while `_frame_bytes` of it have not come."""
+        buffer = self._buffer
+        self._frame_bytes = _LENGTHS.size
+        if len(buffer) < _LENGTHS.size:
+            return None
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(buffer)
         if header_bytes > MAX_HEADER_BYTES or payload_bytes > self.max_payload_bytes:
             raise ProtocolViolation(
                 f"a frame of {header_bytes} + {payload_bytes} bytes; "
@@ -109,37 +123,33 @@ class FrameStream:
                 self.peer_id,
             )
         head = _LENGTHS.size + header_bytes
-        deadline = self._deadline(began_at, head + payload_bytes)
-        await self._fill(head, deadline)
+        self._frame_bytes = head + payload_bytes
+        if len(buffer) < self._frame_bytes:
+            return None
         try:
-            message = decode_message(self._buffer[_LENGTHS.size : head])
+            message = decode_message(buffer[_LENGTHS.size : head])
         except ProtocolViolation as exc:
             exc.peer_id = self.peer_id
             raise
         if payload_bytes and not isinstance(message, Step | Result):
             raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
-        await self._fill(head + payload_bytes, deadline)
-        payload = self._buffer[head : head + payload_bytes]
-        del self._buffer[: head + payload_bytes]
+        payload = buffer[head : self._frame_bytes]
+        del buffer[: self._frame_bytes]
         return message, payload
 
-    def _deadline(self, began_at: float, frame_bytes: int) -> float:
-        return began_at + self._pace.limit_s(frame_bytes) if self._pace else math.inf
-
-    async def _fill(self, size: int, deadline: float = math.inf) -> None:
-        """Read until the buffer holds `size` bytes. It grows only by what has really arrived."""
-        while len(self._buffer) < size:
-            try:
-                with trio.fail_at(deadline) if deadline < math.inf else nullcontext():
-                    received = await self._stream.receive_some(_READ_BYTES)
-            except trio.TooSlowError as exc:
-                raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-                raise PeerVanished("the stream broke", self.peer_id) from exc
-            if not received:
-                what = "in the middle of a frame" if self._buffer else "without its end marker"
-                raise PeerVanished(f"the stream ended {what}", self.peer_id)
-            self._buffer += received
+    async def _read_more(self, deadline: float) -> None:
+        """Add to the buffer what arrives next. It grows only by what has really arrived."""
+        try:
+            with trio.fail_at(deadline) if deadline < math.inf else nullcontext():
+                received = await self._stream.receive_some(_READ_BYTES)
+        except trio.TooSlowError as exc:
+            raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise PeerVanished("the stream broke", self.peer_id) from exc
+        if not received:
+            what = "in the middle of a frame" if self._buffer else "without its end marker"
+            raise PeerVanished(f"the stream ended {what}", self.peer_id)
+        self._buffer += received
 
     async def end(self) -> None:
         """Say that nothing follows and close; quiet when the peer is already gone."""

@@ -39,6 +39,7 @@ from .notary import Notary
 from .predecessors import Predecessors
 from .replay import ReplayLog
 from .tensors import check_finite, encode_hidden, view_hidden
+from .turn import Turn
 from .wire import Bill, Filled, Leaving, Moved, Open, RefusalCode, Refused, Result, Step, printable
 from .worker import Done, Job, Worker
 
@@ -94,7 +95,7 @@ class HopSession:
         self.reading = trio.CancelScope()  # around whoever reads `control`
         self.link: Link | None = None
         self.standby: Link | None = None
-        self.pausing = trio.Lock()  # held while a step is sent on, and while none may be
+        self.pausing = Turn()  # held while a step is sent on, and while none may be
         self.ended_by: Refusal | None = None
         self.tokens_computed = 0
         self.last_active = trio.current_time()

@@ -24,6 +24,7 @@ from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
@@ -34,6 +35,7 @@ from .gate import GATED, Gate
 from .guarded import Guarded
 from .host_config import HostConfig
 from .identity import Identity
+from .noise import shorten
 from .rates import RateLimit
 from .shield import shielded
 from .swarm_key import load_swarm_key
@@ -114,6 +116,7 @@ class _Muxer(MuxerMultistream):
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
         """Raises MultiselectError for a peer that we do not let in, after telling it so."""
+        shorten(cast(SecureSession, conn))
         await self.select_transport(cast(Any, conn))
         if not self._gate.lets_in(str(peer_id)):
             await conn.write(HEADER.pack(0, GO_AWAY, 0, 0, GATED))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -69,15 +68,17 @@ class PeerStream(trio.abc.Stream):
         self._sending = True
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_open()
             before = self.muxed.bytes_sent
-            with self._translated("while sending to it"):
-                try:
-                    await self.muxed.write(data)
-                except trio.Cancelled:
-                    # What went out whole is on its way all the same: see `YamuxConnection.send`.
-                    if 0 < self.muxed.bytes_sent - before < len(data):
-                        self.muxed.abort()
-                    raise
+            try:
+                await self.muxed.write(data)
+            except trio.Cancelled:
+                # What went out whole is on its way all the same: see `YamuxConnection.send`.
+                if 0 < self.muxed.bytes_sent - before < len(data):
+                    self.muxed.abort()
+                raise
+            except BaseLibp2pError as exc:
+                raise self._lost("while sending to it", exc) from exc
             if not data:
                 await trio.lowlevel.cancel_shielded_checkpoint()
         finally:
@@ -90,8 +91,10 @@ class PeerStream(trio.abc.Stream):
         self._sending = True
         try:
             await trio.lowlevel.checkpoint()
-            with self._translated("while sending to it"):
-                await self.muxed.wait_writable()
+            self._check_open()
+            await self.muxed.wait_writable()
+        except BaseLibp2pError as exc:
+            raise self._lost("while sending to it", exc) from exc
         finally:
             self._sending = False
 
@@ -109,10 +112,12 @@ class PeerStream(trio.abc.Stream):
         try:
             if self._closed or self.muxed.has_input():
                 await trio.lowlevel.checkpoint()
-            with self._translated("while receiving from it"):
-                return await self.muxed.read(max_bytes or RECEIVE_BYTES)
+                self._check_open()
+            return await self.muxed.read(max_bytes or RECEIVE_BYTES)
         except MuxedStreamEOF:
             return b""
+        except BaseLibp2pError as exc:
+            raise self._lost("while receiving from it", exc) from exc
         finally:
             self._receiving = False
 
@@ -133,15 +138,12 @@ class PeerStream(trio.abc.Stream):
                 await self._account.remove()
         await trio.lowlevel.checkpoint()
 
-    @contextmanager
-    def _translated(self, when: str) -> Generator[None]:
+    def _check_open(self) -> None:
         if self._closed:
             raise trio.ClosedResourceError("this stream is closed")
-        try:
-            yield
-        except MuxedStreamEOF:
-            raise
-        except BaseLibp2pError as exc:
-            if self._closed:
-                raise trio.ClosedResourceError("another task closed this stream") from None
-            raise StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id) from exc
+
+    def _lost(self, when: str, exc: BaseLibp2pError) -> Exception:
+        """What to raise for an error of libp2p's."""
+        if self._closed:
+            return trio.ClosedResourceError("another task closed this stream")
+        return StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id)

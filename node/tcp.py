@@ -6,7 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 from libp2p.abc import IRawConnection
@@ -25,6 +25,9 @@ READ_BYTES = 1 << 17
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 def tune(stream: trio.SocketStream, user_timeout_s: float) -> None:
@@ -54,38 +57,63 @@ def share_port(sock: Any) -> None:
 
 
 class TcpStream(RawStream):
-    """A TCP connection under Noise."""
+    """A TCP connection under Noise.
+
+    It waits for the socket first and then reads, once. trio's stream reads first, which mostly fails, and
+    lets others run when it does not: either way what has come would wait for one more turn of the event loop.
+    """
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        """Takes the socket out of `stream`."""
         super().__init__()
-        self.stream = stream
-        self._remote = _name(stream.socket.getpeername)
-        self.local_port = (_name(stream.socket.getsockname) or ("", None))[1]
+        self.socket = socket.socket(fileno=stream.socket.detach())
+        self.socket.setblocking(False)
+        self._remote = _name(self.socket.getpeername)
+        self.local_port = (_name(self.socket.getsockname) or ("", None))[1]
 
     async def _receive(self) -> bytes:
+        if self.socket.fileno() == -1:
+            raise ConnectionClosedError("the connection is closed", transport="tcp")
+        received: bytes | None = None
         try:
-            received = bytes(await self.stream.receive_some(READ_BYTES))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            while received is None:
+                await trio.lowlevel.wait_readable(self.socket)
+                received = _ready(self.socket.recv, READ_BYTES)
+        except (OSError, trio.ClosedResourceError) as exc:
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         if not received:
             raise ConnectionClosedError("the peer closed the connection", transport="tcp")
         return received
 
     async def _send_some(self, outbox: bytearray) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            sent = await self.stream.socket.send(outbox)
+            while (sent := _ready(self.socket.send, outbox)) is None:
+                await trio.lowlevel.wait_writable(self.socket)
         except (OSError, trio.ClosedResourceError) as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         del outbox[:sent]
+        await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def close(self) -> None:
         self.closed.set()
-        await self.stream.aclose()
+        if self.socket.fileno() != -1:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
+        await trio.lowlevel.checkpoint()
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """The peer's address; libp2p's own stream has none for IPv6, whose socket names are longer."""
         return self._remote
+
+
+def _ready(ask: Callable[[A], T], argument: A) -> T | None:
+    """What a call on a socket that does not block returns; None if it would."""
+    try:
+        return ask(argument)
+    except BlockingIOError:
+        return None
 
 
 def _name(ask: Callable[[], Any]) -> tuple[str, int] | None:

@@ -251,44 +251,17 @@ class HopStream:
         finally:
             self._settled.set()
 
-    async def _receive(self) -> tuple[Message, bytearray]:
-        """The next message; after the last one of a stream that the session has left, those of the next."""
-        while True:
-            error: PeerError = ProtocolViolation("End in the middle of a session", self.peer_id)
-            try:
-                with trio.CancelScope() as self._reading:
-                    message, payload = await self._read_from.receive()
-                    if not isinstance(message, End):
-                        return message, payload
-            except PeerVanished as exc:
-                error = exc
-            await self._settled.wait()
-            if self._read_from is self._frames:
-                raise error
-            former, self._read_from = self._read_from, self._frames
-            await former.aclose()
-
     async def watch(self, listener: Listener) -> None:
-        """Read the stream to its end."""
+        """Read the stream to its end, and that which the session moves to after it."""
         try:
             with self._scope:
                 while True:
-                    message, payload = await self._receive()
-                    match message:
-                        case Result():
-                            listener.on_result(self, message, payload)
-                        case Filled() if self._window.is_open:
-                            self._window.confirm()
-                        case Relinked() | Alive():
-                            self._answer(message)
-                        case Leaving():
-                            listener.on_leaving(self, message.seconds)
-                        case Refused():
-                            listener.on_refused(self, message)
-                        case _:
-                            raise ProtocolViolation(
-                                f"{type(message).__name__} in the middle of a session", self.peer_id
-                            )
+                    error = await self._read_to_the_end(listener)
+                    await self._settled.wait()
+                    if self._read_from is self._frames:
+                        raise error
+                    former, self._read_from = self._read_from, self._frames
+                    await former.aclose()
         except PeerError as exc:
             self.error = exc
             listener.on_lost(self, exc)
@@ -298,6 +271,34 @@ class HopStream:
             self._window.close()
             for answer in self._answers.values():
                 answer.arrived.set()
+
+    async def _read_to_the_end(self, listener: Listener) -> PeerError:
+        """Hear what comes on a stream; returns how it ended, which is in order if the session has left it."""
+        try:
+            with trio.CancelScope() as self._reading:
+                while True:
+                    message, payload = await self._read_from.receive()
+                    if isinstance(message, End):
+                        break
+                    self._hear(listener, message, payload)
+        except PeerVanished as exc:
+            return exc
+        return ProtocolViolation("End in the middle of a session", self.peer_id)
+
+    def _hear(self, listener: Listener, message: Message, payload: bytearray) -> None:
+        match message:
+            case Result():
+                listener.on_result(self, message, payload)
+            case Filled() if self._window.is_open:
+                self._window.confirm()
+            case Relinked() | Alive():
+                self._answer(message)
+            case Leaving():
+                listener.on_leaving(self, message.seconds)
+            case Refused():
+                listener.on_refused(self, message)
+            case _:
+                raise ProtocolViolation(f"{type(message).__name__} in the middle of a session", self.peer_id)
 
     async def end(self) -> None:
         """Say that the session is over here; quiet if the hop is gone."""

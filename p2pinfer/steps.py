@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.node.turn import Turn
 from p2pinfer.node.wire import Result, Step
 from p2pinfer.reputation.receipt import Payload
 
@@ -37,7 +38,7 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        self.turn = trio.Lock()
+        self.turn = Turn()
         self.awaited: deque[Sent] = deque()
         self.length = 0
         self.progress_at = 0.0

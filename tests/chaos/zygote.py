@@ -51,7 +51,11 @@ def main() -> None:
             *lines, unread = (unread + received).split(b"\n")
             for line in lines:
                 asked = json.loads(line)
+                signal.pthread_sigmask(
+                    signal.SIG_BLOCK, {signal.SIGUSR1}
+                )  # or Python forgets it while it forks
                 pid = os.fork()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

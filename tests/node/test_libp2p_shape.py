@@ -20,6 +20,11 @@ from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.transport.upgrader import TransportUpgrader
+from noise.backends.default.ciphers import ChaCha20Cipher
+from noise.connection import NoiseConnection
+from noise.state import CipherState
+
+from p2pinfer.node.noise import NoiseMessages
 
 
 def source(thing: object) -> str:
@@ -55,10 +60,22 @@ def test_libp2p_host_py_stops_a_connector_that_dials_on_its_own() -> None:
 
 def test_tcp_py_is_read_and_written_by_noise_without_a_suspension_in_between() -> None:
     """`TcpStream.write` takes its bytes at once; so nothing above it may suspend after encrypting."""
-    for function in (SecureSession.write, BaseNoiseMsgReadWriter.write_msg, RawConnection.write):
+    for function in (SecureSession.write, NoiseMessages.write_msg):
         assert "lock" not in source(function)
         assert "checkpoint" not in source(function)
-    assert "MAX_PLAINTEXT_LENGTH" in source(BaseNoiseMsgReadWriter.write_msg)
+
+
+def test_noise_py_takes_the_ciphers_that_the_handshake_has_made() -> None:
+    assert "self.conn = conn" in source(SecureSession.__init__)
+    assert "await self.conn.read_msg()" in source(SecureSession.read)
+    assert "self.noise_state = noise_state" in source(BaseNoiseMsgReadWriter.__init__)
+    assert "cipher_state_encrypt.encrypt_with_ad(None, data)" in source(NoiseConnection.encrypt)
+    assert "self.cipher.encrypt(self.k, self.n, ad, plaintext)" in source(CipherState.encrypt_with_ad)
+    assert "return b'\\x00\\x00\\x00\\x00' + n.to_bytes(length=8, byteorder='little')" in source(
+        ChaCha20Cipher
+    )
+    for function in (RawConnection.read, RawConnection.write):
+        assert "await self.stream." in source(function)
 
 
 def test_tcp_py_wraps_what_the_listener_accepts() -> None:

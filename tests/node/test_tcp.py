@@ -70,7 +70,7 @@ async def test_both_ends_of_a_dialled_connection_are_tuned() -> None:
             theirs = await arrived.receive()
             for stream in (ours.stream.inner, theirs.inner):
                 assert isinstance(stream, TcpStream)
-                assert stream.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+                assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
             await ours.write(GREETING)
             assert await theirs.read(len(GREETING)) == GREETING
             await ours.close()

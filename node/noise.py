@@ -1,0 +1,85 @@
+"""Noise messages, once libp2p has done the handshake, without a dozen calls for each.
+
+A message is a big-endian u16 length and so many bytes of ciphertext, its tag included. -- libp2p specs,
+noise/README.md, "Wire Format". The nonce is 32 bits of zeros and a little-endian u64 that counts the messages
+of a direction. -- Noise, revision 34, section 12.3
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
+from libp2p.security.secure_session import SecureSession
+
+_LENGTH: Final = struct.Struct(">H")
+_NONCE: Final = struct.Struct("<IQ")
+
+
+def shorten(session: SecureSession) -> None:
+    """Have a session whose handshake is over, and that nobody has used yet, use `NoiseMessages`."""
+    assert isinstance(session.conn, NoiseTransportReadWriter)
+    session.conn = NoiseMessages(session.conn)
+
+
+class NoiseMessages(NoiseTransportReadWriter):
+    """Takes the place of libp2p's own before the first message, and reads as much as has come at once.
+
+    A message is encrypted and taken by the stream below without a suspension in between.
+    """
+
+    def __init__(self, replaced: NoiseTransportReadWriter) -> None:
+        connection: Any = replaced.read_writer.read_write_closer
+        super().__init__(connection, replaced.noise_state)
+        protocol: Any = replaced.noise_state.noise_protocol
+        self._stream = connection.stream  # libp2p's RawConnection only passes on what that does
+        self._seal = protocol.cipher_state_encrypt.cipher.cipher.encrypt
+        self._open = protocol.cipher_state_decrypt.cipher.cipher.decrypt
+        self._sealed = 0  # messages
+        self._opened = 0
+        self._received = b""
+        self._at = 0  # how much of it was read
+
+    def encrypt(self, data: bytes) -> bytes:
+        nonce = _NONCE.pack(0, self._sealed)
+        self._sealed += 1
+        return bytes(self._seal(nonce, data, None))
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Raises InvalidTag for what is not the peer's next message."""
+        nonce = _NONCE.pack(0, self._opened)
+        self._opened += 1
+        return bytes(self._open(nonce, data, None))
+
+    async def read_msg(self, prefix_encoded: bool = False) -> bytes:
+        """The next message.
+
+        Raises:
+            ConnectionClosedError: The connection has ended.
+            InvalidTag: Somebody has changed the message.
+        """
+        while (message := self._next_message()) is None:
+            self._received = self._received[self._at :] + await self._stream.read()
+            self._at = 0
+        return self.decrypt(message)
+
+    async def write_msg(self, msg: bytes, prefix_encoded: bool = False) -> None:
+        """Send `msg`, in as many messages as it takes.
+
+        Raises:
+            ConnectionClosedError: The connection has ended.
+        """
+        for start in range(0, len(msg), MAX_PLAINTEXT_LENGTH):
+            sealed = self.encrypt(msg[start : start + MAX_PLAINTEXT_LENGTH])
+            await self._stream.write(_LENGTH.pack(len(sealed)) + sealed)
+
+    def _next_message(self) -> bytes | None:
+        begin = self._at + _LENGTH.size
+        if begin > len(self._received):
+            return None
+        end = begin + _LENGTH.unpack_from(self._received, self._at)[0]
+        if end > len(self._received):
+            return None
+        self._at = end
+        return self._received[begin:end]
