@@ -471,8 +471,11 @@ def test_a_policy_is_an_object_or_a_name_or_that_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("config", "chosen"),
     [
-        (RoutingConfig(), ["whole"]),
-        (RoutingConfig(redo_s=0.0, integrity_weight_s=0.0, default_rtt_ms=0.0), ["first", "second"]),
+        (RoutingConfig(explore_share=0.0), ["whole"]),
+        (
+            RoutingConfig(explore_share=0.0, redo_s=0.0, integrity_weight_s=0.0, default_rtt_ms=0.0),
+            ["first", "second"],
+        ),
     ],
 )
 async def test_built_in_policies_weigh_by_the_configuration(

@@ -67,8 +67,9 @@ def ask(host: str, port: int, source: int, count: int, size: int = 32, per_secon
         until = time.monotonic() + count / per_second + SILENCE_S
         while time.monotonic() < until and len(answers) < count:
             if len(sent_at) < count and (not sent_at or time.monotonic() >= sent_at[-1] + 1 / per_second):
-                client.sendto(str(len(sent_at)).encode().ljust(size), (host, port))
-                sent_at.append(time.monotonic())
+                datagram = str(len(sent_at)).encode().ljust(size)
+                sent_at.append(time.monotonic())  # or it could be on its way before that
+                client.sendto(datagram, (host, port))
             with contextlib.suppress(BlockingIOError):
                 seen, seen_port, number = client.recv(2048).split()[:3]
                 answers.append((seen.decode(), int(seen_port), time.monotonic() - sent_at[int(number)]))
