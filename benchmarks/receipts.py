@@ -97,7 +97,7 @@ async def walk(
     spent: list[float] = []
     began = time.thread_time()
     for number in range(first, first + steps):
-        payload = bytes(encode_hidden(rows, "bfloat16"))
+        payload = encode_hidden(rows, "bfloat16")
         started = time.perf_counter()
         step = Step(number, 0, number, len(rows), 1)
         hop.accept(step, bytearray(payload), hop.control)

@@ -429,7 +429,7 @@ def _deposition(output: str, peer_id: str, span: BlockSpan) -> Deposition:
     if output != RIGHT:
         source.manual_seed(8 if output == WRONG_TOGETHER else zlib.crc32(peer_id.encode()))
         returned = returned + 0.1 * torch.randn(32, HIDDEN_SIZE, generator=source)
-    payloads = bytes(encode_hidden(given, "bfloat16")), bytes(encode_hidden(returned, "bfloat16"))
+    payloads = encode_hidden(given, "bfloat16"), encode_hidden(returned, "bfloat16")
     into, out = map(digest_of, payloads)
     receipt = Receipt(
         1,

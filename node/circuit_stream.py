@@ -56,6 +56,10 @@ class CircuitStream(RawStream):
         finally:  # what a cancelled write has counted as sent is on its way
             del outbox[: muxed.bytes_sent - before]
 
+    def _send_now(self, outbox: bytearray) -> None:
+        if self._stream.muxed.write_now(bytes(outbox)):
+            outbox.clear()
+
     async def close(self) -> None:
         self.closed.set()
         await self._stream.aclose()

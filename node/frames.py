@@ -20,7 +20,9 @@ import trio
 import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.reputation.receipt import Payload
 
+from .stream import PeerStream
 from .turn import Turn
 from .wire import End, Message, Result, Step, decode_message, encode_message
 
@@ -71,24 +73,35 @@ class FrameStream:
         self._frame_bytes = 0  # of the frame that comes, as far as it is known
         self._ended = False
 
-    async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
+    def send_now(self, message: Message, payload: Payload = b"") -> bool:
+        """Send one frame if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
+        return not self._sending.is_held and self._send_at_once(_frame(message, payload))
+
+    async def send(self, message: Message, payload: Payload = b"") -> None:
         """Send one frame.
 
         Raises:
             PeerVanished: The stream is gone, or the peer does not keep the pace. A cancelled send leaves half
                 a frame: close the stream then.
         """
-        frame = encode_header(message, len(payload))
-        limit_s = self._pace.limit_s(len(frame) + len(payload)) if self._pace else math.inf
+        await trio.lowlevel.checkpoint_if_cancelled()
+        frame = _frame(message, payload)
+        if not self._sending.is_held and self._send_at_once(frame):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        limit_s = self._pace.limit_s(len(frame)) if self._pace else math.inf
         async with self._sending:
             try:
                 with trio.fail_after(limit_s) if limit_s < math.inf else nullcontext():
-                    await self._stream.send_all(b"".join((frame, payload)) if payload else frame)
+                    await self._stream.send_all(frame)
             except trio.TooSlowError as exc:
                 await trio.aclose_forcefully(self._stream)
                 raise PeerVanished(f"took no frame in within {limit_s:.0f} s", self.peer_id) from exc
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise PeerVanished("the stream ended while sending", self.peer_id) from exc
+
+    def _send_at_once(self, frame: bytes) -> bool:
+        return isinstance(self._stream, PeerStream) and self._stream.send_now(frame)
 
     async def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload, which the caller owns.
@@ -167,3 +180,7 @@ class FrameStream:
         """Close without a word: to a peer this is a broken stream."""
         self._ended = True
         await self._stream.aclose()
+
+
+def _frame(message: Message, payload: Payload) -> bytes:
+    return b"".join((encode_header(message, len(payload)), payload))

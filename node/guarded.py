@@ -14,6 +14,7 @@ from typing import Any, Final
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
+from .raw_stream import RawStream
 from .swarm_key import NONCE_BYTES, xsalsa20
 
 GREETING: Final = b"\x13/multistream/1.0.0\n"
@@ -32,9 +33,7 @@ class Guarded(ReadWriteCloser):
         on_stranger: Called with the peer's address and with why it is turned away.
     """
 
-    def __init__(
-        self, inner: ReadWriteCloser, key: bytes | None, on_stranger: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, inner: RawStream, key: bytes | None, on_stranger: Callable[[str, str], None]) -> None:
         self.inner = inner
         self._key = key
         self._on_stranger = on_stranger
@@ -43,13 +42,25 @@ class Guarded(ReadWriteCloser):
         self._begun: bytes | None = None  # what the peer began with, as far as it was not handed out
 
     async def write(self, data: bytes) -> None:
-        if self._key is not None:
-            nonce = b""
-            if self._seal is None:
-                nonce = os.urandom(NONCE_BYTES)
-                self._seal = xsalsa20(self._key, nonce)
-            data = nonce + self._seal.encrypt(data)
-        await self.inner.write(data)
+        await self.inner.write(self._sealed(data))
+
+    @property
+    def is_clear(self) -> bool:
+        """As of a `RawStream`."""
+        return self.inner.is_clear
+
+    def write_now(self, data: bytes) -> bool:
+        """As of a `RawStream`."""
+        return self.inner.is_clear and self.inner.write_now(self._sealed(data))
+
+    def _sealed(self, data: bytes) -> bytes:
+        if self._key is None:
+            return data
+        nonce = b""
+        if self._seal is None:
+            nonce = os.urandom(NONCE_BYTES)
+            self._seal = xsalsa20(self._key, nonce)
+        return bytes(nonce + self._seal.encrypt(data))
 
     async def read(self, n: int | None = None) -> bytes:
         """Raises StrangerMet, on the first read, if the peer is not of our swarm."""

@@ -199,12 +199,9 @@ class HopSession:
             raise
 
     def _encode(self, step: Step, output: Tensor) -> bytes:
-        """What of a step's output goes out, as it travels; called in the worker's thread.
-
-        A copy: the tensor is a slice of the whole batch's output, and who keeps it would keep all of that.
-        """
+        """What of a step's output goes out, as it travels; called in the worker's thread."""
         rows = output[len(output) - step.returns :] if self.opening.successor is None else output
-        return bytes(encode_hidden(rows, self.opening.codec))
+        return encode_hidden(rows, self.opening.codec)
 
     def _is_superseded(self, step: Step) -> bool:
         """Asked in the worker's thread, while the event loop at most replaces what it reads."""

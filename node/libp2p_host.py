@@ -35,7 +35,7 @@ from .gate import GATED, Gate
 from .guarded import Guarded
 from .host_config import HostConfig
 from .identity import Identity
-from .noise import shorten
+from .noise import NoiseSession
 from .rates import RateLimit
 from .shield import shielded
 from .swarm_key import load_swarm_key
@@ -101,7 +101,7 @@ async def run_libp2p_host(
 
 def raw_stream_of(connection: Any) -> Any:
     """The `RawStream` under a connection of the swarm: below yamux, Noise and libp2p's wrappers."""
-    stream = connection.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream
+    stream = connection.muxed_conn.secured_conn.messages.stream
     return stream.inner if isinstance(stream, Guarded) else stream
 
 
@@ -116,7 +116,7 @@ class _Muxer(MuxerMultistream):
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> YamuxConnection:
         """Raises MultiselectError for a peer that we do not let in, after telling it so."""
-        shorten(cast(SecureSession, conn))
+        conn = NoiseSession(cast(SecureSession, conn))
         await self.select_transport(cast(Any, conn))
         if not self._gate.lets_in(str(peer_id)):
             await conn.write(HEADER.pack(0, GO_AWAY, 0, 0, GATED))

@@ -13,14 +13,43 @@ from typing import Any, Final
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
 
+from .guarded import Guarded
+from .raw_stream import RawStream
+
 _LENGTH: Final = struct.Struct(">H")
 _NONCE: Final = struct.Struct("<IQ")
 
 
-def shorten(session: SecureSession) -> None:
-    """Have a session whose handshake is over, and that nobody has used yet, use `NoiseMessages`."""
-    assert isinstance(session.conn, NoiseTransportReadWriter)
-    session.conn = NoiseMessages(session.conn)
+class NoiseSession(SecureSession):
+    """A connection after libp2p's handshake."""
+
+    def __init__(self, shaken: SecureSession) -> None:
+        """Takes the place of libp2p's own, which nobody must have used yet."""
+        assert isinstance(shaken.conn, NoiseTransportReadWriter)
+        self.messages = NoiseMessages(shaken.conn)
+        super().__init__(
+            local_peer=shaken.local_peer,
+            local_private_key=shaken.local_private_key,
+            remote_peer=shaken.remote_peer,
+            remote_permanent_pubkey=shaken.remote_permanent_pubkey,
+            is_initiator=shaken.is_initiator,
+            conn=self.messages,
+        )
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing waits to be sent, so that `write_now` will do."""
+        return self.messages.stream.is_clear
+
+    def write_now(self, data: bytes) -> bool:
+        """Write `data` if it fits one message and nobody is before it; False, with nothing written, if not.
+
+        What cannot be sent at once goes out with the next `write`, be it empty.
+        """
+        stream = self.messages.stream
+        if len(data) > MAX_PLAINTEXT_LENGTH or not stream.is_clear:
+            return False
+        return stream.write_now(self.messages.seal(data))
 
 
 class NoiseMessages(NoiseTransportReadWriter):
@@ -33,7 +62,8 @@ class NoiseMessages(NoiseTransportReadWriter):
         connection: Any = replaced.read_writer.read_write_closer
         super().__init__(connection, replaced.noise_state)
         protocol: Any = replaced.noise_state.noise_protocol
-        self._stream = connection.stream  # libp2p's RawConnection only passes on what that does
+        # Below libp2p's RawConnection, which only passes on what that does.
+        self.stream: RawStream | Guarded = connection.stream
         self._seal = protocol.cipher_state_encrypt.cipher.cipher.encrypt
         self._open = protocol.cipher_state_decrypt.cipher.cipher.decrypt
         self._sealed = 0  # messages
@@ -60,19 +90,25 @@ class NoiseMessages(NoiseTransportReadWriter):
             InvalidTag: Somebody has changed the message.
         """
         while (message := self._next_message()) is None:
-            self._received = self._received[self._at :] + await self._stream.read()
+            self._received = self._received[self._at :] + await self.stream.read()
             self._at = 0
         return self.decrypt(message)
 
     async def write_msg(self, msg: bytes, prefix_encoded: bool = False) -> None:
-        """Send `msg`, in as many messages as it takes.
+        """Send `msg`, in as many messages as it takes; none if it is empty, but what is left of others.
 
         Raises:
             ConnectionClosedError: The connection has ended.
         """
+        if not msg:
+            await self.stream.write(b"")
         for start in range(0, len(msg), MAX_PLAINTEXT_LENGTH):
-            sealed = self.encrypt(msg[start : start + MAX_PLAINTEXT_LENGTH])
-            await self._stream.write(_LENGTH.pack(len(sealed)) + sealed)
+            await self.stream.write(self.seal(msg[start : start + MAX_PLAINTEXT_LENGTH]))
+
+    def seal(self, data: bytes) -> bytes:
+        """The next message as it travels; it must be sent before any other."""
+        sealed = self.encrypt(data)
+        return _LENGTH.pack(len(sealed)) + sealed
 
     def _next_message(self) -> bytes | None:
         begin = self._at + _LENGTH.size

@@ -61,6 +61,23 @@ class RawStream(ReadWriteCloser):
                 self._sending = False
                 self._progress.unpark_all()
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing waits to be sent, so that `write_now` will do."""
+        return not (self._outbox or self._sending)
+
+    def write_now(self, data: bytes) -> bool:
+        """Write `data` if nobody is before it; False, with nothing written, if somebody is.
+
+        What cannot be sent at once goes out with the next `write`.
+        """
+        if self._outbox or self._sending:
+            return False
+        self._outbox += data
+        self._taken += len(data)
+        self._send_now(self._outbox)
+        return True
+
     @abstractmethod
     async def _receive(self) -> bytes:
         """What has arrived, at least one byte; ConnectionClosedError at the end."""
@@ -71,3 +88,6 @@ class RawStream(ReadWriteCloser):
 
         ConnectionClosedError, after setting `closed`, if nothing can be sent any more.
         """
+
+    def _send_now(self, outbox: bytearray) -> None:
+        """Send what can be sent of `outbox` without a suspension, and delete just that; nothing is enough."""

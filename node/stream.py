@@ -84,6 +84,10 @@ class PeerStream(trio.abc.Stream):
         finally:
             self._sending = False
 
+    def send_now(self, data: bytes) -> bool:
+        """Send `data` if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
+        return not (self._sending or self._closed) and self.muxed.write_now(data)
+
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the peer has room for at least one byte."""
         if self._sending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import trio
@@ -95,6 +95,10 @@ class TcpStream(RawStream):
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         del outbox[:sent]
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _send_now(self, outbox: bytearray) -> None:
+        with suppress(OSError):  # it would block, or is broken, which the next `write` will see
+            del outbox[: self.socket.send(outbox)]
 
     async def close(self) -> None:
         self.closed.set()

@@ -13,16 +13,16 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._is_held = False
+        self.is_held = False
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        if self._is_held:
+        if self.is_held:
             await self._waiting.park()  # whoever ends the wait hands the turn over
-        self._is_held = True
+        self.is_held = True
 
     async def __aexit__(self, *_: object) -> None:
         if self._waiting:
             self._waiting.unpark()
         else:
-            self._is_held = False
+            self.is_held = False

@@ -13,7 +13,8 @@ grant again when half of the window has been read, and a bigger one when that to
 Frames of streams are written by the task that sends: encrypting and queueing happen without a suspension, in
 one order (`TcpStream.write` promises that), so no lock is needed and a cancelled sender cannot tear a frame.
 Frames that answer something (a window update, a pong) are collected and written by a task of their own,
-because neither the receiving task nor a reader that has taken its bytes may wait for the socket.
+because neither the receiving task nor a reader that has taken its bytes may wait for the socket. That task
+also sends what the socket did not take of a frame that was to go at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import logging
 
 import trio
-from libp2p.abc import ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
@@ -30,6 +30,7 @@ from multiaddr import Multiaddr
 
 from .counts import Traffic
 from .gate import GATED, RESOURCE_LIMIT_EXCEEDED, Gate
+from .noise import NoiseSession
 from .shield import shielded
 from .yamux_frames import (
     ACK,
@@ -61,7 +62,7 @@ class YamuxConnection(Carrier):
 
     def __init__(
         self,
-        conn: ISecureConn,
+        conn: NoiseSession,
         peer_id: ID,
         *,
         max_streams: int = 256,
@@ -197,6 +198,14 @@ class YamuxConnection(Carrier):
         except (BaseLibp2pError, OSError) as exc:
             raise MuxedStreamReset(f"the connection is gone: {exc}") from exc
         self._traffic.sent += len(header) + len(payload)
+
+    def send_now(self, header: bytes, payload: bytes | memoryview) -> bool:
+        if not self.secured_conn.write_now(b"".join((header, payload))):
+            return False
+        self._traffic.sent += len(header) + len(payload)
+        if not self.secured_conn.is_clear:
+            self._control_ready.set()
+        return True
 
     def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         if len(self._control) < MAX_CONTROL_BYTES:

@@ -46,6 +46,10 @@ class Carrier(IMuxedConn):
         """
 
     @abstractmethod
+    def send_now(self, header: bytes, payload: bytes | memoryview) -> bool:
+        """Write one frame if that takes no waiting; False, with nothing written, if it does."""
+
+    @abstractmethod
     def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Have a frame without payload written as soon as possible."""
 
@@ -132,6 +136,16 @@ class YamuxStream(IMuxedStream):
             view = view[size:]
             if view:
                 await self.wait_writable()
+
+    def write_now(self, data: bytes) -> bool:
+        """Send `data` in one frame if that takes no waiting; False, with nothing sent, if it does."""
+        if self._lost or self._end_sent or len(data) > min(self._credit, MAX_PAYLOAD):
+            return False
+        if not self._connection.send_now(HEADER.pack(0, DATA, 0, self.stream_id, len(data)), data):
+            return False
+        self._credit -= len(data)
+        self.bytes_sent += len(data)
+        return True
 
     async def wait_writable(self) -> None:
         """Wait until the peer's window has room.

@@ -101,6 +101,10 @@ class HopStream:
         self._given_up = False
         self._scope = trio.CancelScope()
 
+    def send_now(self, step: Step, payload: Payload) -> bool:
+        """Send a step if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
+        return not self._given_up and self._frames.send_now(step, payload)
+
     async def send(self, step: Step, payload: Payload) -> None:
         """Send a step.
 

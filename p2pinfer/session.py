@@ -246,6 +246,8 @@ class Session:
     async def _push(self, sent: Sent) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
+        if first.send_now(sent.step, sent.payload):
+            return
         try:
             with first.while_there(limit_s):
                 await first.send(sent.step, sent.payload)

@@ -26,7 +26,7 @@ def deposition_of(steps: Sequence[tuple[int, Tensor, Tensor]]) -> Deposition:
     contents: dict[bytes, Payload] = {}
     receipts: list[Receipt] = []
     for number, (position, given, got) in enumerate(steps):
-        payloads = [bytes(encode_hidden(each, "float32")) for each in (given, got)]
+        payloads = [encode_hidden(each, "float32") for each in (given, got)]
         digests = [digest_of(each) for each in payloads]
         contents |= dict(zip(digests, payloads, strict=True))
         sizes = (position, len(given), len(got))

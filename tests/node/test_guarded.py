@@ -7,28 +7,31 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import ConnectionClosedError
 
 from p2pinfer.node.guarded import GREETING, Guarded, StrangerMet
+from p2pinfer.node.raw_stream import RawStream
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 
 
-class Pipe(ReadWriteCloser):
-    """One end of a pipe, with libp2p's names for things."""
+class Pipe(RawStream):
+    """One end of a pipe."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
+        super().__init__()
         self._stream = stream
 
-    async def read(self, n: int | None = None) -> bytes:
-        received = await self._stream.receive_some(n)
+    async def _receive(self) -> bytes:
+        received = await self._stream.receive_some(None)
         if not received:
             raise ConnectionClosedError("closed")
         return bytes(received)
 
-    async def write(self, data: bytes) -> None:
-        await self._stream.send_all(data)
+    async def _send_some(self, outbox: bytearray) -> None:
+        sent = bytes(outbox)
+        del outbox[: len(sent)]
+        await self._stream.send_all(sent)
 
     async def close(self) -> None:
         await self._stream.aclose()
@@ -132,3 +135,19 @@ async def test_a_peer_that_hangs_up_before_it_has_begun_is_no_stranger() -> None
         await met.ours.read()
     assert not isinstance(caught.value, StrangerMet)
     assert met.told == []
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+async def test_what_is_written_at_once_is_enciphered_like_the_rest(key: bytes | None) -> None:
+    met = Met(key, key)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(met.theirs.write, GREETING)
+        assert await read_exactly(met.ours.read, len(GREETING)) == GREETING
+    await met.ours.write(GREETING)
+    assert met.ours.is_clear
+    assert met.ours.write_now(b"first ")
+    assert not met.ours.is_clear
+    assert not met.ours.write_now(b"never")
+    await met.ours.write(b"second")
+    expected = GREETING + b"first second"
+    assert await read_exactly(met.theirs.read, len(expected)) == expected

@@ -16,7 +16,7 @@ from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWri
 from libp2p.security.secure_session import SecureSession
 from noise.connection import NoiseConnection
 
-from p2pinfer.node.noise import NoiseMessages, shorten
+from p2pinfer.node.noise import NoiseMessages, NoiseSession
 
 
 class Pipe:
@@ -24,7 +24,13 @@ class Pipe:
 
     def __init__(self, sizes: Sequence[int] = ()) -> None:
         self.written = bytearray()
+        self.is_clear = True
         self._sizes = list(sizes)
+
+    def write_now(self, data: bytes) -> bool:
+        assert self.is_clear
+        self.written += data
+        return True
 
     async def write(self, data: bytes) -> None:
         self.written += data
@@ -117,15 +123,37 @@ async def test_a_message_that_comes_twice_is_not_believed() -> None:
         await ours.read_msg()
 
 
-async def test_a_session_is_shortened_in_place() -> None:
+def session_at(pipe: Pipe) -> tuple[NoiseSession, NoiseTransportReadWriter]:
+    """A session of ours, and the other side of it."""
     ours, theirs = handshaken()
-    connection = RawConnection(cast(Any, Pipe()), True)
-    session = SecureSession(
+    connection = RawConnection(cast(Any, pipe), True)
+    shaken = SecureSession(
         **cast(dict[str, Any], dict.fromkeys(("local_peer", "local_private_key", "remote_peer"))),
         remote_permanent_pubkey=cast(Any, None),
         is_initiator=True,
         conn=NoiseTransportReadWriter(connection, ours),
     )
-    shorten(session)
-    await session.write(b"hello")
-    assert await NoiseTransportReadWriter(connection, theirs).read_msg() == b"hello"
+    return NoiseSession(shaken), NoiseTransportReadWriter(connection, theirs)
+
+
+async def test_a_session_takes_the_place_of_the_one_that_shook_hands() -> None:
+    session, theirs = session_at(Pipe())
+    assert session.is_initiator
+    await session.write(b"waits")
+    assert session.write_now(b"does not")
+    assert [await theirs.read_msg() for _ in range(2)] == [b"waits", b"does not"]
+    await theirs.write_msg(b"heard")
+    assert await session.read() == b"heard"
+
+
+async def test_what_cannot_go_at_once_uses_up_no_nonce() -> None:
+    pipe = Pipe()
+    session, theirs = session_at(pipe)
+    assert not session.write_now(bytes(MAX_PLAINTEXT_LENGTH + 1))
+    pipe.is_clear = False
+    assert not session.is_clear
+    assert not session.write_now(b"never")
+    await session.write(b"")
+    assert not pipe.written
+    await session.write(b"then")
+    assert await theirs.read_msg() == b"then"

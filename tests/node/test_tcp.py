@@ -164,3 +164,37 @@ async def test_a_lost_connection_is_an_error_for_reader_and_writer(pair: Pair) -
     with pytest.raises(ConnectionClosedError):
         await ours.write(b"x")
     assert ours.closed.is_set()
+
+
+async def test_what_is_written_at_once_goes_out_without_a_suspension(pair: Pair) -> None:
+    ours, theirs = pair
+    assert ours.write_now(b"first ")
+    assert ours.is_clear
+    await ours.write(b"second")
+    received = b""
+    while len(received) < 12:
+        received += await theirs.receive_some()
+    assert received == b"first second"
+
+
+async def test_what_the_socket_does_not_take_goes_out_with_the_next_write(pair: Pair) -> None:
+    ours, theirs = pair
+    size = 8 << 20
+    assert ours.write_now(b"a" * size)
+    assert not ours.is_clear
+    assert not ours.write_now(b"never")
+    received = b""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.write, b"")
+        while len(received) < size:
+            received += await theirs.receive_some()
+    assert received == b"a" * size
+    assert ours.is_clear
+
+
+async def test_a_broken_connection_is_found_out_by_the_next_write(pair: Pair) -> None:
+    ours, _ = pair
+    await ours.close()
+    assert ours.write_now(b"x")
+    with pytest.raises(ConnectionClosedError):
+        await ours.write(b"y")

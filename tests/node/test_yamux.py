@@ -53,6 +53,7 @@ class Wire:
         self.is_initiator = is_initiator
         self.closed = False
         self.stalled = False  # whether writes wait
+        self.takes_at_once = True
         self._arriving, self._arrived = trio.open_memory_channel[bytes](1000)
         self.sent: list[bytes] = []
 
@@ -69,6 +70,15 @@ class Wire:
         if self.stalled:
             await trio.sleep_forever()
         await trio.lowlevel.checkpoint()
+
+    @property
+    def is_clear(self) -> bool:
+        return self.takes_at_once
+
+    def write_now(self, data: bytes) -> bool:
+        if self.takes_at_once:
+            self.sent.append(data)
+        return self.takes_at_once
 
     async def close(self) -> None:
         self.closed = True
