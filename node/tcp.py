@@ -66,7 +66,9 @@ class TcpStream(RawStream):
     def __init__(self, stream: trio.SocketStream) -> None:
         """Takes the socket out of `stream`."""
         super().__init__()
-        self.socket = socket.socket(fileno=stream.socket.detach())
+        taken = stream.socket
+        # Said rather than asked for: macOS no longer tells of a connection that is gone already.
+        self.socket = socket.socket(taken.family, taken.type, taken.proto, taken.detach())
         self.socket.setblocking(False)
         self._remote = _name(self.socket.getpeername)
         self.local_port = (_name(self.socket.getsockname) or ("", None))[1]

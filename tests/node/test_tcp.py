@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -94,6 +95,31 @@ async def test_a_host_name_is_dialled() -> None:
     connection = await TunedTCP(10.0).dial(Multiaddr(f"/dns4/localhost/tcp/{port}"))
     await connection.close()
     await listener.aclose()
+
+
+class Gone(socket.socket):
+    """Knows no names and no family, as on macOS after the peer has reset the connection."""
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        if family == -1 and fileno is not None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().__init__(family, type, proto, fileno)
+
+    def getpeername(self) -> Any:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    getsockname = getpeername
+
+
+async def test_a_connection_that_is_gone_already_can_still_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = trio.socket.socketpair()
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", Gone)
+        stream = TcpStream(trio.SocketStream(ours))
+    assert stream.get_remote_address() is None
+    await stream.close()
+    assert await theirs.recv(1) == b""
+    theirs.close()
 
 
 async def test_what_came_in_one_piece_is_handed_out_in_any(pair: Pair) -> None:
