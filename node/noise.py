@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Final
 
+import trio
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
 
@@ -18,6 +19,7 @@ from .raw_stream import RawStream
 
 _LENGTH: Final = struct.Struct(">H")
 _NONCE: Final = struct.Struct("<IQ")
+_MESSAGES_A_TURN: Final = 256  # of a byte each, thousands come at once
 
 
 class NoiseSession(SecureSession):
@@ -89,6 +91,8 @@ class NoiseMessages(NoiseTransportReadWriter):
             ConnectionClosedError: The connection has ended.
             InvalidTag: Somebody has changed the message.
         """
+        if not self._opened % _MESSAGES_A_TURN:
+            await trio.lowlevel.checkpoint()
         while (message := self._next_message()) is None:
             self._received = self._received[self._at :] + await self.stream.read()
             self._at = 0

@@ -123,6 +123,26 @@ async def test_a_message_that_comes_twice_is_not_believed() -> None:
         await ours.read_msg()
 
 
+async def test_others_have_their_turn_while_many_messages_are_read() -> None:
+    ours, theirs = sides(Pipe())
+    for _ in range(1000):
+        await theirs.write_msg(b"x")
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(1000):
+            await ours.read_msg()
+        nursery.cancel_scope.cancel()
+    assert turns >= 2
+
+
 def session_at(pipe: Pipe) -> tuple[NoiseSession, NoiseTransportReadWriter]:
     """A session of ours, and the other side of it."""
     ours, theirs = handshaken()
