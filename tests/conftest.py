@@ -32,7 +32,7 @@ def tiny_stories() -> Path:
     return Path(p2pinfer.models.__path__[0]) / "tiny-stories"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tiny_stories: Path) -> Checkpoint:
     """The bundled model's."""
     return open_checkpoint(tiny_stories, "tiny-stories")

@@ -21,7 +21,7 @@ from p2pinfer import second_opinion
 from p2pinfer.audit import Auditor, AuditTally
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.generate import Generation
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.deposition import Deposition
@@ -47,11 +47,6 @@ PROMPT = "Once upon a time"
 ALWAYS = AuditConfig(rate=1.0, linger_s=60.0)
 OpenClient = Callable[..., AbstractAsyncContextManager[Client]]
 Change = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
 from p2pinfer.generate import Generation
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
@@ -39,11 +39,6 @@ PROMPT = "Once upon a time"
 SOON = ClientConfig(find_timeout_s=0.05, policy_timeout_s=0.05, dtype="float32")
 
 OpenClient = Callable[..., AbstractAsyncContextManager[tuple[Client, MemorySwarm]]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from p2pinfer.errors import (
     Unfinished,
 )
 from p2pinfer.generate import Generation, GenerationConfig, Token, generation_config, new_state
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.runner import Chunk, open_runner
 from p2pinfer.models.sampling import Sampler, SamplingConfig
@@ -36,11 +36,6 @@ from p2pinfer.way import HopUsed
 from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
 PROMPT = "Once upon a time"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from p2pinfer.reputation.ledger import Ledger
 
 from .node import memory
 from .node.memory_swarm import MemorySwarm
-from .test_audit import OpenClient, cheat, checkpoint, noisy, open_client, swarm, text_of
+from .test_audit import OpenClient, cheat, noisy, open_client, swarm, text_of
 
-__all__ = ["checkpoint", "open_client", "swarm"]  # fixtures
+__all__ = ["open_client", "swarm"]  # fixtures
 
 HASHED_BYTES = 1 << 17  # two payloads of a decode step, or what is shorter than a thread's hiring; 40 us
 CHECKED = 8  # signatures, 50 us each

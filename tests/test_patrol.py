@@ -27,9 +27,9 @@ from p2pinfer.routing.route import Candidate, RouteRequest
 from p2pinfer.verifier import AuditConfig
 
 from .node.memory_swarm import MemorySwarm
-from .test_audit import ALWAYS, OpenClient, cheat, checkpoint, noisy, open_client, swarm
+from .test_audit import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
 
-__all__ = ["checkpoint", "open_client", "swarm"]  # fixtures
+__all__ = ["open_client", "swarm"]  # fixtures
 
 READY = Ready("me", ("/memory/me",), "tiny-stories", "r" * 32, (0, 8), "float32", "cpu", 1.0, 1)
 REQUEST = RouteRequest("r" * 32, 8, 640, 10)

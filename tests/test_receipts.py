@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.notary import Notary
 from p2pinfer.node.wire import Open, Step
@@ -27,11 +26,6 @@ from .node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 SESSION, REVISION = b"s" * 16, "r" * 32
 HOPS = (Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 5)), Hop("c", BlockSpan(5, 8)))
 Tamper = Callable[[list[bytes]], list[bytes]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 class Chain:

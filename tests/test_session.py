@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from p2pinfer.errors import (
     ProtocolViolation,
     WrongOutput,
 )
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.node.frames import FrameStream
 from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.wire import (
@@ -44,11 +43,6 @@ from .node.memory import MemoryNetwork
 from .node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 
 Script = Callable[[FrameStream], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 def hidden_states(tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.deviation import Deviation
 from p2pinfer.models.ends import load_ends
@@ -47,11 +47,6 @@ def _load_script() -> ModuleType:
 
 
 cheats = _load_script()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture(scope="module")

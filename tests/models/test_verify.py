@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from p2pinfer.errors import WrongOutput
 from p2pinfer.models import verify
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import load_ends
 from p2pinfer.models.runner import Chunk, open_runner
@@ -35,11 +34,6 @@ STORY = (
 )
 SPAN = BlockSpan(2, 6)
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_stories: Path) -> Checkpoint:
-    return open_checkpoint(tiny_stories, "tiny-stories")
 
 
 @pytest.fixture(scope="module")
