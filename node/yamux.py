@@ -193,11 +193,11 @@ class YamuxConnection(Carrier):
     # ------------------------------------------------------------------ for the streams: see Carrier
 
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        self._traffic.sent += len(header) + len(payload)  # they are taken before the first suspension
         try:
             await self.secured_conn.write(b"".join((header, payload)))
         except (BaseLibp2pError, OSError) as exc:
             raise MuxedStreamReset(f"the connection is gone: {exc}") from exc
-        self._traffic.sent += len(header) + len(payload)
 
     def send_now(self, header: bytes, payload: bytes | memoryview) -> bool:
         if not self.secured_conn.write_now(b"".join((header, payload))):
