@@ -71,7 +71,7 @@ class RawStream(ReadWriteCloser):
 
         What cannot be sent at once goes out with the next `write`.
         """
-        if self._outbox or self._sending:
+        if not self.is_clear:
             return False
         self._outbox += data
         self._taken += len(data)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from p2pinfer.node.host import Host, HostConfig, open_host
 from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.stream import PeerStream
 
-from .support import LOOPBACK, StartHost
+from .support import LOOPBACK, StartHost, accept
 
 LIMIT_S = 20.0
 
@@ -34,3 +36,21 @@ async def start_host(nursery: trio.Nursery) -> StartHost:
 
     nursery.start_soon(limit)
     return start
+
+
+@pytest.fixture
+async def hosts(start_host: StartHost) -> tuple[Host, Host]:
+    """Two hosts, the first connected to the second."""
+    near, far = await start_host(), await start_host()
+    await near.connect(far.peer_id, far.addrs)
+    return near, far
+
+
+@pytest.fixture
+async def pair(hosts: tuple[Host, Host]) -> tuple[PeerStream, PeerStream]:
+    """The two ends of a stream, on a connection where nothing else is being sent."""
+    near, far = hosts
+    accepted = accept(far, "/pair")
+    ends = await near.open_stream(far.peer_id, "/pair"), await accepted.receive()
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    return ends

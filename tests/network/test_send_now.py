@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import trio
 import trio.testing
 
@@ -12,27 +11,9 @@ from p2pinfer.node.stream import PeerStream
 from p2pinfer.node.wire import Probe, Result
 from p2pinfer.node.yamux_frames import INITIAL_WINDOW, MAX_PAYLOAD
 
-from .support import StartHost, accept, receive_exactly
+from .support import accept, receive_exactly
 
 Pair = tuple[PeerStream, PeerStream]
-
-
-@pytest.fixture
-async def hosts(start_host: StartHost) -> tuple[Host, Host]:
-    """Two hosts, the first connected to the second."""
-    near, far = await start_host(), await start_host()
-    await near.connect(far.peer_id, far.addrs)
-    return near, far
-
-
-@pytest.fixture
-async def pair(hosts: tuple[Host, Host]) -> Pair:
-    """The two ends of a stream, on a connection where nothing else is being sent."""
-    near, far = hosts
-    accepted = accept(far, "/pair")
-    ends = await near.open_stream(far.peer_id, "/pair"), await accepted.receive()
-    await trio.testing.wait_all_tasks_blocked(0.01)
-    return ends
 
 
 async def test_what_is_sent_at_once_arrives_in_order_with_the_rest(pair: Pair) -> None:

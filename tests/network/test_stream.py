@@ -26,23 +26,6 @@ from .support import ECHO, StartHost, accept, echo, receive_exactly
 Pair = tuple[PeerStream, PeerStream]
 
 
-@pytest.fixture
-async def hosts(start_host: StartHost) -> tuple[Host, Host]:
-    """Two hosts, the first connected to the second."""
-    near, far = await start_host(), await start_host()
-    await near.connect(far.peer_id, far.addrs)
-    return near, far
-
-
-@pytest.fixture
-async def pair(hosts: tuple[Host, Host]) -> Pair:
-    """The two ends of a stream."""
-    near, far = hosts
-    accepted = accept(far, "/pair")
-    stream = await near.open_stream(far.peer_id, "/pair")
-    return stream, await accepted.receive()
-
-
 async def still_works(hosts: tuple[Host, Host]) -> bool:
     """Whether the connection carries new streams both ways."""
     for opener, server in (hosts, hosts[::-1]):
