@@ -47,7 +47,15 @@ from .spec import ModelSpec, model_spec, read_config, read_json
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+# What says how text becomes tokens, which of them end it, and how one draws them; fetched where they exist.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 _PARALLEL_DOWNLOADS = 4
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

@@ -122,6 +122,22 @@ def test_the_ends_come_with_the_tokenizer(hub: HubServer, cache: Path) -> None:
     assert (checkpoint.folder / "tokenizer.json").is_file()
 
 
+def test_everything_that_is_said_about_tokens_comes_along(hub: HubServer, cache: Path) -> None:
+    beside = [
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ]
+    hub.files |= {name: b"{}" for name in beside} | {"chat_template.jinja": b"{{ messages }}"}
+    source = find(hub, cache)
+    hub.fetched()
+    checkpoint = source.fetch(None, ends=True)
+    expected = sorted([*beside, "chat_template.jinja", "tokenizer.json", "model-2.safetensors"])
+    assert hub.fetched() == expected
+    assert all((checkpoint.folder / name).is_file() for name in expected)
+
+
 def test_what_is_here_is_not_fetched_again(hub: HubServer, cache: Path) -> None:
     find(hub, cache).fetch(BlockSpan(0, 2), ends=False)
     hub.fetched()
