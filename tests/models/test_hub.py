@@ -129,7 +129,7 @@ def test_everything_that_is_said_about_tokens_comes_along(hub: HubServer, cache:
         "tokenizer_config.json",
         "generation_config.json",
     ]
-    hub.files |= {name: b"{}" for name in beside} | {"chat_template.jinja": b"{{ messages }}"}
+    hub.files |= dict.fromkeys(beside, b"{}") | {"chat_template.jinja": b"{{ messages }}"}
     source = find(hub, cache)
     hub.fetched()
     checkpoint = source.fetch(None, ends=True)
