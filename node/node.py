@@ -29,6 +29,7 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.placement import choose_span, should_move
 
 from .config import ServeConfig
+from .data_lock import hold_data_dir
 from .events import Event, Leaving, Loading, Reached, Ready, Starting
 from .host import HostConfig
 from .identity import Identity, load_identity
@@ -126,6 +127,10 @@ class _Node:
         self._metrics: Metrics | None = None
 
     async def run(self, host_config: HostConfig) -> None:
+        with hold_data_dir(self._config.data_dir):
+            await self._run(host_config)
+
+    async def _run(self, host_config: HostConfig) -> None:
         config = self._config
         identity = load_identity(config.data_dir)
         if config.no_blocks:

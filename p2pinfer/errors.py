@@ -22,6 +22,10 @@ class ConfigError(LocalError):
     """A flag, environment variable or configuration file says something that cannot be used."""
 
 
+class DataDirInUse(LocalError):
+    """Another node uses the data directory."""
+
+
 class ModelNotFound(LocalError):
     """A model id or folder names nothing that can be opened."""
 

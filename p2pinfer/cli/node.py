@@ -103,7 +103,7 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
         run(main, until_stdin_closes=until_stdin_closes)
     except Interrupted as interrupted:
         # To a service manager an answered SIGTERM is a success. Ctrl-C keeps its customary 130.
-        if interrupted.signum != signal.SIGTERM:
+        if interrupted.signum == signal.SIGINT:
             raise
 
 

@@ -1,4 +1,4 @@
-"""Runs a command's trio part so that Ctrl-C and SIGTERM end it in an orderly way."""
+"""Runs a command's trio part so that Ctrl-C, SIGTERM and a terminal that is gone end it in an orderly way."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import trio
 from .failures import Interrupted
 from .terminal import note
 
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+
 
 def run(main: Callable[[], Awaitable[None]], *, until_stdin_closes: bool = False) -> None:
     """Run `main` in trio until it returns.
@@ -20,8 +22,9 @@ def run(main: Callable[[], Awaitable[None]], *, until_stdin_closes: bool = False
     What has been imported is left out of garbage collection meanwhile: to look through a quarter of a million
     objects of torch and libp2p takes 0.1 s, in which no peer is answered.
 
-    The first SIGINT or SIGTERM cancels it, so that every `finally` and `async with` has its say. The second
-    ends the process at once.
+    The first SIGINT, SIGTERM or SIGHUP cancels it, so that every `finally` and `async with` has its say. A
+    second SIGINT or SIGTERM ends the process at once. A second SIGHUP does not: of a terminal that is closed
+    one comes from the shell and one from the system. Whoever was started by nohup, lives on.
 
     Args:
         until_stdin_closes: Cancel `main` also when standard input ends. A pipe from the process that started
@@ -42,6 +45,8 @@ async def _supervise(main: Callable[[], Awaitable[None]], until_stdin_closes: bo
 
     async def watch(signals: AsyncIterator[int], work: trio.CancelScope) -> None:
         async for signum in signals:
+            if received and signum == _HANGUP:
+                continue
             if received:
                 os._exit(128 + signum)  # pragma: no cover - nothing counts after that
             received.append(signum)
@@ -49,7 +54,7 @@ async def _supervise(main: Callable[[], Awaitable[None]], until_stdin_closes: bo
                 note("")  # the terminal has just echoed ^C
             work.cancel()
 
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*_farewells()) as signals:
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as work:
                 nursery.start_soon(watch, signals, work)
@@ -59,6 +64,14 @@ async def _supervise(main: Callable[[], Awaitable[None]], until_stdin_closes: bo
             nursery.cancel_scope.cancel()
     if received:
         raise Interrupted(received[0])
+
+
+def _farewells() -> list[int]:
+    """The signals that ask this process to leave."""
+    asked: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+        asked.append(_HANGUP)
+    return asked
 
 
 async def _cancel_when_stdin_closes(work: trio.CancelScope) -> None:

@@ -26,7 +26,7 @@ def test_a_command_that_ends_by_itself_just_ends() -> None:
     assert ran == [True]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_command_put_things_away(signum: signal.Signals) -> None:
     put_away: list[bool] = []
 
@@ -74,3 +74,34 @@ run(main)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
     assert ended.returncode == 130
     assert b"Traceback" not in ended.stderr
+
+
+def test_a_terminal_that_says_twice_that_it_is_gone_cuts_nobody_short() -> None:
+    """A shell passes SIGHUP on, and the system sends another."""
+    put_away: list[bool] = []
+
+    async def main() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await trio.sleep(0.01)
+            put_away.append(True)
+
+    with pytest.raises(Interrupted) as caught:
+        run(main)
+    assert (caught.value.signum, put_away) == (signal.SIGHUP, [True])
+
+
+def test_who_was_started_by_nohup_goes_on() -> None:
+    async def main() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await trio.sleep(0.01)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(main)
+    finally:
+        signal.signal(signal.SIGHUP, before)
