@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Final
+
+from p2pinfer.errors import ConfigError
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+DEVICES: Final = ("auto", "cpu", "cuda")  # a card among several is cuda:1
+_DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,20 @@ class ComputeConfig:
     page_tokens: int = 64  # the cache is reserved in pages of this many tokens
 
     def __post_init__(self) -> None:
+        check_target(self.dtype, self.device)
         for name, least in (("threads", 0), ("cache_bytes", 0), ("page_tokens", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
+
+
+def check_target(dtype: str, device: str) -> None:
+    """Nothing, if these are names of a dtype and a device; whether the device is here shows when it is used.
+
+    Raises:
+        ConfigError: One of them is not.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"no dtype is called {dtype!r}; try {', '.join(DTYPES)}")
+    if _DEVICE.fullmatch(device) is None:
+        raise ConfigError(f"no device is called {device!r}; try {', '.join(DEVICES)}")

@@ -1,9 +1,15 @@
-"""What a serving node may spend on others, and how long it waits for them."""
+"""What a node serves, what it may spend on others, and how long it waits for them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+import platformdirs
+
+from p2pinfer.errors import ConfigError
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
 
 
@@ -56,3 +62,33 @@ class ServeConfig:
                 f"announce_interval_s is {self.announce_interval_s:g}, "
                 f"which is less than announce_min_gap_s, {self.announce_min_gap_s:g}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What a node serves and where it keeps its things."""
+
+    model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
+    blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most
+    num_blocks: int | None = None  # serve at most this many; None: as many as fit
+    no_blocks: bool = False  # serve none: introduce peers to each other
+    data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
+    cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
+    weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
+    bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
+    metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics
+    metrics_address: str = "127.0.0.1"  # where that port is; others than this machine's own have no password
+
+    def __post_init__(self) -> None:
+        if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
+            raise ConfigError(
+                "--blocks says which blocks, --num-blocks how many, --no-blocks none: give one of them"
+            )
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
+        if self.weights_bytes < 0:
+            raise ConfigError(f"weights_bytes is {self.weights_bytes}; it must be 0 or more")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port is {self.metrics_port}; ports are 0 to 65535")
+        if self.blocks is not None:
+            BlockSpan.parse(self.blocks)

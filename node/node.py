@@ -13,21 +13,19 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import platformdirs
 import trio
 
-from p2pinfer.errors import ConfigError, SpanOutOfRange
+from p2pinfer.errors import SpanOutOfRange
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.runner import SpanRunner, open_runner
-from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.source import ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.placement import choose_span, should_move
 
+from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
 from .data_lock import hold_data_dir
 from .events import Event, Leaving, Loading, Reached, Ready, Starting
@@ -45,36 +43,6 @@ from .tasks import open_nursery
 from .worker import Worker, open_worker
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """What a node serves and where it keeps its things."""
-
-    model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
-    blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most
-    num_blocks: int | None = None  # serve at most this many; None: as many as fit
-    no_blocks: bool = False  # serve none: introduce peers to each other
-    data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
-    cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
-    weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
-    bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
-    metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics
-    metrics_address: str = "127.0.0.1"  # where that port is; others than this machine's own have no password
-
-    def __post_init__(self) -> None:
-        if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
-            raise ConfigError(
-                "--blocks says which blocks, --num-blocks how many, --no-blocks none: give one of them"
-            )
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
-        if self.weights_bytes < 0:
-            raise ConfigError(f"weights_bytes is {self.weights_bytes}; it must be 0 or more")
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
-            raise ConfigError(f"--metrics-port is {self.metrics_port}; ports are 0 to 65535")
-        if self.blocks is not None:
-            BlockSpan.parse(self.blocks)
 
 
 async def run_node(

@@ -23,8 +23,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .blocking import BlockingGeneration as BlockingGeneration
     from .blocking import connect as connect
     from .client import Client as Client
-    from .client import ClientConfig as ClientConfig
     from .client import PeerView as PeerView
+    from .client_config import AuditConfig as AuditConfig
+    from .client_config import ClientConfig as ClientConfig
+    from .client_config import GenerationConfig as GenerationConfig
+    from .client_config import SessionConfig as SessionConfig
     from .errors import AddressUnusable as AddressUnusable
     from .errors import CacheFull as CacheFull
     from .errors import CheckpointError as CheckpointError
@@ -44,15 +47,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .errors import Unfinished as Unfinished
     from .errors import WrongOutput as WrongOutput
     from .generate import Generation as Generation
-    from .generate import GenerationConfig as GenerationConfig
     from .generate import GenerationResult as GenerationResult
     from .generate import Timings as Timings
     from .generate import Token as Token
     from .models.config import ComputeConfig as ComputeConfig
     from .models.span import BlockSpan as BlockSpan
+    from .node.config import NodeConfig as NodeConfig
     from .node.config import ServeConfig as ServeConfig
     from .node.host import HostConfig as HostConfig
-    from .node.node import NodeConfig as NodeConfig
     from .node.node import run_node as run_node
     from .patience import Waiting as Waiting
     from .reputation.ledger import Ledger as Ledger
@@ -66,16 +68,15 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .routing.route import Route as Route
     from .routing.route import RouteOutcome as RouteOutcome
     from .routing.route import RouteRequest as RouteRequest
-    from .session import SessionConfig as SessionConfig
-    from .verifier import AuditConfig as AuditConfig
     from .verifier import Verifier as Verifier
     from .way import HopUsed as HopUsed
 
 _HOMES = {
     "audit": ("AuditTally",),
-    "verifier": ("AuditConfig", "Verifier"),
+    "verifier": ("Verifier",),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
-    "client": ("Client", "ClientConfig", "PeerView"),
+    "client": ("Client", "PeerView"),
+    "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig"),
     "errors": (
         "AddressUnusable",
         "CacheFull",
@@ -96,12 +97,12 @@ _HOMES = {
         "Unfinished",
         "WrongOutput",
     ),
-    "generate": ("Generation", "GenerationConfig", "GenerationResult", "Timings", "Token"),
+    "generate": ("Generation", "GenerationResult", "Timings", "Token"),
     "models.config": ("ComputeConfig",),
     "models.span": ("BlockSpan",),
-    "node.config": ("ServeConfig",),
+    "node.config": ("NodeConfig", "ServeConfig"),
     "node.host": ("HostConfig",),
-    "node.node": ("NodeConfig", "run_node"),
+    "node.node": ("run_node",),
     "patience": ("Waiting",),
     "reputation.ledger": ("Ledger",),
     "reputation.view": ("ReputationView",),
@@ -110,7 +111,6 @@ _HOMES = {
     "routing.planner": ("cheapest_routes",),
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
-    "session": ("SessionConfig",),
     "way": ("HopUsed",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

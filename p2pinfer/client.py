@@ -37,38 +37,17 @@ from p2pinfer.routing.route import Route, RouteOutcome
 
 from .asking import PolicyDesk
 from .audit import Auditor, AuditTally
-from .generate import Generation, GenerationConfig, generation_config, new_state
+from .client_config import AuditConfig, GenerationConfig, SessionConfig
+from .client_config import ClientConfig as ClientConfig
+from .generate import Generation, generation_config, new_state
 from .keeping import kept_ledger
 from .navigator import Navigator
 from .patience import Patience, Waiting
 from .resume import GenerationState, decode_state
-from .session import Session, SessionConfig, open_session
-from .verifier import AuditConfig, LocalVerifier, Verifier
+from .session import Session, open_session
+from .verifier import LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """How a client finds its way."""
-
-    policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
-    find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
-    wait_s: float = 60.0  # how long a text that has begun waits for a replacement of who failed, seconds
-    policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
-    busy_pause_s: float = 2.0  # how long a peer that refused for want of room is left alone, seconds
-    max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
-    dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
-    device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
-
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
-        for name in ("find_timeout_s", "policy_timeout_s", "busy_pause_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
-        if self.wait_s < 0:
-            raise ValueError(f"wait_s is {self.wait_s:g}; it must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,31 +24,11 @@ from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import Tokenizer
 
+from .client_config import GenerationConfig as GenerationConfig
 from .patience import Outage, Patience, Waiting
 from .resume import GenerationState, check_state
 from .transcript import FinishReason, Transcript
 from .way import HopUsed, Walker, Way
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationConfig:
-    """What to generate and how to draw it."""
-
-    max_new_tokens: int = 128  # tokens
-    temperature: float = 0.0  # 0 takes the likeliest token; higher is more varied
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
-    top_k: int = 0  # draw among this many likeliest tokens; 0 means all
-    seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
-        stop: object = self.stop
-        if isinstance(stop, str):  # whose characters would each be a stop
-            raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
-        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
-            raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
 
 
 def generation_config(config: GenerationConfig | None, overrides: dict[str, object]) -> GenerationConfig:

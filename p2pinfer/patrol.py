@@ -15,7 +15,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -33,8 +33,9 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 
 from .client import Client
-from .generate import GenerationConfig
-from .verifier import AuditConfig, LocalVerifier, Verifier
+from .client_config import AuditConfig, GenerationConfig
+from .client_config import VerifyConfig as VerifyConfig
+from .verifier import LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -53,26 +54,6 @@ OPENINGS: Final = (
     "First, let us",
     "My favourite",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyConfig:
-    """How much of its spare time a node checks others."""
-
-    enabled: bool = False  # check others' work when nobody wants anything of this node
-    share: float = 0.05  # of the time that may take, above 0 to 1
-    idle_s: float = 10.0  # how long nobody must have been served before
-    pause_s: float = 30.0  # between two rounds at least, seconds
-    texts: int = 3  # texts from one identity
-    max_new_tokens: int = 64  # of one text; fewer than 24 say little, fewer than 8 nothing
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
-        if self.idle_s < 0 or self.pause_s < 0:
-            raise ValueError("idle_s and pause_s must not be negative")
-        if min(self.texts, self.max_new_tokens) < 1:
-            raise ValueError("texts and max_new_tokens must be 1 or more")
 
 
 OpenClient = Callable[[RoutingPolicy, str, Sequence[str]], AbstractAsyncContextManager[Client]]

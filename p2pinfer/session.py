@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -35,6 +35,7 @@ from p2pinfer.node.wire import Bill, Codec, Refused, Result
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, ChainConfig, Recall
+from .client_config import SessionConfig as SessionConfig
 from .failover import Faults, Replanner
 from .handover import Handovers
 from .hop_stream import HopStream
@@ -45,27 +46,6 @@ from .upgrade import leave_relays
 from .watch import keep_watch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionConfig:
-    """How a client walks a route."""
-
-    chunk_tokens: int = 256  # a longer prompt travels in chunks of at most this many tokens
-    chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
-    open_timeout_s: float = 15.0  # until every hop of a route has said yes
-    step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
-    probe_after_s: float = 1.0  # after so long without a result, hops are asked for a sign of life
-    probe_timeout_s: float = 1.5  # a hop that gives none in this time counts as dead
-    repair_timeout_s: float = 5.0  # for one try to put others in place of a hop that failed
-    max_repairs: int = 8  # tries in a row
-    slow_step_s: float = 0.05  # a hop that takes so long for a token is replaced by one that would halve it
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if value <= 0:
-                raise ValueError(f"{each.name} is {value:g}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True)

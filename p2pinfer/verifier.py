@@ -32,6 +32,8 @@ from p2pinfer.node.deposition import Deposition, History, history_of
 from p2pinfer.node.verify import check_span
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 
+from .client_config import AuditConfig as AuditConfig
+
 logger = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT: Final = 6  # once in float32, once in bfloat16
@@ -48,36 +50,6 @@ class Verifier(Protocol):
     async def verify(self, deposition: Deposition) -> Finding:
         """The verdict on what the hop's receipts name. The payloads' digests have been checked."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class AuditConfig:
-    """How often peers are checked, and what that may take."""
-
-    rate: float | None = (
-        None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
-    )
-    logits_share: float = 0.1  # share of audits that look at the logits where blocks follow, 0 to 1
-    memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
-    download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks
-    max_tokens: int = 4096  # of a longer session the beginning is run again
-    evidence_bytes: int = 32 << 20  # the tensors of one hop in one session; the first that fit are asked for
-    timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict
-    linger_s: float = 10.0  # how long a client that leaves waits for its audits
-    own_peers: tuple[str, ...] = ()  # peers of ours, which are no independent second opinion
-    remote: bool = True  # ask other peers to run a span again where it does not fit here, or to confirm
-
-    def __post_init__(self) -> None:
-        if self.rate is not None and not 0 <= self.rate <= 1:
-            raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
-        if not 0 <= self.logits_share <= 1:
-            raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
-        for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
-        for name in ("memory_bytes", "download_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 class LocalVerifier:

@@ -7,6 +7,7 @@ not noticed here; the caller asks in a thread.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import random
 import re
@@ -167,18 +168,26 @@ def load_policy(
     """
     if name in BUILT_IN_POLICIES:
         return BUILT_IN_POLICIES[name](config)
-    match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
-    if match is None:
-        raise _unusable(name, "is no routing policy")
-    found = getattr(_import(name, match[1], folder or Path.cwd()), match[2], None)
+    module, attribute = _split(name)
+    found = getattr(_import(name, module, folder or Path.cwd()), attribute, None)
     if found is None:
-        raise _unusable(name, f"is no routing policy: module {match[1]} has no {match[2]}")
+        raise _unusable(name, f"is no routing policy: module {module} has no {attribute}")
     if not (isinstance(found, type) and issubclass(found, RoutingPolicy)):
-        raise _unusable(name, f"is no routing policy: {match[2]} is no subclass of p2pinfer.RoutingPolicy")
+        raise _unusable(name, f"is no routing policy: {attribute} is no subclass of p2pinfer.RoutingPolicy")
     try:
         return found()
     except (Exception, SystemExit) as exc:
         raise _unusable(name, f"cannot be made: {found.__name__}() raised {_summary(exc)}") from exc
+
+
+def check_policy_name(name: str) -> None:
+    """Nothing, if there may be a policy of this name. A user's module is not imported, which takes seconds.
+
+    Raises:
+        PolicyError: It is neither built in nor of the form `module:Class`.
+    """
+    if name not in BUILT_IN_POLICIES:
+        _split(name)
 
 
 def ask_policy(
@@ -212,6 +221,15 @@ def tell_policy(policy: RoutingPolicy, route: Route, outcome: RouteOutcome) -> N
         policy.on_result(route, outcome)
     except Exception as exc:
         raise PolicyError(f"policy {type(policy).__name__} raised {_summary(exc)}") from exc
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Module and class of the user's."""
+    match = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", name)
+    if match is not None:
+        return match[1], match[2]
+    nearest = difflib.get_close_matches(name, BUILT_IN_POLICIES, n=1)
+    raise _unusable(name, f"is no routing policy{f', did you mean {nearest[0]}?' if nearest else ''}")
 
 
 def _as_list(answer: object) -> list[Route]:

@@ -53,7 +53,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @setting(
     "client.policy",
     "--policy POLICY",
-    "Who chooses peers: a built-in policy or module:Class. [default: risk-adjusted]",
+    f"Who chooses peers: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
     choices=POLICIES,
 )
 @setting(
@@ -72,19 +72,12 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     are started on this computer and end with the text. A text that is cut off, by Ctrl-C or because the swarm
     cannot go on, is kept; --resume prints the rest, as if nothing had happened.
     """
-    from p2pinfer.client import Client, ClientConfig  # what follows takes seconds to import: torch, libp2p
+    from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
-    from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
-    from p2pinfer.generate import GenerationConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.resume import find_token
+    from p2pinfer.resume import decode_state, find_token
     from p2pinfer.routing.config import RoutingConfig
-    from p2pinfer.session import SessionConfig
-    from p2pinfer.verifier import AuditConfig
-
-    from .progress import Bars, NodesStarting
-    from .render import route_table
-    from .running import run
+    from p2pinfer.routing.policy import check_policy_name
 
     settings = call.settings(
         GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig
@@ -93,30 +86,43 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
         raise click.UsageError("give a PROMPT, or --resume and what was said then")
     if resume is not None:
         _check_nothing_asked_for(call)
+    shared, config = settings.build(SharedConfig), settings.build(ClientConfig)
+    generation_config, host_config = settings.build(GenerationConfig), settings.build(HostConfig)
+    session_config, audit_config = settings.build(SessionConfig), settings.build(AuditConfig)
+    routing_config = settings.build(RoutingConfig)
+    check_policy_name(config.policy)
     text = _read_stdin() if prompt == "-" else prompt
+    token = None if resume is None else find_token(resume, shared.data_dir)
+    if token is not None:
+        decode_state(token)  # a damaged one is told at once
+
+    from p2pinfer.client import Client  # what follows takes seconds to import: torch, libp2p
+    from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
+
+    from .progress import Bars, NodesStarting
+    from .render import route_table
+    from .running import run
 
     async def main() -> None:
-        shared = settings.build(SharedConfig)
-        host_config = settings.build(HostConfig)
         embedding = may_embed(shared.model, shared.bootstrap, host_config)
         client = Client(
             **settings.shared(),
-            config=settings.build(ClientConfig),
+            config=config,
             host_config=client_host_config(host_config, embedding=embedding),
-            session_config=settings.build(SessionConfig),
-            routing_config=settings.build(RoutingConfig),
-            audit=settings.build(AuditConfig),
+            session_config=session_config,
+            routing_config=routing_config,
+            audit=audit_config,
             progress=Bars(quiet=call.quiet),
             on_wait=_waiting_teller(call),
         )
         with NodesStarting(quiet=call.quiet) as starting:
             async with client:
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
-                if resume is not None:
-                    generation = client.resume(find_token(resume, shared.data_dir))
+                if token is not None:
+                    generation = client.resume(token)
                     before = generation.prompt + generation.result.text
                 else:
-                    generation = client.generate(text or "", settings.build(GenerationConfig))
+                    generation = client.generate(text or "", generation_config)
                     before = text or ""
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
                     with _kept(generation, client, call, shared.data_dir, resume):

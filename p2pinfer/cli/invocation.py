@@ -13,6 +13,8 @@ from click.shell_completion import CompletionItem
 
 from p2pinfer.config import Flag, Settings, load_settings
 from p2pinfer.errors import ConfigError
+from p2pinfer.models.config import DEVICES as DEVICES
+from p2pinfer.models.config import DTYPES as DTYPES
 
 from .log_format import FORMATS, LEVELS
 from .terminal import set_up_logging, write_out
@@ -67,9 +69,10 @@ class Invocation:
 class SettingOption(click.Option):
     """An option that is a setting: its value stays text here and is read by `config`, like a variable's."""
 
-    def __init__(self, *args: Any, setting: str, **attributes: Any) -> None:
+    def __init__(self, *args: Any, setting: str, choices: Sequence[str] = (), **attributes: Any) -> None:
         super().__init__(*args, expose_value=False, callback=_take_setting, **attributes)
         self.setting = setting
+        self.choices = tuple(choices)
 
     @property
     def heading(self) -> str:
@@ -186,7 +189,9 @@ def setting(
     )
     if choices:
         kind["shell_complete"] = _completing(choices)
-    return click.option(flag, cls=SettingOption, setting=key, help=help, multiple=multiple, **kind)
+    return click.option(
+        flag, cls=SettingOption, setting=key, choices=choices, help=help, multiple=multiple, **kind
+    )
 
 
 MODEL = setting("model", "--model ID_OR_DIR", "Hugging Face id or folder. [default: tiny-stories]")
@@ -209,7 +214,6 @@ DENY = setting(
     "host.deny", "--deny PEER_OR_FILE", "Never deal with these peers; may be repeated.", multiple=True
 )
 DATA_DIR = setting("data_dir", "--data-dir DIR", "Where the identity and config.toml are.")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _completing(

@@ -18,6 +18,7 @@ from .invocation import (
     BOOTSTRAP,
     DATA_DIR,
     DENY,
+    DEVICES,
     DTYPES,
     MODEL,
     SWARM_KEY,
@@ -47,8 +48,18 @@ logger = logging.getLogger(__name__)
 @setting("node.blocks", "--blocks A:B", "Serve blocks A to B-1. [default: those the swarm needs most]")
 @setting("node.num_blocks", "--num-blocks N", "Serve at most N blocks. [default: as many as fit]")
 @setting("node.no_blocks", "--no-blocks", "Serve none: only introduce peers to each other.")
-@setting("compute.dtype", "--dtype DTYPE", "What to compute in. [default: auto]", choices=DTYPES)
-@setting("compute.device", "--device DEVICE", "Where. [default: auto]", choices=("auto", "cpu", "cuda"))
+@setting(
+    "compute.dtype",
+    "--dtype DTYPE",
+    f"What to compute in: {', '.join(DTYPES)}. [default: auto]",
+    choices=DTYPES,
+)
+@setting(
+    "compute.device",
+    "--device DEVICE",
+    f"Where: {', '.join(DEVICES)}, or cuda:N. [default: auto]",
+    choices=DEVICES,
+)
 @setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
 @BOOTSTRAP
 @SWARM_KEY
@@ -60,27 +71,31 @@ logger = logging.getLogger(__name__)
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def node(call: Invocation, until_stdin_closes: bool) -> None:
     """Serve blocks of a model to the swarm, until Ctrl-C."""
+    from p2pinfer.client_config import AuditConfig, VerifyConfig
     from p2pinfer.config import SharedConfig
-    from p2pinfer.models.config import ComputeConfig  # what follows takes seconds to import: torch, libp2p
-    from p2pinfer.node.config import ServeConfig
+    from p2pinfer.models.config import ComputeConfig
+    from p2pinfer.node.config import NodeConfig, ServeConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.node import NodeConfig, run_node
     from p2pinfer.node.relay_config import RelayConfig
-    from p2pinfer.node.tasks import open_nursery
-    from p2pinfer.patrol import VerifyConfig, open_patrol
-    from p2pinfer.verifier import AuditConfig
-
-    from .progress import Bars
-    from .running import run
 
     settings = call.settings(
         NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig, VerifyConfig, AuditConfig
     )
+    shared, host_config = settings.build(SharedConfig), settings.build(HostConfig)
+    node_config, compute_config = settings.build(NodeConfig), settings.build(ComputeConfig)
+    serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
+    verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
+
+    from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
+    from p2pinfer.node.tasks import open_nursery
+    from p2pinfer.patrol import open_patrol
+
+    from .progress import Bars
+    from .running import run
 
     async def main() -> None:
-        tell, verify = _reporter(call), settings.build(VerifyConfig)
-        shared, host_config = settings.build(SharedConfig), settings.build(HostConfig)
-        patrol = open_patrol(verify, settings.build(AuditConfig), shared, host_config, tell)
+        tell = _reporter(call)
+        patrol = open_patrol(verify, audit_config, shared, host_config, tell)
 
         def report(event: Event) -> None:
             tell(event)
@@ -90,11 +105,11 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
             if verify.enabled:
                 nursery.start_soon(patrol.serve)
             await run_node(
-                settings.build(NodeConfig),
+                node_config,
                 host_config=host_config,
-                compute_config=settings.build(ComputeConfig),
-                serve_config=settings.build(ServeConfig),
-                relay_config=settings.build(RelayConfig),
+                compute_config=compute_config,
+                serve_config=serve_config,
+                relay_config=relay_config,
                 report=report,
                 progress=Bars(quiet=call.json or call.quiet),
             )

@@ -228,6 +228,37 @@ def test_neither_the_package_nor_the_command_line_imports_anything_heavy() -> No
     assert not {"torch", "transformers", "libp2p", "trio", "rich"} & set(imported)
 
 
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["node", "--dtype", "int4"], "no dtype is called 'int4'; try auto, float32, bfloat16, float16"),
+        (["node", "--device", "tpu"], "no device is called 'tpu'; try auto, cpu, cuda"),
+        (["node", "--set", "compute.threads=-1"], "threads is -1"),
+        (["node", "--blocks", "4"], "'4' is no span"),
+        (["generate", "--policy", "slowest", "x"], "'slowest' is no routing policy"),
+        (["generate", "--policy", "fastet", "x"], "did you mean fastest?"),
+        (["generate", "--set", "client.device=tpu", "x"], "no device is called 'tpu'"),
+        (["generate", "--max-new-tokens", "0", "x"], "max_new_tokens is 0"),
+        (["generate", "--resume", "p2pr1.AAAA"], "the resume token is cut short"),
+    ],
+)
+def test_a_wrong_value_is_told_before_torch_is_imported(argv: list[str], complaint: str) -> None:
+    script = "import sys; from p2pinfer.cli.app import run; print(run(sys.argv[1:]), 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *argv], check=True, capture_output=True, text=True, env=environment
+    )
+    assert ended.stdout == "2 False\n"
+    assert complaint in ended.stderr
+
+
+def test_the_values_of_a_choice_stand_in_the_help() -> None:
+    choosing = [option for _, option in setting_options() if option.choices]
+    assert {option.setting for option in choosing} == {"client.policy", "compute.dtype", "compute.device"}
+    for option in choosing:
+        assert all(choice in (option.help or "") for choice in option.choices)
+
+
 def test_a_process_that_fails_says_so_to_its_parent() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "p2pinfer", "node", "--config", "nowhere.toml"],

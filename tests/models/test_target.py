@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from p2pinfer.client_config import ClientConfig
 from p2pinfer.errors import ConfigError
 from p2pinfer.models import target
 from p2pinfer.models.config import ComputeConfig
@@ -58,16 +60,30 @@ def test_with_a_gpu_it_is_the_gpu_and_the_checkpoints_dtype() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ComputeConfig(device="toaster"), "no device is called 'toaster'"),
-        (ComputeConfig(device="meta"), "on cpu or cuda, not on meta"),
         (ComputeConfig(device="cuda"), "there is no cuda here: 0 CUDA devices were found"),
         (ComputeConfig(device="cuda:3"), "there is no cuda:3 here"),
-        (ComputeConfig(dtype="int8"), "no dtype is called 'int8'; try float32, bfloat16"),
     ],
 )
 def test_what_is_not_to_be_had_is_refused_in_a_line(config: ComputeConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_target(config, "float32")
+
+
+@pytest.mark.parametrize("config", [ComputeConfig, ClientConfig])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "toaster"}, "no device is called 'toaster'; try auto, cpu, cuda"),
+        ({"device": "meta"}, "no device is called 'meta'"),
+        ({"device": "cuda:"}, "no device is called 'cuda:'"),
+        ({"dtype": "int8"}, "no dtype is called 'int8'; try auto, float32, bfloat16, float16"),
+    ],
+)
+def test_what_no_machine_has_is_refused_by_the_config(
+    config: type[ComputeConfig | ClientConfig], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**settings)
 
 
 @pytest.mark.parametrize(("available_gib", "budget_gib"), [(8, 2), (64, 4)])

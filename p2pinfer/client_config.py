@@ -1,0 +1,127 @@
+"""What a client can be told: how it finds its way, draws text, walks a route, and checks who computes.
+
+Apart from the code that goes by it, so that a wrong setting is told before torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from p2pinfer.errors import ConfigError
+from p2pinfer.models.config import check_target
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """How a client finds its way."""
+
+    policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
+    find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
+    wait_s: float = 60.0  # how long a text that has begun waits for a replacement of who failed, seconds
+    policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
+    busy_pause_s: float = 2.0  # how long a peer that refused for want of room is left alone, seconds
+    max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
+    dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
+    device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
+
+    def __post_init__(self) -> None:
+        check_target(self.dtype, self.device)
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
+        for name in ("find_timeout_s", "policy_timeout_s", "busy_pause_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s is {self.wait_s:g}; it must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """What to generate and how to draw it."""
+
+    max_new_tokens: int = 128  # tokens
+    temperature: float = 0.0  # 0 takes the likeliest token; higher is more varied
+    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
+    top_k: int = 0  # draw among this many likeliest tokens; 0 means all
+    seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        stop: object = self.stop
+        if isinstance(stop, str):  # whose characters would each be a stop
+            raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How a client walks a route."""
+
+    chunk_tokens: int = 256  # a longer prompt travels in chunks of at most this many tokens
+    chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
+    open_timeout_s: float = 15.0  # until every hop of a route has said yes
+    step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
+    probe_after_s: float = 1.0  # after so long without a result, hops are asked for a sign of life
+    probe_timeout_s: float = 1.5  # a hop that gives none in this time counts as dead
+    repair_timeout_s: float = 5.0  # for one try to put others in place of a hop that failed
+    max_repairs: int = 8  # tries in a row
+    slow_step_s: float = 0.05  # a hop that takes so long for a token is replaced by one that would halve it
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value <= 0:
+                raise ValueError(f"{each.name} is {value:g}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditConfig:
+    """How often peers are checked, and what that may take."""
+
+    rate: float | None = (
+        None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
+    )
+    logits_share: float = 0.1  # share of audits that look at the logits where blocks follow, 0 to 1
+    memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
+    download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks
+    max_tokens: int = 4096  # of a longer session the beginning is run again
+    evidence_bytes: int = 32 << 20  # the tensors of one hop in one session; the first that fit are asked for
+    timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict
+    linger_s: float = 10.0  # how long a client that leaves waits for its audits
+    own_peers: tuple[str, ...] = ()  # peers of ours, which are no independent second opinion
+    remote: bool = True  # ask other peers to run a span again where it does not fit here, or to confirm
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
+        if not 0 <= self.logits_share <= 1:
+            raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
+        for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        for name in ("memory_bytes", "download_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyConfig:
+    """How much of its spare time a node checks others."""
+
+    enabled: bool = False  # check others' work when nobody wants anything of this node
+    share: float = 0.05  # of the time that may take, above 0 to 1
+    idle_s: float = 10.0  # how long nobody must have been served before
+    pause_s: float = 30.0  # between two rounds at least, seconds
+    texts: int = 3  # texts from one identity
+    max_new_tokens: int = 64  # of one text; fewer than 24 say little, fewer than 8 nothing
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
+        if self.idle_s < 0 or self.pause_s < 0:
+            raise ValueError("idle_s and pause_s must not be negative")
+        if min(self.texts, self.max_new_tokens) < 1:
+            raise ValueError("texts and max_new_tokens must be 1 or more")
