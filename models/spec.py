@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from blake3 import blake3
-
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
 
 from .defaults import complete_config
+from .numbers import numbers_of, revision_digest, weights_digest
 from .span import BlockSpan
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-# Keys that transformers changes with its own version or with where the folder lay.
-_VOLATILE_KEYS = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +22,7 @@ class ModelSpec:
     """The shape of a model and the content address of its weights."""
 
     model: str  # for people: what was typed, the hub id, the folder's name
-    revision: str  # 32 hex digits; equal on two peers only if config and every shard are
+    revision: str  # 32 hex digits; equal on two peers only if weights and numbers are
     family: str  # the config's model_type
     dtype: str  # the checkpoint's own
     num_blocks: int
@@ -36,6 +32,8 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     block_parameters: int  # weights of one block, norms and biases left out
+    weights: str = ""  # 32 hex digits; equal on two peers only if every shard is
+    numbers: str = ""  # what the config says about the forward pass, as `numbers_of` spells it
 
     def kv_bytes_per_token_per_block(self, dtype: str | None = None) -> int:
         """What a cached token costs in one block, keys and values; in the checkpoint's dtype unless given."""
@@ -99,9 +97,10 @@ def model_spec(
     dtype = str(config.get("dtype") or config.get("torch_dtype") or stored_dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{model} is stored as {dtype:.40}; p2pinfer reads {', '.join(DTYPE_BYTES)}")
+    weights, numbers = weights_digest(shard_sha256), numbers_of(config)
     return ModelSpec(
         model=model,
-        revision=revision_of(config, shard_sha256),
+        revision=revision_digest(weights, numbers),
         family=complete["model_type"],
         dtype=dtype,
         num_blocks=complete["num_hidden_layers"],
@@ -111,15 +110,18 @@ def model_spec(
         kv_heads=complete["num_key_value_heads"],
         head_dim=complete["head_dim"],
         block_parameters=_block_parameters(complete),
+        weights=weights,
+        numbers=numbers,
     )
 
 
 def revision_of(config: Mapping[str, Any], shard_sha256: Mapping[str, str]) -> str:
-    """The content address of a model: 32 hex digits of blake3 over its config and its shards' hashes."""
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
-    lines = [json.dumps(kept, sort_keys=True, separators=(",", ":"))]
-    lines += [f"{name} {sha256}" for name, sha256 in sorted(shard_sha256.items())]
-    return blake3("\n".join(lines).encode()).hexdigest()[:32]
+    """The content address of a model: its shards' hashes, and what of its config changes what it computes.
+
+    Raises:
+        CheckpointError: The config cannot be used.
+    """
+    return revision_digest(weights_digest(shard_sha256), numbers_of(config))
 
 
 def _block_parameters(complete: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from typing import Final
 
 import trio
 
+from p2pinfer.models.numbers import MAX_NUMBERS
 from p2pinfer.models.runner import SpanRunner
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
@@ -69,6 +70,7 @@ class Offer:
         back: until it had caught up, nobody would listen to us.
         """
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
+        announces_numbers = len(self._spec.numbers) <= MAX_NUMBERS
         return Announcement(
             peer_id=self._member.peer_id,
             model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
@@ -83,6 +85,8 @@ class Offer:
             addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
             coordinate=self._member.coordinate,
             ttl_s=announce_ttl_s(self._peers(), self._config),
+            weights=self._spec.weights if announces_numbers else "",
+            numbers=self._spec.numbers if announces_numbers else "",
         )
 
     def _peers(self) -> int:

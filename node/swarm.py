@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerUnreachable
+from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
@@ -91,6 +92,17 @@ class SwarmMember:
     def announcements(self, revision: str) -> list[Announcement]:
         """Who serves `revision`, ourselves included; not those whom we have nothing to do with."""
         return [peer for peer in self._view.live(revision) if self.host.gate.admits(peer.peer_id)]
+
+    def lookalikes(self, spec: ModelSpec) -> list[Announcement]:
+        """Who serves the weights of `spec` under a config by which they compute something else."""
+        return [
+            peer
+            for peer in self._view.everybody()
+            if peer.weights
+            and peer.weights == spec.weights
+            and peer.revision != spec.revision
+            and self.host.gate.admits(peer.peer_id)
+        ]
 
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`."""

@@ -9,7 +9,8 @@ from typing import Final
 
 import trio
 
-from p2pinfer.errors import PeerError, PeerRefused
+from p2pinfer.errors import NoRoute, PeerError, PeerRefused
+from p2pinfer.models.numbers import differences
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.tensors import row_bytes
@@ -68,8 +69,24 @@ class Navigator:
                 self._ledger.note_ranges(candidate.peer_id, ranges, now)
         resting = self._resting.peers(trio.current_time())
         request = self._request(tokens, excluded | resting, candidates, gap)
-        routes = await self._desk.choose_routes(candidates, request, self._ledger)
+        try:
+            routes = await self._desk.choose_routes(candidates, request, self._ledger)
+        except NoRoute as exc:
+            if said := self._lookalikes():
+                raise NoRoute(f"{exc}; {said}", exc.missing) from exc
+            raise
         return routes[0]
+
+    def _lookalikes(self) -> str:
+        """Why peers with the very weights that are wanted do not count, if there are any."""
+        found = self._member.lookalikes(self._spec)
+        if not found:
+            return ""
+        differing = differences(self._spec.numbers, found[0].numbers) or "their configs differ"
+        return (
+            f"peers with the same weights compute with another config.json "
+            f"({found[0].peer_id}: {differing}); make them agree"
+        )
 
     async def replacement(self, gap: Gap) -> Route:
         """The policy's best hops for blocks that a running session lost; does not wait for peers to appear.

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, cast
 import msgspec
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numbers import MAX_NUMBERS, revision_digest
 from p2pinfer.models.span import BlockSpan
 
 from .coordinates import COORDINATE_LIMIT_MS, MAX_ERROR, Coordinate
@@ -48,6 +49,9 @@ class Announcement:
         ttl_s: For how long, from when it was made, the announcement may be believed.
         leaving: The peer says goodbye; nothing else of the announcement counts.
         nat: What is between the peer and the internet: between two `symmetric` ones no hole can be punched.
+        weights: The content address of the model's weights; empty where the peer does not say.
+        numbers: What the model's config says about the forward pass (`models/numbers.py`); empty likewise.
+            Weights and numbers together hash to `revision`.
     """
 
     peer_id: str
@@ -64,6 +68,8 @@ class Announcement:
     ttl_s: float = 120.0
     leaving: bool = False
     nat: Nat = "unknown"
+    weights: str = ""
+    numbers: str = ""
 
 
 # Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns
@@ -80,6 +86,8 @@ _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Sequence = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Reachability = Annotated[str, msgspec.Meta(pattern=r"\A(public|mapped|private|unknown)\Z")]
 _Nat = Annotated[str, msgspec.Meta(pattern=r"\A(none|firewall|port-preserving|symmetric|unknown)\Z")]
+_Weights = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{32})?\Z")]
+_Numbers = Annotated[str, msgspec.Meta(max_length=MAX_NUMBERS, pattern=r"\A[ -~]*\Z")]
 _Ttl = Annotated[float, msgspec.Meta(ge=MIN_TTL_S, le=MAX_TTL_S)]
 _Axis = Annotated[float, msgspec.Meta(ge=-COORDINATE_LIMIT_MS, le=COORDINATE_LIMIT_MS)]
 _Height = Annotated[float, msgspec.Meta(ge=0, le=COORDINATE_LIMIT_MS)]
@@ -103,6 +111,8 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     ttl_s: _Ttl
     leaving: bool
     nat: _Nat = "unknown"
+    weights: _Weights = ""
+    numbers: _Numbers = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -133,6 +143,8 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.ttl_s,
             announcement.leaving,
             announcement.nat,
+            announcement.weights,
+            announcement.numbers,
         )
     )
     try:
@@ -158,6 +170,8 @@ def decode_announcement(encoded: bytes) -> Announcement:
         raise ProtocolViolation(f"announcement of no blocks: {wire.start}:{wire.stop}")
     if not wire.model.isprintable():
         raise ProtocolViolation("announcement of a model whose name cannot be printed")
+    if wire.weights and revision_digest(wire.weights, wire.numbers) != wire.revision:
+        raise ProtocolViolation("announcement of weights and numbers that are not those of its revision")
     return Announcement(
         peer_id=wire.peer_id,
         model=wire.model,
@@ -173,4 +187,6 @@ def decode_announcement(encoded: bytes) -> Announcement:
         ttl_s=wire.ttl_s,
         leaving=wire.leaving,
         nat=cast(Nat, wire.nat),
+        weights=wire.weights,
+        numbers=wire.numbers,
     )

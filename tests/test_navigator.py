@@ -11,7 +11,9 @@ from p2pinfer.asking import PolicyDesk
 from p2pinfer.errors import NoRoute
 from p2pinfer.failover import Gap
 from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.models.numbers import numbers_of, revision_digest
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.spec import read_config
 from p2pinfer.navigator import Navigator
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.policy import RiskAdjusted
@@ -39,3 +41,23 @@ async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(t
         # Sessions have shown that it is not as fast as it says.
         navigator.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
         assert await navigator.better(gap, b, 1.0) is None
+
+
+async def test_who_has_the_weights_but_another_config_is_told_apart_by_the_field(tiny_stories: Path) -> None:
+    config = read_config(tiny_stories)
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        desk = PolicyDesk(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        numbers = numbers_of({**config, "rope_theta": 500_000})
+        revision = revision_digest(swarm.spec.weights, numbers)
+        ours = replace(swarm.spec, revision=revision, numbers=numbers)
+        navigator = Navigator(swarm.member("client"), ours, Ledger(), desk, busy_pause_s=2.0)
+        with pytest.raises(NoRoute, match=r"would$") as nobody:
+            await navigator.choose_route(64, frozenset())
+        await swarm.serve("theirs", 0, 8)
+        with pytest.raises(NoRoute) as told:
+            await navigator.choose_route(64, frozenset())
+    assert str(told.value) == (
+        f"{nobody.value}; peers with the same weights compute with another config.json "
+        "(theirs: rope_theta is 500000 here and 10000 there); make them agree"
+    )
+    assert told.value.missing == ((0, 8),)

@@ -155,13 +155,15 @@ def test_another_model_card_fetches_nothing_again(hub: HubServer, cache: Path) -
     assert (hub.fetched(), source.spec.revision) == ([], revision)
 
 
-def test_another_config_is_another_model(hub: HubServer, cache: Path) -> None:
+def test_a_config_that_computes_something_else_is_another_model(hub: HubServer, cache: Path) -> None:
     revision = find(hub, cache).spec.revision
     hub.fetched()
     hub.files["config.json"] = json.dumps({**CONFIG, "max_position_embeddings": 64}).encode()
     spec = find(hub, cache).spec
-    assert (hub.fetched(), spec.max_positions) == (["config.json"], 64)
-    assert spec.revision != revision
+    assert (hub.fetched(), spec.max_positions, spec.revision) == (["config.json"], 64, revision)
+    hub.files["config.json"] = json.dumps({**CONFIG, "rope_theta": 500_000}).encode()
+    spec = find(hub, cache).spec
+    assert (hub.fetched(), spec.revision == revision) == (["config.json"], False)
 
 
 def test_a_single_file_is_fetched_whole(hub: HubServer, cache: Path) -> None:

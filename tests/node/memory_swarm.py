@@ -186,6 +186,8 @@ class MemorySwarm:
             sequence=self._sequence,
             addrs=(f"/memory/{peer_id}",),
             leaving=leaving,
+            weights=self.spec.weights,
+            numbers=self.spec.numbers,
         )
         self.view.accept(announcement, b"record")
         return announcement

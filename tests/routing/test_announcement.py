@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numbers import MAX_NUMBERS, revision_digest
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import (
     MAX_ANNOUNCEMENT_BYTES,
@@ -19,6 +20,7 @@ from p2pinfer.routing.coordinates import Coordinate
 MODEL, START, STOP, TOKENS_PER_S, COORDINATE, TTL_S = 2, 4, 5, 7, 12, 13
 
 REVISION = "0123456789abcdef" * 2
+WEIGHTS, NUMBERS = "1" * 32, '{"model_type":"llama"}'
 PLAIN = Announcement(
     peer_id="12D3KooWPeer",
     model="tiny-stories",
@@ -153,11 +155,11 @@ def test_fields_that_a_later_version_appends_are_skipped() -> None:
 
 def test_a_missing_field_is_refused() -> None:
     with pytest.raises(ProtocolViolation):
-        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-2]))
+        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-4]))
 
 
 def test_a_peer_of_before_does_not_say_what_is_between_it_and_the_internet() -> None:
-    earlier = msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-1])
+    earlier = msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-3])
     assert decode_announcement(earlier).nat == "unknown"
 
 
@@ -168,10 +170,10 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
-    fields = encode_announcement(PLAIN)[1:]  # without the header of an array of 15
-    array_of_16 = b"\xdc\x00\x10"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 18
+    array_of_19 = b"\xdc\x00\x13"
     with pytest.raises(ProtocolViolation):
-        decode_announcement(array_of_16 + fields + b"\x91" * 5000 + b"\xc0")
+        decode_announcement(array_of_19 + fields + b"\x91" * 5000 + b"\xc0")
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:
@@ -187,4 +189,32 @@ def test_an_announcement_that_peers_would_refuse_is_not_encoded() -> None:
 
 def test_the_largest_announcement_fits() -> None:
     largest = replace(PLAIN, peer_id="p" * 128, model="\U0001f600" * 256, addrs=("/" + "a" * 255,) * 16)
+    numbers = "x" * MAX_NUMBERS
+    largest = replace(largest, weights=WEIGHTS, numbers=numbers, revision=revision_digest(WEIGHTS, numbers))
     assert decode_announcement(encode_announcement(largest)) == largest
+
+
+SAID = replace(PLAIN, weights=WEIGHTS, numbers=NUMBERS, revision=revision_digest(WEIGHTS, NUMBERS))
+
+
+def test_what_a_revision_is_made_of_comes_along() -> None:
+    assert decode_announcement(encode_announcement(SAID)) == SAID
+
+
+@pytest.mark.parametrize("lie", [{"weights": "2" * 32}, {"numbers": "{}"}, {"revision": REVISION}])
+def test_weights_and_numbers_that_are_not_those_of_the_revision_are_refused(lie: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not those of its revision"):
+        encode_announcement(replace(SAID, **lie))
+
+
+@pytest.mark.parametrize("lie", [{"weights": "2" * 31}, {"numbers": "a\x1bb"}, {"numbers": "x" * 2049}])
+def test_weights_and_numbers_are_bounded(lie: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        encode_announcement(replace(SAID, **lie))
+
+
+def test_a_peer_of_before_says_nothing_of_them() -> None:
+    fields = fields_of(encode_announcement(PLAIN))
+    older = decode_announcement(msgspec.msgpack.encode(fields[:-2]))
+    assert (older.weights, older.numbers) == ("", "")
+    assert older == PLAIN
