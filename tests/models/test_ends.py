@@ -13,6 +13,8 @@ from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import load_ends
 
+from .bounds import bound_of_product
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ends_are_those_of_transformers(
@@ -26,13 +28,15 @@ def test_ends_are_those_of_transformers(
     assert embedded.dtype == ends.dtype
     with torch.inference_mode():
         torch.testing.assert_close(embedded, model.model.embed_tokens(torch.tensor(ids)))
-        expected = model.lm_head(model.model.norm(embedded)).float()
+        normed = model.model.norm(embedded)
+        expected = model.lm_head(normed).float()
+        bound = bound_of_product(normed, model.lm_head.weight)
         if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
             expected = (expected / cap).tanh() * cap
     logits = ends.logits(embedded.float())
     assert logits.dtype == torch.float32
-    tolerance = 1e-4 if dtype == "float32" else 0.15
-    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+    # Two products, of rows that were normed and rounded in two ways. A soft cap only brings numbers nearer.
+    assert ((logits - expected).abs() <= 4 * bound).all()
 
 
 def test_a_head_that_is_missing_is_named(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> None:
