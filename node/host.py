@@ -87,6 +87,7 @@ class Host:
         self._outside: tuple[str, ...] = ()
         self._relays: tuple[str, ...] = ()
         self._settle: Callable[[str], Awaitable[None]] | None = None
+        self._on_unreachable: list[Callable[[PeerUnreachable], None]] = []
         self._watcher = _Watcher(self._network)
         self._network.register_notifee(self._watcher)
 
@@ -169,6 +170,10 @@ class Host:
     def when_disconnected(self, callback: PeerCallback) -> None:
         """Have `callback` called with the id of every peer whose last connection ends, from now on."""
         self._watcher.on_disconnected.append(callback)
+
+    def when_unreachable(self, callback: Callable[[PeerUnreachable], None]) -> None:
+        """Have `callback` called with why a peer could not be connected to, whenever a dial fails."""
+        self._on_unreachable.append(callback)
 
     # ------------------------------------------------------------------ streams
 
@@ -289,6 +294,8 @@ class Host:
             await self._dial(peer_id, list(dict.fromkeys(addrs)))
         except PeerUnreachable as exc:
             dial.error = exc
+            for callback in self._on_unreachable if addrs else ():
+                callback(exc)
             raise
         finally:
             del self._dials[peer_id]

@@ -26,6 +26,7 @@ from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .lan import keep_looking_around
 from .latency import Latency
+from .presence import Presence
 from .proofs import ProofCarrier
 from .reach import Reach, open_reach
 from .relay_config import RelayConfig
@@ -44,6 +45,7 @@ class SwarmMember:
     Attributes:
         proofs: The fraud proofs that were heard of.
         evidence: What was committed to in sessions here, for whoever asks.
+        presence: Who of those announced was heard, or was silent.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SwarmMember:
         self.proofs = proofs
         self.evidence = evidence
         self.peer_id = host.peer_id
+        self.presence = Presence(host, view)
         self._view = view
         self._gossip = gossip
         self._neighbourhood = peers
@@ -204,9 +207,11 @@ async def _open_member(
             nursery.start_soon(Room(host, reach.needs).keep)
             nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions, proofs).serve)
             nursery.start_soon(proofs.serve)
-            yield SwarmMember(
+            member = SwarmMember(
                 host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around
             )
+            member.presence.watch()
+            yield member
 
 
 def _is_loopback(address: str) -> bool:

@@ -11,6 +11,7 @@ import trio
 
 from p2pinfer.errors import NoRoute, PeerError, PeerRefused
 from p2pinfer.models.numbers import differences
+from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.node.tensors import row_bytes
@@ -61,13 +62,13 @@ class Navigator:
         Raises:
             NoRoute: There is none. Without those that had no room a moment ago, that means: later.
         """
-        candidates, now = self._candidates(), time.time()
+        resting = self._resting.peers(trio.current_time())
+        candidates, now = self._candidates(excluded | resting, gap), time.time()
         self._ledger.advance(now)
         for candidate in candidates:
             if self._ledger.is_banned(candidate.peer_id):
                 ranges = ranges_of(candidate.announcement.addrs)
                 self._ledger.note_ranges(candidate.peer_id, ranges, now)
-        resting = self._resting.peers(trio.current_time())
         request = self._request(tokens, excluded | resting, candidates, gap)
         try:
             routes = await self._desk.choose_routes(candidates, request, self._ledger)
@@ -104,8 +105,8 @@ class Navigator:
         """
         now = trio.current_time()
         self._paces.note(hop.peer_id, len(hop.span), seconds, now)
-        candidates = [self._paces.known(candidate, now) for candidate in self._candidates()]
         excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
+        candidates = [self._paces.known(candidate, now) for candidate in self._candidates(excluded, gap)]
         request = self._request(gap.tokens, excluded, candidates, gap)
         route = (await self._desk.choose_routes(candidates, request, self._ledger))[0]
         if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
@@ -138,15 +139,23 @@ class Navigator:
                 self._ledger.record_failure(hop.peer_id, now, outcome.error or "")
         self._desk.tell(route, outcome)
 
-    def _candidates(self) -> list[Candidate]:
-        host = self._member.host
+    def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
+        """Those announced, without whoever could not be reached a moment ago if others have all it takes."""
+        host, presence = self._member.host, self._member.presence
+        announced = self._member.announcements(self._spec.revision)
+        heard = [each for each in announced if not presence.is_silent(each)]
+        wanted = gap.span if gap else BlockSpan(0, self._spec.num_blocks)
+        spans = [each.span for each in heard if each.peer_id not in excluded]
+        gaps = uncovered(spans, self._spec.num_blocks)
+        if any(each.start < wanted.stop and wanted.start < each.stop for each in gaps):
+            heard = announced
         return [
             Candidate(
                 announcement,
                 self._member.rtt_ms(announcement.peer_id),
                 relayed=host.connection_kind(announcement.peer_id) == "relayed",
             )
-            for announcement in self._member.announcements(self._spec.revision)
+            for announcement in heard
         ]
 
     def _request(

@@ -16,6 +16,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import read_config
 from p2pinfer.navigator import Navigator
 from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.policy import RiskAdjusted
 from p2pinfer.routing.route import Hop, RouteOutcome
 
@@ -61,3 +62,28 @@ async def test_who_has_the_weights_but_another_config_is_told_apart_by_the_field
         "(theirs: rope_theta is 500000 here and 10000 there); make them agree"
     )
     assert told.value.missing == ((0, 8),)
+
+
+async def test_who_could_not_be_reached_is_left_out_unless_nobody_else_has_its_blocks(
+    tiny_stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        desk = PolicyDesk(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        member = swarm.member("client")
+        navigator = Navigator(member, swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+        silent = {"fast"}
+
+        def is_silent(announced: Announcement) -> bool:
+            return announced.peer_id in silent
+
+        monkeypatch.setattr(member.presence, "is_silent", is_silent)
+        await swarm.serve("fast", 0, 8, tokens_per_s=1000)
+        await swarm.serve("slow", 0, 8, tokens_per_s=10)
+        assert (await navigator.choose_route(64, frozenset())).peer_ids == ("slow",)
+        assert (await navigator.choose_route(64, frozenset({"slow"}))).peer_ids == ("fast",)
+        a = Hop("a", BlockSpan(0, 3))
+        gap = Gap(BlockSpan(3, 8), 64, frozenset({"a", "slow"}), a, None)
+        assert (await navigator.replacement(gap)).peer_ids == ("fast",)
+        assert (await navigator.replacement(replace(gap, excluded=frozenset({"a"})))).peer_ids == ("slow",)
+        silent.add("slow")  # it is us who lost the network
+        assert (await navigator.choose_route(64, frozenset())).peer_ids == ("fast",)

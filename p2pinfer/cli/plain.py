@@ -6,9 +6,11 @@ that make a line read as something else. Such characters are shown as what they 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 LINE_CHARS: Final = 500  # of a message; more is cut off
+_ENDING: Final = 6  # characters of a peer id that are shown where none of those shown ends alike
 
 
 def printable(text: str) -> str:
@@ -24,6 +26,16 @@ def one_line(message: str, limit: int = LINE_CHARS) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def short_peer(peer_id: str) -> str:
+def short_peer(peer_id: str, ending: int = _ENDING) -> str:
     """`12D3KooWAbc...xyz` -> `12D3..vwxyz`: every id begins alike, so the end is what tells peers apart."""
-    return peer_id if len(peer_id) <= 12 else f"{peer_id[:4]}..{peer_id[-6:]}"
+    return peer_id if len(peer_id) <= ending + 6 else f"{peer_id[:4]}..{peer_id[-ending:]}"
+
+
+def short_peers(peer_ids: Iterable[str]) -> dict[str, str]:
+    """Each peer's short name among these: no two are alike. Anybody can make an id that ends like another."""
+    ids, ending = set(peer_ids), _ENDING
+    while True:
+        names = {peer_id: short_peer(peer_id, ending) for peer_id in ids}
+        if len(set(names.values())) == len(ids):
+            return names
+        ending += 2

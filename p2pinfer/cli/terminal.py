@@ -71,7 +71,7 @@ def _laid_out(renderable: RenderableType, stream: TextIO, whole: bool = False) -
         unbounded = console.options.update(width=10_000)
         console.width = max(console.width, console.measure(renderable, options=unbounded).maximum)
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(renderable, crop=False)
     return capture.get()
 
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 import trio
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from p2pinfer.errors import PeerError
@@ -19,21 +19,36 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.routing.announcement import Announcement
 
-from .plain import short_peer
+from .fitted import Column, FittedTable
+from .plain import short_peers
 from .terminal import print_out, write_out
 
-PING_S = 1.0  # how long connected peers have to answer a ping
+State: TypeAlias = Literal["answers", "refuses", "unknown"]
+
+CALL_S = 3.0  # how long those announced have to let themselves be reached, routers in between included
+PING_S = 2.0  # how long connected peers have to answer a ping
 REFRESH_S = 2.0  # between looks at a swarm that is watched
 _BAR_CELLS = 32  # a model with more blocks than this is drawn to scale
+_STATES: Final[dict[State, str]] = {
+    "answers": "answers",
+    "refuses": "refuses us",
+    "unknown": "not heard",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSeen:
-    """A peer's announcement, and what was found out about the way to it."""
+    """A peer's announcement, and what was found out about the way to it.
+
+    Attributes:
+        state: Whether the peer answered just now. An announcement outlives its peer by up to two minutes, so
+            of one that did not answer nobody knows whether it serves anything.
+    """
 
     announcement: Announcement
     connection: str | None  # None: not connected
     rtt_ms: float | None
+    state: State = "unknown"
 
     def to_dict(self) -> dict[str, object]:
         """The peer as `--json` prints it."""
@@ -48,6 +63,7 @@ class PeerSeen:
             "addrs": list(said.addrs),
             "connection": self.connection,
             "rtt_ms": self.rtt_ms,
+            "state": self.state,
         }
 
 
@@ -60,8 +76,21 @@ class SwarmView:
 
     @property
     def missing(self) -> list[BlockSpan]:
-        """The blocks that nobody serves."""
+        """The blocks that nobody serves, as far as anybody confirmed it."""
+        return uncovered(self._confirmed, self.spec.num_blocks)
+
+    @property
+    def unknown(self) -> list[BlockSpan]:
+        """Those of them that are announced, by peers that do not answer."""
+        return uncovered([*self._confirmed, *self._unannounced], self.spec.num_blocks)
+
+    @property
+    def _unannounced(self) -> list[BlockSpan]:
         return uncovered([peer.announcement.span for peer in self.peers], self.spec.num_blocks)
+
+    @property
+    def _confirmed(self) -> list[BlockSpan]:
+        return [peer.announcement.span for peer in self.peers if peer.state != "unknown"]
 
     def to_dict(self) -> dict[str, object]:
         """The view as `--json` prints it."""
@@ -70,48 +99,51 @@ class SwarmView:
             "revision": self.spec.revision,
             "num_blocks": self.spec.num_blocks,
             "missing": [[gap.start, gap.stop] for gap in self.missing],
+            "unknown": [[gap.start, gap.stop] for gap in self.unknown],
             "peers": [peer.to_dict() for peer in self.peers],
         }
 
     def __rich__(self) -> RenderableType:
         headline = Text(f"{self.spec.model}  ", style="bold")
-        headline.append(blocks_bar([peer.announcement.span for peer in self.peers], self.spec.num_blocks))
+        announced = [peer.announcement.span for peer in self.peers]
+        headline.append(blocks_bar(self._confirmed, self.spec.num_blocks, announced))
         headline.append(f"  {self._coverage()}", style="not bold")
         return Group(headline, Text(), self._table()) if self.peers else headline
 
     def _coverage(self) -> str:
+        total, nobody, unknown = self.spec.num_blocks, self._unannounced, self.unknown
         if not self.missing:
-            return f"all {self.spec.num_blocks} blocks are served"
-        gaps = ", ".join(str(gap) for gap in self.missing)
-        return f"nobody serves {gaps} of its {self.spec.num_blocks} blocks"
+            return f"all {total} blocks are served"
+        said = f"nobody serves {_listed(nobody)} of its {total} blocks" if nobody else ""
+        if unknown:
+            of = "" if nobody else f" of its {total} blocks"
+            said += "; " * bool(said) + f"who announced {_listed(unknown)}{of} does not answer"
+        return said
 
-    def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("peer")
-        table.add_column("blocks", no_wrap=True)
-        table.add_column("")
-        for heading in ("tok/s", "free cache"):
-            table.add_column(heading, justify="right")
-        table.add_column("dtype")
-        table.add_column("connection")
-        table.add_column("rtt", justify="right")
-        for peer in sorted(self.peers, key=lambda peer: peer.announcement.span):
-            said = peer.announcement
-            table.add_row(
-                Text(short_peer(said.peer_id)),
-                blocks_bar([said.span], self.spec.num_blocks),
-                str(said.span),
-                f"{said.tokens_per_s:,.0f}",
-                f"{said.free_cache_tokens:,}",
-                Text(said.dtype),
-                peer.connection or "-",
-                "-" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms",
-            )
-        return table
+    def _table(self) -> FittedTable:
+        peers = sorted(self.peers, key=lambda peer: peer.announcement.span)
+        said = [peer.announcement for peer in peers]
+        names = short_peers(each.peer_id for each in said)
+        bars = [blocks_bar([each.span], self.spec.num_blocks) for each in said]
+        rtts = ["-" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms" for peer in peers]
+        return FittedTable(
+            [
+                Column("peer", [names[each.peer_id] for each in said]),
+                Column("blocks", bars, rank=5),
+                Column("", [str(each.span) for each in said]),
+                Column("state", [_STATES[peer.state] for peer in peers]),
+                Column("tok/s", [f"{each.tokens_per_s:,.0f}" for each in said], rank=1, right=True),
+                Column("free cache", [f"{each.free_cache_tokens:,}" for each in said], rank=4, right=True),
+                Column("dtype", [each.dtype for each in said], rank=6),
+                Column("connection", [peer.connection or "-" for peer in peers], rank=3),
+                Column("rtt", rtts, rank=2, right=True),
+            ]
+        )
 
 
 async def look_at(member: SwarmMember, spec: ModelSpec) -> SwarmView:
-    """What is announced, and how far those are to whom there is a connection."""
+    """What is announced, who of those answers, and how far they are."""
+    await member.presence.call(member.announcements(spec.revision), CALL_S)
     rtts_ms: dict[str, float] = {}
 
     async def ping(peer_id: str) -> None:
@@ -122,10 +154,21 @@ async def look_at(member: SwarmMember, spec: ModelSpec) -> SwarmView:
         async with trio.open_nursery() as nursery:
             for peer_id in member.host.connected_peers():
                 nursery.start_soon(ping, peer_id)
+
+    def state(peer_id: str) -> State:
+        if peer_id in rtts_ms:
+            return "answers"
+        return "refuses" if member.presence.refuses_us(peer_id) else "unknown"
+
     return SwarmView(
         spec,
         tuple(
-            PeerSeen(said, member.host.connection_kind(said.peer_id), rtts_ms.get(said.peer_id))
+            PeerSeen(
+                said,
+                member.host.connection_kind(said.peer_id),
+                rtts_ms.get(said.peer_id),
+                state(said.peer_id),
+            )
             for said in member.announcements(spec.revision)
         ),
     )
@@ -152,15 +195,26 @@ def print_view(view: SwarmView, *, as_json: bool) -> None:
         print_out(view)
 
 
-def blocks_bar(spans: Sequence[BlockSpan], num_blocks: int) -> str:
-    """Where the spans lie in the model: a filled cell for every block that is held.
+def blocks_bar(spans: Sequence[BlockSpan], num_blocks: int, announced: Sequence[BlockSpan] = ()) -> str:
+    """Where the spans lie in the model: a filled cell for every block that is held, a shaded one for others.
 
     A cell that stands for several blocks is filled only if all of them are held, so that no gap is hidden.
+
+    Args:
+        announced: Held by somebody's word only: shaded.
     """
     cells = min(num_blocks, _BAR_CELLS)
-    held = {block for span in spans for block in range(span.start, min(span.stop, num_blocks))}
+    held, said = _blocks(spans, num_blocks), _blocks([*spans, *announced], num_blocks)
     bar = ""
     for cell in range(cells):
         part = range(cell * num_blocks // cells, (cell + 1) * num_blocks // cells)
-        bar += "█" if held.issuperset(part) else "·"
+        bar += "█" if held.issuperset(part) else "░" if said.issuperset(part) else "·"
     return bar
+
+
+def _blocks(spans: Sequence[BlockSpan], num_blocks: int) -> set[int]:
+    return {block for span in spans for block in range(span.start, min(span.stop, num_blocks))}
+
+
+def _listed(spans: Sequence[BlockSpan]) -> str:
+    return ", ".join(map(str, spans))

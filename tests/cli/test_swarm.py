@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import RenderableType
@@ -15,6 +16,8 @@ from rich.live import Live
 
 from p2pinfer.cli import view
 from p2pinfer.cli.app import run
+
+from .support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
 
@@ -87,3 +90,35 @@ def test_ctrl_c_does_not_wait_for_a_silent_hub() -> None:
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_ghost_of_a_killed_or_frozen_node_is_not_called_served(
+    tmp_path: Path, signum: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homes = [tmp_path / name for name in ("there", "ghost")]
+    for home in homes:
+        home.mkdir()
+    there = start_node(homes[0], "0:4")
+    address = wait_ready(there)["addrs"][0]
+    ghost = start_node(homes[1], "4:8", "--bootstrap", address)
+    try:
+        ghost_id = wait_ready(ghost)["peer_id"]
+        assert run(["swarm", "--bootstrap", address]) == 0
+        assert "all 8 blocks are served" in capsys.readouterr().out
+        ghost.send_signal(signum)
+        if signum == signal.SIGKILL:
+            ghost.wait(timeout=20)
+        assert run(["swarm", "--bootstrap", address]) == 0
+        shown = capsys.readouterr().out
+        assert "who announced 4:8 of its 8 blocks does not answer" in shown
+        assert "not heard" in shown
+        assert run(["swarm", "--json", "--bootstrap", address]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["missing"] == told["unknown"] == [[4, 8]]
+        assert {peer["state"] for peer in told["peers"] if peer["peer_id"] == ghost_id} == {"unknown"}
+        assert {peer["state"] for peer in told["peers"] if peer["peer_id"] != ghost_id} == {"answers"}
+    finally:
+        for node in (ghost, there):
+            node.kill()
+            node.communicate(timeout=20)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
-from p2pinfer.cli.view import PeerSeen, SwarmView, blocks_bar
+from p2pinfer.cli.view import PeerSeen, State, SwarmView, blocks_bar
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
@@ -25,15 +27,21 @@ SPEC = ModelSpec(
 )
 
 
-def peer(peer_id: str, span: BlockSpan, connection: str | None, rtt_ms: float | None) -> PeerSeen:
+def peer(
+    peer_id: str,
+    span: BlockSpan,
+    connection: str | None,
+    rtt_ms: float | None,
+    state: State = "answers",
+) -> PeerSeen:
     said = Announcement(peer_id, "tiny", SPEC.revision, span, "bfloat16", 1234.5, 65536, 1)
-    return PeerSeen(said, connection, rtt_ms)
+    return PeerSeen(said, connection, rtt_ms, state)
 
 
-def shown(view: SwarmView) -> list[str]:
-    console = Console(width=100, color_system=None)
+def shown(view: SwarmView, width: int = 100) -> list[str]:
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(view)
+        console.print(view, crop=False)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -55,15 +63,58 @@ def test_a_bar_hides_no_gap(spans: list[BlockSpan], num_blocks: int, bar: str) -
 
 def test_the_table_goes_along_the_model() -> None:
     view = SwarmView(
-        SPEC, (peer("later", BlockSpan(4, 8), None, None), peer("first", BlockSpan(0, 5), "direct", 1.25))
+        SPEC,
+        (
+            peer("later", BlockSpan(4, 8), None, None, "refuses"),
+            peer("first", BlockSpan(0, 5), "direct", 1.25),
+        ),
     )
     assert shown(view) == [
         "tiny  ████████  all 8 blocks are served",
         "",
-        "peer   blocks         tok/s  free cache  dtype     connection     rtt",
-        "first  █████···  0:5  1,234      65,536  bfloat16  direct      1.2 ms",
-        "later  ····████  4:8  1,234      65,536  bfloat16  -                -",
+        "peer   blocks         state       tok/s  free cache  dtype     connection     rtt",
+        "first  █████···  0:5  answers     1,234      65,536  bfloat16  direct      1.2 ms",
+        "later  ····████  4:8  refuses us  1,234      65,536  bfloat16  -                -",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ghosts", "headline"),
+    [
+        ([(4, 8)], "tiny  ████░░░░  who announced 4:8 of its 8 blocks does not answer"),
+        ([(2, 6)], "tiny  ████░░··  nobody serves 6:8 of its 8 blocks; who announced 4:6 does not answer"),
+        ([(0, 3)], "tiny  ████····  nobody serves 4:8 of its 8 blocks"),
+        (
+            [(4, 5), (7, 8)],
+            "tiny  ████░··░  nobody serves 5:7 of its 8 blocks; who announced 4:5, 7:8 does not",
+        ),
+    ],
+)
+def test_blocks_of_who_does_not_answer_are_not_called_served(
+    ghosts: list[tuple[int, int]], headline: str
+) -> None:
+    silent = [peer(f"ghost{start}", BlockSpan(start, stop), None, None, "unknown") for start, stop in ghosts]
+    view = SwarmView(SPEC, (peer("first", BlockSpan(0, 4), "direct", 1.0), *silent))
+    assert shown(view)[0].startswith(headline)
+    assert view.missing == [BlockSpan(4, 8)]
+    announced = {block for start, stop in ghosts for block in range(max(start, 4), stop)}
+    assert {block for gap in view.unknown for block in range(gap.start, gap.stop)} == announced
+    assert sum("not heard" in line for line in shown(view)) == len(ghosts)
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+@pytest.mark.parametrize("alike", [0, 6, 8, 11])
+def test_names_that_differ_look_different_however_narrow_the_terminal(width: int, alike: int) -> None:
+    ids = [f"12D3KooW{index:030d}{'x' * alike}"[-46:].rjust(46, "1") for index in range(12)]
+    peers = [peer(peer_id, BlockSpan(0, 8), "direct", 123.4) for peer_id in ids]
+    lines = shown(SwarmView(replace(SPEC, num_blocks=64), tuple(peers)), width)
+    rows = lines[-12:]
+    assert len({row.split()[0] for row in rows}) == len(ids)
+    assert all(any(peer_id.endswith(row.split()[0][-6:]) for peer_id in ids) for row in rows)
+    assert not any("…" in line for line in lines)
+    if width >= 40:
+        assert all(len(line) <= width for line in lines)
+        assert all("0:8" in row and "answers" in row for row in rows)
 
 
 def test_missing_blocks_are_named() -> None:
@@ -79,6 +130,7 @@ def test_json_has_everything() -> None:
         "revision": "ab" * 16,
         "num_blocks": 8,
         "missing": [[5, 8]],
+        "unknown": [],
         "peers": [
             {
                 "peer_id": "first",
@@ -90,6 +142,7 @@ def test_json_has_everything() -> None:
                 "addrs": [],
                 "connection": "direct",
                 "rtt_ms": 1.25,
+                "state": "answers",
             }
         ],
     }
