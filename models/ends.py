@@ -33,13 +33,12 @@ class Ends:
         self.spec = checkpoint.spec
         self.device = target.device
         self.dtype = target.dtype
-        self._embedding = weights.table(EMBEDDING, *shape)
+        self._embedding = weights.table(_embedding_of(names), *shape)
         # Rounded to the model's dtype like transformers' own.
         self._scale = torch.tensor(architecture.embedding_scale, dtype=target.dtype).item()
         offset = architecture.family.norm_offset
         self._norm = weights.norm(NORM, shape[1], eps=architecture.norm_eps, offset=offset)
-        head = EMBEDDING if architecture.tied_head else HEAD
-        self._head = weights.linear((head,), shape[1], (shape[0],))
+        self._head = weights.linear((_head_of(names),), shape[1], (shape[0],))
         self._softcap = architecture.logit_softcap
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -76,6 +75,20 @@ def load_ends(checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progre
 
 
 def end_names(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors that the ends are made of."""
+    """The tensors that the ends are made of.
+
+    A config that ties the head to the embedding is believed only as far as the file agrees: where it holds
+    both, each is used, and where it holds one, that is both. transformers 5 does the same.
+    """
+    stored = checkpoint.names()
     tied = checkpoint.config["tie_word_embeddings"]
-    return frozenset(f"{name}.weight" for name in (EMBEDDING, NORM, *(() if tied else (HEAD,))))
+    ends = [name for name in (EMBEDDING, HEAD) if not tied or f"{name}.weight" in stored]
+    return frozenset(f"{name}.weight" for name in (NORM, *(ends or [EMBEDDING])))
+
+
+def _embedding_of(names: frozenset[str]) -> str:
+    return EMBEDDING if f"{EMBEDDING}.weight" in names else HEAD
+
+
+def _head_of(names: frozenset[str]) -> str:
+    return HEAD if f"{HEAD}.weight" in names else EMBEDDING
