@@ -134,11 +134,16 @@ class _Block:
 
         self._attention_norm = norm(family.attention_norm, hidden)
         self._qkv = weights.linear(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), hidden, widths
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            hidden,
+            widths,
+            bias=architecture.query_bias,
         )
         self._query_norm = norm("self_attn.q_norm", size) if family.head_norms else None
         self._key_norm = norm("self_attn.k_norm", size) if family.head_norms else None
-        self._output = weights.linear(("self_attn.o_proj",), widths[0], (hidden,))
+        self._output = weights.linear(
+            ("self_attn.o_proj",), widths[0], (hidden,), bias=architecture.output_bias
+        )
         output_norm = family.attention_output_norm
         self._attention_output_norm = norm(output_norm, hidden) if output_norm else None
         self._mlp_norm = norm(family.mlp_norm, hidden)

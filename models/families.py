@@ -2,7 +2,7 @@
 
 A family is a row: where its norms stand, what they are called, and how its expert layers are laid out.
 What a config says in numbers (heads, windows, soft caps) is read from the config, which defaults.py makes
-complete, and a product has a bias if the checkpoint has one. So a family laid out like Llama costs one line
+complete. So a family laid out like Llama costs one line
 here and a few there, and a checkpoint with a tensor that no rule consumes is refused when it is loaded
 (weights.py), not run wrong.
 """
@@ -11,21 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional
 
-from p2pinfer.errors import CheckpointError
-
-from .defaults import SLIDING
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-}
+from .activations import ACTIVATIONS
+from .values import SLIDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +38,9 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     attention_output_norm: str | None = None  # before the residual is added
     mlp_output_norm: str | None = None
+    query_bias: bool = (
+        False  # queries, keys and values have one, whatever the config says; the output has none
+    )
     head_norms: bool = False  # each query and key head is normed before it is turned
     norm_offset: float = 0.0  # what the checkpoint leaves out of every norm's weight
     scaled_embedding: bool = False  # by the root of the hidden size
@@ -56,7 +50,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(),
+    "qwen2": Family(query_bias=True),
     "qwen3": Family(head_norms=True),
     "mixtral": Family(
         experts=ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts.{}", "w1", "w3", "w2")
@@ -89,20 +83,17 @@ class Architecture:
     windows: tuple[int | None, ...]  # by block: how many tokens back it sees, itself included; None: all
     num_experts: int
     experts_per_token: int
+    query_bias: bool  # of queries, keys and values
+    output_bias: bool  # of what attention gives out
+    mlp_bias: bool
     embedding_scale: float
     tied_head: bool
 
 
 def describe_architecture(config: Mapping[str, Any]) -> Architecture:
-    """What a config, completed by `complete_config`, says about the forward pass.
-
-    Raises:
-        CheckpointError: It asks for an activation that p2pinfer does not compute.
-    """
+    """What a config, completed by `complete_config`, says about the forward pass."""
     family = FAMILIES[config["model_type"]]
-    activation = config.get("hidden_activation", config["hidden_act"])
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"activation {activation!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
+    bias: bool = config.get("attention_bias", False)
     window = config.get("sliding_window")
     return Architecture(
         family=family,
@@ -112,13 +103,16 @@ def describe_architecture(config: Mapping[str, Any]) -> Architecture:
         kv_heads=config["num_key_value_heads"],
         head_dim=config["head_dim"],
         norm_eps=config["rms_norm_eps"],
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[config.get("hidden_activation") or config["hidden_act"]],
         attention_scale=config.get("query_pre_attn_scalar", config["head_dim"]) ** -0.5,
         attention_softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),
         windows=tuple(window if kind == SLIDING else None for kind in config["layer_types"]),
         num_experts=config.get("num_local_experts", 0),
         experts_per_token=config.get("num_experts_per_tok", 0),
+        query_bias=bias or family.query_bias,
+        output_bias=bias,
+        mlp_bias=config.get("mlp_bias", False),
         embedding_scale=config["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0,
         tied_head=config["tie_word_embeddings"],
     )

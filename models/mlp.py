@@ -13,10 +13,10 @@ class GatedMlp:
     """`down(activation(gate(x)) * up(x))`, gate and up being one product."""
 
     def __init__(self, architecture: Architecture, weights: Weights, gate: str, up: str, down: str) -> None:
-        hidden, inner = architecture.hidden_size, architecture.inner_size
+        hidden, inner, bias = architecture.hidden_size, architecture.inner_size, architecture.mlp_bias
         self._activation = architecture.activation
-        self._gate_up = weights.linear((gate, up), hidden, (inner, inner))
-        self._down = weights.linear((down,), inner, (hidden,))
+        self._gate_up = weights.linear((gate, up), hidden, (inner, inner), bias=bias)
+        self._down = weights.linear((down,), inner, (hidden,), bias=bias)
 
     def __call__(self, rows: Tensor) -> Tensor:
         gate, up = self._gate_up(rows).chunk(2, -1)

@@ -20,7 +20,8 @@ from typing import Any, Final, TypeAlias, cast
 
 from blake3 import blake3
 
-from .defaults import FAMILIES, FULL, SLIDING, complete_config
+from .defaults import FAMILIES, complete_config
+from .values import FULL, SLIDING
 
 Value: TypeAlias = "str | int | float | bool | None"
 
@@ -30,7 +31,15 @@ _MAX_SHOWN: Final = 40  # characters of one value
 _KEY: Final = re.compile(r"[a-z0-9_.]{1,64}")
 
 _NO_NUMBERS: Final = frozenset({"max_position_embeddings"})
-_SAME_ACTIVATION: Final[Mapping[str, str]] = {"swish": "silu"}
+# Names for one function, as activations.py computes them.
+_SAME_ACTIVATION: Final[Mapping[str, str]] = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}
 
 
 def numbers_of(config: Mapping[str, Any]) -> str:

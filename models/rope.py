@@ -18,21 +18,43 @@ class Rotation(NamedTuple):
 
 
 class Rope:
-    """The frequencies of a model's rotary embedding, by its config as `complete_config` gives it."""
+    """The frequencies of a model's rotary embedding, by its config as `complete_config` gives it.
+
+    Those of two types depend on how long the text is when a token is computed, which for a token that is
+    generated is its position: see `rope_config.prompt_limit`.
+    """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
-        rope = config["rope_parameters"]
-        frequencies = _frequencies(rope, config["head_dim"]).to(device)
-        self._frequencies = torch.cat((frequencies, frequencies))
-        self._scale = _scale_of_yarn(rope) if rope["rope_type"] == "yarn" else 1.0
-        half = frequencies.numel()
-        self._sign = torch.cat((-torch.ones(half), torch.ones(half))).to(device)
+        rope, size = config["rope_parameters"], config["head_dim"]
+        self._size = size
+        self._type = rope["rope_type"]
+        self._frequencies = _twice(_frequencies(rope, size)).to(device)
+        self._scale = _scale(rope)
+        self._sign = torch.cat((-torch.ones(size // 2), torch.ones(size // 2))).to(device)
+        if self._type == "longrope":
+            self._beyond = _twice(_divided(rope, size, "long_factor")).to(device)
+        if self._type == "dynamic":
+            self._theta, self._factor = float(rope["rope_theta"]), float(rope["factor"])
+            self._exponents = _twice(_exponents(size)).to(device)
+        self._original = rope.get("original_max_position_embeddings")
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions`, a tensor of whole numbers (tokens,)."""
-        angles = positions[:, None, None] * self._frequencies
+        angles = positions[:, None, None] * self._frequencies_at(positions[:, None, None])
         cos, sin = angles.cos() * self._scale, angles.sin() * (self._sign * self._scale)
         return Rotation(cos.to(dtype), sin.to(dtype))
+
+    def _frequencies_at(self, positions: Tensor) -> Tensor:
+        """(tokens, 1, 1) -> what broadcasts to (tokens, 1, head_dim); no branch looks at a position."""
+        if self._type == "longrope":
+            return torch.where(positions >= self._original, self._beyond, self._frequencies)
+        if self._type == "dynamic":
+            # NTK-aware interpolation for the length so far: a larger theta turns the slow pairs slower.
+            growth = self._factor * (positions + 1) / self._original - (self._factor - 1)
+            thetas = self._theta * growth.clamp(min=1.0) ** (self._size / (self._size - 2))
+            grown = 1.0 / thetas**self._exponents
+            return torch.where(positions >= self._original, grown, self._frequencies)
+        return self._frequencies
 
 
 def rotate(heads: Tensor, rotation: Rotation, *, stepwise: bool = False) -> None:
@@ -44,13 +66,23 @@ def rotate(heads: Tensor, rotation: Rotation, *, stepwise: bool = False) -> None
     heads.mul_(rotation.cos).addcmul_(swapped, rotation.sin)
 
 
+def _twice(frequencies: Tensor) -> Tensor:
+    """For both numbers of each pair, which lie half a head apart."""
+    return torch.cat((frequencies, frequencies))
+
+
+def _exponents(size: int) -> Tensor:
+    return torch.arange(0, size, 2, dtype=torch.float32) / size
+
+
 def _frequencies(rope: Mapping[str, Any], size: int) -> Tensor:
     """Radians a position for each pair of a head, (size / 2,).
 
     A scaled type divides them by a factor, all (position interpolation, arXiv 2306.15595) or the lower ones:
-    what turns often within the original context is kept, and in between the two are mixed.
+    what turns often within the original context is kept, and in between the two are mixed. LongRoPE (arXiv
+    2402.13753) has searched for a divisor of each.
     """
-    frequencies = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    frequencies = 1.0 / float(rope["rope_theta"]) ** _exponents(size)
     match rope["rope_type"]:
         case "linear":
             kept = torch.zeros_like(frequencies)
@@ -58,9 +90,20 @@ def _frequencies(rope: Mapping[str, Any], size: int) -> Tensor:
             kept = _kept_by_llama3(rope, frequencies)
         case "yarn":
             kept = _kept_by_yarn(rope, size)
+        case "proportional":
+            turned = int(rope["partial_rotary_factor"] * size // 2)
+            return torch.where(torch.arange(size // 2) < turned, frequencies / rope["factor"], 0)
+        case "longrope":
+            return _divided(rope, size, "short_factor")
         case _:
             return frequencies
     return torch.lerp(frequencies / rope["factor"], frequencies, kept.clamp(0, 1))
+
+
+def _divided(rope: Mapping[str, Any], size: int, divisors: str) -> Tensor:
+    return 1.0 / (
+        torch.tensor(rope[divisors], dtype=torch.float32) * float(rope["rope_theta"]) ** _exponents(size)
+    )
 
 
 def _kept_by_llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
@@ -84,14 +127,27 @@ def _kept_by_yarn(rope: Mapping[str, Any], size: int) -> Tensor:
     return 1 - (torch.arange(size // 2) - first) / ((last - first) or 0.001)
 
 
+def _scale(rope: Mapping[str, Any]) -> float:
+    """What queries and keys are multiplied by, through their cosines and sines."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    match rope["rope_type"]:
+        case "yarn":
+            return _scale_of_yarn(rope)
+        case "longrope" if rope["factor"] > 1:
+            return math.sqrt(
+                1 + math.log(rope["factor"]) / math.log(rope["original_max_position_embeddings"])
+            )
+        case _:
+            return 1.0
+
+
 def _scale_of_yarn(rope: Mapping[str, Any]) -> float:
-    """What YaRN multiplies queries and keys by (3.4); DeepSeek weighs the logarithm."""
+    """YaRN's scale (3.4); DeepSeek weighs the logarithm."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(max(rope["factor"], 1)) + 1
 
-    if rope["attention_factor"] is not None:
-        return float(rope["attention_factor"])
     if rope["mscale"] and rope["mscale_all_dim"]:
         return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
     return scale(1)

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
 
-from .defaults import complete_config
+from .defaults import complete_config, max_positions
 from .numbers import numbers_of, revision_digest, weights_digest
+from .rope_config import prompt_limit
 from .span import BlockSpan
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -28,12 +29,13 @@ class ModelSpec:
     num_blocks: int
     hidden_size: int
     vocab_size: int
-    max_positions: int
+    max_positions: int  # tokens of a text, with what rope scaling adds
     kv_heads: int
     head_dim: int
     block_parameters: int  # weights of one block, norms and biases left out
     weights: str = ""  # 32 hex digits; equal on two peers only if every shard is
     numbers: str = ""  # what the config says about the forward pass, as `numbers_of` spells it
+    prompt_limit: int | None = None  # tokens of a prompt where that is less: see `rope_config.prompt_limit`
 
     def kv_bytes_per_token_per_block(self, dtype: str | None = None) -> int:
         """What a cached token costs in one block, keys and values; in the checkpoint's dtype unless given."""
@@ -106,12 +108,13 @@ def model_spec(
         num_blocks=complete["num_hidden_layers"],
         hidden_size=complete["hidden_size"],
         vocab_size=complete["vocab_size"],
-        max_positions=complete["max_position_embeddings"],
+        max_positions=max_positions(complete),
         kv_heads=complete["num_key_value_heads"],
         head_dim=complete["head_dim"],
         block_parameters=_block_parameters(complete),
         weights=weights,
         numbers=numbers,
+        prompt_limit=prompt_limit(complete["rope_parameters"]),
     )
 
 

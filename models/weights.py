@@ -40,15 +40,23 @@ class Weights:
         """Whether there is such a tensor, taken or not."""
         return self._prefix + name in self._checkpoint.names()
 
-    def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int]) -> Linear:
-        """Several products of the same rows as one, their outputs side by side."""
+    def linear(
+        self, names: Sequence[str], inputs: int, outputs: Sequence[int], *, bias: bool = False
+    ) -> Linear:
+        """Several products of the same rows as one, their outputs side by side.
+
+        Args:
+            names: Of the products.
+            inputs: What a row has.
+            outputs: What a row gets from each product.
+            bias: Whether they have biases. Where none of them is stored they are zero, as in transformers.
+        """
         sizes = list(zip(names, outputs, strict=True))
         weight = torch.cat([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
-        bias = None
-        if self.has(f"{names[0]}.bias"):
-            bias = torch.cat([self._take(f"{name}.bias", size) for name, size in sizes])
-            bias = self._target.place(bias)
-        return Linear(self._target.place(weight), bias)
+        if not (bias and any(self.has(f"{name}.bias") for name in names)):
+            return Linear(self._target.place(weight))
+        biases = torch.cat([self._take(f"{name}.bias", size) for name, size in sizes])
+        return Linear(self._target.place(weight), self._target.place(biases))
 
     def norm(self, name: str, size: int, *, eps: float, offset: float = 0.0) -> Norm:
         """A norm. A weight that is stored less an `offset` becomes float32: 1 + w needs the bits."""

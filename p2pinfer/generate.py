@@ -90,6 +90,12 @@ def new_state(
             f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes "
             f"{spec.max_positions}, the answer included; shorten it"
         )
+    if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:
+        raise PromptTooLong(
+            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes {spec.prompt_limit}, and "
+            f"goes on from there: its rotary embedding turns all of a longer prompt by the length of the "
+            f"whole, which peers that see it in pieces do not know; shorten it"
+        )
     if not prompt_ids:
         raise ConfigError(f"the prompt is empty and {spec.model} has no token to begin with; write something")
     sampling = SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed)

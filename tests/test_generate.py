@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -455,6 +456,17 @@ async def test_a_prompt_that_does_not_fit_is_refused_at_once(
     async with open_memory_swarm(checkpoint) as swarm:
         with pytest.raises(PromptTooLong, match="tokens long and tiny-stories takes 1024"):
             start(Walk(swarm), swarm, ends, tokenizer, "word " * 1200)
+
+
+def test_a_prompt_is_limited_where_its_length_would_turn_its_tokens(
+    checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
+    spec = replace(checkpoint.spec, prompt_limit=20)
+    short, long = "word " * 8, "word " * 30
+    state = new_state(spec, tokenizer, short, GenerationConfig(max_new_tokens=100))
+    assert len(state.prompt_ids) <= 20 < len(state.prompt_ids) + state.max_new_tokens
+    with pytest.raises(PromptTooLong, match="takes 20, and goes on from there: its rotary embedding"):
+        new_state(spec, tokenizer, long, GenerationConfig())
 
 
 async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_that(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import CheckpointError
-from p2pinfer.models import families
-from p2pinfer.models.defaults import FAMILIES, complete_config
+from p2pinfer.models import activations, families
+from p2pinfer.models.defaults import ACTIVATIONS, FAMILIES, complete_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -52,6 +52,10 @@ def refusal_of(config: dict[str, Any]) -> str:
 
 def test_every_family_that_has_defaults_has_an_adapter() -> None:
     assert families.FAMILIES.keys() == FAMILIES
+
+
+def test_every_activation_that_is_let_in_is_computed() -> None:
+    assert activations.ACTIVATIONS.keys() == ACTIVATIONS
 
 
 @pytest.mark.parametrize("family", ["bert", "", None, ["llama"], "x" * 10_000, "a\nb"])
@@ -100,13 +104,36 @@ def test_a_norm_cannot_be_kept_from_zero_by_nonsense(value: str) -> None:
         ("llama", {"rope_theta": None}, "rope_theta"),
         ("llama", {"rope_theta": 1}, "rope_theta"),
         ("llama", {"rope_parameters": "linear"}, "rope_parameters"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": None}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2}, "head_dim"),
+        ("llama", {"rope_scaling": {"type": "longrope", "long_factor": [1, 2]}}, "short_factor"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1, 2]}},
+            "short_factor",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 0]}},
+            "long_factor",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 2}},
+            "partial_rotary_factor",
+        ),
+        ("llama", {"attention_bias": None}, "attention_bias"),
+        ("qwen3", {"head_dim": None}, "head_dim"),
+        ("mixtral", {"num_experts": None}, "num_local_experts"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor"),
         (
             "llama",
             {"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}},
-            "rope_parameters",
+            "low_freq_factor",
         ),
     ],
 )
@@ -120,6 +147,21 @@ def test_a_value_that_no_model_has_is_refused(family: str, options: dict[str, An
         {"partial_rotary_factor": 0.5},
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
         {"per_layer_config": {"0": {"head_dim": 8}}},
+        {"is_causal": False},
+        {"is_causal": None},
+        {"attention_chunk_size": 8},
+        {"kv_sharing_modes": ["reuse", None]},
+        {"is_encoder_decoder": True},
+        {"sliding_window": 31},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "model_type": "mixtral",
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"hidden_act": "prelu"},
+        {"hidden_act": "xielu"},
+        {"hidden_act": "sine"},
         {"model_type": "gemma2", "use_bidirectional_attention": True},
         {"model_type": "gemma2", "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
     ],
@@ -128,10 +170,44 @@ def test_what_nothing_here_computes_is_refused(options: dict[str, Any]) -> None:
     assert "p2pinfer does not compute" in refusal_of({**CONFIG, **options})
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "", None, ["linear"]])
-def test_a_rope_that_depends_on_the_length_is_refused(rope_type: object) -> None:
+@pytest.mark.parametrize("rope_type", ["su", "mrope", "", None, ["linear"]])
+def test_a_rope_of_another_type_is_refused(rope_type: object) -> None:
     rope = {"rope_type": rope_type, "factor": 2.0}
-    assert "not one of default, linear, llama3, yarn" in refusal_of({**CONFIG, "rope_scaling": rope})
+    assert "not one of default, linear, dynamic, llama3" in refusal_of({**CONFIG, "rope_scaling": rope})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "qwen2", "layer_types": ["sliding_attention", "full_attention"]},
+        {"model_type": "mistral", "sliding_window": None, "layer_types": ["sliding_attention"] * 2},
+        {"model_type": "gemma2", "sliding_window": None},
+    ],
+)
+def test_a_window_of_unknown_width_is_refused(options: dict[str, Any]) -> None:
+    assert "its config does not say how wide" in refusal_of({**CONFIG, **options})
+
+
+def test_a_null_where_weights_would_be_quantised_says_that_they_are_not() -> None:
+    assert complete_config("m", {**CONFIG, "quantization_config": None}) == complete_config("m", CONFIG)
+
+
+def test_a_mistral_that_lists_its_layers_is_transformers_ministral() -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    listed = {**CONFIG, "model_type": "mistral", "sliding_window": 8, "layer_types": kinds}
+    complete = complete_config("m", listed)
+    assert complete["layer_types"] == tuple(kinds)
+    assert complete_config("m", {**listed, "model_type": "ministral"}) == complete
+    old = {**listed, "layer_types": ["attention", "sliding_attention"]}
+    assert complete_config("m", old) == complete
+
+
+def test_experts_are_counted_by_either_name_and_one_wins() -> None:
+    config = {**CONFIG, "model_type": "mixtral"}
+    assert complete_config("m", {**config, "num_experts": 3})["num_local_experts"] == 3
+    assert (
+        complete_config("m", {**config, "num_experts": 3, "num_local_experts": 5})["num_local_experts"] == 3
+    )
 
 
 def test_old_spellings_of_the_rope_mean_the_same_as_the_one_of_today() -> None:
@@ -158,7 +234,8 @@ def test_the_original_context_is_said_in_the_rope_or_beside_it_or_is_the_context
 
 
 def test_a_key_that_the_family_does_not_read_means_nothing() -> None:
-    stray = {"sliding_window": 4, "attn_logit_softcapping": "?", "num_local_experts": -1, "layer_types": 3}
+    stray = {"attn_logit_softcapping": "?", "num_local_experts": -1, "use_sliding_window": 3, "foo": "bar"}
+    stray |= {"sliding_window": 32, "layer_types": ["full_attention"] * 2}  # which cut nothing off
     assert complete_config("m", {**CONFIG, **stray}) == complete_config("m", CONFIG)
 
 
@@ -191,4 +268,4 @@ def test_any_config_is_completed_or_refused_in_a_line(family: str, data: st.Data
         assert "\n" not in str(refusal)
         assert len(str(refusal)) < 200
     else:
-        families.describe_architecture({**complete, "hidden_act": "silu", "hidden_activation": "gelu"})
+        families.describe_architecture(complete)

@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
 }
 _FACTOR = st.floats(1, 64)
 _ORIGINAL = {"original_max_position_embeddings": st.integers(32, 8192)}
+_DIVISORS = st.lists(st.floats(1, 64), min_size=12, max_size=12)
 # By type: what it needs, and what it may have.
 _SCALED: dict[str, tuple[dict[str, st.SearchStrategy[Any]], dict[str, st.SearchStrategy[Any]]]] = {
     "default": ({}, {}),
@@ -34,17 +35,23 @@ _SCALED: dict[str, tuple[dict[str, st.SearchStrategy[Any]], dict[str, st.SearchS
         _ORIGINAL,
     ),
     "yarn": (
-        {"factor": _FACTOR},
+        {"factor": st.none() | _FACTOR},
         {
             **_ORIGINAL,
-            "beta_fast": st.none() | st.integers(16, 64),
+            "beta_fast": st.none() | st.sampled_from([0, 16, 30, 64]),
             "beta_slow": st.none() | st.floats(0.5, 8),
             "attention_factor": st.none() | st.floats(0.5, 2),
-            "mscale": st.floats(0.5, 2),
-            "mscale_all_dim": st.floats(0.5, 2),
-            "truncate": st.booleans(),
+            "mscale": st.none() | st.just(0) | st.floats(0.5, 2),
+            "mscale_all_dim": st.none() | st.just(0) | st.floats(0.5, 2),
+            "truncate": st.none() | st.booleans(),
         },
     ),
+    "dynamic": ({"factor": _FACTOR}, {}),
+    "longrope": (
+        {"short_factor": _DIVISORS, "long_factor": _DIVISORS},
+        {**_ORIGINAL, "factor": st.none() | _FACTOR, "attention_factor": st.none() | st.floats(0.5, 2)},
+    ),
+    "proportional": ({}, {"factor": _FACTOR, "partial_rotary_factor": st.floats(0.1, 1)}),
 }
 
 
@@ -59,6 +66,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     for holder in draw(st.sets(st.sampled_from(["config", "rope"]))):
         (config if holder == "config" else rope)["rope_theta"] = draw(st.sampled_from([1e4, 500_000, 1e6]))
     config.update(draw(st.fixed_dictionaries({}, optional=_ORIGINAL)))
+    config["max_position_embeddings"] = draw(st.sampled_from([64, 900, 1000, 1001, 4096]))
     return config
 
 
@@ -72,6 +80,7 @@ def rotary_of(config: dict[str, Any]) -> Any:
 def test_angles_are_those_of_transformers(config: dict[str, Any]) -> None:
     rotary = rotary_of(config)
     position = 1000
+    rotary(torch.zeros(1), torch.tensor([[position]]))  # so that what depends on the length is of this one
     turned = Rope(complete_config("m", config), torch.device("cpu")).at(
         torch.tensor([position]), torch.float64
     )
@@ -92,6 +101,21 @@ def test_plain_frequencies_are_those_of_transformers_to_the_bit() -> None:
     turned = Rope(complete_config("m", CONFIG), torch.device("cpu")).at(positions, torch.float32)
     assert torch.equal(turned.cos[:, 0], cos[0])
     assert torch.equal(turned.sin[:, 0].abs(), sin[0].abs())
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_each_token_is_turned_by_its_own_position(rope_type: str) -> None:
+    """As transformers turns one token after the other; its embedding's state only grows."""
+    longrope = {"original_max_position_embeddings": 60, "short_factor": [1.0] * 12, "long_factor": [3.0] * 12}
+    scaled = longrope if rope_type == "longrope" else {"factor": 2.0}
+    config = {**CONFIG, "max_position_embeddings": 60, "rope_parameters": {"rope_type": rope_type, **scaled}}
+    rotary, positions = rotary_of(config), torch.tensor([0, 1, 58, 59, 60, 61, 200])
+    expected = [rotary(torch.zeros(1), position.view(1, 1))[0][0, 0] for position in positions]
+    turned = Rope(complete_config("m", config), torch.device("cpu")).at(positions, torch.float32)
+    torch.testing.assert_close(turned.cos[:, 0], torch.stack(expected), rtol=0, atol=3e-5)
+    plain = Rope(complete_config("m", {**config, "rope_parameters": {}}), torch.device("cpu"))
+    differs = ((turned.cos - plain.at(positions, torch.float32).cos)[:, 0].abs() > 1e-3).any(-1)
+    assert differs.tolist() == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn"])

@@ -63,6 +63,53 @@ def test_what_a_config_leaves_out_its_family_decides() -> None:
     assert (spec.kv_heads, spec.head_dim, spec.max_positions, spec.dtype) == (4, 256, 8192, "float32")
 
 
+YARN: dict[str, Any] = {"type": "yarn", "factor": 4.0}
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"type": "longrope", "short_factor": [1, 1], "long_factor": [4, 8]}
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "beside", "tokens"),
+    [
+        # Qwen2.5, as its card tells to extend it; the length within the dict, beside it, left out.
+        (32768, {**YARN, ORIGINAL: 32768}, None, 131_072),
+        (32768, YARN, 32768, 131_072),
+        (32768, YARN, None, 131_072),
+        # Qwen3, whose own length is longer than what it was trained with.
+        (40960, {**YARN, ORIGINAL: 32768}, None, 131_072),
+        # The extended length itself, and a factor that is left to it.
+        (163_840, {**YARN, "factor": 40.0, ORIGINAL: 4096}, None, 163_840),
+        (16384, {**YARN, "factor": None, ORIGINAL: 4096}, None, 16384),
+        # Vicuna 1.5 16k, LongChat 1.5 32k.
+        (4096, {"type": "linear", "factor": 4.0}, None, 16384),
+        (4096, {"rope_type": "linear", "factor": 8.0}, None, 32768),
+        (4096, {"type": "linear", "factor": 0.5}, None, 4096),
+        (4096, {"type": "linear", "factor": 2.5}, None, 10240),
+        (2048, {"type": "dynamic", "factor": 4.0}, None, 8192),
+        (2048, {"rope_type": "proportional", "factor": 2.0}, None, 4096),
+        # Llama 3.2, whose factor is not the ratio of its lengths; Phi 3.5's way to say it.
+        (131_072, {**LLAMA3, ORIGINAL: 8192}, None, 131_072),
+        (131_072, LONGROPE, 4096, 131_072),
+        (4096, {"rope_type": "default", "factor": 4.0}, None, 4096),
+    ],
+)
+def test_rope_scaling_extends_the_context(
+    positions: int, rope: dict[str, Any], beside: int | None, tokens: int
+) -> None:
+    config = {**CONFIG, "max_position_embeddings": positions, "rope_scaling": rope}
+    said = {} if beside is None else {ORIGINAL: beside}
+    assert model_spec("m", {**config, **said}, SHARDS).max_positions == tokens
+
+
+def test_a_rope_that_depends_on_the_length_limits_the_prompt_and_not_the_text() -> None:
+    dynamic = model_spec("m", {**CONFIG, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, SHARDS)
+    assert (dynamic.max_positions, dynamic.prompt_limit) == (128, 32)
+    longrope = model_spec("m", {**CONFIG, "rope_scaling": {**LONGROPE, ORIGINAL: 8}}, SHARDS)
+    assert (longrope.max_positions, longrope.prompt_limit) == (32, 8)
+    assert model_spec("m", CONFIG, SHARDS).prompt_limit is None
+
+
 def test_a_size_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(CheckpointError, match="says hidden_size = '8'"):
         model_spec("m", {**CONFIG, "hidden_size": "8"}, SHARDS)
