@@ -32,7 +32,7 @@ LAYERS = (
     (RelayConfig, "node"),
     (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
-    (ClientConfig, "generate"),
+    (ClientConfig, "generate, swarm"),
     (SessionConfig, "generate"),
     (RoutingConfig, "generate"),
     (AuditConfig, "generate, node --verify"),

@@ -19,7 +19,7 @@ from typing import Final
 
 import trio
 
-from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
+from p2pinfer.errors import NotAdmitted, PeerError, PeerRefused, PeerVanished, ProtocolViolation, WrongOutput
 
 from .config import ServeConfig
 from .frames import FrameStream
@@ -160,6 +160,8 @@ class SessionControl:
 
     async def _link_to(self, successor: Successor) -> Link:
         with self._reaching(successor.peer_id):
+            if not self._host.gate.admits(successor.peer_id, "nodes"):
+                raise NotAdmitted("it is not admitted as a node", successor.peer_id)
             stream = await self._host.open_stream(successor.peer_id, CHAIN_PROTOCOL, successor.addrs)
             return await self._attach(stream)
 

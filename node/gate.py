@@ -1,4 +1,7 @@
-"""Who may connect, and how many streams each peer may open; who is refused is told why.
+"""Who may connect, for what, and how many streams each peer may open; who is refused is told why.
+
+Lists of peers say whom they concern (`peer_lists`). A peer may connect if it is wanted for anything; what it
+may do then is asked where it does it. Files are looked at every few seconds, and count as they are from then.
 
 The reasons are numbers that yamux carries: for a connection in the length of a GO_AWAY, for a stream in that
 of a reset. -- libp2p specs, error-codes
@@ -6,8 +9,10 @@ of a reset. -- libp2p specs, error-codes
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,14 +21,19 @@ import trio
 from p2pinfer.errors import ConfigError
 
 from .host_config import HostConfig
-from .identity import is_peer_id
+from .peer_lists import SCOPES, Scope, files_of, read_lists
 from .rates import RateLimit
+
+logger = logging.getLogger(__name__)
 
 RESOURCE_LIMIT_EXCEEDED: Final = 0x1002
 RATE_LIMITED: Final = 0x1003
 GATED: Final = 0x1008
 
 MAX_REMEMBERED: Final = 1024
+LOOK_S: Final = 5.0  # between looks at the files of lists
+_TELL_S: Final = 60.0  # one peer's refusals are told once in so long
+TOLD_AT_ONCE: Final = 10  # of all peers together: who is refused can be somebody else at each try
 _REASONS: Final = {
     RESOURCE_LIMIT_EXCEEDED: "it has as many streams open as it allows",
     RATE_LIMITED: "it lets nobody open streams that fast",
@@ -47,8 +57,12 @@ class Gate:
     """
 
     def __init__(self, config: HostConfig, on_refusal: Callable[[str], None] = lambda reason: None) -> None:
-        self._allowed = _peer_ids(config.allow) if config.allow else None
-        self._denied = _peer_ids(config.deny)
+        self._config = config
+        self._files = files_of((*config.allow, *config.deny))
+        self._seen = _look(self._files)
+        self._allowed, self._denied = read_lists(config.allow), read_lists(config.deny)
+        self._told = RateLimit(1 / _TELL_S, 1)
+        self._told_of_all = RateLimit(TOLD_AT_ONCE / _TELL_S, TOLD_AT_ONCE)
         self._max_streams = config.max_streams
         self._max_streams_per_peer = config.max_streams_per_peer
         self._rate = RateLimit(config.streams_per_s, config.streams_at_once)
@@ -57,16 +71,66 @@ class Gate:
         self._on_refusal = on_refusal
         self._turned_us_away: dict[str, None] = {}
 
-    def admits(self, peer_id: str) -> bool:
-        """Whether we have anything to do with this peer."""
-        return peer_id not in self._denied and (self._allowed is None or peer_id in self._allowed)
+    def admits(self, peer_id: str, scope: Scope | None = None) -> bool:
+        """Whether we have to do with this peer for that; None: for anything at all."""
+        return any(not self._objection(peer_id, each) for each in ([scope] if scope else SCOPES))
 
     def lets_in(self, peer_id: str) -> bool:
         """`admits`, asked of a peer that connects."""
         if self.admits(peer_id):
             return True
         self._on_refusal("gated")
+        if self.may_tell(peer_id):
+            why = self._objection(peer_id, SCOPES[0])
+            logger.warning("turned away a connection of peer %s: %s", peer_id, why)
         return False
+
+    def refuses(self, peer_id: str, scope: Scope) -> str:
+        """Why a peer that is connected may not do that, for itself to read; empty if it may."""
+        why = self._objection(peer_id, scope)
+        if why:
+            self._on_refusal("gated")
+            if self.may_tell(peer_id):
+                logger.warning("refused peer %s, which is not admitted for %s: %s", peer_id, scope, why)
+        return why
+
+    def may_tell(self, peer_id: str) -> bool:
+        """Whether the log has room for one more refusal of this peer; if so, that was it."""
+        now = time.monotonic()
+        return self._told.allows(peer_id, now) and self._told_of_all.allows("", now)
+
+    def _objection(self, peer_id: str, scope: Scope) -> str:
+        if self._denied.has(peer_id, scope):
+            return "it is on the deny list"
+        if scope in self._allowed.scopes and not self._allowed.has(peer_id, scope):
+            return "it is not on the allow list"
+        return ""
+
+    async def follow_files(self, on_change: Callable[[], Awaitable[None]]) -> None:
+        """Go by what the files of the lists say, also when that changes; until cancelled."""
+        while self._files:
+            await trio.sleep(LOOK_S)
+            if await self.look_at_files():
+                await on_change()
+
+    async def look_at_files(self) -> bool:
+        """Read the lists again if a file of them has changed since the last look; whether they were.
+
+        A file that cannot be used any more changes nothing, and is told of once.
+        """
+        before, self._seen = self._seen, await trio.to_thread.run_sync(_look, self._files)
+        if self._seen == before:
+            return False
+        config = self._config
+        try:
+            allowed = await trio.to_thread.run_sync(read_lists, config.allow)
+            denied = await trio.to_thread.run_sync(read_lists, config.deny)
+        except ConfigError as exc:
+            logger.warning("%s; what the lists said before still counts", exc)
+            return False
+        self._allowed, self._denied = allowed, denied
+        logger.info("the lists of peers were read again")
+        return True
 
     def take_stream(self, peer_id: str) -> int:
         """Count a stream that a peer opens: 0, or the number to refuse it with."""
@@ -109,20 +173,13 @@ class Gate:
         return 0 if self._rate.allows(peer_id, trio.current_time()) else RATE_LIMITED
 
 
-def _peer_ids(entries: Sequence[str]) -> frozenset[str]:
-    """Peer ids as they are, and those in files: one a line, `#` begins a comment."""
-    found: set[str] = set()
-    for entry in entries:
-        if is_peer_id(entry):
-            found.add(entry)
-            continue
+def _look(files: Sequence[Path]) -> list[object]:
+    """What changes with a file, of every file."""
+    found: list[object] = []
+    for file in files:
         try:
-            lines = Path(entry).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"{entry} is neither a peer id nor a file of them that can be read") from exc
-        for number, line in enumerate(lines, 1):
-            text = line.partition("#")[0].strip()
-            if text and not is_peer_id(text):
-                raise ConfigError(f"{entry}, line {number}: {text[:60]!r} is not a peer id")
-            found.update({text} - {""})
-    return frozenset(found)
+            stat = file.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+        except OSError as exc:
+            found.append(exc.errno)
+    return found

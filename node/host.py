@@ -33,6 +33,7 @@ from .identity import Identity, is_peer_id, libp2p_id, verify
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .negotiate import negotiate
+from .shield import shielded
 from .stream import PeerStream
 from .tasks import open_nursery
 from .yamux_stream import StreamRefused
@@ -66,7 +67,9 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
         for address in listen:
             if str(address) not in network.listeners:
                 raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
-        yield Host(identity, config, raw, gate, counts)
+        host = Host(identity, config, raw, gate, counts)
+        nursery.start_soon(gate.follow_files, host.hang_up_on_unwanted)
+        yield host
 
 
 class Host:
@@ -76,6 +79,9 @@ class Host:
         self, identity: Identity, config: HostConfig, libp2p_host: IHost, gate: Gate, counts: Counts
     ) -> None:
         self.peer_id = identity.peer_id
+        self._how_to_ask = f"ask its operator to let in {identity.peer_id}"
+        if not identity.lasting:
+            self._how_to_ask += ", which lasts as long as this process: --identity FILE keeps a name"
         self.sign = identity.sign  # the 64-byte Ed25519 signature of some bytes
         self.verify = verify  # (peer id, bytes, signature)
         self.libp2p = libp2p_host
@@ -256,6 +262,15 @@ class Host:
             if ongoing.error is not None and ongoing.addrs.issuperset(addrs):
                 raise type(ongoing.error)(str(ongoing.error), peer_id) from ongoing.error
 
+    async def hang_up_on_unwanted(self) -> None:
+        """End the connections of peers that the lists do not admit any more."""
+        with shielded(2):
+            async with trio.open_nursery() as nursery:
+                for peer, connections in list(self._network.connections.items()):
+                    if not self.gate.admits(str(peer)):
+                        for each in list(connections):
+                            nursery.start_soon(each.close)
+
     async def ping(self, peer_id: str) -> float:
         """The seconds of one round trip to a connected peer, measured by the muxer: a dozen bytes each way.
 
@@ -344,7 +359,7 @@ class Host:
 
     def _raise_if_turned_away(self, peer_id: str) -> None:
         if self.gate.has_turned_us_away(peer_id):
-            raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}", peer_id)
+            raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
 
 
 def _is_stranger(error: BaseException | None) -> bool:

@@ -12,8 +12,8 @@ class HostConfig:
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")  # multiaddrs; none: only dial out
     swarm_key: Path | None = None  # file with the key of a private swarm; not set: the public swarm
-    allow: tuple[str, ...] = ()  # peer ids, or files with one a line, that alone may connect; none: everybody
-    deny: tuple[str, ...] = ()  # peer ids, or files with one a line, that may not connect
+    allow: tuple[str, ...] = ()  # peers, or files of them, that alone we deal with; clients:PEER: as clients
+    deny: tuple[str, ...] = ()  # peers, or files of them, that we do not deal with; scopes as above
     dial_timeout_s: float = 10.0  # for reaching a peer on any of its addresses, seconds
     dial_stagger_s: float = 0.1  # between the first tries of a peer's addresses, seconds
     stream_timeout_s: float = 10.0  # for opening a stream to a connected peer, seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Identity:
 
     key_pair: KeyPair
     peer_id: str  # base58, "12D3Koo..."
+    lasting: bool = False  # whether it is kept in a file
 
     def sign(self, payload: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `payload`."""
@@ -41,8 +42,22 @@ def new_identity() -> Identity:
     return _identity_of(create_new_key_pair())
 
 
+def client_identity(path: Path | None) -> Identity:
+    """A client's identity: the lasting one of a file, made on first use, or one that is kept nowhere.
+
+    Raises:
+        LocalError: As `load_identity_file`.
+    """
+    return new_identity() if path is None else load_identity_file(path.expanduser())
+
+
 def load_identity(data_dir: Path) -> Identity:
-    """The identity kept in `data_dir`, made on first use.
+    """A node's identity, kept in `data_dir`; see `load_identity_file`."""
+    return load_identity_file(data_dir / KEY_FILE)
+
+
+def load_identity_file(path: Path) -> Identity:
+    """The identity kept in a file, made on first use.
 
     The file holds libp2p's PrivateKey message, as other libp2p programs write it, and is readable by its
     owner alone.
@@ -50,7 +65,6 @@ def load_identity(data_dir: Path) -> Identity:
     Raises:
         LocalError: The file cannot be read, written, or understood.
     """
-    path = data_dir / KEY_FILE
     try:
         if not path.exists():
             _create(path)
@@ -58,12 +72,12 @@ def load_identity(data_dir: Path) -> Identity:
             path.chmod(0o600)
         encoded = path.read_bytes()
     except OSError as exc:
-        raise LocalError(f"cannot keep this node's identity in {path}: {exc.strerror or exc}") from exc
+        raise LocalError(f"cannot keep an identity in {path}: {exc.strerror or exc}") from exc
     try:
         private_key = deserialize_private_key(encoded)
         if not isinstance(private_key, Ed25519PrivateKey):
             raise ValueError("not an Ed25519 key")
-        return _identity_of(KeyPair(private_key, private_key.get_public_key()))
+        return replace(_identity_of(KeyPair(private_key, private_key.get_public_key())), lasting=True)
     except Exception as exc:  # protobuf and PyNaCl each have errors of their own
         raise LocalError(
             f"{path} holds no Ed25519 key: restore it from a backup, or delete it to become a new peer"

@@ -121,6 +121,8 @@ class Relay:
 
     async def _reserve(self, stream: PeerStream) -> None:
         peer_id, config = stream.peer_id, self._config
+        if self._host.gate.refuses(peer_id, "relaying"):
+            raise Refused(Status.PERMISSION_DENIED)
         if not self._is_reachable(stream):
             raise Refused(Status.RESERVATION_REFUSED)
         self._drop_expired()
@@ -159,7 +161,7 @@ class Relay:
         self._drop_expired()
         if not is_peer_id(target):
             raise Refused(Status.MALFORMED_MESSAGE)
-        if target == source:
+        if target == source or self._host.gate.refuses(source, "relaying"):
             raise Refused(Status.PERMISSION_DENIED)
         if target not in self._reserved:
             raise Refused(Status.NO_RESERVATION)

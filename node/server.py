@@ -141,6 +141,9 @@ class SpanServer:
             if isinstance(opening, Move):
                 await self._move_client(opening, control)
                 return
+            if why := self._host.gate.refuses(stream.peer_id, "clients"):
+                await self._turn_away(control, Refused("no_session", _not_a_client(stream.peer_id, why)))
+                return
             if not isinstance(opening, Open):
                 raise ProtocolViolation(
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
@@ -150,9 +153,7 @@ class SpanServer:
             except Refusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
-                with trio.move_on_after(_FAREWELL_S):
-                    await control.send(Refused(refusal.code, printable(str(refusal))))
-                    await control.end()
+                await self._turn_away(control, Refused(refusal.code, printable(str(refusal))))
                 return
             control.max_payload_bytes = self._largest_payload
             await self._run(session)
@@ -161,12 +162,15 @@ class SpanServer:
         """Let a client go on with its session on this stream, a direct one most likely."""
         session = self._sessions.get(move.session)
         if session is None or session.client_id != control.peer_id:
-            with trio.move_on_after(_FAREWELL_S):
-                await control.send(Refused("no_session", "you have no such session here"))
-                await control.end()
+            await self._turn_away(control, Refused("no_session", "you have no such session here"))
             return
         control.max_payload_bytes = self._largest_payload
         await session.go_on_at(control)
+
+    async def _turn_away(self, control: FrameStream, refused: Refused) -> None:
+        with trio.move_on_after(_FAREWELL_S):
+            await control.send(refused)
+            await control.end()
 
     def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
         served, config = self._served, self._config
@@ -281,7 +285,8 @@ class SpanServer:
             attach = await self._first_message(chain)
             if not isinstance(attach, Attach):
                 raise ProtocolViolation(f"a chain stream begins with {type(attach).__name__}", stream.peer_id)
-            session = await self._await_session(attach.session, stream.peer_id)
+            unwanted = self._host.gate.refuses(stream.peer_id, "nodes")
+            session = None if unwanted else await self._await_session(attach.session, stream.peer_id)
             if session is None:
                 await chain.send(Refused("no_session", "no session here expects you as its predecessor"))
                 await chain.end()
@@ -332,3 +337,11 @@ class SpanServer:
             message, _ = await frames.receive()
             return message
         raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
+
+
+def _not_a_client(peer_id: str, why: str) -> str:
+    """What a client that the lists shut out is told. It may be of any version: how to ask stands in here."""
+    return (
+        f"this node does not serve client {peer_id}: {why}; ask its operator to add that id, "
+        "which a client keeps by --identity FILE and otherwise changes at every start"
+    )

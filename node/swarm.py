@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from p2pinfer.errors import PeerUnreachable
+from p2pinfer.errors import NotAdmitted, PeerUnreachable
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
@@ -94,7 +94,10 @@ class SwarmMember:
 
     def announcements(self, revision: str) -> list[Announcement]:
         """Who serves `revision`, ourselves included; not those whom we have nothing to do with."""
-        return [peer for peer in self._view.live(revision) if self.host.gate.admits(peer.peer_id)]
+        return [peer for peer in self._view.live(revision) if self._deals_with(peer.peer_id)]
+
+    def _deals_with(self, peer_id: str) -> bool:
+        return peer_id == self.peer_id or self.host.gate.admits(peer_id, "nodes")
 
     def lookalikes(self, spec: ModelSpec) -> list[Announcement]:
         """Who serves the weights of `spec` under a config by which they compute something else."""
@@ -104,7 +107,7 @@ class SwarmMember:
             if peer.weights
             and peer.weights == spec.weights
             and peer.revision != spec.revision
-            and self.host.gate.admits(peer.peer_id)
+            and self._deals_with(peer.peer_id)
         ]
 
     async def join(self, revision: str) -> None:
@@ -134,9 +137,12 @@ class SwarmMember:
         """Like `wait_settled`, for those who can do nothing on their own. Who has connected may take longer.
 
         Raises:
+            NotAdmitted: All those that there are to ask answered, and turned us away.
             PeerUnreachable: Nobody answered in time, or there is nobody to ask.
         """
         settled = await self.wait_settled(timeout_s)
+        if not settled and self._neighbourhood.decided.is_set():
+            raise NotAdmitted(f"no peer of the swarm lets us in: {self._neighbourhood.describe_failures()}")
         if not settled and self.host.connected_peers():
             settled = await self.wait_settled(SLOW_S)
         if not settled:

@@ -25,7 +25,7 @@ from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import Tokenizer, load_tokenizer
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.identity import new_identity
+from p2pinfer.node.identity import Identity, client_identity
 from p2pinfer.node.swarm import SwarmMember, open_swarm
 from p2pinfer.node.tasks import open_nursery
 from p2pinfer.node.wire import CODECS, Codec
@@ -71,6 +71,9 @@ class Client:
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
         audit: How often peers are checked, and what that may take.
         verifier: Who says whether a peer's output is right; by default, its blocks run again here.
+        identity: A lasting name, or the file that it is kept in, made on first use, so that an operator can
+            put this client on a list. Every node it uses can follow that name; by default there is a new
+            one each time. `config.identity_file` says the same.
 
     Raises:
         PolicyError: There is no such policy.
@@ -98,6 +101,7 @@ class Client:
         on_wait: Callable[[Waiting], None] = lambda _: None,
         audit: AuditConfig | None = None,
         verifier: Verifier | None = None,
+        identity: str | Path | Identity | None = None,
     ) -> None:
         self.ledger = reputation or Ledger()
         self._keeps_ledger = reputation is None
@@ -118,6 +122,7 @@ class Client:
         self._routing_config = routing_config
         self._audit_config = audit or AuditConfig()
         self._verifier = verifier
+        self._identity = identity
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
         self._source: ModelSource
@@ -131,10 +136,11 @@ class Client:
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
             self._source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
+            identity = await trio.to_thread.run_sync(self._own_identity)
             if self._keeps_ledger:
                 self.ledger = await stack.enter_async_context(kept_ledger(self._data_dir))
             self._member = await stack.enter_async_context(
-                open_swarm(new_identity(), self._host_config, self._bootstrap, self._data_dir)
+                open_swarm(identity, self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
             self._navigator = Navigator(
@@ -323,6 +329,12 @@ class Client:
         return "float32"
 
     # ------------------------------------------------------------------ loading
+
+    def _own_identity(self) -> Identity:
+        given = self._identity
+        if isinstance(given, Identity):
+            return given
+        return client_identity(self._config.identity_file if given is None else Path(given))
 
     def _resolve(self) -> ModelSource:
         return resolve_model(

@@ -6,6 +6,7 @@ Apart from the code that goes by it, so that a wrong setting is told before torc
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.config import check_target
@@ -21,6 +22,7 @@ class ClientConfig:
     policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
     busy_pause_s: float = 2.0  # how long a peer that refused for want of room is left alone, seconds
     max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
+    identity_file: Path | None = None  # a lasting name, by which this client can be followed; not set: none
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 

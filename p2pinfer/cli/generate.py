@@ -16,7 +16,18 @@ import click
 from p2pinfer.errors import ConfigError, LocalError, P2PInferError
 
 from .failures import OutputClosed
-from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, MODEL, SWARM_KEY, Invocation, command, setting
+from .invocation import (
+    ALLOW,
+    BOOTSTRAP,
+    DATA_DIR,
+    DENY,
+    IDENTITY,
+    MODEL,
+    SWARM_KEY,
+    Invocation,
+    command,
+    setting,
+)
 from .terminal import note, print_note, write_out
 
 if TYPE_CHECKING:
@@ -49,6 +60,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @SWARM_KEY
 @ALLOW
 @DENY
+@IDENTITY
 @setting("audit.rate", "--audit-rate SHARE", "Of hops to check. [default: more where less is known]")
 @setting(
     "client.policy",
@@ -184,7 +196,7 @@ def _kept(
 def _command_to_resume(name: str, call: Invocation) -> str:
     """With what was said of model, swarm and folder, which a token does not hold."""
     words = ["p2pinfer", "generate", "--resume", name]
-    for key in ("model", "bootstrap", "data_dir"):
+    for key in ("model", "bootstrap", "host.swarm_key", "client.identity_file", "data_dir"):
         if key in call.flags:
             flag = call.flags[key]
             many = isinstance(flag.value, tuple)

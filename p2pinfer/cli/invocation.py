@@ -207,11 +207,21 @@ SWARM_KEY = setting(
 ALLOW = setting(
     "host.allow",
     "--allow PEER_OR_FILE",
-    "Deal with these peers alone: a peer id, or a file with one a line; may be repeated.",
+    "Deal with these peers alone: a peer id, or a file with one a line; may be repeated. "
+    "With clients:, nodes: or relaying: before it, that alone is meant.",
     multiple=True,
 )
 DENY = setting(
-    "host.deny", "--deny PEER_OR_FILE", "Never deal with these peers; may be repeated.", multiple=True
+    "host.deny",
+    "--deny PEER_OR_FILE",
+    "Never deal with these peers, in the same way; may be repeated.",
+    multiple=True,
+)
+IDENTITY = setting(
+    "client.identity_file",
+    "--identity FILE",
+    "Have a lasting name, kept there, that operators can list and nodes can follow. "
+    "[default: a new one each time]",
 )
 DATA_DIR = setting("data_dir", "--data-dir DIR", "Where the identity and config.toml are.")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import click
 
-from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, MODEL, SWARM_KEY, Invocation, command
+from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, IDENTITY, MODEL, SWARM_KEY, Invocation, command
 
 SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what they know
 
@@ -19,6 +19,7 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 @SWARM_KEY
 @ALLOW
 @DENY
+@IDENTITY
 @DATA_DIR
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
 def swarm(call: Invocation, watch: bool) -> None:
@@ -26,17 +27,18 @@ def swarm(call: Invocation, watch: bool) -> None:
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
     import trio
 
+    from p2pinfer.client_config import ClientConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.source import resolve_model
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.identity import new_identity
+    from p2pinfer.node.identity import client_identity
     from p2pinfer.node.swarm import open_swarm
 
     from .progress import Bars
     from .running import run
     from .view import look_at, print_view, watch_swarm
 
-    settings = call.settings(HostConfig)
+    settings = call.settings(HostConfig, ClientConfig)
     shared = settings.build(SharedConfig)
     progress = Bars(quiet=call.json or call.quiet)
 
@@ -48,7 +50,8 @@ def swarm(call: Invocation, watch: bool) -> None:
         )
         spec = source.spec
         host_config = replace(settings.build(HostConfig), listen=())
-        async with open_swarm(new_identity(), host_config, shared.bootstrap, shared.data_dir) as member:
+        identity = client_identity(settings.build(ClientConfig).identity_file)
+        async with open_swarm(identity, host_config, shared.bootstrap, shared.data_dir) as member:
             await member.join(spec.revision)
             await member.reach_somebody(SETTLE_S)
             if watch:

@@ -7,14 +7,15 @@ from contextlib import suppress
 import pytest
 import trio
 
-from p2pinfer.errors import PeerRefused, PeerUnreachable, PeerVanished
+from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
 from p2pinfer.node.circuit import STOP_PROTOCOL, reserve, serve_circuits
 from p2pinfer.node.circuit_stream import HOP_PROTOCOL
 from p2pinfer.node.host import Host, HostConfig
+from p2pinfer.node.identity import new_identity
 from p2pinfer.node.relay import Relay
 from p2pinfer.node.relay_config import RelayConfig
 
-from .support import DEAD, ECHO, StartHost, accept, echo, receive_exactly
+from .support import DEAD, ECHO, LOOPBACK, StartHost, accept, echo, receive_exactly
 
 NONSENSE = [b"", b"\xff\xff\xff\xff", b"\x05hello", b"\x02\x08\x02", b"\x80\x80\x01", b"\x02\x08\x01"]
 
@@ -97,6 +98,25 @@ async def test_a_dead_address_costs_no_head_start(start_host: StartHost) -> None
     server = await behind(relay, start_host)
     await client.connect(server.peer_id, [DEAD, *server.addrs])
     assert client.connection_kind(server.peer_id) == "relayed"
+
+
+@pytest.mark.parametrize("listed", ["deny", "allow"])
+async def test_a_relay_carries_for_those_on_its_list(start_host: StartHost, listed: str) -> None:
+    """Who is not may connect all the same, and have its blocks or its prompt served."""
+    friend, stranger = new_identity(), new_identity()
+    entry = f"relaying:{(friend if listed == 'allow' else stranger).peer_id}"
+    relay = await start_host(HostConfig(listen=LOOPBACK.listen, **{listed: (entry,)}))  # type: ignore[arg-type]
+    start_relay(relay)
+    carried, other = [await start_host(HostConfig(listen=()), each) for each in (friend, stranger)]
+    for host in (carried, other):
+        serve_circuits(host, ignore)
+        await host.connect(relay.peer_id, relay.addrs)
+    await reserve(carried, relay.peer_id)
+    with pytest.raises(PeerError):
+        await reserve(other, relay.peer_id)
+    with pytest.raises(PeerUnreachable):
+        await other.connect(carried.peer_id, [f"{relay.addrs[0]}/p2p-circuit"])
+    assert other.connection_kind(relay.peer_id) == "direct"
 
 
 async def test_nobody_is_connected_with_a_peer_that_did_not_ask_for_it(start_host: StartHost) -> None:

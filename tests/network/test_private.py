@@ -12,7 +12,7 @@ import trio
 from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
 from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.identity import new_identity
+from p2pinfer.node.identity import client_identity, new_identity
 from p2pinfer.node.snapshot import serve_snapshots
 from p2pinfer.node.swarm_key import make_swarm_key
 from p2pinfer.node.view import SwarmView
@@ -88,7 +88,9 @@ async def refused(alice: Host, bob: Host) -> PeerError:
 
 
 @pytest.mark.parametrize("listed", ["allow", "deny"])
-async def test_who_is_not_let_in_is_told_so(start_host: StartHost, listed: str) -> None:
+async def test_who_is_not_let_in_is_told_so(
+    start_host: StartHost, listed: str, caplog: pytest.LogCaptureFixture
+) -> None:
     anna, eve = new_identity(), new_identity()
     lists = {"allow": (anna.peer_id,)} if listed == "allow" else {"deny": (eve.peer_id,)}
     bob = await start_host(replace(LOOPBACK, **lists))  # type: ignore[arg-type]
@@ -98,8 +100,37 @@ async def test_who_is_not_let_in_is_told_so(start_host: StartHost, listed: str) 
     error = await refused(unwelcome, bob)
     assert isinstance(error, NotAdmitted)
     assert "we are on its deny list, or not on its allow list" in str(error)
+    assert f"ask its operator to let in {eve.peer_id}" in str(error)
+    assert "which lasts as long as this process: --identity FILE keeps a name" in str(error)
     assert bob.connected_peers() == [anna.peer_id]
     assert bob.counts.by_label("refusals") == {"gated": 1}
+    (told,) = [record.getMessage() for record in of_ours(caplog)]
+    assert told.startswith(f"turned away a connection of peer {eve.peer_id}: it is ")
+    assert listed in told
+
+
+async def test_who_has_a_lasting_name_is_not_told_to_take_one(start_host: StartHost, tmp_path: Path) -> None:
+    eve = client_identity(tmp_path / "client.key")
+    bob = await start_host(replace(LOOPBACK, deny=(eve.peer_id,)))
+    error = await refused(await start_host(identity=eve), bob)
+    assert str(error).endswith(f"ask its operator to let in {eve.peer_id}")
+
+
+async def test_who_comes_onto_the_deny_list_is_hung_up_on(
+    start_host: StartHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.gate.LOOK_S", 0.02)
+    listed = tmp_path / "unwanted"
+    listed.touch()
+    alice, bob = await start_host(), await start_host(replace(LOOPBACK, deny=(str(listed),)))
+    await alice.connect(bob.peer_id, bob.addrs)
+    await trio.sleep(0.1)
+    assert bob.connected_peers() == [alice.peer_id]
+    listed.write_text(alice.peer_id)
+    with trio.fail_after(AT_ONCE_S):
+        while alice.connected_peers():
+            await trio.sleep(0.01)
+    assert isinstance(await refused(alice, bob), NotAdmitted)
 
 
 async def test_a_peer_that_is_denied_is_not_dialled_either(start_host: StartHost) -> None:

@@ -9,9 +9,18 @@ import trio
 import trio.testing
 
 from p2pinfer.errors import ConfigError
-from p2pinfer.node.gate import GATED, MAX_REMEMBERED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate, reason
+from p2pinfer.node.gate import (
+    GATED,
+    MAX_REMEMBERED,
+    RATE_LIMITED,
+    RESOURCE_LIMIT_EXCEEDED,
+    TOLD_AT_ONCE,
+    Gate,
+    reason,
+)
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.identity import new_identity
+from p2pinfer.node.peer_lists import SCOPES
 
 ANNA, BEN, EVE = (new_identity().peer_id for _ in range(3))
 
@@ -100,3 +109,79 @@ def test_who_turned_us_away_is_remembered_until_asked_and_not_without_end() -> N
 def test_a_number_of_ours_has_a_reason_and_another_has_none() -> None:
     assert all(reason(code) for code in (GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED))
     assert reason(0) == reason(12345) == ""
+
+
+def test_a_list_of_clients_shuts_out_no_node() -> None:
+    gate = Gate(HostConfig(allow=(f"clients:{ANNA}",), deny=(f"relaying:{BEN}",)))
+    assert [gate.admits(EVE, scope) for scope in SCOPES] == [False, True, True]
+    assert [gate.admits(ANNA, scope) for scope in SCOPES] == [True, True, True]
+    assert [gate.admits(BEN, scope) for scope in SCOPES] == [False, True, False]
+    assert all(gate.lets_in(peer) for peer in (ANNA, BEN, EVE))
+    assert gate.refuses(EVE, "clients") == "it is not on the allow list"
+    assert gate.refuses(BEN, "relaying") == "it is on the deny list"
+    assert gate.refuses(ANNA, "clients") == ""
+
+
+def test_who_is_wanted_for_nothing_may_not_connect() -> None:
+    gate = Gate(HostConfig(deny=tuple(f"{scope}:{EVE}" for scope in SCOPES)))
+    assert not gate.admits(EVE)
+    assert not gate.lets_in(EVE)
+
+
+def test_refusals_are_told_once_a_minute_for_a_peer_and_a_few_for_all(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = Gate(HostConfig(allow=(ANNA,)))
+    for _ in range(3):
+        gate.lets_in(BEN)
+        gate.refuses(BEN, "clients")
+    (told,) = caplog.messages
+    assert BEN in told
+    assert "it is not on the allow list" in told
+    for _ in range(50):
+        gate.lets_in(new_identity().peer_id)
+    assert len(caplog.messages) == TOLD_AT_ONCE
+
+
+async def test_a_file_that_changes_counts_from_then_on_and_a_broken_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = tmp_path / "friends"
+    listed.write_text(f"{ANNA}\n")
+    gate = Gate(HostConfig(allow=(str(listed), BEN)))
+    assert not await gate.look_at_files()
+    assert (gate.admits(ANNA), gate.admits(EVE)) == (True, False)
+    listed.write_text(f"{EVE} nodes\n# Anna has left\n")
+    assert await gate.look_at_files()
+    assert [gate.admits(peer) for peer in (ANNA, BEN, EVE)] == [False, True, True]
+    assert not gate.admits(EVE, "clients")
+    listed.write_text("eve\n")
+    assert not await gate.look_at_files()
+    listed.unlink()
+    assert not await gate.look_at_files()
+    assert not await gate.look_at_files()
+    assert gate.admits(EVE)
+    assert len(caplog.messages) == 2
+    assert "'eve' is not a peer id; what the lists said before still counts" in caplog.messages[0]
+    listed.write_text("")
+    assert await gate.look_at_files()
+    assert [gate.admits(peer) for peer in (ANNA, BEN, EVE)] == [False, True, False]
+
+
+async def test_files_are_looked_at_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pinfer.node.gate.LOOK_S", 0.01)
+    listed, changed = tmp_path / "friends", trio.Event()
+    listed.write_text(f"{ANNA}\n")
+    gate = Gate(HostConfig(deny=(str(listed),)))
+
+    async def on_change() -> None:
+        changed.set()
+        await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.follow_files, on_change)
+        listed.write_text(f"{ANNA}\n{BEN}\n")
+        with trio.fail_after(5):
+            await changed.wait()
+        assert not gate.admits(BEN)
+        nursery.cancel_scope.cancel()

@@ -8,6 +8,9 @@ from p2pinfer.errors import PeerRefused, PeerVanished
 from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.frames import FrameStream, encode_header
+from p2pinfer.node.gate import Gate
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.identity import new_identity
 from p2pinfer.node.wire import CHAIN_PROTOCOL, SESSION_PROTOCOL, Attach, End, Move, Opened, Step
 
 from .chain_swarm import SESSION, hidden_states, open_swarm, refusal
@@ -138,6 +141,31 @@ async def test_only_the_named_predecessor_may_feed_a_session(checkpoint: Checkpo
             assert (await refusal(chain)).code == "no_session"
         await control.send(Step(0, 0, 0, 1, 1), bytes(1280))  # nor may the client
         assert (await refusal(control)).code == "protocol"
+
+
+async def test_who_is_not_listed_as_a_client_is_told_how_to_ask(checkpoint: Checkpoint) -> None:
+    listed = new_identity().peer_id
+    async with open_swarm(checkpoint) as swarm:
+        swarm.network.hosts["a"].gate = Gate(HostConfig(allow=(f"clients:{listed}",)))
+        refused = await refusal(await swarm.ask())
+        assert refused.code == "no_session"  # a code that clients of any version know
+        assert refused.message.startswith(
+            "this node does not serve client client: it is not on the allow list;"
+        )
+        assert "--identity FILE" in refused.message
+        assert swarm.servers["a"].sessions == 0
+
+
+async def test_who_is_not_listed_as_a_node_feeds_no_session(checkpoint: Checkpoint) -> None:
+    listed = new_identity().peer_id
+    async with open_swarm(checkpoint) as swarm:
+        swarm.network.hosts["a"].gate = Gate(HostConfig(allow=(f"nodes:{listed}",)))
+        swarm.network.host("friend")
+        control = await swarm.ask(predecessor="friend")
+        assert isinstance((await control.receive())[0], Opened)
+        chain = await swarm.frames("a", CHAIN_PROTOCOL, "friend")
+        await chain.send(Attach(SESSION))
+        assert (await refusal(chain)).code == "no_session"
 
 
 async def test_a_predecessor_that_says_something_else_ends_the_session(checkpoint: Checkpoint) -> None:
