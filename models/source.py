@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from p2pinfer.errors import ModelNotFound
+from p2pinfer.folders import expand
+from p2pinfer.text_files import is_text
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .progress import Progress
@@ -55,7 +57,9 @@ def resolve_model(
     """
     if model == BUNDLED_MODEL:
         return FolderSource(Path(__file__).with_name(BUNDLED_MODEL), cache_dir=cache_dir, progress=progress)
-    folder = Path(model).expanduser()
+    folder = expand(model)
+    if model and folder.is_dir() and not is_text(str(folder.resolve())):
+        raise ModelNotFound(f"{model}: the path is not UTF-8 text, and safetensors opens no other; rename it")
     if model and folder.is_dir():
         return FolderSource(folder, cache_dir=cache_dir, progress=progress)
     if model and folder.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.text_files import is_text
 
 from .defaults import complete_config, max_positions
 from .numbers import numbers_of, revision_digest, weights_digest
@@ -72,14 +73,32 @@ def read_json(path: Path) -> dict[str, Any] | None:
         CheckpointError: The file cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())  # which knows byte order marks
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}; fetch it again") from exc
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return cast("dict[str, Any]", content)
+    return cast("dict[str, Any]", _as_text(content))
+
+
+def _as_text(value: Any) -> Any:
+    """`value` with U+FFFD for every half of a surrogate pair: JSON can say it, and no encoding write it."""
+    match value:
+        case str():
+            return (
+                value
+                if is_text(value)
+                else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            )
+        case dict():
+            entries = cast("dict[str, Any]", value).items()
+            return {_as_text(name): _as_text(entry) for name, entry in entries}
+        case list():
+            return [_as_text(part) for part in cast("list[object]", value)]
+        case _:
+            return value
 
 
 def model_spec(

@@ -14,6 +14,7 @@ from typing import Any, cast
 import tokenizers
 
 from p2pinfer.errors import CheckpointError, ConfigError
+from p2pinfer.text_files import read_text
 
 from .pieces import PieceDecoder
 from .spec import read_json
@@ -144,8 +145,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no tokenizer.json; write one with transformers' AutoTokenizer")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as exc:  # the Rust side raises plain Exception
+        backend = tokenizers.Tokenizer.from_str(read_text(path))
+    except Exception as exc:  # the Rust side raises plain Exception, and the file may be unreadable
         raise CheckpointError(f"{path} is damaged: {exc}; fetch it again") from exc
     settings = read_json(folder / "tokenizer_config.json") or {}
     return Tokenizer(backend, eos_ids=_eos_ids(folder, backend, settings))

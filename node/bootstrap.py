@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
+from p2pinfer.text_files import read_text
 
 from .addresses import split_peer
 from .host import Host
@@ -65,7 +66,7 @@ def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer
 def _read(path: Path) -> list[tuple[str, str]]:
     """(address, where it stands) for every line that is more than a comment."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from exc
     named = ((line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import platformdirs
-
 from p2pinfer.errors import ConfigError
+from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
@@ -72,8 +71,8 @@ class NodeConfig:
     blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most
     num_blocks: int | None = None  # serve at most this many; None: as many as fit
     no_blocks: bool = False  # serve none: introduce peers to each other
-    data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("p2pinfer"))  # identity
-    cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("p2pinfer"))  # weights
+    data_dir: Path = field(default_factory=data_folder)  # identity
+    cache_dir: Path = field(default_factory=cache_folder)  # weights
     weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
     bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
     metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics

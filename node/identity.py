@@ -16,6 +16,7 @@ from libp2p.crypto.serialization import deserialize_private_key
 from libp2p.peer.id import ID
 
 from p2pinfer.errors import LocalError
+from p2pinfer.folders import expand
 
 KEY_FILE = "identity.key"
 
@@ -48,7 +49,7 @@ def client_identity(path: Path | None) -> Identity:
     Raises:
         LocalError: As `load_identity_file`.
     """
-    return new_identity() if path is None else load_identity_file(path.expanduser())
+    return new_identity() if path is None else load_identity_file(expand(path))
 
 
 def load_identity(data_dir: Path) -> Identity:
@@ -72,7 +73,9 @@ def load_identity_file(path: Path) -> Identity:
             path.chmod(0o600)
         encoded = path.read_bytes()
     except OSError as exc:
-        raise LocalError(f"cannot keep an identity in {path}: {exc.strerror or exc}") from exc
+        raise LocalError(
+            f"cannot keep an identity in {path}: {exc.strerror or exc}; name another folder by --data-dir"
+        ) from exc
     try:
         private_key = deserialize_private_key(encoded)
         if not isinstance(private_key, Ed25519PrivateKey):

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast, get_args
 
 from p2pinfer.errors import ConfigError
+from p2pinfer.folders import expand
+from p2pinfer.text_files import read_text
 
 from .identity import is_peer_id
 
@@ -64,7 +66,7 @@ def read_lists(entries: Sequence[str]) -> PeerList:
 def files_of(entries: Sequence[str]) -> list[Path]:
     """The files among `entries`."""
     texts = (_split(entry)[1] for entry in entries)
-    return [Path(text).expanduser() for text in texts if not is_peer_id(text)]
+    return [expand(text) for text in texts if not is_peer_id(text)]
 
 
 def _split(entry: str) -> tuple[frozenset[Scope], str]:
@@ -85,7 +87,7 @@ def _scopes(words: Sequence[str], where: str) -> frozenset[Scope]:
 
 def _read(file: str, scopes: frozenset[Scope]) -> Iterator[tuple[str, frozenset[Scope]]]:
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(expand(file)).splitlines()
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{file} is neither a peer id nor a file of them that can be read") from exc
     for number, line in enumerate(lines, 1):

@@ -19,6 +19,7 @@ from typing import Final
 from Crypto.Cipher import Salsa20
 
 from p2pinfer.errors import ConfigError
+from p2pinfer.text_files import decode_text
 
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 24
@@ -53,7 +54,7 @@ def load_swarm_key(path: Path) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_FILE_BYTES).decode()
+            text = decode_text(file.read(_MAX_FILE_BYTES))
     except OSError as exc:
         raise ConfigError(f"the swarm key {path} cannot be read: {exc.strerror or exc}") from exc
     except UnicodeDecodeError:

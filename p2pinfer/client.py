@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import platformdirs
 import trio
 
 from p2pinfer.errors import PeerError
+from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.progress import Progress
@@ -114,8 +114,8 @@ class Client:
         self._bootstrap = tuple(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
         self._session_config = session_config or SessionConfig()
-        self._cache_dir = cache_dir or platformdirs.user_cache_path("p2pinfer")
-        self._data_dir = data_dir or platformdirs.user_data_path("p2pinfer")
+        self._cache_dir = cache_dir or cache_folder()
+        self._data_dir = data_dir or data_folder()
         self._weights_bytes = weights_bytes
         self._progress = progress
         self._on_wait = on_wait

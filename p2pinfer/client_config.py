@@ -10,6 +10,7 @@ from pathlib import Path
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.config import check_target
+from p2pinfer.text_files import is_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class GenerationConfig:
         stop: object = self.stop
         if isinstance(stop, str):  # whose characters would each be a stop
             raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
+        if not all(is_text(text) for text in self.stop):
+            raise ConfigError("a stop holds half of a surrogate pair, which is in no text; leave it out")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
 

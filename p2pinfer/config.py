@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
-import platformdirs
 
+from p2pinfer import text_files
 from p2pinfer.errors import ConfigError
+from p2pinfer.folders import cache_folder, config_folder, data_folder, expand
 
 ENV_PREFIX = "P2PINFER_"
 ENV_CONFIG = "P2PINFER_CONFIG"
@@ -51,15 +52,12 @@ class SharedConfig:
 
     model: str = "tiny-stories"  # a Hugging Face id, a folder, or the bundled tiny-stories
     bootstrap: tuple[str, ...] = ()  # peers to dial first; empty: those of bootstrap_peers.txt
-    data_dir: Path = field(  # where identity and config.toml are kept
-        default_factory=lambda: Path(platformdirs.user_data_dir("p2pinfer"))
-    )
-    cache_dir: Path = field(  # where downloaded models are kept
-        default_factory=lambda: Path(platformdirs.user_cache_dir("p2pinfer"))
-    )
+    data_dir: Path = field(default_factory=data_folder)  # where identity and config.toml are kept
+    cache_dir: Path = field(default_factory=cache_folder)  # where downloaded models are kept
     weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
 
 
+_MAY_NAME_FILES = ("model", "host.allow", "host.deny")
 SHARED = frozenset(each.name for each in dataclasses.fields(SharedConfig))
 
 
@@ -180,8 +178,8 @@ def config_file(
     flag = flags.get("data_dir")
     data_dir = flag.value if flag else environ.get(f"{ENV_PREFIX}DATA_DIR")
     folders = [
-        Path(str(data_dir)) if data_dir else SharedConfig().data_dir,
-        Path(platformdirs.user_config_dir("p2pinfer")),
+        expand(str(data_dir)) if data_dir else SharedConfig().data_dir,
+        config_folder(),
     ]
     return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
 
@@ -220,7 +218,7 @@ def _defaults(config: type[Any]) -> Iterator[Setting]:
 
 def _read_file(path: Path, settings: Mapping[str, Setting]) -> Iterator[tuple[str, object]]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(text_files.read_text(path))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
     for name, value in content.items():
@@ -260,6 +258,7 @@ def _reject(key: str, origin: str, known: Iterator[str] | Mapping[str, Any] | li
 
 
 def _set(setting: Setting, value: object, origin: str, is_text: bool) -> Setting:
+    _check_text(setting, value, origin)
     if is_text and isinstance(value, str) and _is_list(setting.type):
         value = _split(value, setting, origin)
     try:
@@ -270,6 +269,15 @@ def _set(setting: Setting, value: object, origin: str, is_text: bool) -> Setting
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(f"{origin}: {setting.key} must be a finite number, not {_shown(value)}")
     return dataclasses.replace(setting, value=converted, origin=origin)
+
+
+def _check_text(setting: Setting, value: object, origin: str) -> None:
+    """A flag or variable may hold bytes that are no UTF-8; where it names a file, that is as it should be."""
+    words = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+    if setting.key in _MAY_NAME_FILES or Path in (setting.type, *get_args(setting.type)):
+        return
+    if any(isinstance(word, str) and not text_files.is_text(word) for word in words):
+        raise ConfigError(f"{origin}: {setting.key} is not UTF-8 text")
 
 
 def _split(text: str, setting: Setting, origin: str) -> object:
@@ -285,7 +293,7 @@ def _split(text: str, setting: Setting, origin: str) -> object:
 def _decode(kind: type[Any], value: object) -> object:
     """What msgspec does not know: paths, written as text."""
     if isinstance(value, str) and issubclass(kind, Path):
-        return Path(value).expanduser()
+        return expand(value)
     raise msgspec.ValidationError(f"{value!r} is no {kind.__name__}")
 
 

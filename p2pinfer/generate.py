@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import trio
 from torch import Tensor
@@ -23,6 +24,7 @@ from p2pinfer.models.ends import Ends
 from p2pinfer.models.sampling import Sampler, SamplingConfig
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import Tokenizer
+from p2pinfer.text_files import is_text
 
 from .client_config import GenerationConfig as GenerationConfig
 from .patience import Outage, Patience, Waiting
@@ -74,6 +76,12 @@ class GenerationResult:
     failovers: int
 
 
+# Tokenizing takes a second for a few hundred thousand words, so of a prompt that is far too long only the
+# beginning is looked at. Few texts have so many characters a token; where it is cut moves the last tokens.
+_CHARS_PER_TOKEN: Final = 16
+_EDGE_TOKENS: Final = 64
+
+
 def new_state(
     spec: ModelSpec, tokenizer: Tokenizer, prompt: str, config: GenerationConfig
 ) -> GenerationState:
@@ -83,11 +91,17 @@ def new_state(
         PromptTooLong: The prompt leaves no room in the model's context.
         ConfigError: There is no token to begin with, or the model cannot draw tokens like that.
     """
-    prompt_ids = tuple(tokenizer.encode(prompt))
+    if not is_text(prompt):
+        raise ConfigError("the prompt holds half of a surrogate pair, which is no text; leave it out")
+    beginning = prompt[: _CHARS_PER_TOKEN * spec.max_positions]
+    prompt_ids = tuple(tokenizer.encode(beginning))
+    if len(prompt_ids) <= spec.max_positions + _EDGE_TOKENS and len(beginning) < len(prompt):
+        prompt_ids = tuple(tokenizer.encode(prompt))
     room = spec.max_positions - len(prompt_ids)
     if room < 1:
+        over = "over " if len(beginning) < len(prompt) else ""
         raise PromptTooLong(
-            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes "
+            f"the prompt is {over}{len(prompt_ids)} tokens long and {spec.model} takes "
             f"{spec.max_positions}, the answer included; shorten it"
         )
     if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:

@@ -12,6 +12,7 @@ from typing import Annotated, Final
 import msgspec
 
 from p2pinfer.errors import LocalError
+from p2pinfer.text_files import decode_text
 
 from .account import Account
 from .attestation import PeerId
@@ -41,8 +42,8 @@ def import_ledger(ledger: Ledger, exported: bytes, now: float) -> int:
     if len(exported) > MAX_EXPORT_BYTES:
         raise LocalError(f"an export of {len(exported)} bytes; {MAX_EXPORT_BYTES} are allowed")
     try:
-        decoded = msgspec.json.decode(exported, type=_Export)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        decoded = msgspec.json.decode(decode_text(exported), type=_Export)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
         raise LocalError(f"this is no exported ledger: {exc}") from exc
     for peer_id, record in decoded.peers.items():
         ledger.merge(peer_id, record, now)

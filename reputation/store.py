@@ -198,7 +198,7 @@ def open_store(path: Path, config: LedgerConfig | None = None) -> LedgerStore:
         ) from exc
     except (OSError, sqlite3.Error) as exc:
         said = getattr(exc, "strerror", None) or exc
-        raise LocalError(f"cannot keep the ledger {path}: {said}") from exc
+        raise LocalError(f"cannot keep the ledger {path}: {said}; name another folder by --data-dir") from exc
     return LedgerStore(path, connection, config or LedgerConfig())
 
 

@@ -469,6 +469,35 @@ def test_a_prompt_is_limited_where_its_length_would_turn_its_tokens(
         new_state(spec, tokenizer, long, GenerationConfig())
 
 
+async def test_of_a_prompt_that_is_far_too_long_a_beginning_is_looked_at(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten megabytes are a second or more of tokenizing; a long text of few tokens is looked at whole."""
+    looked_at: list[int] = []
+    encode = tokenizer.encode
+
+    def spy(text: str) -> list[int]:
+        looked_at.append(len(text))
+        return [7] if text.startswith("long") else encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    async with open_memory_swarm(checkpoint) as swarm:
+        with pytest.raises(PromptTooLong, match=r"the prompt is over \d+ tokens long"):
+            start(Walk(swarm), swarm, ends, tokenizer, "word " * 2_000_000)
+        assert looked_at == [16 * 1024]
+        start(Walk(swarm), swarm, ends, tokenizer, "long" * 10_000)
+        assert looked_at[1:] == [16 * 1024, 40_000]
+
+
+@pytest.mark.parametrize("options", [{"prompt": "caf\udce9"}, {"stop": ("\ud83d",)}])
+async def test_half_a_character_is_refused_where_it_is_given(
+    options: dict[str, Any], checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        with pytest.raises(ConfigError, match="half of a surrogate pair"):
+            start(Walk(swarm), swarm, ends, tokenizer, **options)
+
+
 async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_that(
     checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,15 +14,18 @@ from typing import NoReturn
 import click
 from click.shell_completion import get_completion_class
 
+from p2pinfer.errors import LocalError
+
 from .doctor import doctor
 from .failures import Failure, OutputClosed, describe_failure
 from .generate import generate
+from .invocation import Invocation, command, help_option
 from .keygen import keygen
 from .node import node
 from .plain import printable
 from .reputation import reputation
 from .swarm import swarm
-from .terminal import note, write_out
+from .terminal import note, occupy_streams, spare_no_text, write_out
 
 PROGRAM = "p2pinfer"
 _SHELLS = ("bash", "fish", "zsh")
@@ -37,6 +40,9 @@ class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of a newcomer's questions, not of the alphabet
 
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        return help_option()
+
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
@@ -50,7 +56,6 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     PROGRAM,
     cls=_Group,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
     "--version",
@@ -74,16 +79,18 @@ def app(ctx: click.Context) -> None:
         write_out(ctx.get_help() + "\n")
 
 
-@app.command()
+@command(
+    "completion",
+    examples=[
+        'eval "$(p2pinfer completion bash)"          # in ~/.bashrc',
+        'eval "$(p2pinfer completion zsh)"           # in ~/.zshrc',
+        "p2pinfer completion fish | source           # in ~/.config/fish/config.fish",
+    ],
+)
 @click.argument("shell", type=click.Choice(_SHELLS))
-def completion(shell: str) -> None:
-    """Print what makes a shell complete p2pinfer's commands.
-
-    \b
-    bash: eval "$(p2pinfer completion bash)"            in ~/.bashrc
-    zsh:  eval "$(p2pinfer completion zsh)"             in ~/.zshrc
-    fish: p2pinfer completion fish | source             in ~/.config/fish/config.fish
-    """
+def completion(call: Invocation, shell: str) -> None:
+    """Print what makes a shell complete commands, options, files, settings, models and peers."""
+    call.settings()
     completer = get_completion_class(shell)
     assert completer is not None, shell
     write_out(completer(app, {}, PROGRAM, "_P2PINFER_COMPLETE").source() + "\n")
@@ -95,7 +102,7 @@ app.add_command(swarm)
 app.add_command(reputation)
 app.add_command(doctor)
 app.add_command(keygen)
-app.add_command(app.commands.pop("completion"))
+app.add_command(completion)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -104,6 +111,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0; 1 for what went wrong, 2 for what was asked wrongly, 70 for a bug, 130 after Ctrl-C.
     """
+    spare_no_text()
     try:
         returned = app.main(list(argv), prog_name=PROGRAM, standalone_mode=False)
     except BaseException as exc:
@@ -124,7 +132,7 @@ def _tell(failure: Failure, error: BaseException, argv: Sequence[str]) -> None:
         note("\n".join(printable(line) for line in lines))
     note(f"{PROGRAM}: {failure.message}")
     if "--json" in own:
-        with suppress(OutputClosed):
+        with suppress(OutputClosed, LocalError):
             write_out(json.dumps(failure.to_dict()) + "\n")
 
 
@@ -136,6 +144,7 @@ def _verbosity(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """The `p2pinfer` command."""
+    occupy_streams()
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     leave(run(sys.argv[1:]))
 
@@ -144,6 +153,6 @@ def leave(exit_code: int) -> NoReturn:
     """End the process without the interpreter's own cleaning up: with torch loaded that takes a second."""
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] - it has no public name
     for stream in (sys.stdout, sys.stderr):  # pragma: no cover - coverage has just stopped counting
-        with suppress(OSError, ValueError):  # nobody reads it any more, or it was closed
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it was closed
             stream.flush()
     os._exit(exit_code)  # pragma: no cover

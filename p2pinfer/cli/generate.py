@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from .invocation import (
     command,
     setting,
 )
+from .prompt import dash_hint, take_prompt
 from .terminal import note, print_note, write_out
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
         "cat prompt.txt | p2pinfer generate --json -",
         'p2pinfer generate --policy my_module:MyPolicy "Once upon a time"',
         "p2pinfer generate --resume 1f9c2a7b",
+        "p2pinfer generate -- '-5 degrees'",
     ],
+    hint=dash_hint,
 )
 @click.argument("prompt", required=False)
 @MODEL
@@ -80,9 +82,10 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 def generate(call: Invocation, prompt: str | None, resume: str | None, echo: bool, stats: bool) -> None:
     """Continue PROMPT on the swarm, and print the text as it comes.
 
-    PROMPT - is read from standard input. With no swarm in reach, the bundled model runs on three nodes that
-    are started on this computer and end with the text. A text that is cut off, by Ctrl-C or because the swarm
-    cannot go on, is kept; --resume prints the rest, as if nothing had happened.
+    PROMPT - is standard input, and so is none where something is piped in. With no swarm in reach, the
+    bundled model runs on three nodes that are started on this computer and end with the text. A text that is
+    cut off, by Ctrl-C or because the swarm cannot go on, is kept; --resume prints the rest, as if nothing had
+    happened.
     """
     from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
@@ -94,7 +97,8 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     settings = call.settings(
         GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig
     )
-    if (prompt is None) == (resume is None):
+    text = prompt if resume is not None else take_prompt(prompt, quiet=call.quiet)
+    if (text is None) == (resume is None):
         raise click.UsageError("give a PROMPT, or --resume and what was said then")
     if resume is not None:
         _check_nothing_asked_for(call)
@@ -103,7 +107,6 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     session_config, audit_config = settings.build(SessionConfig), settings.build(AuditConfig)
     routing_config = settings.build(RoutingConfig)
     check_policy_name(config.policy)
-    text = _read_stdin() if prompt == "-" else prompt
     token = None if resume is None else find_token(resume, shared.data_dir)
     if token is not None:
         decode_state(token)  # a damaged one is told at once
@@ -223,7 +226,7 @@ def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:
 
 def _to_json(generation: Generation, client: Client) -> str:
     told = {**to_dict(generation.result, client), "resume_token": generation.resume_token}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    return json.dumps(told) + "\n"  # in ASCII: the same in every encoding
 
 
 def to_dict(result: GenerationResult, client: Client) -> dict[str, object]:
@@ -253,15 +256,3 @@ def to_dict(result: GenerationResult, client: Client) -> dict[str, object]:
         "failovers": result.failovers,
         "audits": asdict(client.audits),
     }
-
-
-def _read_stdin() -> str:
-    """The prompt from standard input, less the line end that `echo` and editors add.
-
-    Raises:
-        ConfigError: It is not UTF-8.
-    """
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"the prompt on standard input is not UTF-8 text: {exc}") from exc

@@ -13,14 +13,18 @@ from click.shell_completion import CompletionItem
 
 from p2pinfer.config import Flag, Settings, load_settings
 from p2pinfer.errors import ConfigError
+from p2pinfer.folders import is_homeless
 from p2pinfer.models.config import DEVICES as DEVICES
 from p2pinfer.models.config import DTYPES as DTYPES
+from p2pinfer.text_files import is_text
 
 from .log_format import FORMATS, LEVELS
-from .terminal import set_up_logging, write_out
+from .plain import printable
+from .terminal import note, set_up_logging, write_out
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Callback: TypeAlias = Callable[[click.Context, click.Parameter, Any], None]
+_Hint: TypeAlias = Callable[[Sequence[str], Sequence[str]], str]
 _META = "p2pinfer.invocation"
 _HEADINGS = {
     "model": "Model",
@@ -58,6 +62,11 @@ class Invocation:
         if self.print_config:
             write_out(settings.to_json() if self.json else settings.to_toml())
             raise click.exceptions.Exit(0)
+        if settings["data_dir"].origin == "default" and is_homeless() and not self.quiet:
+            note(
+                f"this user has no home directory: things are kept in {settings['data_dir'].value}; "
+                "HOME or --data-dir names a better place"
+            )
         return settings
 
     @property
@@ -84,14 +93,36 @@ class _Command(click.Command):
     """A command whose help groups its options and ends with examples."""
 
     examples: Sequence[str] = ()
+    hint: _Hint | None = None
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        return help_option()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
         try:
-            return super().parse_args(ctx, args)
+            left = super().parse_args(ctx, args)
+            self._check_text(ctx)
+            return left
+        except click.NoSuchOption as exc:
+            options = [
+                name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)
+            ]
+            if self.hint is not None and (said := self.hint(words, options)):
+                raise click.UsageError(f"{exc.format_message()} {said}", ctx) from exc
+            raise
         except click.MissingParameter:
             if _invocation(ctx).print_config:  # what the command would be about need not be said
                 _invocation(ctx).settings()
             raise
+
+    def _check_text(self, ctx: click.Context) -> None:
+        """Words of the command line may hold bytes that are no UTF-8; what names a file is a path by now."""
+        for param in self.get_params(ctx):
+            value: object = ctx.params.get(param.name or "")
+            if isinstance(value, str) and not is_text(value):
+                name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+                raise ConfigError(f"{name} is not UTF-8 text: {printable(value[:60])}")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -122,17 +153,38 @@ class _CommandGroup(_Command, click.Group):
         return list(self.commands)
 
 
+def help_option() -> click.Option:
+    """--help, written as results are: click's own ends with a traceback where a disk is full."""
+
+    def show(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            write_out(ctx.get_help() + "\n")
+            ctx.exit()
+
+    return click.Option(
+        ["-h", "--help"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help="Show this message and exit.",
+    )
+
+
 def command(
-    name: str, *, examples: Sequence[str]
+    name: str, *, examples: Sequence[str], hint: _Hint | None = None
 ) -> Callable[[Callable[Concatenate[Invocation, ...], None]], click.Command]:
     """Make a command of a function, with the switches that all commands have.
 
     The function takes the `Invocation`, and those of its own options that are not settings.
+
+    Args:
+        hint: What to add when an option does not exist, by the command's words and the options that do.
     """
 
     def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Command:
         made = _Command(name, **_parts_of(function))
-        made.examples = examples
+        made.examples, made.hint = examples, hint
         return made
 
     return decorate

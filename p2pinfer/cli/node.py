@@ -26,6 +26,7 @@ from .invocation import (
     command,
     setting,
 )
+from .plain import ascii_json
 from .terminal import write_out
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _reporter(call: Invocation) -> Callable[[Event], None]:
     from .render import describe_event
 
     def print_json(event: Event) -> None:
-        _write_or_go_on(to_json(event) + "\n")
+        _write_or_go_on(ascii_json(to_json(event)) + "\n")
 
     def print_line(event: Event) -> None:
         _write_or_go_on(f"{time.strftime('%H:%M:%S')}  {describe_event(event)}\n")

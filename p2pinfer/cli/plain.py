@@ -6,6 +6,7 @@ that make a line read as something else. Such characters are shown as what they 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Final
 
@@ -24,6 +25,11 @@ def one_line(message: str, limit: int = LINE_CHARS) -> str:
     """A message as one line of at most `limit` printable characters."""
     line = printable(" ".join(message.split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def ascii_json(text: str) -> str:
+    r"""JSON in ASCII: every other character as \uXXXX, so that it is the same in every encoding."""
+    return "".join(char if char.isascii() else json.dumps(char)[1:-1] for char in text)
 
 
 def short_peer(peer_id: str, ending: int = _ENDING) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,8 +15,8 @@ import click
 from p2pinfer.errors import ConfigError, LocalError
 
 from .invocation import DATA_DIR, Invocation, command, group
-from .plain import one_line, printable, short_peer
-from .terminal import note, print_out, write_out
+from .plain import ascii_json, one_line, printable, short_peer
+from .terminal import note, print_out, read_stdin, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.reputation.ledger import Ledger
@@ -128,7 +127,7 @@ def export(call: Invocation) -> None:
     from p2pinfer.reputation.exchange import export_ledger
 
     with _ledger(call) as ledger:
-        write_out(export_ledger(ledger).decode())
+        write_out(ascii_json(export_ledger(ledger).decode()))
 
 
 @_below
@@ -192,7 +191,7 @@ def _find(ledger: Ledger, peer: str, *, may_be_new: bool = False) -> str:
 
 def _read(file: Path) -> bytes:
     try:
-        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return read_stdin() if str(file) == "-" else file.read_bytes()
     except OSError as exc:
         raise LocalError(f"cannot read {file}: {exc.strerror or exc}") from exc
 

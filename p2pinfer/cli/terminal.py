@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
@@ -16,7 +18,32 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+_DRAWN = str.maketrans("█·", "#.")  # what tables are drawn with, for terminals that lack it
+
 _mid_line = False  # whether what was last written to standard output goes on in its line
+
+
+def occupy_streams() -> None:
+    """Put /dev/null in place of standard streams that are closed, before a socket or the ledger takes one.
+
+    What a library writes to standard error would else end up in there.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free: this one
+
+
+def spare_no_text() -> None:
+    r"""Write what a stream's encoding lacks as its escape, such as \u2192, instead of ending the command.
+
+    Not as a question mark: an escape says what was there. An error handler that the user has chosen, say by
+    PYTHONIOENCODING=latin-1:replace, stays; Python takes `strict` by itself, or `surrogateescape`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_out(text: str) -> None:
@@ -24,9 +51,11 @@ def write_out(text: str) -> None:
 
     Raises:
         OutputClosed: The reader is gone, as after `| head -1`.
-        LocalError: It cannot be written, as to a disk that is full.
+        LocalError: It cannot be written, as to a disk that is full, or is closed.
     """
     global _mid_line
+    if _is_closed(sys.stdout):
+        raise LocalError("standard output is closed; send it to a file, or to /dev/null")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -37,15 +66,36 @@ def write_out(text: str) -> None:
         raise LocalError(f"standard output cannot be written: {exc.strerror or exc}") from exc
 
 
+def read_stdin(limit: int = -1) -> bytes:
+    """Everything on standard input, or its first `limit` bytes.
+
+    Raises:
+        LocalError: It is closed, or cannot be read.
+    """
+    if _is_closed(sys.stdin):
+        raise LocalError("standard input is closed, so nothing can be read from it")
+    try:
+        return sys.stdin.buffer.read(limit)
+    except OSError as exc:
+        raise LocalError(f"standard input cannot be read: {exc.strerror or exc}") from exc
+
+
 def note(text: str) -> None:
     """Say something to people, on a line of its own; with nobody left to hear it, say nothing."""
     global _mid_line
+    if _is_closed(sys.stderr):
+        return
     with suppress(OSError):
         if _mid_line and sys.stdout.isatty() and sys.stderr.isatty():
             _mid_line = False
             text = "\n" + text
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def _is_closed(stream: TextIO | None) -> bool:
+    """Whether there is no such stream: Python has None for one that was closed from the beginning."""
+    return stream is None or stream.closed
 
 
 def print_out(renderable: RenderableType, *, whole: bool = False) -> None:
@@ -72,7 +122,15 @@ def _laid_out(renderable: RenderableType, stream: TextIO, whole: bool = False) -
         console.width = max(console.width, console.measure(renderable, options=unbounded).maximum)
     with console.capture() as capture:
         console.print(renderable, crop=False)
-    return capture.get()
+    return capture.get() if _can_write("█·", stream) else capture.get().translate(_DRAWN)
+
+
+def _can_write(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def set_up_logging(verbosity: int, *, level: str | None = None, form: str = "text") -> None:

@@ -191,6 +191,37 @@ def test_what_cannot_work_is_said_before_any_node_is_started(
     assert complaint in said
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "utf-16"])
+def test_no_encoding_ends_a_text_and_json_is_the_same_in_all(
+    encoding: str, swarm_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "Once upon a time \u2192 \u00e9 \U0001f600"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert generate(swarm_address, "--echo", prompt) == 0
+    text = written.getvalue().decode(encoding)
+    assert text.startswith(prompt.encode(encoding, "backslashreplace").decode(encoding))
+    written.seek(0)
+    written.truncate()
+    assert generate(swarm_address, "--json", prompt) == 0
+    told = written.getvalue().decode("utf-16-le" if encoding == "utf-16" else "ascii")
+    assert told.isascii()
+    assert text.endswith(json.loads(told)["text"] + "\n")
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_a_piped_prompt_is_the_same_with_and_without_a_mark(
+    mark: str, swarm_address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts: list[str] = []
+    for content in (b"Once upon\na time", "Once upon\r\na time\r\n".encode(mark)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert generate(swarm_address, "--json", "-") == 0
+        told = json.loads(capsys.readouterr().out)
+        texts.append(f"{told['prompt_tokens']} {told['text']}")
+    assert texts[0] == texts[1]
+
+
 def test_a_reader_that_leaves_ends_it_quietly(swarm_address: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "p2pinfer", "generate", "--bootstrap", swarm_address, PROMPT]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)

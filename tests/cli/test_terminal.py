@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.text import Text
 
 from p2pinfer.cli.failures import OutputClosed
-from p2pinfer.cli.terminal import note, print_note, print_out, set_up_logging, write_out
+from p2pinfer.cli.terminal import note, print_note, print_out, set_up_logging, spare_no_text, write_out
 from p2pinfer.errors import LocalError
 
 
@@ -133,3 +135,90 @@ def test_what_a_log_line_quotes_does_nothing_to_a_terminal(capsys: pytest.Captur
     set_up_logging(0)
     logging.getLogger("p2pinfer.somewhere").warning("refused: %s", "\x1b[31mevil\n")
     assert capsys.readouterr().err == "W p2pinfer.somewhere: refused: \\x1b[31mevil\n\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "written"),
+    [
+        ("cp1252", "strict", rb"\u2192 " + b"\xe9" + rb" \U0001f600"),
+        ("latin-1", "strict", rb"\u2192 " + b"\xe9" + rb" \U0001f600"),
+        ("ascii", "surrogateescape", rb"\u2192 \xe9 \U0001f600"),  # the C locale, before Python 3.7's UTF-8
+        ("cp437", "strict", rb"\u2192 " + b"\x82" + rb" \U0001f600"),
+        ("utf-8", "strict", "\u2192 \u00e9 \U0001f600".encode()),
+        ("ascii", "replace", b"? ? ?"),  # somebody's choice
+        ("ascii", "xmlcharrefreplace", b"&#8594; &#233; &#128512;"),
+    ],
+)
+def test_what_an_encoding_lacks_is_written_as_its_escape(
+    encoding: str, errors: str, written: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding, errors=errors))
+    spare_no_text()
+    write_out("\u2192 \u00e9 \U0001f600")
+    note("\u2192 \u00e9 \U0001f600")
+    assert streams["stdout"].getvalue() == written
+    assert streams["stderr"].getvalue() == written + b"\n"
+
+
+def test_half_a_character_in_a_path_is_written_as_its_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="utf-8"))
+    spare_no_text()
+    write_out("caf\udce9")
+    assert stream.getvalue() == rb"caf\udce9"
+
+
+def test_tables_are_drawn_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="cp1252"))
+    print_out(Text("\u2588\u2588\u00b7"))
+    assert stream.getvalue() == b"##.\n"
+
+
+def test_streams_that_are_not_there_are_an_error_or_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    spare_no_text()
+    note("text")
+    with pytest.raises(LocalError, match="standard output is closed; send it to a file"):
+        write_out("text")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_nothing_is_opened_in_place_of_a_stream_that_is_closed(closed: str, tmp_path: Path) -> None:
+    """Else what a library writes to standard error is written into the next file that is opened."""
+    (tmp_path / "kept").write_bytes(b"kept")
+    script = (
+        "import os; from p2pinfer.cli.terminal import occupy_streams; occupy_streams();"
+        "os.open('kept', os.O_RDWR); [os.write(fd, b'lost') for fd in (1, 2)]"
+    )
+    command = f'exec "{sys.executable}" -c "{script}" {closed}'
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "kept").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "exit_code", "complaint"),
+    [
+        (">/dev/full", 1, "p2pinfer: standard output cannot be written: No space left on device\n"),
+        (">&-", 1, "p2pinfer: standard output is closed; send it to a file, or to /dev/null\n"),
+        ("2>&-", 0, ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "argv", ["--help", "generate --help", "reputation ban --help", "--version", "completion zsh"]
+)
+def test_help_ends_like_any_other_output(argv: str, redirection: str, exit_code: int, complaint: str) -> None:
+    command = f'exec "{sys.executable}" -m p2pinfer {argv} {redirection}'
+    ended = subprocess.run(["sh", "-c", command], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (exit_code, complaint)
+
+
+def test_help_for_a_reader_that_has_gone_ends_quietly() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "p2pinfer", "generate", "--help"], stdout=closed_pipe(), stderr=subprocess.PIPE
+    )
+    _, said = process.communicate()
+    assert (process.returncode, said) == (141, b"")

@@ -1,0 +1,86 @@
+"""The prompt: an argument, or standard input, whatever shell or editor wrote it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from p2pinfer.errors import ConfigError
+from p2pinfer.text_files import decode_text
+
+from .terminal import note, read_stdin
+
+MAX_BYTES: Final = 64 << 20  # ten million tokens and more: no model's context is so long
+_MARK: Final = "\ufeff"  # a byte order mark: `generate "$(cat prompt.txt)"` hands it over
+
+
+def take_prompt(given: str | None, *, quiet: bool = False) -> str | None:
+    """The prompt that was given, or with - what standard input holds; without any, what is piped in.
+
+    Returns:
+        None if there is none.
+
+    Raises:
+        ConfigError: What standard input holds is no text, or too much of it.
+        LocalError: It cannot be read.
+    """
+    if given == "-":
+        if sys.stdin is not None and sys.stdin.isatty() and not quiet:
+            note("type the prompt; Ctrl-D on a line of its own ends it")
+        return _from_stdin()
+    if given is None:
+        return (_from_stdin() or None) if _holds_a_prompt() else None
+    if not quiet and _unread_bytes():
+        note("PROMPT is given, so standard input is not read; - in its place reads it")
+    return given.removeprefix(_MARK)
+
+
+def dash_hint(words: Sequence[str], options: Iterable[str]) -> str:
+    """What to do about a prompt that was taken for options, such as "-5 degrees"; empty if there is none."""
+    known = set(options)
+    for word in words[: words.index("--")] if "--" in words else words:
+        is_text = " " in word or (len(word) > 1 and word[0] == "-" != word[1])
+        if word.startswith("-") and word not in known and is_text:
+            return (
+                f"A prompt that begins with a dash comes after --: p2pinfer generate -- {shlex.quote(word)}"
+            )
+    return ""
+
+
+def _from_stdin() -> str:
+    """Standard input as text, with line ends as models know them, less the last, which editors add."""
+    content = read_stdin(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"the prompt on standard input is longer than {MAX_BYTES >> 20} MiB; shorten it")
+    try:
+        return decode_text(content).replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"the prompt on standard input is not UTF-8 text: {exc}") from exc
+
+
+def _holds_a_prompt() -> bool:
+    """Whether standard input is a pipe or a file, and not a terminal or /dev/null."""
+    if sys.stdin is None:
+        return False
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # no file at all, as in a test or a notebook
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISREG(kind) or stat.S_ISSOCK(kind)
+
+
+def _unread_bytes() -> int:
+    """How much waits in the pipe on standard input; 0 where that cannot be told."""
+    try:
+        import fcntl
+        import termios
+
+        if not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            return 0
+        return int.from_bytes(fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+    except (ImportError, OSError, ValueError, AttributeError):
+        return 0
