@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
-from p2pinfer.errors import AddressUnusable
+from p2pinfer.errors import AddressUnusable, ConfigError
 
 from .identity import is_peer_id
 
 _TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(?:/p2p/([^/\s]+))?/?\Z", re.ASCII)
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", re.ASCII)
 CIRCUIT = "/p2p-circuit"
 
 
@@ -100,6 +101,40 @@ def check_listen(addresses: Sequence[str]) -> None:
                 probe.listen(1)
         except OSError as exc:
             raise AddressUnusable(f"cannot listen on {address}: {_why(exc)}") from exc
+
+
+def check_announced(addresses: Sequence[str], peer_id: str) -> tuple[str, ...]:
+    """Addresses that others are to be told of, as they are written elsewhere: without our own id.
+
+    Raises:
+        ConfigError: One of them can be dialled by nobody, or leads to somebody else.
+    """
+    checked: list[str] = []
+    for address in addresses:
+        try:
+            protocol, host, port, named = parse_tcp(address)
+            _check_host(protocol, host)
+        except ValueError as exc:
+            raise ConfigError(
+                f"--announce: {exc}; write for example /ip4/203.0.113.7/tcp/4001, or "
+                "/dns4/example.org/tcp/4001"
+            ) from exc
+        if port == 0:
+            raise ConfigError(f"--announce {address}: nobody can dial port 0; name the port that leads here")
+        if named and named != peer_id:
+            raise ConfigError(f"--announce {address}: that is another peer's id; this one is {peer_id}")
+        checked.append(f"/{protocol}/{host}/tcp/{port}")
+    return tuple(dict.fromkeys(checked))
+
+
+def _check_host(protocol: str, host: str) -> None:
+    """Raises ValueError for what no peer can dial."""
+    if protocol in ("ip4", "ip6"):
+        ip = ipaddress.ip_address(host)
+        if ip.is_unspecified or ip.is_multicast or host == "255.255.255.255":
+            raise ValueError(f"{host} is no address that peers can dial")
+    elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.rstrip(".").split(".")):
+        raise ValueError(f"{host!r} is no name of a host")
 
 
 def _why(exc: OSError) -> str:

@@ -2,8 +2,10 @@
 
 Addresses come from `--bootstrap`, or else from the first bootstrap_peers.txt that names any: in the working
 directory, in the data directory, in the package. They are dialled until one answers, at once first and then
-ever more slowly; after that, peers from the table fill the neighbourhood up. Who accepts and then says
-nothing, or soon hangs up, is dialled ever more slowly too; a neighbour lost after `STEADY_S` at once.
+ever more slowly, as are peers of earlier runs; after that, peers from the table fill the neighbourhood up. A
+few of it are of our own model, if there are any: one may be connected to many who all serve others. Who
+accepts and then says nothing, or soon hangs up, is dialled ever more slowly too; a neighbour lost after
+`STEADY_S` at once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -22,8 +24,10 @@ from p2pinfer.text_files import read_text
 
 from .addresses import split_peer
 from .host import Host
+from .peer_book import PeerBook
 from .proofs import ProofCarrier
 from .snapshot import fetch_snapshot
+from .tasks import open_nursery
 from .view import SwarmView
 
 logger = logging.getLogger(__name__)
@@ -86,6 +90,19 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
     return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
 
 
+class Kin(Protocol):
+    """Who gossips about what we do. `Gossip` is one."""
+
+    @property
+    def revisions(self) -> frozenset[str]:
+        """The models that are of interest here."""
+        ...
+
+    def fellows(self, revision: str) -> set[str]:
+        """The peers that we gossip with about one of them."""
+        ...
+
+
 @dataclass(slots=True)
 class _Trouble:
     """Why a peer was not reached or kept, how often in a row, and when to try again."""
@@ -105,16 +122,27 @@ class Neighbourhood:
         view: SwarmView,
         peers: Sequence[BootstrapPeer],
         proofs: ProofCarrier | None = None,
+        kin: Kin | None = None,
+        book: PeerBook | None = None,
     ) -> None:
+        """Nobody is dialled before `keep` runs.
+
+        Args:
+            kin: Says who is of our own model among all those that we are connected to.
+            book: Peers that were met in earlier runs; whom we meet is added.
+        """
         self.settled = trio.Event()  # set once a neighbour's table was taken in
         self.decided = trio.Event()  # set with `settled`, or once all bootstrap peers have turned us away
         self._turned_away: set[str] = set()
         self._host = host
         self._view = view
         self._proofs = proofs
+        self._kin = kin
+        self._book = book or PeerBook()
+        self._known = self._book.peers()  # of earlier runs
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
-        if len(self._peers) < len(peers):
-            logger.info("one of the bootstrap peers is this node itself; it is left out")
+        # Nobody can connect to itself; `TwinCalls` sees who it is.
+        self.ours = tuple(addr for peer in peers if peer.peer_id == host.peer_id for addr in peer.addrs)
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
         self._troubles: dict[str, _Trouble] = {}
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
@@ -132,7 +160,7 @@ class Neighbourhood:
     @property
     def has_peers(self) -> bool:
         """Whether there is anybody to begin with."""
-        return bool(self._peers)
+        return bool(self._peers or self._known)
 
     def describe_failures(self) -> str:
         """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
@@ -140,6 +168,11 @@ class Neighbourhood:
 
     async def keep(self) -> None:
         """Dial until cancelled, and ask whoever answers what it knows."""
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._look_out_for_kin)
+            await self._keep_dialling()
+
+    async def _keep_dialling(self) -> None:
         while True:
             lost = self._lost
             connected = self._host.connected_peers()
@@ -150,6 +183,9 @@ class Neighbourhood:
             connected = self._host.connected_peers()
             if connected and not self.settled.is_set():
                 await self._ask_quietly(random.choice(connected))
+            await self._dial(self._due_kin(connected))
+            connected = self._host.connected_peers()
+            self._note_met(connected)
             if self._peers and not connected:
                 self._warn_once()
             with trio.move_on_at(self._next_look(connected)):
@@ -159,7 +195,8 @@ class Neighbourhood:
         """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
         wanted = [peer for peer in self._peers if peer.peer_id not in connected]
         known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
-        near = [peer for peer in self._found.values() if peer.peer_id not in known]
+        met = [BootstrapPeer(peer.peer_id, peer.addrs) for peer in self._known]
+        near = [peer for peer in (*self._found.values(), *met) if peer.peer_id not in known]
         others = [
             BootstrapPeer(peer.peer_id, peer.addrs)
             for peer in self._view.everybody()
@@ -169,6 +206,29 @@ class Neighbourhood:
         wanted += [peer for peer in near if self._is_due(peer.peer_id)][:NEIGHBOURS]
         missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
         return wanted + random.sample(others, min(missing, len(others)))
+
+    def _due_kin(self, connected: Sequence[str]) -> list[BootstrapPeer]:
+        """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
+        if self._kin is None:
+            return []
+        due: dict[str, BootstrapPeer] = {}
+        for revision in self._kin.revisions:
+            kin = {peer.peer_id: peer for peer in self._view.live(revision)}
+            met = {self._host.peer_id, *connected}
+            missing = NEIGHBOURS - len((self._kin.fellows(revision) | kin.keys()).intersection(connected))
+            others = [peer for peer in kin.values() if peer.peer_id not in met and peer.addrs]
+            others = [peer for peer in others if self._is_due(peer.peer_id)]
+            for peer in random.sample(others, max(0, min(missing, len(others)))):
+                due[peer.peer_id] = BootstrapPeer(peer.peer_id, peer.addrs)
+        return list(due.values())
+
+    async def _look_out_for_kin(self) -> None:
+        """Have them dialled as soon as they are heard of."""
+        while True:
+            changed = self._view.changed
+            if self._due_kin(self._host.connected_peers()):
+                self._wake()
+            await changed.wait()
 
     def _is_due(self, peer_id: str) -> bool:
         return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
@@ -191,6 +251,7 @@ class Neighbourhood:
             await self._host.connect(peer.peer_id, peer.addrs)
             self._reached_at[peer.peer_id] = trio.current_time()
             await self._ask(peer.peer_id)
+            self._book.note(peer.peer_id, peer.addrs, reached=True)
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
             if isinstance(exc, NotAdmitted):
@@ -210,6 +271,13 @@ class Neighbourhood:
             await self._ask(peer_id)
         except PeerError as exc:
             logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)
+
+    def _note_met(self, connected: Sequence[str]) -> None:
+        """Note who came to us and says where to be found: next time we may have to look for it."""
+        came = set(connected) - self._reached_at.keys()
+        for peer in self._view.everybody() if came else ():
+            if peer.peer_id in came:
+                self._book.note(peer.peer_id, peer.addrs, reached=False)
 
     def _note_loss(self, peer_id: str) -> None:
         if peer_id in self._reached_at:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_S: Final = 1.0  # after joining
 LAST_S: Final = 60.0
+URGENT_S: Final = 8.0
 MUCH: Final = 0.02  # of a table: with as much news as that the next turn comes sooner
 
 
@@ -39,13 +40,20 @@ class CatchUp:
         revisions: Callable[[], Collection[str]],
         proofs: ProofCarrier | None = None,
         rng: random.Random | None = None,
+        is_urgent: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`revisions` gives the models whose announcements matter here; none means all."""
+        """Nobody is asked before `serve` runs.
+
+        Args:
+            revisions: Gives the models whose announcements matter here; none means all.
+            is_urgent: Whether a turn should come within `URGENT_S`, however well the tables agree.
+        """
         self._host = host
         self._view = view
         self._revisions = revisions
         self._proofs = proofs
         self._rng = rng or random.Random()
+        self._is_urgent = is_urgent
 
     async def serve(self) -> None:
         """Go on until cancelled."""
@@ -54,6 +62,8 @@ class CatchUp:
             await trio.sleep(pause_s * self._rng.uniform(0.75, 1.25))
             news = await self.compare()
             pause_s = next_pause_s(pause_s, news)
+            if self._is_urgent():
+                pause_s = min(pause_s, URGENT_S)
 
     async def compare(self) -> float:
         """Ask a neighbour what we lack; the share of our table that was news."""

@@ -5,6 +5,11 @@ one that somebody else than its author published, or that is no news: who repeat
 nobody, and uses up nothing that is the peer's. How much a neighbour may forward is limited before a signature
 is looked at, how often an author may bring news after that.
 
+Everybody is also in one topic of all models, where a few peers of each announce themselves: whoever serves
+one model so hears of those who serve another, keeps a few of them, and introduces newcomers to them. Who does
+is drawn, so that the topic carries about `MODELS_PER_S` announcements a second however many peers and models
+there are. That a few have spoken silences nobody, since they may have been invented for that.
+
 An introducer, which holds no model, follows the topics its neighbours are in: a mesh forwards only what its
 members subscribe to, and newcomers know nobody but the introducer. It follows `MAX_FOLLOWED` of them, those
 with the most neighbours in them, and `MAX_FOLLOWED_FOR_ONE` for the sake of any one neighbour.
@@ -13,6 +18,7 @@ with the most neighbours in them, and `MAX_FOLLOWED_FOR_ONE` for the sake of any
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -30,7 +36,7 @@ from p2pinfer.routing.announcement import Announcement
 from .host import Host
 from .identity import Identity
 from .proofs import Heard, Notice, decode_notice, encode_notice, is_notice
-from .pubsub import TOPIC, FloodingRouter, GuardedPubsub, topic_of
+from .pubsub import MODELS_TOPIC, TOPIC, FloodingRouter, GuardedPubsub, topic_of
 from .rates import RateLimit
 from .records import open_record, seal
 from .tasks import open_nursery
@@ -42,6 +48,13 @@ MAX_FOLLOWED: Final = 64
 MAX_FOLLOWED_FOR_ONE: Final = 4  # a node is in one topic; who is in many may have invented them
 PUBLISHES_PER_S: Final = 0.5  # announcements of one author; one a minute, or five seconds apart, is usual
 PUBLISHES_AT_ONCE: Final = 6
+MODELS_PER_S: Final = 1.0  # announcements of all models in the topic that everybody is in
+MODELS_EACH: Final = 4  # of one model, in MODELS_INTERVAL_S, where there are few models
+MODELS_EACH_AT_LEAST: Final = 2  # where there are many: with fewer, a model would be forgotten now and then
+MODELS_INTERVAL_S: Final = 60.0
+MODELS_GAP_S: Final = 20.0  # between two of one peer
+MODELS_BY_ONE_PER_S: Final = 1 / 15
+MODELS_BY_ONE_AT_ONCE: Final = 4
 MAX_TOLD: Final = 4096  # authors whose last news is remembered
 TOLD_S: Final = 900.0  # for how long; a table remembers no record longer than that
 FAREWELL_S: Final = 1.0  # how long a goodbye may take to reach the neighbours
@@ -61,7 +74,11 @@ class Gossip:
         self._joined: set[str] = set()
         self._followed: set[str] = set()  # those of them that only neighbours care about
         self._unheard: dict[str, bytes] = {}  # topic -> our last record, if nobody was there to hear it
-        self._told: dict[tuple[str, str], tuple[int, float]] = {}  # author, revision -> last sequence, when
+        # author, revision, whether in the topic of all models -> last sequence, when
+        self._told: dict[tuple[str, str, bool], tuple[int, float]] = {}
+        self._spoke: dict[str, float] = {}  # revision -> when we announced it in the topic of all models
+        self._rng = random.Random()
+        self._introductions = RateLimit(MODELS_BY_ONE_PER_S, MODELS_BY_ONE_AT_ONCE)
         self._publishes = RateLimit(PUBLISHES_PER_S, PUBLISHES_AT_ONCE)
         self._notices = RateLimit(PROOFS_PER_S, PROOFS_AT_ONCE)
         self.on_notice: Callable[[Heard], bool] = lambda _: False  # whether others should get it
@@ -78,6 +95,15 @@ class Gossip:
         """The models whose announcements we hear for our own sake."""
         return frozenset(self._joined - self._followed)
 
+    def fellows(self, revision: str) -> set[str]:
+        """The peers that we gossip with about `revision`."""
+        return {str(peer) for peer in self.pubsub.peer_topics.get(topic_of(revision), set())}
+
+    async def join_all_models(self) -> None:
+        """Hear of a few peers of every model, and pass on what is told of them."""
+        self.pubsub.set_topic_validator(MODELS_TOPIC, self._validator(None), False)
+        await self.pubsub.subscribe(MODELS_TOPIC)
+
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`; harmless twice."""
         self._followed.discard(revision)
@@ -87,12 +113,16 @@ class Gossip:
     async def _subscribe(self, revision: str) -> None:
         self._joined.add(revision)
         topic = topic_of(revision)
+        self.pubsub.set_topic_validator(topic, self._validator(revision), False)
+        await self.pubsub.subscribe(topic)
+
+    def _validator(self, revision: str | None) -> Callable[[ID, rpc_pb2.Message], bool]:
+        """Says whether a message about `revision` is worth passing on; None: about any."""
 
         def is_worth_passing_on(forwarder: ID, message: rpc_pb2.Message) -> bool:
             return forwarder == self.pubsub.my_id or self._take(str(forwarder), message, revision)
 
-        self.pubsub.set_topic_validator(topic, is_worth_passing_on, False)
-        await self.pubsub.subscribe(topic)
+        return is_worth_passing_on
 
     async def publish_notice(self, notice: Notice) -> bytes:
         """Tell everybody in the topic of a proof that we hold; returns the record that they get."""
@@ -103,15 +133,31 @@ class Gossip:
     async def announce(self, announcement: Announcement) -> None:
         """Tell everybody in the topic; a goodbye has reached the neighbours when this returns."""
         record = self._view.publish(self._identity, announcement)
-        topic = topic_of(announcement.revision)
-        self._unheard.pop(topic, None)
-        if self._is_heard(topic):
-            await self.pubsub.publish(topic, record)
-        elif not announcement.leaving:
-            self._unheard[topic] = record
+        await self._publish(topic_of(announcement.revision), record, announcement.leaving)
+        if self._is_our_turn(announcement):
+            self._spoke[announcement.revision] = trio.current_time()
+            await self._publish(MODELS_TOPIC, record, announcement.leaving)
         if announcement.leaving:
             with trio.move_on_after(FAREWELL_S):
                 await self.wait_until_heard()
+
+    async def _publish(self, topic: str, record: bytes, leaving: bool) -> None:
+        self._unheard.pop(topic, None)
+        if self._is_heard(topic):
+            await self.pubsub.publish(topic, record)
+        elif not leaving:
+            self._unheard[topic] = record
+
+    def _is_our_turn(self, announcement: Announcement) -> bool:
+        """Whether this announcement is also one for the topic of all models."""
+        if MODELS_TOPIC not in self.pubsub.topic_ids:
+            return False
+        since_s = trio.current_time() - self._spoke.get(announcement.revision, -TOLD_S)
+        if announcement.leaving:  # to be taken back where it was said
+            return since_s < announcement.ttl_s
+        models = self._view.models()
+        peers = len(models.get(announcement.revision, ()))
+        return since_s >= MODELS_GAP_S and self._rng.random() < models_share(len(models), peers)
 
     async def follow_neighbours(self) -> None:
         """Join whatever topics of ours the neighbours are in, until cancelled."""
@@ -164,8 +210,9 @@ class Gossip:
             self.pubsub.remove_topic_validator(topic_of(revision))
             await self.pubsub.unsubscribe(topic_of(revision))
 
-    def _take(self, forwarder: str, message: rpc_pb2.Message, revision: str) -> bool:
-        """Take in the record in a message; whether others should get it."""
+    def _take(self, forwarder: str, message: rpc_pb2.Message, revision: str | None) -> bool:
+        """Take in the record in a message of that model's topic, or of all models' (None); whether others
+        should get it."""
         try:
             author, payload = open_record(message.data)
             # A message is signed by who published it, so nobody can spend another author's rate.
@@ -175,36 +222,39 @@ class Gossip:
                 heard = Heard(decode_notice(payload), author, message.data, forwarder)
                 return self._take_notice(heard, revision)
             announcement = announcement_by(author, payload)
-            if announcement.revision != revision:
+            if revision is not None and announcement.revision != revision:
                 raise ProtocolViolation("an announcement of another model than its topic's")
-            if not self._is_news(announcement):
+            if not self._is_news(announcement, revision is None):
                 raise ProtocolViolation("an announcement that was heard before")
-            if not self._publishes.allows(announcement.peer_id, trio.current_time()):
+            rate = self._introductions if revision is None else self._publishes
+            if not rate.allows(announcement.peer_id, trio.current_time()):
                 raise ProtocolViolation(f"{announcement.peer_id} announces too often")
-            self._note_told(announcement)
-            return self._view.accept(announcement, message.data) or self._view.knows(announcement)
+            self._note_told(announcement, revision is None)
+            news = self._view.accept(announcement, message.data, told_by=forwarder)
+            return news or self._view.knows(announcement)
         except ProtocolViolation as exc:
             logger.debug("gossip.rejected forwarder=%s why=%s", forwarder, exc)
             return False
 
-    def _take_notice(self, heard: Heard, revision: str) -> bool:
+    def _take_notice(self, heard: Heard, revision: str | None) -> bool:
         if heard.notice.revision != revision:
             raise ProtocolViolation("a notice about another model than its topic's")
         if not self._notices.allows(heard.author, trio.current_time()):
             raise ProtocolViolation(f"{heard.author} accuses too often")
         return self.on_notice(heard)
 
-    def _is_news(self, announcement: Announcement) -> bool:
-        """Whether gossip has not brought it yet, and nothing later is known.
+    def _is_news(self, announcement: Announcement, of_all_models: bool) -> bool:
+        """Whether its topic has not brought it yet, and nothing later is known.
 
         What only a snapshot has brought is news: those behind us may not have asked for one.
         """
-        told, told_at = self._told.get((announcement.peer_id, announcement.revision), (-1, 0.0))
+        author = announcement.peer_id, announcement.revision, of_all_models
+        told, told_at = self._told.get(author, (-1, 0.0))
         was_told = announcement.sequence <= told and trio.current_time() < told_at + TOLD_S
         return not was_told and not self._view.outdates(announcement)
 
-    def _note_told(self, announcement: Announcement) -> None:
-        author = announcement.peer_id, announcement.revision
+    def _note_told(self, announcement: Announcement, of_all_models: bool) -> None:
+        author = announcement.peer_id, announcement.revision, of_all_models
         self._told.pop(author, None)
         self._told[author] = announcement.sequence, trio.current_time()
         if len(self._told) > MAX_TOLD:
@@ -232,6 +282,17 @@ class Gossip:
             await self._host.ping(peer_id)
         except PeerError as exc:
             logger.debug("gossip.farewell_unheard peer=%s why=%s", peer_id, exc)
+
+
+def models_share(models: int, peers: int) -> float:
+    """The share of a peer's announcements that are made in the topic of all models.
+
+    Args:
+        models: How many are known.
+        peers: Those of the peer's own model that are known, itself included.
+    """
+    each = min(MODELS_EACH, max(MODELS_EACH_AT_LEAST, MODELS_PER_S * MODELS_INTERVAL_S / max(models, 1)))
+    return each / max(peers, 1)
 
 
 @asynccontextmanager

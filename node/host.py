@@ -22,7 +22,15 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.routing.announcement import MAX_ADDRS
 
-from .addresses import CIRCUIT, check_listen, is_circuit, parse_circuit, parse_tcp, without_missing_ipv6
+from .addresses import (
+    CIRCUIT,
+    check_announced,
+    check_listen,
+    is_circuit,
+    parse_circuit,
+    parse_tcp,
+    without_missing_ipv6,
+)
 from .circuit_stream import HOP_PROTOCOL, dial_circuit
 from .counts import Counts
 from .dial import innermost, race
@@ -52,10 +60,12 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
 
     Raises:
         AddressUnusable: An address of `config.listen` is malformed, taken, or not of this machine.
+        ConfigError: One of `config.announce` can be dialled by nobody.
     """
     config = config or HostConfig()
     config = replace(config, listen=tuple(without_missing_ipv6(config.listen)))
     check_listen(config.listen)
+    config = replace(config, announce=check_announced(config.announce, identity.peer_id))
     adopt_libp2p_logs()
     counts = Counts()
     gate = Gate(config, lambda why: counts.add("refusals", why))
@@ -103,8 +113,9 @@ class Host:
     def addrs(self) -> tuple[str, ...]:
         """The multiaddrs that others can dial, each with `/p2p/<peer id>`; empty if this host only dials.
 
-        Best first: those that a router or a dial-back gave us, some of the machine's own, ways through
-        relays. They are no more than fit an announcement: a machine with many networks has more.
+        Best first: those that our operator announces, those that a router or a dial-back gave us, some of the
+        machine's own, ways through relays. They are no more than fit an announcement: a machine with many
+        networks has more.
         """
         relayed = [f"{relay}{CIRCUIT}/p2p/{self.peer_id}" for relay in self._relays[: MAX_ADDRS // 2]]
         return (*self.direct_addrs[: MAX_ADDRS - len(relayed)], *relayed)
@@ -112,13 +123,18 @@ class Host:
     @property
     def direct_addrs(self) -> tuple[str, ...]:
         """Those of `addrs` that lead straight here."""
-        outside = (f"{address}/p2p/{self.peer_id}" for address in self._outside)
+        outside = (f"{address}/p2p/{self.peer_id}" for address in (*self.announced, *self._outside))
         return tuple(dict.fromkeys((*outside, *(str(address) for address in self.libp2p.get_addrs()))))
 
     @property
     def listening(self) -> tuple[str, ...]:
         """The multiaddrs this host listens on, wildcards and all, with the ports that it got."""
         return tuple(str(each) for each in cast(Any, self.libp2p).get_transport_addrs())
+
+    @property
+    def announced(self) -> tuple[str, ...]:
+        """The multiaddrs, without a peer id, that lead here by our operator's word."""
+        return self._config.announce
 
     def be_reached_at(self, outside: Sequence[str]) -> None:
         """Tell others these multiaddrs, which lead here from outside, before the machine's own."""

@@ -11,6 +11,7 @@ class HostConfig:
     """Where a host listens, whom it lets in, and what it grants each peer."""
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")  # multiaddrs; none: only dial out
+    announce: tuple[str, ...] = ()  # multiaddrs that lead here from outside, such as a forwarded port's
     swarm_key: Path | None = None  # file with the key of a private swarm; not set: the public swarm
     allow: tuple[str, ...] = ()  # peers, or files of them, that alone we deal with; clients:PEER: as clients
     deny: tuple[str, ...] = ()  # peers, or files of them, that we do not deal with; scopes as above

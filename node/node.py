@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
@@ -25,12 +26,14 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.placement import choose_span, should_move
 
+from .addresses import check_announced
 from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
 from .data_lock import hold_data_dir
 from .events import Event, Leaving, Loading, Reached, Ready, Starting
 from .host import HostConfig
-from .identity import Identity, load_identity
+from .identity import KEY_FILE, Identity, load_identity
+from .last_ports import remember_ports, with_last_ports
 from .last_span import last_span, remember_span
 from .metrics import Metrics, serve_metrics
 from .offer import Offer
@@ -101,6 +104,7 @@ class _Node:
     async def _run(self, host_config: HostConfig) -> None:
         config = self._config
         identity = load_identity(config.data_dir)
+        check_announced(host_config.announce, identity.peer_id)  # before gigabytes are fetched
         if config.no_blocks:
             async with self._open_swarm(identity, host_config) as member:
                 await self._introduce(member)
@@ -119,11 +123,20 @@ class _Node:
     @asynccontextmanager
     async def _open_swarm(self, identity: Identity, host_config: HostConfig) -> AsyncGenerator[SwarmMember]:
         config = self._config
+        listen = await trio.to_thread.run_sync(with_last_ports, host_config.listen, config.data_dir)
         async with open_swarm(
-            identity, host_config, config.bootstrap, config.data_dir, self._relay, self._serve
+            identity,
+            replace(host_config, listen=listen),
+            config.bootstrap,
+            config.data_dir,
+            self._relay,
+            self._serve,
+            remembers=True,
         ) as member:
+            await trio.to_thread.run_sync(remember_ports, config.data_dir, member.host.listening)
             with member.reach.telling(lambda: self._report(_reached(member))):
-                async with self._open_metrics(member):
+                async with self._open_metrics(member), open_nursery() as nursery:
+                    nursery.start_soon(member.twins.wait_taken, config.data_dir / KEY_FILE)
                     yield member
 
     @asynccontextmanager

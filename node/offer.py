@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Final
 
@@ -50,7 +49,6 @@ class Offer:
         self._touched = trio.Event()
         self._moved = trio.Event()
         self._announced_free = -1
-        self._sequence = 0
 
     def touch(self) -> None:
         """Something changed; worth an announcement if it is much."""
@@ -64,13 +62,9 @@ class Offer:
         self._touched.set()
 
     def announcement(self) -> Announcement:
-        """The offer as of this moment.
-
-        The sequence is the wall clock, so that it grows across restarts. It grows too when that clock is set
-        back: until it had caught up, nobody would listen to us.
-        """
-        self._sequence = max(self._sequence + 1, int(time.time() * 1000))
+        """The offer as of this moment."""
         announces_numbers = len(self._spec.numbers) <= MAX_NUMBERS
+        twins = self._member.twins
         return Announcement(
             peer_id=self._member.peer_id,
             model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
@@ -79,7 +73,7 @@ class Offer:
             dtype=self._runner.dtype_name,
             tokens_per_s=self._tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
-            sequence=self._sequence,
+            sequence=self._member.sequence.next(),
             reachability=self._member.reach.reachability.kind,
             nat=self._member.reach.reachability.nat,
             addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
@@ -87,6 +81,10 @@ class Offer:
             ttl_s=announce_ttl_s(self._peers(), self._config),
             weights=self._spec.weights if announces_numbers else "",
             numbers=self._spec.numbers if announces_numbers else "",
+            num_blocks=self._spec.num_blocks,
+            instance=twins.instance,
+            uptime_s=twins.uptime_s,
+            twin=twins.suspect,
         )
 
     def _peers(self) -> int:
@@ -95,17 +93,20 @@ class Offer:
     async def announce(self) -> None:
         """Tell the swarm."""
         self._touched, self._moved = trio.Event(), trio.Event()
+        await self._member.sequence.keep_reserved()
         announcement = self.announcement()
         self._announced_free = announcement.free_cache_tokens
         await self._member.announce(announcement)
 
     async def withdraw(self) -> None:
-        """Say goodbye."""
+        """Say goodbye, unless another process goes on under our identity: it would be taken for gone."""
+        if self._member.twins.taken.is_set():
+            return
         await self._member.announce(replace(self.announcement(), leaving=True))
 
     async def keep_fresh(self) -> None:
         """Announce on change and once an interval, never more often than the minimal gap."""
-        with self._member.reach.telling(self._move):
+        with self._member.reach.telling(self._move), self._member.disputed(self._move):
             while True:
                 with trio.move_on_after(self._config.announce_min_gap_s):
                     await self._moved.wait()

@@ -30,6 +30,7 @@ MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up 
 FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
 TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
+MODELS_TOPIC: Final = "/p2pinfer/1/models"  # where everybody hears of a few peers of every model
 
 
 def topic_of(revision: str) -> str:
@@ -138,7 +139,7 @@ class GuardedPubsub(Pubsub):
 
     def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
         """Remember topics of ours only: another may be as long as a frame."""
-        if TOPIC.fullmatch(sub_message.topicid):
+        if sub_message.topicid == MODELS_TOPIC or TOPIC.fullmatch(sub_message.topicid):
             super().handle_subscription(origin_id, sub_message)
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:

@@ -21,12 +21,20 @@ from p2pinfer.routing.announcement import Announcement
 
 from .addresses import machine_addresses, parse_tcp
 from .circuit import serve_circuits
-from .dialback import ask, serve_dialback
+from .dialback import MAX_PORTS, ask, serve_dialback
 from .door import keep_open
 from .host import Host
 from .host_config import HostConfig
 from .punch import Puncher
-from .reachability import Observation, Reachability, classify, describe, is_global
+from .reachability import (
+    Observation,
+    Reachability,
+    classify,
+    describe,
+    is_global,
+    is_refuted,
+    with_announced,
+)
 from .relay import Relay, RelayUse
 from .relay_config import RelayConfig
 from .relays import RelayCandidate, RelayKeeper
@@ -77,7 +85,7 @@ class Reach:
         relay_config: RelayConfig | None,
         announcements: Callable[[], Sequence[Announcement]],
     ) -> None:
-        self.reachability = Reachability()
+        self.reachability = with_announced(Reachability(), host.announced)
         self.known = trio.Event()  # set once somebody outside has looked and UPnP was tried
         self._host = host
         self._config = config
@@ -177,24 +185,33 @@ class Reach:
             self._look()  # there may be more
 
     async def _ask(self, peer_id: str) -> None:
-        ports = [parse_tcp(address)[2] for address in self._host.listening]
+        # A question has room for a few ports; those that are meant for the outside come first.
+        ports = [parse_tcp(address)[2] for address in (*self._host.announced, *self._host.listening)]
         if self._door_wanted.is_set():
             ports += [reserved.getsockname()[1] for reserved in self._reserved_ports]
         if self._mapping:
             ports.append(self._mapping.port)
         try:
-            self._seen.observations[peer_id] = await ask(self._host, peer_id, tuple(dict.fromkeys(ports)))
+            self._seen.observations[peer_id] = await ask(
+                self._host, peer_id, tuple(dict.fromkeys(ports))[:MAX_PORTS]
+            )
         except PeerError as exc:
             logger.debug("reach.unseen peer=%s why=%s", peer_id, exc)
 
     def _conclude(self) -> None:
         own = {*machine_addresses("ip4"), *machine_addresses("ip6")}
-        before, self.reachability = self.reachability, classify(self._seen.observations.values(), own)
-        now = self.reachability
+        seen = classify(self._seen.observations.values(), own)
+        before, now = self.reachability, with_announced(seen, self._host.announced)
+        self.reachability = now
         if now.kind != "unknown" and (now.kind != "private" or not self._may_map()):
             self.known.set()
         if (now.kind, now.nat, now.addrs) != (before.kind, before.nat, before.addrs):
             logger.info("%s", describe(now))
+            if is_refuted(seen, self._host.announced):
+                logger.warning(
+                    "no peer outside gets through to %s: is that port forwarded to the one listened on?",
+                    ", ".join(self._host.announced),
+                )
             self._host.be_reached_at(now.addrs)
             self._keeper.look_again()
             self._note_change()
@@ -333,7 +350,7 @@ class Reach:
         """Where somebody who dials at the same moment as we do meets us."""
         seen = self.reachability
         if self._is_reachable():
-            return list(seen.addrs)
+            return [address for address in seen.addrs if address.startswith(("/ip4/", "/ip6/"))]
         if seen.nat not in ("port-preserving", "firewall", "none"):
             return []
         sources = [(ip, self._source(":" in ip)) for ip in seen.outside_ips]

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
+
+from .addresses import parse_tcp
 
 Kind: TypeAlias = Literal["public", "mapped", "private", "unknown"]
 Nat: TypeAlias = Literal["none", "firewall", "port-preserving", "symmetric", "unknown"]
@@ -41,6 +43,7 @@ class Reachability:
         outside_ips: Our addresses as seen from outside, IPv4 first.
         addrs: Multiaddrs at which we were reached from outside, without a peer id.
         observers: Peers outside the local network that have looked.
+        promised: The kind is our operator's word, which nobody has confirmed or could.
     """
 
     kind: Kind = "unknown"
@@ -48,6 +51,7 @@ class Reachability:
     outside_ips: tuple[str, ...] = ()
     addrs: tuple[str, ...] = ()
     observers: tuple[str, ...] = ()
+    promised: bool = False
 
 
 def classify(observations: Iterable[Observation], own_ips: Collection[str]) -> Reachability:
@@ -71,6 +75,29 @@ def classify(observations: Iterable[Observation], own_ips: Collection[str]) -> R
         tuple(address for each in known for address in each.addrs),
         tuple(dict.fromkeys(each.peer_id for each in outside)),
     )
+
+
+def with_announced(seen: Reachability, announced: Sequence[str]) -> Reachability:
+    """What we are, given also the addresses that our operator announces.
+
+    Observers try the announced ports where they see us. Where an announced address is another one than that,
+    or a name, they cannot tell, and our operator's word counts.
+    """
+    addrs = [address for address in announced if _leads_outside(address)]
+    if not addrs or seen.kind in ("public", "mapped") or is_refuted(seen, announced):
+        return seen
+    return replace(seen, kind="mapped", addrs=tuple(addrs), promised=True)
+
+
+def is_refuted(seen: Reachability, announced: Sequence[str]) -> bool:
+    """Whether peers have looked at an announced address and not found us."""
+    hosts = {parse_tcp(address)[1] for address in announced}
+    return seen.kind == "private" and not hosts.isdisjoint(seen.outside_ips)
+
+
+def _leads_outside(address: str) -> bool:
+    protocol, host, _, _ = parse_tcp(address)
+    return is_global(host) if protocol in ("ip4", "ip6") else True
 
 
 def _classify_family(observations: Sequence[Observation], own_ips: Collection[str]) -> Reachability:
@@ -110,6 +137,8 @@ def describe(reachability: Reachability) -> str:
     match reachability.kind, reachability.nat:
         case "public", _:
             return f"reachable from the internet at {reachability.addrs[0]}"
+        case "mapped", _ if reachability.promised:
+            return f"announced at {reachability.addrs[0]}, which no peer outside has confirmed"
         case "mapped", _:
             return f"reachable from the internet at {reachability.addrs[0]}, a port of the router's"
         case "private", "firewall":

@@ -1,10 +1,10 @@
 """A neighbour's table, or what of it the asker lacks, in one round trip.
 
 Whoever asks names the records it has, by eight bytes each, and is sent the others: a newcomer all of them, so
-that it need not wait for gossip. Notices of fraud proofs are among them. Request and response are each one
-MessagePack value behind a big-endian u32 length; see docs/wire.md. Every record of a response is checked as
-one from gossip would be. How old it is, is the neighbour's word: it may make a record seem younger than it
-is, by one lifetime at most.
+that it need not wait for gossip. It hands over the latest of its own, which gossip may have lost. Notices of
+fraud proofs are among the answer. Request and response are each one MessagePack value behind a big-endian u32
+length; see docs/wire.md. Every record is checked as one from gossip would be. How old it is, is the
+neighbour's word: it may make a record seem younger than it is, by one lifetime at most.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _TIMEOUT_S: Final = 10.0
 class _Request(msgspec.Struct, frozen=True, array_like=True):
     revision: Annotated[str, msgspec.Meta(max_length=64)] | None  # None: of every model
     known: Annotated[bytes, msgspec.Meta(max_length=TAG_BYTES * MAX_TAGS)] = b""  # tags of what the asker has
+    own: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)] = b""  # what the asker announced last
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -63,7 +64,13 @@ def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = N
     async def answer(stream: PeerStream) -> None:
         with trio.move_on_after(_TIMEOUT_S):
             request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
-            records = without(_records(view, proofs, request.revision), request.known)
+            if request.own:
+                _take_own(view, stream.peer_id, request.own)
+            records = _records(view, proofs, request.revision)
+            # What we remember of the asker, expired or not: it may have lost count of its announcements.
+            said = {record for record, _ in records}
+            of_asker = [each for each in view.records_of(stream.peer_id) if each[0] not in said]
+            records = without([*of_asker, *records], request.known)
             await send_value(stream, encode_response(records))
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
@@ -89,7 +96,7 @@ async def fetch_snapshot(
         with trio.fail_after(_TIMEOUT_S):
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
                 known = tags(_records(view, proofs, revision))
-                await send_value(stream, _encoder.encode(_Request(revision, known)))
+                await send_value(stream, _encoder.encode(_Request(revision, known, view.latest_own())))
                 entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
     except trio.TooSlowError as exc:
         raise PeerVanished(f"no snapshot in {_TIMEOUT_S:g} s", peer_id) from exc
@@ -101,7 +108,7 @@ async def fetch_snapshot(
         try:
             author, payload = open_record(record)
             if not is_notice(payload):
-                news += view.accept(announcement_by(author, payload), record, age_s)
+                news += view.accept(announcement_by(author, payload), record, age_s, peer_id)
             elif proofs and notices < MAX_TOLD:
                 notices += 1
                 proofs.hear(Heard(decode_notice(payload), author, record, told_by=peer_id))
@@ -109,6 +116,18 @@ async def fetch_snapshot(
             logger.debug("snapshot.bad_record peer=%s why=%s", peer_id, exc)
         await trio.lowlevel.checkpoint()  # 1000 signatures take a tenth of a second
     return news
+
+
+def _take_own(view: SwarmView, peer_id: str, record: bytes) -> None:
+    """Take in what the asker says of itself, as if gossip had brought it.
+
+    Raises:
+        ProtocolViolation: It is malformed, forged, or about somebody else.
+    """
+    author, payload = open_record(record)
+    if author != peer_id:
+        raise ProtocolViolation("handed over another peer's record as its own", peer_id)
+    view.accept(announcement_by(author, payload), record, told_by=peer_id)
 
 
 def _records(view: SwarmView, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:

@@ -5,14 +5,17 @@ Nodes and clients join in the same way; a node announces, a client only listens.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Sequence as SequenceOf
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
 import trio
 
-from p2pinfer.errors import NotAdmitted, PeerUnreachable
+from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
@@ -26,15 +29,23 @@ from .host import Host, HostConfig, open_host
 from .identity import Identity
 from .lan import keep_looking_around
 from .latency import Latency
+from .peer_book import PeerBook
 from .presence import Presence
 from .proofs import ProofCarrier
 from .reach import Reach, open_reach
 from .relay_config import RelayConfig
 from .room import Room
-from .snapshot import serve_snapshots
+from .sequence import Sequence
+from .snapshot import fetch_snapshot, serve_snapshots
 from .tasks import bare_errors, open_nursery, outlasting
+from .twin import TwinWatch
+from .twin_call import TwinCalls
 from .view import SwarmView
 
+logger = logging.getLogger(__name__)
+
+LOOKED_AT: Final = 3  # peers of one model that are tried, to hear of the others
+LOOK_S: Final = 5.0  # for each of them
 SLOW_S: Final = 8.0  # how long a peer that we are connected to has to hand its table over
 LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
@@ -59,6 +70,8 @@ class SwarmMember:
         proofs: ProofCarrier,
         evidence: EvidenceStore,
         *,
+        twins: TwinWatch | None = None,
+        sequence: Sequence | None = None,
         looks_around: bool = False,
     ) -> None:
         self.host = host
@@ -71,7 +84,11 @@ class SwarmMember:
         self._neighbourhood = peers
         self._latency = latency
         self.reach = reach
+        self.twins = twins or TwinWatch(host.peer_id)
+        self.sequence = sequence or Sequence()
         self._looks_around = looks_around
+        self._disputes: list[Callable[[], None]] = []
+        self.sequence.when_outdone(self.dispute)
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -109,6 +126,37 @@ class SwarmMember:
             and peer.revision != spec.revision
             and self._deals_with(peer.peer_id)
         ]
+
+    def models(self) -> dict[str, list[Announcement]]:
+        """Who serves what, by revision: of models that were not joined a few peers each."""
+        models = {revision: self.announcements(revision) for revision in self._view.models()}
+        return {revision: peers for revision, peers in models.items() if peers}
+
+    @contextmanager
+    def disputed(self, callback: Callable[[], None]) -> Generator[None]:
+        """Have `callback` called inside the block when others hold in our name what we have not said."""
+        self._disputes.append(callback)
+        try:
+            yield
+        finally:
+            self._disputes.remove(callback)
+
+    def dispute(self) -> None:
+        """Have our announcement made again: others hold something else in our name."""
+        for callback in list(self._disputes):
+            callback()
+
+    async def look_into(self, revision: str) -> None:
+        """Take in what peers of a model that was not joined know of it, if any of them answers."""
+        known = self.announcements(revision)
+        for peer in random.sample(known, min(len(known), LOOKED_AT)):
+            try:
+                with trio.fail_after(LOOK_S):
+                    await self.host.connect(peer.peer_id, peer.addrs)
+                    await fetch_snapshot(self.host, self._view, peer.peer_id, revision, self.proofs)
+                return
+            except (PeerError, trio.TooSlowError) as exc:
+                logger.debug("swarm.not_looked_into peer=%s why=%s", peer.peer_id, exc)
 
     async def join(self, revision: str) -> None:
         """Hear of everybody who serves `revision`."""
@@ -157,16 +205,20 @@ class SwarmMember:
 async def open_swarm(
     identity: Identity,
     host_config: HostConfig,
-    bootstrap: Sequence[str],
+    bootstrap: SequenceOf[str],
     data_dir: Path,
     relay_config: RelayConfig | None = None,
     serve_config: ServeConfig | None = None,
+    *,
+    remembers: bool = False,
 ) -> AsyncGenerator[SwarmMember]:
     """Join the swarm until the block ends.
 
     Args:
         relay_config: What may be spent on carrying others' connections; None: nothing.
         serve_config: Says how much of what receipts and fraud proofs name is kept for others.
+        remembers: Keep in `data_dir` how far our announcements are counted and which peers were met, as fits
+            a node with an identity of its own.
 
     Raises:
         ConfigError: A bootstrap address is malformed.
@@ -175,7 +227,14 @@ async def open_swarm(
     first_peers = bootstrap_peers(bootstrap, data_dir)
     # Whoever is cancelled still says goodbye: a node to the swarm, a client to its hops.
     async with outlasting(
-        _open_member(identity, host_config, first_peers, relay_config, serve_config or ServeConfig())
+        _open_member(
+            identity,
+            host_config,
+            first_peers,
+            relay_config,
+            serve_config or ServeConfig(),
+            data_dir if remembers else None,
+        )
     ) as member:
         yield member
 
@@ -184,11 +243,15 @@ async def open_swarm(
 async def _open_member(
     identity: Identity,
     host_config: HostConfig,
-    first_peers: Sequence[BootstrapPeer],
+    first_peers: SequenceOf[BootstrapPeer],
     relay_config: RelayConfig | None,
     serve: ServeConfig,
+    memory_dir: Path | None,
 ) -> AsyncGenerator[SwarmMember]:
-    view = SwarmView()
+    sequence, book = await trio.to_thread.run_sync(lambda: (Sequence(memory_dir), PeerBook(memory_dir)))
+    twins = TwinWatch(identity.peer_id)
+    view = SwarmView(twins=twins)
+    view.on_outdone = sequence.outdone
     with bare_errors():
         async with (
             open_host(identity, host_config) as host,
@@ -201,7 +264,11 @@ async def _open_member(
             kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
             proofs = ProofCarrier(host, kept, gossip)
             gossip.on_notice = proofs.hear
-            neighbourhood = Neighbourhood(host, view, first_peers, proofs)
+            await gossip.join_all_models()
+            view.is_foreign = lambda revision: bool(ours := gossip.revisions) and revision not in ours
+            neighbourhood = Neighbourhood(host, view, first_peers, proofs, gossip, book)
+            calls = TwinCalls(identity, host_config, twins, sequence)
+            calls.serve(host)
             advertised = [address for address in host.direct_addrs if not _is_loopback(address)]
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
             if looks_around:
@@ -217,6 +284,34 @@ async def _open_member(
                 host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around
             )
             member.presence.watch()
+            nursery.start_soon(
+                CatchUp(
+                    host, view, lambda: gossip.revisions, proofs, is_urgent=lambda: bool(twins.suspect)
+                ).serve
+            )
+            nursery.start_soon(proofs.serve)
+            nursery.start_soon(book.keep)
+            member = SwarmMember(
+                host,
+                view,
+                gossip,
+                neighbourhood,
+                latency,
+                reach,
+                proofs,
+                evidence,
+                twins=twins,
+                sequence=sequence,
+                looks_around=looks_around,
+            )
+
+            def look_for_twin(suspect: Announcement) -> None:
+                member.dispute()
+                nursery.start_soon(calls.call, suspect.addrs)
+
+            twins.on_suspect = look_for_twin
+            if neighbourhood.ours:
+                nursery.start_soon(calls.keep_calling, neighbourhood.ours)
             yield member
 
 

@@ -46,6 +46,10 @@ class AddressUnusable(LocalError):
     """An address to listen on is malformed, taken, or not of this machine."""
 
 
+class IdentityTaken(LocalError):
+    """Another process runs under this node's identity, and has done so for longer."""
+
+
 class CacheFull(LocalError):
     """The KV cache has no room for another reservation; what is there is unchanged."""
 

@@ -124,7 +124,7 @@ def keep_token(token: str, data_dir: Path) -> str:
             draft.replace(folder / name)
         finally:
             draft.unlink(missing_ok=True)
-        _drop_oldest(folder)
+        _drop_oldest(folder, but=name)
     except OSError as exc:
         raise LocalError(f"cannot keep a resume token in {folder}: {exc.strerror or exc}") from exc
     return name
@@ -158,10 +158,11 @@ def _folder(data_dir: Path) -> Path:
     return data_dir / "resume"
 
 
-def _drop_oldest(folder: Path) -> None:
-    kept = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+def _drop_oldest(folder: Path, but: str) -> None:
+    """Make room, but not of what was just kept: where the clock has been set back, it seems the oldest."""
+    kept = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.name != but]
     kept.sort(key=lambda path: path.stat().st_mtime_ns)
-    for path in kept[:-MAX_KEPT]:
+    for path in kept[: 1 - MAX_KEPT]:
         path.unlink(missing_ok=True)
 
 

@@ -24,6 +24,7 @@ MAX_ANNOUNCEMENT_BYTES = 8192  # 16 addresses of 256 characters, a long model na
 MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_NAME = 256  # characters of a model's name
+INSTANCE_BYTES = 8
 MIN_TTL_S = 5.0
 MAX_TTL_S = 300.0
 
@@ -44,14 +45,19 @@ class Announcement:
         reachability: `public` and `mapped` peers can be dialled, `private` ones need a relay or a punch.
         addrs: Multiaddrs, with or without `/p2p/<peer_id>`, best first.
         coordinate: Where the peer believes to sit; None while it knows nothing.
-        sequence: Grows with every announcement of the peer, across restarts too (its wall clock in
-            milliseconds does).
+        sequence: Grows with every announcement of the peer, across restarts too.
         ttl_s: For how long, from when it was made, the announcement may be believed.
         leaving: The peer says goodbye; nothing else of the announcement counts.
         nat: What is between the peer and the internet: between two `symmetric` ones no hole can be punched.
         weights: The content address of the model's weights; empty where the peer does not say.
         numbers: What the model's config says about the forward pass (`models/numbers.py`); empty likewise.
             Weights and numbers together hash to `revision`.
+        num_blocks: Blocks of the whole model, for those who do not have it; 0: the peer does not say.
+        instance: Drawn anew whenever the peer starts, 8 bytes; empty: the peer does not say.
+        uptime_s: For how long that process has run, when the announcement was made.
+        twin: The instance of another process that announces under the same identity, if the peer has heard
+            of one. Nobody can name an instance before it is there, so its process knows from this that the
+            other one lives.
     """
 
     peer_id: str
@@ -70,6 +76,10 @@ class Announcement:
     nat: Nat = "unknown"
     weights: str = ""
     numbers: str = ""
+    num_blocks: int = 0
+    instance: bytes = b""
+    uptime_s: float = 0.0
+    twin: bytes = b""
 
 
 # Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns
@@ -92,6 +102,8 @@ _Ttl = Annotated[float, msgspec.Meta(ge=MIN_TTL_S, le=MAX_TTL_S)]
 _Axis = Annotated[float, msgspec.Meta(ge=-COORDINATE_LIMIT_MS, le=COORDINATE_LIMIT_MS)]
 _Height = Annotated[float, msgspec.Meta(ge=0, le=COORDINATE_LIMIT_MS)]
 _Error = Annotated[float, msgspec.Meta(ge=0, le=MAX_ERROR)]
+_Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
+_Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True):
@@ -113,6 +125,10 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     nat: _Nat = "unknown"
     weights: _Weights = ""
     numbers: _Numbers = ""
+    num_blocks: _Block = 0
+    instance: _Instance = b""
+    uptime_s: _Uptime = 0.0
+    twin: _Instance = b""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -145,6 +161,10 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.nat,
             announcement.weights,
             announcement.numbers,
+            announcement.num_blocks,
+            announcement.instance,
+            announcement.uptime_s,
+            announcement.twin,
         )
     )
     try:
@@ -168,6 +188,10 @@ def decode_announcement(encoded: bytes) -> Announcement:
         raise ProtocolViolation(f"malformed announcement: {exc}") from exc
     if wire.start >= wire.stop:
         raise ProtocolViolation(f"announcement of no blocks: {wire.start}:{wire.stop}")
+    if wire.num_blocks and wire.stop > wire.num_blocks:
+        raise ProtocolViolation(
+            f"announcement of blocks {wire.start}:{wire.stop} of a model that has {wire.num_blocks}"
+        )
     if not wire.model.isprintable():
         raise ProtocolViolation("announcement of a model whose name cannot be printed")
     if wire.weights and revision_digest(wire.weights, wire.numbers) != wire.revision:
@@ -189,4 +213,8 @@ def decode_announcement(encoded: bytes) -> Announcement:
         nat=cast(Nat, wire.nat),
         weights=wire.weights,
         numbers=wire.numbers,
+        num_blocks=wire.num_blocks,
+        instance=wire.instance,
+        uptime_s=wire.uptime_s,
+        twin=wire.twin,
     )

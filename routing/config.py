@@ -29,6 +29,8 @@ class TableConfig:
     max_entries: int = 4096  # announcements, all models together
     max_entries_per_revision: int = 1024  # announcements of one model
     max_revisions_per_peer: int = 4  # models that one peer may announce
+    max_foreign_revisions: int = 64  # models that we neither serve nor ask for, of which a few peers are kept
+    max_foreign_entries: int = 8  # announcements of one such model
     max_record_bytes: int = 16384  # bytes, one signed record
     remember_s: float = 600.0  # s after expiry in which an old record cannot bring a ghost back
 

@@ -10,12 +10,18 @@ be under way, or may be replayed on purpose to raise a ghost: a goodbye, and an 
 
 What a stranger can fill is bounded: one entry per peer and revision, a few revisions per peer, so many per
 revision and in total. Beyond that the entries that expire first go, which may be the one that just came.
+
+Of foreign models, those that this process neither serves nor asks for, a few entries each are kept, so that
+it can introduce their peers to each other. The latest word comes in and the oldest goes. Where there are too
+many such models, one goes of whoever has told us of the most: who invents them pushes out its own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from .announcement import Announcement
 from .config import TableConfig
@@ -40,16 +46,28 @@ class SwarmTable:
         self._config = config or TableConfig()
         self._entries: dict[str, dict[str, _Entry]] = {}  # revision -> peer id -> entry
         self._revisions: dict[str, set[str]] = {}  # peer id -> revisions it has entries for
+        self._foreign: dict[str, str] = {}  # revision that is not ours -> who told us of it first
 
     def __len__(self) -> int:
         return sum(map(len, self._entries.values()))
 
-    def accept(self, announcement: Announcement, record: bytes, now: float, age_s: float = 0.0) -> bool:
+    def accept(
+        self,
+        announcement: Announcement,
+        record: bytes,
+        now: float,
+        age_s: float = 0.0,
+        *,
+        foreign: bool = False,
+        told_by: str = "",
+    ) -> bool:
         """Take in a record whose signature was checked.
 
         Args:
             record: The signed bytes, to be passed on in snapshots.
             age_s: How old the record was when we got it, by the word of whoever handed it over.
+            foreign: It is of a model that this process has nothing to do with.
+            told_by: Who handed it over.
 
         Returns:
             Whether it was news. If not, the table is unchanged.
@@ -64,6 +82,11 @@ class SwarmTable:
         if known is not None and known.announcement.sequence >= announcement.sequence:
             return False
         self._insert(entry)
+        if foreign:
+            self._foreign.setdefault(announcement.revision, told_by)
+            self._make_room_among_foreign(entry)
+        else:
+            self._foreign.pop(announcement.revision, None)
         self._make_room(entry)
         return self._find(*entry.key) is entry
 
@@ -82,13 +105,28 @@ class SwarmTable:
     def records(self, now: float, revision: str | None = None) -> list[tuple[bytes, float]]:
         """Signed records and their ages in seconds, youngest first, to be handed to a newcomer.
 
-        Goodbyes are among them: without one, the newcomer would believe a neighbour that missed it.
+        Goodbyes are among them: without one, the newcomer would believe a neighbour that missed it. Of all
+        models, the youngest few of each come before the rest, for who asks may serve the rarest.
         """
-        chosen = self._all() if revision is None else self._entries.get(revision, {}).values()
-        current = sorted(
-            (entry for entry in chosen if now < entry.expires_at), key=lambda entry: -entry.made_at
-        )
-        return [(entry.record, now - entry.made_at) for entry in current]
+        if revision is not None:
+            return [(entry.record, now - entry.made_at) for entry in self._current(revision, now)]
+        of_each = [self._current(each, now) for each in self._entries]
+        few = self._config.max_foreign_entries
+        first = chain.from_iterable(entries[:few] for entries in of_each)
+        rest = chain.from_iterable(entries[few:] for entries in of_each)
+        return [
+            (entry.record, now - entry.made_at)
+            for part in (first, rest)
+            for entry in sorted(part, key=lambda entry: -entry.made_at)
+        ]
+
+    def records_of(self, peer_id: str, now: float) -> list[tuple[bytes, float]]:
+        """All that is remembered of one peer, with ages in seconds, expired or not.
+
+        Whoever has lost count of its announcements sees in them how far it had come.
+        """
+        entries = (self._entries[revision][peer_id] for revision in self._revisions.get(peer_id, ()))
+        return [(entry.record, now - entry.made_at) for entry in entries]
 
     def revisions(self, now: float) -> dict[str, int]:
         """The revisions somebody serves, and by how many peers."""
@@ -102,6 +140,13 @@ class SwarmTable:
         """Free what nothing depends on any more. To be called now and then; it changes no answer."""
         for entry in [entry for entry in self._all() if self._is_forgotten(entry, now)]:
             self._remove(entry)
+
+    def _current(self, revision: str, now: float) -> list[_Entry]:
+        """What has not expired of a revision, youngest first."""
+        entries = self._entries.get(revision, {}).values()
+        return sorted(
+            (entry for entry in entries if now < entry.expires_at), key=lambda entry: -entry.made_at
+        )
 
     def _is_forgotten(self, entry: _Entry, now: float) -> bool:
         return entry.expires_at + self._config.remember_s <= now
@@ -122,14 +167,29 @@ class SwarmTable:
         del self._entries[revision][peer_id]
         if not self._entries[revision]:
             del self._entries[revision]
+            self._foreign.pop(revision, None)
         self._revisions[peer_id].discard(revision)
         if not self._revisions[peer_id]:
             del self._revisions[peer_id]
 
+    def _make_room_among_foreign(self, newest: _Entry) -> None:
+        """Drop the oldest word about its model, and a model of whoever told us of the most."""
+        entries = self._entries[newest.announcement.revision]
+        if len(entries) > self._config.max_foreign_entries:
+            others = (entry for entry in entries.values() if entry is not newest)
+            self._remove(min(others, key=lambda entry: entry.made_at))
+        if len(self._foreign) > self._config.max_foreign_revisions:
+            told = Counter(self._foreign.values())
+            busiest = max(told, key=lambda peer_id: told[peer_id])
+            of_it = [revision for revision, told_by in self._foreign.items() if told_by == busiest]
+            oldest = min(of_it, key=lambda each: max(entry.made_at for entry in self._entries[each].values()))
+            for entry in list(self._entries[oldest].values()):
+                self._remove(entry)
+
     def _make_room(self, newest: _Entry) -> None:
         """Drop the entry that expires first wherever `newest` went over a bound."""
         revision, peer_id = newest.key
-        own = self._revisions[peer_id]
+        own = self._revisions.get(peer_id, set())
         if len(own) > self._config.max_revisions_per_peer:
             self._remove(_first_to_expire(self._entries[name][peer_id] for name in own))
         peers = self._entries.get(revision, {})

@@ -166,6 +166,15 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
         find_token(name, tmp_path)
 
 
+def test_a_token_that_is_kept_after_the_clock_was_set_back_stays(tmp_path: Path) -> None:
+    for seed in range(MAX_KEPT):
+        name = keep_token(encode_state(changed(seed=seed)), tmp_path)
+        os.utime(tmp_path / "resume" / name, (4e9, 4e9))  # by a clock that was years ahead
+    latest = keep_token(encode_state(changed(seed=MAX_KEPT)), tmp_path)
+    assert find_token(latest, tmp_path)
+    assert len(list((tmp_path / "resume").iterdir())) == MAX_KEPT
+
+
 def test_the_oldest_tokens_go(tmp_path: Path) -> None:
     names = [keep_token(encode_state(changed(seed=seed)), tmp_path) for seed in range(MAX_KEPT + 3)]
     left = {path.name for path in (tmp_path / "resume").iterdir()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from .invocation import BOOTSTRAP, DATA_DIR, Invocation, command, setting
+from .invocation import ANNOUNCE, BOOTSTRAP, DATA_DIR, Invocation, command, setting
 from .terminal import write_out
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ RELAYS_S = 3.0  # on top, for places at relays
 
 @command("doctor", examples=["p2pinfer doctor", "p2pinfer doctor --json | jq .reachability"])
 @setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
+@ANNOUNCE
 @BOOTSTRAP
 @DATA_DIR
 def doctor(call: Invocation) -> None:

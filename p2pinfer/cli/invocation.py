@@ -253,6 +253,12 @@ BOOTSTRAP = setting(
     "Dial this peer first; may be repeated. [default: those of bootstrap_peers.txt]",
     multiple=True,
 )
+ANNOUNCE = setting(
+    "host.announce",
+    "--announce MULTIADDR",
+    "Tell others this address, which leads here from outside, such as a forwarded port's; may be repeated.",
+    multiple=True,
+)
 SWARM_KEY = setting(
     "host.swarm_key", "--swarm-key FILE", "Be of the private swarm with this key. [default: the public one]"
 )

@@ -15,6 +15,7 @@ from p2pinfer.errors import LocalError
 from .failures import Interrupted
 from .invocation import (
     ALLOW,
+    ANNOUNCE,
     BOOTSTRAP,
     DATA_DIR,
     DENY,
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --model Qwen/Qwen3-8B --num-blocks 12",
         "p2pinfer node --blocks 0:4 --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
         "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
+        "p2pinfer node --listen /ip4/0.0.0.0/tcp/4001 --announce /ip4/203.0.113.7/tcp/14001",
         "p2pinfer node --verify",
     ],
 )
@@ -61,7 +63,13 @@ logger = logging.getLogger(__name__)
     f"Where: {', '.join(DEVICES)}, or cuda:N. [default: auto]",
     choices=DEVICES,
 )
-@setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
+@setting(
+    "host.listen",
+    "--listen MULTIADDR",
+    "May be repeated. [default: a free TCP port, the same again next time]",
+    multiple=True,
+)
+@ANNOUNCE
 @BOOTSTRAP
 @SWARM_KEY
 @ALLOW

@@ -121,6 +121,7 @@ class MemoryHost:
     def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
         self.peer_id = peer_id
         self.addrs = (f"/memory/{peer_id}",)
+        self.listening: tuple[str, ...] = ()
         self.counts = Counts()
         self.gate = Gate(HostConfig())
         self.handlers: dict[str, Handler] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from typing import NamedTuple
 
@@ -11,9 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.errors import AddressUnusable
+from p2pinfer.errors import AddressUnusable, ConfigError
 from p2pinfer.node import addresses
-from p2pinfer.node.addresses import advertised, check_listen, machine_addresses, parse_tcp, split_peer
+from p2pinfer.node.addresses import (
+    advertised,
+    check_announced,
+    check_listen,
+    machine_addresses,
+    parse_tcp,
+    split_peer,
+)
+from p2pinfer.node.identity import new_identity
 
 PEER = "12D3KooWBny6jbU4SmjVmbw5qgDyZWFvgdKTmkeM2G2zPUvZoHwr"
 
@@ -132,3 +141,38 @@ def test_no_way_out_is_no_outward_address(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert machine_addresses("ip4")
+
+
+def test_addresses_to_be_announced_are_told_without_the_peer() -> None:
+    own = new_identity().peer_id
+    given = [
+        "/ip4/203.0.113.7/tcp/14001",
+        f"/ip4/203.0.113.7/tcp/14001/p2p/{own}",
+        "/dns4/node.example.org/tcp/4001",
+        "/dns6/node.example.org./tcp/4001",
+        "/ip6/2001:db8::7/tcp/4001",
+    ]
+    assert check_announced(given, own) == (given[0], *given[2:])
+    assert check_announced([], own) == ()
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("/ip4/0.0.0.0/tcp/4001", "0.0.0.0 is no address that peers can dial"),
+        ("/ip6/::/tcp/4001", ":: is no address that peers can dial"),
+        ("/ip4/224.0.0.1/tcp/4001", "224.0.0.1 is no address"),
+        ("/ip4/255.255.255.255/tcp/4001", "is no address"),
+        ("/ip4/203.0.113.7/tcp/0", "nobody can dial port 0"),
+        ("/ip4/203.0.113.7/udp/4001", "write for example /ip4/"),
+        ("/ip4/203.0.113.300/tcp/4001", "write for example"),
+        ("/ip4/203.0.113.7/tcp/70000", "port above 65535"),
+        ("203.0.113.7:4001", "write for example"),
+        ("/dns4/-bad-.org/tcp/4001", "is no name of a host"),
+        ("/dns4/bad..org/tcp/4001", "is no name of a host"),
+        (f"/ip4/203.0.113.7/tcp/4001/p2p/{new_identity().peer_id}", "another peer's id"),
+    ],
+)
+def test_what_nobody_could_dial_is_not_announced(address: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        check_announced([address], new_identity().peer_id)

@@ -87,7 +87,7 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
         async with open_memory_swarm(checkpoint) as swarm:
 
             @asynccontextmanager
-            async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
+            async def join(identity: Identity, *_: object, **__: object) -> AsyncGenerator[SwarmMember]:
                 yield swarm.member(identity.peer_id)
 
             monkeypatch.setattr(node_module, "open_swarm", join)

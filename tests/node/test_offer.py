@@ -66,11 +66,45 @@ async def test_each_announcement_outdoes_the_one_before_whatever_the_wall_clock_
     checkpoint: Checkpoint, runner: SpanRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences: list[int] = []
+    monkeypatch.setattr("time.time", lambda: 1000.0)
     async with open_offer(checkpoint, runner) as (offer, _):
         for wall_clock in (1000.0, 1000.0, 2.0, 2000.0):
             monkeypatch.setattr("time.time", lambda now=wall_clock: now)
             sequences.append(offer.announcement().sequence)
-    assert sequences == [1_000_000, 1_000_001, 1_000_002, 2_000_000]
+    assert sequences == list(range(sequences[0], sequences[0] + 4))
+
+
+async def test_what_others_hold_in_a_node_s_name_has_it_announce_above_that_at_once(
+    checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_swarm(checkpoint, limit_s=3600) as swarm, trio.open_nursery() as nursery:
+        member = swarm.member("a")
+        offer = Offer(member, checkpoint.spec, runner, 12.5, ServeConfig(announce_interval_s=INTERVAL_S))
+        await offer.announce()
+        nursery.start_soon(offer.keep_fresh)
+        await trio.testing.wait_all_tasks_blocked()
+        held = member.sequence.last + 10**9
+        member.sequence.outdone(held)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [said.sequence for said in swarm.gossip.announced][1:] == [held + 1]
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_announcement_says_what_process_makes_it_and_whom_it_suspects(
+    checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
+        member = swarm.member("a")
+        offer = Offer(member, checkpoint.spec, runner, 12.5, ServeConfig())
+        mock_clock.jump(30.0)
+        said = offer.announcement()
+        assert (said.instance, said.uptime_s, said.twin) == (member.twins.instance, 30.0, b"")
+        assert (said.num_blocks, len(said.instance)) == (checkpoint.spec.num_blocks, 8)
+        member.twins.name(b"somebody")
+        assert offer.announcement().twin == b"somebody"
+        member.twins.taken.set()
+        await offer.withdraw()
+        assert swarm.gossip.announced == [], "the other one goes on under this identity"
 
 
 async def test_it_is_repeated_once_an_interval_when_nothing_changes(

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.node.reachability import Observation, Reachability, classify, describe, is_global
+from p2pinfer.node.reachability import (
+    Observation,
+    Reachability,
+    classify,
+    describe,
+    is_global,
+    is_refuted,
+    with_announced,
+)
 
 OWN = {"11.0.0.7", "2abc::7", "192.168.1.10"}
 
@@ -110,3 +118,37 @@ def test_addresses_that_mean_something_everywhere() -> None:
     assert is_global("11.0.0.1")
     assert is_global("2abc::1")
     assert not any(map(is_global, ["192.168.1.1", "100.64.0.1", "127.0.0.1", "::1", "fe80::1", "", "x"]))
+
+
+FORWARDED = "/ip4/11.0.0.1/tcp/14001"
+
+
+def test_an_announced_address_counts_until_somebody_has_looked() -> None:
+    promised = with_announced(Reachability(), [FORWARDED, "/dns4/example.org/tcp/4001"])
+    assert (promised.kind, promised.promised) == ("mapped", True)
+    assert promised.addrs == (FORWARDED, "/dns4/example.org/tcp/4001")
+    assert describe(promised) == f"announced at {FORWARDED}, which no peer outside has confirmed"
+    assert with_announced(Reachability(), ["/ip4/192.168.1.7/tcp/4001"]) == Reachability()
+    assert with_announced(Reachability(), []) == Reachability()
+
+
+def test_an_announced_port_that_answers_is_as_good_as_any_other() -> None:
+    found = classify([seen(port=50_000, local=50_001, reached=(14001,))], OWN)
+    assert with_announced(found, [FORWARDED]) == found
+    assert (found.kind, found.addrs, found.promised) == ("mapped", (FORWARDED,), False)
+
+
+def test_an_announced_port_that_does_not_answer_where_peers_looked_is_refuted() -> None:
+    found = classify([seen(port=50_000, local=50_001)], OWN)
+    assert with_announced(found, [FORWARDED]) == found
+    assert is_refuted(found, [FORWARDED])
+    assert found.kind == "private"
+
+
+@pytest.mark.parametrize("announced", ["/ip4/12.0.0.9/tcp/4001", "/dns6/example.org/tcp/4001"])
+def test_what_observers_cannot_look_at_is_left_to_the_operator(announced: str) -> None:
+    found = classify([seen(port=50_000, local=50_001)], OWN)
+    promised = with_announced(found, [announced])
+    assert (promised.kind, promised.addrs) == ("mapped", (announced,))
+    assert promised.outside_ips == found.outside_ips
+    assert not is_refuted(found, [announced])

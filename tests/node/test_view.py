@@ -9,6 +9,7 @@ from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.identity import Identity, new_identity
 from p2pinfer.node.records import seal
+from p2pinfer.node.twin import TwinWatch
 from p2pinfer.node.view import SwarmView, open_announcement
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 from p2pinfer.routing.table import SwarmTable
@@ -134,12 +135,25 @@ async def test_a_view_keeps_time_by_trio_s_clock_and_a_table_of_its_own(identity
     assert table.live(REVISION, trio.current_time()) == [offer(identity)]
 
 
-async def test_a_later_word_in_our_own_name_is_told_of_once(
-    view: SwarmView, identity: Identity, caplog: pytest.LogCaptureFixture
+async def test_what_others_hold_in_our_name_goes_to_the_watch_and_to_the_count(
+    identity: Identity, clock: Clock
 ) -> None:
-    view.publish(identity, offer(identity, 5))
-    view.take(seal(identity, encode_announcement(offer(identity, 4))))  # of before a restart
-    assert caplog.text == ""
-    for sequence in (6, 7):
-        view.take(seal(identity, encode_announcement(offer(identity, sequence))))
-    assert caplog.text.count("it has this node's key") == 1
+    watch = TwinWatch(identity.peer_id, clock)
+    view, outdone, suspects = SwarmView(clock=clock, twins=watch), list[int](), list[Announcement]()
+    view.on_outdone, watch.on_suspect = outdone.append, suspects.append
+    view.publish(identity, replace(offer(identity, 5), instance=watch.instance))
+    assert (outdone, suspects) == ([], [])
+    other = replace(offer(identity, 9), instance=b"somebody")
+    view.take(seal(identity, encode_announcement(other)))
+    assert (outdone, suspects) == ([9], [other])
+    assert watch.suspect == b"somebody"
+    view.take(seal(new := new_identity(), encode_announcement(replace(offer(new, 20), instance=b"them"))))
+    assert (outdone, suspects) == ([9], [other]), "others' records are no affair of theirs"
+
+
+async def test_of_foreign_models_a_few_peers_are_kept(view: SwarmView) -> None:
+    view.is_foreign = lambda revision: revision != REVISION
+    for revision in (REVISION, "f" * 32):
+        for _ in range(20):
+            view.take(seal(each := new_identity(), encode_announcement(offer(each, revision=revision))))
+    assert {revision: len(peers) for revision, peers in view.models().items()} == {REVISION: 20, "f" * 32: 8}

@@ -11,7 +11,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from p2pinfer.node import dialback, evidence, frames, proofs, records, snapshot, wire
+from p2pinfer.node import dialback, evidence, frames, proofs, records, snapshot, twin_call, wire
 from p2pinfer.reputation import proof, receipt
 from p2pinfer.routing import announcement
 
@@ -31,6 +31,7 @@ TABLES = {
     "Receipt": ("Session and chain frames", 0),
     "_Ports": ("Dial-back", 0),
     "_Seen": ("Dial-back", 1),
+    "Living": ("Twins", 0),
     "_Ask": ("Evidence", 0),
     "_Answer": ("Evidence", 1),
     "Proof": ("Fraud proofs", 0),
@@ -46,7 +47,7 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
             yield value
 
 
-MODULES = (wire, snapshot, dialback, records, announcement, receipt, evidence, proof, proofs)
+MODULES = (wire, snapshot, dialback, twin_call, records, announcement, receipt, evidence, proof, proofs)
 STRUCTS = [struct for module in MODULES for struct in structs(module)]
 
 
@@ -88,6 +89,7 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
         wire.CHAIN_PROTOCOL,
         snapshot.SNAPSHOT_PROTOCOL,
         dialback.DIALBACK_PROTOCOL,
+        twin_call.TWIN_PROTOCOL,
         evidence.EVIDENCE_PROTOCOL,
     ):
         assert f"| `{protocol}` |" in DOCUMENT

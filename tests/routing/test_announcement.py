@@ -55,6 +55,9 @@ announcements = st.builds(
     coordinate=st.none() | st.builds(Coordinate, axis, axis, axis, st.floats(0, 10_000), st.floats(0, 1)),
     ttl_s=st.floats(5, 300),
     leaving=st.booleans(),
+    instance=st.binary(max_size=8),
+    uptime_s=st.floats(0, 1e10),
+    twin=st.binary(max_size=8),
 )
 
 
@@ -141,6 +144,13 @@ def test_a_field_of_any_value_is_refused_or_still_within_bounds(index: int, valu
         (TTL_S, 301.0),
         (TTL_S, float("nan")),
         (14, 1),
+        (18, -1),
+        (18, 1),  # fewer blocks than it serves
+        (19, bytes(9)),
+        (19, "text"),
+        (20, -1.0),
+        (20, float("inf")),
+        (21, bytes(9)),
     ],
 )
 def test_a_field_out_of_its_bounds_is_refused(index: int, value: object) -> None:
@@ -155,12 +165,21 @@ def test_fields_that_a_later_version_appends_are_skipped() -> None:
 
 def test_a_missing_field_is_refused() -> None:
     with pytest.raises(ProtocolViolation):
-        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-4]))
+        decode_announcement(msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:14]))
 
 
-def test_a_peer_of_before_does_not_say_what_is_between_it_and_the_internet() -> None:
-    earlier = msgspec.msgpack.encode(fields_of(encode_announcement(PLAIN))[:-3])
-    assert decode_announcement(earlier).nat == "unknown"
+def test_a_peer_of_before_does_not_say_what_later_ones_do() -> None:
+    said = replace(PLAIN, nat="none", num_blocks=8, instance=b"instance", uptime_s=1.5, twin=b"another")
+    fields = fields_of(encode_announcement(said))
+    earliest = decode_announcement(msgspec.msgpack.encode(fields[:15]))
+    assert earliest == replace(said, nat="unknown", num_blocks=0, instance=b"", uptime_s=0.0, twin=b"")
+    assert decode_announcement(msgspec.msgpack.encode(fields[:19])).num_blocks == 8
+
+
+def test_blocks_that_the_model_has_not_are_refused() -> None:
+    assert decode_announcement(encode_announcement(replace(PLAIN, num_blocks=PLAIN.span.stop)))
+    with pytest.raises(ValueError, match="of a model that has"):
+        encode_announcement(replace(PLAIN, num_blocks=PLAIN.span.stop - 1))
 
 
 def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
@@ -170,10 +189,14 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
-    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 18
-    array_of_19 = b"\xdc\x00\x13"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 22
+    array_of_23 = b"\xdc\x00\x17"
     with pytest.raises(ProtocolViolation):
-        decode_announcement(array_of_19 + fields + b"\x91" * 5000 + b"\xc0")
+        decode_announcement(array_of_23 + fields + b"\x91" * 5000 + b"\xc0")
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 20
+    array_of_21 = b"\xdc\x00\x15"
+    with pytest.raises(ProtocolViolation):
+        decode_announcement(array_of_21 + fields + b"\x91" * 5000 + b"\xc0")
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:

@@ -148,6 +148,45 @@ def test_when_a_revision_is_full_whoever_expires_first_goes() -> None:
     assert peers(table, 0.0) == ["long", "mid"]
 
 
+def test_of_a_foreign_model_the_latest_few_are_kept() -> None:
+    table = SwarmTable(TableConfig(max_foreign_entries=3))
+    for i in range(10):
+        assert table.accept(announcement(f"p{i}"), b"", now=float(i), foreign=True)
+    assert peers(table, 10.0) == ["p7", "p8", "p9"]
+    for i in range(10):  # once the model is ours there is room for all
+        assert table.accept(announcement(f"p{i}", sequence=2), b"", now=11.0)
+    assert len(peers(table, 12.0)) == 10
+
+
+def test_who_invents_foreign_models_pushes_out_its_own() -> None:
+    table = SwarmTable(TableConfig(max_foreign_revisions=4))
+    table.accept(announcement("ours"), b"", now=0.0)
+    for i, name in enumerate((B, C)):
+        table.accept(announcement("honest", revision=name), b"", now=float(i), foreign=True, told_by="honest")
+    for i in range(50):
+        told = announcement(f"p{i}", revision=f"{i:032x}")
+        assert table.accept(told, b"", now=2.0 + i, foreign=True, told_by="liar")
+    assert {A, B, C} < set(table.revisions(60.0))
+    assert len(table.revisions(60.0)) == 5
+
+
+def test_a_table_of_all_models_begins_with_a_few_of_each() -> None:
+    table = SwarmTable(TableConfig(max_foreign_entries=2))
+    table.accept(announcement("rare", revision=B), b"rare", now=0.0)
+    for i in range(5):
+        table.accept(announcement(f"p{i}"), b"%d" % i, now=1.0 + i)
+    assert [record for record, _ in table.records(6.0)] == [b"4", b"3", b"rare", b"2", b"1", b"0"]
+
+
+def test_what_is_remembered_of_a_peer_outlives_its_expiry() -> None:
+    table = SwarmTable()
+    table.accept(announcement("p", sequence=7, ttl_s=60.0), b"p", now=0.0)
+    table.accept(announcement("p", sequence=8, revision=B, leaving=True), b"q", now=0.0)
+    assert sorted(table.records_of("p", 100.0)) == [(b"p", 100.0), (b"q", 100.0)]
+    assert table.records(100.0, A) == []
+    assert table.records_of("q", 100.0) == []
+
+
 def test_the_table_as_a_whole_is_bounded() -> None:
     table = SwarmTable(TableConfig(max_entries=3))
     for i in range(10):
