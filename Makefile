@@ -89,7 +89,7 @@ docs: $(TESTABLE)  ## write docs/configuration.md anew
 	$(BIN)/python docs/write_configuration.py
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .typing build dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .typing p2pinfer/_vendor build dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "p2pinfer needs Python 3.11 or newer; make PYTHON=... says where it is" >&2; exit 1; }
@@ -106,6 +106,7 @@ $(USABLE): $(BIN)/python pyproject.toml constraints.txt
 $(TESTABLE): $(USABLE)
 	@echo "installing what the tests need"
 	@$(INSTALL) --editable ".[dev]"
-	@mkdir -p .typing  # what pyproject.toml says about trio's types needs this link
+	@mkdir -p .typing  # what pyproject.toml says about types needs these links
 	@ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" .typing/trio
+	@ln -sfn ../p2pinfer/_vendor/libp2p .typing/libp2p
 	@touch $@

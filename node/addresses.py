@@ -36,7 +36,7 @@ def parse_tcp(address: str) -> tuple[str, str, int, str]:
     if int(port) > 65535:
         raise ValueError(f"{address!r} has a port above 65535")
     if peer_id and not is_peer_id(peer_id):
-        raise ValueError(f"{address!r} does not end in the id of a peer")
+        raise ValueError(f"{address!r} does not end in the id of a peer with an Ed25519 key")
     return protocol, host, int(port), peer_id or ""
 
 

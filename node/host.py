@@ -266,7 +266,7 @@ class Host:
         if peer_id == self.peer_id:
             raise PeerUnreachable("this is our own peer id; a node does not dial itself", peer_id)
         if not is_peer_id(peer_id):
-            raise PeerUnreachable(f"{peer_id!r} is not a peer id", peer_id)
+            raise PeerUnreachable(f"{peer_id!r} is not a peer id of an Ed25519 key", peer_id)
         if not self.gate.admits(peer_id):
             raise NotAdmitted(f"peer {peer_id} is on our deny list, or not on our allow list", peer_id)
         while self._connection(peer_id) is None:

@@ -16,14 +16,12 @@ import trio
 from libp2p import new_host
 from libp2p.abc import IHost, ISecureConn
 from libp2p.connection_types import ConnectionType
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
@@ -35,7 +33,7 @@ from .gate import GATED, Gate
 from .guarded import Guarded
 from .host_config import HostConfig
 from .identity import Identity
-from .noise import NoiseSession
+from .noise import NoiseHandshake, NoiseSession
 from .rates import RateLimit
 from .shield import shielded
 from .swarm_key import load_swarm_key
@@ -55,13 +53,11 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
         ConfigError: `config.swarm_key` is no key.
     """
     key = load_swarm_key(config.swarm_key) if config.swarm_key else None
-    noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
+    strangers = _Strangers(counts)
     host = new_host(
         key_pair=identity.key_pair,
-        transports=[
-            TunedTCP(config.user_timeout_s, key, _Strangers(counts), config.max_connections_per_address)
-        ],
-        sec_opt={NOISE: noise},
+        transports=[TunedTCP(config.user_timeout_s, key, strangers, config.max_connections_per_address)],
+        sec_opt={NOISE: NoiseHandshake(identity.key_pair, strangers)},
         addrs_factory=_Advertised(),
         connection_config=ConnectionConfig(
             max_connections=config.max_connections,
@@ -127,7 +123,7 @@ class _Muxer(MuxerMultistream):
 
 
 class _Strangers:
-    """Tells of whoever connects and is not of our swarm, once a minute for one address."""
+    """Tells of whoever connects and cannot be of our swarm, once a minute for one address."""
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts

@@ -8,10 +8,19 @@ of a direction. -- Noise, revision 34, section 12.3
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
+from libp2p.abc import IRawConnection, ISecureConn
+from libp2p.crypto.exceptions import CryptographyError, MissingDeserializerError
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.peer.id import ID
+from libp2p.security.noise.exceptions import NoiseFailure
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
+from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 
 from .guarded import Guarded
@@ -20,6 +29,56 @@ from .raw_stream import RawStream
 _LENGTH: Final = struct.Struct(">H")
 _NONCE: Final = struct.Struct("<IQ")
 _MESSAGES_A_TURN: Final = 256  # of a byte each, thousands come at once
+
+
+class NoiseHandshake(NoiseTransport):
+    """libp2p's handshake, which fails in one way whatever the peer has sent.
+
+    Args:
+        key_pair: This host's identity.
+        on_unusable_key: Called with the address of whoever connects with a key that is not supported, and
+            with a sentence that says so. A peer that we dial has told its key in its peer id.
+    """
+
+    def __init__(self, key_pair: KeyPair, on_unusable_key: Callable[[str, str], None]) -> None:
+        super().__init__(key_pair, noise_privkey=create_noise_key_pair().private_key)
+        self._on_unusable_key = on_unusable_key
+
+    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
+        """Raises NoiseFailure: The peer is gone, or sent what does not belong here."""
+        try:
+            with _failing_as_noise():
+                return await super().secure_inbound(conn)
+        except UnusableKey as exc:
+            address = conn.get_remote_address()
+            self._on_unusable_key(address[0] if address else "a relay", str(exc))
+            raise
+
+    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        """Raises NoiseFailure: The peer is gone, or another, or sent what does not belong here."""
+        with _failing_as_noise():
+            return await super().secure_outbound(conn, peer_id)
+
+
+class UnusableKey(NoiseFailure):
+    """The peer's identity is a key of a kind that we do not read."""
+
+
+@contextmanager
+def _failing_as_noise() -> Generator[None]:
+    """libp2p's upgrader knows no ValueError, which is what a payload that cannot be read raises."""
+    try:
+        yield
+    except ValueError as exc:
+        if isinstance(why := exc.__context__, CryptographyError):
+            raise UnusableKey(_sentence(why)) from exc
+        raise NoiseFailure(str(exc)) from exc
+
+
+def _sentence(why: CryptographyError) -> str:
+    if isinstance(why, MissingDeserializerError):  # holds a dict; the numbers are those of the peer-ids spec
+        return "a key of its kind (ECDSA, or one without a name) is not supported: peers need an Ed25519 key"
+    return str(why)
 
 
 class NoiseSession(SecureSession):

@@ -13,11 +13,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
-import miniupnpc
 import trio
 
 from .shield import shielded
 from .tasks import open_nursery
+
+try:
+    import miniupnpc
+except ImportError:  # it has no wheel for Python 3.14, and nothing may be compiled on a user's machine
+    miniupnpc = None
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +80,13 @@ def discover() -> Gateway:
     """The router, if it speaks UPnP. Blocks for `DISCOVER_MS`.
 
     Raises:
-        NoMapping: There is none.
+        NoMapping: There is none, or miniupnpc is not installed.
     """
+    if miniupnpc is None:
+        raise NoMapping(
+            "this Python lacks miniupnpc, which asks routers: `pip install miniupnpc` needs a C compiler "
+            "here; forward the port by hand, or use Python 3.11 to 3.13"
+        )
     upnp = cast(Any, miniupnpc).UPnP()
     upnp.discoverdelay = DISCOVER_MS
     try:

@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .bundled import use_bundled_libp2p
+
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
     from .audit import AuditTally as AuditTally
     from .blocking import BlockingClient as BlockingClient
@@ -114,6 +116,8 @@ _HOMES = {
     "way": ("HopUsed",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+use_bundled_libp2p()
 
 
 def __getattr__(name: str) -> object:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
-import miniupnpc
 import pytest
 import trio
 
@@ -62,7 +62,7 @@ class Router:
 
 
 def use(router: Router, monkeypatch: pytest.MonkeyPatch) -> Router:
-    monkeypatch.setattr(miniupnpc, "UPnP", lambda: router)
+    monkeypatch.setattr(upnp, "miniupnpc", SimpleNamespace(UPnP=lambda: router))
     return router
 
 
@@ -122,6 +122,13 @@ async def test_a_router_that_has_forgotten_is_left_alone(monkeypatch: pytest.Mon
 
 
 def test_what_miniupnpc_offers_is_what_is_used() -> None:
-    real = cast(Any, miniupnpc).UPnP()
+    real: Any = pytest.importorskip("miniupnpc", reason="it has no wheel for this Python").UPnP()
     for name in ("discover", "selectigd", "externalipaddress", "addportmapping", "deleteportmapping"):
         assert callable(getattr(real, name))
+
+
+async def test_without_miniupnpc_there_is_no_mapping_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upnp, "miniupnpc", None)
+    with pytest.raises(NoMapping, match=r"lacks miniupnpc.*forward the port by hand"):
+        async with open_mapping(4001):
+            pass
