@@ -7,15 +7,13 @@ MAKEFLAGS += --no-print-directory
 # The first Python that is new enough; PYTHON=... overrides it.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-# Where CPU wheels of torch are, for a Linux machine without an NVIDIA GPU: the default index gives it CUDA.
-TORCH_INDEX ?=
+# TORCH_INDEX=... names an index to take torch from, or, empty, none but pip's own. Without it a Linux machine that
+# has no NVIDIA card takes torch's CPU build: scripts/install.py.
 export PROMPT ?= Once upon a time, there was a little fox who
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install $(if $(CI),--quiet) --constraint constraints.txt \
-	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
@@ -50,7 +48,7 @@ check: lint  ## all that CI checks of the source: lint, tests, coverage
 	@$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 wheel-test: $(BIN)/python  ## build the wheel and use it from an empty environment
-	@TORCH_INDEX="$(TORCH_INDEX)" .ci/wheel-test $(BIN)/python
+	@.ci/wheel-test $(BIN)/python
 
 bench: $(TESTABLE)  ## speed against local transformers
 	$(BIN)/python benchmarks/decode.py
@@ -70,7 +68,7 @@ chaos: $(TESTABLE)  ## nodes that die, freeze and leave for an hour; SEED=... re
 	$(BIN)/python -m tests.chaos --duration $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
 
 fuzz: $(TESTABLE)  ## ten minutes of hostile bytes to every decoder, guided by coverage; DURATION=... in seconds
-	$(INSTALL) --quiet atheris
+	@$(INSTALL) atheris
 	$(BIN)/python -m tests.fuzz run --duration $(or $(DURATION),600)
 
 matrix: $(TESTABLE)  ## every fault, at every moment, to every hop; writes the table of docs/reliability.md
@@ -89,22 +87,18 @@ docs: $(TESTABLE)  ## write docs/configuration.md anew
 	$(BIN)/python docs/write_configuration.py
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .typing p2pinfer/_vendor build dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .typing p2pinfer/_vendor build dist install.log .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "p2pinfer needs Python 3.11 or newer; make PYTHON=... says where it is" >&2; exit 1; }
-	@echo "making an environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@test -n "$(PYTHON)" || { echo "p2pinfer needs Python 3.11 or newer, and python3 is \
+		$$(python3 -V 2>/dev/null || echo not there); make PYTHON=... says where there is one" | tr -s '\t' ' ' >&2; exit 1; }
+	@$(INSTALL)
 
-$(USABLE): $(BIN)/python pyproject.toml constraints.txt
-	@test -n "$(TORCH_INDEX)" || test "$$(uname)" != Linux || command -v nvidia-smi >/dev/null || \
-		echo "no NVIDIA GPU here; if a CUDA build of torch (several GB) comes, TORCH_INDEX=... avoids it"
-	@echo "installing p2pinfer into it"
+$(USABLE): $(BIN)/python pyproject.toml constraints.txt $(wildcard vendor/*.*)
 	@$(INSTALL) --editable .
 	@touch $@
 
 $(TESTABLE): $(USABLE)
-	@echo "installing what the tests need"
 	@$(INSTALL) --editable ".[dev]"
 	@mkdir -p .typing  # what pyproject.toml says about types needs these links
 	@ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" .typing/trio
