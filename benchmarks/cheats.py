@@ -92,7 +92,7 @@ class AlteredCheckpoint(Checkpoint):
     """A checkpoint whose blocks' matrices are not those that were published."""
 
     def __init__(self, published: Checkpoint, alter: Alter) -> None:
-        super().__init__(published.folder, published.spec, published._shards)
+        super().__init__(published.folder, published.spec, published._shards, published.config)
         self._alter = alter
 
     def read(self, name: str) -> Tensor:

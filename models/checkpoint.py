@@ -1,33 +1,29 @@
 """A folder of safetensors, opened: what tensors it holds, and each of them on demand.
 
-A shard's header says what the shard holds and where, so opening reads headers only, and a tensor that is
-read is a private view of the mapped file: no other byte of it is touched. Headers are checked by
-safetensors (bounds, overlaps, length of the file), so a truncated shard fails here and not in a kernel.
-Nothing else is ever opened: pickles run code.
+A shard's header says what the shard holds and where. Headers are checked by safetensors (bounds, overlaps,
+length of the file), so a truncated shard fails here and not in a kernel. What is read later is held to what
+was hashed here (shard.py): a folder may be written anew under a process that lives on. Nothing else is ever
+opened: pickles run code.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from safetensors import SafetensorError, safe_open
 
 from p2pinfer.errors import CheckpointError
 
 from .defaults import complete_config
-from .hashes import hash_files
+from .hashes import hash_shards
 from .progress import Progress
+from .shard import Shard
+from .shard_header import open_header
 from .spec import ModelSpec, model_spec, read_config, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_safe_open: Any = safe_open  # a Rust extension, whose stubs pyright finds partly unknown
 
 SINGLE_SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,8 +31,6 @@ INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[\w.+-]{1,200}\.safetensors")
 _BLOCK = re.compile(r"model\.layers\.(\d{1,5})\.")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-_STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Checkpoint:
@@ -45,18 +39,17 @@ class Checkpoint:
     Attributes:
         folder: Where it lies.
         spec: What it is.
+        config: Its config as it was hashed, complete: see `complete_config`.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, shards: Mapping[str, _Shard]) -> None:
+    def __init__(
+        self, folder: Path, spec: ModelSpec, shards: Mapping[str, Shard], config: Mapping[str, Any]
+    ) -> None:
         self.folder = folder
         self.spec = spec
+        self.config = config
         self._shards = shards
         self._shard_of = {name: shard for shard in shards.values() for name in shard.names}
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The config, complete: see `complete_config`."""
-        return complete_config(self.spec.model, read_config(self.folder))
 
     def names(self) -> frozenset[str]:
         """Every tensor that is here. Of a hub model only what was fetched is."""
@@ -75,19 +68,15 @@ class Checkpoint:
         return sum(self._locate(name).bytes_of(name) for name in names)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU and as stored: a view of the mapped file, so copy what is kept for long.
+        """The tensor, on the CPU and as stored, in memory that is the caller's.
 
         Raises:
-            CheckpointError: It is not here, or its shard changed since it was opened.
+            CheckpointError: It is not here.
+            ModelChanged: It is not what was hashed.
         """
         return self._locate(name).read(name)
 
-    def unmap(self) -> None:
-        """Let go of the mapped files, whose pages count as this process's; reading maps them again."""
-        for shard in self._shards.values():
-            shard.unmap()
-
-    def _locate(self, name: str) -> _Shard:
+    def _locate(self, name: str) -> Shard:
         try:
             return self._shard_of[name]
         except KeyError:
@@ -105,13 +94,11 @@ def open_checkpoint(
         CheckpointError: It cannot be used; the message says why.
     """
     config = read_config(folder)
-    layout = shard_layout(folder)
-    paths = [folder / name for name in layout]
-    shards = open_shards(folder, layout)
-    sha256 = hash_files(paths, cache_dir=cache_dir, progress=progress)
+    shards = open_shards(folder, shard_layout(folder), cache_dir=cache_dir, progress=progress)
     stored = next(iter(shards.values())).stored_dtype
-    spec = model_spec(model, config, dict(zip(layout, sha256, strict=True)), stored_dtype=stored)
-    checkpoint = Checkpoint(folder, spec, shards)
+    sha256 = {name: shard.sha256 for name, shard in shards.items()}
+    spec = model_spec(model, config, sha256, stored_dtype=stored)
+    checkpoint = Checkpoint(folder, spec, shards, complete_config(model, config))
     for index in set(range(spec.num_blocks)) - {block_of(name) for name in checkpoint.names()}:
         raise CheckpointError(
             f"{folder} holds no tensor of block {index}, and its config promises {spec.num_blocks}"
@@ -119,19 +106,30 @@ def open_checkpoint(
     return checkpoint
 
 
-def open_shards(folder: Path, layout: Mapping[str, frozenset[str] | None]) -> dict[str, _Shard]:
-    """Open the shards named in `layout` and hold each to the tensors that are said to be in it.
+def open_shards(
+    folder: Path,
+    layout: Mapping[str, frozenset[str] | None],
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Shard]:
+    """Open and hash the shards named in `layout`, and hold each to the tensors that are said to be in it.
 
     Raises:
         CheckpointError: A shard is missing, damaged, or lacks a tensor.
     """
-    shards: dict[str, _Shard] = {}
-    for file_name, names in layout.items():
-        shard = _Shard(folder / file_name)
-        if absent := (names or frozenset()) - shard.names:
-            raise CheckpointError(f"{shard.path} lacks the tensor {min(absent)}, which {INDEX} places there")
-        shards[file_name] = shard
-    return shards
+    headers = {name: open_header(folder / name) for name in layout}
+    for name, promised in layout.items():
+        if absent := (promised or frozenset()) - headers[name].keys():
+            raise CheckpointError(
+                f"{folder / name} lacks the tensor {min(absent)}, which {INDEX} places there"
+            )
+    paths = [folder / name for name in layout]
+    hashes = hash_shards(paths, cache_dir=cache_dir, progress=progress)
+    return {
+        path.name: Shard(path, headers[path.name], hashed, cache_dir)
+        for path, hashed in zip(paths, hashes, strict=True)
+    }
 
 
 def shard_layout(folder: Path) -> dict[str, frozenset[str] | None]:
@@ -183,49 +181,3 @@ def block_of(name: str) -> int | None:
     """The block that a tensor belongs to by its name; None for the ends."""
     match = _BLOCK.match(name)
     return int(match[1]) if match else None
-
-
-class _Shard:
-    """One safetensors file, its header read and checked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            # As numpy: torch is imported by the first tensor that is read, not by the header.
-            with _safe_open(path, framework="numpy") as file:
-                names: list[str] = file.keys()
-                slices: dict[str, Any] = {name: file.get_slice(name) for name in names}
-                self._stored: dict[str, tuple[str, list[int]]] = {
-                    name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()
-                }
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; fetch the model again") from None
-        except (OSError, SafetensorError) as exc:
-            raise CheckpointError(f"{path} is damaged or cut short ({exc}); fetch it again") from exc
-        self.names = frozenset(self._stored)
-
-    @property
-    def stored_dtype(self) -> str:
-        """The dtype of its first tensor of real numbers."""
-        dtypes = (_STORED_DTYPES.get(dtype) for dtype, _ in self._stored.values())
-        return next((dtype for dtype in dtypes if dtype), "float32")
-
-    def bytes_of(self, name: str) -> int:
-        dtype, shape = self._stored[name]
-        if dtype not in _STORED_BYTES:
-            raise CheckpointError(f"{self.path} stores {name} as {dtype}, which p2pinfer does not read")
-        return _STORED_BYTES[dtype] * prod(shape)
-
-    def read(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._mapped.get_tensor(name)
-        except (OSError, SafetensorError, RuntimeError, ValueError) as exc:
-            raise CheckpointError(f"{self.path} changed while in use, {name} cannot be read: {exc}") from exc
-        return tensor
-
-    def unmap(self) -> None:
-        self.__dict__.pop("_mapped", None)
-
-    @cached_property
-    def _mapped(self) -> Any:
-        return _safe_open(self.path, framework="pt", device="cpu")

@@ -70,7 +70,6 @@ def load_ends(checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progre
     try:
         return Ends(checkpoint, target, progress)
     finally:
-        checkpoint.unmap()
         progress.done()
 
 

@@ -27,7 +27,7 @@ import msgspec
 from blake3 import blake3
 from huggingface_hub import errors
 
-from p2pinfer.errors import CheckpointError, ModelNotFound
+from p2pinfer.errors import CheckpointError, ModelChanged, ModelNotFound
 
 from .checkpoint import (
     INDEX,
@@ -38,8 +38,9 @@ from .checkpoint import (
     parse_index,
     refuse_pickles,
 )
+from .defaults import complete_config
 from .download import Pause, Published, TransportError, download
-from .hashes import hash_files, note_hash
+from .hashes import hash_files
 from .parallel import Count, run_counted
 from .progress import Progress
 from .span import BlockSpan
@@ -119,9 +120,9 @@ class HubSource:
         if strange := self._layout.keys() - listing.files.keys():
             raise CheckpointError(f"{model} lacks the shard {min(strange)}, which its index names")
         hashes = {name: listing.files[name].sha256 or "" for name in self._layout}
-        self.spec: ModelSpec = model_spec(
-            model, read_config(folder), hashes, stored_dtype=listing.stored_dtype
-        )
+        config = read_config(folder)
+        self.spec: ModelSpec = model_spec(model, config, hashes, stored_dtype=listing.stored_dtype)
+        self._config = complete_config(model, config)
 
     def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
         if span is not None:
@@ -129,7 +130,11 @@ class HubSource:
         needed = self._needed(span, ends)
         words = TOKENIZER_FILES if ends else ()
         self._store.bring(self._folder, self._listing, [*needed, *words], progress)
-        return Checkpoint(self._folder, self.spec, open_shards(self._folder, needed))
+        shards = open_shards(self._folder, needed, cache_dir=self._store.cache_dir, progress=progress)
+        for name, shard in shards.items():
+            if shard.sha256 != self._listing.files[name].sha256:
+                raise ModelChanged(f"{shard.path} changed while it was opened; start again")
+        return Checkpoint(self._folder, self.spec, shards, self._config)
 
     def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
         files = self._listing.files
@@ -154,7 +159,7 @@ class _Store:
         self, model: str, cache_dir: Path, weights_bytes: int, endpoint: str | None, pause: Pause
     ) -> None:
         self._model = model
-        self._cache_dir = cache_dir
+        self.cache_dir = cache_dir
         self._weights_bytes = weights_bytes
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
         self._pause = pause
@@ -217,8 +222,6 @@ class _Store:
     def _download(self, file: Published, folder: Path, commit: str, count: Count) -> None:
         url = huggingface_hub.hf_hub_url(self._model, file.name, revision=commit, endpoint=self._api.endpoint)
         download(file, url, folder, count=count, pause=self._pause)
-        if file.sha256 is not None:
-            note_hash(folder / file.name, file.sha256, cache_dir=self._cache_dir)
 
     def _missing(
         self, folder: Path, wanted: Sequence[Published], progress: Progress | None
@@ -227,7 +230,7 @@ class _Store:
         here = [file for file in wanted if (folder / file.name).exists()]
         weights = [file for file in here if file.sha256 is not None]
         paths = [folder / file.name for file in weights]
-        hashes = hash_files(paths, cache_dir=self._cache_dir, progress=progress)
+        hashes = hash_files(paths, cache_dir=self.cache_dir, progress=progress)
         right = {file for file, sha256 in zip(weights, hashes, strict=True) if sha256 == file.sha256}
         right |= {file for file in here if file.sha256 is None and _is_as_published(folder, file)}
         for file in here:
@@ -241,7 +244,7 @@ class _Store:
         cached = huggingface_hub.try_to_load_from_cache(self._model, file.name, revision=commit)
         if file.sha256 is None or not isinstance(cached, str):
             return False
-        if hash_files([Path(cached)], cache_dir=self._cache_dir) != [file.sha256]:
+        if hash_files([Path(cached)], cache_dir=self.cache_dir) != [file.sha256]:
             return False
         link = folder / file.name
         with contextlib.suppress(OSError):  # not every file system has links
@@ -256,12 +259,12 @@ class _Store:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise CheckpointError(
-                f"{self._model} needs {needed / 1e9:.1f} GB more in {self._cache_dir}, where "
+                f"{self._model} needs {needed / 1e9:.1f} GB more in {self.cache_dir}, where "
                 f"{free / 1e9:.1f} GB are free; make room or choose another cache directory"
             )
         if self._weights_bytes and needed + (used := self._used_bytes()) > self._weights_bytes:
             raise CheckpointError(
-                f"{self._model} needs {needed / 1e9:.1f} GB more, and models in {self._cache_dir} take "
+                f"{self._model} needs {needed / 1e9:.1f} GB more, and models in {self.cache_dir} take "
                 f"{used / 1e9:.1f} of the {self._weights_bytes / 1e9:.1f} GB that weights_bytes allows; "
                 f"raise it, or remove models from {self._root.parent}"
             )
@@ -288,16 +291,16 @@ class _Store:
                 text = f"the hub at {endpoint} cannot be reached for {model}; connect, or set HF_ENDPOINT"
             case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
                 text = (
-                    f"there is no room left for {model} in {self._cache_dir}; "
+                    f"there is no room left for {model} in {self.cache_dir}; "
                     f"make some and start again: what has come is kept"
                 )
             case OSError(errno=errno.EROFS | errno.EACCES | errno.EPERM):
                 text = (
-                    f"{self._cache_dir} cannot be written ({exc.strerror}), and not all of {model} is there; "
+                    f"{self.cache_dir} cannot be written ({exc.strerror}), and not all of {model} is there; "
                     f"choose another cache directory, with --set cache_dir=DIR"
                 )
             case OSError():
-                text = f"{model} cannot be stored in {self._cache_dir}: {exc}"
+                text = f"{model} cannot be stored in {self.cache_dir}: {exc}"
             case errors.HFValidationError():
                 text = (
                     f"there is no folder {model}, and it is no id of the Hugging Face hub (owner/name) either"

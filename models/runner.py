@@ -139,7 +139,6 @@ def open_runner(
     if config.threads:
         torch.set_num_threads(config.threads)
     blocks = load_blocks(checkpoint, span, target, progress=progress)
-    checkpoint.unmap()
     cache = PagedCache(
         num_blocks=len(span),
         kv_heads=blocks.architecture.kv_heads,

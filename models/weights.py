@@ -18,8 +18,7 @@ from .target import Target
 class Weights:
     """The tensors of a checkpoint whose names begin with `prefix`, each to be taken once.
 
-    A tensor that is stored is a view of a mapped file; what comes out of here never is, so that a
-    checkpoint that was let go of takes its mapping along.
+    What a checkpoint gives is ours, so a tensor that is as it should be is not copied again.
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class Weights:
             bias: Whether they have biases. Where none of them is stored they are zero, as in transformers.
         """
         sizes = list(zip(names, outputs, strict=True))
-        weight = torch.cat([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
+        weight = _joined([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
         if not (bias and any(self.has(f"{name}.bias") for name in names)):
             return Linear(self._target.place(weight))
-        biases = torch.cat([self._take(f"{name}.bias", size) for name, size in sizes])
+        biases = _joined([self._take(f"{name}.bias", size) for name, size in sizes])
         return Linear(self._target.place(weight), self._target.place(biases))
 
     def norm(self, name: str, size: int, *, eps: float, offset: float = 0.0) -> Norm:
@@ -65,7 +64,7 @@ class Weights:
 
     def table(self, name: str, rows: int, columns: int) -> Tensor:
         """A plain matrix."""
-        return self._target.place(self._take(f"{name}.weight", rows, columns).clone())
+        return self._target.place(self._take(f"{name}.weight", rows, columns))
 
     def finish(self) -> None:
         """Nothing, if every tensor was taken.
@@ -89,3 +88,7 @@ class Weights:
         self._left.discard(self._prefix + name)
         self._progress.advance(stored.nbytes)
         return stored
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -37,6 +37,11 @@ class Deposition:
         return BlockSpan(self.receipts[0].start, self.receipts[0].stop)
 
     @property
+    def revision(self) -> str:
+        """Of which model."""
+        return self.receipts[0].revision
+
+    @property
     def codec(self) -> Codec:
         """How the payloads are written."""
         return self.receipts[0].codec

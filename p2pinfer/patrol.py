@@ -22,8 +22,8 @@ from typing import Final
 import trio
 
 from p2pinfer.config import SharedConfig
-from p2pinfer.errors import NoRoute, P2PInferError
-from p2pinfer.models.source import resolve_model
+from p2pinfer.errors import ModelChanged, NoRoute, P2PInferError
+from p2pinfer.models.source import ModelSource, resolve_model
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.reputation.verdict import Thresholds
@@ -134,6 +134,8 @@ class Patrol:
                     await self._make_text(client)
                 await client.audits_settled()
                 tally = client.audits
+        except ModelChanged as exc:
+            logger.warning("%s", exc)
         except P2PInferError as exc:  # nobody there, say
             logger.debug("patrol.failed why=%s", exc)
         else:
@@ -166,6 +168,7 @@ def open_patrol(
 ) -> Patrol:
     """The patrol of a node with these settings; what it learns goes to the ledger in `data_dir`."""
     verifiers: list[Verifier] = []  # one, whose weights stay loaded from round to round
+    sources: list[ModelSource] = []  # what it loads them from
 
     @asynccontextmanager
     async def open_client(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
@@ -181,6 +184,7 @@ def open_patrol(
                     weights_bytes=shared.weights_bytes,
                 )
             )
+            sources.append(source)
             verifiers.append(LocalVerifier(source, config))
         async with Client(
             model=shared.model,
@@ -193,6 +197,11 @@ def open_patrol(
             audit=config,
             verifier=verifiers[0],
         ) as client:
+            if client.spec.revision != sources[0].spec.revision:
+                raise ModelChanged(
+                    f"{shared.model} is another model than this node serves: its folder was written anew; "
+                    "nobody is checked until the node is started again"
+                )
             yield client
 
     return Patrol(open_client, verify, report)

@@ -21,7 +21,7 @@ import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import CacheFull, LocalError, ProtocolViolation, WrongOutput
+from p2pinfer.errors import CacheFull, LocalError, ModelChanged, ProtocolViolation, WrongOutput
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.noise_floor import measure_floor
@@ -71,10 +71,11 @@ class LocalVerifier:
         self._rng = rng or random.SystemRandom()
         self._turn = trio.Lock()  # weights are loaded once, and a reference belongs to one thread
         self._loaded: _Loaded | None = None
+        self._changed = ""  # why nothing can be loaded any more
 
     def can_hold(self, span: BlockSpan) -> bool:
         """Whether the blocks fit the budget of memory, and are here or nearly so."""
-        return self._cost_of(len(span)) <= self._budget() and self._is_near(span)
+        return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
 
     async def verify(self, deposition: Deposition) -> Finding:
         """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
@@ -124,16 +125,24 @@ class LocalVerifier:
         started = time.thread_time()
         try:
             spec = self._source.spec
+            if deposition.revision != spec.revision:
+                return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
             spec.check_span(deposition.span)  # whoever made a proof may have signed for any
             tokens = min(self._config.max_tokens, spec.max_positions)
             history = history_of(deposition, spec.hidden_size, max_tokens=tokens)
             if not len(history.inputs):
                 return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
+            if self._changed:
+                return Finding(Verdict.INCONCLUSIVE, self._changed)
             if not self.can_hold(deposition.span):
                 return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
             return check(history)
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
+        except ModelChanged as exc:
+            self._changed = str(exc)
+            logger.warning("the work of peers cannot be checked against this model any more: %s", exc)
+            return Finding(Verdict.INCONCLUSIVE, self._changed)
         except (ProtocolViolation, LocalError, CacheFull) as exc:
             return Finding(Verdict.INCONCLUSIVE, str(exc))
         except (MemoryError, RuntimeError) as exc:  # torch's own: no text should end for want of memory here

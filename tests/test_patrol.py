@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import trio.testing
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute
+from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, Leaving, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
@@ -213,3 +216,35 @@ async def test_a_nodes_patrol_joins_by_the_node_and_asks_it_for_no_opinion(
     audit = one["audit"]
     assert isinstance(audit, AuditConfig)
     assert (audit.rate, audit.own_peers) == (1.0, ("me",))
+
+
+async def test_a_patrol_whose_folder_was_written_anew_checks_nobody_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other:
+        """A client that finds another model in the folder than the patrol's verifier did."""
+
+        spec = replace(resolve_model(BUNDLED_MODEL, cache_dir=tmp_path).spec, revision="f" * 32)
+
+        def __init__(self, **options: object) -> None: ...
+
+        async def __aenter__(self) -> Other:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        # There is no `generate`: a text would fail here.
+
+    monkeypatch.setattr("p2pinfer.patrol.Client", Other)
+    heard: list[Event] = []
+    shared = SharedConfig(cache_dir=tmp_path)
+    patrol = open_patrol(AT_ONCE, AuditConfig(), shared, HostConfig(), heard.append)
+    patrol.note(READY)
+    with trio.move_on_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(patrol.serve)
+            while "nobody is checked until the node is started again" not in caplog.text:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert "nobody is checked until the node is started again" in caplog.text
+    assert heard == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from torch import Tensor
 
+from p2pinfer import models
 from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import load_ends
@@ -52,10 +56,17 @@ def identity_over(span: BlockSpan, tokens: int = 12) -> Deposition:
     return deposition_of(span, payload, payload, tokens)
 
 
-def deposition_of(span: BlockSpan, given: Payload, got: Payload, tokens: int) -> Deposition:
+@cache
+def bundled_revision() -> str:
+    return open_checkpoint(Path(models.__path__[0]) / BUNDLED_MODEL, BUNDLED_MODEL).spec.revision
+
+
+def deposition_of(
+    span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = ""
+) -> Deposition:
     receipt = Receipt(
-        1, bytes(16), 0, NO_RECEIPT, "r", span.start, span.stop, 0, tokens, tokens, 0, "float32", "float32",
-        digest_of(given), digest_of(got), bytes(16),
+        1, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0, tokens, tokens,
+        0, "float32", "float32", digest_of(given), digest_of(got), bytes(16),
     )  # fmt: skip
     return Deposition("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
 
@@ -114,6 +125,55 @@ async def test_blocks_that_the_model_has_not_prove_nothing(source: ModelSource, 
     for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
         finding = await verify(identity_over(span))
         assert finding.verdict is Verdict.INCONCLUSIVE
+
+
+async def test_receipts_of_another_model_prove_nothing(source: ModelSource) -> None:
+    """A client that came back to a folder that was written anew, say."""
+    payload = bytes(range(64)) * 240
+    other = deposition_of(SPAN, payload, payload, 12, revision="f" * 32)
+    verifier = LocalVerifier(source)
+    for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
+        finding = await verify(other)
+        assert (finding.verdict, finding.reason) == (
+            Verdict.INCONCLUSIVE,
+            "the receipts are of another model than is here",
+        )
+
+
+def write_anew(folder: Path) -> None:
+    """Save every shard of a folder with larger weights, as a training run does."""
+    safetensors_torch: Any = safetensors.torch
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor * 1.5 for name, tensor in safetensors_torch.load_file(path).items()}
+        safetensors_torch.save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
+        path.with_suffix(".new").replace(path)
+
+
+async def test_weights_that_changed_on_disk_convict_nobody(
+    tiny_stories: Path,
+    tmp_path: Path,
+    honest: tuple[Tensor, list[Tensor]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(tiny_stories, tmp_path / "model")
+    inputs, (exact, *_) = honest
+    source = resolve_model(str(folder), cache_dir=tmp_path)
+    room = 2 * source.spec.block_parameters * BYTES_PER_WEIGHT
+    verifier = LocalVerifier(source, AuditConfig(memory_bytes=room))
+    assert (await verifier.verify(computed(inputs, exact))).verdict is Verdict.PASS
+    write_anew(folder)
+    # What was loaded before is right, so it still counts.
+    assert (await verifier.verify(computed(inputs, exact))).verdict is Verdict.PASS
+    assert (await verifier.verify(computed(inputs, exact * 1.5))).verdict is Verdict.FAIL
+    assert verifier.can_hold(SPAN)
+    # A confirmation loads anew, and so does a look at other blocks.
+    for verify in (verifier.confirm, verifier.verify, verifier.verify_fully):
+        finding = await verify(identity_over(BlockSpan(4, 6)))
+        assert finding.verdict is Verdict.INCONCLUSIVE
+        assert "changed after it was checked" in finding.reason
+    assert not verifier.can_hold(SPAN), "others are asked from now on"
+    assert caplog.text.count("the work of peers cannot be checked against this model any more") == 1
+    assert "start p2pinfer again" in caplog.text
 
 
 async def test_what_fails_on_this_machine_proves_nothing(

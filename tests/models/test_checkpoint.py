@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import subprocess
@@ -187,28 +186,3 @@ def test_a_stored_dtype_that_no_computation_takes_is_refused(tmp_path: Path) -> 
     checkpoint = open_checkpoint(folder, "m")
     with pytest.raises(CheckpointError, match=r"stores model\.norm\.weight as F8_E4M3"):
         checkpoint.bytes_of(["model.norm.weight"])
-
-
-def test_a_shard_that_changes_before_its_first_read_is_noticed(copy: Path) -> None:
-    checkpoint = open_checkpoint(copy, "m")
-    (copy / "model-00001-of-00003.safetensors").write_bytes(b"gone")
-    with pytest.raises(CheckpointError, match="changed while in use"):
-        checkpoint.read("model.embed_tokens.weight")
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are looked up in /proc")
-def test_what_was_loaded_stays_mapped_no_longer_than_it_takes(tiny_stories: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_stories, tmp_path / "copy")  # of which no other test has anything mapped
-
-    def is_mapped() -> bool:
-        return str(folder.resolve()) in Path("/proc/self/maps").read_text(encoding="utf-8")
-
-    checkpoint = open_checkpoint(folder, "tiny-stories")
-    name = min(checkpoint.block_names(0))
-    before = checkpoint.read(name).clone()
-    assert is_mapped()
-    checkpoint.unmap()
-    gc.collect()
-    assert not is_mapped()
-    assert checkpoint.read(name).equal(before)
-    checkpoint.unmap()
