@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from p2pinfer.errors import ConfigError
 
 from .config import ComputeConfig
 from .layers import can_pack
+from .memory import free_on
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -39,10 +39,10 @@ class Target:
 
     def cache_budget(self) -> int:
         """The bytes that an automatic KV cache may take, the weights being in place."""
+        free = free_on(self.device).bytes
         if self.device.type == "cuda":
-            free, _total = torch.cuda.mem_get_info(self.device)
             return int(free * _CUDA_CACHE_SHARE)
-        return min(int(psutil.virtual_memory().available * _CPU_CACHE_SHARE), _CPU_CACHE_CAP)
+        return min(int(free * _CPU_CACHE_SHARE), _CPU_CACHE_CAP)
 
 
 def choose_target(config: ComputeConfig, stored: str) -> Target:

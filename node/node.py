@@ -19,11 +19,13 @@ import trio
 
 from p2pinfer.errors import SpanOutOfRange
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.source import ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.target import choose_target
 from p2pinfer.routing.placement import choose_span, should_move
 
 from .addresses import check_announced
@@ -40,12 +42,16 @@ from .offer import Offer
 from .reachability import describe
 from .relay_config import RelayConfig
 from .server import ServedSpan, SpanServer
-from .sizing import measure_capacity, measure_speed
+from .sizing import Capacity, check_room, measure_capacity, measure_speed
 from .swarm import SwarmMember, open_swarm
 from .tasks import open_nursery
 from .worker import Worker, open_worker
 
 logger = logging.getLogger(__name__)
+
+_FEWER_BLOCKS = (
+    "serve fewer blocks (--num-blocks), set compute.cache_bytes to less, or raise the limit if there is one"
+)
 
 
 async def run_node(
@@ -116,6 +122,7 @@ class _Node:
             self._report(Starting(member.peer_id, member.addrs, spec.model, spec.revision))
             await member.join(spec.revision)
             if wanted is not None:
+                await trio.to_thread.run_sync(check_room, spec, wanted, self._compute)
                 await self._serve_span(source, member, wanted, "asked for", may_move=False)
             else:
                 await self._serve_where_needed(source, member)
@@ -163,7 +170,7 @@ class _Node:
         others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
         last = last_span(self._config.data_dir, spec.revision, spec.num_blocks)
         span = choose_span(others, spec.num_blocks, most, capacity.tokens_per_s_per_block, last)
-        reason = f"{capacity.blocks} blocks fit; the swarm is weakest here"
+        reason = f"{_fitting(capacity)}; the swarm is weakest here"
         if span == last:
             reason = "served before, and still needed"
         while True:
@@ -241,7 +248,9 @@ class _Node:
 
     def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
         checkpoint = source.fetch(span, ends=False, progress=self._progress)
-        return open_runner(checkpoint, span, self._compute, progress=self._progress)
+        device = choose_target(self._compute, checkpoint.spec.dtype).device
+        with refusals_named(f"blocks {span}", device, _FEWER_BLOCKS):
+            return open_runner(checkpoint, span, self._compute, progress=self._progress)
 
     def _wanted_blocks(self, spec: ModelSpec) -> BlockSpan | None:
         if self._config.blocks is None:
@@ -252,6 +261,12 @@ class _Node:
                 f"{spec.model} has {spec.num_blocks} blocks, 0:{spec.num_blocks}; {span} is not among them"
             )
         return span
+
+
+def _fitting(capacity: Capacity) -> str:
+    """How many blocks fit, and into what if a limit was reckoned with."""
+    limited = f", since {capacity.memory}" if capacity.memory.limited_by else ""
+    return f"{capacity.blocks} blocks fit{limited}"
 
 
 def _reached(member: SwarmMember) -> Reached:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-import psutil
 import torch
 
-from p2pinfer.errors import LocalError
+from p2pinfer.errors import LocalError, OutOfMemory
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.layers import Linear
+from p2pinfer.models.memory import FreeMemory, free_on, refusals_named
 from p2pinfer.models.runner import Chunk, SpanRunner
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.target import Target, choose_target
 
@@ -33,6 +34,7 @@ class Capacity:
 
     blocks: int  # that fit, cache and head room included
     tokens_per_s_per_block: float  # decode speed if it held one block
+    memory: FreeMemory  # that this was reckoned with
 
 
 def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
@@ -47,14 +49,39 @@ def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
     """
     target = choose_target(config, spec.dtype)
     block_bytes = spec.block_parameters * target.dtype.itemsize
-    free = _free_bytes(target)
-    blocks = min(int(free * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
+    free = free_on(target.device)
+    blocks = min(int(free.bytes * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
     if blocks < 1:
         raise LocalError(
-            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-            f"free on {target.device}: free some memory, or serve a smaller model"
+            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB, and on {target.device} {free}: "
+            "free some memory, raise the limit if there is one, or serve a smaller model"
         )
-    return Capacity(blocks, 1 / _block_seconds(spec, target))
+    with refusals_named(f"a block of {spec.model}", target.device, "free some memory, or raise the limit"):
+        seconds = _block_seconds(spec, target)
+    return Capacity(blocks, 1 / seconds, free)
+
+
+def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
+    """Nothing, if the weights of `span`, which somebody asked for, can be held.
+
+    What the machine is short of it can swap, slowly; behind a limit a process is killed without a word.
+
+    Raises:
+        ConfigError: The device or dtype asked for is not to be had.
+        OutOfMemory: They exceed what a limit or a card leaves.
+    """
+    target = choose_target(config, spec.dtype)
+    block_bytes = spec.block_parameters * target.dtype.itemsize
+    free = free_on(target.device)
+    if len(span) * block_bytes <= free.bytes:
+        return
+    said = f"blocks {span} of {spec.model} take {len(span) * block_bytes / 2**30:.1f} GiB, and {free}"
+    if free.limit_bytes is None and target.device.type == "cpu":
+        logger.warning("%s: the computer will swap, or refuse", said)
+        return
+    fit = int(free.bytes * WEIGHTS_SHARE / block_bytes)
+    advice = f"ask for {fit} blocks or fewer" if fit else "not even one block would fit"
+    raise OutOfMemory(f"{said}: {advice}, or raise the limit")
 
 
 def measure_speed(runner: SpanRunner) -> float:
@@ -72,12 +99,6 @@ def _timed(runner: SpanRunner, chunk: Chunk) -> float:
     started = time.perf_counter()
     runner.run([chunk])
     return time.perf_counter() - started
-
-
-def _free_bytes(target: Target) -> int:
-    if target.device.type == "cuda":
-        return torch.cuda.mem_get_info(target.device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def _block_seconds(spec: ModelSpec, target: Target) -> float:

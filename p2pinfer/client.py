@@ -20,9 +20,11 @@ from p2pinfer.errors import PeerError
 from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
+from p2pinfer.models.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.spec import ModelSpec
+from p2pinfer.models.target import choose_target
 from p2pinfer.models.text import Tokenizer, load_tokenizer
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.identity import Identity, client_identity
@@ -347,4 +349,8 @@ class Client:
     def _load_ends(self) -> tuple[Ends, Tokenizer]:
         checkpoint = self._source.fetch(None, ends=True, progress=self._progress)
         compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
-        return load_ends(checkpoint, compute), load_tokenizer(checkpoint.folder)
+        device = choose_target(compute, checkpoint.spec.dtype).device
+        with refusals_named(
+            f"the ends of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
+        ):
+            return load_ends(checkpoint, compute), load_tokenizer(checkpoint.folder)

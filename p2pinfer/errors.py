@@ -58,6 +58,10 @@ class CacheFull(LocalError):
     """The KV cache has no room for another reservation; what is there is unchanged."""
 
 
+class OutOfMemory(LocalError):
+    """This process was refused memory, by the machine, by a limit on it, or by a card."""
+
+
 class PolicyError(LocalError):
     """A routing policy cannot be loaded, raised, or returned something that is no route."""
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import psutil
 import torch
 import trio
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from p2pinfer.errors import CacheFull, LocalError, ModelChanged, ProtocolViolation, WrongOutput
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
+from p2pinfer.models.memory import free_memory
 from p2pinfer.models.noise_floor import measure_floor
 from p2pinfer.models.source import ModelSource
 from p2pinfer.models.span import BlockSpan
@@ -186,8 +186,7 @@ class LocalVerifier:
 
     def _budget(self) -> int:
         held = self._cost_of(len(self._loaded.reference.span)) if self._loaded else 0
-        free: int = psutil.virtual_memory().available
-        return self._config.memory_bytes or (free + held) // 4
+        return self._config.memory_bytes or (free_memory().bytes + held) // 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from p2pinfer.client_config import ClientConfig
 from p2pinfer.errors import ConfigError
 from p2pinfer.models import target
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.memory import FreeMemory
 from p2pinfer.models.target import Target, choose_target
 
 CPU = torch.device("cpu")
@@ -21,9 +20,14 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def mem_get_info(_device: torch.device) -> tuple[int, int]:
         return 100 << 30, 140 << 30
 
+    def nothing(_device: torch.device) -> int:
+        return 0
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
 
 
 @pytest.fixture
@@ -90,6 +94,8 @@ def test_what_no_machine_has_is_refused_by_the_config(
 def test_an_automatic_cache_takes_a_quarter_of_free_memory_and_no_more_than_four_gibibytes(
     monkeypatch: pytest.MonkeyPatch, available_gib: int, budget_gib: int
 ) -> None:
-    memory = SimpleNamespace(available=available_gib << 30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    def free_on(_device: torch.device) -> FreeMemory:
+        return FreeMemory(available_gib << 30)
+
+    monkeypatch.setattr(target, "free_on", free_on)
     assert Target(CPU, torch.float32).cache_budget() == budget_gib << 30

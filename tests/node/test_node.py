@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 
-from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, PeerRefused, SpanOutOfRange
+from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, OutOfMemory, PeerRefused, SpanOutOfRange
 from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.memory import FreeMemory
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
+from p2pinfer.node import sizing
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Leaving, Loading, Ready, SessionOpened, Starting
 from p2pinfer.node.evidence import EVIDENCE_PROTOCOL
@@ -163,9 +166,9 @@ async def test_a_goodbye_that_nobody_takes_does_not_hold_up_the_end(
         await node.wait_for(Leaving)
 
 
-def room_for(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+def room_for(monkeypatch: pytest.MonkeyPatch, blocks: int, memory: FreeMemory | None = None) -> None:
     def measure(*_: object) -> Capacity:
-        return Capacity(blocks, 1000.0)
+        return Capacity(blocks, 1000.0, memory or FreeMemory(1 << 40))
 
     monkeypatch.setattr(node_module, "measure_capacity", measure)
 
@@ -177,6 +180,41 @@ async def test_a_node_takes_the_blocks_that_the_swarm_needs_most(
     async with open_node(num_blocks=3, others=((0, 4), (7, 8))) as node:
         assert await node.wait_for(Loading) == Loading((4, 7), "5 blocks fit; the swarm is weakest here")
         assert (await node.wait_for(Ready)).blocks == (4, 7)
+
+
+async def test_a_node_says_which_limit_its_blocks_were_reckoned_by(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(monkeypatch, 2, FreeMemory(3 << 29, 2 << 30, "its control group"))
+    async with open_node(others=((0, 4),)) as node:
+        said = (await node.wait_for(Loading)).reason
+        assert "2 blocks fit, since 1.5 GiB are free (limited to 2.0 GiB by its control group); the" in said
+
+
+async def test_blocks_that_exceed_a_limit_are_refused_in_a_line(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = FreeMemory(1 << 10, 2 << 30, "ulimit -v")
+
+    def free_on(_device: torch.device) -> FreeMemory:
+        return room
+
+    monkeypatch.setattr(sizing, "free_on", free_on)
+    with pytest.raises(OutOfMemory, match=r"limited to 2\.0 GiB by ulimit -v"):
+        async with open_node(blocks="0:4") as node:
+            await node.wait_for(Ready)
+
+
+async def test_a_node_that_is_refused_memory_says_so(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(node_module, "open_runner", refuse)
+    with pytest.raises(OutOfMemory, match=r"no memory for blocks 0:4 on cpu: .* serve fewer blocks"):
+        async with open_node(blocks="0:4") as node:
+            await node.wait_for(Ready)
 
 
 async def test_a_node_that_was_killed_comes_back_to_its_blocks_as_the_same_peer(

@@ -1,28 +1,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from p2pinfer.errors import CacheFull, LocalError
+from p2pinfer.errors import CacheFull, LocalError, OutOfMemory
 from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.memory import FreeMemory
 from p2pinfer.models.runner import open_runner
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.target import Target
 from p2pinfer.node import sizing
-from p2pinfer.node.sizing import WEIGHTS_SHARE, measure_capacity, measure_speed
+from p2pinfer.node.sizing import WEIGHTS_SHARE, check_room, measure_capacity, measure_speed
 
 CPU = ComputeConfig(device="cpu", dtype="float32")
 
 
-def free_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: float) -> None:
-    def virtual_memory() -> SimpleNamespace:
-        return SimpleNamespace(available=free_bytes)
+def free_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: float, limit_bytes: int | None = None) -> None:
+    free = FreeMemory(int(free_bytes), limit_bytes, "its control group" if limit_bytes else "")
 
-    monkeypatch.setattr("psutil.virtual_memory", virtual_memory)
+    def free_on(_device: torch.device) -> FreeMemory:
+        return free
+
+    monkeypatch.setattr(sizing, "free_on", free_on)
 
 
 def test_as_many_blocks_are_held_as_fit_and_no_more_than_there_are(
@@ -44,18 +45,36 @@ def test_no_room_for_a_single_block_is_said_with_both_sizes(
     free_memory(monkeypatch, 2**20)
     large = replace(checkpoint.spec, hidden_size=320, block_parameters=2**30)
     with pytest.raises(
-        LocalError, match=r"one block of tiny-stories takes 4\.0 GiB and 0\.0 GiB are free on cpu"
+        LocalError, match=r"one block of tiny-stories takes 4\.0 GiB, and on cpu 0\.0 GiB are free: "
     ):
+        measure_capacity(large, CPU)
+    free_memory(monkeypatch, 2**20, 2**31)
+    with pytest.raises(LocalError, match=r"free \(limited to 2\.0 GiB by its control group\)"):
         measure_capacity(large, CPU)
 
 
-def test_a_gpu_is_asked_for_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mem_get_info(device: torch.device) -> tuple[int, int]:
-        return (123, 456)
+def test_blocks_that_were_asked_for_and_exceed_a_limit_are_refused_before_they_are_loaded(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = replace(checkpoint.spec, block_parameters=2**28)  # a gibibyte each
+    free_memory(monkeypatch, 4 * 2**30, 5 * 2**30)
+    check_room(large, BlockSpan(2, 6), CPU)
+    with pytest.raises(
+        OutOfMemory, match=r"blocks 0:5 .* take 5\.0 GiB, .*group\): ask for 2 blocks or fewer"
+    ):
+        check_room(large, BlockSpan(0, 5), CPU)
+    free_memory(monkeypatch, 2**30, 5 * 2**30)
+    with pytest.raises(OutOfMemory, match="not even one block would fit"):
+        check_room(large, BlockSpan(0, 5), CPU)
+    assert not caplog.records
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
-    target = Target(torch.device("cuda", 0), torch.bfloat16)
-    assert sizing._free_bytes(target) == 123  # pyright: ignore[reportPrivateUsage]
+
+def test_what_the_machine_itself_is_short_of_it_may_swap(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free_memory(monkeypatch, 2**20)
+    check_room(checkpoint.spec, BlockSpan(0, 8), CPU)
+    assert "the computer will swap" in caplog.text
 
 
 def test_speed_is_measured_and_leaves_the_cache_as_it_was(checkpoint: Checkpoint) -> None:

@@ -1,0 +1,136 @@
+"""The memory that this process may still take: the least of what the machine and every limit leave.
+
+A limit by control group counts the page cache of files that its processes have read. What nobody has mapped
+of that makes room when room is needed, so it is free. What is mapped, the libraries that run, is not.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from p2pinfer.errors import OutOfMemory
+
+from .control_groups import PROC, ControlGroup, control_groups
+
+try:
+    import resource
+except ImportError:  # pragma: no cover - Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+_NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as a number that no machine has
+_REFUSALS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """What may still be taken.
+
+    Attributes:
+        bytes: How much that is; 0 or more.
+        limit_bytes: What this process and those it shares the limit with may have in all; None if it is the
+            machine's memory that ends.
+        limited_by: Who says so: "its control group", "ulimit -v"; empty for the machine's memory.
+    """
+
+    bytes: int
+    limit_bytes: int | None = None
+    limited_by: str = ""
+
+    def __str__(self) -> str:
+        """In words: `1.7 GiB are free (limited to 2.0 GiB by its control group)`."""
+        said = f"{self.bytes / 2**30:.1f} GiB are free"
+        if self.limit_bytes is not None:
+            said += f" (limited to {self.limit_bytes / 2**30:.1f} GiB by {self.limited_by})"
+        return said
+
+
+def free_memory(proc: Path = PROC) -> FreeMemory:
+    """How much of the machine's memory this process may still take, and what bounds it.
+
+    Args:
+        proc: The process's folder in /proc.
+    """
+    machine = FreeMemory(int(psutil.virtual_memory().available))
+    return min((machine, *_by_groups(proc), *_by_process()), key=lambda free: free.bytes)
+
+
+def free_on_card(device: torch.device) -> FreeMemory:
+    """How much of a GPU's memory this process may still take: what is free, and what torch keeps unused."""
+    free, _total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return FreeMemory(free + max(kept, 0))
+
+
+def free_on(device: torch.device) -> FreeMemory:
+    """How much memory may still be taken where a device computes."""
+    return free_on_card(device) if device.type == "cuda" else free_memory()
+
+
+@contextmanager
+def refusals_named(what: str, device: torch.device, advice: str) -> Generator[None]:
+    """Turn a refusal of memory within the block into an error that says for what, and what to do.
+
+    Raises:
+        OutOfMemory: Memory was refused.
+    """
+    try:
+        yield
+    except Exception as exc:  # a checkpoint that cannot be mapped is a CheckpointError
+        if not is_refusal(exc):
+            raise
+        raise OutOfMemory(f"no memory for {what} on {device}: {free_on(device)}; {advice}") from exc
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Whether an exception of Python's, torch's or a library's says that memory was refused."""
+    if isinstance(exc, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(exc, OSError):
+        return exc.errno == errno.ENOMEM
+    return any(words in str(exc).lower() for words in _REFUSALS)
+
+
+def _by_groups(proc: Path) -> Iterator[FreeMemory]:
+    """What each control group that has a limit leaves."""
+    for group in control_groups("memory", proc):
+        limit, used = _limit_and_use(group)
+        if limit is not None and limit < _NO_LIMIT:
+            yield FreeMemory(max(0, limit - used), limit, "its control group")
+
+
+def _limit_and_use(group: ControlGroup) -> tuple[int | None, int]:
+    """A group's limit, None if it has none, and the bytes in use that cannot be had back for the asking."""
+    stat = group.table("memory.stat")
+    if group.version == 2:
+        # Above "high" processes are slowed down until they give back, which for weights means for ever.
+        limits = [group.number("memory.max"), group.number("memory.high")]
+        used, prefix, mapped = group.number("memory.current"), "", "file_mapped"
+    else:
+        # The second is the least of the groups around it, those that a container does not see among them.
+        limits = [group.number("memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
+        used, prefix, mapped = group.number("memory.usage_in_bytes"), "total_", "total_mapped_file"
+    files = stat.get(prefix + "inactive_file", 0) + stat.get(prefix + "active_file", 0)
+    unused = max(0, files - stat.get(mapped, 0))
+    set_limits = [limit for limit in limits if limit is not None and limit >= 0]
+    return min(set_limits, default=None), max(0, (used or 0) - unused)
+
+
+def _by_process() -> Iterator[FreeMemory]:
+    """What the limits that `ulimit` sets leave; Linux does not enforce that on resident memory."""
+    if resource is None:  # pragma: no cover - see above
+        return
+    memory = psutil.Process().memory_info()
+    for name, used, said in (
+        ("RLIMIT_AS", memory.vms, "ulimit -v"),
+        ("RLIMIT_DATA", getattr(memory, "data", 0), "ulimit -d"),
+    ):
+        limit, _hard = resource.getrlimit(getattr(resource, name))
+        if limit not in (resource.RLIM_INFINITY, -1) and limit < _NO_LIMIT:
+            yield FreeMemory(max(0, limit - used), limit, said)
