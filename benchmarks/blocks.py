@@ -4,7 +4,8 @@
     python benchmarks/blocks.py --device cuda --model 8b         # eight blocks of a Llama-3.1-8B shape
     python benchmarks/blocks.py --model 1024x16 --dtype bfloat16 --prefill 512 2047
 
-All contenders of a row take turns in one process; figures are medians over the rounds, in milliseconds.
+All contenders of a row take turns in one process; figures are medians over the rounds, in milliseconds, with
+the least and the greatest round behind each in JSON (`NAME rounds`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quotient import spread
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, logging
@@ -207,7 +209,7 @@ class Bench:
         seconds(2)
         return statistics.median((seconds(STEPS + 1) - seconds(1)) / STEPS * 1e3 for _ in range(self.rounds))
 
-    def _take_turns(self, contenders: dict[str, Step], steps: int) -> dict[str, float]:
+    def _take_turns(self, contenders: dict[str, Step], steps: int) -> dict[str, float | str]:
         figures: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(self.rounds + 1):
             for name, step in contenders.items():
@@ -216,7 +218,10 @@ class Bench:
                     step()
                 if turn:  # the first one warms up
                     figures[name].append((time.perf_counter() - start) / steps * 1e3)
-        return {name: statistics.median(times) for name, times in figures.items()}
+        return {
+            **{name: statistics.median(times) for name, times in figures.items()},
+            **{f"{name} rounds": spread(times) for name, times in figures.items()},
+        }
 
     def _hidden(self, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(tokens)

@@ -36,6 +36,7 @@ from contest import (
     report,
     rounded,
 )
+from quotient import spread
 
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.verifier import AuditConfig
@@ -131,6 +132,7 @@ async def measure(
                     "clients": count,
                     "tok/s": rounded(together),
                     "times one": round(rounded(together) / alone, 2),
+                    "rounds": spread([each / alone for each in together]),
                     "fair": rounded(fair),
                 }
             )

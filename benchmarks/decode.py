@@ -3,11 +3,11 @@
     python benchmarks/decode.py                      # 512x8, 1024x16 and SmolLM2, float32 and bfloat16
     python benchmarks/decode.py --model 1024x16 --dtype bfloat16 --hops 4 --rounds 9
 
-Every process has one torch thread. `ratio` is the swarm's speed over the local one, the median of the
-rounds' own ratios. `hop ms` is what a hop costs beyond its compute. The bill says where a token's time goes,
-in ms over all hops: `compute` in the blocks, `queue` before them, `serve` the rest of a hop's software
-(decode the frame, hand over, encode), `wire` what is left between the processes (write, encrypt, socket,
-decrypt, wake up, the return included), `ends` embedding, head and argmax in the client.
+Every process has one torch thread. `ratio` is the local median over the swarm's, `rounds` the least and the
+greatest quotient of a single round (see quotient.py). `hop ms` is what a hop costs beyond its compute.
+The bill is ms over all hops: `compute` in the blocks, `queue` before them, `serve`
+the rest of a hop's software (decode the frame, hand over, encode), `wire` what is left between the processes
+(write, encrypt, socket, decrypt, wake up, the return included), `ends` embedding, head and argmax.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from contest import (
     report,
     rounded,
 )
+from quotient import compared
 
 from p2pinfer.client import Client
 
@@ -60,13 +61,12 @@ async def contest(client: Client, local: Local, rounds: int, hops: int) -> dict[
         same = same and got == expected
         ours.append(token_ms(times))
         theirs.append(token_ms(local_times))
-    ratio = [local_ms / our_ms for local_ms, our_ms in zip(theirs, ours, strict=True)]
     overhead = [bill["queue"] + bill["serve"] + bill["wire"] for bill in bills]
     return {
         "hops": hops,
         "ours ms": rounded(ours),
         "local ms": rounded(theirs),
-        "ratio": rounded(ratio),
+        **compared(ours, theirs),
         "hop ms": round(median(overhead) / hops, 2),
         "same ids": same,
         **{part: rounded([bill[part] for bill in bills]) for part in bills[0]},

@@ -4,7 +4,8 @@
     python benchmarks/prefill.py --model 1024x16 --tokens 512 2047 --hops 1 2 4
 
 Every process has one torch thread. A figure is the time from the prompt's token ids to the first new token;
-opening the session is part of it. `bound` is what two cores allow: the local time divided by 2 at best.
+opening the session is part of it. `ratio` is the local median over the swarm's, `rounds` the least and the
+greatest quotient of a single round (see quotient.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from contest import (
     report,
     rounded,
 )
+from quotient import compared
 
 from p2pinfer.client import Client
 
@@ -51,14 +53,13 @@ async def contest(client: Client, local: Local, rounds: int, hops: int, tokens: 
         if round_number:  # the first is a warm-up
             ours.append(our_s)
             theirs.append(local_s)
-    ratio = [local_s / our_s for local_s, our_s in zip(theirs, ours, strict=True)]
     return {
         "tokens": tokens,
         "hops": hops,
         "ours s": rounded(ours, 3),
         "local s": rounded(theirs, 3),
         "ours tok/s": round(tokens / rounded(ours, 6)),
-        "ratio": rounded(ratio),
+        **compared(ours, theirs),
     }
 
 

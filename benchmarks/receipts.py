@@ -22,6 +22,7 @@ import torch
 import trio
 import trio.testing
 from contest import report
+from quotient import spread
 from torch import Tensor
 
 from p2pinfer.models.cache import CacheLease
@@ -158,7 +159,8 @@ async def contest(hidden: int, steps: int) -> dict[str, Any]:
         "hidden": hidden,
         "with ms": round(median(seconds[True]) * 1e3, 4),
         "without ms": round(median(seconds[False]) * 1e3, 4),
-        "added ms": round(median(added), 4),
+        "added ms": round((median(seconds[True]) - median(seconds[False])) * 1e3, 4),
+        "rounds": spread(added, 4),
         "added cpu ms": round((median(cpu[True]) - median(cpu[False])) * 1e3, 4),
         "check ms": round(median(checks) * 1e3, 4),
         "loop ms": round(pauses[True], 2),

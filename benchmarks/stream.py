@@ -25,6 +25,7 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
+from quotient import spread
 
 from p2pinfer.node.host import HostConfig, open_host
 from p2pinfer.node.identity import new_identity
@@ -153,6 +154,7 @@ async def measure(there: dict[str, Any], rounds: int, messages: int) -> dict[str
                 for name, sizes in times.items()
             },
             "echo_mb_per_s": {name: median(sample) for name, sample in rates.items()},
+            "echo_rounds": {name: spread(sample, 0) for name, sample in rates.items()},
             "open_stream_ms": median(opening),
         }
 
@@ -166,8 +168,9 @@ def report(result: dict[str, Any]) -> None:
         )
         ratio = rtt["p2pinfer"][size]["median"] / rtt["tcp"][size]["median"]
         print(f"{size:>10} bytes" + cells + f"{ratio:14.1f}")
-    rates = result["echo_mb_per_s"]
+    rates, spreads = result["echo_mb_per_s"], result["echo_rounds"]
     print(f"{'64 MB, MB/s':>16}" + "".join(f"{rates[name]:20.0f}" for name in STACKS))
+    print(f"{'of the rounds':>16}" + "".join(f"{spreads[name]:>20}" for name in STACKS))
     print(
         f"open_stream {result['open_stream_ms']:.2f} ms   (median / 99th percentile; {platform.platform()})"
     )
