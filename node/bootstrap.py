@@ -103,6 +103,15 @@ class Kin(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class BootstrapOutcome:
+    """What became of a bootstrap peer; `answered` is None while nothing is known."""
+
+    address: str
+    answered: bool | None
+    why: str = ""  # it did not answer
+
+
 @dataclass(slots=True)
 class _Trouble:
     """Why a peer was not reached or kept, how often in a row, and when to try again."""
@@ -161,6 +170,20 @@ class Neighbourhood:
     def has_peers(self) -> bool:
         """Whether there is anybody to begin with."""
         return bool(self._peers or self._known)
+
+    def outcomes(self) -> list[BootstrapOutcome]:
+        """How it stands with every bootstrap peer."""
+        connected = set(self._host.connected_peers())
+        found: list[BootstrapOutcome] = []
+        for peer in self._peers:
+            trouble = self._troubles.get(peer.peer_id)
+            if peer.peer_id in connected:
+                found.append(BootstrapOutcome(peer.addrs[0], True))
+            elif trouble is not None and trouble.why:
+                found.append(BootstrapOutcome(peer.addrs[0], False, trouble.why))
+            else:
+                found.append(BootstrapOutcome(peer.addrs[0], None))
+        return found
 
     def describe_failures(self) -> str:
         """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""

@@ -39,6 +39,17 @@ class Ready(_Event, frozen=True, tag="ready"):
     device: str
     tokens_per_s: float
     cache_tokens: int
+    cache_bytes: int = 0  # of memory, that those tokens may take
+    weights_bytes: int = 0  # of memory, that the blocks take
+    relay_bytes_per_s: float = 0.0  # of the line at most, for connections of peers behind routers; 0: none
+
+
+class Joined(_Event, frozen=True, tag="joined"):
+    """Whom the node has joined; told once that is known, and when more have answered."""
+
+    peers: int  # connected at the moment
+    answered: tuple[str, ...]  # addresses of bootstrap peers
+    silent: tuple[tuple[str, str], ...]  # addresses of the others, each with why
 
 
 class Reached(_Event, frozen=True, tag="reached"):
@@ -92,8 +103,31 @@ class Leaving(_Event, frozen=True, tag="leaving"):
     sessions: int
 
 
+class Stopped(_Event, frozen=True, tag="stopped"):
+    """The node has ended; what it did since it began."""
+
+    uptime_s: float
+    sessions: int
+    tokens: int
+    refusals: int  # sessions, streams and connections
+    bytes_sent: int
+    bytes_received: int
+    bytes_relayed: int  # for others, in bytes of theirs
+    audits_of_us: int  # for which our evidence was asked
+
+
 Event: TypeAlias = (
-    Starting | Loading | Reached | Ready | SessionOpened | SessionClosed | SessionRefused | Verified | Leaving
+    Starting
+    | Joined
+    | Stopped
+    | Loading
+    | Reached
+    | Ready
+    | SessionOpened
+    | SessionClosed
+    | SessionRefused
+    | Verified
+    | Leaving
 )
 
 _encoder = msgspec.json.Encoder()

@@ -28,6 +28,7 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.target import choose_target
 from p2pinfer.routing.placement import choose_span, should_move
 
+from .account import stopped, tell_joined
 from .addresses import check_announced
 from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
@@ -129,7 +130,7 @@ class _Node:
 
     @asynccontextmanager
     async def _open_swarm(self, identity: Identity, host_config: HostConfig) -> AsyncGenerator[SwarmMember]:
-        config = self._config
+        config, since = self._config, trio.current_time()
         listen = await trio.to_thread.run_sync(with_last_ports, host_config.listen, config.data_dir)
         async with open_swarm(
             identity,
@@ -144,7 +145,11 @@ class _Node:
             with member.reach.telling(lambda: self._report(_reached(member))):
                 async with self._open_metrics(member), open_nursery() as nursery:
                     nursery.start_soon(member.twins.wait_taken, config.data_dir / KEY_FILE)
-                    yield member
+                    nursery.start_soon(tell_joined, member, self._report)
+                    try:
+                        yield member
+                    finally:
+                        self._report(stopped(member, since))
 
     @asynccontextmanager
     async def _open_metrics(self, member: SwarmMember) -> AsyncGenerator[None]:
@@ -158,7 +163,10 @@ class _Node:
 
     async def _introduce(self, member: SwarmMember) -> None:
         """Hold no blocks: pass on what is gossiped, tell newcomers who is there."""
-        self._report(Ready(member.peer_id, member.addrs, "", "", None, "", "", 0.0, 0))
+        relaying = self._relay.granted_bytes_per_s
+        self._report(
+            Ready(member.peer_id, member.addrs, "", "", None, "", "", 0.0, 0, relay_bytes_per_s=relaying)
+        )
         await member.follow_neighbours()
 
     async def _serve_where_needed(self, source: ModelSource, member: SwarmMember) -> None:
@@ -204,7 +212,7 @@ class _Node:
             try:
                 await offer.announce()
                 remember_span(self._config.data_dir, source.spec.revision, span)
-                self._report(_ready(member, source.spec, runner, tokens_per_s))
+                self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
                     nursery.start_soon(offer.keep_fresh)
                     better = await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
@@ -287,7 +295,9 @@ def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner, worker
     metrics.watch("replay_bytes", "Reserved for replay logs.", lambda: server.replay_bytes)
 
 
-def _ready(member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float) -> Ready:
+def _ready(
+    member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float, relay: RelayConfig
+) -> Ready:
     return Ready(
         member.peer_id,
         member.addrs,
@@ -298,4 +308,7 @@ def _ready(member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_
         str(runner.device),
         tokens_per_s,
         runner.cache.capacity_tokens,
+        runner.cache.budget_bytes,
+        len(runner.span) * spec.block_parameters * runner.dtype.itemsize,
+        relay.granted_bytes_per_s,
     )

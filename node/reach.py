@@ -389,7 +389,7 @@ async def open_reach(
         relay_config: None: carry nothing for others.
         announcements: Gives all that is known of who serves what: some of them relay.
     """
-    relays = relay_config is not None and relay_config.enabled
+    relays = relay_config is not None and relay_config.granted_bytes_per_s > 0
     reach = Reach(host, config, relay_config if relays else None, announcements)
     async with open_nursery() as nursery:
         nursery.start_soon(reach.serve)

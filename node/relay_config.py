@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 class RelayConfig:
     """What a node that can be reached spends on those who cannot.
 
-    A decode step of a large model is 20 KB a hop, a prefill of 4,000 tokens 64 MB: the byte limits let that
-    through at home-line speed, and a peer that wants more waits for itself, not for others.
+    A decode step of a large model is 20 KB a hop, so a megabyte a second carries fifty of them, for peers
+    that mostly find a direct way after seconds. Of a home line's upload, 20 Mbit/s or 2.5 MB/s, it leaves
+    more than half. A prefill of 4,000 tokens is 64 MB and takes two minutes there: who lends a server gives
+    more. One peer that wants more waits for itself, not for others.
     """
 
     enabled: bool = True  # carry connections for peers behind routers, where this node can be reached
@@ -21,10 +23,17 @@ class RelayConfig:
     max_circuits_per_peer: int = 16  # of them with any one peer at either end
     max_circuit_bytes: int = 8 << 30  # of one connection, both directions together
     max_circuit_s: float = 14_400.0  # how long one connection is carried, seconds
-    bytes_per_s: float = 32e6  # of all connections together
-    bytes_per_s_per_peer: float = 4e6  # of all connections that one peer has asked for
+    bytes_per_s: float = 1e6  # of the line, for all connections together; 0: carry none
+    bytes_per_s_per_peer: float = 500e3  # of all connections that one peer has asked for
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name != "enabled" and getattr(self, each.name) <= 0:
+            if each.name not in ("enabled", "bytes_per_s") and getattr(self, each.name) <= 0:
                 raise ValueError(f"{each.name} is {getattr(self, each.name):g}; it must be above 0")
+        if self.bytes_per_s < 0:
+            raise ValueError(f"bytes_per_s is {self.bytes_per_s:g}; it must be 0 or more")
+
+    @property
+    def granted_bytes_per_s(self) -> float:
+        """What all connections that are carried may take; 0 if none is."""
+        return self.bytes_per_s if self.enabled else 0.0

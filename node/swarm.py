@@ -20,7 +20,7 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
-from .bootstrap import BootstrapPeer, Neighbourhood, bootstrap_peers
+from .bootstrap import BootstrapOutcome, BootstrapPeer, Neighbourhood, bootstrap_peers
 from .catch_up import CatchUp
 from .config import ServeConfig
 from .evidence import EvidenceStore, serve_evidence
@@ -180,6 +180,10 @@ class SwarmMember:
     def describe_failures(self) -> str:
         """Which bootstrap peers could not be reached and why, in one line; empty if all could."""
         return self._neighbourhood.describe_failures()
+
+    def bootstrap_outcomes(self) -> list[BootstrapOutcome]:
+        """How it stands with every bootstrap peer."""
+        return self._neighbourhood.outcomes()
 
     async def reach_somebody(self, timeout_s: float) -> None:
         """Like `wait_settled`, for those who can do nothing on their own. Who has connected may take longer.

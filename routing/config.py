@@ -17,7 +17,7 @@ class RoutingConfig:
     default_rtt_ms: float = 100.0  # ms, between two of whom nothing is known
     max_coordinate_error: float = 0.7  # 0..1, less certain coordinates count as unknown
     bandwidth_bytes_per_s: float = 2.5e6  # bytes/s, a home uplink of 20 Mbit/s
-    relay_bandwidth_bytes_per_s: float = 1.0e6  # bytes/s, what a volunteer's relay lets through
+    relay_bandwidth_bytes_per_s: float = 0.5e6  # bytes/s, what a volunteer's relay lets through
     relay_detour_s: float = 0.04  # s, what a relay adds one way where the edge was not measured
     punch_failure: float = 0.3  # 0..1, how often two private peers end up relayed
 

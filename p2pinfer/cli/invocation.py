@@ -36,6 +36,7 @@ _HEADINGS = {
     "client": "Network",
     "audit": "Network",
     "verify": "Network",
+    "relay": "Network",
     "data_dir": "Network",
 }
 

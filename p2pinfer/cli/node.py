@@ -74,6 +74,11 @@ logger = logging.getLogger(__name__)
 @SWARM_KEY
 @ALLOW
 @DENY
+@setting(
+    "relay.bytes_per_s",
+    "--relay-rate BYTES_PER_S",
+    "Of the line, for connections of peers behind routers; 0: none. [default: 1000000.0]",
+)
 @setting("verify.enabled", "--verify", "Check others' work when there is nothing else to do.")
 @setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics there. [default: none]")
 @DATA_DIR

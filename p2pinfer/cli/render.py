@@ -10,12 +10,15 @@ from rich.text import Text
 
 from p2pinfer.node import events
 
-from .plain import one_line, short_peer
+from .plain import one_line, printable, short_peer
 
 if TYPE_CHECKING:
     from p2pinfer.audit import AuditTally
     from p2pinfer.generate import GenerationResult
     from p2pinfer.reputation.view import ReputationView
+
+
+_INDENT = "\n          "  # below the first line's words, behind the time
 
 
 def route_table(result: GenerationResult, view: ReputationView, audits: AuditTally) -> RenderableType:
@@ -70,7 +73,11 @@ def describe_event(event: events.Event) -> str:
         case events.Loading(blocks=(start, stop)):
             return f"loading blocks {start}:{stop} ({event.reason})"
         case events.Ready():
-            return "\n          ".join([_offer(event), *(f"--bootstrap {addr}" for addr in event.addrs)])
+            return _INDENT.join([*_offer(event), *(f"--bootstrap {addr}" for addr in event.addrs)])
+        case events.Joined():
+            return _INDENT.join(_joined(event))
+        case events.Stopped():
+            return _totals(event)
         case events.Reached():
             return event.description
         case events.SessionOpened():
@@ -91,12 +98,60 @@ def describe_event(event: events.Event) -> str:
             return "said goodbye to the swarm"
 
 
-def _offer(ready: events.Ready) -> str:
-    """What a node offers; the addresses by which it is joined follow."""
+def _offer(ready: events.Ready) -> list[str]:
+    """What a node offers and gives; the addresses by which it is joined follow."""
+    relaying = "relays nothing for others (--relay-rate)"
+    if ready.relay_bytes_per_s:
+        rate = _bytes(ready.relay_bytes_per_s)
+        relaying = f"relays up to {rate}/s for peers behind routers, where it can be reached (--relay-rate)"
     if ready.blocks is None:
-        return "introducing peers to each other; they join with"
+        return ["introducing peers to each other", relaying, "others join with"]
     start, stop = ready.blocks
-    return (
+    return [
         f"serving blocks {start}:{stop} of {ready.model}: {ready.dtype} on {ready.device}, "
-        f"{ready.tokens_per_s:,.0f} tok/s, cache for {ready.cache_tokens:,} tokens; others join with"
+        f"{ready.tokens_per_s:,.0f} tok/s",
+        f"gives {_bytes(ready.weights_bytes)} of memory to weights, and up to {_bytes(ready.cache_bytes)} "
+        f"to a cache for {ready.cache_tokens:,} tokens",
+        relaying,
+        "others join with",
+    ]
+
+
+def _joined(event: events.Joined) -> list[str]:
+    lines = [f"connected to {event.peers} peer{'s' * (event.peers != 1)}"]
+    asked = len(event.answered) + len(event.silent)
+    if asked:
+        lines[0] += f"; of {asked} bootstrap peer{'s' * (asked > 1)} {len(event.answered)} answered"
+    elif not event.peers:
+        lines[0] += (
+            ": no bootstrap peer is named, and none was found in the local network; others may join this node"
+        )
+    lines += [f"answered: {printable(address)}" for address in event.answered]
+    return lines + [
+        f"did not answer: {printable(address)} ({one_line(why, 160)})" for address, why in event.silent
+    ]
+
+
+def _totals(event: events.Stopped) -> str:
+    audits = f"{event.audits_of_us:,} audit{'s' * (event.audits_of_us != 1)} of its work"
+    return (
+        f"was up for {_duration(event.uptime_s)}: {event.sessions:,} session{'s' * (event.sessions != 1)}, "
+        f"{event.tokens:,} tokens computed, {event.refusals:,} refused, {_bytes(event.bytes_sent)} sent, "
+        f"{_bytes(event.bytes_received)} received, {_bytes(event.bytes_relayed)} relayed for others, {audits}"
     )
+
+
+def _bytes(count: float) -> str:
+    """`1.5 MB`: powers of a thousand, as of lines and discs."""
+    power = 0
+    while count >= 1000 and power < 4:
+        count, power = count / 1000, power + 1
+    number = f"{count:.1f}" if power and count < 100 else f"{count:.0f}"
+    return f"{number} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {seconds % 60:.0f} s"

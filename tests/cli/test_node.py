@@ -7,12 +7,14 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from p2pinfer.cli import node as node_command
 from p2pinfer.cli.app import run
 from p2pinfer.errors import LocalError
+from p2pinfer.node.identity import new_identity
 
 from .support import start_node, wait_ready
 
@@ -42,8 +44,14 @@ def test_json_is_an_event_a_line_and_ready_says_what_is_served(printed: list[str
         == 0
     )
     events = [json.loads(line) for line in printed]
-    assert [event["event"] for event in events] == ["starting", "loading", "ready", "leaving"]
-    ready = events[2]
+    kinds = [event["event"] for event in events if event["event"] not in ("joined", "reached")]
+    assert kinds == ["starting", "loading", "ready", "leaving", "stopped"]
+    ready = next(event for event in events if event["event"] == "ready")
+    assert ready["cache_bytes"] > ready["cache_tokens"]
+    assert 0 < ready["weights_bytes"] < 100 << 20
+    assert ready["relay_bytes_per_s"] == 1e6
+    assert 0 < events[-1]["uptime_s"] < 300
+    assert events[-1]["sessions"] == events[-1]["tokens"] == 0
     assert ready["blocks"] == [2, 4]
     assert ready["model"] == "tiny-stories"
     assert len(ready["revision"]) == 32
@@ -53,7 +61,7 @@ def test_json_is_an_event_a_line_and_ready_says_what_is_served(printed: list[str
 
 def test_people_get_lines_with_the_time(printed: list[str]) -> None:
     assert run(["node", "--no-blocks", "--listen", "/ip4/127.0.0.1/tcp/0"]) == 0
-    assert "introducing peers to each other; they join with" in printed[0]
+    assert "introducing peers to each other" in printed[0]
     assert printed[0][2] == ":"
     assert "--bootstrap /ip4/127.0.0.1/tcp/" in printed[0]
 
@@ -105,8 +113,47 @@ def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:
     wait_ready(node)
     node.send_signal(signal.SIGINT)
     events, said = node.communicate(timeout=20)
-    assert json.loads(events)["event"] == "leaving"
+    assert [json.loads(line)["event"] for line in events.splitlines()][-2:] == ["leaving", "stopped"]
     assert (node.returncode, said) == (130, "")
+
+
+def test_a_node_says_whom_it_joined_and_what_it_did(tmp_path: Path) -> None:
+    homes = [tmp_path / name for name in ("there", "node")]
+    for home in homes:
+        home.mkdir()
+    there = start_node(homes[0], None)
+    address = wait_ready(there)["addrs"][0]
+    dead = address.replace(port_of(address), "/tcp/1/").rpartition("/")[0] + f"/{new_identity().peer_id}"
+    node = start_node(homes[1], "0:8", "--bootstrap", address, "--bootstrap", dead, "--relay-rate", "0")
+    try:
+        assert node.stdout is not None
+        events: dict[str, Any] = {}
+        for line in node.stdout:
+            event = json.loads(line)
+            events[event["event"]] = event
+            if {"ready", "joined"} <= events.keys():
+                break
+        assert (events["joined"]["peers"], events["joined"]["answered"]) == (1, [address])
+        ((silent, why),) = events["joined"]["silent"]
+        assert silent == dead
+        assert "Connection refused" in why
+        assert events["ready"]["relay_bytes_per_s"] == 0
+        asking = ["generate", "--bootstrap", address, "--max-new-tokens", "3", "Once upon a time"]
+        assert run(asking) == 0
+    finally:
+        for each in (node, there):
+            each.terminate()
+    lines = [json.loads(line) for line in node.communicate(timeout=20)[0].splitlines()]
+    there.communicate(timeout=20)
+    assert lines[-1]["event"] == "stopped"
+    assert lines[-1]["sessions"] == 1
+    assert lines[-1]["tokens"] >= 3
+    assert lines[-1]["bytes_sent"] > 1000
+
+
+def port_of(address: str) -> str:
+    """`/tcp/41234/` of an address."""
+    return f"/tcp/{address.split('/')[4]}/"
 
 
 def test_a_node_with_nothing_to_do_checks_others(tmp_path: Path) -> None:
@@ -137,7 +184,7 @@ def test_a_full_disk_under_the_output_costs_lines_and_no_sessions(
 
     def write_out(text: str) -> None:
         printed.append(text)
-        if "leaving" not in text:
+        if len(printed) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         raise LocalError("standard output cannot be written: No space left on device")
 

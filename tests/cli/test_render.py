@@ -29,14 +29,24 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
         (events.Starting(PEER, ADDRS, "m", "r"), f"this node is {PEER}"),
         (events.Loading((0, 4), "asked for"), "loading blocks 0:4 (asked for)"),
         (
-            events.Ready(PEER, ADDRS, "m", "r", (0, 4), "bfloat16", "cpu", 210.4, 131072),
-            "serving blocks 0:4 of m: bfloat16 on cpu, 210 tok/s, cache for 131,072 tokens; "
-            "others join with\n"
+            events.Ready(
+                *(PEER, ADDRS, "m", "r", (0, 4), "bfloat16", "cpu", 210.4, 131072),
+                cache_bytes=2 << 30,
+                weights_bytes=13_500_000,
+                relay_bytes_per_s=1e6,
+            ),
+            "serving blocks 0:4 of m: bfloat16 on cpu, 210 tok/s\n"
+            "          gives 13.5 MB of memory to weights, and up to 2.1 GB to a cache for 131,072 tokens\n"
+            "          relays up to 1.0 MB/s for peers behind routers, where it can be reached "
+            "(--relay-rate)\n"
+            "          others join with\n"
             "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
         ),
         (
             events.Ready(PEER, ADDRS, "", "", None, "", "", 0.0, 0),
-            "introducing peers to each other; they join with\n"
+            "introducing peers to each other\n"
+            "          relays nothing for others (--relay-rate)\n"
+            "          others join with\n"
             "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
         ),
         (
@@ -57,6 +67,28 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
             r"12D3..Ag6gpz was refused a session: \x1b[31mevil",
         ),
         (events.Verified(4, 2, 1, 0), "checked others: 4 hops audited: 2 passed, 1 failed, 1 inconclusive"),
+        (
+            events.Joined(3, (ADDRS[0],), (("/ip4/192.0.2.9/tcp/1/p2p/12D4", "Connection\nrefused"),)),
+            "connected to 3 peers; of 2 bootstrap peers 1 answered\n"
+            "          answered: /ip4/192.0.2.1/tcp/1/p2p/12D3\n"
+            "          did not answer: /ip4/192.0.2.9/tcp/1/p2p/12D4 (Connection refused)",
+        ),
+        (events.Joined(1, (), ()), "connected to 1 peer"),
+        (
+            events.Joined(0, (), ()),
+            "connected to 0 peers: no bootstrap peer is named, and none was found in the local network; "
+            "others may join this node",
+        ),
+        (
+            events.Stopped(8040.0, 1, 34567, 2, 999, 100_000, 1_200_000, 3),
+            "was up for 2 h 14 min: 1 session, 34,567 tokens computed, 2 refused, 999 B sent, "
+            "100 kB received, 1.2 MB relayed for others, 3 audits of its work",
+        ),
+        (
+            events.Stopped(4 * 86400.0 + 7200, 0, 0, 0, 0, 0, 0, 1),
+            "was up for 4 days 2 h: 0 sessions, 0 tokens computed, 0 refused, 0 B sent, 0 B received, "
+            "0 B relayed for others, 1 audit of its work",
+        ),
         (events.Leaving(0), "said goodbye to the swarm"),
     ],
 )

@@ -1,0 +1,61 @@
+"""What a node tells whoever runs it: whom it joined, and what it came to in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from .events import Event, Joined, Stopped
+from .swarm import SwarmMember
+
+JOIN_S: Final = 5.0  # how long bootstrap peers have before it is said who did not answer
+CHECK_S: Final = 0.25
+NEWS_S: Final = 60.0  # between two words on who has answered since
+
+
+async def tell_joined(member: SwarmMember, report: Callable[[Event], None]) -> None:
+    """Say whom this node joined once that is known, and again when others have answered; until cancelled."""
+    with trio.move_on_after(JOIN_S):
+        while any(each.answered is None for each in member.bootstrap_outcomes()) or not _has_met(member):
+            await trio.sleep(CHECK_S)
+    told = joined(member)
+    report(told)
+    while True:
+        await trio.sleep(NEWS_S)
+        now = joined(member)
+        if set(now.answered) - set(told.answered) or (now.peers > 0) != (told.peers > 0):
+            report(now)
+            told = now
+
+
+def _has_met(member: SwarmMember) -> bool:
+    """Whether somebody is there, or nobody is expected."""
+    return bool(member.host.connected_peers()) or not member.bootstrap_outcomes()
+
+
+def joined(member: SwarmMember) -> Joined:
+    """Whom this node is connected to, and which bootstrap peers answered."""
+    outcomes = member.bootstrap_outcomes()
+    return Joined(
+        len(member.host.connected_peers()),
+        tuple(each.address for each in outcomes if each.answered),
+        tuple((each.address, each.why or "no answer yet") for each in outcomes if not each.answered),
+    )
+
+
+def stopped(member: SwarmMember, since: float) -> Stopped:
+    """What this node did since that time of trio's clock."""
+    counts, use = member.host.counts, member.reach.status.carried
+    audits = counts.by_label("audits")
+    return Stopped(
+        uptime_s=trio.current_time() - since,
+        sessions=counts.total("sessions_opened"),
+        tokens=counts.total("tokens"),
+        refusals=counts.total("refusals"),
+        bytes_sent=sum(each.sent for each in counts.traffic.values()),
+        bytes_received=sum(each.received for each in counts.traffic.values()),
+        bytes_relayed=use.bytes_carried if use else 0,
+        audits_of_us=audits.get("asked", 0),
+    )
