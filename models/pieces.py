@@ -18,11 +18,7 @@ _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class PieceDecoder:
-    """Turns one token's piece into bytes.
-
-    Attributes:
-        strips_start: Whether a space at the very beginning of a text is the tokenizer's and not the text's.
-    """
+    """Turns one token's piece into bytes."""
 
     def __init__(self, decoder: Mapping[str, Any]) -> None:
         """Read the `decoder` part of a tokenizer.json.
@@ -30,7 +26,8 @@ class PieceDecoder:
         Raises:
             CheckpointError: It has a step that cannot be taken token by token.
         """
-        self.strips_start = False
+        self._strips_space = False  # one, at the very beginning of a text, which is the tokenizer's own
+        self._strips_mark = ""  # each of these in the first token
         self._byte_fallback = False
         self._finish: Callable[[str], bytes] = str.encode
         self._replaced: list[tuple[str, str]] = []
@@ -46,6 +43,13 @@ class PieceDecoder:
             piece = piece.replace(old, new)
         return self._finish(piece)
 
+    def first_bytes(self, piece: str) -> bytes:
+        """The bytes of the token that a whole text begins with."""
+        if self._strips_mark:
+            piece = piece.replace(self._strips_mark, "")
+        found = self.piece_bytes(piece)
+        return found.removeprefix(b" ") if self._strips_space else found
+
     def _add(self, step: Mapping[str, Any]) -> None:
         match step:
             case {"type": "ByteLevel"}:
@@ -58,9 +62,9 @@ class PieceDecoder:
                 self._replaced.append((old, new))
             case {"type": "Metaspace", "replacement": str(mark)}:
                 self._replaced.append((mark, " "))
-                self.strips_start = step.get("prepend_scheme", "always") != "never"
+                self._strips_mark = mark if step.get("prepend_scheme", "always") != "never" else ""
             case {"type": "Strip", "content": " ", "start": 0 | 1 as start, "stop": 0}:
-                self.strips_start = bool(start)
+                self._strips_space = bool(start)
             case _:
                 raise CheckpointError(
                     f"the tokenizer's decoder has a step that p2pinfer does not know: {step}"

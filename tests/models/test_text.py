@@ -122,6 +122,35 @@ def test_metaspace_is_read_as_spaces() -> None:
     assert Tokenizer(kept, eos_ids=frozenset()).decode(kept.encode("ab a").ids) == " ab a"
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_the_first_token_loses_every_mark_of_metaspace_as_in_the_library(scheme: Any) -> None:
+    backend: Any = sentencepiece(decoders.Metaspace(prepend_scheme=scheme))
+    backend.add_tokens(["▁▁▁", "a▁b", "a b"])
+    tokenizer = Tokenizer(backend, eos_ids=frozenset())
+    for first in ("▁▁▁", "a▁b", "a b", "▁a", "<s>"):
+        ids = [backend.token_to_id(piece) for piece in (first, "▁▁▁", "a▁b")]
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ours", "library"),
+    [
+        (["<0xE2>", "<0x82>", "<0xAC>"], "€", "€"),
+        (["<0xE2>", "<0x82>"], "\ufffd", "\ufffd\ufffd"),
+        (["<0xE2>", "<0x82>", "<0xAC>", "<0xFF>"], "€\ufffd", "\ufffd" * 4),
+        (["<0x61>", "<0xFF>"], "a\ufffd", "\ufffd" * 2),
+    ],
+)
+def test_a_run_of_byte_tokens_loses_only_what_is_no_character(
+    tokens: list[str], ours: str, library: str
+) -> None:
+    """The one difference that `TextStream` names: what was whole has been shown."""
+    backend: Any = llama_2()
+    ids = [backend.token_to_id(piece) for piece in ["▁a", *tokens, "b"]]
+    assert backend.decode(ids) == f"a{library}b"
+    assert Tokenizer(backend, eos_ids=frozenset()).decode(ids) == f"a{ours}b"
+
+
 def test_an_added_token_that_is_no_byte_level_piece_is_written_as_it_is(tiny_stories: Path) -> None:
     backend: Any = tokenizers.Tokenizer.from_file(str(tiny_stories / "tokenizer.json"))
     backend.add_tokens(["<think hard>", "…"])
