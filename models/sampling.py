@@ -1,40 +1,30 @@
-"""Which token comes next: the greedy one, or a draw that can be repeated.
+"""Which token comes next: the likeliest one, or a draw that can be repeated.
 
-A draw is a function of (seed, position) and the logits alone. No generator is carried from token to token,
-so a generation that is resumed elsewhere, or rolled back, draws what it would have drawn.
+Logits, as `processors` leave them, become a distribution (`candidates`), and a token is drawn from that. A
+draw is a function of (seed, position) and the distribution alone. No generator is carried from token to
+token, so a generation that is resumed elsewhere, or rolled back, draws what it would have drawn.
 """
 
 from __future__ import annotations
 
 import secrets
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
-from p2pinfer.errors import ConfigError
+from .sampling_config import SamplingConfig as SamplingConfig
 
 _FEW = 1024  # nearly always hold top_p, and finding them takes a tenth of sorting a vocabulary
+_FEW_OF_ENTROPY = 100  # the likeliest tokens that transformers looks at for top_h
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """How tokens are chosen; the defaults are greedy."""
-
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0  # keep the likeliest tokens that make up this share; 1 keeps all
-    top_k: int = 0  # keep this many; 0 keeps all
-    seed: int | None = None  # None draws a fresh one
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+Narrowing: TypeAlias = Callable[
+    [Tensor], Tensor
+]  # scores (candidates,) -> the indices, or a mask, of who stay
 
 
 class Sampler:
@@ -52,48 +42,123 @@ class Sampler:
         """The token at `position` of the sequence.
 
         Args:
-            logits: (vocab,) float32, finite.
+            logits: (vocab,) float32; -inf for what must not come.
             position: Where the token will stand, the prompt counted.
         """
         if self.config.temperature == 0:
             return int(logits.argmax())
         token_ids, probabilities = candidates(logits, self.config)
-        cumulative = probabilities.double().cumsum(0)
-        # Scaled by the sum as it is computed, so that rounding leaves no gap at the end.
-        at = int(torch.searchsorted(cumulative, cumulative[-1] * _uniform(self.seed, position), right=True))
-        return int(token_ids[min(at, len(token_ids) - 1)])
+        return int(token_ids[_draw(probabilities, self.seed, position)])
 
 
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn and their probabilities, as transformers' warpers leave them.
 
-    Temperature first, then top_k, then top_p (Holtzman et al., 2020, section 3.1). Tokens that tie with the
-    last of the top_k are kept.
+    In its order, too. Tokens that tie with the last of the top_k are kept.
 
     Returns:
         Token ids (candidates,) and probabilities (candidates,) that sum to 1.
     """
-    scaled = (logits.float() - logits.max()) / config.temperature  # the least temperature must not overflow
-    token_ids = torch.arange(len(scaled), device=scaled.device)
-    if 0 < config.top_k < len(scaled):
-        token_ids = (scaled >= scaled.topk(config.top_k).values[-1]).nonzero()[:, 0]
-        scaled = scaled[token_ids]
+    scores = _heated(logits.float(), config.temperature)
+    token_ids = torch.arange(len(scores), device=scores.device)
+    for narrow in _narrowings(config, forbids=bool(scores.min() == -torch.inf)):
+        kept = narrow(scores)
+        token_ids, scores = token_ids[kept], scores[kept]
+    return token_ids, scores.softmax(0)
+
+
+def _narrowings(config: SamplingConfig, *, forbids: bool) -> list[Narrowing]:
+    """What narrows the choice, in transformers' order; first of all what processors forbade goes."""
+    made: list[Narrowing] = [_possible] if forbids else []
+    if config.top_h:
+        made.append(partial(_top_of_entropy, top_h=config.top_h))
+    if config.top_k:
+        made.append(partial(_top_k, top_k=config.top_k))
     if config.top_p < 1:
-        kept = _nucleus(scaled, config.top_p)
-        token_ids, scaled = token_ids[kept], scaled[kept]
-    return token_ids, scaled.softmax(0)
+        made.append(partial(_nucleus, top_p=config.top_p))
+    if config.min_p:
+        made.append(partial(_near_the_best, min_p=config.min_p))
+    if config.typical_p < 1:
+        made.append(partial(_typical, mass=config.typical_p))
+    if config.epsilon_cutoff:
+        made.append(partial(_likely, epsilon=config.epsilon_cutoff))
+    if config.eta_cutoff:
+        made.append(partial(_likely_by_entropy, epsilon=config.eta_cutoff))
+    return made
 
 
-def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
-    """The indices of the fewest likeliest tokens whose probabilities reach `top_p`, likeliest first."""
-    log_total = scaled.logsumexp(0)
-    for count in (_FEW, len(scaled)):
-        best = scaled.topk(min(count, len(scaled)))
+def _heated(logits: Tensor, temperature: float) -> Tensor:
+    scores = logits / temperature
+    if scores.max().isfinite():
+        return scores
+    return (logits - logits.max()) / temperature  # the least temperature must not overflow
+
+
+def _possible(scores: Tensor) -> Tensor:
+    return scores > -torch.inf
+
+
+def _top_of_entropy(scores: Tensor, top_h: float) -> Tensor:
+    """As "Top-H Decoding" (arXiv 2509.02510), among the few likeliest, as transformers does."""
+    best = scores.topk(min(_FEW_OF_ENTROPY, len(scores)))
+    logs = best.values.log_softmax(0)
+    terms = -logs.exp() * logs
+    within = terms.cumsum(0) <= terms.sum() * top_h
+    within[0] = True
+    return best.indices[within]
+
+
+def _top_k(scores: Tensor, top_k: int) -> Tensor:
+    return scores >= scores.topk(min(top_k, len(scores))).values[-1]
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest tokens that reach `top_p`, in order (Holtzman et al., 2020, section 3.1)."""
+    log_total = scores.logsumexp(0)
+    for count in (_FEW, len(scores)):
+        best = scores.topk(min(count, len(scores)))
         reached = (best.values - log_total).double().exp().cumsum(0)
         needed = int((reached < top_p).sum()) + 1
         if needed <= len(reached):
             return best.indices[:needed]
     return best.indices  # all of them: rounding kept the sum below top_p
+
+
+def _near_the_best(scores: Tensor, min_p: float) -> Tensor:
+    """Nguyen et al., "Min-p sampling" (2024), section 3."""
+    probabilities = scores.softmax(0)
+    return probabilities >= min_p * probabilities.max()
+
+
+def _typical(scores: Tensor, mass: float) -> Tensor:
+    """Those whose surprise is nearest to the expected one, most typical first (Meister et al., 2022)."""
+    logs = scores.log_softmax(0)
+    entropy = -(logs * logs.exp()).sum()
+    surprise = (-logs - entropy).abs()
+    order = surprise.argsort()
+    reached = scores[order].softmax(0).cumsum(0)
+    last = min(int((reached < mass).sum()), len(order) - 1)
+    return order[surprise[order] <= surprise[order[last]]]
+
+
+def _likely(scores: Tensor, epsilon: float | Tensor) -> Tensor:
+    """Hewitt et al., "Truncation sampling as language model desmoothing" (2022); the likeliest stays."""
+    return (scores.softmax(0) >= epsilon) | (scores >= scores.max())
+
+
+def _likely_by_entropy(scores: Tensor, epsilon: float) -> Tensor:
+    logs = scores.log_softmax(0)
+    entropy = -(logs * logs.exp()).sum()
+    least = torch.tensor(epsilon)
+    return _likely(scores, torch.min(least, least.sqrt() * (-entropy).exp()))
+
+
+def _draw(probabilities: Tensor, seed: int, position: int) -> int:
+    """The index that the seed falls on at this position, by the inverse of the cumulative distribution."""
+    cumulative = probabilities.double().cumsum(0)
+    # Scaled by the sum as it is computed, so that rounding leaves no gap at the end.
+    at = int(torch.searchsorted(cumulative, cumulative[-1] * _uniform(seed, position), right=True))
+    return min(at, len(probabilities) - 1)
 
 
 def _uniform(seed: int, position: int) -> float:

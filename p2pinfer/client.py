@@ -20,6 +20,8 @@ from p2pinfer.errors import PeerError
 from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
+from p2pinfer.models.generation_file import FILE as GENERATION_FILE
+from p2pinfer.models.generation_file import GenerationDefaults, read_generation_defaults
 from p2pinfer.models.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
@@ -130,6 +132,7 @@ class Client:
         self._source: ModelSource
         self._ends: Ends
         self._tokenizer: Tokenizer
+        self._defaults: GenerationDefaults
         self._member: SwarmMember
         self._navigator: Navigator
         self._nursery: trio.Nursery
@@ -158,7 +161,7 @@ class Client:
             stack.push_async_callback(self._desk.finish)
             self._auditor = self._new_auditor()
             self._nursery.start_soon(self._auditor.serve)
-            self._ends, self._tokenizer = await trio.to_thread.run_sync(
+            self._ends, self._tokenizer, self._defaults = await trio.to_thread.run_sync(
                 self._load_ends, abandon_on_cancel=True
             )
             self._stack = stack.pop_all()
@@ -215,8 +218,8 @@ class Client:
             ConfigError: An override is not a field of `GenerationConfig`, a value makes no sense, or the
                 prompt is empty and the model has no token to begin with.
         """
-        state = new_state(self.spec, self._tokenizer, prompt, generation_config(config, overrides))
-        return self._go_on(state)
+        asked = generation_config(config, overrides)
+        return self._go_on(new_state(self.spec, self._tokenizer, prompt, asked, self._defaults))
 
     def resume(self, token: str) -> Generation:
         """Go on with a generation that could not, or that was left, from its `resume_token`.
@@ -346,11 +349,19 @@ class Client:
             progress=self._progress,
         )
 
-    def _load_ends(self) -> tuple[Ends, Tokenizer]:
+    def _load_ends(self) -> tuple[Ends, Tokenizer, GenerationDefaults]:
         checkpoint = self._source.fetch(None, ends=True, progress=self._progress)
         compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
+        folder = checkpoint.folder
+        defaults = read_generation_defaults(folder)
+        if defaults.left_out:
+            logger.warning(
+                "%s asks for %s, which p2pinfer leaves out: its text may differ from transformers'",
+                folder / GENERATION_FILE,
+                ", ".join(defaults.left_out),
+            )
         device = choose_target(compute, checkpoint.spec.dtype).device
         with refusals_named(
             f"the ends of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
         ):
-            return load_ends(checkpoint, compute), load_tokenizer(checkpoint.folder)
+            return load_ends(checkpoint, compute), load_tokenizer(folder), defaults

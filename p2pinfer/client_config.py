@@ -5,12 +5,19 @@ Apart from the code that goes by it, so that a wrong setting is told before torc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Final
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.config import check_target
+from p2pinfer.models.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.text_files import is_text
+
+DRAWN_BY: Final = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+RULED_BY: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +47,31 @@ class ClientConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What to generate and how to draw it."""
+    """What to generate and how to draw it. None is as the model's generation_config.json says."""
 
-    max_new_tokens: int = 128  # tokens
-    temperature: float = 0.0  # 0 takes the likeliest token; higher is more varied
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
-    top_k: int = 0  # draw among this many likeliest tokens; 0 means all
+    max_new_tokens: int | None = None  # tokens; where the model does not say, 128
+    temperature: float | None = None  # 0 takes the likeliest token, higher is more varied; else 0
+    top_p: float | None = None  # draw among the likeliest tokens that together have this probability; else 1
+    top_k: int | None = (
+        None  # draw among this many likeliest tokens; 0 means all; else 0, or 50 if it samples
+    )
+    min_p: float | None = None  # draw among those at least this part as likely as the likeliest; else 0
+    typical_p: float | None = None  # draw among the most typical tokens that together have this share; else 1
     seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    repetition_penalty: float | None = (
+        None  # above 1 disfavours tokens that occurred, prompt included; else 1
+    )
+    no_repeat_ngram_size: int | None = None  # no run of so many tokens comes twice; 0: any may; else 0
+    min_new_tokens: int | None = None  # tokens before which the text does not end by itself; else 0
+    logit_bias: Mapping[int, float] = field(  # added to the logits of these token ids; -inf forbids one
+        default_factory=dict[int, float]
+    )
+    stop: tuple[str, ...] = ()  # the text ends before the first of these; special tokens may be among them
+    stop_ids: tuple[int, ...] = ()  # the text ends before the first of these tokens
+    show_special: bool = False  # special tokens are text, too
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
         stop: object = self.stop
         if isinstance(stop, str):  # whose characters would each be a stop
@@ -59,6 +80,16 @@ class GenerationConfig:
             raise ConfigError("a stop holds half of a surrogate pair, which is in no text; leave it out")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
+        for token_id, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise ConfigError(f"logit_bias is {bias} for token {token_id}; it must be finite, or -inf")
+        SamplingConfig(**said(self, *DRAWN_BY))
+        LogitsRules(**said(self, *RULED_BY))
+
+
+def said(config: GenerationConfig, *names: str) -> dict[str, Any]:
+    """Those of the fields that are not left open."""
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)

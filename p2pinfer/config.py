@@ -15,7 +15,7 @@ import os
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -259,10 +259,12 @@ def _reject(key: str, origin: str, known: Iterator[str] | Mapping[str, Any] | li
 
 def _set(setting: Setting, value: object, origin: str, is_text: bool) -> Setting:
     _check_text(setting, value, origin)
-    if is_text and isinstance(value, str) and _is_list(setting.type):
+    if is_text and isinstance(value, str) and (_is_list(setting.type) or _is_table(setting.type)):
         value = _split(value, setting, origin)
+    if is_text and _is_table(setting.type):
+        value = _assignments(value, setting, origin)
     try:
-        converted = msgspec.convert(value, setting.type, strict=not is_text, dec_hook=_decode)
+        converted = msgspec.convert(value, setting.type, strict=not is_text, str_keys=True, dec_hook=_decode)
     except msgspec.ValidationError as exc:
         what = describe_type(setting.type)
         raise ConfigError(f"{origin}: {setting.key} must be {what}, not {_shown(value)}") from exc
@@ -290,6 +292,19 @@ def _split(text: str, setting: Setting, origin: str) -> object:
         raise ConfigError(f"{origin}: {setting.key} is no TOML array: {exc}") from exc
 
 
+def _assignments(value: object, setting: Setting, origin: str) -> object:
+    """A table written as KEY=VALUE, once or several times."""
+    table: dict[str, str] = {}
+    for part in cast("Sequence[str]", value):
+        key, equals, text = part.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"{origin}: {setting.key} must be {describe_type(setting.type)}, not {_shown(part)}"
+            )
+        table[key.strip()] = text.strip()
+    return table
+
+
 def _decode(kind: type[Any], value: object) -> object:
     """What msgspec does not know: paths, written as text."""
     if isinstance(value, str) and issubclass(kind, Path):
@@ -312,12 +327,19 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(str(value) for value in get_args(hint))
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe_type(part) for part in get_args(hint) if part is not types.NoneType)
+    if _is_table(hint):
+        key, value = get_args(hint)
+        return f"pairs of {describe_type(key)} and {describe_type(value)}, written KEY=VALUE"
     assert _is_list(hint), f"a setting of type {hint}"
     return "a list of " + describe_type(get_args(hint)[0])
 
 
 def _is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple
+
+
+def _is_table(hint: Any) -> bool:
+    return get_origin(hint) is Mapping
 
 
 def _shown(value: object) -> str:
@@ -334,6 +356,9 @@ def to_toml(value: object) -> str | None:
             return "true" if value else "false"
         case int() | float():
             return repr(value)
+        case Mapping():
+            pairs = cast("Mapping[object, object]", value).items()
+            return "{" + ", ".join(f"{json.dumps(str(key))} = {to_toml(each)}" for key, each in pairs) + "}"
         case tuple():
             return "[" + ", ".join(str(to_toml(part)) for part in cast("tuple[object, ...]", value)) + "]"
         case _:

@@ -13,36 +13,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass
 
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import ConfigError, NoRoute, PeerError, PromptTooLong, Unfinished
+from p2pinfer.errors import NoRoute, PeerError, Unfinished
 from p2pinfer.models.ends import Ends
-from p2pinfer.models.sampling import Sampler, SamplingConfig
+from p2pinfer.models.processors import Processors
+from p2pinfer.models.sampling import Sampler
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.models.text import Tokenizer
-from p2pinfer.text_files import is_text
 
 from .client_config import GenerationConfig as GenerationConfig
+from .first_state import generation_config as generation_config
+from .first_state import new_state as new_state
+from .first_state import sampling_of
 from .patience import Outage, Patience, Waiting
 from .resume import GenerationState, check_state
 from .transcript import FinishReason, Transcript
 from .way import HopUsed, Walker, Way
-
-
-def generation_config(config: GenerationConfig | None, overrides: dict[str, object]) -> GenerationConfig:
-    """`config` with single fields replaced.
-
-    Raises:
-        ConfigError: There is no such field, or a value makes no sense.
-    """
-    try:
-        return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
-    except TypeError as exc:
-        raise ConfigError(f"{exc}; see p2pinfer.GenerationConfig for what can be set") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,56 +64,7 @@ class GenerationResult:
     route: tuple[HopUsed, ...]
     timings: Timings
     failovers: int
-
-
-# Tokenizing takes a second for a few hundred thousand words, so of a prompt that is far too long only the
-# beginning is looked at. Few texts have so many characters a token; where it is cut moves the last tokens.
-_CHARS_PER_TOKEN: Final = 16
-_EDGE_TOKENS: Final = 64
-
-
-def new_state(
-    spec: ModelSpec, tokenizer: Tokenizer, prompt: str, config: GenerationConfig
-) -> GenerationState:
-    """What a generation that continues `prompt` begins with; where there is no seed, one is drawn.
-
-    Raises:
-        PromptTooLong: The prompt leaves no room in the model's context.
-        ConfigError: There is no token to begin with, or the model cannot draw tokens like that.
-    """
-    if not is_text(prompt):
-        raise ConfigError("the prompt holds half of a surrogate pair, which is no text; leave it out")
-    beginning = prompt[: _CHARS_PER_TOKEN * spec.max_positions]
-    prompt_ids = tuple(tokenizer.encode(beginning))
-    if len(prompt_ids) <= spec.max_positions + _EDGE_TOKENS and len(beginning) < len(prompt):
-        prompt_ids = tuple(tokenizer.encode(prompt))
-    room = spec.max_positions - len(prompt_ids)
-    if room < 1:
-        over = "over " if len(beginning) < len(prompt) else ""
-        raise PromptTooLong(
-            f"the prompt is {over}{len(prompt_ids)} tokens long and {spec.model} takes "
-            f"{spec.max_positions}, the answer included; shorten it"
-        )
-    if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:
-        raise PromptTooLong(
-            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes {spec.prompt_limit}, and "
-            f"goes on from there: its rotary embedding turns all of a longer prompt by the length of the "
-            f"whole, which peers that see it in pieces do not know; shorten it"
-        )
-    if not prompt_ids:
-        raise ConfigError(f"the prompt is empty and {spec.model} has no token to begin with; write something")
-    sampling = SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed)
-    return GenerationState(
-        spec.model,
-        spec.revision,
-        prompt_ids,
-        min(config.max_new_tokens, room),
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        Sampler(sampling).seed,
-        config.stop,
-    )
+    seed: int | None = None  # what its draws depend on; None if it is greedy
 
 
 @dataclass(slots=True)
@@ -167,8 +108,9 @@ class Generation:
         self._ends = ends
         self._patience = patience or Patience()
         self._on_wait = on_wait
-        self._sampler = Sampler(SamplingConfig(state.temperature, state.top_p, state.top_k, state.seed))
-        self._transcript = Transcript(tokenizer, state)
+        self._sampler = Sampler(sampling_of(state))
+        self._transcript = transcript = Transcript(tokenizer, state)
+        self._process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
         self._tokens_before = len(state.token_ids)
         self._way = Way(walker, ends, self._transcript)
         self._clock = _Clock()
@@ -234,7 +176,8 @@ class Generation:
         raise NoRoute(reason, missing) from cause
 
     def _draw(self, hidden: Tensor) -> int:
-        return self._sampler.pick(self._ends.logits(hidden)[-1], len(self._transcript.ids))
+        ids = self._transcript.ids
+        return self._sampler.pick(self._process(self._ends.logits(hidden)[-1], ids), len(ids))
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
@@ -272,4 +215,5 @@ class Generation:
                 way.per_step_ms,
             ),
             way.failovers,
+            self._sampler.seed if self._sampler.config.temperature else None,
         )

@@ -4,7 +4,9 @@ The token is text and holds everything: the model's revision, how tokens are dra
 far. The text so far is not in it, since it follows from the ids. A long prompt makes a long token, so one can
 be kept in the data directory, and is then called by a short name.
 
-    token = "p2pr1." + base64url(checksum + zlib(msgpack(state)))
+    token = "p2pr2." + base64url(checksum + zlib(msgpack(state)))
+
+Tokens of before begin with p2pr1 and hold the first ten fields; they are read as well.
 
 Whoever hands a token over is not trusted: sizes are bounded before memory is taken, every field has its type
 and range, and what the model cannot have said is refused by `check_state`.
@@ -25,9 +27,11 @@ import msgspec
 from blake3 import blake3
 
 from p2pinfer.errors import ConfigError, LocalError
+from p2pinfer.models.sampling_config import LogitsRules
 from p2pinfer.models.spec import ModelSpec
 
-PREFIX: Final = "p2pr1."
+PREFIX: Final = "p2pr2."
+_PREFIXES: Final = (PREFIX, "p2pr1.")
 MAX_STATE_BYTES: Final = 16 << 20  # 3 million ids
 MAX_TOKEN_CHARS: Final = 24 << 20  # base64 of that
 MAX_KEPT: Final = 32  # the oldest go first
@@ -50,6 +54,15 @@ class GenerationState(msgspec.Struct, frozen=True, array_like=True):
     seed: int  # also where the user gave none
     stop: tuple[str, ...] = ()
     token_ids: tuple[TokenId, ...] = ()
+    eos_ids: tuple[TokenId, ...] | None = None  # None: those of the tokenizer
+    stop_ids: tuple[TokenId, ...] = ()
+    show_special: bool = False
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    top_h: float = 0.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    rules: LogitsRules = LogitsRules()
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -68,9 +81,9 @@ def decode_state(token: str) -> GenerationState:
     Raises:
         ConfigError: It is no such token, of a version this program does not know, or damaged.
     """
-    if not token.startswith(PREFIX) or len(token) > MAX_TOKEN_CHARS:
+    prefix, text = token[: len(PREFIX)], token[len(PREFIX) :]
+    if prefix not in _PREFIXES or len(token) > MAX_TOKEN_CHARS:
         raise ConfigError(f"that is no resume token of this version of p2pinfer, which begin with {PREFIX}")
-    text = token.removeprefix(PREFIX)
     try:
         content = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         checksum, body = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
@@ -136,7 +149,7 @@ def find_token(text: str, data_dir: Path) -> str:
     Raises:
         ConfigError: None of that name is kept here, or it cannot be read.
     """
-    if text.startswith(PREFIX):
+    if text.startswith(_PREFIXES):
         return text
     path = _folder(data_dir) / text
     if not _NAME.fullmatch(text) or not path.is_file():

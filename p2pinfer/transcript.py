@@ -20,6 +20,7 @@ class Transcript:
         prompt_ids: The prompt's tokens.
         token_ids: Those that follow it.
         finish_reason: Why there are no more to come; None if there are.
+        eos_ids: The tokens that end it.
     """
 
     def __init__(self, tokenizer: Tokenizer, state: GenerationState) -> None:
@@ -29,8 +30,9 @@ class Transcript:
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
         self._state = state
-        self._stream = TextStream(tokenizer)
-        self._stops = StopMatcher(state.stop)
+        self.eos_ids = tokenizer.eos_ids if state.eos_ids is None else frozenset(state.eos_ids)
+        self._stream = TextStream(tokenizer, show_special=state.show_special)
+        self._stops = StopMatcher(state.stop, tokenizer.special_texts.values())
         self._text: list[str] = []
         for token_id in state.token_ids:
             if self.finish_reason is None:
@@ -66,15 +68,21 @@ class Transcript:
     def take(self, token_id: int) -> str:
         """Add a token and return the text that became certain with it."""
         self.token_ids.append(token_id)
-        if token_id in self._tokenizer.eos_ids:
+        special = self._tokenizer.special_texts.get(token_id, "")
+        certain = ""
+        if token_id in self._state.stop_ids:
+            self.finish_reason = "stop"
+        elif token_id in self.eos_ids:
             self.finish_reason = "eos"
-            certain = self._stream.finish()
         else:
             certain = self._stream.push(token_id)
             if len(self.token_ids) == self._state.max_new_tokens:
                 self.finish_reason = "length"
-                certain += self._stream.finish()
-        text, stopped = self._stops.push(certain)
+        if self.finish_reason is not None:
+            certain += self._stream.finish()
+        if self.finish_reason == "eos" and self._state.show_special:
+            certain += special
+        text, stopped = self._stops.push(certain, "" if self._state.show_special else special)
         if stopped:
             self.finish_reason = "stop"
         elif self.finish_reason is not None:

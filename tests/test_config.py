@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ class ServeConfig:
     seed: int | None = None
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     bootstrap: tuple[str, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -71,6 +73,26 @@ def test_file_variable_and_flag_each_overrule_the_one_before(tmp_path: Path) -> 
     assert settings["serve.wait_s"].origin == "$P2PINFER_SERVE__WAIT_S"
     assert settings["serve.name"].origin == str(file)
     assert settings["serve.seed"].origin == "default"
+
+
+def test_a_table_is_written_as_pairs_or_as_toml(tmp_path: Path) -> None:
+    file = write(tmp_path / "own.toml", "[serve]\nbias = {5 = 1, 6 = -2.5}\n")
+    settings = load_settings(ServeConfig, file=file, environ={})
+    assert settings.build(ServeConfig).bias == {5: 1.0, 6: -2.5}
+    again = write(tmp_path / "again.toml", settings.to_toml())
+    assert load_settings(ServeConfig, file=again, environ={}).build(ServeConfig).bias == {5: 1.0, 6: -2.5}
+    said = {"P2PINFER_SERVE__BIAS": "5=-inf, 7=1"}
+    assert load_settings(ServeConfig, environ=said).build(ServeConfig).bias == {5: -float("inf"), 7: 1.0}
+    flags = {"serve.bias": Flag("--bias", ("5=2", "8=-1"))}
+    assert load_settings(ServeConfig, environ=said, flags=flags).build(ServeConfig).bias == {5: 2.0, 8: -1.0}
+
+
+@pytest.mark.parametrize("wrong", ["5", "a=1", "5=b", "5=1=2"])
+def test_what_is_no_pair_is_named(wrong: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"serve\.bias must be pairs of a whole number and a number, written"
+    ):
+        load_settings(ServeConfig, environ={}, flags={"serve.bias": Flag("--bias", (wrong,))})
 
 
 def test_a_shared_setting_reaches_every_layer_that_has_it() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from p2pinfer import resume
 from p2pinfer.errors import ConfigError, LocalError
+from p2pinfer.models.sampling_config import LogitsRules
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.resume import (
     MAX_KEPT,
@@ -46,6 +47,20 @@ states = st.builds(
     seed=st.integers(-(1 << 63), (1 << 63) - 1),
     stop=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
     token_ids=ids,
+    eos_ids=st.none() | ids,
+    stop_ids=ids,
+    show_special=st.booleans(),
+    min_p=st.floats(0, 1),
+    typical_p=st.floats(0.1, 1),
+    rules=st.builds(
+        LogitsRules,
+        sequence_bias=st.lists(
+            st.tuples(ids.filter(bool), st.floats(max_value=100, allow_nan=False)), max_size=3
+        ).map(tuple),
+        repetition_penalty=st.floats(0.1, 5),
+        bad_words_ids=st.lists(ids, max_size=3).map(tuple),
+        exponential_decay_length_penalty=st.none() | st.tuples(st.integers(0, 9), st.floats(1, 2)),
+    ),
 )
 
 
@@ -124,7 +139,23 @@ def test_a_token_that_would_swell_is_refused_before_it_does(monkeypatch: pytest.
 
 def test_a_token_of_a_later_version_is_named_as_such() -> None:
     with pytest.raises(ConfigError, match="of this version"):
-        decode_state(encode_state(STATE).replace("p2pr1", "p2pr2"))
+        decode_state(encode_state(STATE).replace(PREFIX, "p2pr3."))
+
+
+def test_a_token_of_an_earlier_version_goes_on_as_it_began() -> None:
+    """It holds ten fields; what it could not say is as it was then."""
+    fields = msgspec.to_builtins(STATE)[:10]
+    token = forged(msgspec.msgpack.encode(fields)).replace(PREFIX, "p2pr1.")
+    assert decode_state(token) == STATE
+    assert STATE.rules == LogitsRules()
+    assert STATE.eos_ids is None
+
+
+def test_a_rule_that_makes_no_sense_is_refused() -> None:
+    fields = msgspec.to_builtins(changed(rules=LogitsRules(repetition_penalty=2.0)))
+    fields[-1]["repetition_penalty"] = -2.0
+    with pytest.raises(ConfigError, match="repetition_penalty is -2"):
+        decode_state(forged(msgspec.msgpack.encode(fields)))
 
 
 @pytest.mark.parametrize(

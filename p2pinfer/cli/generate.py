@@ -52,12 +52,33 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 )
 @click.argument("prompt", required=False)
 @MODEL
-@setting("generation.max_new_tokens", "--max-new-tokens N", "Stop after N tokens. [default: 128]")
-@setting("generation.temperature", "--temperature T", "0 takes the likeliest token. [default: 0.0]")
-@setting("generation.top_p", "--top-p P", "Draw among the likeliest, together P. [default: 1.0]")
-@setting("generation.top_k", "--top-k K", "Draw among the K likeliest; 0: all. [default: 0]")
+@setting("generation.max_new_tokens", "--max-new-tokens N", "Stop after N tokens. [default: model's, or 128]")
+@setting("generation.temperature", "--temperature T", "0 takes the likeliest token. [default: model's, or 0]")
+@setting("generation.top_p", "--top-p P", "Draw among the likeliest, together P. [default: model's, or 1]")
+@setting("generation.top_k", "--top-k K", "Draw among the K likeliest; 0: all. [default: model's, or 0]")
+@setting(
+    "generation.min_p", "--min-p P", "Draw what is P times the likeliest, or more. [default: model's, or 0]"
+)
 @setting("generation.seed", "--seed S", "Draw the same every time. [default: none]")
-@setting("generation.stop", "--stop TEXT", "End before this text; may be repeated.", multiple=True)
+@setting(
+    "generation.repetition_penalty",
+    "--repetition-penalty X",
+    "Above 1, tokens that occurred are less likely. [default: model's, or 1]",
+)
+@setting(
+    "generation.logit_bias",
+    "--logit-bias ID=BIAS",
+    "Make this token likelier, or less, or with -inf impossible; may be repeated.",
+    multiple=True,
+)
+@setting(
+    "generation.stop",
+    "--stop TEXT",
+    "End before this text, special tokens included; may be repeated.",
+    multiple=True,
+)
+@setting("generation.stop_ids", "--stop-id ID", "End before this token; may be repeated.", multiple=True)
+@setting("generation.show_special", "--show-special", "Print special tokens, too.")
 @BOOTSTRAP
 @SWARM_KEY
 @ALLOW
@@ -142,6 +163,8 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
                     with _kept(generation, client, call, shared.data_dir, resume):
                         await _stream(generation, before=before if echo else "", silent=call.json)
+                    if generation_config.temperature is None and resume is None:
+                        _tell_of_draws(generation.result, generation_config.seed, call)
                     if call.json or stats:
                         await client.audits_settled()
                     if call.json:
@@ -163,6 +186,12 @@ async def _stream(generation: Generation, *, before: str, silent: bool) -> None:
     finally:
         if begun:
             write_out("\n")
+
+
+def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation) -> None:
+    """Where it is the model that wants to be sampled: how to get this text again, or the likeliest."""
+    if result.seed is not None and seed is None and not call.quiet and not call.json:
+        note(f"drawn, as the model asks: --seed {result.seed} draws the same, --temperature 0 the likeliest")
 
 
 @contextmanager
@@ -254,5 +283,6 @@ def to_dict(result: GenerationResult, client: Client) -> dict[str, object]:
             "per_hop_ms": list(timings.per_hop_ms),
         },
         "failovers": result.failovers,
+        "seed": result.seed,
         "audits": asdict(client.audits),
     }

@@ -66,11 +66,13 @@ def expected_ids(requests: list[Request]) -> list[list[int]]:
 
 def _continue(model: Any, request: Request) -> list[int]:
     config = request.config
-    sampler = Sampler(SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed or 0))
+    sampler = Sampler(
+        SamplingConfig(config.temperature or 0, config.top_p or 1, config.top_k or 0, config.seed or 0)
+    )
     ids = tokenizer().encode(request.prompt)
     new: list[int] = []
     fed, kept = ids, _empty_cache(model)
-    while len(new) < config.max_new_tokens and not (new and new[-1] in tokenizer().eos_ids):
+    while len(new) < (config.max_new_tokens or 0) and not (new and new[-1] in tokenizer().eos_ids):
         with torch.inference_mode():
             output = model(torch.tensor([fed]), use_cache=True, logits_to_keep=1, **kept)
         new.append(sampler.pick(output.logits[0, -1].float(), len(ids) + len(new)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.resume import find_token
+from p2pinfer.resume import PREFIX, find_token
 
 from .support import start_node, wait_ready
 
@@ -61,7 +61,7 @@ def test_a_text_whose_terminal_is_closed_is_kept_and_its_session_freed(tmp_path:
         assert client.wait(timeout=20) in (1, 128 + signal.SIGHUP)  # or the terminal failed us first
         assert wait_for(node, "session_closed")["sessions"] == 0
         (kept,) = (homes[1] / "resume").iterdir()
-        assert find_token(kept.name, homes[1]).startswith("p2pr1.")
+        assert find_token(kept.name, homes[1]).startswith(PREFIX)
     finally:
         client.kill()
         client.wait()
