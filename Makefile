@@ -83,8 +83,9 @@ soak: $(TESTABLE)  ## 10,000 sessions on one node, 200 at once, and a client tha
 frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest client beside them
 	$(BIN)/python -m tests.chaos.fuzz
 
-docs: $(TESTABLE)  ## write docs/configuration.md anew
+docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py
+	$(BIN)/python docs/write_models.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .typing p2pinfer/_vendor build dist install.log .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

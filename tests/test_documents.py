@@ -14,6 +14,7 @@ import pytest
 import p2pinfer
 from p2pinfer.cli.app import run
 from p2pinfer.config import SECTIONS, SHARED, SharedConfig, section_of
+from p2pinfer.models.not_computed import NOT_COMPUTED
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
@@ -37,6 +38,14 @@ def blocks(language: str) -> list[str]:
 def test_the_settings_document_is_what_make_docs_writes(writer: dict[str, Any]) -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == writer["configuration"](), "run `make docs`"
+
+
+def test_the_models_document_is_what_make_docs_writes() -> None:
+    """Each sentence in its table of refusals is the one that the code gives."""
+    writer = runpy.run_path(str(ROOT / "docs" / "write_models.py"))
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == writer["models"](), "run `make docs`"
+    named = {key for _, said in writer["REFUSED"] for key in said}
+    assert NOT_COMPUTED.keys() <= named, "docs/write_models.py has no example of it"
 
 
 def test_every_layer_has_its_section_and_every_setting_its_comment(writer: dict[str, Any]) -> None:

@@ -93,6 +93,60 @@ def test_a_misshapen_tensor_is_refused(folder: Path) -> None:
         load(folder, BlockSpan(3, 4))
 
 
+def queries_bias(tensors: dict[str, Tensor]) -> None:
+    for name, size in (("q", 64), ("k", 32), ("v", 32)):
+        tensors[f"model.layers.0.self_attn.{name}_proj.bias"] = torch.ones(size)
+
+
+def output_bias(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(48)
+
+
+def mlp_bias(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.mlp.down_proj.bias"] = torch.ones(48)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "add"),
+    [
+        ("llama", {"attention_bias": False}, queries_bias),
+        ("mistral", {"head_dim": 16}, queries_bias),
+        ("qwen2", {}, output_bias),
+        ("gemma2", {"attention_bias": False}, output_bias),
+        ("llama", {"mlp_bias": False}, mlp_bias),
+        ("qwen3", {}, mlp_bias),
+    ],
+)
+def test_a_bias_that_the_config_does_not_announce_is_refused(
+    family: str,
+    options: dict[str, Any],
+    add: Callable[[dict[str, Tensor]], None],
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+) -> None:
+    """transformers leaves it out, which gives another text than the model was trained for."""
+    folder = write_checkpoint(tmp_path, family, **options)
+    load(folder, BlockSpan(0, 1))
+    rewrite(folder, add)
+    with pytest.raises(
+        CheckpointError, match=r"has the tensor model\.layers\.0\.\S+\.bias, which its family"
+    ):
+        load(folder, BlockSpan(0, 1))
+
+
+def test_biases_that_are_announced_may_all_be_left_out_and_not_some(folder: Path) -> None:
+    def drop(*names: str) -> None:
+        rewrite(
+            folder, lambda tensors: [tensors.pop(f"model.layers.1.self_attn.{name}.bias") for name in names]
+        )
+
+    drop("q_proj")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.1\.self_attn\.q_proj\.bias"):
+        load(folder, BlockSpan(1, 2))
+    drop("k_proj", "v_proj")
+    load(folder, BlockSpan(1, 2))
+
+
 def test_what_is_loaded_does_not_hang_on_to_the_file(folder: Path) -> None:
     """The mapping of a shard counts as the process's memory for as long as any view of it is alive."""
     checkpoint = open_checkpoint(folder, "mine")
