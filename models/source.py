@@ -17,7 +17,7 @@ from .spec import ModelSpec
 
 BUNDLED_MODEL = "tiny-stories"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@(?!.*\.\.)\w[\w./+-]{0,199})?")
 
 
 class ModelSource(Protocol):
@@ -48,6 +48,8 @@ def resolve_model(
 ) -> ModelSource:
     """Find the model: `tiny-stories` is the bundled one, then come folders, then ids of the hub.
 
+    An id may name a branch, a tag or a commit: `owner/name@revision`.
+
     Args:
         weights_bytes: What all models of the hub together may take in `cache_dir`; 0: whatever is free.
 
@@ -76,9 +78,11 @@ def resolve_model(
 class FolderSource:
     """A model whose weights are all here."""
 
-    def __init__(self, folder: Path, *, cache_dir: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, cache_dir: Path, progress: Progress | None = None, name: str = ""
+    ) -> None:
         self._checkpoint = open_checkpoint(
-            folder, folder.resolve().name, cache_dir=cache_dir, progress=progress
+            folder, name or folder.resolve().name, cache_dir=cache_dir, progress=progress
         )
 
     @property

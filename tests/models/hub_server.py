@@ -23,6 +23,8 @@ class HubServer:
         breaks: By file name, after how many bytes of the body the next answers break off.
         answers: Statuses that the next requests for a path (its end) are answered with.
         requests: What was asked: path and Range header.
+        revisions: By branch, tag or commit other than the default: its commit and files.
+        outage: The status, headers and body that every request is answered with, if any.
     """
 
     def __init__(self, model: str, files: Mapping[str, bytes]) -> None:
@@ -36,6 +38,8 @@ class HubServer:
         self.knows_ranges = True
         self.commit = COMMIT
         self.extra: dict[str, Any] = {}
+        self.revisions: dict[str, tuple[str, dict[str, bytes]]] = {}
+        self.outage: tuple[int, dict[str, str], bytes] | None = None
         self.requests: list[tuple[str, str | None]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -63,15 +67,21 @@ class HubServer:
     def is_large(self, name: str) -> bool:
         return self.has_large_storage and name.endswith((".safetensors", ".bin"))
 
-    def listing(self) -> dict[str, Any]:
+    def files_at(self, commit: str) -> dict[str, bytes]:
+        """What a commit holds; nothing if there is no such commit."""
+        others = dict(self.revisions.values())
+        return self.files if commit == self.commit else others.get(commit, {})
+
+    def listing(self, commit: str | None = None) -> dict[str, Any]:
+        commit = commit or self.commit
         siblings: list[dict[str, Any]] = []
-        for name, content in self.files.items():
+        for name, content in self.files_at(commit).items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": _git_sha1(content)}
             if self.is_large(name):
                 sha256 = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": self.model, "sha": self.commit, "siblings": siblings, "tags": [], **self.extra}
+        return {"id": self.model, "sha": commit, "siblings": siblings, "tags": [], **self.extra}
 
 
 def _git_sha1(content: bytes) -> str:
@@ -85,6 +95,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((path, self.headers.get("Range")))
+            if hub.outage is not None and path != "/login":
+                status, headers, body = hub.outage
+                return self._send(status, body, headers)
+            if path == "/login":
+                return self._send(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
             for end, statuses in hub.answers.items():
                 if path.endswith(end) and statuses:
                     return self._refuse(statuses.pop(0))
@@ -92,20 +107,26 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self._send(
                     200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"}
                 )
+            if match := re.fullmatch(rf"/api/models/{hub.model}/revision/(.+)", path):
+                commit = hub.revisions.get(match[1], (match[1], None))[0]
+                if not hub.files_at(commit):
+                    return self._refuse(404, "RevisionNotFound")
+                return self._send(
+                    200, json.dumps(hub.listing(commit)).encode(), {"Content-Type": "application/json"}
+                )
             if path.startswith("/large/"):
-                return self._send_file(path.removeprefix("/large/"))
-            if (match := re.fullmatch(rf"/{hub.model}/resolve/{hub.commit}/(.+)", path)) and match[
-                1
-            ] in hub.files:
-                return self._resolve(match[1])
+                return self._send_file(path.removeprefix("/large/"), hub.files)
+            match = re.fullmatch(rf"/{hub.model}/resolve/([0-9a-f]{{40}})/(.+)", path)
+            if match and match[2] in (files := hub.files_at(match[1])):
+                return self._resolve(match[2], files)
             return self._refuse(404, "RepoNotFound" if path.startswith("/api") else "EntryNotFound")
 
-        def _resolve(self, name: str) -> None:
+        def _resolve(self, name: str, files: Mapping[str, bytes]) -> None:
             if hub.gated:
                 return self._refuse(403, "GatedRepo")
             if not hub.is_large(name):
-                return self._send_file(name)
-            content = hub.files[name]
+                return self._send_file(name, files)
+            content = files[name]
             headers = {
                 "Location": f"/large/{name}",
                 "X-Repo-Commit": hub.commit,
@@ -114,8 +135,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             }
             return self._send(302, b"", headers)
 
-        def _send_file(self, name: str) -> None:
-            content = hub.served.get(name, hub.files[name])
+        def _send_file(self, name: str, files: Mapping[str, bytes]) -> None:
+            content = hub.served.get(name, files[name])
             start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             if start is None or not hub.knows_ranges:
                 return self._send(200, content, {"ETag": f'"{_git_sha1(content)}"'}, name)

@@ -17,7 +17,8 @@ import torch
 
 from p2pinfer.errors import CheckpointError, ModelNotFound, SpanOutOfRange
 from p2pinfer.models.checkpoint import INDEX, open_checkpoint
-from p2pinfer.models.hub import HubSource, open_hub
+from p2pinfer.models.hub import open_hub
+from p2pinfer.models.source import ModelSource
 from p2pinfer.models.span import BlockSpan
 
 from .hub_server import HubServer
@@ -78,7 +79,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def find(hub: HubServer, cache: Path, pauses: list[float] | None = None) -> HubSource:
+def find(hub: HubServer, cache: Path, pauses: list[float] | None = None) -> ModelSource:
     pause = ([] if pauses is None else pauses).append
     return open_hub(MODEL, cache_dir=cache, endpoint=hub.endpoint, pause=pause)
 
