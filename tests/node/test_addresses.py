@@ -170,7 +170,11 @@ def test_addresses_to_be_announced_are_told_without_the_peer() -> None:
         ("203.0.113.7:4001", "write for example"),
         ("/dns4/-bad-.org/tcp/4001", "is no name of a host"),
         ("/dns4/bad..org/tcp/4001", "is no name of a host"),
-        (f"/ip4/203.0.113.7/tcp/4001/p2p/{new_identity().peer_id}", "another peer's id"),
+        pytest.param(
+            f"/ip4/203.0.113.7/tcp/4001/p2p/{new_identity().peer_id}",
+            "another peer's id",
+            id="another peer's id",
+        ),
     ],
 )
 def test_what_nobody_could_dial_is_not_announced(address: str, why: str) -> None:

@@ -56,10 +56,11 @@ def test_a_file_may_have_a_colon_in_its_name(tmp_path: Path) -> None:
     ("entry", "line", "complaint"),
     [
         ("clients,guests:{file}", "", "not 'guests'"),
-        (
+        pytest.param(
             "{file}",
             f"{ANNA} guests",
             "friends, line 1: a list concerns clients, nodes, relaying, not 'guests'",
+            id="a line about guests",
         ),
         ("{file}", "anna clients", "friends, line 1: 'anna' is not a peer id"),
         ("clients:{file}.txt", "", "neither a peer id nor a file"),
