@@ -1,29 +1,47 @@
-"""`p2pinfer doctor`: how this computer is reached from the internet, and what would make it better."""
+"""`p2pinfer doctor`: what this computer has, how it is reached, and what would make it better."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .invocation import ANNOUNCE, BOOTSTRAP, DATA_DIR, Invocation, command, setting
-from .terminal import write_out
+import click
+
+from .invocation import ANNOUNCE, BOOTSTRAP, DATA_DIR, SWARM_KEY, Invocation, command, setting
+from .plain import printable
+from .terminal import note, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.node.reach import ReachStatus
     from p2pinfer.node.swarm import SwarmMember
 
+    from .checkup import Finding
+
 KNOWN_S = 10.0  # how long it may take to find out; a node takes no longer
 RELAYS_S = 3.0  # on top, for places at relays
 
 
-@command("doctor", examples=["p2pinfer doctor", "p2pinfer doctor --json | jq .reachability"])
+@command(
+    "doctor",
+    examples=[
+        "p2pinfer doctor",
+        "p2pinfer doctor --swarm-key swarm.key --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
+        "p2pinfer doctor --json | jq '.checks[] | select(.wrong)'",
+    ],
+)
 @setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
 @ANNOUNCE
 @BOOTSTRAP
+@SWARM_KEY
 @DATA_DIR
 def doctor(call: Invocation) -> None:
-    """Find out how peers reach this computer, and what you could do about it."""
-    # What follows takes a second to import: libp2p.
+    """Find out what this computer has for a node and how peers reach it, and what you could do about it.
+
+    Ends with exit code 1 if something is wrong.
+    """
+    # What follows takes seconds to import: libp2p, torch.
     import trio
 
     from p2pinfer.config import SharedConfig
@@ -36,8 +54,22 @@ def doctor(call: Invocation) -> None:
     settings = call.settings(HostConfig)
     shared = settings.build(SharedConfig)
     config = settings.build(HostConfig)
+    found: list[Finding] = []
+
+    def tell(what: str) -> None:
+        if not (call.json or call.quiet):
+            note(f"checking {what} ...")
 
     async def main() -> None:
+        from .checkup import check_all
+
+        # In a thread, so that Ctrl-C need not wait for a card or a disk that hangs.
+        found.extend(
+            await trio.to_thread.run_sync(
+                lambda: list(check_all(shared.data_dir, shared.cache_dir, tell)), abandon_on_cancel=True
+            )
+        )
+        tell(f"how peers reach this computer, for up to {KNOWN_S + RELAYS_S:.0f} s")
         async with open_swarm(new_identity(), config, shared.bootstrap, shared.data_dir) as member:
             with trio.move_on_after(KNOWN_S):
                 await member.reach.known.wait()
@@ -45,34 +77,52 @@ def doctor(call: Invocation) -> None:
                 with trio.move_on_after(RELAYS_S):
                     while len(member.reach.status.relays) < config.relays:
                         await trio.sleep(0.05)
-            write_out(report_json(member) if call.json else report(member))
+            found.extend(check_network(member))
+            write_out(report_json(member, found) if call.json else report(found))
 
+    tell("what there is to compute with")
     run(main)
+    if any(each.wrong for each in found):
+        raise click.exceptions.Exit(1)
 
 
-def report(member: SwarmMember) -> str:
-    """What was found out, a line each, for people."""
+def check_network(member: SwarmMember) -> list[Finding]:
+    """How this computer is reached, and by whom."""
     from p2pinfer.node.reachability import describe
 
-    status = member.reach.status
+    from .checkup import Finding
+
+    status, failures = member.reach.status, member.describe_failures()
     seen = status.reachability
-    lines = [
-        ("this computer", describe(seen)),
-        (
-            "seen from outside as",
-            ", ".join(seen.outside_ips) or "nobody outside has looked",
+    unreachable = seen.kind == "private" and not status.relays
+    connected = bool(member.host.connected_peers())
+    said = advice(status, failures)
+    return [
+        Finding("this computer", describe(seen), unreachable, "; ".join(said[bool(failures) :])),
+        Finding("seen from outside as", ", ".join(seen.outside_ips) or "nobody outside has looked"),
+        Finding("router", _NAT[seen.nat]),
+        Finding("UPnP", status.upnp),
+        Finding("relays", ", ".join(status.relays) or "none hold a place for it"),
+        Finding(
+            "peers reached", _connections(member), bool(failures) and not connected, failures and said[0]
         ),
-        ("router", _NAT[seen.nat]),
-        ("UPnP", status.upnp),
-        ("relays", ", ".join(status.relays) or "none hold a place for it"),
-        ("peers reached", _connections(member)),
-        *(("advice", each) for each in advice(status, member.describe_failures())),
     ]
-    width = max(len(name) for name, _ in lines)
-    return "".join(f"{name:<{width}}  {said}\n" for name, said in lines)
 
 
-def report_json(member: SwarmMember) -> str:
+def report(found: Sequence[Finding]) -> str:
+    """What was found out, a line each, for people."""
+    width = max(len(each.name) for each in found)
+    lines: list[str] = []
+    for each in found:
+        lines.append(f"{each.name:<{width}}  {printable(each.said)}")
+        if each.advice:
+            lines.append(f"{'':<{width}}  {'wrong' if each.wrong else 'advice'}: {printable(each.advice)}")
+    wrong = sum(each.wrong for each in found)
+    lines.append(f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong" if wrong else "nothing is wrong")
+    return "\n".join(lines) + "\n"
+
+
+def report_json(member: SwarmMember, found: Sequence[Finding] = ()) -> str:
     """The same as one object."""
     status = member.reach.status
     seen = status.reachability
@@ -90,6 +140,8 @@ def report_json(member: SwarmMember) -> str:
             peer_id: member.host.connection_kind(peer_id) for peer_id in member.host.connected_peers()
         },
         "advice": advice(status, member.describe_failures()),
+        "checks": [asdict(each) for each in found],
+        "wrong": sum(each.wrong for each in found),
     }
     return json.dumps(said) + "\n"
 

@@ -1,0 +1,175 @@
+"""What this computer has for a node: torch, cores, memory, card, disk, and which models would fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from p2pinfer.errors import LocalError, P2PInferError
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.cores import usable_cores
+from p2pinfer.models.memory import free_memory, free_on, free_on_card
+from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.target import Target, choose_target
+from p2pinfer.node.sizing import WEIGHTS_SHARE
+
+LEAST_DISK_BYTES: Final = 100 << 20  # below that not even notes and a small model have room
+_NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        wrong: It keeps this computer from serving or asking; the command's exit code says so.
+        advice: What to do about it; empty if nothing is to be done.
+    """
+
+    name: str
+    said: str
+    wrong: bool = False
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model by its published sizes."""
+
+    model: str
+    blocks: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of one block, norms and biases left out, as `ModelSpec` counts them."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return self.hidden * (attention + 3 * self.feed_forward)
+
+
+SHAPES: Final = (
+    Shape("HuggingFaceTB/SmolLM2-135M", 30, 576, 9, 3, 64, 1536),
+    Shape("Qwen/Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072),
+    Shape("meta-llama/Llama-3.2-1B", 16, 2048, 32, 8, 64, 8192),
+    Shape("Qwen/Qwen3-8B", 36, 4096, 32, 8, 128, 12288),
+    Shape("Qwen/Qwen3-32B", 64, 5120, 64, 8, 128, 25600),
+    Shape("meta-llama/Llama-3.3-70B-Instruct", 80, 8192, 64, 8, 128, 28672),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How much of a model a node here would take."""
+
+    model: str
+    blocks: int  # that fit
+    of: int
+    block_bytes: int
+
+    def __str__(self) -> str:
+        size = f"a block takes {self.block_bytes / 2**20:,.0f} MiB"
+        if self.blocks == self.of:
+            return f"all {self.of} blocks of {self.model} ({size})"
+        return f"{self.blocks or 'none'} of {self.of} blocks of {self.model} ({size})"
+
+
+def check_torch() -> list[Finding]:
+    """The build, and whether it computes."""
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
+    said = f"{torch.__version__} {build}, {usable_cores()} of {os.cpu_count()} cores for this process"
+    right = bool((torch.ones(8, 8) @ torch.ones(8, 8) == 8).all())
+    advice = "" if right else "its products are wrong: install torch anew"
+    return [Finding("torch", said, not right, advice)]
+
+
+def check_card(driver: Path = _NVIDIA) -> list[Finding]:
+    """The cards that torch can use, and one that it cannot."""
+    if torch.cuda.is_available():
+        cards = range(torch.cuda.device_count())
+        free = (f"{torch.cuda.get_device_name(card)}: {free_on_card(_card(card))}" for card in cards)
+        return [Finding("card", said) for said in free]
+    if not driver.is_dir() or not any(driver.iterdir()):
+        return [Finding("card", "no NVIDIA card; blocks are computed by the processor")]
+    why = "its driver is too old or does not answer" if torch.version.cuda else "this torch is a CPU build"
+    how = (
+        "update the driver"
+        if torch.version.cuda
+        else "install torch from the default index, not that for CPUs"
+    )
+    return [Finding("card", f"there is an NVIDIA card, and {why}", True, how)]
+
+
+def check_memory() -> list[Finding]:
+    """What this process may have, whatever the machine has."""
+    free = free_memory()
+    smallest = min(SHAPES, key=lambda shape: shape.block_parameters)
+    short = free.bytes * WEIGHTS_SHARE < smallest.block_parameters * 4
+    advice = "free some memory, or raise the limit: no node has room here" if short else ""
+    return [Finding("memory", str(free), short, advice)]
+
+
+def check_disk(data_dir: Path, cache_dir: Path) -> list[Finding]:
+    """Room for notes and for downloaded models."""
+    return [_disk("disk for notes", data_dir), _disk("disk for models", cache_dir)]
+
+
+def fits(cache_dir: Path, compute: ComputeConfig | None = None) -> list[Fit]:
+    """How many blocks of the bundled model and of some well-known ones a node here would take."""
+    compute = compute or ComputeConfig()
+    spec = resolve_model(BUNDLED_MODEL, cache_dir=cache_dir).spec
+    sizes = [(spec.model, spec.num_blocks, spec.block_parameters, spec.dtype)]
+    sizes += [(shape.model, shape.blocks, shape.block_parameters, "bfloat16") for shape in SHAPES]
+    found: list[Fit] = []
+    for model, blocks, parameters, stored in sizes:
+        target: Target = choose_target(compute, stored)
+        size = parameters * target.dtype.itemsize
+        found.append(
+            Fit(model, min(blocks, int(free_on(target.device).bytes * WEIGHTS_SHARE / size)), blocks, size)
+        )
+    return found
+
+
+def check_all(data_dir: Path, cache_dir: Path, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """All of it; `tell` hears what comes next. A check that fails is a finding, not the end."""
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("torch", check_torch),
+        ("card", check_card),
+        ("memory", check_memory),
+        ("disk", lambda: check_disk(data_dir, cache_dir)),
+        ("what fits", lambda: [Finding("would fit", str(each)) for each in fits(cache_dir)]),
+    ]
+    for name, check in checks:
+        tell(name)
+        try:
+            yield from check()
+        except (P2PInferError, OSError, RuntimeError) as exc:
+            advice = "" if isinstance(exc, LocalError) else "run with -vv for more"
+            yield Finding(name, f"cannot be told: {exc}", True, advice)
+
+
+def _disk(name: str, folder: Path) -> Finding:
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    said = f"{free / 2**30:,.1f} GiB are free in {folder}"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding(
+            name, said, True, f"{there} cannot be written: choose another by --data-dir or cache_dir"
+        )
+    short = free < LEAST_DISK_BYTES
+    return Finding(
+        name, said, short, "make room: what a node notes or downloads would not fit" if short else ""
+    )
+
+
+def _card(index: int) -> torch.device:
+    return torch.device("cuda", index)

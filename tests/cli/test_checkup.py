@@ -1,0 +1,132 @@
+"""What `p2pinfer doctor` says of this computer."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from p2pinfer.cli import checkup, doctor
+from p2pinfer.cli.app import run
+from p2pinfer.cli.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.memory import FreeMemory
+from p2pinfer.node.identity import new_identity
+from p2pinfer.node.sizing import WEIGHTS_SHARE
+
+CPU = ComputeConfig(device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model)
+def test_a_block_has_as_many_weights_as_transformers_makes(shape: Shape) -> None:
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.feed_forward,
+    )
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, 0)
+    assert shape.block_parameters == sum(each.numel() for each in layer.parameters() if each.dim() == 2)
+
+
+def test_what_fits_is_what_a_node_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = FreeMemory(2 << 30)
+    monkeypatch.setattr(checkup, "free_on", lambda device: free)
+    found = fits(tmp_path, CPU)
+    assert (found[0].model, found[0].blocks, found[0].of) == ("tiny-stories", 8, 8)
+    for fit, shape in zip(found[1:], SHAPES, strict=True):
+        assert fit.block_bytes == 2 * shape.block_parameters
+        assert fit.blocks == min(shape.blocks, int((2 << 30) * WEIGHTS_SHARE) // fit.block_bytes)
+    assert str(found[1]).startswith("all 30 blocks of ")
+    assert str(found[-1]).startswith("none of 80 blocks of ")
+    assert 0 < found[-3].blocks < found[-3].of
+
+
+@pytest.mark.parametrize(("free", "wrong"), [(1 << 20, True), (2 << 30, False)])
+def test_memory_for_not_one_block_is_wrong(free: int, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = FreeMemory(free, 4 << 30, "its control group")
+    monkeypatch.setattr(checkup, "free_memory", lambda: limited)
+    (finding,) = check_memory()
+    assert (finding.wrong, bool(finding.advice)) == (wrong, wrong)
+    assert finding.said.endswith("(limited to 4.0 GiB by its control group)")
+
+
+@pytest.mark.parametrize(
+    ("cards", "build", "said"),
+    [
+        ([], None, "no NVIDIA card"),
+        (["0000:01:00.0"], None, "this torch is a CPU build"),
+        (["0000:01:00.0"], "12.8", "its driver is too old or does not answer"),
+    ],
+)
+def test_a_card_that_torch_cannot_use_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: list[str], build: str | None, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    for card in cards:
+        (tmp_path / card).mkdir()
+    (finding,) = check_card(tmp_path)
+    assert said in finding.said
+    assert (finding.wrong, bool(finding.advice)) == (bool(cards), bool(cards))
+
+
+def test_a_disk_is_wrong_if_it_is_full_or_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    good, bad = check_disk(tmp_path / "not" / "yet", in_the_way / "folder")
+    assert (good.wrong, bad.wrong) == (False, True)
+    assert str(in_the_way) in bad.advice
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    assert all(each.wrong and "make room" in each.advice for each in check_disk(tmp_path, tmp_path))
+
+
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> FreeMemory:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(checkup, "free_memory", broken)
+    told: list[str] = []
+    found = {each.name: each for each in check_all(tmp_path, tmp_path, told.append)}
+    assert found["memory"].wrong
+    assert "no /proc here" in found["memory"].said
+    assert not found["disk for notes"].wrong
+    assert told == ["torch", "card", "memory", "disk", "what fits"]
+
+
+@pytest.mark.slow
+def test_the_exit_code_says_whether_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "KNOWN_S", 2.0)
+    asking = ["doctor", "--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(tmp_path)]
+    assert run(asking) == 0
+    shown, said = capsys.readouterr()
+    assert shown.endswith("nothing is wrong\n")
+    assert "8 blocks of tiny-stories" in shown
+    assert "checking memory ..." in said
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        dead = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}/p2p/{new_identity().peer_id}"
+        assert run([*asking, "--json", "--bootstrap", dead]) == 1
+    shown, said = capsys.readouterr()
+    told = json.loads(shown)
+    assert said == ""
+    assert told["wrong"] == 1
+    (wrong,) = [each for each in told["checks"] if each["wrong"]]
+    assert wrong["name"] == "peers reached"
+    assert "do not answer" in wrong["advice"]
+    assert run([*asking, "--swarm-key", str(tmp_path / "nowhere.key")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
