@@ -189,7 +189,7 @@ class HubStore:
 
     def is_near(self, folder: Path, file: Published) -> bool:
         """Whether the file is on this disk; whether it is right shows when it is brought."""
-        return (folder / file.name).exists() or any(path.is_file() for path in self._elsewhere(file))
+        return (folder / file.name).exists() or any(map(_is_file, self._elsewhere(file)))
 
     def _elsewhere(self, file: Published) -> list[Path]:
         """Where huggingface_hub's own cache has it, of whichever commit: files are stored by their hash."""
@@ -202,12 +202,13 @@ class HubStore:
 
     def _adopt(self, folder: Path, file: Published, commit: str) -> bool:
         """Link the file from huggingface_hub's own cache, if it is there and right."""
-        found = [path for path in self._elsewhere(file) if path.is_file()]
+        found = [path for path in self._elsewhere(file) if _is_file(path)]
         cached = huggingface_hub.try_to_load_from_cache(self._repo, file.name, revision=commit)
         if isinstance(cached, str):  # where there are no links, a file lies under its name
             found.append(Path(cached))
         for path in found:
-            with contextlib.suppress(OSError):  # not every file system has links
+            # It may be damaged or another user's, and not every file system has links: then it is fetched.
+            with contextlib.suppress(OSError, CheckpointError):
                 if self._is_right(path, file):
                     link = folder / file.name
                     link.unlink(missing_ok=True)
@@ -257,6 +258,12 @@ def _listing(info: Any) -> Listing:
     counts: dict[str, int] = info.safetensors.parameters if info.safetensors else {}
     commonest = max(counts, key=lambda dtype: counts[dtype], default="F32")
     return Listing(info.sha, _STORED_DTYPES.get(commonest, "float32"), files)
+
+
+def _is_file(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # in a folder that we may not enter
+        return path.is_file()
+    return False
 
 
 def _is_as_published(path: Path, file: Published) -> bool:

@@ -67,7 +67,7 @@ class Client:
     """Generates text on a swarm. Use as `async with Client(...) as client`.
 
     Args:
-        model: A model's hub id or folder; the bundled one by default.
+        model: A model's folder or hub id, `owner/name` or `owner/name@revision`; the bundled one by default.
         bootstrap: Multiaddrs to join by; those of bootstrap_peers.txt if empty.
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
         routing_config: What the built-in policies weigh by.

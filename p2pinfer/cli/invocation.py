@@ -247,7 +247,11 @@ def setting(
     )
 
 
-MODEL = setting("model", "--model ID_OR_DIR", "Hugging Face id or folder. [default: tiny-stories]")
+MODEL = setting(
+    "model",
+    "--model ID_OR_DIR",
+    "Hugging Face id (owner/name, or owner/name@revision) or folder. [default: tiny-stories]",
+)
 BOOTSTRAP = setting(
     "bootstrap",
     "--bootstrap MULTIADDR",

@@ -184,6 +184,31 @@ def test_weights_of_another_commit_in_the_hubs_own_cache_are_not_fetched_again(
     assert all((checkpoint.folder / name).is_symlink() for name in (*SHARDS, "tokenizer.json"))
 
 
+def test_a_file_of_the_hubs_own_cache_that_cannot_be_used_is_fetched(
+    hub: HubServer, cache: Path, hf_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, say, or one that the disk cannot read any more."""
+    fill_hf_cache(hub, hf_cache)
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent.name == "blobs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refuse)
+        source = find(hub, cache)
+        assert source.missing_bytes(EVERYTHING, ends=True) > 0
+    blobs = hf_cache / "models--somebody--little" / "blobs"
+    damaged = blobs / hashlib.sha256(hub.files[SHARDS[0]]).hexdigest()
+    damaged.unlink()
+    damaged.mkdir()
+    hub.requests.clear()
+    source.fetch(EVERYTHING, ends=True)
+    assert hub.fetched() == [SHARDS[0]]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("socksio") is not None, reason="SOCKS proxies work here")
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_socks_proxy_without_its_package_costs_a_warning_at_most(

@@ -106,6 +106,17 @@ def test_a_number_may_be_written_with_a_fraction_or_without() -> None:
     assert numbers_of(whole) == numbers_of(real)
 
 
+def test_a_list_of_numbers_counts_however_long_it_is() -> None:
+    def numbers(short: list[float]) -> str:
+        rope = {"rope_type": "longrope", "short_factor": short, "long_factor": [2.0] * 64, "factor": 4}
+        return numbers_of({"model_type": "llama", "rope_scaling": rope})
+
+    assert numbers([1] * 64) == numbers([1.0] * 64)
+    divisors = [1 + index / 7 for index in range(64)]
+    assert numbers(divisors) != numbers([*divisors[:-1], 3.0])
+    assert len(numbers(divisors)) < 400  # so that an announcement has room for it
+
+
 def test_a_window_that_no_block_has_is_none() -> None:
     off = {"model_type": "qwen2", "use_sliding_window": False}
     assert numbers_of({**off, "sliding_window": 7}) == numbers_of(off)
