@@ -81,9 +81,9 @@ class BlockingClient:
         """Continue `prompt`; see `Client.generate`."""
         return self._run(lambda client: client.generate(prompt, config, **overrides))
 
-    def resume(self, token: str) -> BlockingGeneration:
+    def resume(self, token: str, max_new_tokens: int | None = None) -> BlockingGeneration:
         """Go on with a generation that stopped; see `Client.resume`."""
-        return self._run(lambda client: client.resume(token))
+        return self._run(lambda client: client.resume(token, max_new_tokens))
 
     def _run(self, begin: Callable[[Client], Generation]) -> BlockingGeneration:
         return BlockingGeneration(self._loop, self._loop.call(begin))

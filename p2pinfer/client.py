@@ -47,7 +47,7 @@ from .generate import Generation, generation_config, new_state
 from .keeping import kept_ledger
 from .navigator import Navigator
 from .patience import Patience, Waiting
-from .resume import GenerationState, decode_state
+from .resume import GenerationState, decode_state, extend_state
 from .session import Session, open_session
 from .verifier import LocalVerifier, Verifier
 
@@ -221,15 +221,20 @@ class Client:
         asked = generation_config(config, overrides)
         return self._go_on(new_state(self.spec, self._tokenizer, prompt, asked, self._defaults))
 
-    def resume(self, token: str) -> Generation:
+    def resume(self, token: str, max_new_tokens: int | None = None) -> Generation:
         """Go on with a generation that could not, or that was left, from its `resume_token`.
 
         Its `result` holds all of the text; iterating gives the tokens that are still to come.
 
+        Args:
+            max_new_tokens: How many more there may be; None: those that were left, or 128 where none
+                were.
+
         Raises:
             ConfigError: It is no resume token, or one of other weights.
         """
-        return self._go_on(decode_state(token))
+        GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
+        return self._go_on(extend_state(decode_state(token), max_new_tokens, self.spec.max_positions))
 
     def _go_on(self, state: GenerationState) -> Generation:
         config = self._config

@@ -104,6 +104,7 @@ class Generation:
             ConfigError: The state is of another model, or of none.
         """
         check_state(state, spec)
+        self._spec = spec
         self._walker = walker
         self._ends = ends
         self._patience = patience or Patience()
@@ -190,11 +191,18 @@ class Generation:
 
     @property
     def resume_token(self) -> str | None:
-        """What `Client.resume` takes to go on from here, in any process; None if there is nothing left to do.
+        """What `Client.resume` takes to go on from here, in any process; None if there is no more to come.
 
-        It holds the prompt: keep it as safe as that.
+        There is after `max_new_tokens`, while the model's context has room. It holds the prompt: keep it as
+        safe as that.
         """
-        return self._transcript.resume_token
+        has_room = len(self._transcript.ids) < self._spec.max_positions
+        return self._transcript.resume_token if has_room else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended for want of tokens that it may have, or of room in the model's context."""
+        return self._transcript.finish_reason == "length"
 
     @property
     def result(self) -> GenerationResult:

@@ -34,6 +34,7 @@ PREFIX: Final = "p2pr2."
 _PREFIXES: Final = (PREFIX, "p2pr1.")
 MAX_STATE_BYTES: Final = 16 << 20  # 3 million ids
 MAX_TOKEN_CHARS: Final = 24 << 20  # base64 of that
+MORE_TOKENS: Final = 128  # of a text that was at its last one, where nobody says how many
 MAX_KEPT: Final = 32  # the oldest go first
 _CHECKSUM_BYTES: Final = 8
 _NAME: Final = re.compile(r"[0-9a-f]{8}")
@@ -116,6 +117,18 @@ def check_state(state: GenerationState, spec: ModelSpec) -> None:
         or len(state.token_ids) > state.max_new_tokens
     ):
         raise ConfigError(f"the resume token holds what {spec.model} cannot have said")
+
+
+def extend_state(state: GenerationState, more: int | None, max_positions: int) -> GenerationState:
+    """`state` with `more` tokens to come; with None as many as were left, or `MORE_TOKENS` if none were.
+
+    As far as the model's context of `max_positions` tokens has room. How the tokens are drawn stays as it is.
+    """
+    if more is None and len(state.token_ids) < state.max_new_tokens:
+        return state
+    wanted = len(state.token_ids) + (MORE_TOKENS if more is None else more)
+    room = max(max_positions - len(state.prompt_ids), 1)
+    return msgspec.structs.replace(state, max_new_tokens=min(wanted, room))
 
 
 def keep_token(token: str, data_dir: Path) -> str:

@@ -60,8 +60,8 @@ class Transcript:
 
     @property
     def resume_token(self) -> str | None:
-        """All of this as a resume token; None if it has ended."""
-        if self.finish_reason is not None:
+        """All of this as a resume token; None if it has come to its end, and not only to its last token."""
+        if self.finish_reason not in (None, "length"):
             return None
         return encode_state(msgspec.structs.replace(self._state, token_ids=tuple(self.token_ids)))
 

@@ -44,7 +44,9 @@ def test_a_generation_that_was_left_goes_on(swarm: BlockingClient) -> None:
     assert left.resume_token is not None
     resumed = swarm.resume(left.resume_token)
     assert resumed.text() == whole
-    assert resumed.resume_token is None
+    assert resumed.resume_token is not None
+    longer = swarm.generate("Once upon a time", max_new_tokens=11).text()
+    assert swarm.resume(resumed.resume_token, 3).text() == longer
     with pytest.raises(p2pinfer.ConfigError, match="no resume token"):
         swarm.resume("0badcafe")
 

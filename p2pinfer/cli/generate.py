@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from .invocation import (
 )
 from .prompt import dash_hint, take_prompt
 from .terminal import note, print_note, write_out
+from .waiting import WaitingLine
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client
@@ -105,8 +107,8 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
 
     PROMPT - is standard input, and so is none where something is piped in. With no swarm in reach, the
     bundled model runs on three nodes that are started on this computer and end with the text. A text that is
-    cut off, by Ctrl-C or because the swarm cannot go on, is kept; --resume prints the rest, as if nothing had
-    happened.
+    cut off, by Ctrl-C, by --max-new-tokens or because the swarm cannot go on, is kept; --resume prints the
+    rest, as if nothing had happened.
     """
     from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
@@ -118,7 +120,10 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     settings = call.settings(
         GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig
     )
+    waiting = click.get_current_context().with_resource(WaitingLine(quiet=call.quiet))
+    waiting.say("reading the prompt from standard input")
     text = prompt if resume is not None else take_prompt(prompt, quiet=call.quiet)
+    waiting.pause()
     if (text is None) == (resume is None):
         raise click.UsageError("give a PROMPT, or --resume and what was said then")
     if resume is not None:
@@ -129,9 +134,13 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     routing_config = settings.build(RoutingConfig)
     check_policy_name(config.policy)
     token = None if resume is None else find_token(resume, shared.data_dir)
+    more = generation_config.max_new_tokens if "generation.max_new_tokens" in call.flags else None
     if token is not None:
-        decode_state(token)  # a damaged one is told at once
+        state = decode_state(token)  # a damaged one is told at once
+        if len(state.token_ids) >= state.max_new_tokens:
+            more = generation_config.max_new_tokens
 
+    waiting.say("loading torch and libp2p", at_once="torch" not in sys.modules)
     from p2pinfer.client import Client  # what follows takes seconds to import: torch, libp2p
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
 
@@ -148,23 +157,26 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
             session_config=session_config,
             routing_config=routing_config,
             audit=audit_config,
-            progress=Bars(quiet=call.quiet),
+            progress=Bars(quiet=call.quiet, waiting=waiting),
             on_wait=_waiting_teller(call),
         )
-        with NodesStarting(quiet=call.quiet) as starting:
+        waiting.say(f"opening {shared.model}")
+        with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
             async with client:
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
                 if token is not None:
-                    generation = client.resume(token)
+                    generation = client.resume(token, more)
                     before = generation.prompt + generation.result.text
                 else:
                     generation = client.generate(text or "", generation_config)
                     before = text or ""
+                waiting.say("looking for peers")
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
                     with _kept(generation, client, call, shared.data_dir, resume):
-                        await _stream(generation, before=before if echo else "", silent=call.json)
+                        await _stream(generation, waiting, before=before if echo else "", silent=call.json)
                     if generation_config.temperature is None and resume is None:
                         _tell_of_draws(generation.result, generation_config.seed, call)
+                    waiting.say("checking the work of the hops")
                     if call.json or stats:
                         await client.audits_settled()
                     if call.json:
@@ -175,15 +187,31 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     run(main)
 
 
-async def _stream(generation: Generation, *, before: str, silent: bool) -> None:
+async def _stream(generation: Generation, waiting: WaitingLine, *, before: str, silent: bool) -> None:
     """Print the tokens as they come. The line is ended also when the generation fails."""
     begun = False
+    prompt_tokens = generation.result.prompt_tokens
+
+    def describe() -> str:
+        peers = len(generation.result.route)
+        return (
+            f"the prompt's {prompt_tokens:,} tokens go through {peers} peers"
+            if peers
+            else "looking for a route"
+        )
+
+    waiting.say(describe)
     try:
         async for token in generation:
+            if silent:
+                waiting.say("generating")
+            else:
+                waiting.pause()
             if token.text and not silent:
                 write_out(token.text if begun else before + token.text)
                 begun = True
     finally:
+        waiting.pause()
         if begun:
             write_out("\n")
 
@@ -221,8 +249,28 @@ def _kept(
                 if not call.quiet:
                     note(f"cut off here; to go on: {_command_to_resume(name, call)}")
         raise
+    if generation.is_cut and not (call.json or call.quiet):
+        _tell_of_the_cut(generation, call, data_dir)
     if resumed is not None:
         drop_token(resumed, data_dir)
+
+
+def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path) -> None:
+    """A text that has come to its last token may be one that was to go on; keep what that takes."""
+    from p2pinfer.resume import keep_token
+
+    token, tokens = generation.resume_token, len(generation.result.token_ids)
+    if token is None:
+        positions = tokens + generation.result.prompt_tokens
+        note(f"stopped: the model's context is full, {positions:,} tokens with the prompt")
+        return
+    try:
+        name = keep_token(token, data_dir)
+    except LocalError as error:
+        note(f"stopped after {tokens:,} tokens, as --max-new-tokens says; {error}")
+    else:
+        how = _command_to_resume(name, call)
+        note(f"stopped after {tokens:,} tokens, as --max-new-tokens says; to go on: {how}")
 
 
 def _command_to_resume(name: str, call: Invocation) -> str:
@@ -241,7 +289,7 @@ def _command_to_resume(name: str, call: Invocation) -> str:
 def _check_nothing_asked_for(call: Invocation) -> None:
     """A token holds how tokens are drawn; another way would give another text."""
     for key, flag in call.flags.items():
-        if key.startswith("generation."):
+        if key.startswith("generation.") and key != "generation.max_new_tokens":
             raise ConfigError(f"{flag.name}: a text goes on as it began; leave it out with --resume")
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.status import Status
 
 from .terminal import note
+from .waiting import WaitingLine
 
 _WORTH_A_LINE_BYTES = 64 << 20  # off a terminal only work that keeps somebody waiting is mentioned
 
@@ -28,8 +29,9 @@ class Bars:
     The bar is gone when the work is done, so it never stands between the lines that stay.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, waiting: WaitingLine | None = None) -> None:
         self._quiet = quiet
+        self._waiting = waiting
         self._console = Console(file=sys.stderr)
         self._lock = threading.Lock()
         self._progress: Progress | None = None
@@ -41,7 +43,11 @@ class Bars:
         if not self._console.is_terminal:
             if total_bytes >= _WORTH_A_LINE_BYTES:
                 note(f"{label} ({total_bytes / (1 << 20):,.0f} MiB)")
+            elif self._waiting is not None:
+                self._waiting.say(label)
             return
+        if self._waiting is not None:
+            self._waiting.pause()
         with self._lock:
             self._stop()
             self._progress = Progress(
@@ -77,13 +83,16 @@ class NodesStarting:
     Called with how many are ready of how many. A context manager, lest it spin on after an error.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, waiting: WaitingLine | None = None) -> None:
         self._quiet = quiet
+        self._waiting = waiting
         self._console = Console(file=sys.stderr)
         self._status: Status | None = None
 
     def __call__(self, ready: int, total: int) -> None:
         text = f"no swarm in reach: starting {total} nodes on this computer"
+        if self._waiting is not None:
+            self._waiting.pause()
         if self._quiet:
             return
         if not self._console.is_terminal:

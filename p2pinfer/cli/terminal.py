@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _DRAWN = str.maketrans("█·", "#.")  # what tables are drawn with, for terminals that lack it
 
+before_output: Callable[[], None] | None = None  # what erases a line that says what is being waited for
 _mid_line = False  # whether what was last written to standard output goes on in its line
 
 
@@ -56,6 +58,7 @@ def write_out(text: str) -> None:
     global _mid_line
     if _is_closed(sys.stdout):
         raise LocalError("standard output is closed; send it to a file, or to /dev/null")
+    _make_room()
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -85,12 +88,25 @@ def note(text: str) -> None:
     global _mid_line
     if _is_closed(sys.stderr):
         return
+    _make_room()
     with suppress(OSError):
         if _mid_line and sys.stdout.isatty() and sys.stderr.isatty():
             _mid_line = False
             text = "\n" + text
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def write_raw(text: str) -> None:
+    """Write to standard error as it is: a line that is going to be erased."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _make_room() -> None:
+    if before_output is not None:
+        before_output()
 
 
 def _is_closed(stream: TextIO | None) -> bool:
@@ -133,6 +149,12 @@ def _can_write(text: str, stream: TextIO) -> bool:
     return True
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    def emit(self, record: logging.LogRecord) -> None:
+        _make_room()
+        super().emit(record)
+
+
 def set_up_logging(verbosity: int, *, level: str | None = None, form: str = "text") -> None:
     """Log to standard error: warnings; from 1 on what an operator would tell a friend; from 2 on all.
 
@@ -143,7 +165,7 @@ def set_up_logging(verbosity: int, *, level: str | None = None, form: str = "tex
     if level is not None:
         verbosity = {"debug": 2, "info": 1, "warning": 0, "error": -1}[level]
     ours = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(formatter(form, with_time=verbosity >= 2))
     root = logging.getLogger()
     root.addHandler(handler)

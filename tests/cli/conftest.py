@@ -23,6 +23,12 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word on what is being waited for: how long that takes depends on what else this machine does."""
+    monkeypatch.setattr("p2pinfer.cli.waiting.PATIENCE_S", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def swarm_address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     """Where to join a swarm of two node processes that hold blocks 0:5 and 3:8 of the bundled model."""

@@ -22,6 +22,11 @@ def start_node(home: Path, blocks: str | None, *more: str) -> subprocess.Popen[s
     )
 
 
+def spoken(said: str) -> str:
+    """What a command wrote to standard error, less the lines on what it waited for."""
+    return "".join(line for line in said.splitlines(keepends=True) if not line.endswith(" ...\n"))
+
+
 def wait_ready(node: subprocess.Popen[str]) -> dict[str, Any]:
     assert node.stdout is not None
     for line in node.stdout:

@@ -20,6 +20,8 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.resume import decode_state, find_token, keep_token
 from p2pinfer.session import Session
 
+from .support import spoken
+
 pytestmark = pytest.mark.slow
 
 PROMPT = "Once upon a time"
@@ -88,7 +90,8 @@ def test_text_goes_to_standard_output_and_nothing_else_does(
     text, said = capsys.readouterr()
     assert text.startswith(", there was a little girl")
     assert text.endswith("\n")
-    assert said == ""
+    assert said.startswith("stopped after 12 tokens, as --max-new-tokens says; to go on: p2pinfer generate ")
+    assert said.count("\n") == 1
     assert generate(swarm_address, "--echo", "--stats", PROMPT) == 0
     echoed, bill = capsys.readouterr()
     assert echoed == PROMPT + text
@@ -110,7 +113,7 @@ def test_json_is_one_object_with_everything(swarm_address: str, capsys: pytest.C
     assert set(told["timings"]) == {"first_token_s", "tokens_per_s", "per_hop_ms"}
     assert len(told["timings"]["per_hop_ms"]) == 2
     assert told["failovers"] == 0
-    assert told["resume_token"] is None
+    assert decode_state(told["resume_token"]).token_ids == tuple(told["token_ids"])
 
 
 def test_a_prompt_from_standard_input_loses_its_line_end(
@@ -231,7 +234,7 @@ def test_a_reader_that_leaves_ends_it_quietly(swarm_address: str, tmp_path: Path
     with process.stderr, process.stdout:
         process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert spoken(process.stderr.read().decode()) == ""
     assert process.wait(timeout=20) == 141
 
 
@@ -246,11 +249,11 @@ def test_ctrl_c_takes_the_embedded_swarm_with_it(tmp_path: Path) -> None:
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert process.stderr is not None
-    assert "starting 3 nodes on this computer" in process.stderr.readline()
+    assert any("starting 3 nodes on this computer" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     text, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert (text, said) == ("", "")
+    assert (text, spoken(said)) == ("", "")
     assert list(tmp_path.glob("p2pinfer-*")) == []
 
 
@@ -280,9 +283,41 @@ def test_a_text_that_was_cut_off_goes_on(
     assert find_token(name, tmp_path) == token
     assert run([*again, name, "--echo"]) == 0
     text, said = capsys.readouterr()
-    assert (text, said) == (f"{PROMPT}{whole['text']}\n", "")
+    assert text == f"{PROMPT}{whole['text']}\n"
+    assert said.startswith("stopped after 12 tokens, as --max-new-tokens says")
     assert run([*again, name]) == 2
     assert "no generation is kept" in capsys.readouterr().err
+
+
+def test_a_text_that_came_to_its_last_token_goes_on_with_more(
+    swarm_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed together is what a run with as many tokens prints; nothing is said where it is over."""
+    asked = ["generate", "--bootstrap", swarm_address, "--data-dir", str(tmp_path)]
+    assert run([*asked, "--max-new-tokens", "20", PROMPT]) == 0
+    whole = capsys.readouterr().out
+    assert run([*asked, "--max-new-tokens", "8", PROMPT]) == 0
+    text, said = capsys.readouterr()
+    assert run([*shlex.split(said.rpartition(": p2pinfer ")[2]), "--max-new-tokens", "12"]) == 0
+    more, said = capsys.readouterr()
+    assert text.removesuffix("\n") + more == whole
+    assert said.startswith("stopped after 20 tokens")
+    assert len(list((tmp_path / "resume").iterdir())) == 2  # of the run with 20, and of this one
+    assert run([*asked, "-q", "--max-new-tokens", "8", PROMPT]) == 0
+    assert run([*asked, "--max-new-tokens", "8", "--stop", " there", PROMPT]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_where_the_context_is_full_nothing_goes_on(
+    swarm_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "word " * 1014
+    assert generate(swarm_address, "--json", prompt) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["prompt_tokens"] + len(told["token_ids"]) == 1024
+    assert (told["finish_reason"], told["resume_token"]) == ("length", None)
+    assert generate(swarm_address, prompt) == 0
+    assert capsys.readouterr().err == "stopped: the model's context is full, 1,024 tokens with the prompt\n"
 
 
 def test_a_text_that_cannot_go_on_says_what_is_missing_and_how_to_go_on(

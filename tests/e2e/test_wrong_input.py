@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ..cli.support import spoken
 from .support import NodeProcess, Swarm
 
 pytestmark = pytest.mark.slow
@@ -250,7 +251,7 @@ class Zygote:
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         exit_code = int(self.process.stdout.readline())
-        return Ended(exit_code, streams[1].read_text(), streams[2].read_text())
+        return Ended(exit_code, streams[1].read_text(), spoken(streams[2].read_text()))
 
     def close(self) -> None:
         with self.process:  # which closes its standard input, so that it ends
