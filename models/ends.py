@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from .families import describe_architecture
 from .progress import Progress, Silent
 from .target import Target, choose_target
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -39,6 +42,12 @@ class Ends:
         offset = architecture.family.norm_offset
         self._norm = weights.norm(NORM, shape[1], eps=architecture.norm_eps, offset=offset)
         self._head = weights.linear((_head_of(names),), shape[1], (shape[0],))
+        if architecture.tied_head and len(names) == 3 and _differ(checkpoint):
+            logger.warning(
+                "the config of %s ties the head to the embedding, and its files hold another head: "
+                "that one is used, as transformers does",
+                checkpoint.spec.model,
+            )
         self._softcap = architecture.logit_softcap
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -91,3 +100,8 @@ def _embedding_of(names: frozenset[str]) -> str:
 
 def _head_of(names: frozenset[str]) -> str:
     return HEAD if f"{HEAD}.weight" in names else EMBEDDING
+
+
+def _differ(checkpoint: Checkpoint) -> bool:
+    head = checkpoint.read(f"{HEAD}.weight")
+    return not torch.equal(checkpoint.read(f"{EMBEDDING}.weight"), head)

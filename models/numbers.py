@@ -8,7 +8,9 @@ p2pinfer learns to read is therefore part of a revision by itself, and old revis
 it has its default.
 
 Not part of it: the dtype, since every hop computes in the dtype it announces; the context's length, which
-bounds a text and changes no token of it (where it does, the rope's original length says so).
+bounds a text and changes no token of it (where it does, the rope's original length says so); whether the head
+is tied to the embedding, since the head that the files hold is used, and files without one are run by nobody
+unless it is.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _MAX_LIST: Final = 64  # characters of a list that is spelled out
 _MAX_SHOWN: Final = 40  # characters of one value
 _KEY: Final = re.compile(r"[a-z0-9_.]{1,64}")
 
-_NO_NUMBERS: Final = frozenset({"max_position_embeddings"})
+_NO_NUMBERS: Final = frozenset({"max_position_embeddings", "tie_word_embeddings"})
 # Names for one function, as activations.py computes them.
 _SAME_ACTIVATION: Final[Mapping[str, str]] = {
     "swish": "silu",

@@ -86,6 +86,30 @@ def test_the_files_own_head_counts_whatever_the_config_says_of_it(
         load_ends(open_checkpoint(folder, "m"), ComputeConfig(device="cpu", dtype="float32"))
 
 
+@pytest.mark.parametrize(
+    ("change", "tied", "warned"),
+    [(other_head, True, True), (other_head, False, False), (equal_head, True, False), (None, True, False)],
+)
+def test_a_head_that_is_not_tied_as_the_config_says_is_told(
+    change: Callable[[dict[str, Tensor]], None] | None,
+    tied: bool,
+    warned: bool,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = write_checkpoint(tmp_path, "llama", tie_word_embeddings=True, num_hidden_layers=1)
+    say_tied(folder, tied)
+    tensors: dict[str, Tensor] = FILES.load_file(folder / "model.safetensors")
+    if change is not None:
+        change(tensors)
+    FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_ends(open_checkpoint(folder, "mine"), ComputeConfig(device="cpu", dtype="float32"))
+    said = [record.message for record in caplog.records if "another head" in record.message]
+    assert len(said) == warned
+    assert all(message.startswith("the config of mine ties the head") for message in said)
+
+
 def test_a_head_in_a_shard_of_its_own_is_found(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> None:
     folder = write_checkpoint(tmp_path, "llama", tie_word_embeddings=True, num_hidden_layers=1)
     tensors: dict[str, Tensor] = FILES.load_file(folder / "model.safetensors")

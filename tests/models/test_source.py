@@ -14,7 +14,7 @@ from p2pinfer.models.span import BlockSpan
 def test_the_bundled_model_is_found_by_its_name(tiny_stories: Path, tmp_path: Path) -> None:
     source = resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
     assert (source.spec.model, source.spec.num_blocks) == ("tiny-stories", 8)
-    assert source.spec.revision == "629d04c1da258493b40a81b092f217be"
+    assert source.spec.revision == "3ce048eef7cf5724119918f197959a44"
     assert source.fetch(None, ends=True).folder.samefile(tiny_stories)
 
 
