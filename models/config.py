@@ -21,7 +21,7 @@ class ComputeConfig:
     dtype: str = (
         "auto"  # "float32", "bfloat16", "float16"; auto: the checkpoint's, if the device is quick at it
     )
-    threads: int = 0  # of torch, on a CPU; 0: torch decides
+    threads: int = 0  # of torch, on a CPU; 0: a node tries what is quickest, else all cores it may use
     cache_bytes: int = (
         0  # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
     )

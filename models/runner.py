@@ -14,6 +14,7 @@ from .blocks import Blocks, load_blocks
 from .cache import CacheLease, PagedCache
 from .checkpoint import Checkpoint
 from .config import ComputeConfig
+from .cores import usable_cores
 from .paged_decode import PagedDecoder
 from .progress import Progress
 from .span import BlockSpan
@@ -114,6 +115,16 @@ class SpanRunner:
                 raise ValueError(f"{ends[lease]} tokens exceed the {lease.max_tokens} that were reserved")
         return ends
 
+    @property
+    def threads(self) -> int:
+        """How many threads of a CPU it computes with."""
+        return self._num_threads
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads of a CPU from the next batch on. For the thread that runs batches."""
+        self._num_threads = threads
+        self._thread = None
+
     def _claim_thread(self) -> None:
         """Give this thread the thread count that torch was set to.
 
@@ -136,8 +147,8 @@ def open_runner(
         SpanOutOfRange: The model has no such blocks.
     """
     target = choose_target(config, checkpoint.spec.dtype)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    # Torch counts the cores that it is bound to, and knows nothing of a share of their time.
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     blocks = load_blocks(checkpoint, span, target, progress=progress)
     cache = PagedCache(
         num_blocks=len(span),

@@ -19,6 +19,7 @@ import trio
 
 from p2pinfer.errors import SpanOutOfRange
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.cores import usable_cores
 from p2pinfer.models.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.runner import SpanRunner, open_runner
@@ -40,12 +41,14 @@ from .last_ports import remember_ports, with_last_ports
 from .last_span import last_span, remember_span
 from .metrics import Metrics, serve_metrics
 from .offer import Offer
+from .pace import Pace
 from .reachability import describe
 from .relay_config import RelayConfig
 from .server import ServedSpan, SpanServer
 from .sizing import Capacity, check_room, measure_capacity, measure_speed
 from .swarm import SwarmMember, open_swarm
 from .tasks import open_nursery
+from .tuning import Tuner, find_threads
 from .worker import Worker, open_worker
 
 logger = logging.getLogger(__name__)
@@ -192,15 +195,17 @@ class _Node:
         self._report(Loading((span.start, span.stop), reason))
         gc.collect()  # cycles of sessions that are over would keep the blocks served before
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
-        tokens_per_s = await trio.to_thread.run_sync(measure_speed, runner)
+        threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
+        pace = Pace(tokens_per_s, trio.current_time())
         worker_opening = open_worker(
             runner,
             self._serve.max_batch_tokens,
             client_steps=self._serve.client_batch_steps,
             counts=member.host.counts,
+            on_step=lambda ran, seconds: _note_step(pace, span, ran, seconds),
         )
         async with worker_opening as worker:
-            offer = Offer(member, source.spec, runner, tokens_per_s, self._serve)
+            offer = Offer(member, source.spec, runner, pace, self._serve)
             served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
             server = SpanServer(
                 member.host, served, self._serve, self._report, offer.touch, evidence=member.evidence
@@ -215,6 +220,15 @@ class _Node:
                 self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
                     nursery.start_soon(offer.keep_fresh)
+                    tuner = Tuner(
+                        runner,
+                        worker,
+                        pace,
+                        lambda: not server.sessions,
+                        threads=threads,
+                        cores=self._cores(runner),
+                    )
+                    nursery.start_soon(tuner.keep_right, offer.touch)
                     better = await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
                 moving = True
                 return better
@@ -260,6 +274,18 @@ class _Node:
         with refusals_named(f"blocks {span}", device, _FEWER_BLOCKS):
             return open_runner(checkpoint, span, self._compute, progress=self._progress)
 
+    def _cores(self, runner: SpanRunner) -> int:
+        """How many threads may be tried: one if their number was asked for, or does not matter."""
+        if self._compute.threads or runner.device.type != "cpu":
+            return 1
+        return usable_cores()
+
+    def _tune(self, runner: SpanRunner) -> tuple[int, float]:
+        """The number of threads to compute with, and the tokens per second with it."""
+        if (cores := self._cores(runner)) > 1:
+            return find_threads(runner, cores)
+        return runner.threads, measure_speed(runner)
+
     def _wanted_blocks(self, spec: ModelSpec) -> BlockSpan | None:
         if self._config.blocks is None:
             return None
@@ -275,6 +301,11 @@ def _fitting(capacity: Capacity) -> str:
     """How many blocks fit, and into what if a limit was reckoned with."""
     limited = f", since {capacity.memory}" if capacity.memory.limited_by else ""
     return f"{capacity.blocks} blocks fit{limited}"
+
+
+def _note_step(pace: Pace, served: BlockSpan, ran: BlockSpan, seconds: float) -> None:
+    if ran == served:
+        pace.add(seconds, trio.current_time())
 
 
 def _reached(member: SwarmMember) -> Reached:

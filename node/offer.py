@@ -13,6 +13,7 @@ from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
 
 from .config import ServeConfig
+from .pace import Pace
 from .swarm import SwarmMember
 from .wire import printable
 
@@ -38,22 +39,23 @@ class Offer:
         member: SwarmMember,
         spec: ModelSpec,
         runner: SpanRunner,
-        tokens_per_s: float,
+        pace: Pace,
         config: ServeConfig,
     ) -> None:
         self._member = member
         self._spec = spec
         self._runner = runner
-        self._tokens_per_s = tokens_per_s
+        self._pace = pace
         self._config = config
         self._touched = trio.Event()
         self._moved = trio.Event()
         self._announced_free = -1
+        self._announced_pace = pace.tokens_per_s
 
     def touch(self) -> None:
         """Something changed; worth an announcement if it is much."""
         free, total = self._runner.cache.free_tokens, self._runner.cache.capacity_tokens
-        if abs(free - self._announced_free) > total // 8:
+        if abs(free - self._announced_free) > total // 8 or self._pace.differs(self._announced_pace):
             self._touched.set()
 
     def _move(self) -> None:
@@ -71,7 +73,7 @@ class Offer:
             revision=self._spec.revision,
             span=self._runner.span,
             dtype=self._runner.dtype_name,
-            tokens_per_s=self._tokens_per_s,
+            tokens_per_s=self._pace.tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._member.sequence.next(),
             reachability=self._member.reach.reachability.kind,
@@ -96,6 +98,7 @@ class Offer:
         await self._member.sequence.keep_reserved()
         announcement = self.announcement()
         self._announced_free = announcement.free_cache_tokens
+        self._announced_pace = announcement.tokens_per_s
         await self._member.announce(announcement)
 
     async def withdraw(self) -> None:

@@ -86,13 +86,22 @@ def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
 
 def measure_speed(runner: SpanRunner) -> float:
     """Decoded tokens per second through the whole span, one session at a time."""
+    return 1 / max(median(time_steps(runner)), 1e-9)
+
+
+def time_steps(runner: SpanRunner) -> list[float]:
+    """The seconds of some steps of one token through the whole span, warmed up.
+
+    Raises:
+        CacheFull: The cache has no room for them.
+    """
     hidden = torch.zeros(1, runner.spec.hidden_size)
     lease = runner.cache.reserve(_DECODE_STEPS)
     try:
         seconds = [_timed(runner, Chunk(lease, position, hidden)) for position in range(_DECODE_STEPS)]
     finally:
         lease.release()
-    return 1 / median(seconds[1:])
+    return seconds[1:]
 
 
 def _timed(runner: SpanRunner, chunk: Chunk) -> float:

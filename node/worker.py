@@ -91,11 +91,13 @@ class Worker:
         *,
         client_steps: int = 32,
         counts: Counts | None = None,
+        on_step: Callable[[BlockSpan, float], None] | None = None,
     ) -> None:
         self._runner = runner
         self._max_batch_tokens = max_batch_tokens
         self._client_steps = client_steps
         self._counts = counts or Counts()
+        self._on_step = on_step
         self._clock = clock
         self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: FairLine[Job] = FairLine()
@@ -117,6 +119,15 @@ class Worker:
     def queued(self) -> int:
         """How many jobs wait, at about this moment."""
         return len(self._waiting) + self._arrivals.qsize()
+
+    @property
+    def now(self) -> float:
+        """Seconds of the clock that jobs are timed by."""
+        return self._clock()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the worker's thread call something quick before what is submitted from here on."""
+        self._arrivals.put(function)
 
     def submit(self, job: Job) -> None:
         """Queue a job; returns at once. Its `on_done` is called in any case, until the worker closes."""
@@ -214,6 +225,7 @@ class Worker:
             else:
                 live.append(job)
         results = self._run(live)
+        ran_s = self._clock() - started
         self._wake_loop()  # a quarter of a millisecond, in which the outputs are encoded
         payloads = [_encoded(job, output) for job, (output, _) in zip(live, results, strict=True)]
         seconds = self._clock() - started
@@ -226,6 +238,8 @@ class Worker:
         calls += [(job, Done(None, None, started - job.submitted_at, 0.0, 0)) for job in stale]
         calls += [(job, Done(None, error, started - job.submitted_at, 0.0, 0)) for job, error in wrong]
         try:
+            if self._on_step is not None and _is_one_step(results):
+                self._token.run_sync_soon(self._on_step, live[0].span, ran_s)
             self._token.run_sync_soon(_deliver, calls)
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(calls))
@@ -281,6 +295,11 @@ def _encoded(job: Job, output: Tensor | None) -> bytes:
     return b"" if output is None or job.encode is None else job.encode(output)
 
 
+def _is_one_step(results: Sequence[tuple[Tensor | None, Exception | None]]) -> bool:
+    """Whether a batch was one token of one session, and came out."""
+    return len(results) == 1 and (output := results[0][0]) is not None and len(output) == 1
+
+
 def _all_decode(jobs: Iterable[Job]) -> bool:
     return all(job.is_decode for job in jobs)
 
@@ -301,9 +320,17 @@ async def open_worker(
     *,
     client_steps: int = 32,
     counts: Counts | None = None,
+    on_step: Callable[[BlockSpan, float], None] | None = None,
 ) -> AsyncGenerator[Worker]:
-    """A running worker; on exit it finishes the batch at hand and its thread ends."""
-    worker = Worker(runner, max_batch_tokens, clock, client_steps=client_steps, counts=counts)
+    """A running worker; on exit it finishes the batch at hand and its thread ends.
+
+    Args:
+        on_step: Called in the event loop with the blocks and the seconds of every step of one token that had
+            the device to itself.
+    """
+    worker = Worker(
+        runner, max_batch_tokens, clock, client_steps=client_steps, counts=counts, on_step=on_step
+    )
     worker.start()
     try:
         yield worker

@@ -15,6 +15,7 @@ from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.offer import TOPIC_PER_S, Offer, announce_interval_s, announce_ttl_s
+from p2pinfer.node.pace import Pace
 from p2pinfer.routing.announcement import MAX_TTL_S, decode_announcement, encode_announcement
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
@@ -31,7 +32,7 @@ def runner(checkpoint: Checkpoint) -> SpanRunner:
 async def open_offer(checkpoint: Checkpoint, runner: SpanRunner) -> AsyncGenerator[tuple[Offer, MemorySwarm]]:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
         config = ServeConfig(announce_interval_s=INTERVAL_S, announce_min_gap_s=GAP_S, announce_ttl_s=99.0)
-        yield Offer(swarm.member("a"), checkpoint.spec, runner, 12.5, config), swarm
+        yield Offer(swarm.member("a"), checkpoint.spec, runner, Pace(12.5), config), swarm
 
 
 async def test_an_announcement_says_what_is_so_at_the_moment(
@@ -56,7 +57,7 @@ async def test_whatever_a_model_and_a_network_are_called_peers_accept_it(
     async with open_memory_swarm(checkpoint) as swarm:
         member = swarm.member("a")
         monkeypatch.setattr(member.host, "addrs", tuple(f"/ip4/10.0.0.{n}/tcp/1" for n in range(40)))
-        offer = Offer(member, replace(checkpoint.spec, model=name), runner, 1.0, ServeConfig())
+        offer = Offer(member, replace(checkpoint.spec, model=name), runner, Pace(1.0), ServeConfig())
         announcement = decode_announcement(encode_announcement(offer.announcement()))
     assert announcement.model == told
     assert announcement.addrs == member.addrs[:16]
@@ -79,7 +80,9 @@ async def test_what_others_hold_in_a_node_s_name_has_it_announce_above_that_at_o
 ) -> None:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm, trio.open_nursery() as nursery:
         member = swarm.member("a")
-        offer = Offer(member, checkpoint.spec, runner, 12.5, ServeConfig(announce_interval_s=INTERVAL_S))
+        offer = Offer(
+            member, checkpoint.spec, runner, Pace(12.5), ServeConfig(announce_interval_s=INTERVAL_S)
+        )
         await offer.announce()
         nursery.start_soon(offer.keep_fresh)
         await trio.testing.wait_all_tasks_blocked()
@@ -95,7 +98,7 @@ async def test_an_announcement_says_what_process_makes_it_and_whom_it_suspects(
 ) -> None:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
         member = swarm.member("a")
-        offer = Offer(member, checkpoint.spec, runner, 12.5, ServeConfig())
+        offer = Offer(member, checkpoint.spec, runner, Pace(12.5), ServeConfig())
         mock_clock.jump(30.0)
         said = offer.announcement()
         assert (said.instance, said.uptime_s, said.twin) == (member.twins.instance, 30.0, b"")

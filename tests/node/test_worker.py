@@ -277,6 +277,31 @@ async def test_a_prompt_waits_for_nobody() -> None:
         assert (await results.wait(7))[-1] == "prompt"
 
 
+async def test_a_step_that_had_the_device_to_itself_is_told_with_what_it_took() -> None:
+    """Not a prompt, not one that failed, not several at once."""
+    device = SlowDevice()
+    told: list[tuple[BlockSpan, float]] = []
+
+    def note(span: BlockSpan, seconds: float) -> None:
+        told.append((span, seconds))
+
+    async with open_worker(device, 64, lambda: device.now, on_step=note) as worker:
+        results = Results(worker)
+        device.gate.release(6)
+        for count, (name, tokens, position) in enumerate((("prompt", 40, 0), ("wrong", 1, -1)), start=1):
+            results.submit(name, tokens, position=position, submitted_at=device.now)
+            await results.wait(count)
+        assert told == []
+        results.submit("step", span=BlockSpan(1, 3), submitted_at=device.now)
+        await results.wait(3)
+        assert told == [(BlockSpan(1, 3), 1000.0)]
+    device, before = SlowDevice(), len(told)
+    async with open_worker(device, 64, lambda: device.now, on_step=note) as worker:
+        results = Results(worker)
+        await walk_in_step(device, results, Lease(), Lease())
+    assert len(told) - before == 2, "of four batches, two of which were of two sessions"
+
+
 async def test_a_client_with_a_long_line_of_prompts_does_not_keep_another_waiting() -> None:
     runner = Recorder()
     async with open_worker(runner, 100) as worker:

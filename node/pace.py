@@ -1,0 +1,64 @@
+"""How fast a span decodes, as its own steps show it: what a node announces of its speed.
+
+One measurement at the start is right for as long as the computer does nothing else, which is not for long.
+The announced speed is therefore that of the latest steps that had the device to themselves, batch 1 as
+announcements define it. The median cares for no single step that something came between, and steps of a while
+ago count for nothing once there are later ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from math import isfinite
+from statistics import median
+from typing import Final
+
+LEAST: Final = 1e-3  # tokens a second; what announcements may say begins and ends further out
+MOST: Final = 1e6
+WINDOW_STEPS: Final = 64
+WINDOW_S: Final = 60.0
+LEAST_STEPS: Final = 8  # before these are in, a few later steps do not outweigh what was measured before
+MATERIAL: Final = 1.25  # what is announced is corrected when it is so many times off
+
+
+class Pace:
+    """The tokens per second of a span, from the seconds that its latest steps took."""
+
+    def __init__(self, tokens_per_s: float, now: float = 0.0) -> None:
+        """A pace that was measured at the start, on a clock in seconds."""
+        self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        self._tokens_per_s = bounded(tokens_per_s)
+        self._now = now
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Finite and above 0, whatever was measured."""
+        latest = [seconds for at, seconds in self._steps if self._now - at <= WINDOW_S]
+        if len(latest) >= LEAST_STEPS:
+            self._tokens_per_s = bounded(1 / max(median(latest), 1 / MOST))
+        return self._tokens_per_s
+
+    def add(self, seconds: float, now: float) -> None:
+        """A step of one token, alone in its batch, took so long."""
+        self._now = max(self._now, now)
+        if isfinite(seconds) and seconds >= 0:
+            self._steps.append((self._now, seconds))
+
+    def restart(self, seconds: Sequence[float], now: float) -> None:
+        """Forget all steps but these: something was changed."""
+        self._steps.clear()
+        for each in seconds:
+            self.add(each, now)
+
+    def differs(self, announced: float) -> bool:
+        """Whether the pace is so far from what was announced that others should know."""
+        pace = self.tokens_per_s
+        return not announced / MATERIAL <= pace <= announced * MATERIAL
+
+
+def bounded(tokens_per_s: float) -> float:
+    """A speed that can be announced, from one that was reckoned."""
+    if not tokens_per_s > LEAST:  # NaN too
+        return LEAST
+    return min(tokens_per_s, MOST)
