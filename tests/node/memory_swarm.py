@@ -13,14 +13,14 @@ from p2pinfer.models.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.bootstrap import Neighbourhood
+from p2pinfer.node.bootstrap import BootstrapOutcome, Neighbourhood
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
 from p2pinfer.node.evidence import EvidenceStore, serve_evidence
 from p2pinfer.node.gossip import Gossip
 from p2pinfer.node.latency import Latency
 from p2pinfer.node.proofs import Heard, Notice, ProofCarrier
-from p2pinfer.node.reach import Reach
+from p2pinfer.node.reach import Reach, ReachStatus
 from p2pinfer.node.reachability import Reachability
 from p2pinfer.node.server import ServedSpan, SpanServer
 from p2pinfer.node.swarm import SwarmMember
@@ -82,6 +82,11 @@ class MemoryReach:
         self.reachability = Reachability("public", "none")
         self.listeners: list[Callable[[], None]] = []
 
+    @property
+    def status(self) -> ReachStatus:
+        """Nobody is relayed to or from here."""
+        return ReachStatus(self.reachability, "", (), (), (), None)
+
     @contextmanager
     def telling(self, callback: Callable[[], None]) -> Generator[None]:
         self.listeners.append(callback)
@@ -102,6 +107,10 @@ class MemoryNeighbourhood:
 
     def describe_failures(self) -> str:
         return "it is out of reach"
+
+    def outcomes(self) -> list[BootstrapOutcome]:
+        """There are no bootstrap peers."""
+        return []
 
 
 class MemorySwarm:
