@@ -25,6 +25,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.target import DTYPES as COMPUTED_DTYPES
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
+from p2pinfer.node.relay_config import RelayConfig
 from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.policy import BUILT_IN_POLICIES
 from p2pinfer.verifier import AuditConfig
@@ -38,6 +39,7 @@ LAYERS = (
     GenerationConfig,
     AuditConfig,
     VerifyConfig,
+    RelayConfig,
 )
 COMMANDS = ("generate", "node", "swarm")
 
