@@ -15,9 +15,13 @@ Importing this package is cheap. torch and libp2p are imported with the first na
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .bundled import use_bundled_libp2p
+
+if TYPE_CHECKING:
+    __version__: str
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
     from .audit import AuditTally as AuditTally
@@ -121,6 +125,8 @@ use_bundled_libp2p()
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("p2pinfer")
     if name not in _HOME:
         raise AttributeError(f"module 'p2pinfer' has no attribute {name!r}")
     value = getattr(import_module(f"p2pinfer.{_HOME[name]}"), name)

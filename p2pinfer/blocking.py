@@ -7,8 +7,9 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 import trio
 
@@ -19,6 +20,7 @@ from p2pinfer.generate import Generation, GenerationConfig, GenerationResult, To
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.tasks import open_nursery
+from p2pinfer.options import ClientOptions, GenerationOptions, addresses_of, suggesting
 from p2pinfer.routing.policy import RoutingPolicy
 
 _Result = TypeVar("_Result")
@@ -26,12 +28,14 @@ _Result = TypeVar("_Result")
 _TOKENS_AHEAD = 64  # a slow reader holds the generation up; the hops keep its cache meanwhile
 
 
+@suggesting
 def connect(
     *,
-    model: str = BUNDLED_MODEL,
-    bootstrap: Sequence[str] = (),
+    model: str | Path = BUNDLED_MODEL,
+    bootstrap: str | Sequence[str] = (),
     policy: str | RoutingPolicy | None = None,
-    **options: Any,
+    host_config: HostConfig | None = None,
+    **options: Unpack[ClientOptions],
 ) -> BlockingClient:
     """Join the swarm and return when it can be asked; use as `with p2pinfer.connect() as swarm`.
 
@@ -45,12 +49,14 @@ def connect(
         As entering a `Client` does.
     """
 
+    addresses = addresses_of(bootstrap)
+    given = host_config or HostConfig()
+
     @asynccontextmanager
     async def open_client() -> AsyncGenerator[Client]:
-        host_config: HostConfig = options.pop("host_config", HostConfig())
-        embedding = may_embed(model, bootstrap, host_config)
-        host_config = client_host_config(host_config, embedding=embedding)
-        client = Client(model=model, bootstrap=bootstrap, policy=policy, host_config=host_config, **options)
+        embedding = may_embed(str(model), addresses, given)
+        own = client_host_config(given, embedding=embedding)
+        client = Client(model=model, bootstrap=addresses, policy=policy, host_config=own, **options)
         async with client, swarm_in_reach(client, embedding=embedding):
             yield client
 
@@ -76,7 +82,7 @@ class BlockingClient:
         self.close()
 
     def generate(
-        self, prompt: str, config: GenerationConfig | None = None, **overrides: object
+        self, prompt: str, config: GenerationConfig | None = None, **overrides: Unpack[GenerationOptions]
     ) -> BlockingGeneration:
         """Continue `prompt`; see `Client.generate`."""
         return self._run(lambda client: client.generate(prompt, config, **overrides))

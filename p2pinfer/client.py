@@ -12,12 +12,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Unpack
 
 import trio
 
-from p2pinfer.errors import PeerError
-from p2pinfer.folders import cache_folder, data_folder
+from p2pinfer.errors import LocalError, PeerError
+from p2pinfer.folders import cache_folder, data_folder, expand
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.ends import Ends, load_ends
 from p2pinfer.models.generation_file import FILE as GENERATION_FILE
@@ -46,6 +46,7 @@ from .client_config import ClientConfig as ClientConfig
 from .generate import Generation, generation_config, new_state
 from .keeping import kept_ledger
 from .navigator import Navigator
+from .options import GenerationOptions, addresses_of, check_prompt, suggesting
 from .patience import Patience, Waiting
 from .resume import GenerationState, decode_state, extend_state
 from .session import Session, open_session
@@ -68,10 +69,17 @@ class Client:
 
     Args:
         model: A model's folder or hub id, `owner/name` or `owner/name@revision`; the bundled one by default.
-        bootstrap: Multiaddrs to join by; those of bootstrap_peers.txt if empty.
+        bootstrap: Multiaddrs to join by, or one of them; those of bootstrap_peers.txt if empty.
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
+        config: How it finds its way, and where embedding and head are computed.
+        host_config: Who may connect, time limits, a private swarm's key; by default it does not listen.
+        session_config: How prompts are cut, and how long hops may take.
         routing_config: What the built-in policies weigh by.
         reputation: What is known of peers, kept by whoever passes it; that of `data_dir` by default.
+        cache_dir: Where downloaded models are kept; by default in the user's cache folder.
+        data_dir: Where the ledger and kept texts are; by default the user's data folder.
+        weights_bytes: Disk that downloaded models may take there, bytes; 0: whatever is free.
+        progress: Told of downloads and hashing.
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
         audit: How often peers are checked, and what that may take.
         verifier: Who says whether a peer's output is right; by default, its blocks run again here.
@@ -81,25 +89,28 @@ class Client:
 
     Raises:
         PolicyError: There is no such policy.
+        TypeError: There is no such argument; the message names the nearest.
 
     Raises (on entering):
+        LocalError: There is no trio loop, but that of asyncio, say; `connect` needs none.
         ModelNotFound, CheckpointError: The model cannot be opened.
         ConfigError: A bootstrap address is malformed.
     """
 
+    @suggesting
     def __init__(
         self,
         *,
-        model: str = BUNDLED_MODEL,
-        bootstrap: Sequence[str] = (),
+        model: str | Path = BUNDLED_MODEL,
+        bootstrap: str | Sequence[str] = (),
         policy: str | RoutingPolicy | None = None,
         config: ClientConfig | None = None,
         host_config: HostConfig | None = None,
         session_config: SessionConfig | None = None,
         routing_config: RoutingConfig | None = None,
         reputation: Ledger | None = None,
-        cache_dir: Path | None = None,
-        data_dir: Path | None = None,
+        cache_dir: str | Path | None = None,
+        data_dir: str | Path | None = None,
         weights_bytes: int = 0,
         progress: Progress | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
@@ -114,12 +125,12 @@ class Client:
         self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
         fallback = load_policy(DEFAULT_POLICY, config=routing_config)
         self._desk = PolicyDesk(self.policy, fallback, self._config.policy_timeout_s)
-        self._model = model
-        self._bootstrap = tuple(bootstrap)
+        self._model = str(model)
+        self._bootstrap = addresses_of(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
         self._session_config = session_config or SessionConfig()
-        self._cache_dir = cache_dir or cache_folder()
-        self._data_dir = data_dir or data_folder()
+        self._cache_dir = expand(cache_dir) if cache_dir else cache_folder()
+        self._data_dir = expand(data_dir) if data_dir else data_folder()
         self._weights_bytes = weights_bytes
         self._progress = progress
         self._on_wait = on_wait
@@ -138,6 +149,11 @@ class Client:
         self._nursery: trio.Nursery
 
     async def __aenter__(self) -> Client:
+        if not trio.lowlevel.in_trio_run():
+            raise LocalError(
+                "Client needs trio, and this is another loop, such as asyncio's or a notebook's: "
+                "use trio.run, or p2pinfer.connect() in a thread (await asyncio.to_thread(...))"
+            )
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
             self._source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
@@ -205,7 +221,7 @@ class Client:
         return self._member
 
     def generate(
-        self, prompt: str, config: GenerationConfig | None = None, **overrides: object
+        self, prompt: str, config: GenerationConfig | None = None, **overrides: Unpack[GenerationOptions]
     ) -> Generation:
         """Continue `prompt`.
 
@@ -215,9 +231,13 @@ class Client:
 
         Raises:
             PromptTooLong: The prompt does not fit the model.
+            TypeError: The prompt is not one text.
             ConfigError: An override is not a field of `GenerationConfig`, a value makes no sense, or the
                 prompt is empty and the model has no token to begin with.
         """
+        check_prompt(prompt)
+        if not hasattr(self, "_tokenizer"):
+            raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
         return self._go_on(new_state(self.spec, self._tokenizer, prompt, asked, self._defaults))
 

@@ -7,7 +7,7 @@ has it where they say nothing; but without a word from anybody a text is greedy,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Final
 
 from p2pinfer.errors import ConfigError, PromptTooLong
@@ -19,6 +19,7 @@ from p2pinfer.models.text import Tokenizer
 from p2pinfer.text_files import is_text
 
 from .client_config import DRAWN_BY, RULED_BY, GenerationConfig, said
+from .options import suggest
 from .resume import GenerationState
 
 _MAX_NEW_TOKENS: Final = 128
@@ -37,7 +38,9 @@ def generation_config(config: GenerationConfig | None, overrides: Mapping[str, o
     try:
         return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
     except TypeError as exc:
-        raise ConfigError(f"{exc}; see p2pinfer.GenerationConfig for what can be set") from exc
+        known = [each.name for each in fields(GenerationConfig)]
+        nearest = next((suggest(name, known) for name in overrides if name not in known), "")
+        raise ConfigError(f"{exc}{nearest}; see p2pinfer.GenerationConfig for what can be set") from exc
 
 
 def new_state(

@@ -1,0 +1,119 @@
+"""The keyword arguments of `Client`, `connect` and `generate`, with types; what is said of a wrong one.
+
+Editors complete what a `TypedDict` lists; tests keep both lists equal to what they stand for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
+
+from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
+from p2pinfer.models.progress import Progress
+from p2pinfer.node.identity import Identity
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.config import RoutingConfig
+
+from .patience import Waiting
+
+if TYPE_CHECKING:
+    from .verifier import Verifier
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Single fields of a `GenerationConfig`."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    typical_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
+    logit_bias: Mapping[int, float]
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    show_special: bool
+
+
+class ClientOptions(TypedDict, total=False):
+    """What `connect` hands on to `Client`."""
+
+    config: ClientConfig | None
+    session_config: SessionConfig | None
+    routing_config: RoutingConfig | None
+    reputation: Ledger | None
+    cache_dir: str | Path | None
+    data_dir: str | Path | None
+    weights_bytes: int
+    progress: Progress | None
+    on_wait: Callable[[Waiting], None]
+    audit: AuditConfig | None
+    verifier: Verifier | None
+    identity: str | Path | Identity | None
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean NAME?", or nothing if no name is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def suggesting(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, whose TypeError for a keyword that it does not take says which one is near."""
+    signature = inspect.signature(function)
+    known = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and name != "self"
+    ]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        known += ClientOptions.__annotations__
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs.keys() - set(known):
+            called = function.__qualname__.removesuffix(".__init__")
+            raise TypeError(f"{called}() takes no argument {name!r}{suggest(name, known)}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
+    """`bootstrap` as addresses; a single one may be given as it is.
+
+    Raises:
+        TypeError: It holds something else than text.
+    """
+    addresses = cast("tuple[object, ...]", (bootstrap,) if isinstance(bootstrap, str) else tuple(bootstrap))
+    for address in addresses:
+        if not isinstance(address, str):
+            raise TypeError(f"bootstrap holds {address!r}; it takes multiaddrs as text")
+    return tuple(str(address) for address in addresses)
+
+
+def check_prompt(prompt: object) -> None:
+    """Nothing, if that is one text.
+
+    Raises:
+        TypeError: It is several, or none.
+    """
+    if isinstance(prompt, list | tuple):
+        kind = "list" if isinstance(prompt, list) else "tuple"
+        raise TypeError(
+            f"the prompt is a {kind}; call generate once for each text, or join the messages "
+            f"of a chat by the model's template first"
+        )
+    if not isinstance(prompt, str):
+        raise TypeError(f"the prompt is of type {type(prompt).__name__}; it must be a str")
