@@ -18,7 +18,8 @@ NEWS_S: Final = 60.0  # between two words on who has answered since
 async def tell_joined(member: SwarmMember, report: Callable[[Event], None]) -> None:
     """Say whom this node joined once that is known, and again when others have answered; until cancelled."""
     with trio.move_on_after(JOIN_S):
-        while any(each.answered is None for each in member.bootstrap_outcomes()) or not _has_met(member):
+        await member.wait_settled(JOIN_S)  # peers of earlier runs and of the local network among them
+        while any(each.answered is None for each in member.bootstrap_outcomes()):
             await trio.sleep(CHECK_S)
     told = joined(member)
     report(told)
@@ -28,11 +29,6 @@ async def tell_joined(member: SwarmMember, report: Callable[[Event], None]) -> N
         if set(now.answered) - set(told.answered) or (now.peers > 0) != (told.peers > 0):
             report(now)
             told = now
-
-
-def _has_met(member: SwarmMember) -> bool:
-    """Whether somebody is there, or nobody is expected."""
-    return bool(member.host.connected_peers()) or not member.bootstrap_outcomes()
 
 
 def joined(member: SwarmMember) -> Joined:
