@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, TypeAlias, TypeVar, cast
 
@@ -18,6 +19,7 @@ from p2pinfer.models.config import DEVICES as DEVICES
 from p2pinfer.models.config import DTYPES as DTYPES
 from p2pinfer.text_files import is_text
 
+from .completing import complete_settings, complete_value
 from .log_format import FORMATS, LEVELS
 from .plain import printable
 from .terminal import note, set_up_logging, write_out
@@ -242,6 +244,8 @@ def setting(
     )
     if choices:
         kind["shell_complete"] = _completing(choices)
+    elif metavar:
+        kind["shell_complete"] = partial(complete_value, metavar)
     return click.option(
         flag, cls=SettingOption, setting=key, choices=choices, help=help, multiple=multiple, **kind
     )
@@ -342,6 +346,7 @@ def _switches() -> list[click.Option]:
             metavar="KEY=VALUE",
             help="Any setting that --print-config lists; may be repeated.",
             callback=_take_assignments,
+            shell_complete=complete_settings,
         ),
         _switch(
             "--print-config", is_flag=True, help="Print all settings, and where each comes from, instead."

@@ -14,6 +14,7 @@ import click
 
 from p2pinfer.errors import ConfigError, LocalError
 
+from .completing import complete_peers
 from .invocation import DATA_DIR, Invocation, command, group
 from .plain import ascii_json, one_line, printable, short_peer
 from .terminal import note, print_out, read_stdin, write_out
@@ -69,7 +70,7 @@ def list_(call: Invocation) -> None:
 
 @_below
 @command("show", examples=["p2pinfer reputation show vwxyz1"])
-@click.argument("peer")
+@click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def show(call: Invocation, peer: str) -> None:
     """Explain in plain words why PEER scores as it does."""
@@ -84,7 +85,7 @@ def show(call: Invocation, peer: str) -> None:
 
 @_below
 @command("ban", examples=["p2pinfer reputation ban vwxyz1 --why 'sent nonsense'"])
-@click.argument("peer")
+@click.argument("peer", shell_complete=complete_peers)
 @click.option("--why", default="by the user", metavar="TEXT", help="Kept with the ban.")
 @DATA_DIR
 def ban(call: Invocation, peer: str, why: str) -> None:
@@ -97,7 +98,7 @@ def ban(call: Invocation, peer: str, why: str) -> None:
 
 @_below
 @command("forgive", examples=["p2pinfer reputation forgive vwxyz1"])
-@click.argument("peer")
+@click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def forgive(call: Invocation, peer: str) -> None:
     """Make PEER a newcomer again: no ban, no evidence."""
@@ -109,7 +110,7 @@ def forgive(call: Invocation, peer: str) -> None:
 
 @_below
 @command("vouch", examples=["p2pinfer reputation vouch 12D3KooW..."])
-@click.argument("peer")
+@click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def vouch(call: Invocation, peer: str) -> None:
     """Answer for PEER, a machine of your own say: its integrity is taken for granted."""

@@ -125,6 +125,35 @@ def test_the_shell_is_offered_commands(
     assert capsys.readouterr().out == "plain,generate\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("node --dtype fl", "plain,float32\nplain,float16\n"),
+        ("node --data-dir ab", "dir,ab\n"),
+        ("node --swarm-key ab", "file,ab\n"),
+        ("generate --model ti", "plain,tiny-stories\ndir,ti\n"),
+        (
+            "node --set serve.max_sessions",
+            "plain,serve.max_sessions=\nplain,serve.max_sessions_per_client=\n",
+        ),
+        ("generate --set weights", "plain,weights_bytes=\n"),
+        ("reputation ban 12D3KooWH", "plain,12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz\n"),
+        ("reputation show iAg6gpz", "plain,12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz\n"),
+    ],
+)
+def test_the_shell_is_offered_values(
+    words: str, offered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["reputation", "ban", "12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv("_P2PINFER_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"p2pinfer {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    with pytest.raises(SystemExit):
+        run([])
+    assert capsys.readouterr().out == offered
+
+
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
 def test_completion_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["completion", shell]) == 0
