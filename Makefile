@@ -97,6 +97,10 @@ $(BIN)/python:
 
 $(USABLE): $(BIN)/python pyproject.toml constraints.txt $(wildcard vendor/*.*)
 	@$(INSTALL) --editable .
+	@# scripts of tests and benchmarks may import libp2p before p2pinfer
+	@$(BIN)/python -c 'import pathlib, sys, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "bundled_libp2p.pth").write_text(sys.argv[1] + "\n")' \
+		"$(CURDIR)/p2pinfer/_vendor"
 	@touch $@
 
 $(TESTABLE): $(USABLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -217,6 +218,15 @@ def test_libp2p_is_the_one_in_the_package() -> None:
 
     assert Path(libp2p.__path__[0]).parent == bundled.FOLDER
     assert bundled_libp2p().version == LIBP2P_VERSION == libp2p.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["tests.chaos.attacker", "benchmarks.stream"])
+def test_scripts_that_import_libp2p_first_find_it(script: str) -> None:
+    shown = [sys.executable, "-m", script, "--help"]
+    subprocess.run(
+        shown, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": "benchmarks"}
+    )
 
 
 def test_nothing_that_is_bundled_imports_what_needs_a_compiler() -> None:
