@@ -49,10 +49,11 @@ _FAREWELL_S: Final = 1.0  # for the end of a stream that the client has left
 class Refusal(Exception):
     """Why a session is not let in, or cannot go on; travels to the client as `Refused`."""
 
-    def __init__(self, code: RefusalCode, message: str, about_peer: str = "") -> None:
+    def __init__(self, code: RefusalCode, message: str, about_peer: str = "", *, fits: int = 0) -> None:
         super().__init__(message)
         self.code: RefusalCode = code
         self.about_peer = about_peer
+        self.fits = fits  # tokens of a session that would be let in
 
 
 @dataclass(frozen=True, slots=True)

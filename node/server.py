@@ -31,7 +31,7 @@ from .hop import HopSession, Refusal
 from .host import Host
 from .notary import Notary
 from .replay import ReplayBudget, ReplayLog
-from .shares import exceeds_share
+from .shares import exceeds_share, left_of_share
 from .stream import PeerStream
 from .tensors import row_bytes
 from .wire import (
@@ -153,7 +153,8 @@ class SpanServer:
             except Refusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
-                await self._turn_away(control, Refused(refusal.code, printable(str(refusal))))
+                said = Refused(refusal.code, printable(str(refusal)), fits=refusal.fits)
+                await self._turn_away(control, said)
                 return
             control.max_payload_bytes = self._largest_payload
             await self._run(session)
@@ -216,17 +217,21 @@ class SpanServer:
 
     def _reserve_cache(self, opening: Open, held: int) -> CacheLease:
         """`held` is what other sessions of the same client have reserved, in tokens."""
-        cache = self._served.cache
+        cache, share = self._served.cache, self._config.client_share
+        fits = left_of_share(held, cache.free_tokens, share) // cache.page_tokens * cache.page_tokens
         try:
             lease = cache.reserve(opening.max_tokens)
         except CacheFull as exc:
-            raise Refusal("cache_full", str(exc)) from exc
-        if exceeds_share(held + lease.max_tokens, cache.free_tokens, self._config.client_share):
+            most = left_of_share(0, cache.capacity_tokens, share)
+            never = f"; it could never have more than {most}" if opening.max_tokens > most else ""
+            raise Refusal("cache_full", f"{exc}, one of {fits} would{never}", fits=fits) from exc
+        if exceeds_share(held + lease.max_tokens, cache.free_tokens, share):
             lease.release()
             raise Refusal(
                 "over_share",
                 f"you hold {held} tokens of the cache, {cache.free_tokens} are free, and "
-                f"{opening.max_tokens} more would be over one client's share",
+                f"{opening.max_tokens} more would be over one client's share; {fits} would not",
+                fits=fits,
             )
         return lease
 
@@ -235,15 +240,17 @@ class SpanServer:
         config, budget = self._config, self._replay_budget
         if opening.successor is None:
             return None
-        size = opening.max_tokens * row_bytes(self._served.spec.hidden_size, opening.codec)
-        size = min(size, config.replay_bytes_per_session)
+        row = row_bytes(self._served.spec.hidden_size, opening.codec)
+        size = min(opening.max_tokens * row, config.replay_bytes_per_session)
+        fits = left_of_share(held, budget.free_bytes, config.client_share) // row
         try:
             replay = ReplayLog(budget, size)
         except CacheFull as exc:
-            raise Refusal("cache_full", str(exc)) from exc
+            raise Refusal("cache_full", str(exc), fits=fits) from exc
         if exceeds_share(held + size, budget.free_bytes, config.client_share):
             replay.release()
-            raise Refusal("over_share", f"{size} more bytes of replay log would be over one client's share")
+            problem = f"{size} more bytes of replay log would be over one client's share"
+            raise Refusal("over_share", problem, fits=fits)
         return replay
 
     async def _run(self, session: HopSession) -> None:

@@ -10,6 +10,11 @@ length thresholds for shared-memory packet switches" (1998): at most `share / (1
 from __future__ import annotations
 
 
+def left_of_share(held: int, free: int, share: float) -> int:
+    """How much more a client that holds `held` may take of the `free`."""
+    return max(0, min(free, int(share * (held + free)) - held))
+
+
 def exceeds_share(held: int, free: int, share: float) -> bool:
     """Whether a client that holds `held` of something, of which `free` is left, holds more than its share."""
     return held > share * (held + free)

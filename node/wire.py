@@ -161,6 +161,7 @@ class Refused(_Message, frozen=True, tag="refused"):
     code: RefusalCode
     message: Text
     peer_id: Annotated[str, msgspec.Meta(max_length=128)] = ""  # the peer it is about, if another one
+    fits: Count = 0  # tokens of a session that would be let in instead; 0: none, or not known
 
 
 class Expect(_Message, frozen=True, tag="expect"):

@@ -113,6 +113,12 @@ class BlockingGeneration:
         self._close = weakref.finalize(self, loop.soon, self._pump.scope.cancel)
         loop.spawn(self._pump.run)
 
+    def __enter__(self) -> BlockingGeneration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __iter__(self) -> Iterator[Token]:
         return self
 

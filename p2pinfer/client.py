@@ -7,8 +7,8 @@ memory. What it learns from a route's fate goes to its ledger and to the policy 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +147,8 @@ class Client:
         self._member: SwarmMember
         self._navigator: Navigator
         self._nursery: trio.Nursery
+        self._token: trio.lowlevel.TrioToken
+        self._is_open = False
 
     async def __aenter__(self) -> Client:
         if not trio.lowlevel.in_trio_run():
@@ -180,6 +182,8 @@ class Client:
             self._ends, self._tokenizer, self._defaults = await trio.to_thread.run_sync(
                 self._load_ends, abandon_on_cancel=True
             )
+            self._token = trio.lowlevel.current_trio_token()
+            self._is_open = True
             self._stack = stack.pop_all()
         return self
 
@@ -191,6 +195,7 @@ class Client:
     ) -> None:
         if error is None:
             await self.audits_settled()
+        self._is_open = False
         await self._stack.__aexit__(kind, error, traceback)
 
     def _new_auditor(self) -> Auditor:
@@ -260,8 +265,25 @@ class Client:
         config = self._config
         patience = Patience(config.find_timeout_s, config.wait_s, config.max_attempts)
         return Generation(
-            self, self.spec, self._ends, self._tokenizer, state, patience=patience, on_wait=self._on_wait
+            self,
+            self.spec,
+            self._ends,
+            self._tokenizer,
+            state,
+            patience=patience,
+            on_wait=self._on_wait,
+            on_dropped=self._close_soon,
         )
+
+    def _close_soon(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Called by finalizers, so in any thread and between any two instructions."""
+
+        def begin() -> None:
+            if self._is_open:  # else everything is being closed anyway
+                self._nursery.start_soon(close)
+
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(begin)
 
     def peers(self) -> list[PeerView]:
         """Everybody known to serve this client's model."""

@@ -87,13 +87,17 @@ class PeerVanished(PeerError):
 
 
 class PeerRefused(PeerError):
-    """The peer answered, and said no. `code` is one of `p2pinfer.node.wire.RefusalCode`."""
+    """The peer answered, and said no. `code` is one of `p2pinfer.node.wire.RefusalCode`.
+
+    `fits` is how many tokens of a session it would have room for; 0 if none, or if it does not say.
+    """
 
     _PASSING = frozenset(("busy", "cache_full", "over_share"))
 
-    def __init__(self, message: str, peer_id: str = "", code: str = "") -> None:
+    def __init__(self, message: str, peer_id: str = "", code: str = "", *, fits: int = 0) -> None:
         super().__init__(message, peer_id)
         self.code = code
+        self.fits = fits
 
     @property
     def is_passing(self) -> bool:
@@ -118,11 +122,19 @@ class WrongOutput(PeerError):
 
 
 class NoRoute(P2PInferError):
-    """The swarm cannot serve the request. `missing` lists the spans that nobody serves, `(start, stop)`."""
+    """The swarm cannot serve the request.
 
-    def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
+    Attributes:
+        missing: The spans that nobody serves, `(start, stop)`.
+        is_full: Somebody serves every block, without room for so many tokens.
+    """
+
+    def __init__(
+        self, message: str, missing: Sequence[tuple[int, int]] = (), *, is_full: bool = False
+    ) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+        self.is_full = is_full
 
 
 class Unfinished(NoRoute):

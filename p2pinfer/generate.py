@@ -12,7 +12,8 @@ back. When its patience is at an end it raises `Unfinished`, whose token goes on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -84,7 +85,8 @@ class _Clock:
 class Generation:
     """An asynchronous iterator of `Token`s. `result` tells what came of it, also before the end.
 
-    Iterate to the end, or call `aclose`: until then hops keep cache reserved for it.
+    Use as `async with client.generate(...) as generation`, iterate to the end, or call `aclose`: until then
+    hops keep cache reserved for it. One that is dropped, by a `break` say, is closed soon after.
     """
 
     def __init__(
@@ -97,8 +99,12 @@ class Generation:
         *,
         patience: Patience | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
+        on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
         """Go on from `state`: that of `new_state`, or of a token.
+
+        Args:
+            on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
             ConfigError: The state is of another model, or of none.
@@ -115,6 +121,14 @@ class Generation:
         self._tokens_before = len(state.token_ids)
         self._way = Way(walker, ends, self._transcript)
         self._clock = _Clock()
+        self._dropped = weakref.finalize(self, on_dropped, self._way.aclose)
+        self._dropped.atexit = False
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     def __aiter__(self) -> Generation:
         return self
@@ -183,6 +197,7 @@ class Generation:
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
         await self._way.aclose()
+        self._dropped.detach()
 
     @property
     def prompt(self) -> str:

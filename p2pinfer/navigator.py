@@ -26,6 +26,7 @@ from .failover import Gap
 from .paces import Paces
 from .resting import Resting
 
+LEAST_TOKENS: Final = 64  # who has room for fewer has none
 _WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
 
 
@@ -121,7 +122,7 @@ class Navigator:
         """Note that a hop of `route` failed or refused, and tell the policy."""
         outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
         if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
-            if error.is_passing:
+            if error.is_passing and error.fits < LEAST_TOKENS:
                 self._resting.rest(error.peer_id, trio.current_time())
             self._desk.tell(route, outcome)
         else:

@@ -99,7 +99,7 @@ def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
         case "protocol":
             return PeerRefused(refused.message, blamed, refused.code)
         case _:
-            return PeerRefused(refused.message, sender, refused.code)
+            return PeerRefused(refused.message, sender, refused.code, fits=refused.fits)
 
 
 async def end_all(streams: Sequence[FrameStream | HopStream]) -> None:

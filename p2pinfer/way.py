@@ -2,6 +2,11 @@
 
 Another route leaves out the peers that failed, until they are forgiven, and its session is given all tokens
 so far as one prefill.
+
+A session reserves room on every hop for all it may ever hold. A text that may become long begins with a part
+of that, or with what there is room for, and takes another session when that is used up, for twice as much: so
+all prefills together are about as long as the text. It holds nothing while it asks for more, so two texts
+cannot wait for each other's room.
 """
 
 from __future__ import annotations
@@ -9,12 +14,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import PeerError, PeerRefused
+from p2pinfer.errors import NoRoute, PeerError, PeerRefused
 from p2pinfer.models.ends import Ends
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Route, RouteOutcome
@@ -23,6 +28,9 @@ from .session import Session
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
+
+_AHEAD_TOKENS: Final = 2048  # reserved ahead of a text, or as many as it is long
+_GROWTH_TOKENS: Final = 64  # a session that adds fewer to a text is not worth its prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,7 @@ class Way:
         self._ends = ends
         self._transcript = transcript
         self._session: Session | None = None
+        self._reserved = 0  # tokens that the session has room for
         self._began_at = 0.0  # the session
         self._tokens_before = 0
         # Of the sessions that are over:
@@ -85,8 +94,10 @@ class Way:
             PeerError: A session could not be opened, or is beyond repair; `abandon` it.
         """
         ids = self._transcript.ids
+        if self._session is not None and len(ids) > self._reserved:
+            await self.aclose()
         if self._session is None:
-            self._session = await self._walker.open_session(self._transcript.max_ids, self.excluded)
+            self._session = await self._open()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._session.recall = self._recall
             self._note_route(self._session.route)
@@ -96,6 +107,26 @@ class Way:
             hidden = await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
         self._note_route(self._session.route)
         return hidden
+
+    async def _open(self) -> Session:
+        """A session that has room for the tokens so far and for as many to come as can be had."""
+        have, most = len(self._transcript.ids), self._transcript.max_ids
+        least = min(most, have + _GROWTH_TOKENS)
+        tokens = min(most, have + max(_AHEAD_TOKENS, have))
+        while True:
+            try:
+                session = await self._walker.open_session(tokens, self.excluded)
+            except NoRoute as error:
+                if not error.is_full or tokens == least:
+                    raise
+                tokens = max(tokens // 2, least)
+            except PeerRefused as error:
+                if not least <= error.fits < tokens:
+                    raise
+                tokens = error.fits
+            else:
+                self._reserved = tokens
+                return session
 
     async def abandon(self, error: PeerError) -> None:
         """Give up the route and leave out who failed.
@@ -113,7 +144,8 @@ class Way:
             await session.aclose()
         logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
         # Our reader paused for longer than the hops wait, or a hop has no room, which the client remembers.
-        if not overslept and not (isinstance(error, PeerRefused) and error.is_passing):
+        # Who named what would fit is not remembered, since for another text it may do.
+        if not overslept and not (isinstance(error, PeerRefused) and error.is_passing and not error.fits):
             self.excluded |= blamed
 
     def forgive(self) -> None:

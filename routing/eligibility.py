@@ -65,8 +65,18 @@ def no_route(candidates: Sequence[Candidate], request: RouteRequest, view: Reput
             blocks = list(run)
             gaps.setdefault(reason, []).append(BlockSpan(blocks[0], blocks[-1] + 1))
     missing = gaps.get(Refusal.ABSENT, [])
-    complaints = [_complaint(reason, gaps[reason], request) for reason in sorted(gaps, reverse=True)]
-    return NoRoute(f"no route: {'; '.join(complaints)}", [(span.start, span.stop) for span in missing])
+    free = (
+        each.announcement.free_cache_tokens
+        for each, (_, why) in zip(candidates, served, strict=True)
+        if why is Refusal.FULL
+    )
+    most = max(free, default=0)
+    complaints = [_complaint(reason, gaps[reason], request, most) for reason in sorted(gaps, reverse=True)]
+    return NoRoute(
+        f"no route: {'; '.join(complaints)}",
+        [(span.start, span.stop) for span in missing],
+        is_full=set(gaps) == {Refusal.FULL},
+    )
 
 
 def _mildest_refusal(block: int, served: Iterable[tuple[BlockSpan, Refusal | None]]) -> Refusal | None:
@@ -77,12 +87,13 @@ def _mildest_refusal(block: int, served: Iterable[tuple[BlockSpan, Refusal | Non
     return min((reason for reason in reasons if reason is not None), default=Refusal.ABSENT)
 
 
-def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteRequest) -> str:
+def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteRequest, most: int) -> str:
     blocks = f"blocks {', '.join(map(str, spans))}"
     match reason:
         case Refusal.FULL:
             return (
-                f"{blocks} are served only by peers without cache for {request.tokens} tokens; try again soon"
+                f"{blocks} are served only by peers without cache for {request.tokens} tokens; try again "
+                f"soon (the most that any of them has free is {most})"
             )
         case Refusal.EXCLUDED:
             return f"{blocks} are served only by peers that failed this request or already work for it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,59 @@ async def test_a_text_waits_for_who_replaces_the_one_that_died(open_client: Open
         await swarm.serve("c", 3, 8)
     assert generation.result.text == ", there was a little"
     assert [each.missing for each in told] == [((3, 8),)]
+
+
+async def leave_by_break(client: Client) -> None:
+    async for _ in client.generate(PROMPT, max_new_tokens=200):
+        break
+
+
+async def leave_by_error(client: Client) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async for token in client.generate(PROMPT, max_new_tokens=200):
+            print(token.id / 0)
+
+
+async def leave_a_generator(client: Client) -> None:
+    async def words() -> AsyncGenerator[str]:
+        async for token in client.generate(PROMPT, max_new_tokens=200):
+            yield token.text
+
+    async for _ in words():
+        break
+
+
+async def leave_the_block(client: Client) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with client.generate(PROMPT, max_new_tokens=200) as generation:
+            print((await anext(generation)).id / 0)
+
+
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio's word on leave_a_generator
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_error, leave_a_generator, leave_the_block])
+async def test_a_text_that_is_left_in_the_middle_gives_its_room_back(
+    open_client: OpenClient, leave: Callable[[Client], Awaitable[None]]
+) -> None:
+    """Long before the lease ends: the client lives on, and so do the hops."""
+    async with open_client() as (client, swarm):
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        await leave(client)
+        await swarm.all_closed()
+        assert await text_of(client.generate(PROMPT, max_new_tokens=1)) == ","
+
+
+async def test_a_text_for_which_nobody_has_room_begins_with_what_there_is(open_client: OpenClient) -> None:
+    """What a peer announces is too little for the whole, and what it gives one client is less."""
+    async with open_client() as (client, swarm):
+        served = await swarm.serve("a")
+        cache = served.runner.cache
+        taken = cache.reserve(cache.free_tokens - 256)
+        swarm.announce("a", free_cache_tokens=256)
+        assert (
+            await text_of(client.generate(PROMPT, max_new_tokens=1000, stop=(" little",))) == ", there was a"
+        )
+        taken.release()
 
 
 async def test_a_text_that_waited_in_vain_can_be_resumed_by_another_client(open_client: OpenClient) -> None:

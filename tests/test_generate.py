@@ -12,6 +12,7 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer import way
 from p2pinfer.errors import (
     ConfigError,
     NoRoute,
@@ -584,3 +585,61 @@ def test_single_fields_of_a_generation_can_be_replaced() -> None:
         generation_config(None, {"max_new_tokens": 0})
     with pytest.raises(ConfigError, match=r"see p2pinfer.GenerationConfig"):
         generation_config(None, {"max_new_tokens": "many"})
+
+
+async def test_a_text_begins_with_the_room_there_is_and_goes_on_when_there_is_more(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        served = await swarm.serve("a")
+        cache = served.runner.cache
+        taken = cache.reserve(cache.free_tokens - 192)  # of what is left one client may have 128
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 4)
+        generation = start(walk, swarm, ends, tokenizer, max_new_tokens=200, temperature=1.0, seed=2)
+        ids = [(await anext(generation)).id for _ in range(100)]
+        assert [tokens for tokens, _ in walk.asked] == [205, 128]
+        taken.release()
+        ids += [token.id async for token in generation]
+        assert [tokens for tokens, _ in walk.asked] == [205, 128, 205]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), len(ids), seed=2)
+        assert all(outcome.ok for _, outcome in walk.outcomes)
+        await swarm.all_closed()
+
+
+async def test_a_text_that_finds_no_more_room_ends_with_a_token_to_go_on_from(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+) -> None:
+    """It holds nothing meanwhile: two that want to grow cannot wait for each other."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        served = await swarm.serve("a")
+        cache = served.runner.cache
+        taken = cache.reserve(cache.free_tokens - 192)
+        free = cache.free_tokens
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 9)
+        generation = start(
+            walk, swarm, ends, tokenizer, max_new_tokens=200, temperature=1.0, seed=2, patience=Patience(0, 0)
+        )
+        ids: list[int] = []
+        with pytest.raises(Unfinished, match="does not fit, one of 128 would") as caught:
+            async for token in generation:
+                ids.append(token.id)
+        assert len(ids) == 128 - 5 + 1
+        while (cache.free_tokens, served.server.sessions) != (free, 0):  # the worker gives pages back
+            await trio.lowlevel.checkpoint()
+        taken.release()
+        rest = resume(Walk(swarm, route_over(a=(0, 8))), swarm, ends, tokenizer, caught.value.resume_token)
+        ids += [token.id async for token in rest]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), len(ids), seed=2)
+
+
+async def test_a_long_text_reserves_ahead_of_itself_and_not_to_its_end(
+    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(way, "_AHEAD_TOKENS", 10)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 4)
+        generation = start(walk, swarm, ends, tokenizer, max_new_tokens=60)
+        ids = [token.id async for token in generation]
+        assert [tokens for tokens, _ in walk.asked] == [15, 32, 65]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), 60, seed=0)

@@ -90,7 +90,7 @@ CASES = {
     "a full cache": generate(
         *("--bootstrap", "{full}", "--model", "{models}/third", "--set", "client.find_timeout_s=0.2"),
         exit_code=FAILED,
-        says="blocks 0:8 are served only by peers without cache for 133 tokens; try again soon",
+        says="blocks 0:8 are served only by peers without cache for 69 tokens; try again soon",
     ),
     "a policy nobody knows": generate(
         "--policy", "slowest", says="'slowest' is no routing policy; built in are"

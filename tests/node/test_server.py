@@ -35,6 +35,19 @@ async def test_what_cannot_be_served_is_refused_with_its_reason(
         await swarm.all_closed()
 
 
+async def test_what_can_never_fit_is_told_what_would(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint) as swarm:
+        cache = swarm.runners["a"].cache
+        most = int(0.75 * cache.capacity_tokens)
+        with pytest.raises(
+            PeerRefused, match=rf"one of \d+ would; it could never have more than {most}"
+        ) as caught:
+            await swarm.session(cache.capacity_tokens + 1)
+        assert caught.value.fits == most // cache.page_tokens * cache.page_tokens
+        await (await swarm.session(caught.value.fits)).aclose()
+        await swarm.all_closed()
+
+
 async def test_a_session_that_would_overflow_the_replay_log_is_refused_and_its_cache_is_given_back(
     checkpoint: Checkpoint,
 ) -> None:
@@ -98,6 +111,9 @@ async def test_one_client_cannot_have_the_whole_cache(checkpoint: Checkpoint) ->
         with pytest.raises(PeerRefused, match="over one client's share") as caught:
             await swarm.session(half)
         assert (caught.value.code, caught.value.is_passing) == ("over_share", True)
+        fits = caught.value.fits
+        with pytest.raises(PeerRefused, match=f"; {fits} would not"):
+            await swarm.session(fits + 1)
         assert cache.free_tokens >= half - cache.page_tokens
         swarm.client = swarm.network.host("another")
         await (await swarm.session(half // 2)).aclose()
@@ -111,6 +127,9 @@ async def test_one_client_cannot_have_the_whole_replay_log(checkpoint: Checkpoin
         with pytest.raises(PeerRefused, match="replay log would be over one client's share") as caught:
             await swarm.session(32)
         assert caught.value.code == "over_share"
+        assert caught.value.fits == 75 - 64
+        with pytest.raises(PeerRefused):
+            await swarm.session(75 - 64 + 1)
         swarm.client = swarm.network.host("another")
         await (await swarm.session(16)).aclose()
         await greedy.aclose()

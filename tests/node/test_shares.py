@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pinfer.node.shares import exceeds_share
+from p2pinfer.node.shares import exceeds_share, left_of_share
 
 
 def fill(total: int, clients: int, share: float) -> list[int]:
@@ -42,3 +42,18 @@ def test_however_many_are_greedy_a_newcomer_finds_room(clients: int, total: int,
     left = total - sum(held)
     assert max(held) - min(held) <= 1
     assert left >= (1 - share) / share * max(held) - 1
+
+
+@given(
+    held=st.integers(0, 1 << 20),
+    free=st.integers(0, 1 << 20),
+    share=st.floats(0.01, 1),
+    more=st.integers(0, 1 << 21),
+)
+def test_what_is_left_of_a_share_may_be_taken_and_no_more(
+    held: int, free: int, share: float, more: int
+) -> None:
+    left = left_of_share(held, free, share)
+    assert left == 0 or not exceeds_share(held + left, free - left, share)
+    if left < more <= free:
+        assert exceeds_share(held + more, free - more, share)

@@ -81,7 +81,8 @@ def test_the_error_tells_unserved_blocks_from_served_ones_that_cannot_be_used() 
         "blocks 3:4 are served only by peers whose integrity is below 0.60; the default policy tries and "
         "audits them, `p2pinfer reputation vouch` takes your word for it; "
         "blocks 2:3 are served only by peers that failed this request or already work for it; "
-        "blocks 1:2, 6:7 are served only by peers without cache for 100 tokens; try again soon"
+        "blocks 1:2, 6:7 are served only by peers without cache for 100 tokens; try again soon "
+        "(the most that any of them has free is 0)"
     )
 
 
