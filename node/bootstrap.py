@@ -156,6 +156,7 @@ class Neighbourhood:
         self._troubles: dict[str, _Trouble] = {}
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._warned = False
+        self._is_closed = False
         self._lost = trio.Event()  # set, and replaced, when a peer is lost, or found in the local network
         host.when_disconnected(self._note_loss)
 
@@ -165,6 +166,10 @@ class Neighbourhood:
             logger.debug("bootstrap.found peer=%s addrs=%s", peer_id, addrs)
             self._found[peer_id] = BootstrapPeer(peer_id, addrs)
             self._wake()
+
+    def close(self) -> None:
+        """Look for nobody any more."""
+        self._is_closed = True
 
     @property
     def has_peers(self) -> bool:
@@ -201,6 +206,8 @@ class Neighbourhood:
             connected = self._host.connected_peers()
             for peer_id in self._reached_at.keys() - set(connected):  # a notice takes a tenth of a second
                 self._note_end(peer_id)
+            if self._is_closed:
+                await trio.sleep_forever()
             if len(connected) < NEIGHBOURS:
                 await self._dial(self._due(connected))
             connected = self._host.connected_peers()

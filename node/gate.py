@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,7 @@ import trio
 from p2pinfer.errors import ConfigError
 
 from .host_config import HostConfig
-from .peer_lists import SCOPES, Scope, files_of, read_lists
+from .peer_lists import SCOPES, PeerList, Scope, files_of, read_lists
 from .rates import RateLimit
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Gate:
         self._config = config
         self._files = files_of((*config.allow, *config.deny))
         self._seen = _look(self._files)
+        self._is_closed = False
         self._allowed, self._denied = read_lists(config.allow), read_lists(config.deny)
         self._told = RateLimit(1 / _TELL_S, 1)
         self._told_of_all = RateLimit(TOLD_AT_ONCE / _TELL_S, TOLD_AT_ONCE)
@@ -96,6 +97,8 @@ class Gate:
 
     def may_tell(self, peer_id: str) -> bool:
         """Whether the log has room for one more refusal of this peer; if so, that was it."""
+        if self._is_closed:
+            return False
         now = time.monotonic()
         return self._told.allows(peer_id, now) and self._told_of_all.allows("", now)
 
@@ -131,6 +134,12 @@ class Gate:
         self._allowed, self._denied = allowed, denied
         logger.info("the lists of peers were read again")
         return True
+
+    def admit_only(self, peer_ids: Iterable[str]) -> None:
+        """Have to do with these peers alone from now on, whatever the lists say, and tell of nobody else."""
+        self._files, self._denied = [], read_lists(())
+        self._is_closed = True
+        self._allowed = PeerList(dict.fromkeys(SCOPES, frozenset(peer_ids)), frozenset(SCOPES))
 
     def take_stream(self, peer_id: str) -> int:
         """Count a stream that a peer opens: 0, or the number to refuse it with."""

@@ -146,6 +146,12 @@ class SwarmMember:
         for callback in list(self._disputes):
             callback()
 
+    async def keep_to(self, peer_ids: SequenceOf[str]) -> None:
+        """Have to do with these peers alone from now on, and hang up on all others."""
+        self._neighbourhood.close()
+        self.host.gate.admit_only(peer_ids)
+        await self.host.hang_up_on_unwanted()
+
     async def look_into(self, revision: str) -> None:
         """Take in what peers of a model that was not joined know of it, if any of them answers."""
         known = self.announcements(revision)

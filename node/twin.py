@@ -82,15 +82,18 @@ class TwinWatch:
         """Have our announcements name that instance, so that it answers if it lives."""
         self._suspect, self._suspected_at = other, self._clock()
 
-    def meet(self, other: bytes, uptime_s: float, where: str = "") -> bool:
+    def meet(
+        self, other: bytes, uptime_s: float, where: str = "", *, own_uptime_s: float | None = None
+    ) -> bool:
         """Note that another process of our identity lives; whether it is we who stop.
 
         Args:
             other: Its instance.
             uptime_s: For how long it has run.
             where: An address of its, for people.
+            own_uptime_s: Ours at that moment, or not long before it; now, if it is not given.
         """
-        ahead_s = self.uptime_s - uptime_s
+        ahead_s = (self.uptime_s if own_uptime_s is None else own_uptime_s) - uptime_s
         later = ahead_s < 0 if abs(ahead_s) > TOGETHER_S else self.instance > other
         if later:
             self._where = where

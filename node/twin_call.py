@@ -95,12 +95,13 @@ class TwinCalls:
                             "one of the addresses with this node's id leads back to it; it is left out"
                         )
                         return True
+                    asked_s = self._twins.uptime_s  # a slow answer must not make us seem the older one
                     found = await self._ask(host, addrs, found.instance)
         except (PeerError, trio.TooSlowError) as exc:
             logger.debug("twin.no_answer addrs=%s why=%s", addrs, exc)
             return False
         self._sequence.outdone(found.sequence)
-        self._twins.meet(found.instance, found.uptime_s, addrs[0])
+        self._twins.meet(found.instance, found.uptime_s, addrs[0], own_uptime_s=asked_s)
         return True
 
     async def keep_calling(self, addrs: SequenceOf[str]) -> None:

@@ -173,6 +173,8 @@ class Client:
                 self._desk,
                 self._config.busy_pause_s,
                 self._routing_config,
+                joining=self._joining(),
+                model=self._model,
             )
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._desk.keep_telling)
@@ -285,6 +287,23 @@ class Client:
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(begin)
 
+    def _joining(self) -> list[str]:
+        """The options by which this client has joined its swarm."""
+        words = [word for address in self._bootstrap for word in ("--bootstrap", address)]
+        key = self._host_config.swarm_key
+        return [*words, *(("--swarm-key", str(key)) if key is not None else ())]
+
+    async def is_served(self, timeout_s: float) -> bool:
+        """Whether anybody serves this client's model; waits for news of that for so long."""
+        with trio.move_on_after(timeout_s):
+            while not self.peers():
+                await self._member.table_changed.wait()
+        return bool(self.peers())
+
+    def others_served(self) -> str:
+        """Which other models somebody serves here, and how to ask for one; empty if none is."""
+        return self._navigator.others_served()
+
     def peers(self) -> list[PeerView]:
         """Everybody known to serve this client's model."""
         return [
@@ -308,6 +327,16 @@ class Client:
             await trio.to_thread.run_sync(self.ledger.detach)
             for peer_id in vouched:
                 self.ledger.vouch(peer_id)
+
+    @property
+    def model(self) -> str:
+        """The model as it was asked for."""
+        return self._model
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where models and the hashes of their files are kept."""
+        return self._cache_dir
 
     @property
     def ends(self) -> Ends:

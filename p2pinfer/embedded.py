@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import trio
@@ -26,6 +27,7 @@ from p2pinfer.errors import LocalError
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.addresses import split_peer
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.identity import load_identity
 from p2pinfer.node.tasks import open_nursery
@@ -33,6 +35,7 @@ from p2pinfer.node.tasks import open_nursery
 logger = logging.getLogger(__name__)
 
 SPANS = (BlockSpan(0, 3), BlockSpan(3, 5), BlockSpan(5, 8))  # the bundled model's 8 blocks, unevenly
+SERVED_TIMEOUT_S = 1.5  # how long a swarm in reach has to name somebody who serves the model
 START_TIMEOUT_S = 90.0  # importing torch from a cold disk takes a slow machine half a minute
 LEAVE_TIMEOUT_S = 5.0
 IN_REACH_TIMEOUT_S = 3.0  # how long bootstrap peers have to answer where there is another way
@@ -55,9 +58,20 @@ class EmbeddedNode:
 
 
 def may_embed(model: str, bootstrap: Sequence[str], config: HostConfig) -> bool:
-    """Whether nodes of our own may stand in for a swarm that is not in reach: only if nobody named one."""
+    """Whether nodes of our own may stand in for a swarm that is not in reach.
+
+    They may if nobody named one, and all of the model is here: the bundled one, or a folder.
+    """
     named = bootstrap or config.swarm_key is not None or config.allow
-    return model == BUNDLED_MODEL and not named
+    is_here = model == BUNDLED_MODEL or (bool(model) and Path(model).expanduser().is_dir())
+    return is_here and not named
+
+
+def embedded_spans(num_blocks: int) -> list[BlockSpan]:
+    """The blocks of each node, unevenly, as they are in a swarm: 0:3, 3:5, 5:8 of eight."""
+    cuts = [0, num_blocks * 3 // 8 or 1, num_blocks * 5 // 8 or 1, num_blocks]
+    cuts = sorted({min(cut, num_blocks) for cut in cuts})
+    return [BlockSpan(start, stop) for start, stop in pairwise(cuts)]
 
 
 def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:
@@ -67,14 +81,21 @@ def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:
 
 @asynccontextmanager
 async def swarm_in_reach(
-    client: Client, *, embedding: bool, on_embedding: Callable[[int, int], None] = lambda ready, total: None
+    client: Client,
+    *,
+    embedding: bool,
+    on_embedding: Callable[[int, int], None] = lambda ready, total: None,
+    on_others: Callable[[str], None] = lambda said: logger.info("%s", said),
 ) -> AsyncGenerator[None]:
     """Make sure that `client` has a swarm until the block ends, with nodes of our own if that is allowed.
+
+    A swarm in reach where nobody serves the model is none. Then client and nodes keep to each other.
 
     Args:
         embedding: What `may_embed` said when the client was made.
         on_embedding: Called when nodes are started and whenever one is ready, with how many are and how many
             there will be.
+        on_others: Called with what the swarm in reach serves, if nobody there serves the model.
 
     Raises:
         PeerUnreachable: No bootstrap peer answered, and `embedding` is False.
@@ -83,17 +104,25 @@ async def swarm_in_reach(
     if not embedding:
         await client.member.reach_somebody(BOOTSTRAP_TIMEOUT_S)
         yield
-    elif await client.member.wait_settled(IN_REACH_TIMEOUT_S):
+        return
+    member = client.member
+    if await member.wait_settled(IN_REACH_TIMEOUT_S) and await client.is_served(SERVED_TIMEOUT_S):
         yield
-    else:
-        on_embedding(0, len(SPANS))
-        async with open_embedded_swarm(
-            client.member.addrs,
-            model=BUNDLED_MODEL,
-            on_ready=lambda ready: on_embedding(ready, len(SPANS)),
-        ) as nodes:
-            await client.keep_no_record(vouched=[load_identity(node.home).peer_id for node in nodes])
-            yield
+        return
+    if others := client.others_served():
+        on_others(others)
+    spans = embedded_spans(client.spec.num_blocks)
+    on_embedding(0, len(spans))
+    async with open_embedded_swarm(
+        member.addrs,
+        model=client.model,
+        spans=spans,
+        cache_dir=client.cache_dir,
+        on_ready=lambda ready: on_embedding(ready, len(spans)),
+        on_identities=member.keep_to,
+    ) as nodes:
+        await client.keep_no_record(vouched=[load_identity(node.home).peer_id for node in nodes])
+        yield
 
 
 @asynccontextmanager
@@ -103,6 +132,8 @@ async def open_embedded_swarm(
     model: str,
     spans: Sequence[BlockSpan] = SPANS,
     compute: ComputeConfig | None = None,
+    cache_dir: Path | None = None,
+    on_identities: Callable[[Sequence[str]], Awaitable[None]] | None = None,
     on_ready: Callable[[int], None] = lambda count: None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> AsyncGenerator[tuple[EmbeddedNode, ...]]:
@@ -111,6 +142,8 @@ async def open_embedded_swarm(
     Args:
         meeting_point: The multiaddrs, with /p2p/, that the nodes join by: our own host's.
         compute: How every node computes; one thread each, and the defaults otherwise.
+        cache_dir: Where hashes of a folder's files are kept; the default folder otherwise.
+        on_identities: Awaited with the nodes' peer ids before any of them is started.
         on_ready: Called with the number of nodes that serve, each time it grows.
 
     Raises:
@@ -123,8 +156,15 @@ async def open_embedded_swarm(
     try:
         async with open_nursery() as nursery:
             try:
-                for index, span in enumerate(spans):
-                    nodes.append(await _start(home / str(index), model, span, meeting_point, compute))
+                homes = [home / str(index) for index in range(len(spans))]
+                peer_ids = [load_identity(each).peer_id for each in homes]
+                if on_identities is not None:
+                    await on_identities(peer_ids)
+                # They keep to themselves: what they announce leads to loopback, and would mislead a swarm.
+                allow = [*peer_ids, *(split_peer(address)[1] for address in meeting_point)]
+                for each, span in zip(homes, spans, strict=True):
+                    _configure(each, compute, allow, cache_dir)
+                    nodes.append(await _start(each, model, span, meeting_point))
                 await _wait_ready(nursery, nodes, on_ready, start_timeout_s)
                 yield tuple(nodes)
             finally:
@@ -133,12 +173,16 @@ async def open_embedded_swarm(
         shutil.rmtree(home, ignore_errors=True)
 
 
-async def _start(
-    home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str], compute: ComputeConfig
-) -> EmbeddedNode:
-    home.mkdir()
-    lines = [f"{each.name} = {json.dumps(getattr(compute, each.name))}" for each in fields(compute)]
-    (home / FILE_NAME).write_text("\n".join(["[compute]", *lines, ""]), encoding="utf-8")
+def _configure(home: Path, compute: ComputeConfig, allow: Sequence[str], cache_dir: Path | None) -> None:
+    lines = [] if cache_dir is None else [f"cache_dir = {json.dumps(str(cache_dir.absolute()))}"]
+    lines += ["[host]", f"allow = {json.dumps(allow)}", "[compute]"]
+    lines += [f"{each.name} = {json.dumps(getattr(compute, each.name))}" for each in fields(compute)]
+    (home / FILE_NAME).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+async def _start(home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str]) -> EmbeddedNode:
+    if model != BUNDLED_MODEL and (folder := Path(model).expanduser()).is_dir():
+        model = str(folder.absolute())  # the node runs elsewhere
     command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
     command += ["--model", model, "--blocks", str(span), "--data-dir", str(home)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import trio
 
 from p2pinfer.errors import NoRoute, PeerError, PeerRefused
 from p2pinfer.models.numbers import differences
+from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
@@ -25,6 +27,7 @@ from .asking import PolicyDesk
 from .failover import Gap
 from .paces import Paces
 from .resting import Resting
+from .served import describe_served, served_models
 
 LEAST_TOKENS: Final = 64  # who has room for fewer has none
 _WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
@@ -38,6 +41,8 @@ class Navigator:
         ledger: Told how hops fared, as are the policy at `desk`, and the sessions to come.
         busy_pause_s: How long a peer that refused for want of room is left alone.
         routing_config: What two routes are compared by.
+        joining: The options by which this swarm is joined, as words of a command line, for what is advised.
+        model: The model as it was asked for.
     """
 
     def __init__(
@@ -48,12 +53,18 @@ class Navigator:
         desk: PolicyDesk,
         busy_pause_s: float,
         routing_config: RoutingConfig | None = None,
+        *,
+        joining: Sequence[str] = (),
+        model: str = "",
     ) -> None:
         self._member = member
         self._spec = spec
         self._ledger = ledger
         self._desk = desk
         self._routing_config = routing_config
+        self._joining = tuple(joining)
+        named = ("--model", model) if model not in ("", BUNDLED_MODEL) else ()
+        self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
         self._resting = Resting(busy_pause_s)
         self._paces = Paces()
 
@@ -74,10 +85,16 @@ class Navigator:
         try:
             routes = await self._desk.choose_routes(candidates, request, self._ledger)
         except NoRoute as exc:
-            if said := self._lookalikes():
-                raise NoRoute(f"{exc}; {said}", exc.missing) from exc
-            raise
+            more = filter(None, (self._lookalikes(), "" if candidates else self.others_served()))
+            raise NoRoute("; ".join((str(exc), *more)), exc.missing) from exc
         return routes[0]
+
+    def others_served(self) -> str:
+        """Which other models somebody serves here, and how to ask for one; empty if none is."""
+        alike = {self._spec.revision, *(each.revision for each in self._member.lookalikes(self._spec))}
+        models = served_models(self._member.models())
+        others = [each for each in models if each.revision not in alike]
+        return describe_served(others, self._joining)
 
     def _lookalikes(self) -> str:
         """Why peers with the very weights that are wanted do not count, if there are any."""
@@ -171,6 +188,7 @@ class Navigator:
             excluded,
             self._member.coordinate,
             spoilt_ranges=self._ledger.spoilt_ranges(time.time()),
+            serve_command=self._serve_command,
         )
         if gap is None:
             return request

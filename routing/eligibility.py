@@ -105,4 +105,4 @@ def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteReques
         case Refusal.BANNED:
             return f"{blocks} are served only by banned peers; `p2pinfer reputation` says why"
         case Refusal.ABSENT:
-            return f"nobody serves {blocks}; `p2pinfer node --blocks {spans[0]}` would"
+            return f"nobody serves {blocks}; `{request.serve_command} --blocks {spans[0]}` would"

@@ -86,6 +86,7 @@ class RouteRequest:
         sink: The peer that takes over the last one; None for the client.
         min_integrity: Peers that score less must not be used.
         spoilt_ranges: Address ranges where banned peers were: no newcomer from there is tried out.
+        serve_command: What starts a node of this model in this swarm, for messages; `--blocks` is appended.
     """
 
     revision: str
@@ -100,6 +101,7 @@ class RouteRequest:
     sink: Candidate | None = None
     min_integrity: float = 0.0
     spoilt_ranges: frozenset[str] = frozenset()
+    serve_command: str = "p2pinfer node"
 
     @property
     def wanted(self) -> BlockSpan:

@@ -17,6 +17,7 @@ from p2pinfer import embedded
 from p2pinfer.client import Client
 from p2pinfer.embedded import (
     client_host_config,
+    embedded_spans,
     may_embed,
     open_embedded_swarm,
     swarm_in_reach,
@@ -25,6 +26,7 @@ from p2pinfer.errors import LocalError, PeerUnreachable
 from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.routing.announcement import Announcement
 
 pytestmark = pytest.mark.slow
 
@@ -143,16 +145,55 @@ async def test_nodes_of_our_own_do_not_stand_in_for_a_swarm_that_was_named(
                 pytest.fail("there is nobody")
 
 
-async def test_a_swarm_in_reach_is_used(tmp_path: Path) -> None:
-    """Another client is swarm enough: it answers."""
+async def test_a_swarm_in_reach_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was named, anybody who answers is swarm enough; else somebody has to serve the model."""
     async with client(tmp_path) as first:
-        for bootstrap, embedding in ((first.member.addrs, False), (first.member.addrs, True)):
-            second = Client(bootstrap=bootstrap, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+        spec = first.spec
+        for embedding in (False, True):
+            if embedding:
+                offer = Announcement(
+                    *(first.member.peer_id, spec.model, spec.revision, BlockSpan(0, 8), "float32", 1.0, 1, 1)
+                )
+                await first.member.announce(offer)
+            second = Client(
+                bootstrap=first.member.addrs, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache"
+            )
             async with second, swarm_in_reach(second, embedding=embedding):
                 assert second.member.host.connected_peers() == [first.member.peer_id]
 
 
-def test_only_the_bundled_model_without_a_named_swarm_may_be_embedded() -> None:
+async def test_nodes_that_stand_in_for_a_swarm_keep_to_their_client(homes: Path, tmp_path: Path) -> None:
+    async with client(tmp_path) as other, client(tmp_path) as alone:
+        await alone.member.host.connect(other.member.peer_id, other.member.addrs)
+        async with swarm_in_reach(alone, embedding=True):
+            while len(alone.peers()) < 3:
+                await alone.member.table_changed.wait()
+            nodes = {peer.announcement.peer_id for peer in alone.peers()}
+            assert set(alone.member.host.connected_peers()) == nodes
+            with pytest.raises(PeerUnreachable):
+                await other.member.host.connect(alone.member.peer_id, alone.member.addrs)
+                await other.member.host.open_stream(alone.member.peer_id, "/ipfs/ping/1.0.0")
+        assert other.member.models() == {}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "spans"),
+    [
+        (1, ["0:1"]),
+        (2, ["0:1", "1:2"]),
+        (3, ["0:1", "1:3"]),
+        (8, ["0:3", "3:5", "5:8"]),
+        (30, ["0:11", "11:18", "18:30"]),
+    ],
+)
+def test_any_number_of_blocks_is_shared_out(blocks: int, spans: list[str]) -> None:
+    assert [str(span) for span in embedded_spans(blocks)] == spans
+
+
+def test_only_a_model_that_is_here_without_a_named_swarm_may_be_embedded(tmp_path: Path) -> None:
+    assert may_embed(str(tmp_path), [], HostConfig())
+    assert not may_embed(str(tmp_path), ["/ip4/192.0.2.1/tcp/1"], HostConfig())
+    assert not may_embed("", [], HostConfig())
     assert may_embed(BUNDLED_MODEL, [], HostConfig())
     assert not may_embed(BUNDLED_MODEL, ["/ip4/192.0.2.1/tcp/1"], HostConfig())
     assert not may_embed(BUNDLED_MODEL, [], HostConfig(swarm_key=Path("swarm.key")))

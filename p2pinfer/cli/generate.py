@@ -105,10 +105,10 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 def generate(call: Invocation, prompt: str | None, resume: str | None, echo: bool, stats: bool) -> None:
     """Continue PROMPT on the swarm, and print the text as it comes.
 
-    PROMPT - is standard input, and so is none where something is piped in. With no swarm in reach, the
-    bundled model runs on three nodes that are started on this computer and end with the text. A text that is
-    cut off, by Ctrl-C, by --max-new-tokens or because the swarm cannot go on, is kept; --resume prints the
-    rest, as if nothing had happened.
+    PROMPT - is standard input, and so is none where something is piped in. With no swarm in reach that serves
+    the model, the bundled one, or one from a folder, runs on three nodes that are started on this computer
+    and end with the text. A text that is cut off, by Ctrl-C, by --max-new-tokens or because the swarm cannot
+    go on, is kept; --resume prints the rest, as if nothing had happened.
     """
     from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
@@ -171,7 +171,9 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
                     generation = client.generate(text or "", generation_config)
                     before = text or ""
                 waiting.say("looking for peers")
-                async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
+                async with swarm_in_reach(
+                    client, embedding=embedding, on_embedding=starting, on_others=_others_teller(call)
+                ):
                     with _kept(generation, client, call, shared.data_dir, resume):
                         await _stream(generation, waiting, before=before if echo else "", silent=call.json)
                     if generation_config.temperature is None and resume is None:
@@ -291,6 +293,14 @@ def _check_nothing_asked_for(call: Invocation) -> None:
     for key, flag in call.flags.items():
         if key.startswith("generation.") and key != "generation.max_new_tokens":
             raise ConfigError(f"{flag.name}: a text goes on as it began; leave it out with --resume")
+
+
+def _others_teller(call: Invocation) -> Callable[[str], None]:
+    def tell(said: str) -> None:
+        if not call.quiet:
+            note(f"nobody in reach serves what was asked for, so it runs on this computer; {said}")
+
+    return tell
 
 
 def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import click
 
@@ -12,7 +13,12 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 
 
 @command(
-    "swarm", examples=["p2pinfer swarm", "p2pinfer swarm --watch", "p2pinfer swarm --json | jq .missing"]
+    "swarm",
+    examples=[
+        "p2pinfer swarm",
+        "p2pinfer swarm --model Qwen/Qwen3-8B --watch",
+        "p2pinfer swarm --json | jq '.models[] | {model, missing}'",
+    ],
 )
 @MODEL
 @BOOTSTRAP
@@ -23,7 +29,7 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 @DATA_DIR
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
 def swarm(call: Invocation, watch: bool) -> None:
-    """Show who serves which blocks, how fast, how far away."""
+    """Show who serves which blocks, how fast, how far away: of every model, or of the one that is named."""
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
     import trio
 
@@ -36,10 +42,11 @@ def swarm(call: Invocation, watch: bool) -> None:
 
     from .progress import Bars
     from .running import run
-    from .view import look_at, print_view, watch_swarm
+    from .view import look_at, look_at_all, print_view, watch_swarm
 
     settings = call.settings(HostConfig, ClientConfig)
     shared = settings.build(SharedConfig)
+    is_asked = settings["model"].origin != "default"
     progress = Bars(quiet=call.json or call.quiet)
 
     async def main() -> None:
@@ -52,11 +59,13 @@ def swarm(call: Invocation, watch: bool) -> None:
         host_config = replace(settings.build(HostConfig), listen=())
         identity = client_identity(settings.build(ClientConfig).identity_file)
         async with open_swarm(identity, host_config, shared.bootstrap, shared.data_dir) as member:
-            await member.join(spec.revision)
+            if is_asked:
+                await member.join(spec.revision)
             await member.reach_somebody(SETTLE_S)
+            look = partial(look_at if is_asked else look_at_all, member, spec)
             if watch:
-                await watch_swarm(member, spec, as_json=call.json)
+                await watch_swarm(look, as_json=call.json)
             else:
-                print_view(await look_at(member, spec), as_json=call.json)
+                print_view(await look(), as_json=call.json)
 
     run(main)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import trio
 from rich.console import Console, Group, RenderableType
@@ -15,9 +15,9 @@ from rich.text import Text
 
 from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan, uncovered
-from p2pinfer.models.spec import ModelSpec
 from p2pinfer.node.swarm import SwarmMember
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.served import served_models
 
 from .fitted import Column, FittedTable
 from .plain import short_peers
@@ -27,6 +27,7 @@ State: TypeAlias = Literal["answers", "refuses", "unknown"]
 
 CALL_S = 3.0  # how long those announced have to let themselves be reached, routers in between included
 PING_S = 2.0  # how long connected peers have to answer a ping
+MAX_MODELS = 32  # that are looked at where none was asked about
 REFRESH_S = 2.0  # between looks at a swarm that is watched
 _BAR_CELLS = 32  # a model with more blocks than this is drawn to scale
 _STATES: Final[dict[State, str]] = {
@@ -67,11 +68,24 @@ class PeerSeen:
         }
 
 
+class Model(Protocol):
+    """What is to be known of a model that is looked at; its files need not be here."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SwarmView:
     """Who serves a model."""
 
-    spec: ModelSpec
+    spec: Model
     peers: tuple[PeerSeen, ...]
 
     @property
@@ -141,7 +155,42 @@ class SwarmView:
         )
 
 
-async def look_at(member: SwarmMember, spec: ModelSpec) -> SwarmView:
+@dataclass(frozen=True, slots=True)
+class AllModels:
+    """Who serves which models, where none was asked about.
+
+    Attributes:
+        usual: The model that commands take without being told, served or not.
+        served: Those that somebody announces.
+    """
+
+    usual: SwarmView
+    served: tuple[SwarmView, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The usual model as if it had been asked about, and all that are served."""
+        return {**self.usual.to_dict(), "models": [each.to_dict() for each in self.served]}
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        for each in self.served or (self.usual,):
+            parts += [*([Text()] if parts else []), each]
+        return Group(*parts)
+
+
+async def look_at_all(member: SwarmMember, usual: Model) -> AllModels:
+    """Who serves what: one peer of every model is asked for the others of it."""
+    revisions = list(member.models())[:MAX_MODELS]
+    async with trio.open_nursery() as nursery:
+        for revision in revisions:
+            nursery.start_soon(member.look_into, revision)
+    announced = {revision: peers for revision, peers in member.models().items() if revision in revisions}
+    views = {each.revision: await look_at(member, each) for each in served_models(announced)}
+    shown = views.get(usual.revision) or SwarmView(usual, ())
+    return AllModels(shown, tuple(views.values()))
+
+
+async def look_at(member: SwarmMember, spec: Model) -> SwarmView:
     """What is announced, who of those answers, and how far they are."""
     await member.presence.call(member.announcements(spec.revision), CALL_S)
     rtts_ms: dict[str, float] = {}
@@ -174,20 +223,20 @@ async def look_at(member: SwarmMember, spec: ModelSpec) -> SwarmView:
     )
 
 
-async def watch_swarm(member: SwarmMember, spec: ModelSpec, *, as_json: bool) -> None:
+async def watch_swarm(look: Callable[[], Awaitable[SwarmView | AllModels]], *, as_json: bool) -> None:
     """Show the swarm again and again: in place on a terminal, one view below the other elsewhere."""
     console = Console()
     if as_json or not console.is_terminal:
         while True:
-            print_view(await look_at(member, spec), as_json=as_json)
+            print_view(await look(), as_json=as_json)
             await trio.sleep(REFRESH_S)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(await look_at(member, spec), refresh=True)
+            live.update(await look(), refresh=True)
             await trio.sleep(REFRESH_S)
 
 
-def print_view(view: SwarmView, *, as_json: bool) -> None:
+def print_view(view: SwarmView | AllModels, *, as_json: bool) -> None:
     """Print a view as a result."""
     if as_json:
         write_out(json.dumps(view.to_dict()) + "\n")

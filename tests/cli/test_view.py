@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from p2pinfer.cli.view import PeerSeen, State, SwarmView, blocks_bar
+from p2pinfer.cli.view import AllModels, PeerSeen, State, SwarmView, blocks_bar
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.spec import ModelSpec
 from p2pinfer.routing.announcement import Announcement
@@ -146,3 +146,24 @@ def test_json_has_everything() -> None:
             }
         ],
     }
+
+
+def test_of_all_models_those_that_are_served_are_shown_and_told_beside_the_usual_one() -> None:
+    usual = SwarmView(SPEC, ())
+    other = SwarmView(replace(SPEC, model="other"), (peer("p", BlockSpan(0, 8), None, None),))
+    lines = [line for line in shown_all(AllModels(usual, (other,))) if "blocks" in line]
+    assert lines[0] == "other  ████████  all 8 blocks are served"
+    assert not any(line.startswith("tiny") for line in lines)
+    told = AllModels(usual, (other,)).to_dict()
+    assert (told["model"], told["missing"], told["models"]) == ("tiny", [[0, 8]], [other.to_dict()])
+    assert shown_all(AllModels(usual, ())) == ["tiny  ········  nobody serves 0:8 of its 8 blocks"]
+    both = AllModels(other, (other, SwarmView(SPEC, (peer("q", BlockSpan(0, 4), None, None),))))
+    assert sum("blocks" in line and "served" in line for line in shown_all(both)) == 1
+    assert "" in shown_all(both)
+
+
+def shown_all(models: AllModels) -> list[str]:
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(models, crop=False)
+    return [line.rstrip() for line in capture.get().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import trio
 
 from p2pinfer.errors import IdentityTaken
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node import twin
 from p2pinfer.node.host import HostConfig
 from p2pinfer.node.identity import Identity, new_identity
 from p2pinfer.node.records import seal
 from p2pinfer.node.swarm import SwarmMember, open_swarm
+from p2pinfer.node.twin import TwinWatch
 from p2pinfer.node.twin_call import TwinCalls
 from p2pinfer.node.view import SwarmView
 from p2pinfer.routing.announcement import Announcement, encode_announcement
@@ -35,9 +36,10 @@ async def join(nursery: trio.Nursery, tmp_path: Path) -> Join:
     async def run(
         identity: Identity,
         bootstrap: list[str],
+        listen: str,
         task_status: trio.TaskStatus[SwarmMember] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        async with open_swarm(identity, CONFIG, bootstrap, tmp_path) as member:
+        async with open_swarm(identity, replace(CONFIG, listen=(listen,)), bootstrap, tmp_path) as member:
             await member.join(REVISION)
             wanted = trio.Event()
             wanted.set()
@@ -52,8 +54,10 @@ async def join(nursery: trio.Nursery, tmp_path: Path) -> Join:
                     wanted = trio.Event()
                     await member.announce(offer(member))
 
-    async def start(*met: str, identity: Identity | None = None) -> SwarmMember:
-        member: SwarmMember = await nursery.start(run, identity or new_identity(), list(met))
+    async def start(
+        *met: str, identity: Identity | None = None, listen: str = CONFIG.listen[0]
+    ) -> SwarmMember:
+        member: SwarmMember = await nursery.start(run, identity or new_identity(), list(met), listen)
         return member
 
     async def limit() -> None:
@@ -97,17 +101,17 @@ async def both_know(first: SwarmMember, second: SwarmMember, caplog: pytest.LogC
     assert caplog.text.count("has a copy of this node's identity") == 1
 
 
-@pytest.fixture(autouse=True)
-def oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test need not wait for seconds until it is clear who came first."""
-    monkeypatch.setattr(twin, "TOGETHER_S", 0.0)
+def has_run(member: SwarmMember) -> SwarmMember:
+    """As if it had been started a minute and a half earlier."""
+    vars(member.twins)["_started_at"] -= 90.0
+    return member
 
 
 async def test_a_twin_that_joins_by_the_first_one_has_to_stop(
     join: Join, caplog: pytest.LogCaptureFixture
 ) -> None:
     identity = new_identity()
-    first = await join(identity=identity)
+    first = has_run(await join(identity=identity))
     await both_know(first, await join(*first.addrs, identity=identity), caplog)
 
 
@@ -116,17 +120,20 @@ async def test_a_twin_that_is_known_by_its_address_before_it_starts_has_to_stop(
 ) -> None:
     monkeypatch.setattr("p2pinfer.node.twin_call.AGAIN_S", 0.2)
     identity = new_identity()
-    second = await join(identity=identity)
-    first = await join(*second.addrs, identity=identity)  # their parts changed
-    await both_know(second, first, caplog)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    place = f"/ip4/127.0.0.1/tcp/{port}"
+    first = has_run(await join(f"{place}/p2p/{identity.peer_id}", identity=identity))
+    await trio.sleep(0.3)
+    second = await join(identity=identity, listen=place)
+    await both_know(first, second, caplog)
 
 
 async def test_twins_that_share_a_bootstrap_peer_hear_of_each_other(
     join: Join, caplog: pytest.LogCaptureFixture
 ) -> None:
     identity, meeting_point = new_identity(), await join()
-    first = await join(*meeting_point.addrs, identity=identity)
-    await trio.sleep(0.3)
+    first = has_run(await join(*meeting_point.addrs, identity=identity))
     await both_know(first, await join(*meeting_point.addrs, identity=identity), caplog)
 
 
@@ -135,8 +142,7 @@ async def test_twins_at_two_ends_of_a_swarm_hear_of_each_other(
 ) -> None:
     identity, near = new_identity(), await join()
     far = await join(*near.addrs)
-    first = await join(*near.addrs, identity=identity)
-    await trio.sleep(0.3)
+    first = has_run(await join(*near.addrs, identity=identity))
     await both_know(first, await join(*far.addrs, identity=identity), caplog)
 
 
@@ -149,8 +155,7 @@ async def test_twins_that_nobody_can_dial_hear_of_each_other_by_their_announceme
 
     monkeypatch.setattr(TwinCalls, "call", in_vain)
     identity, meeting_point = new_identity(), await join()
-    first = await join(*meeting_point.addrs, identity=identity)
-    await trio.sleep(0.3)
+    first = has_run(await join(*meeting_point.addrs, identity=identity))
     await both_know(first, await join(*meeting_point.addrs, identity=identity), caplog)
 
 
@@ -187,3 +192,9 @@ async def test_records_of_before_a_restart_are_no_twin(join: Join, caplog: pytes
     await trio.sleep(0.5)
     assert not member.twins.taken.is_set()
     assert "copy of this node's identity" not in caplog.text
+
+
+async def test_of_two_that_started_together_one_stops_and_both_agree_on_which() -> None:
+    identity = new_identity()
+    one, other = TwinWatch(identity.peer_id), TwinWatch(identity.peer_id)
+    assert one.meet(other.instance, 1.0) != other.meet(one.instance, 1.5)

@@ -86,6 +86,12 @@ def test_the_error_tells_unserved_blocks_from_served_ones_that_cannot_be_used() 
     )
 
 
+def test_the_command_that_would_help_is_that_of_the_model_and_the_swarm() -> None:
+    command = "p2pinfer node --model org/model --bootstrap /ip4/127.0.0.1/tcp/1"
+    error = no_route([], replace(REQUEST, serve_command=command), View())
+    assert f"nobody serves blocks 0:8; `{command} --blocks 0:8` would" in str(error)
+
+
 def test_a_block_that_is_full_at_one_peer_and_banned_at_another_is_called_full() -> None:
     error = no_route([candidate("full", free=0), candidate("banned")], REQUEST, View())
     assert error.missing == ()

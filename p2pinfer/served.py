@@ -1,0 +1,82 @@
+"""What a swarm serves, by its announcements alone: no model's files are needed, and nobody is believed.
+
+Names, counts and revisions are what peers say of themselves. Where they differ, most of them count.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan, uncovered
+from p2pinfer.routing.announcement import Announcement
+
+PROMPT: Final = "Once upon a time"  # of the commands that are suggested
+MAX_NAMED: Final = 3  # models in one message
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model that somebody announces.
+
+    Attributes:
+        model: What most of its peers call it.
+        num_blocks: How many blocks most of them say it has.
+    """
+
+    model: str
+    revision: str
+    num_blocks: int
+    peers: tuple[Announcement, ...]
+
+    @property
+    def missing(self) -> list[BlockSpan]:
+        """The blocks that nobody announces."""
+        return uncovered([peer.span for peer in self.peers], self.num_blocks)
+
+    def __str__(self) -> str:
+        said = ", ".join(map(str, self.missing))
+        part = f"without blocks {said} of {self.num_blocks}" if said else f"all {self.num_blocks} blocks"
+        return f"{self.model} ({part}, revision {self.revision[:8]})"
+
+
+def served_models(announced: Mapping[str, Sequence[Announcement]]) -> list[ServedModel]:
+    """The models of these announcements by revision, complete ones first, then those with the most peers."""
+    models = [_model_of(revision, peers) for revision, peers in announced.items() if peers]
+    return sorted(models, key=lambda each: (bool(each.missing), -len(each.peers), each.model, each.revision))
+
+
+def _model_of(revision: str, peers: Sequence[Announcement]) -> ServedModel:
+    names = Counter(peer.model for peer in peers)
+    counts = Counter(peer.num_blocks for peer in peers if peer.num_blocks)
+    reach = max(peer.span.stop for peer in peers)
+    num_blocks = counts.most_common(1)[0][0] if counts else reach  # peers of before do not say it
+    return ServedModel(names.most_common(1)[0][0], revision, num_blocks, tuple(peers))
+
+
+def describe_served(models: Sequence[ServedModel], joining: Sequence[str] = ()) -> str:
+    """What is served and how to ask for the first of it, in one line; empty if nothing is.
+
+    Args:
+        joining: The options by which the swarm is joined, as words of a command line.
+    """
+    if not models:
+        return ""
+    named = ", ".join(map(str, models[:MAX_NAMED]))
+    more = f" and {len(models) - MAX_NAMED} more" if len(models) > MAX_NAMED else ""
+    return f"this swarm serves {named}{more}; {_how_to_ask(models, joining)}"
+
+
+def _how_to_ask(models: Sequence[ServedModel], joining: Sequence[str]) -> str:
+    for each in models:
+        # Only what is an id for certain becomes a command: a name is anything that a peer may write.
+        if _HUB_ID.fullmatch(each.model) or each.model == BUNDLED_MODEL:
+            words = ["p2pinfer", "generate", "--model", each.model, *joining, PROMPT]
+            return f"`{shlex.join(words)}` asks for it"
+    return "who has the files of it asks by --model FOLDER"
