@@ -56,6 +56,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 _FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
+_FREED_S: Final = 0.25  # for a client's former sessions to be out, before it is told that there is no room
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class SpanServer:
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
                 )
             try:
-                session = self._admit(opening, stream.peer_id, control)
+                session = await self._admit_when_freed(opening, stream.peer_id, control)
             except Refusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
@@ -172,6 +173,23 @@ class SpanServer:
         with trio.move_on_after(_FAREWELL_S):
             await control.send(refused)
             await control.end()
+
+    async def _admit_when_freed(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
+        """Let a client in; if there is no room, once more when its sessions that end are out.
+
+        A client whose text needs more room ends its session and opens a larger one at once. Which of the two
+        we read first is chance, and pages come back through the worker's thread.
+        """
+        try:
+            return self._admit(opening, client_id, control)
+        except Refusal as refusal:
+            if refusal.code not in ("cache_full", "over_share"):
+                raise
+        with trio.move_on_after(_FREED_S):
+            while any(session.client_id == client_id for session in self._sessions.values()):
+                await self._changed.wait()
+            await self._served.worker.released()
+        return self._admit(opening, client_id, control)
 
     def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
         served, config = self._served, self._config

@@ -145,6 +145,12 @@ class Worker:
 
         self._arrivals.put(forget)
 
+    async def released(self) -> None:
+        """Wait until every cache that was given to `release` before now is back."""
+        back = trio.Event()
+        self._arrivals.put(lambda: self._token.run_sync_soon(back.set))
+        await back.wait()
+
     def _work(self) -> None:
         while self._collect(None) and self._gather():
             while batch := self._next_batch():

@@ -205,7 +205,9 @@ def test_a_failed_batch_leaves_its_sessions_no_longer_than_they_were(
 def runner(tiny_stories: Path) -> SpanRunner:
     checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
     return open_runner(
-        checkpoint, BlockSpan(2, 4), ComputeConfig(dtype="float32", cache_bytes=1 << 20, threads=1)
+        checkpoint,
+        BlockSpan(2, 4),
+        ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 20, threads=1),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
 from p2pinfer.errors import PeerRefused, PeerVanished
 from p2pinfer.models.checkpoint import Checkpoint
@@ -119,6 +120,20 @@ async def test_one_client_cannot_have_the_whole_cache(checkpoint: Checkpoint) ->
         await (await swarm.session(half // 2)).aclose()
         await greedy.aclose()
         await swarm.all_closed()
+
+
+async def test_who_ends_a_session_to_open_a_larger_one_finds_the_room_of_both(checkpoint: Checkpoint) -> None:
+    """Also where the opening is read first."""
+    async with open_swarm(checkpoint) as swarm:
+        large = swarm.runners["a"].cache.capacity_tokens // 2
+        for _ in range(5):
+            former = await swarm.session(large)
+            async with trio.open_nursery() as nursery:
+                larger = await swarm.ask(max_tokens=large + 64)
+                nursery.start_soon(former.aclose)
+                assert isinstance((await larger.receive())[0], Opened)
+            await larger.end()
+            await swarm.all_closed()
 
 
 async def test_one_client_cannot_have_the_whole_replay_log(checkpoint: Checkpoint) -> None:
