@@ -178,11 +178,8 @@ class Log:
             file.seek(start)
             self.output = file.read()
         failed = process.returncode != 0
-        print(
-            f"failed after {time.monotonic() - begin:.0f} s"
-            if failed
-            else f"{time.monotonic() - begin:.0f} s"
-        )
+        took = f"{time.monotonic() - begin:.0f} s"
+        print(f"failed after {took}" if failed else took, flush=True)
         if process.returncode < 0:
             self.output += "\nKilled"
         return not failed

@@ -49,7 +49,7 @@ def test_a_stage_that_fails_shows_its_end_the_cause_and_the_log(
 ) -> None:
     log = install.Log(tmp_path / "log")
     assert log.stage("before", python("print('Permission denied, but that was another stage')"))
-    code = "print(*range(400), sep='\\n'); exit('OSError: [Errno 28] No space left on device')"
+    code = "print(*range(400), sep='\\n', flush=True); exit('OSError: [Errno 28] No space left on device')"
     assert not log.stage("filling", python(code))
     with pytest.raises(SystemExit) as exited:
         log.fail()

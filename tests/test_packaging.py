@@ -90,7 +90,9 @@ def unpacked_sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What comes out of the source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(build(checkout, "sdist", folder)) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Debian 12 has Python 3.11.2, which lacks it
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     (unpacked,) = (entry for entry in folder.iterdir() if entry.is_dir())
     return unpacked
 
