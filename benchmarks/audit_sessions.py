@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p2pinfer.models
-from p2pinfer.models import layers
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.compute import layers
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.ends import load_ends
-from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
-from p2pinfer.models.sampling import Sampler, SamplingConfig
-from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.text import load_tokenizer
+from p2pinfer.models.text.sampling import Sampler, SamplingConfig
+from p2pinfer.models.text.text import load_tokenizer
 
 MODELS = (BUNDLED_MODEL, "smollm2")
 TOKENS = 129  # the first one is judged apart, so four chunks of 32 remain

@@ -29,11 +29,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, logging
 
 import p2pinfer.models
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.layers import Linear
+from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.ends import load_ends
-from p2pinfer.models.layers import Linear
-from p2pinfer.models.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 
 Step = Callable[[], object]

@@ -39,12 +39,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from p2pinfer.errors import CheckpointError
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.deviation import ChunkDeviation, Deviation, LogitDeviation
-from p2pinfer.models.noise_floor import NoiseFloor, measure_floor
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, LogitDeviation
+from p2pinfer.models.verify.noise_floor import NoiseFloor, measure_floor
+from p2pinfer.models.verify.verify import Tail, compare, open_reference, open_tail, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 SHORT = (4, 8, 16)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.noise_floor import NoiseFloor
-from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.noise_floor import NoiseFloor
 
 # The quantiles of a normal distribution that QLoRA quantises to (Dettmers et al., 2023, appendix E).
 _NF4 = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0)

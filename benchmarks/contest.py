@@ -26,14 +26,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import p2pinfer.models
+from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.embedded import open_embedded_swarm
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.session import Session
-from p2pinfer.verifier import AuditConfig
+from p2pinfer.session.session import Session
 
 SHAPES: dict[str, dict[str, int]] = {
     "512x8": {

@@ -31,8 +31,8 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.swarm import SwarmMember, open_swarm
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 
 REVISION = "c" * 32

@@ -22,12 +22,12 @@ from audit_sessions import MODELS, Outputs, alone, embed, inputs_at, open_model,
 from cheats import DRIFTS, WEIGHTS, Aim, run_altered, run_parts, skipped, swapped, tampered, with_noise
 from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.deviation import Deviation
-from p2pinfer.models.noise_floor import NoiseFloor
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.deviation import Deviation
+from p2pinfer.models.verify.noise_floor import NoiseFloor
+from p2pinfer.models.verify.verify import Tail, compare, open_reference, open_tail, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 SPANS = {

@@ -15,17 +15,17 @@ from collections import defaultdict
 from dataclasses import replace
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.catch_up import FIRST_S, next_pause_s
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.offer import announce_interval_s, announce_ttl_s
-from p2pinfer.node.records import seal
-from p2pinfer.node.snapshot import TAG_BYTES
+from p2pinfer.node.serve.offer import announce_interval_s, announce_ttl_s
+from p2pinfer.node.swarm.catch_up import FIRST_S, next_pause_s
+from p2pinfer.node.swarm.records import seal
+from p2pinfer.node.swarm.snapshot import TAG_BYTES
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 from p2pinfer.routing.table import SwarmTable
 
 REVISION = "c" * 32
-DEGREE = 4  # of the mesh, as in node/gossip.py
+DEGREE = 4  # of the mesh, as in node/swarm/gossip.py
 LOOK_S = 10  # between looks at all tables, once all have seen all
 FRAME_BYTES = 220  # what gossip, yamux, Noise and TCP add to a record
 

@@ -36,18 +36,18 @@ import trio
 from contest import report
 
 import p2pinfer.models
+from p2pinfer.audit.verifier import AuditConfig, LocalVerifier
 from p2pinfer.client import Client
-from p2pinfer.generate import GenerationResult
-from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.generation.generate import GenerationResult
+from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.ends import load_ends
-from p2pinfer.models.runner import open_runner
-from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.text import load_tokenizer
-from p2pinfer.models.verify import run_session
+from p2pinfer.models.text.text import load_tokenizer
+from p2pinfer.models.verify.verify import run_session
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.verifier import AuditConfig, LocalVerifier
 
 SPANS = ("0:3", "3:5", "5:8")
 LEAD = 0.1

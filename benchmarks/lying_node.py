@@ -21,11 +21,11 @@ from torch import Tensor
 
 import p2pinfer.node.node as serving
 from p2pinfer.cli.app import main
-from p2pinfer.models.cache import CacheLease
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.pace import Pace
+from p2pinfer.node.serve.pace import Pace
 
 BOAST = 2.0
 Run = Callable[[Sequence[Chunk], BlockSpan | None], list[Tensor]]

@@ -25,20 +25,20 @@ from contest import report
 from quotient import spread
 from torch import Tensor
 
-from p2pinfer.models.cache import CacheLease
-from p2pinfer.models.runner import Chunk
+from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.evidence import EvidenceStore
-from p2pinfer.node.frames import FrameStream
-from p2pinfer.node.hop import HopSession
-from p2pinfer.node.identity import new_identity, verify
-from p2pinfer.node.notary import Attestation, Notary
-from p2pinfer.node.tensors import encode_hidden
-from p2pinfer.node.wire import Open, Result, Step
-from p2pinfer.node.worker import open_worker
-from p2pinfer.receipts import PassedStep, ReceiptBook
+from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.protocol.wire import Open, Result, Step
+from p2pinfer.node.serve.hop import HopSession
+from p2pinfer.node.serve.notary import Attestation, Notary
+from p2pinfer.node.serve.worker import open_worker
+from p2pinfer.node.transport.identity import new_identity, verify
 from p2pinfer.routing.route import Hop
+from p2pinfer.session.receipts import PassedStep, ReceiptBook
 
 SESSION, REVISION = b"s" * 16, "r" * 32
 ROUNDS = 9

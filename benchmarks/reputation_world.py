@@ -18,9 +18,11 @@ from functools import cache
 
 import torch
 
+from p2pinfer.audit.second_opinion import choose_auditors
+from p2pinfer.audit.verifier import compare_elsewhere
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.deposition import Deposition
-from p2pinfer.node.tensors import encode_hidden
+from p2pinfer.node.evidence.deposition import Deposition
+from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.reputation.attestation import Attestation, Opinion, seal_attestation
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proofs import ProofDecision
@@ -33,8 +35,6 @@ from p2pinfer.routing.cost import route_cost
 from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, ask_policy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
-from p2pinfer.second_opinion import choose_auditors
-from p2pinfer.verifier import compare_elsewhere
 
 REVISION = "0" * 32
 NUM_BLOCKS = 4

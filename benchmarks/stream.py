@@ -27,9 +27,9 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 from quotient import spread
 
-from p2pinfer.node.host import HostConfig, open_host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.host.host import HostConfig, open_host
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.stream import PeerStream
 
 PROTOCOL = "/p2pinfer/benchmark/1.0.0"
 LISTEN = "/ip4/127.0.0.1/tcp/0"

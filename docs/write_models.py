@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pinfer.errors import CheckpointError
-from p2pinfer.models.defaults import ACTIVATIONS, FAMILIES, complete_config
+from p2pinfer.models.checkpoint.defaults import ACTIVATIONS, FAMILIES, complete_config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -42,7 +42,7 @@ TEXT = """\
 # Models
 
 p2pinfer reads config.json as transformers 5.24 does, and computes what its eager models compute. In float32
-greedy tokens are equal; tests/models/test_config_options.py compares logits and tokens for every field of the
+greedy tokens are equal; tests/models/compute/test_config_options.py compares logits and tokens for every field of the
 config classes of these families, in old and new spellings. `make docs` writes this page.
 
 Families, by `model_type`: {families}. A "mistral" that lists `layer_types` is what transformers calls

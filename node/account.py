@@ -7,8 +7,9 @@ from typing import Final
 
 import trio
 
+from p2pinfer.node.swarm.swarm import SwarmMember
+
 from .events import Event, Joined, Stopped
-from .swarm import SwarmMember
 
 JOIN_S: Final = 5.0  # how long bootstrap peers have before it is said who did not answer
 CHECK_S: Final = 0.25

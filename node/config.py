@@ -7,7 +7,7 @@ from pathlib import Path
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.folders import cache_folder, data_folder
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
 

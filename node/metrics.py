@@ -15,9 +15,8 @@ from typing import Any, Final
 import trio
 
 from p2pinfer.errors import AddressUnusable
-
-from .counts import MEANINGS
-from .host import Host
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.counts import MEANINGS
 
 logger = logging.getLogger(__name__)
 

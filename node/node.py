@@ -18,38 +18,38 @@ from dataclasses import replace
 import trio
 
 from p2pinfer.errors import SpanOutOfRange
+from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.runner import SpanRunner, open_runner
+from p2pinfer.models.compute.target import choose_target
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.cores import usable_cores
-from p2pinfer.models.memory import refusals_named
+from p2pinfer.models.machine.cores import usable_cores
+from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
-from p2pinfer.models.runner import SpanRunner, open_runner
-from p2pinfer.models.source import ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.spec import ModelSpec
-from p2pinfer.models.target import choose_target
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.host.host import HostConfig
+from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
+from p2pinfer.node.reach.reachability import describe
+from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.serve.last_span import last_span, remember_span
+from p2pinfer.node.serve.offer import Offer
+from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.sizing import Capacity, check_room, measure_capacity, measure_speed
+from p2pinfer.node.serve.tuning import Tuner, find_threads
+from p2pinfer.node.serve.worker import Worker, open_worker
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.transport.addresses import check_announced
+from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
 from p2pinfer.routing.placement import choose_span, should_move
 
 from .account import stopped, tell_joined
-from .addresses import check_announced
 from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
 from .data_lock import hold_data_dir
 from .events import Event, Leaving, Loading, Reached, Ready, Starting
-from .host import HostConfig
-from .identity import KEY_FILE, Identity, load_identity
-from .last_ports import remember_ports, with_last_ports
-from .last_span import last_span, remember_span
 from .metrics import Metrics, serve_metrics
-from .offer import Offer
-from .pace import Pace
-from .reachability import describe
-from .relay_config import RelayConfig
-from .server import ServedSpan, SpanServer
-from .sizing import Capacity, check_room, measure_capacity, measure_speed
-from .swarm import SwarmMember, open_swarm
-from .tasks import open_nursery
-from .tuning import Tuner, find_threads
-from .worker import Worker, open_worker
 
 logger = logging.getLogger(__name__)
 

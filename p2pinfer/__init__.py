@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     __version__: str
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
-    from .audit import AuditTally as AuditTally
+    from .audit.audit import AuditTally as AuditTally
+    from .audit.verifier import Verifier as Verifier
     from .blocking import BlockingClient as BlockingClient
     from .blocking import BlockingGeneration as BlockingGeneration
     from .blocking import connect as connect
@@ -52,17 +53,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .errors import SpanOutOfRange as SpanOutOfRange
     from .errors import Unfinished as Unfinished
     from .errors import WrongOutput as WrongOutput
-    from .generate import Generation as Generation
-    from .generate import GenerationResult as GenerationResult
-    from .generate import Timings as Timings
-    from .generate import Token as Token
+    from .generation.generate import Generation as Generation
+    from .generation.generate import GenerationResult as GenerationResult
+    from .generation.generate import Timings as Timings
+    from .generation.generate import Token as Token
+    from .generation.patience import Waiting as Waiting
+    from .generation.way import HopUsed as HopUsed
     from .models.config import ComputeConfig as ComputeConfig
     from .models.span import BlockSpan as BlockSpan
     from .node.config import NodeConfig as NodeConfig
     from .node.config import ServeConfig as ServeConfig
-    from .node.host import HostConfig as HostConfig
+    from .node.host.host import HostConfig as HostConfig
     from .node.node import run_node as run_node
-    from .patience import Waiting as Waiting
     from .reputation.ledger import Ledger as Ledger
     from .reputation.view import ReputationView as ReputationView
     from .routing.config import RoutingConfig as RoutingConfig
@@ -74,12 +76,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .routing.route import Route as Route
     from .routing.route import RouteOutcome as RouteOutcome
     from .routing.route import RouteRequest as RouteRequest
-    from .verifier import Verifier as Verifier
-    from .way import HopUsed as HopUsed
 
 _HOMES = {
-    "audit": ("AuditTally",),
-    "verifier": ("Verifier",),
+    "audit.audit": ("AuditTally",),
+    "audit.verifier": ("Verifier",),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client", "PeerView"),
     "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig"),
@@ -103,13 +103,13 @@ _HOMES = {
         "Unfinished",
         "WrongOutput",
     ),
-    "generate": ("Generation", "GenerationResult", "Timings", "Token"),
+    "generation.generate": ("Generation", "GenerationResult", "Timings", "Token"),
     "models.config": ("ComputeConfig",),
     "models.span": ("BlockSpan",),
     "node.config": ("NodeConfig", "ServeConfig"),
-    "node.host": ("HostConfig",),
+    "node.host.host": ("HostConfig",),
     "node.node": ("run_node",),
-    "patience": ("Waiting",),
+    "generation.patience": ("Waiting",),
     "reputation.ledger": ("Ledger",),
     "reputation.view": ("ReputationView",),
     "routing.config": ("RoutingConfig",),
@@ -117,7 +117,7 @@ _HOMES = {
     "routing.planner": ("cheapest_routes",),
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
-    "way": ("HopUsed",),
+    "generation.way": ("HopUsed",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -13,15 +13,16 @@ from typing import TypeVar, Unpack
 
 import trio
 
-from p2pinfer.client import Client, PeerView
-from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
-from p2pinfer.errors import LocalError, P2PInferError
-from p2pinfer.generate import Generation, GenerationConfig, GenerationResult, Token
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.generation.generate import Generation, GenerationConfig, GenerationResult, Token
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.tasks import open_nursery
-from p2pinfer.options import ClientOptions, GenerationOptions, addresses_of, suggesting
 from p2pinfer.routing.policy import RoutingPolicy
+
+from .client import Client, PeerView
+from .embedded import client_host_config, may_embed, swarm_in_reach
+from .errors import LocalError, P2PInferError
+from .options import ClientOptions, GenerationOptions, addresses_of, suggesting
 
 _Result = TypeVar("_Result")
 

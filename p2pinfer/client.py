@@ -16,41 +16,41 @@ from typing import Literal, Unpack
 
 import trio
 
-from p2pinfer.errors import LocalError, PeerError
-from p2pinfer.folders import cache_folder, data_folder, expand
+from p2pinfer.audit.audit import Auditor, AuditTally
+from p2pinfer.audit.verifier import LocalVerifier, Verifier
+from p2pinfer.generation.generate import Generation, generation_config, new_state
+from p2pinfer.generation.patience import Patience, Waiting
+from p2pinfer.generation.resume import GenerationState, decode_state, extend_state
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.target import choose_target
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.ends import Ends, load_ends
-from p2pinfer.models.generation_file import FILE as GENERATION_FILE
-from p2pinfer.models.generation_file import GenerationDefaults, read_generation_defaults
-from p2pinfer.models.memory import refusals_named
+from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
-from p2pinfer.models.source import BUNDLED_MODEL, ModelSource, resolve_model
-from p2pinfer.models.spec import ModelSpec
-from p2pinfer.models.target import choose_target
-from p2pinfer.models.text import Tokenizer, load_tokenizer
+from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
+from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.identity import Identity, client_identity
-from p2pinfer.node.swarm import SwarmMember, open_swarm
-from p2pinfer.node.tasks import open_nursery
-from p2pinfer.node.wire import CODECS, Codec
+from p2pinfer.node.protocol.wire import CODECS, Codec
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.transport.identity import Identity, client_identity
+from p2pinfer.planning.asking import PolicyDesk
+from p2pinfer.planning.keeping import kept_ledger
+from p2pinfer.planning.navigator import Navigator
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
+from p2pinfer.session.session import Session, open_session
 
-from .asking import PolicyDesk
-from .audit import Auditor, AuditTally
 from .client_config import AuditConfig, GenerationConfig, SessionConfig
 from .client_config import ClientConfig as ClientConfig
-from .generate import Generation, generation_config, new_state
-from .keeping import kept_ledger
-from .navigator import Navigator
+from .errors import LocalError, PeerError
+from .folders import cache_folder, data_folder, expand
 from .options import GenerationOptions, addresses_of, check_prompt, suggesting
-from .patience import Patience, Waiting
-from .resume import GenerationState, decode_state, extend_state
-from .session import Session, open_session
-from .verifier import LocalVerifier, Verifier
 
 logger = logging.getLogger(__name__)
 

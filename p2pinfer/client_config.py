@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from p2pinfer.errors import ConfigError
 from p2pinfer.models.config import check_target
-from p2pinfer.models.sampling_config import LogitsRules, SamplingConfig
-from p2pinfer.text_files import is_text
+from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
+
+from .errors import ConfigError
+from .text_files import is_text
 
 DRAWN_BY: Final = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 RULED_BY: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")

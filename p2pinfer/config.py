@@ -22,9 +22,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 import msgspec
 
-from p2pinfer import text_files
-from p2pinfer.errors import ConfigError
-from p2pinfer.folders import cache_folder, config_folder, data_folder, expand
+from . import text_files
+from .errors import ConfigError
+from .folders import cache_folder, config_folder, data_folder, expand
 
 ENV_PREFIX = "P2PINFER_"
 ENV_CONFIG = "P2PINFER_CONFIG"

@@ -21,16 +21,17 @@ from pathlib import Path
 
 import trio
 
-from p2pinfer.client import Client
-from p2pinfer.config import FILE_NAME, environment_without_settings
-from p2pinfer.errors import LocalError
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.addresses import split_peer
+from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.identity import load_identity
-from p2pinfer.node.tasks import open_nursery
+from p2pinfer.node.transport.addresses import split_peer
+from p2pinfer.node.transport.identity import load_identity
+
+from .client import Client
+from .config import FILE_NAME, environment_without_settings
+from .errors import LocalError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-from p2pinfer.errors import ConfigError
+from .errors import ConfigError
 
 
 def data_folder() -> Path:

@@ -12,16 +12,16 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
 
-from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
+from p2pinfer.generation.patience import Waiting
 from p2pinfer.models.progress import Progress
-from p2pinfer.node.identity import Identity
+from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 
-from .patience import Waiting
+from .client_config import AuditConfig, ClientConfig, SessionConfig
 
 if TYPE_CHECKING:
-    from .verifier import Verifier
+    from p2pinfer.audit.verifier import Verifier
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -21,9 +21,8 @@ from typing import Final
 
 import trio
 
-from p2pinfer.config import SharedConfig
-from p2pinfer.errors import ModelChanged, NoRoute, P2PInferError
-from p2pinfer.models.source import ModelSource, resolve_model
+from p2pinfer.audit.verifier import LocalVerifier, Verifier
+from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.reputation.verdict import Thresholds
@@ -35,7 +34,8 @@ from p2pinfer.routing.route import Candidate, Route, RouteRequest
 from .client import Client
 from .client_config import AuditConfig, GenerationConfig
 from .client_config import VerifyConfig as VerifyConfig
-from .verifier import LocalVerifier, Verifier
+from .config import SharedConfig
+from .errors import ModelChanged, NoRoute, P2PInferError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.routing.announcement import Announcement
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from p2pinfer.models.deviation import ChunkDeviation, Deviation
+from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation
 
 
 class Verdict(Enum):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import p2pinfer.models
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 from .spares import hidden_states, on_one_machine
 

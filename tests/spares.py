@@ -10,12 +10,12 @@ import trio
 from torch import Tensor
 
 from p2pinfer.errors import NoRoute, PeerError
-from p2pinfer.failover import Gap
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.runner import Chunk, open_runner
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session import Session, SessionConfig, open_session
+from p2pinfer.session.failover import Gap
+from p2pinfer.session.session import Session, SessionConfig, open_session
 
 from .node.memory_swarm import FLOAT32, MemorySwarm
 

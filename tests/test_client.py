@@ -13,25 +13,25 @@ import trio
 import trio.testing
 
 from p2pinfer import client as client_module
+from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
-from p2pinfer.generate import Generation
-from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.generation.generate import Generation
+from p2pinfer.generation.patience import Waiting
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.identity import Identity
-from p2pinfer.node.swarm import SwarmMember
-from p2pinfer.node.wire import Codec
-from p2pinfer.patience import Waiting
+from p2pinfer.node.protocol.wire import Codec
+from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
-from p2pinfer.session import Session, SessionConfig, open_session
-from p2pinfer.verifier import AuditConfig
+from p2pinfer.session.session import Session, SessionConfig, open_session
 
 from .node.memory_swarm import MemorySwarm, open_memory_swarm
 

@@ -23,7 +23,7 @@ from p2pinfer.embedded import (
     swarm_in_reach,
 )
 from p2pinfer.errors import LocalError, PeerUnreachable
-from p2pinfer.models.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.routing.announcement import Announcement

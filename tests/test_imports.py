@@ -15,11 +15,11 @@ from pathlib import Path
 import p2pinfer.client
 import p2pinfer.node.node
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.ends import load_ends
-from p2pinfer.models.runner import Chunk, open_runner
-from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.runner import Chunk, open_runner
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.text import load_tokenizer
+from p2pinfer.models.text.text import load_tokenizer
 
 span = BlockSpan(0, 8)
 config = ComputeConfig(cache_bytes=1 << 20)

@@ -18,9 +18,9 @@ from blake3 import blake3
 from p2pinfer.reputation import receipt as receipts
 from p2pinfer.reputation.ledger import Ledger
 
+from .audit.test_audit import OpenClient, cheat, noisy, open_client, swarm, text_of
 from .node import memory
 from .node.memory_swarm import MemorySwarm
-from .test_audit import OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

@@ -83,7 +83,7 @@ def test_under_asyncio_it_says_what_to_use() -> None:
 
 
 def test_a_field_that_does_not_exist_is_told_the_nearest() -> None:
-    from p2pinfer.first_state import generation_config
+    from p2pinfer.generation.first_state import generation_config
 
     with pytest.raises(p2pinfer.ConfigError, match="did you mean 'max_new_tokens'"):
         generation_config(None, {"max_tokens": 3})

@@ -14,10 +14,11 @@ import torch
 import trio
 import trio.testing
 
+from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute
-from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, Leaving, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
@@ -27,10 +28,9 @@ from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, RouteRequest
-from p2pinfer.verifier import AuditConfig
 
+from .audit.test_audit import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
 from .node.memory_swarm import MemorySwarm
-from .test_audit import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

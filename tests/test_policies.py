@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from p2pinfer.asking import PolicyDesk
 from p2pinfer.errors import NoRoute, PolicyError
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.planning.asking import PolicyDesk
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement

@@ -17,13 +17,13 @@ import p2pinfer.routing
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.config import load_settings
 from p2pinfer.errors import CheckpointError, ConfigError, LocalError
-from p2pinfer.models.source import resolve_model
-from p2pinfer.models.text import load_tokenizer
-from p2pinfer.node.bootstrap import FILE_NAME, bootstrap_peers
-from p2pinfer.node.gate import Gate
+from p2pinfer.models.checkpoint.source import resolve_model
+from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.swarm_key import load_swarm_key, make_swarm_key
+from p2pinfer.node.swarm.bootstrap import FILE_NAME, bootstrap_peers
+from p2pinfer.node.transport.gate import Gate
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.swarm_key import load_swarm_key, make_swarm_key
 from p2pinfer.reputation.exchange import export_ledger, import_ledger
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.text_files import decode_text, is_text, read_text

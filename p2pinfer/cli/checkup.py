@@ -12,12 +12,12 @@ from typing import Final
 import torch
 
 from p2pinfer.errors import LocalError, P2PInferError
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.compute.target import Target, choose_target
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.cores import usable_cores
-from p2pinfer.models.memory import free_memory, free_on, free_on_card
-from p2pinfer.models.source import BUNDLED_MODEL, resolve_model
-from p2pinfer.models.target import Target, choose_target
-from p2pinfer.node.sizing import WEIGHTS_SHARE
+from p2pinfer.models.machine.cores import usable_cores
+from p2pinfer.models.machine.memory import free_memory, free_on, free_on_card
+from p2pinfer.node.serve.sizing import WEIGHTS_SHARE
 
 LEAST_DISK_BYTES: Final = 100 << 20  # below that not even notes and a small model have room
 _NVIDIA: Final = Path("/proc/driver/nvidia/gpus")

@@ -42,7 +42,7 @@ def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: st
     from p2pinfer.models.config import ComputeConfig
     from p2pinfer.node.config import NodeConfig, ServeConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.relay_config import RelayConfig
+    from p2pinfer.node.reach.relay_config import RelayConfig
     from p2pinfer.routing.config import RoutingConfig
 
     layers: tuple[type[Any], ...] = (

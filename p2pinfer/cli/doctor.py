@@ -14,8 +14,8 @@ from .plain import printable
 from .terminal import note, write_out
 
 if TYPE_CHECKING:
-    from p2pinfer.node.reach import ReachStatus
-    from p2pinfer.node.swarm import SwarmMember
+    from p2pinfer.node.reach.reach import ReachStatus
+    from p2pinfer.node.swarm.swarm import SwarmMember
 
     from .checkup import Finding
 
@@ -46,8 +46,8 @@ def doctor(call: Invocation) -> None:
 
     from p2pinfer.config import SharedConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.identity import new_identity
-    from p2pinfer.node.swarm import open_swarm
+    from p2pinfer.node.swarm.swarm import open_swarm
+    from p2pinfer.node.transport.identity import new_identity
 
     from .running import run
 
@@ -88,7 +88,7 @@ def doctor(call: Invocation) -> None:
 
 def check_network(member: SwarmMember) -> list[Finding]:
     """How this computer is reached, and by whom."""
-    from p2pinfer.node.reachability import describe
+    from p2pinfer.node.reach.reachability import describe
 
     from .checkup import Finding
 

@@ -34,7 +34,7 @@ def keygen(call: Invocation, file: Path, identity: bool) -> None:
     if identity:
         _name_client(call, file)
         return
-    from p2pinfer.node.swarm_key import make_swarm_key
+    from p2pinfer.node.transport.swarm_key import make_swarm_key
 
     make_swarm_key(file)
     if call.json:
@@ -44,7 +44,7 @@ def keygen(call: Invocation, file: Path, identity: bool) -> None:
 
 
 def _name_client(call: Invocation, file: Path) -> None:
-    from p2pinfer.node.identity import client_identity
+    from p2pinfer.node.transport.identity import client_identity
 
     peer_id = client_identity(file).peer_id
     write_out(json.dumps({"identity": str(file), "peer_id": peer_id}) + "\n" if call.json else f"{peer_id}\n")

@@ -90,7 +90,7 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     from p2pinfer.models.config import ComputeConfig
     from p2pinfer.node.config import NodeConfig, ServeConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.relay_config import RelayConfig
+    from p2pinfer.node.reach.relay_config import RelayConfig
 
     settings = call.settings(
         NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig, VerifyConfig, AuditConfig
@@ -100,8 +100,8 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
 
+    from p2pinfer.node.concurrency.tasks import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
-    from p2pinfer.node.tasks import open_nursery
     from p2pinfer.patrol import open_patrol
 
     from .progress import Bars

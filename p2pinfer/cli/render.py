@@ -13,8 +13,8 @@ from p2pinfer.node import events
 from .plain import one_line, printable, short_peer
 
 if TYPE_CHECKING:
-    from p2pinfer.audit import AuditTally
-    from p2pinfer.generate import GenerationResult
+    from p2pinfer.audit.audit import AuditTally
+    from p2pinfer.generation.generate import GenerationResult
     from p2pinfer.reputation.view import ReputationView
 
 

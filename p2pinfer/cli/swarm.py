@@ -35,10 +35,10 @@ def swarm(call: Invocation, watch: bool) -> None:
 
     from p2pinfer.client_config import ClientConfig
     from p2pinfer.config import SharedConfig
-    from p2pinfer.models.source import resolve_model
+    from p2pinfer.models.checkpoint.source import resolve_model
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.identity import client_identity
-    from p2pinfer.node.swarm import open_swarm
+    from p2pinfer.node.swarm.swarm import open_swarm
+    from p2pinfer.node.transport.identity import client_identity
 
     from .progress import Bars
     from .running import run

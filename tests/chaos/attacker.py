@@ -18,9 +18,9 @@ import trio
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 from p2pinfer.errors import PeerError
-from p2pinfer.node.delimited import receive_message
-from p2pinfer.node.host import Host, HostConfig, open_host
-from p2pinfer.node.identity import Identity, new_identity
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.transport.delimited import receive_message
+from p2pinfer.node.transport.identity import Identity, new_identity
 
 from .mutate import Conversation, Frame, conversations, mutate
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from p2pinfer.node.identity import load_identity
+from p2pinfer.node.transport.identity import load_identity
 
 from ..e2e.support import free_port
 

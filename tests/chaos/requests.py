@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import p2pinfer.models
-from p2pinfer.generate import GenerationConfig
-from p2pinfer.models.sampling import Sampler, SamplingConfig
-from p2pinfer.models.text import Tokenizer, load_tokenizer
+from p2pinfer.generation.generate import GenerationConfig
+from p2pinfer.models.text.sampling import Sampler, SamplingConfig
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 
 from ..e2e.support import prompt_of
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.node.yamux import LINGER_S, PING_INTERVAL_S
+from p2pinfer.node.transport.yamux import LINGER_S, PING_INTERVAL_S
 
 from .processes import ClientProcess, NodeProcess, Zygote
 from .vitals import Vitals, describe, read_vitals

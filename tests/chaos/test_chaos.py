@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.node.identity import new_identity
+from p2pinfer.node.transport.identity import new_identity
 
 from .chaos import CLIENTS, SPANS, SURVIVORS, run_chaos
 from .drain import run_drain

@@ -94,8 +94,8 @@ def _write(path: Path) -> None:
 
 def _inside() -> dict[str, Any]:
     gc.collect()
-    yamux: Any = sys.modules["p2pinfer.node.yamux"]
-    server: Any = sys.modules.get("p2pinfer.node.server")
+    yamux: Any = sys.modules["p2pinfer.node.transport.yamux"]
+    server: Any = sys.modules.get("p2pinfer.node.serve.server")
     connections = streams = sessions = 0
     for each in gc.get_objects():
         if type(each) is yamux.YamuxConnection and not each.is_closed:

@@ -19,15 +19,15 @@ from typing import Any
 
 import trio
 
-from p2pinfer.chain import Spare
+from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
-from p2pinfer.session import Session, SessionConfig
-from p2pinfer.verifier import AuditConfig
+from p2pinfer.session.chain import Spare
+from p2pinfer.session.session import Session, SessionConfig
 
 from ..lab.pinned import can_be_dialled
 from .requests import Request, history

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.cli.app import run
-from p2pinfer.node.identity import is_peer_id, load_identity_file
+from p2pinfer.node.transport.identity import is_peer_id, load_identity_file
 
 from .support import start_node, wait_ready
 

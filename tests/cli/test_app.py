@@ -15,20 +15,20 @@ from pathlib import Path
 import click
 import pytest
 
+from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.cli.app import app, run
 from p2pinfer.cli.generate import POLICIES
 from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
 from p2pinfer.config import SharedConfig, section_of
-from p2pinfer.generate import GenerationConfig
+from p2pinfer.generation.generate import GenerationConfig
+from p2pinfer.models.compute.target import DTYPES as COMPUTED_DTYPES
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.target import DTYPES as COMPUTED_DTYPES
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
-from p2pinfer.node.relay_config import RelayConfig
+from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.policy import BUILT_IN_POLICIES
-from p2pinfer.verifier import AuditConfig
 
 LAYERS = (
     SharedConfig,

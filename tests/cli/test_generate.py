@@ -17,8 +17,8 @@ from torch import Tensor
 import p2pinfer
 from p2pinfer.cli.app import run
 from p2pinfer.errors import PeerVanished
-from p2pinfer.resume import decode_state, find_token, keep_token
-from p2pinfer.session import Session
+from p2pinfer.generation.resume import decode_state, find_token, keep_token
+from p2pinfer.session.session import Session
 
 from .support import spoken
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.cli.app import run
-from p2pinfer.node.swarm_key import load_swarm_key
+from p2pinfer.node.transport.swarm_key import load_swarm_key
 
 
 def test_a_key_is_made_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from p2pinfer.cli import node as node_command
 from p2pinfer.cli.app import run
 from p2pinfer.errors import LocalError
-from p2pinfer.node.identity import new_identity
+from p2pinfer.node.transport.identity import new_identity
 
 from .support import start_node, wait_ready
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from p2pinfer.audit import AuditTally
+from p2pinfer.audit.audit import AuditTally
 from p2pinfer.cli.plain import short_peer
 from p2pinfer.cli.render import describe_event, route_table
-from p2pinfer.generate import GenerationResult, Timings
+from p2pinfer.generation.generate import GenerationResult, Timings
+from p2pinfer.generation.way import HopUsed
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import events
 from p2pinfer.reputation.ledger import Ledger
-from p2pinfer.way import HopUsed
 
 PEER = "12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"
 ADDRS = ("/ip4/192.0.2.1/tcp/1/p2p/12D3",)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.models.source import BUNDLED_MODEL
-from p2pinfer.models.text import Tokenizer, load_tokenizer
-from p2pinfer.node.identity import load_identity
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+from p2pinfer.node.transport.identity import load_identity
 
 from ..models.conftest import oracle as oracle
 from ..models.conftest import write_checkpoint as write_checkpoint

@@ -20,20 +20,20 @@ import trio
 
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import NoRoute
-from p2pinfer.generate import Generation
+from p2pinfer.generation.generate import Generation
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.text import Tokenizer
+from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Ready
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig, run_node
-from p2pinfer.node.tasks import open_nursery
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteRequest
-from p2pinfer.session import SessionConfig
+from p2pinfer.session.session import SessionConfig
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PATIENCE_S = 90.0  # a shared machine may be slow; nothing here waits for long where all is well

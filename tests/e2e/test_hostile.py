@@ -20,14 +20,11 @@ from hypothesis import strategies as st
 
 import p2pinfer
 from p2pinfer.errors import PeerError, PeerVanished
-from p2pinfer.generate import Token
-from p2pinfer.models.source import BUNDLED_MODEL
-from p2pinfer.node.frames import FrameStream, encode_header
-from p2pinfer.node.host import Host, HostConfig, open_host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.snapshot import SNAPSHOT_PROTOCOL
-from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.wire import (
+from p2pinfer.generation.generate import Token
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.protocol.frames import FrameStream, encode_header
+from p2pinfer.node.protocol.wire import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
     Attach,
@@ -41,6 +38,9 @@ from p2pinfer.node.wire import (
     Step,
     Successor,
 )
+from p2pinfer.node.swarm.snapshot import SNAPSHOT_PROTOCOL
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.stream import PeerStream
 
 from .support import NodeProcess
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.config import environment_without_settings
-from p2pinfer.node.identity import load_identity
-from p2pinfer.node.swarm_key import load_swarm_key, make_swarm_key
+from p2pinfer.node.transport.identity import load_identity
+from p2pinfer.node.transport.swarm_key import load_swarm_key, make_swarm_key
 
 from .support import PATIENCE_S, NodeProcess, free_port
 

@@ -19,7 +19,7 @@ MODULES = (
     "p2pinfer.cli.view",
     "p2pinfer.client",
     "p2pinfer.embedded",
-    "p2pinfer.models.hub",
+    "p2pinfer.models.checkpoint.hub",
     "p2pinfer.node.node",
 )
 

@@ -16,12 +16,12 @@ import msgspec
 
 from p2pinfer.errors import LocalError, ProtocolViolation, WrongOutput
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.deposition import Deposition, history_of
-from p2pinfer.node.evidence import MAX_DIGESTS, decode_answer, decode_ask
-from p2pinfer.node.identity import verify
-from p2pinfer.node.proofs import Notice, decode_notice, encode_notice
-from p2pinfer.node.records import open_record
-from p2pinfer.node.snapshot import decode_request, decode_response, encode_response
+from p2pinfer.node.evidence.deposition import Deposition, history_of
+from p2pinfer.node.evidence.evidence import MAX_DIGESTS, decode_answer, decode_ask
+from p2pinfer.node.swarm.proofs import Notice, decode_notice, encode_notice
+from p2pinfer.node.swarm.records import open_record
+from p2pinfer.node.swarm.snapshot import decode_request, decode_response, encode_response
+from p2pinfer.node.transport.identity import verify
 from p2pinfer.reputation.account import Account
 from p2pinfer.reputation.attestation import Attestation, Opinion, open_attestation, seal_attestation
 from p2pinfer.reputation.exchange import export_ledger, import_ledger

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.node.identity import is_peer_id
+from p2pinfer.node.transport.identity import is_peer_id
 
 from .rewrite import rewrite
 from .targets import PEER_ID, Target, targets

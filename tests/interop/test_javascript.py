@@ -10,15 +10,15 @@ import pytest
 import trio
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.circuit import reserve, serve_circuits
-from p2pinfer.node.host import Host, HostConfig, open_host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.pubsub import topic_of
-from p2pinfer.node.relay import Relay
-from p2pinfer.node.relay_config import RelayConfig
-from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.swarm import SwarmMember, open_swarm
-from p2pinfer.node.view import open_announcement
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.reach.circuit import reserve, serve_circuits
+from p2pinfer.node.reach.relay import Relay
+from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.swarm.pubsub import topic_of
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.swarm.view import open_announcement
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.stream import PeerStream
 from p2pinfer.routing.announcement import Announcement
 
 from .javascript import JavaScriptPeer, open_peer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import p2pinfer.models
-from p2pinfer.models.text import load_tokenizer
+from p2pinfer.models.text.text import load_tokenizer
 
 TINY_STORIES = Path(p2pinfer.models.__path__[0]) / "tiny-stories"
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from p2pinfer.node.host import Host
+from p2pinfer.node.host.host import Host
 
 LOOK_EVERY_S = 0.02
 

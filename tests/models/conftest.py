@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
-from p2pinfer.models.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 199,

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from p2pinfer.models.checkpoint import open_checkpoint
+from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 
 
 def test_the_folder_is_a_model_with_trained_weights(smollm2: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from p2pinfer.node.host import Host, HostConfig, open_host
-from p2pinfer.node.identity import Identity, new_identity
-from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.transport.identity import Identity, new_identity
+from p2pinfer.node.transport.stream import PeerStream
 
 from .support import LOOPBACK, StartHost, accept
 

@@ -8,12 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation
-from p2pinfer.node import dialback
-from p2pinfer.node.addresses import parse_tcp
-from p2pinfer.node.dialback import DIALBACK_PROTOCOL, ask, decode_request, decode_response, serve_dialback
-from p2pinfer.node.door import keep_open
-from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.host.host import Host, HostConfig
+from p2pinfer.node.reach import dialback
+from p2pinfer.node.reach.dialback import (
+    DIALBACK_PROTOCOL,
+    ask,
+    decode_request,
+    decode_response,
+    serve_dialback,
+)
+from p2pinfer.node.reach.door import keep_open
+from p2pinfer.node.transport.addresses import parse_tcp
+from p2pinfer.node.transport.stream import PeerStream
 
 from .support import ECHO, StartHost, echo
 

@@ -15,14 +15,14 @@ from libp2p.pubsub.pb import rpc_pb2
 
 from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node import gossip as module
-from p2pinfer.node import pubsub
-from p2pinfer.node.gossip import Gossip, open_gossip
-from p2pinfer.node.host import Host
-from p2pinfer.node.identity import Identity, new_identity
-from p2pinfer.node.pubsub import FloodingRouter, topic_of
-from p2pinfer.node.records import seal
-from p2pinfer.node.view import SwarmView
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.swarm import gossip as module
+from p2pinfer.node.swarm import pubsub
+from p2pinfer.node.swarm.gossip import Gossip, open_gossip
+from p2pinfer.node.swarm.pubsub import FloodingRouter, topic_of
+from p2pinfer.node.swarm.records import seal
+from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
 from .support import StartHost

@@ -16,9 +16,9 @@ from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTr
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, PeerError, PeerRefused, PeerUnreachable, PeerVanished
-from p2pinfer.node.host import HostConfig, open_host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.stream import PeerStream
+from p2pinfer.node.host.host import HostConfig, open_host
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.stream import PeerStream
 
 from .support import DEAD, ECHO, LOOPBACK, StartHost, accept, echo
 
@@ -63,9 +63,9 @@ async def test_addresses_follow_the_machine_but_are_not_looked_up_each_time(
     def moved(_: object) -> list[str]:
         return ["/ip4/192.0.2.7/tcp/4001"]
 
-    monkeypatch.setattr("p2pinfer.node.libp2p_host.advertised", moved)
+    monkeypatch.setattr("p2pinfer.node.host.libp2p_host.advertised", moved)
     assert host.addrs == first
-    monkeypatch.setattr("p2pinfer.node.libp2p_host.ADDRESSES_LAST_S", -1.0)
+    monkeypatch.setattr("p2pinfer.node.host.libp2p_host.ADDRESSES_LAST_S", -1.0)
     assert host.addrs == (f"/ip4/192.0.2.7/tcp/4001/p2p/{host.peer_id}",)
 
 
@@ -451,7 +451,7 @@ async def test_an_address_lost_between_check_and_bind_is_named(monkeypatch: pyte
     def pass_all(_: object) -> None:
         pass
 
-    monkeypatch.setattr("p2pinfer.node.host.check_listen", pass_all)
+    monkeypatch.setattr("p2pinfer.node.host.host.check_listen", pass_all)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(AddressUnusable, match="faster"),

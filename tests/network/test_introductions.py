@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.host import HostConfig
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.swarm import SwarmMember, open_swarm
+from p2pinfer.node.host.host import HostConfig
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 
 ONE, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32

@@ -1,6 +1,6 @@
 """What peers do by mistake or on purpose: each ends in a clear line of the log and a host that goes on.
 
-A relay that accepts and then drops, and a clock that is hours off, are in tests/node/test_relays.py.
+A relay that accepts and then drops, and a clock that is hours off, are in tests/node/reach/test_relays.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import trio
 
 from p2pinfer.errors import PeerUnreachable
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
-from p2pinfer.node.gossip import open_gossip
-from p2pinfer.node.host import HostConfig
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.pubsub import topic_of
-from p2pinfer.node.records import MAX_RECORD_BYTES, seal
-from p2pinfer.node.swarm import SwarmMember, open_swarm
-from p2pinfer.node.view import SwarmView
+from p2pinfer.node.host.host import HostConfig
+from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.swarm.gossip import open_gossip
+from p2pinfer.node.swarm.pubsub import topic_of
+from p2pinfer.node.swarm.records import MAX_RECORD_BYTES, seal
+from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
 from .support import ECHO, StartHost, echo

@@ -20,8 +20,8 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import PeerUnreachable
-from p2pinfer.node.host import Host
-from p2pinfer.node.identity import new_identity
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.identity import new_identity
 
 from .support import ECHO, StartHost, echo, receive_exactly
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import trio
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.host import Host, open_host
-from p2pinfer.node.identity import Identity, new_identity
-from p2pinfer.node.presence import RETRY_S, SILENT_S, Presence
-from p2pinfer.node.view import SwarmView
+from p2pinfer.node.host.host import Host, open_host
+from p2pinfer.node.swarm.presence import RETRY_S, SILENT_S, Presence
+from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement
 
 from .support import DEAD, LOOPBACK, StartHost

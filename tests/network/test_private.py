@@ -10,12 +10,12 @@ import pytest
 import trio
 
 from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
-from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
-from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.identity import client_identity, new_identity
-from p2pinfer.node.snapshot import serve_snapshots
-from p2pinfer.node.swarm_key import make_swarm_key
-from p2pinfer.node.view import SwarmView
+from p2pinfer.node.host.host import Host, HostConfig
+from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.swarm.snapshot import serve_snapshots
+from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.transport.identity import client_identity, new_identity
+from p2pinfer.node.transport.swarm_key import make_swarm_key
 
 from .support import ECHO, LOOPBACK, StartHost, echo, receive_exactly
 
@@ -119,7 +119,7 @@ async def test_who_has_a_lasting_name_is_not_told_to_take_one(start_host: StartH
 async def test_who_comes_onto_the_deny_list_is_hung_up_on(
     start_host: StartHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.gate.LOOK_S", 0.02)
+    monkeypatch.setattr("p2pinfer.node.transport.gate.LOOK_S", 0.02)
     listed = tmp_path / "unwanted"
     listed.touch()
     alice, bob = await start_host(), await start_host(replace(LOOPBACK, deny=(str(listed),)))

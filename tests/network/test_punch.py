@@ -9,14 +9,14 @@ import trio
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from p2pinfer.errors import PeerVanished
-from p2pinfer.node import punch
-from p2pinfer.node.addresses import parse_tcp
-from p2pinfer.node.circuit import reserve, serve_circuits
-from p2pinfer.node.delimited import receive_message, send_message
-from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.punch import PUNCH_PROTOCOL, Puncher
-from p2pinfer.node.relay import Relay
-from p2pinfer.node.relay_config import RelayConfig
+from p2pinfer.node.host.host import Host, HostConfig
+from p2pinfer.node.reach import punch
+from p2pinfer.node.reach.circuit import reserve, serve_circuits
+from p2pinfer.node.reach.punch import PUNCH_PROTOCOL, Puncher
+from p2pinfer.node.reach.relay import Relay
+from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.transport.addresses import parse_tcp
+from p2pinfer.node.transport.delimited import receive_message, send_message
 
 from .support import DEAD, ECHO, StartHost, echo
 
@@ -104,7 +104,7 @@ async def test_of_two_attempts_at_once_one_counts(
     start_host: StartHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both look for each other: with two attempts each would speak first in one and wait in the other."""
-    caplog.set_level("DEBUG", logger="p2pinfer.node.punch")
+    caplog.set_level("DEBUG", logger="p2pinfer.node.reach.punch")
     relay = await start_relay(start_host)
     hosts = sorted([await start_host(), await start_host()], key=lambda host: host.peer_id)
     punchers = [punching(host, [place(host)], wait_s=0.0) for host in hosts]

@@ -12,16 +12,16 @@ import pytest
 import trio
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node import reach, reachability
-from p2pinfer.node.addresses import parse_tcp
-from p2pinfer.node.circuit import reserve, serve_circuits
-from p2pinfer.node.dialback import serve_dialback
-from p2pinfer.node.host import Host, HostConfig, open_host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.reach import Reach, open_reach
-from p2pinfer.node.relay import Relay
-from p2pinfer.node.relay_config import RelayConfig
-from p2pinfer.node.upnp import Mapping, NoMapping
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.reach import reach, reachability
+from p2pinfer.node.reach.circuit import reserve, serve_circuits
+from p2pinfer.node.reach.dialback import serve_dialback
+from p2pinfer.node.reach.reach import Reach, open_reach
+from p2pinfer.node.reach.relay import Relay
+from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.reach.upnp import Mapping, NoMapping
+from p2pinfer.node.transport.addresses import parse_tcp
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 
 from .support import LOOPBACK, StartHost
@@ -206,7 +206,7 @@ async def test_two_that_are_reached_through_a_relay_meet(
         await until(lambda: asking.reachability.kind != "unknown")
         asking.reachability = reachability.Reachability("private", "firewall", ("127.0.0.1",))
         serving.reachability = reachability.Reachability("private", "symmetric", ("127.0.0.1",))
-        monkeypatch.setattr("p2pinfer.node.punch.is_global", known_everywhere)
+        monkeypatch.setattr("p2pinfer.node.reach.punch.is_global", known_everywhere)
         await client.connect(server.peer_id, [f"{relay.addrs[0]}/p2p-circuit"])
         assert client.connection_kind(server.peer_id) == "direct"
         await until(lambda: serving.status.punched == (client.peer_id,))

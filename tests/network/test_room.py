@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from p2pinfer.errors import PeerUnreachable
-from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.room import Room
+from p2pinfer.node.host.host import Host, HostConfig
+from p2pinfer.node.swarm.room import Room
 
 from .support import ECHO, LOOPBACK, StartHost, echo
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from p2pinfer.node.frames import FrameStream
-from p2pinfer.node.host import Host
-from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.wire import Probe, Result
-from p2pinfer.node.yamux_frames import INITIAL_WINDOW, MAX_PAYLOAD
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.wire import Probe, Result
+from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.yamux_frames import INITIAL_WINDOW, MAX_PAYLOAD
 
 from .support import accept, receive_exactly
 

@@ -15,11 +15,11 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import PeerVanished
-from p2pinfer.node.host import Host
-from p2pinfer.node.identity import new_identity
-from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.yamux import YamuxConnection
-from p2pinfer.node.yamux_frames import INITIAL_WINDOW
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.yamux import YamuxConnection
+from p2pinfer.node.transport.yamux_frames import INITIAL_WINDOW
 
 from .support import ECHO, StartHost, accept, echo, receive_exactly
 

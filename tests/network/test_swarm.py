@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node import bootstrap
-from p2pinfer.node.bootstrap import BootstrapPeer, Neighbourhood
-from p2pinfer.node.catch_up import FIRST_S, LAST_S, CatchUp, next_pause_s
-from p2pinfer.node.host import Host, HostConfig
-from p2pinfer.node.identity import Identity, new_identity
-from p2pinfer.node.length_prefix import receive_value, send_value
-from p2pinfer.node.proofs import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
-from p2pinfer.node.records import MAX_RECORD_BYTES, open_record, seal
-from p2pinfer.node.snapshot import (
+from p2pinfer.node.host.host import Host, HostConfig
+from p2pinfer.node.host.length_prefix import receive_value, send_value
+from p2pinfer.node.swarm import bootstrap
+from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.swarm.catch_up import FIRST_S, LAST_S, CatchUp, next_pause_s
+from p2pinfer.node.swarm.proofs import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
+from p2pinfer.node.swarm.records import MAX_RECORD_BYTES, open_record, seal
+from p2pinfer.node.swarm.snapshot import (
     MAX_RECORDS,
     MAX_REQUEST_BYTES,
     MAX_RESPONSE_BYTES,
@@ -38,8 +37,9 @@ from p2pinfer.node.snapshot import (
     tags,
     without,
 )
-from p2pinfer.node.stream import PeerStream
-from p2pinfer.node.view import SwarmView
+from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.transport.identity import Identity, new_identity
+from p2pinfer.node.transport.stream import PeerStream
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
 from .support import DEAD, StartHost
@@ -213,7 +213,7 @@ async def test_a_peer_that_answers_nonsense_is_named(
 async def test_a_peer_that_does_not_answer_is_given_up(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.snapshot._TIMEOUT_S", 0.1)
+    monkeypatch.setattr("p2pinfer.node.swarm.snapshot._TIMEOUT_S", 0.1)
     silent, newcomer = await start_host(), await start_host()
 
     async def say_nothing(stream: PeerStream) -> None:

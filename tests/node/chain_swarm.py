@@ -14,19 +14,19 @@ import torch
 import trio
 from torch import Tensor
 
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.runner import Chunk, SpanRunner, open_runner
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
-from p2pinfer.node.evidence import EvidenceStore
-from p2pinfer.node.frames import FrameStream
-from p2pinfer.node.host import Host
-from p2pinfer.node.server import ServedSpan, SpanServer
-from p2pinfer.node.wire import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
-from p2pinfer.node.worker import Worker, open_worker
+from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
+from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session import Session, SessionConfig, open_session
+from p2pinfer.session.session import Session, SessionConfig, open_session
 
 from .memory import MemoryNetwork, MemoryStream
 from .memory_swarm import FLOAT32

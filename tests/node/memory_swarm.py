@@ -9,24 +9,24 @@ from typing import cast
 
 import trio
 
-from p2pinfer.models.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.bootstrap import BootstrapOutcome, Neighbourhood
+from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
-from p2pinfer.node.evidence import EvidenceStore, serve_evidence
-from p2pinfer.node.gossip import Gossip
-from p2pinfer.node.latency import Latency
-from p2pinfer.node.proofs import Heard, Notice, ProofCarrier
-from p2pinfer.node.reach import Reach, ReachStatus
-from p2pinfer.node.reachability import Reachability
-from p2pinfer.node.server import ServedSpan, SpanServer
-from p2pinfer.node.swarm import SwarmMember
-from p2pinfer.node.tasks import open_nursery
-from p2pinfer.node.view import SwarmView
-from p2pinfer.node.worker import open_worker
+from p2pinfer.node.evidence.evidence import EvidenceStore, serve_evidence
+from p2pinfer.node.reach.reach import Reach, ReachStatus
+from p2pinfer.node.reach.reachability import Reachability
+from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.worker import open_worker
+from p2pinfer.node.swarm.bootstrap import BootstrapOutcome, Neighbourhood
+from p2pinfer.node.swarm.gossip import Gossip
+from p2pinfer.node.swarm.latency import Latency
+from p2pinfer.node.swarm.proofs import Heard, Notice, ProofCarrier
+from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.swarm.view import SwarmView
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
 

@@ -16,21 +16,21 @@ import trio
 import trio.testing
 
 from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, OutOfMemory, PeerRefused, SpanOutOfRange
-from p2pinfer.models.checkpoint import Checkpoint
-from p2pinfer.models.memory import FreeMemory
-from p2pinfer.models.runner import SpanRunner, open_runner
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.runner import SpanRunner, open_runner
+from p2pinfer.models.machine.memory import FreeMemory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
-from p2pinfer.node import sizing
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Joined, Leaving, Loading, Ready, SessionOpened, Starting
-from p2pinfer.node.evidence import EVIDENCE_PROTOCOL
-from p2pinfer.node.identity import Identity, load_identity
+from p2pinfer.node.evidence.evidence import EVIDENCE_PROTOCOL
 from p2pinfer.node.node import NodeConfig, run_node
-from p2pinfer.node.sizing import Capacity
-from p2pinfer.node.swarm import SwarmMember
+from p2pinfer.node.serve import sizing
+from p2pinfer.node.serve.sizing import Capacity
+from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.transport.identity import Identity, load_identity
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session import Session, SessionConfig, open_session
+from p2pinfer.session.session import Session, SessionConfig, open_session
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 

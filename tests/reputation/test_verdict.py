@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.models.deviation import ChunkDeviation, Deviation, LogitDeviation
+from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.reputation.verdict import Thresholds, Verdict, judge
 
 LIMITS = Thresholds()

@@ -1,0 +1,1 @@
+"""Checkpoints: config, hashes, the hub, and reading tensors."""

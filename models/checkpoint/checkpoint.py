@@ -1,0 +1,183 @@
+"""A folder of safetensors, opened: what tensors it holds, and each of them on demand.
+
+A shard's header says what the shard holds and where. Headers are checked by safetensors (bounds, overlaps,
+length of the file), so a truncated shard fails here and not in a kernel. What is read later is held to what
+was hashed here (shard.py): a folder may be written anew under a process that lives on. Nothing else is ever
+opened: pickles run code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from p2pinfer.errors import CheckpointError
+from p2pinfer.models.progress import Progress
+
+from .defaults import complete_config
+from .hashes import hash_shards
+from .shard import Shard
+from .shard_header import open_header
+from .spec import ModelSpec, model_spec, read_config, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_SHARD = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_SHARD_NAME = re.compile(r"[\w.+-]{1,200}\.safetensors")
+_BLOCK = re.compile(r"model\.layers\.(\d{1,5})\.")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """An opened model folder. Any thread may read; nothing has to be closed.
+
+    Attributes:
+        folder: Where it lies.
+        spec: What it is.
+        config: Its config as it was hashed, complete: see `complete_config`.
+    """
+
+    def __init__(
+        self, folder: Path, spec: ModelSpec, shards: Mapping[str, Shard], config: Mapping[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.config = config
+        self._shards = shards
+        self._shard_of = {name: shard for shard in shards.values() for name in shard.names}
+
+    def names(self) -> frozenset[str]:
+        """Every tensor that is here. Of a hub model only what was fetched is."""
+        return frozenset(self._shard_of)
+
+    def block_names(self, index: int) -> frozenset[str]:
+        """The tensors of one block that are here."""
+        return frozenset(name for name in self._shard_of if block_of(name) == index)
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """How many bytes these tensors take as stored.
+
+        Raises:
+            CheckpointError: A tensor is not here.
+        """
+        return sum(self._locate(name).bytes_of(name) for name in names)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU and as stored, in memory that is the caller's.
+
+        Raises:
+            CheckpointError: It is not here.
+            ModelChanged: It is not what was hashed.
+        """
+        return self._locate(name).read(name)
+
+    def _locate(self, name: str) -> Shard:
+        try:
+            return self._shard_of[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.spec.model} lacks the tensor {name} (looked in {self.folder})"
+            ) from None
+
+
+def open_checkpoint(
+    folder: Path, model: str, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """Open a complete local folder; hashes its shards, which `cache_dir` remembers.
+
+    Raises:
+        CheckpointError: It cannot be used; the message says why.
+    """
+    config = read_config(folder)
+    shards = open_shards(folder, shard_layout(folder), cache_dir=cache_dir, progress=progress)
+    stored = next(iter(shards.values())).stored_dtype
+    sha256 = {name: shard.sha256 for name, shard in shards.items()}
+    spec = model_spec(model, config, sha256, stored_dtype=stored)
+    checkpoint = Checkpoint(folder, spec, shards, complete_config(model, config))
+    for index in set(range(spec.num_blocks)) - {block_of(name) for name in checkpoint.names()}:
+        raise CheckpointError(
+            f"{folder} holds no tensor of block {index}, and its config promises {spec.num_blocks}"
+        )
+    return checkpoint
+
+
+def open_shards(
+    folder: Path,
+    layout: Mapping[str, frozenset[str] | None],
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Shard]:
+    """Open and hash the shards named in `layout`, and hold each to the tensors that are said to be in it.
+
+    Raises:
+        CheckpointError: A shard is missing, damaged, or lacks a tensor.
+    """
+    headers = {name: open_header(folder / name) for name in layout}
+    for name, promised in layout.items():
+        if absent := (promised or frozenset()) - headers[name].keys():
+            raise CheckpointError(
+                f"{folder / name} lacks the tensor {min(absent)}, which {INDEX} places there"
+            )
+    paths = [folder / name for name in layout]
+    hashes = hash_shards(paths, cache_dir=cache_dir, progress=progress)
+    return {
+        path.name: Shard(path, headers[path.name], hashed, cache_dir)
+        for path, hashed in zip(paths, hashes, strict=True)
+    }
+
+
+def shard_layout(folder: Path) -> dict[str, frozenset[str] | None]:
+    """The shards that make the model, each with its tensors' names, or None where only its header knows.
+
+    Raises:
+        CheckpointError: The folder's index is damaged, or the folder holds no safetensors.
+    """
+    if (folder / SINGLE_SHARD).exists():
+        return {SINGLE_SHARD: None}
+    index = read_json(folder / INDEX)
+    if index is not None:
+        return parse_index(index, folder / INDEX)
+    for pattern in _PICKLES:
+        if pickled := sorted(folder.glob(pattern)):
+            raise CheckpointError(refuse_pickles(str(folder), pickled[0].name))
+    raise CheckpointError(f"{folder} holds neither {SINGLE_SHARD} nor {INDEX}: no weights to read")
+
+
+def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, frozenset[str] | None]:
+    """The shards of a safetensors index and what it places in each, sorted by name.
+
+    Raises:
+        CheckpointError: It maps something else than tensor names to plain file names.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where} has no weight_map; fetch it again")
+    layout: dict[str, set[str]] = {}
+    for name, shard in cast("dict[str, object]", weight_map).items():
+        # A path here could name any file of the machine, so only plain names pass.
+        if not isinstance(shard, str) or _SHARD_NAME.fullmatch(shard) is None:
+            raise CheckpointError(
+                f"{where} places {name} in {shard!r}, which is no safetensors file beside it"
+            )
+        layout.setdefault(shard, set()).add(name)
+    return {shard: frozenset(layout[shard]) for shard in sorted(layout)}
+
+
+def refuse_pickles(where: str, file_name: str) -> str:
+    """The line for a checkpoint that holds nothing but pickles."""
+    return (
+        f"{where} has no safetensors, only pickled weights ({file_name}), and opening those runs whatever "
+        f"code is in them; convert it with transformers' save_pretrained, or use a checkpoint that has some"
+    )
+
+
+def block_of(name: str) -> int | None:
+    """The block that a tensor belongs to by its name; None for the ends."""
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else None

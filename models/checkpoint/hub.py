@@ -1,0 +1,214 @@
+"""Models of the Hugging Face hub: what is published is known first, and only what is needed is fetched.
+
+The hub publishes a SHA-256 of every weight file, so the model's revision is known before a weight is here.
+Those hashes are of whole files: a span that needs one tensor of a shard fetches all of the shard, since a
+range of it could not be checked. Big models come in shards of a few gigabytes, so that costs little.
+
+Files lie in a folder per set of weights, not per commit: a new model card fetches nothing again. What
+huggingface_hub's own cache already holds is linked instead of fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from p2pinfer.errors import CheckpointError, ModelChanged, ModelNotFound
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.span import BlockSpan
+
+from .checkpoint import (
+    INDEX,
+    SINGLE_SHARD,
+    Checkpoint,
+    block_of,
+    open_shards,
+    parse_index,
+    refuse_pickles,
+)
+from .defaults import complete_config
+from .download import Pause
+from .hub_errors import NoSuchModel, is_offline
+from .hub_store import HubStore, Listing
+from .source import FolderSource, ModelSource
+from .spec import ModelSpec, model_spec, read_config, read_json
+
+logger = logging.getLogger(__name__)
+
+# What says how text becomes tokens, which of them end it, and how one draws them; fetched where they exist.
+TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_FILES: Final = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+_PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def open_hub(
+    model: str,
+    *,
+    cache_dir: Path,
+    weights_bytes: int = 0,
+    progress: Progress | None = None,
+    endpoint: str | None = None,
+    pause: Pause = time.sleep,
+) -> ModelSource:
+    """Find a model at the hub and fetch its config and index, no weights.
+
+    Where the hub gives no answer the listing of the last time counts, so what was fetched once keeps working,
+    and so does a model that is whole in huggingface_hub's own cache.
+
+    Args:
+        model: `owner/name`, or `owner/name@revision` for a branch, a tag or a commit.
+        weights_bytes: What all models in `cache_dir` together may take there; 0: whatever is free.
+        endpoint: The hub's address; by default huggingface_hub's, which HF_ENDPOINT sets.
+        pause: Waits so many seconds before a download is tried again.
+
+    Raises:
+        ModelNotFound: The hub has no such model, keeps it from us, or cannot be reached.
+        CheckpointError: The model is there but cannot be used.
+    """
+    store = HubStore(model, cache_dir, weights_bytes, endpoint, pause)
+    try:
+        return _open_listed(model, store, progress)
+    except NoSuchModel:
+        raise
+    except ModelNotFound as exc:
+        source = _open_snapshot(model, store, progress, exc)
+        if source is None:
+            raise
+        return source
+
+
+def _open_listed(model: str, store: HubStore, progress: Progress | None) -> HubSource:
+    listing = store.ask()
+    shards = _shard_names(model, listing)
+    unhashed = [name for name in shards if listing.files[name].sha256 is None]
+    if unhashed:
+        raise CheckpointError(
+            f"the hub publishes no SHA-256 of {unhashed[0]} of {model}, so it cannot be checked"
+        )
+    folder = store.folder_of([listing.files[name] for name in shards])
+    texts = store.texts_of(folder, listing)
+    store.bring(texts, listing, ["config.json", *({INDEX} & listing.files.keys())], progress)
+    return HubSource(model, store, listing, folder, texts, shards)
+
+
+def _open_snapshot(
+    model: str, store: HubStore, progress: Progress | None, why: ModelNotFound
+) -> FolderSource | None:
+    """The model out of huggingface_hub's own cache, used where it lies; None if nothing of it is there.
+
+    Raises:
+        ModelNotFound: A part of it is there.
+    """
+    snapshot = store.snapshot()
+    if snapshot is None:
+        return None
+    try:
+        source = FolderSource(snapshot, cache_dir=store.cache_dir, progress=progress, name=model)
+    except CheckpointError as exc:
+        raise ModelNotFound(f"{why}; huggingface_hub's own cache has a part of it: {exc}") from exc
+    level = logging.INFO if is_offline() else logging.WARNING
+    logger.log(level, "%s; %s is used as huggingface_hub's own cache has it", why, model)
+    return source
+
+
+class HubSource:
+    """A model of the hub; its weights come when they are asked for."""
+
+    def __init__(
+        self,
+        model: str,
+        store: HubStore,
+        listing: Listing,
+        folder: Path,
+        texts: Path,
+        shards: Sequence[str],
+    ) -> None:
+        """Weights lie in `folder`, and everything else in `texts`."""
+        self._store, self._listing, self._folder, self._texts = store, listing, folder, texts
+        self._layout: dict[str, frozenset[str] | None] = dict.fromkeys(shards)
+        if (texts / INDEX).exists() and SINGLE_SHARD not in listing.files:
+            self._layout = parse_index(read_json(texts / INDEX) or {}, texts / INDEX)
+        if strange := self._layout.keys() - listing.files.keys():
+            raise CheckpointError(f"{model} lacks the shard {min(strange)}, which its index names")
+        hashes = {name: listing.files[name].sha256 or "" for name in self._layout}
+        config = read_config(texts)
+        self.spec: ModelSpec = model_spec(model, config, hashes, stored_dtype=listing.stored_dtype)
+        self._config = complete_config(model, config)
+
+    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+        if span is not None:
+            self.spec.check_span(span)
+        needed = self._needed(span, ends)
+        self._store.bring(self._folder, self._listing, needed, progress)
+        if ends:
+            self._bring_words(progress)
+        shards = open_shards(self._folder, needed, cache_dir=self._store.cache_dir, progress=progress)
+        for name, shard in shards.items():
+            if shard.sha256 != self._listing.files[name].sha256:
+                raise ModelChanged(f"{shard.path} changed while it was opened; start again")
+        return Checkpoint(self._texts, self.spec, shards, self._config)
+
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        files = self._listing.files
+        return sum(
+            files[shard].size
+            for shard in self._needed(span, ends)
+            if not self._store.is_near(self._folder, files[shard])
+        )
+
+    def _bring_words(self, progress: Progress | None) -> None:
+        """The tokenizer, and what is said about it; without the latter a text can be made all the same."""
+        try:
+            self._store.bring(self._texts, self._listing, TOKENIZER_FILES, progress)
+        except ModelNotFound as exc:
+            absent = [
+                name
+                for name in TOKENIZER_FILES
+                if name in self._listing.files and not (self._texts / name).exists()
+            ]
+            if TOKENIZER in absent:
+                raise
+            logger.warning("%s; going on without %s", exc, ", ".join(absent))
+
+    def _needed(self, span: BlockSpan | None, ends: bool) -> dict[str, frozenset[str] | None]:
+        return {
+            shard: names
+            for shard, names in self._layout.items()
+            if names is None or _serves(names, span, ends)
+        }
+
+
+def _shard_names(model: str, listing: Listing) -> list[str]:
+    """The weight files to go by: one of the standard name, or all that lie beside an index."""
+    if "config.json" not in listing.files:
+        raise CheckpointError(
+            f"{model} has no config.json at the hub, so it is no model that can be run here"
+        )
+    if SINGLE_SHARD in listing.files:
+        return [SINGLE_SHARD]
+    shards = [name for name in sorted(listing.files) if name.endswith(".safetensors") and "/" not in name]
+    if shards and INDEX in listing.files:
+        return shards
+    for name in sorted(listing.files):
+        if name.endswith(_PICKLE_SUFFIXES):
+            raise CheckpointError(refuse_pickles(model, name))
+    raise CheckpointError(f"{model} has neither {SINGLE_SHARD} nor {INDEX} at the hub: no weights to read")
+
+
+def _serves(names: Iterable[str], span: BlockSpan | None, ends: bool) -> bool:
+    """Whether any of these tensors belongs to the span, or with `ends` to no block."""
+    blocks = {block_of(name) for name in names}
+    if span is not None and not blocks.isdisjoint(range(span.start, span.stop)):
+        return True
+    return ends and None in blocks

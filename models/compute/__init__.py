@@ -1,0 +1,1 @@
+"""The forward pass: blocks, attention, KV cache, embedding and LM head."""

@@ -1,0 +1,169 @@
+"""One new token for each of several sessions, through buffers that stay where they are.
+
+On a GPU the step of a span is hundreds of small kernels, and launching them one by one takes longer than
+running them. So they are recorded once, as a CUDA graph, and replayed: for that nothing may depend on
+Python or on the host, and every buffer keeps its address. Which sessions take part and how long they are
+is therefore data: page tables and positions, from which the recorded kernels compute what to gather.
+
+Sizes are rounded up, batches and contexts to powers of two, and a step is recorded when its size first
+occurs. Rows that pad a batch repeat its last one, so what they write is what is there. Keys that pad a
+context are the cache's null slot and masked: nothing of another session is ever read.
+
+Nothing here needs CUDA but the recording; on a CPU the tests run the very same function unrecorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from p2pinfer.models.span import BlockSpan
+
+from .attention import Piece, attend_capped
+from .blocks import Blocks
+from .cache import CacheLease, PagedCache
+
+_MAX_BATCH = 32
+_MIN_CONTEXT = 256
+# Keys and values that a block gathers at once; beyond this, packed attention reads them in place.
+_MAX_GATHERED_BYTES = 1 << 30
+
+
+class PagedDecoder:
+    """Decode steps of a span, recorded by size."""
+
+    def __init__(self, blocks: Blocks, cache: PagedCache) -> None:
+        self._blocks = blocks
+        self._cache = cache
+        self._steps: dict[tuple[BlockSpan, int, int], _Step] = {}
+        # All recordings share their memory: only one of them runs at a time.
+        self._memory: Any = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
+
+    def accepts(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these are one token each of a few sessions, and there are no experts to be routed to."""
+        if self._blocks.architecture.family.experts or len(pieces) > _MAX_BATCH:
+            return False
+        batch, context = _sizes(pieces)
+        gathered = batch * context * self._cache.bytes_per_token // self._cache.num_blocks
+        sessions = {piece.lease for piece in pieces}
+        return len(sessions) == sum(piece.tokens for piece in pieces) and gathered <= _MAX_GATHERED_BYTES
+
+    def run(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
+        """Hidden states after `span`, (tokens, hidden_size), on the device; the next step overwrites them."""
+        size = (span, *_sizes(pieces))
+        step = self._steps.get(size)
+        if step is None:
+            step = self._steps[size] = _Step(self._blocks, self._cache, *size, self._memory)
+        return step.run(pieces, hidden)
+
+
+class _Step:
+    """A decode step of one size."""
+
+    def __init__(
+        self, blocks: Blocks, cache: PagedCache, span: BlockSpan, batch: int, context: int, memory: Any
+    ) -> None:
+        self._blocks = blocks
+        self._cache = cache
+        self._span = span
+        self._context = context
+        self._memory = memory
+        device, pages = cache.device, -(-context // cache.page_tokens)
+        self._hidden = torch.zeros(batch, blocks.spec.hidden_size, dtype=blocks.dtype, device=device)
+        self._positions = torch.zeros(batch, dtype=torch.long, device=device)
+        self._pages = torch.zeros(batch, pages, dtype=torch.long, device=device)
+        self._leases: list[CacheLease] = []  # whose pages these are
+        self._recording: tuple[Any, Tensor] | None = None  # a CUDA graph, and where its output will be
+
+    def run(self, pieces: Sequence[Piece], hidden: Tensor) -> Tensor:
+        self._fill(pieces, hidden)
+        if self._cache.device.type != "cuda":
+            return self._compute()[: len(pieces)]
+        return self._compute_recorded()[: len(pieces)]  # pragma: no cover -- needs a GPU
+
+    def _fill(self, pieces: Sequence[Piece], hidden: Tensor) -> None:
+        rows = [*pieces, *[pieces[-1]] * (len(self._hidden) - len(pieces))]
+        leases = [row.lease for row in rows]
+        if leases != self._leases:
+            self._pages.copy_(torch.tensor([lease.page_table(self._pages.shape[1]) for lease in leases]))
+            self._leases = leases
+        self._positions.copy_(torch.tensor([row.position for row in rows]))
+        self._hidden[: len(pieces)] = hidden
+        self._hidden[len(pieces) :] = hidden[-1]
+
+    def _compute(self) -> Tensor:
+        attention = _PagedAttention(self._blocks, self._cache, self._pages, self._positions, self._context)
+        return self._blocks.forward(self._hidden, attention, self._span)
+
+    def _compute_recorded(self) -> Tensor:  # pragma: no cover -- needs a GPU
+        if self._recording is None:
+            cuda: Any = torch.cuda
+            stream = cuda.Stream()
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
+                self._compute()  # what libraries allocate on first use must not be recorded
+            cuda.current_stream().wait_stream(stream)
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, pool=self._memory):
+                output = self._compute()
+            self._recording = graph, output
+        graph, output = self._recording
+        graph.replay()
+        return output
+
+
+class _PagedAttention:
+    """The attention of one token per row, all rows at once."""
+
+    def __init__(
+        self, blocks: Blocks, cache: PagedCache, pages: Tensor, positions: Tensor, context: int
+    ) -> None:
+        self._architecture = blocks.architecture
+        self._windows = blocks.windows
+        self._cache = cache
+        self.positions = positions
+        size = cache.page_tokens
+        token = torch.arange(context, device=cache.device)
+        slots = pages[:, token // size] * size + token % size  # (batch, context)
+        self._slots = slots.gather(1, positions[:, None])[:, 0]
+        distance = positions[:, None] - token
+        self._masks = {window: _mask(distance, window, cache.dtype) for window in set(self._windows)}
+        self._seen_slots = torch.where(distance >= 0, slots, cache.null_slot).flatten()
+
+    def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """See `Attention`."""
+        shape, batch = self._architecture, len(queries)
+        self._cache.write(block, self._slots, keys_values)
+        gathered = self._cache.gather(block, self._seen_slots)[
+            :, 0
+        ]  # (2, kv_heads, batch * context, head_dim)
+        split = gathered.view(2, shape.kv_heads, batch, -1, shape.head_dim).transpose(1, 2)
+        keys, values = split[0], split[1]  # (batch, kv_heads, context, head_dim)
+        rows = queries.view(batch, shape.kv_heads, -1, shape.head_dim)
+        mask = self._masks[self._windows[block]]
+        if shape.attention_softcap is not None:
+            output = attend_capped(rows, keys, values, mask, shape.attention_scale, shape.attention_softcap)
+        else:
+            mask = mask.expand(-1, -1, rows.shape[2], -1)
+            output = functional.scaled_dot_product_attention(
+                rows, keys, values, attn_mask=mask, scale=shape.attention_scale
+            )
+        return output.reshape(batch, -1)
+
+
+def _mask(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """(batch, 1, 1, context), from how far back each key lies."""
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[
+        :, None, None
+    ]
+
+
+def _sizes(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """The powers of two, batch and context, that hold these pieces."""
+    longest = max(piece.position for piece in pieces) + 1
+    return 1 << (len(pieces) - 1).bit_length(), max(_MIN_CONTEXT, 1 << (longest - 1).bit_length())

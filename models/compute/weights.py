@@ -1,0 +1,94 @@
+"""A checkpoint's tensors on their way into layers: checked, joined, converted, placed, accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from p2pinfer.errors import CheckpointError
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.progress import Progress
+
+from .layers import Linear, Norm
+from .target import Target
+
+
+class Weights:
+    """The tensors of a checkpoint whose names begin with `prefix`, each to be taken once.
+
+    What a checkpoint gives is ours, so a tensor that is as it should be is not copied again.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        names: frozenset[str],
+        target: Target,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+        self._left = set(names)
+        self._target = target
+        self._progress = progress
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, taken or not."""
+        return self._prefix + name in self._checkpoint.names()
+
+    def linear(
+        self, names: Sequence[str], inputs: int, outputs: Sequence[int], *, bias: bool = False
+    ) -> Linear:
+        """Several products of the same rows as one, their outputs side by side.
+
+        Args:
+            names: Of the products.
+            inputs: What a row has.
+            outputs: What a row gets from each product.
+            bias: Whether they have biases. Where none of them is stored they are zero, as in transformers.
+        """
+        sizes = list(zip(names, outputs, strict=True))
+        weight = _joined([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
+        if not (bias and any(self.has(f"{name}.bias") for name in names)):
+            return Linear(self._target.place(weight))
+        biases = _joined([self._take(f"{name}.bias", size) for name, size in sizes])
+        return Linear(self._target.place(weight), self._target.place(biases))
+
+    def norm(self, name: str, size: int, *, eps: float, offset: float = 0.0) -> Norm:
+        """A norm. A weight that is stored less an `offset` becomes float32: 1 + w needs the bits."""
+        weight = self._take(f"{name}.weight", size).float() + offset
+        return Norm(weight.to(self._target.device) if offset else self._target.place(weight), eps)
+
+    def table(self, name: str, rows: int, columns: int) -> Tensor:
+        """A plain matrix."""
+        return self._target.place(self._take(f"{name}.weight", rows, columns))
+
+    def finish(self) -> None:
+        """Nothing, if every tensor was taken.
+
+        Raises:
+            CheckpointError: Some were not, so what they are for would not be computed.
+        """
+        if self._left:
+            raise CheckpointError(
+                f"{self._checkpoint.spec.model} has the tensor {min(self._left)}, which its family "
+                f"{self._checkpoint.spec.family!r} as p2pinfer knows it does not use"
+            )
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        stored = self._checkpoint.read(self._prefix + name)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{self._prefix}{name} of {self._checkpoint.spec.model} has the shape {tuple(stored.shape)}; "
+                f"its config implies {shape}"
+            )
+        self._left.discard(self._prefix + name)
+        self._progress.advance(stored.nbytes)
+        return stored
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

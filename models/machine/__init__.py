@@ -1,0 +1,1 @@
+"""This computer: the memory and the cores that this process may use."""

@@ -1,0 +1,1 @@
+"""Comparison of a span's output with a recomputation."""

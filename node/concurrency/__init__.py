@@ -1,0 +1,1 @@
+"""Small tools for trio: nurseries in context managers, shielding, a fast lock."""

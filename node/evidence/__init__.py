@@ -1,0 +1,1 @@
+"""Evidence of finished work: its store, its exchange and its check."""

@@ -1,0 +1,1 @@
+"""The libp2p host: connections to peers and the streams on them."""

@@ -1,0 +1,440 @@
+"""A libp2p host as p2pinfer uses it: streams to peers by id, handlers for protocols, and nothing else.
+
+All addresses of a peer are raced; libp2p tries one of them, and then refuses the peer for a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import trio
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.connection_types import ConnectionType
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
+from p2pinfer.node.concurrency.shield import shielded
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.transport.addresses import (
+    CIRCUIT,
+    check_announced,
+    check_listen,
+    is_circuit,
+    parse_circuit,
+    parse_tcp,
+    without_missing_ipv6,
+)
+from p2pinfer.node.transport.circuit_stream import HOP_PROTOCOL, dial_circuit
+from p2pinfer.node.transport.counts import Counts
+from p2pinfer.node.transport.dial import innermost, race
+from p2pinfer.node.transport.gate import GATED, Gate, reason
+from p2pinfer.node.transport.guarded import StrangerMet
+from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
+from p2pinfer.node.transport.negotiate import negotiate
+from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.yamux_stream import StreamRefused
+from p2pinfer.routing.announcement import MAX_ADDRS
+
+from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
+from .library_logs import adopt_libp2p_logs
+
+__all__ = ["Host", "HostConfig", "open_host"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[PeerStream], Awaitable[None]]
+PeerCallback = Callable[[str], None]
+
+
+@asynccontextmanager
+async def open_host(identity: Identity, config: HostConfig | None = None) -> AsyncGenerator[Host]:
+    """A host that listens and dials until the block ends.
+
+    Raises:
+        AddressUnusable: An address of `config.listen` is malformed, taken, or not of this machine.
+        ConfigError: One of `config.announce` can be dialled by nobody.
+    """
+    config = config or HostConfig()
+    config = replace(config, listen=tuple(without_missing_ipv6(config.listen)))
+    check_listen(config.listen)
+    config = replace(config, announce=check_announced(config.announce, identity.peer_id))
+    adopt_libp2p_logs()
+    counts = Counts()
+    gate = Gate(config, lambda why: counts.add("refusals", why))
+    raw = new_libp2p_host(identity, config, gate, counts)
+    network: Any = raw.get_network()
+    listen = [Multiaddr(address) for address in config.listen]
+    async with open_nursery() as nursery:
+        await nursery.start(run_libp2p_host, raw, listen)
+        for address in listen:
+            if str(address) not in network.listeners:
+                raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
+        host = Host(identity, config, raw, gate, counts)
+        nursery.start_soon(gate.follow_files, host.hang_up_on_unwanted)
+        yield host
+
+
+class Host:
+    """This process as a peer among peers. Made by `open_host`."""
+
+    def __init__(
+        self, identity: Identity, config: HostConfig, libp2p_host: IHost, gate: Gate, counts: Counts
+    ) -> None:
+        self.peer_id = identity.peer_id
+        self._how_to_ask = f"ask its operator to let in {identity.peer_id}"
+        if not identity.lasting:
+            self._how_to_ask += ", which lasts as long as this process: --identity FILE keeps a name"
+        self.sign = identity.sign  # the 64-byte Ed25519 signature of some bytes
+        self.verify = verify  # (peer id, bytes, signature)
+        self.libp2p = libp2p_host
+        self.counts = counts
+        self.gate = gate
+        self._config = config
+        self._network: Any = libp2p_host.get_network()
+        self._dials: dict[str, _Dial] = {}
+        self._outside: tuple[str, ...] = ()
+        self._relays: tuple[str, ...] = ()
+        self._settle: Callable[[str], Awaitable[None]] | None = None
+        self._on_unreachable: list[Callable[[PeerUnreachable], None]] = []
+        self._watcher = _Watcher(self._network)
+        self._network.register_notifee(self._watcher)
+
+    # ------------------------------------------------------------------ who there is
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """The multiaddrs that others can dial, each with `/p2p/<peer id>`; empty if this host only dials.
+
+        Best first: those that our operator announces, those that a router or a dial-back gave us, some of the
+        machine's own, ways through relays. They are no more than fit an announcement: a machine with many
+        networks has more.
+        """
+        relayed = [f"{relay}{CIRCUIT}/p2p/{self.peer_id}" for relay in self._relays[: MAX_ADDRS // 2]]
+        return (*self.direct_addrs[: MAX_ADDRS - len(relayed)], *relayed)
+
+    @property
+    def direct_addrs(self) -> tuple[str, ...]:
+        """Those of `addrs` that lead straight here."""
+        outside = (f"{address}/p2p/{self.peer_id}" for address in (*self.announced, *self._outside))
+        return tuple(dict.fromkeys((*outside, *(str(address) for address in self.libp2p.get_addrs()))))
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """The multiaddrs this host listens on, wildcards and all, with the ports that it got."""
+        return tuple(str(each) for each in cast(Any, self.libp2p).get_transport_addrs())
+
+    @property
+    def announced(self) -> tuple[str, ...]:
+        """The multiaddrs, without a peer id, that lead here by our operator's word."""
+        return self._config.announce
+
+    def be_reached_at(self, outside: Sequence[str]) -> None:
+        """Tell others these multiaddrs, which lead here from outside, before the machine's own."""
+        self._outside = tuple(outside)
+
+    def be_reached_through(self, relays: Sequence[str]) -> None:
+        """Tell others these addresses of relays, each with `/p2p/<relay>`, that connect them with us."""
+        self._relays = tuple(relays)
+
+    def when_relayed(self, settle: Callable[[str], Awaitable[None]]) -> None:
+        """Have `settle` awaited by whoever has just connected to a peer through a relay."""
+        self._settle = settle
+
+    def connected_peers(self) -> list[str]:
+        """The peers there is a live connection to."""
+        return [str(peer) for peer in self._network.connections if self._connection_to(peer) is not None]
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
+        """How `peer_id` is connected; direct if it is both, None if it is neither."""
+        connection = self._connection(peer_id)
+        if connection is None:
+            return None
+        return "relayed" if connection.get_connection_type() == ConnectionType.RELAYED else "direct"
+
+    def remote_address(self, peer_id: str) -> tuple[str, int] | None:
+        """The IP address and port that a direct connection to `peer_id` leads to; None if there is none."""
+        connection = self._connection(peer_id)
+        return None if connection is None else connection.muxed_conn.get_remote_address()
+
+    def local_port(self, peer_id: str) -> int | None:
+        """The port that a direct connection to `peer_id` leaves from; None if there is none."""
+        connection = self._connection(peer_id)
+        if connection is None or connection.get_connection_type() == ConnectionType.RELAYED:
+            return None
+        return cast("int | None", raw_stream_of(connection).local_port)
+
+    async def dial_from(
+        self, peer_id: str, address: str, source: tuple[str, int] | None, *, responding: bool
+    ) -> None:
+        """Connect to `address`, from a given local one if two dial each other at once.
+
+        Args:
+            responding: Leave the first word of the handshake to the peer.
+
+        Raises:
+            BaseLibp2pError: There was no connection, or not with `peer_id`.
+        """
+        dial = self._network.dial_addr_as_responder if responding else self._network.dial_addr
+        await dial(Multiaddr(address), ID.from_base58(peer_id), source)
+
+    def when_connected(self, callback: PeerCallback) -> None:
+        """Have `callback` called with the id of every peer that connects, or is connected to, from now on."""
+        self._watcher.on_connected.append(callback)
+
+    def when_disconnected(self, callback: PeerCallback) -> None:
+        """Have `callback` called with the id of every peer whose last connection ends, from now on."""
+        self._watcher.on_disconnected.append(callback)
+
+    def when_unreachable(self, callback: Callable[[PeerUnreachable], None]) -> None:
+        """Have `callback` called with why a peer could not be connected to, whenever a dial fails."""
+        self._on_unreachable.append(callback)
+
+    # ------------------------------------------------------------------ streams
+
+    async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
+        """A new stream to `peer_id` that speaks `protocol`; connects first if need be.
+
+        Args:
+            addrs: Multiaddrs to reach the peer at, best first, with or without `/p2p/<peer_id>`.
+
+        Raises:
+            PeerUnreachable: No address answered, or the connection was lost meanwhile.
+            NotAdmitted: The peer does not let us in, or we do not deal with it.
+            PeerRefused: The peer does not speak `protocol`, or opens no more streams for us (code "busy").
+        """
+        await self.connect(peer_id, addrs)
+        timeout_s = self._config.stream_timeout_s
+        try:
+            with trio.fail_after(timeout_s):
+                return await _open_stream(self._connection(peer_id), protocol, peer_id)
+        except trio.TooSlowError as exc:
+            raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id) from exc
+        except StreamRefused as exc:
+            raise PeerRefused(f"peer {peer_id} opens no more streams: {exc}", peer_id, "busy") from exc
+        except BaseLibp2pError as exc:
+            self._raise_if_turned_away(peer_id)
+            raise PeerUnreachable(f"peer {peer_id} was lost while opening a stream: {exc}", peer_id) from exc
+
+    def serve(self, protocol: str, handler: Handler) -> None:
+        """Let `handler` answer every stream that a peer opens for `protocol`, in a task of its own.
+
+        The stream is closed when the handler returns, and reset when it raises. A `PeerError` is the peer's
+        own doing; any other exception is a bug of ours, and logged as such. Neither touches anything else.
+        """
+
+        async def handle(raw_stream: Any) -> None:
+            stream = PeerStream(raw_stream, str(raw_stream.muxed_conn.peer_id))
+            try:
+                await handler(stream)
+            except Exception as exc:
+                if _is_peers_fault(exc):
+                    logger.debug(
+                        "stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, innermost(exc)
+                    )
+                else:
+                    logger.exception("the handler of %s failed", protocol)
+                await stream.reset()
+            except BaseException:
+                await stream.reset()
+                raise
+            else:
+                await stream.aclose()
+
+        self.libp2p.set_stream_handler(TProtocol(protocol), handle)
+
+    def stop_serving(self, protocol: str) -> None:
+        """Refuse `protocol` from now on; streams that are open stay."""
+        self.libp2p.remove_stream_handler(TProtocol(protocol))
+
+    # ------------------------------------------------------------------ connections
+
+    async def connect(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
+        """Make sure there is a live connection to `peer_id`. Callers at the same time share one dial.
+
+        Raises:
+            PeerUnreachable: No address answered with that identity.
+            NotAdmitted: The peer does not let us in, or we do not deal with it.
+        """
+        if peer_id == self.peer_id:
+            raise PeerUnreachable("this is our own peer id; a node does not dial itself", peer_id)
+        if not is_peer_id(peer_id):
+            raise PeerUnreachable(f"{peer_id!r} is not a peer id of an Ed25519 key", peer_id)
+        if not self.gate.admits(peer_id):
+            raise NotAdmitted(f"peer {peer_id} is on our deny list, or not on our allow list", peer_id)
+        while self._connection(peer_id) is None:
+            ongoing = self._dials.get(peer_id)
+            if ongoing is None:
+                await self._dial_for_all(peer_id, addrs)
+                continue
+            await ongoing.done.wait()
+            if ongoing.error is not None and ongoing.addrs.issuperset(addrs):
+                raise type(ongoing.error)(str(ongoing.error), peer_id) from ongoing.error
+
+    async def hang_up_on_unwanted(self) -> None:
+        """End the connections of peers that the lists do not admit any more."""
+        with shielded(2):
+            async with trio.open_nursery() as nursery:
+                for peer, connections in list(self._network.connections.items()):
+                    if not self.gate.admits(str(peer)):
+                        for each in list(connections):
+                            nursery.start_soon(each.close)
+
+    async def ping(self, peer_id: str) -> float:
+        """The seconds of one round trip to a connected peer, measured by the muxer: a dozen bytes each way.
+
+        Raises:
+            PeerUnreachable: The peer is not connected, or does not answer.
+        """
+        connection = self._connection(peer_id)
+        if connection is None:
+            raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
+        try:
+            with trio.fail_after(self._config.stream_timeout_s):
+                return cast(float, await connection.muxed_conn.ping())
+        except (BaseLibp2pError, trio.TooSlowError) as exc:
+            raise PeerUnreachable(f"peer {peer_id} does not answer a ping", peer_id) from exc
+
+    def rtt_s(self, peer_id: str) -> float | None:
+        """The round trip as last measured: when the peer connected, and every half minute since."""
+        connection = self._connection(peer_id)
+        return None if connection is None else connection.muxed_conn.rtt_s or None
+
+    def _connection(self, peer_id: str) -> Any:
+        """The live connection to use for `peer_id`: a direct one if possible, else the oldest; or None."""
+        peer = libp2p_id(peer_id)
+        return None if peer is None else self._connection_to(peer)
+
+    def _connection_to(self, peer: ID) -> Any:
+        connections = self._network.connections.get(peer, [])
+        live = [each for each in connections if not (each.is_closed or each.muxed_conn.is_closed)]
+        direct = (each for each in live if each.get_connection_type() != ConnectionType.RELAYED)
+        return next(direct, live[0] if live else None)
+
+    async def _dial_for_all(self, peer_id: str, addrs: Sequence[str]) -> None:
+        """Dial, while others who want the same peer wait for the outcome."""
+        dial = self._dials[peer_id] = _Dial(frozenset(addrs))
+        try:
+            await self._dial(peer_id, list(dict.fromkeys(addrs)))
+        except PeerUnreachable as exc:
+            dial.error = exc
+            for callback in self._on_unreachable if addrs else ():
+                callback(exc)
+            raise
+        finally:
+            del self._dials[peer_id]
+            dial.done.set()
+
+    async def _dial(self, peer_id: str, addrs: Sequence[str]) -> None:
+        if not addrs:
+            raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
+        target = ID.from_base58(peer_id)
+
+        async def attempt(address: str) -> None:
+            if is_circuit(address):
+                relay_addr, relay_id, named = parse_circuit(address)
+                _check_named(named, peer_id)
+                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr])
+                await dial_circuit(self._network, stream, relay_addr, peer_id)
+            else:
+                protocol, host, port, named = parse_tcp(address)
+                _check_named(named, peer_id)
+                await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
+
+        self._network.unblock_peer(target)
+        errors: dict[str, Exception] = {}
+        with trio.move_on_after(self._config.dial_timeout_s):
+            await race(
+                [address for address in addrs if not is_circuit(address)],
+                attempt,
+                self._config.dial_stagger_s,
+                errors,
+                detours=[address for address in addrs if is_circuit(address)],
+                head_start_s=self._config.relay_head_start_s,
+            )
+        kind = self.connection_kind(peer_id)
+        if kind == "relayed" and self._settle is not None:
+            await self._settle(peer_id)
+        elif kind is None:
+            self._raise_if_turned_away(peer_id)
+            silent = f"no answer within {self._config.dial_timeout_s:g} s"
+            tried = "; ".join(
+                f"{address}: {innermost(errors[address]) if address in errors else silent}"
+                for address in addrs
+            )
+            strangers = any(_is_stranger(error) for error in errors.values())
+            error_type = NotAdmitted if strangers else PeerUnreachable
+            raise error_type(f"peer {peer_id} cannot be reached: {tried}", peer_id)
+
+    def _raise_if_turned_away(self, peer_id: str) -> None:
+        if self.gate.has_turned_us_away(peer_id):
+            raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
+
+
+def _is_stranger(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, StrangerMet) or _is_stranger(error.__cause__))
+
+
+class _Dial:
+    """A dial under way, and how it ended."""
+
+    def __init__(self, addrs: frozenset[str]) -> None:
+        self.addrs = addrs
+        self.done = trio.Event()
+        self.error: PeerUnreachable | None = None
+
+
+class _Watcher(INotifee):
+    """Turns libp2p's notice of each connection into one of each peer."""
+
+    def __init__(self, network: Any) -> None:
+        self.on_connected: list[PeerCallback] = []
+        self.on_disconnected: list[PeerCallback] = []
+        self._network = network
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        if len(self._network.connections.get(conn.muxed_conn.peer_id, [])) == 1:
+            for callback in self.on_connected:
+                callback(str(conn.muxed_conn.peer_id))
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        if conn.muxed_conn.peer_id not in self._network.connections:
+            for callback in self.on_disconnected:
+                callback(str(conn.muxed_conn.peer_id))
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+
+async def _open_stream(connection: Any, protocol: str, peer_id: str) -> PeerStream:
+    stream = await connection.new_stream()
+    try:
+        await negotiate(stream.muxed_stream, protocol, peer_id)
+    except BaseException:
+        await PeerStream(stream, peer_id).reset()
+        raise
+    stream.set_protocol(TProtocol(protocol))
+    return PeerStream(stream, peer_id)
+
+
+def _check_named(named: str, peer_id: str) -> None:
+    if named not in ("", peer_id):
+        raise ValueError(f"that is peer {named}")
+
+
+def _is_peers_fault(exc: Exception) -> bool:
+    if isinstance(exc, ExceptionGroup):
+        return exc.split(PeerError)[1] is None
+    return isinstance(exc, PeerError)

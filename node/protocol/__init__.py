@@ -1,0 +1,1 @@
+"""Messages of a session, their frames and tensors, and the link between two hops."""

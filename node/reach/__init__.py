@@ -1,0 +1,1 @@
+"""Connections across routers: reachability, port mapping, hole punching, relays."""

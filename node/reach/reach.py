@@ -1,0 +1,436 @@
+"""How this host is reached: finds out what it is, asks the router, keeps relays, punches, relays for others.
+
+In order of preference: a public address; a port of the router's, by UPnP; a hole punched when a peer comes
+through a relay; the relay. All of it goes on while the host runs, since routers restart and laptops move.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import PeerError
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
+from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.tcp import share_port
+from p2pinfer.routing.announcement import Announcement
+
+from .circuit import serve_circuits
+from .dialback import MAX_PORTS, ask, serve_dialback
+from .door import keep_open
+from .punch import Puncher
+from .reachability import (
+    Observation,
+    Reachability,
+    classify,
+    describe,
+    is_global,
+    is_refuted,
+    with_announced,
+)
+from .relay import Relay, RelayUse
+from .relay_config import RelayConfig
+from .relays import RelayCandidate, RelayKeeper
+from .upnp import Mapping, NoMapping, open_mapping
+
+logger = logging.getLogger(__name__)
+
+MAX_OBSERVERS: Final = 4  # peers outside the local network that are asked at a time
+MAX_ASKED: Final = 32  # peers that are asked in one round, whatever they say
+LOOK_AGAIN_S: Final = 300.0  # between rounds when nothing happens
+SETTLE_S: Final = 0.2  # after a connection, for the others that come with it
+TOGETHER_S: Final = 0.3  # changes that come within this time are told of at once
+LEAVE_RELAY_S: Final = 1.0  # between looks whether a relayed peer can be reached as it is
+STRAIGHT_S: Final = 3.0  # for a dial to such a peer
+MAX_PUNCHED: Final = 256  # peers whose last attempt is remembered
+
+
+@dataclass(frozen=True, slots=True)
+class ReachStatus:
+    """All of it at one moment, for `p2pinfer doctor` and whoever runs a node."""
+
+    reachability: Reachability
+    upnp: str  # one line
+    relays: tuple[str, ...]  # that carry connections to us
+    punched: tuple[str, ...]  # peers a hole was punched to
+    relayed: tuple[str, ...]  # peers it was not
+    carried: RelayUse | None  # what we carry for others; None: we do not
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known at the moment."""
+
+    observations: dict[str, Observation] = field(default_factory=dict[str, Observation])
+    asked: set[str] = field(default_factory=set[str])
+
+
+class Reach:
+    """How one host is reached. Made by `open_reach`."""
+
+    def __init__(
+        self,
+        host: Host,
+        config: HostConfig,
+        relay_config: RelayConfig | None,
+        announcements: Callable[[], Sequence[Announcement]],
+    ) -> None:
+        self.reachability = with_announced(Reachability(), host.announced)
+        self.known = trio.Event()  # set once somebody outside has looked and UPnP was tried
+        self._host = host
+        self._config = config
+        self._announcements = announcements
+        self._seen = _Seen()
+        self._upnp = "not tried"
+        self._mapping: Mapping | None = None
+        self._news = trio.Event()
+        self._changed = trio.Event()
+        self._listeners: list[Callable[[], None]] = []
+        self._punched: dict[str, bool] = {}
+        self._door_wanted = trio.Event()
+        self._reserved_ports = [] if host.listening else _reserve_ports()
+        self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
+        self._puncher = Puncher(
+            host,
+            self._meeting_points,
+            self._source,
+            self._let_in,
+            wait_s=config.punch_wait_s,
+            on_end=self._note_punch,
+        )
+        self._relay = Relay(host, relay_config, self._may_relay) if relay_config else None
+        host.when_connected(lambda _: self._look())
+        host.when_disconnected(self._note_loss)
+
+    @property
+    def status(self) -> ReachStatus:
+        """What is known at the moment."""
+        return ReachStatus(
+            self.reachability,
+            self._upnp,
+            self._keeper.relays,
+            tuple(peer_id for peer_id, direct in self._punched.items() if direct),
+            tuple(peer_id for peer_id, direct in self._punched.items() if not direct),
+            self._relay.use if self._relay else None,
+        )
+
+    def needs(self, peer_id: str) -> bool:
+        """Whether we are reached through this peer, or it through us."""
+        return peer_id in self._keeper.relays or (self._relay is not None and self._relay.serves(peer_id))
+
+    @contextmanager
+    def telling(self, callback: Callable[[], None]) -> Generator[None]:
+        """Have `callback` called whenever our addresses, or what we are, have changed, inside the block."""
+        self._listeners.append(callback)
+        try:
+            yield
+        finally:
+            self._listeners.remove(callback)
+
+    async def serve(self) -> None:
+        """Go on until cancelled."""
+        serve_dialback(self._host)
+        if self._config.punch:
+            self._puncher.register()
+        serve_circuits(self._host, self._puncher.arrived if self._config.punch else _ignore)
+        if self._relay:
+            self._relay.register()
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._keep_telling)
+                if self._config.relays and self._host.listening:
+                    nursery.start_soon(self._keeper.serve)
+                nursery.start_soon(self._keep_mapping)
+                nursery.start_soon(self._keep_door)
+                nursery.start_soon(self._leave_relays)
+                await self._keep_looking()
+        finally:
+            for reserved in self._reserved_ports:
+                reserved.close()
+
+    # ------------------------------------------------------------------ what we are
+
+    async def _keep_looking(self) -> None:
+        """Ask whoever connects, and everybody again from time to time."""
+        while True:
+            news = self._news
+            await trio.sleep(SETTLE_S)
+            await self._ask_around()
+            with trio.move_on_after(LOOK_AGAIN_S) as patience:
+                await news.wait()
+            if patience.cancelled_caught:
+                self._seen = _Seen()
+
+    async def _ask_around(self) -> None:
+        outside = [each for each in self._seen.observations.values() if is_global(each.seen_ip)]
+        wanted = MAX_OBSERVERS - len(outside)
+        fresh = [peer for peer in self._host.connected_peers() if peer not in self._seen.asked]
+        fresh = [peer for peer in fresh if self._host.connection_kind(peer) == "direct"]
+        if wanted > 0 and fresh and len(self._seen.asked) < MAX_ASKED:
+            async with trio.open_nursery() as nursery:
+                for peer_id in random.sample(fresh, min(wanted, len(fresh))):
+                    self._seen.asked.add(peer_id)
+                    nursery.start_soon(self._ask, peer_id)
+            self._conclude()
+            self._look()  # there may be more
+
+    async def _ask(self, peer_id: str) -> None:
+        # A question has room for a few ports; those that are meant for the outside come first.
+        ports = [parse_tcp(address)[2] for address in (*self._host.announced, *self._host.listening)]
+        if self._door_wanted.is_set():
+            ports += [reserved.getsockname()[1] for reserved in self._reserved_ports]
+        if self._mapping:
+            ports.append(self._mapping.port)
+        try:
+            self._seen.observations[peer_id] = await ask(
+                self._host, peer_id, tuple(dict.fromkeys(ports))[:MAX_PORTS]
+            )
+        except PeerError as exc:
+            logger.debug("reach.unseen peer=%s why=%s", peer_id, exc)
+
+    def _conclude(self) -> None:
+        own = {*machine_addresses("ip4"), *machine_addresses("ip6")}
+        seen = classify(self._seen.observations.values(), own)
+        before, now = self.reachability, with_announced(seen, self._host.announced)
+        self.reachability = now
+        if now.kind != "unknown" and (now.kind != "private" or not self._may_map()):
+            self.known.set()
+        if (now.kind, now.nat, now.addrs) != (before.kind, before.nat, before.addrs):
+            logger.info("%s", describe(now))
+            if is_refuted(seen, self._host.announced):
+                logger.warning(
+                    "no peer outside gets through to %s: is that port forwarded to the one listened on?",
+                    ", ".join(self._host.announced),
+                )
+            self._host.be_reached_at(now.addrs)
+            self._keeper.look_again()
+            self._note_change()
+
+    async def _keep_telling(self) -> None:
+        """Tell of changes, those that come together at once."""
+        while True:
+            await self._changed.wait()
+            await trio.sleep(TOGETHER_S)
+            self._changed = trio.Event()
+            for listener in list(self._listeners):
+                listener()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    def _look(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    def _note_loss(self, peer_id: str) -> None:
+        self._seen.asked.discard(peer_id)  # when it comes again, it may see us elsewhere
+
+    # ------------------------------------------------------------------ the router
+
+    def _may_map(self) -> bool:
+        """Whether UPnP has still to be tried. For a client only once a peer cannot be met otherwise."""
+        wanted = bool(self._host.listening) or self._door_wanted.is_set()
+        return self._config.upnp and wanted and self._upnp == "not tried"
+
+    async def _keep_mapping(self) -> None:
+        """Once we turn out to be behind a router, ask it for a port, and see if that helps."""
+        while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
+            await self._next_change()
+        if not self._host.listening:
+            await self._door_wanted.wait()
+        inside = self._source(False)
+        if not (inside and self._may_map()):
+            return
+        try:
+            async with open_mapping(inside[1]) as mapping:
+                self._mapping = mapping
+                self._upnp = f"the router maps its port {mapping.port} at {mapping.ip} to this node"
+                self._seen = _Seen()
+                await self._ask_around()
+                if self.reachability.kind == "private":
+                    self._upnp += ", but that is not seen from outside: there is another router behind it"
+                self.known.set()
+                await trio.sleep_forever()
+        except NoMapping as exc:
+            self._upnp = str(exc)
+            logger.debug("reach.no_mapping why=%s", exc)
+            self.known.set()
+        finally:
+            self._mapping = None
+
+    async def _next_change(self) -> None:
+        changed = trio.Event()
+        with self.telling(changed.set):
+            await changed.wait()
+
+    async def _keep_door(self) -> None:
+        """Let peers in at a client's port once one of them cannot be met in another way."""
+        await self._door_wanted.wait()
+        async with trio.open_nursery() as nursery:
+            for reserved in self._reserved_ports:
+                ip, port, *_ = reserved.getsockname()
+                await nursery.start(keep_open, self._host, ip, port)
+            self._seen = _Seen()
+            self._look()
+
+    def _let_in(self) -> bool:
+        """Make ourselves as reachable as can be, now that somebody has to dial us."""
+        self._door_wanted.set()
+        return self._is_reachable() or self.reachability.nat in ("firewall", "none")
+
+    # ------------------------------------------------------------------ relays
+
+    def _is_reachable(self) -> bool:
+        return self.reachability.kind in ("public", "mapped")
+
+    def _may_relay(self, stream: PeerStream) -> bool:
+        """Whether a place here is worth anything: we can be reached, or its taker at least has reached us."""
+        unknown = self.reachability.kind == "unknown"
+        return self._is_reachable() or (unknown and stream.is_inbound)
+
+    def _relay_candidates(self) -> list[RelayCandidate]:
+        """Peers outside our router, if we are behind one: those that have seen us, then announced ones."""
+        if self.reachability.kind != "private":
+            return []
+        found = {
+            each.peer_id: RelayCandidate(each.peer_id, (_tcp(remote),))
+            for each in self._seen.observations.values()
+            if is_global(each.seen_ip) and each.local_port is not None
+            if (remote := self._host.remote_address(each.peer_id)) is not None
+        }
+        observers = random.sample(list(found.values()), len(found))
+        announced = [
+            RelayCandidate(peer.peer_id, addrs)
+            for peer in self._announcements()
+            if peer.reachability in ("public", "mapped") and peer.peer_id not in {self._host.peer_id, *found}
+            if (addrs := _global_addrs(peer.addrs))
+        ]
+        return observers + random.sample(announced, len(announced))
+
+    async def _leave_relays(self) -> None:
+        """Dial peers that we have through a relay only, once they announce that they can be reached.
+
+        A router may take seconds to map a port, and who came through a relay before would stay there.
+        """
+        tried: dict[str, int] = {}  # by peer, the announcement that was of no use
+        while True:
+            await trio.sleep(LEAVE_RELAY_S)
+            relayed = {
+                peer for peer in self._host.connected_peers() if self._host.connection_kind(peer) == "relayed"
+            }
+            tried = {peer: sequence for peer, sequence in tried.items() if peer in relayed}
+            for peer in self._announcements() if relayed else ():
+                reachable = peer.reachability in ("public", "mapped") and peer.peer_id in relayed
+                if reachable and tried.get(peer.peer_id) != peer.sequence:
+                    tried[peer.peer_id] = peer.sequence
+                    await self._dial_straight(peer.peer_id, _global_addrs(peer.addrs))
+
+    async def _dial_straight(self, peer_id: str, addrs: Sequence[str]) -> None:
+        for address in addrs:
+            with trio.move_on_after(STRAIGHT_S):
+                try:
+                    await self._host.dial_from(peer_id, address, None, responding=False)
+                    return
+                except Exception as exc:  # whatever it is, it is this address's trouble
+                    logger.debug("reach.not_straight peer=%s address=%s why=%r", peer_id, address, exc)
+
+    # ------------------------------------------------------------------ punching
+
+    def _meeting_points(self) -> list[str]:
+        """Where somebody who dials at the same moment as we do meets us."""
+        seen = self.reachability
+        if self._is_reachable():
+            return [address for address in seen.addrs if address.startswith(("/ip4/", "/ip6/"))]
+        if seen.nat not in ("port-preserving", "firewall", "none"):
+            return []
+        sources = [(ip, self._source(":" in ip)) for ip in seen.outside_ips]
+        return [_tcp((ip, source[1])) for ip, source in sources if source is not None]
+
+    def _source(self, six: bool) -> tuple[str, int] | None:
+        """The address and port to dial from."""
+        family = socket.AF_INET6 if six else socket.AF_INET
+        for reserved in self._reserved_ports:
+            if reserved.family == family:
+                ip, port, *_ = reserved.getsockname()
+                return str(ip), int(port)
+        for address in self._host.listening:
+            protocol, ip, port, _ = parse_tcp(address)
+            if (protocol == "ip6") == six:
+                return ip, port
+        return None
+
+    def _note_punch(self, peer_id: str, direct: bool) -> None:
+        self._punched.pop(peer_id, None)
+        self._punched[peer_id] = direct
+        if len(self._punched) > MAX_PUNCHED:
+            del self._punched[next(iter(self._punched))]
+
+
+@asynccontextmanager
+async def open_reach(
+    host: Host,
+    config: HostConfig,
+    relay_config: RelayConfig | None,
+    announcements: Callable[[], Sequence[Announcement]],
+) -> AsyncGenerator[Reach]:
+    """Be reached as well as the network allows until the block ends.
+
+    Args:
+        relay_config: None: carry nothing for others.
+        announcements: Gives all that is known of who serves what: some of them relay.
+    """
+    relays = relay_config is not None and relay_config.granted_bytes_per_s > 0
+    reach = Reach(host, config, relay_config if relays else None, announcements)
+    async with open_nursery() as nursery:
+        nursery.start_soon(reach.serve)
+        yield reach
+
+
+async def _ignore(peer_id: str) -> None:
+    await trio.sleep_forever()
+
+
+def _reserve_ports() -> list[socket.socket]:
+    """Ports that a host which does not listen can be met at, IPv4 and IPv6."""
+    reserved: list[socket.socket] = []
+    for family, wildcard in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # this system has no IPv6
+            continue
+        share_port(sock)
+        try:
+            sock.bind((wildcard, 0))
+        except OSError:
+            sock.close()
+        else:
+            reserved.append(sock)
+    return reserved
+
+
+def _global_addrs(addrs: Sequence[str]) -> tuple[str, ...]:
+    """Those of a peer's announced addresses that mean something to everybody, without the peer's id."""
+    found: list[str] = []
+    for address in addrs:
+        try:
+            protocol, host, port, _ = parse_tcp(address)
+        except ValueError:  # through a relay, or nonsense
+            continue
+        if protocol in ("ip4", "ip6") and is_global(host):
+            found.append(f"/{protocol}/{host}/tcp/{port}")
+    return tuple(found)
+
+
+def _tcp(address: tuple[str, int]) -> str:
+    ip, port = address
+    return f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}"

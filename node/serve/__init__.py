@@ -1,0 +1,1 @@
+"""The serving side: admission, sessions, batching, receipts, announcements."""

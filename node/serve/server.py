@@ -1,0 +1,372 @@
+"""Answers sessions on this node's span: who gets in, who may feed whom, and how it ends.
+
+A client opens one session stream to every hop of its route, all at once. Each hop reserves cache, dials its
+successor with a chain stream, and says `Opened` when that successor has let it attach; so when all hops have
+answered the whole chain stands, after one round trip and one dial. A session lives as long as its session
+stream. It ends when the client says so or is gone, when its lease runs out, or when a peer breaks protocol;
+whatever ends it touches no other session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import CacheFull, PeerVanished, ProtocolViolation
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.cache import CacheLease, PagedCache
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
+from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.frames import FrameStream, Pace
+from p2pinfer.node.protocol.replay import ReplayBudget, ReplayLog
+from p2pinfer.node.protocol.tensors import row_bytes
+from p2pinfer.node.protocol.wire import (
+    CHAIN_PROTOCOL,
+    SESSION_PROTOCOL,
+    Alive,
+    Attach,
+    Attached,
+    End,
+    Message,
+    Move,
+    Open,
+    Opened,
+    Probe,
+    Refused,
+    SessionId,
+    Step,
+    printable,
+)
+from p2pinfer.node.transport.stream import PeerStream
+
+from .control import SessionControl, ending
+from .hop import HopSession, Refusal
+from .notary import Notary
+from .shares import exceeds_share, left_of_share
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
+_FREED_S: Final = 0.25  # for a client's former sessions to be out, before it is told that there is no room
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """What this node computes, for admission to check against."""
+
+    spec: ModelSpec
+    span: BlockSpan
+    dtype: str
+    cache: PagedCache
+    worker: Worker
+
+
+class SpanServer:
+    """Serves one span to any number of sessions. Call `register` once the span is loaded."""
+
+    def __init__(
+        self,
+        host: Host,
+        served: ServedSpan,
+        config: ServeConfig,
+        report: Callable[[Event], None],
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        evidence: EvidenceStore,
+    ) -> None:
+        self._host = host
+        self._served = served
+        self._config = config
+        self._report = report
+        self._on_change = on_change
+        self._replay_budget = ReplayBudget(config.replay_bytes)
+        self._evidence = evidence  # it outlives a span: who moved still answers for what it did
+        self._sessions: dict[SessionId, HopSession] = {}
+        self._changed = trio.Event()  # set, and replaced, whenever a session begins, ends or expects another
+        self._leaving = False
+        self._pace = Pace(config.frame_timeout_s, config.min_bytes_per_s)
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes that sessions have reserved for replay logs."""
+        return self._replay_budget.reserved_bytes
+
+    def register(self) -> None:
+        """Answer both protocols from now on."""
+        self._host.serve(SESSION_PROTOCOL, self._answer_client)
+        self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor)
+
+    def unregister(self) -> None:
+        """Answer no more streams; those that are open stay."""
+        self._host.stop_serving(SESSION_PROTOCOL)
+        self._host.stop_serving(CHAIN_PROTOCOL)
+
+    def refuse_newcomers(self) -> None:
+        """Let nobody in any more; sessions that run go on."""
+        self._leaving = True
+
+    async def drain(self, within_s: float) -> None:
+        """Have the clients of all sessions go on elsewhere; returns when they have, or the time is over."""
+        self.refuse_newcomers()
+        with trio.move_on_after(within_s):
+            async with trio.open_nursery() as nursery:
+                for session in self._sessions.values():
+                    nursery.start_soon(session.say_leaving, within_s)
+            while self._sessions:
+                await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ------------------------------------------------------------------ the client's stream
+
+    async def _answer_client(self, stream: PeerStream) -> None:
+        control = self._frames(stream)
+        async with aclosing(stream):
+            opening = await self._first_message(control)
+            if isinstance(opening, Move):
+                await self._move_client(opening, control)
+                return
+            if why := self._host.gate.refuses(stream.peer_id, "clients"):
+                await self._turn_away(control, Refused("no_session", _not_a_client(stream.peer_id, why)))
+                return
+            if not isinstance(opening, Open):
+                raise ProtocolViolation(
+                    f"a session stream begins with {type(opening).__name__}", stream.peer_id
+                )
+            try:
+                session = await self._admit_when_freed(opening, stream.peer_id, control)
+            except Refusal as refusal:
+                self._host.counts.add("refusals", refusal.code)
+                self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
+                said = Refused(refusal.code, printable(str(refusal)), fits=refusal.fits)
+                await self._turn_away(control, said)
+                return
+            control.max_payload_bytes = self._largest_payload
+            await self._run(session)
+
+    async def _move_client(self, move: Move, control: FrameStream) -> None:
+        """Let a client go on with its session on this stream, a direct one most likely."""
+        session = self._sessions.get(move.session)
+        if session is None or session.client_id != control.peer_id:
+            await self._turn_away(control, Refused("no_session", "you have no such session here"))
+            return
+        control.max_payload_bytes = self._largest_payload
+        await session.go_on_at(control)
+
+    async def _turn_away(self, control: FrameStream, refused: Refused) -> None:
+        with trio.move_on_after(_FAREWELL_S):
+            await control.send(refused)
+            await control.end()
+
+    async def _admit_when_freed(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
+        """Let a client in; if there is no room, once more when its sessions that end are out.
+
+        A client whose text needs more room ends its session and opens a larger one at once. Which of the two
+        we read first is chance, and pages come back through the worker's thread.
+        """
+        try:
+            return self._admit(opening, client_id, control)
+        except Refusal as refusal:
+            if refusal.code not in ("cache_full", "over_share"):
+                raise
+        with trio.move_on_after(_FREED_S):
+            while any(session.client_id == client_id for session in self._sessions.values()):
+                await self._changed.wait()
+            await self._served.worker.released()
+        return self._admit(opening, client_id, control)
+
+    def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
+        served, config = self._served, self._config
+        if self._leaving:
+            raise Refusal("leaving", "this node is shutting down")
+        if opening.revision != served.spec.revision:
+            raise Refusal("wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})")
+        if not (served.span.start <= opening.start < opening.stop <= served.span.stop):
+            raise Refusal("wrong_span", f"this node holds blocks {served.span}")
+        if opening.session in self._sessions:
+            raise Refusal("busy", "this session is already open")
+        if len(self._sessions) >= config.max_sessions:
+            raise Refusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
+        theirs = [session for session in self._sessions.values() if session.client_id == client_id]
+        if len(theirs) >= config.max_sessions_per_client:
+            raise Refusal("busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit")
+        hidden_size = served.spec.hidden_size
+        lease = self._reserve_cache(opening, sum(session.reserved_tokens for session in theirs))
+        try:
+            replay = self._reserve_replay(opening, sum(session.reserved_replay_bytes for session in theirs))
+        except Refusal:
+            lease.release()
+            raise
+        session = HopSession(
+            opening,
+            client_id,
+            control,
+            hidden_size=hidden_size,
+            lease=lease,
+            replay=replay,
+            worker=served.worker,
+            config=config,
+            notary=Notary(opening, served.dtype, self._host.sign),
+            evidence=self._evidence,
+        )
+        self._sessions[opening.session] = session
+        self._notify()
+        self._host.counts.add("sessions_opened")
+        blocks = (opening.start, opening.stop)
+        self._report(SessionOpened(client_id, blocks, opening.max_tokens, self.sessions))
+        self._on_change()
+        return session
+
+    def _reserve_cache(self, opening: Open, held: int) -> CacheLease:
+        """`held` is what other sessions of the same client have reserved, in tokens."""
+        cache, share = self._served.cache, self._config.client_share
+        fits = left_of_share(held, cache.free_tokens, share) // cache.page_tokens * cache.page_tokens
+        try:
+            lease = cache.reserve(opening.max_tokens)
+        except CacheFull as exc:
+            most = left_of_share(0, cache.capacity_tokens, share)
+            never = f"; it could never have more than {most}" if opening.max_tokens > most else ""
+            raise Refusal("cache_full", f"{exc}, one of {fits} would{never}", fits=fits) from exc
+        if exceeds_share(held + lease.max_tokens, cache.free_tokens, share):
+            lease.release()
+            raise Refusal(
+                "over_share",
+                f"you hold {held} tokens of the cache, {cache.free_tokens} are free, and "
+                f"{opening.max_tokens} more would be over one client's share; {fits} would not",
+                fits=fits,
+            )
+        return lease
+
+    def _reserve_replay(self, opening: Open, held: int) -> ReplayLog | None:
+        """None on the last hop, which has nobody to replay to; `held` as above, in bytes."""
+        config, budget = self._config, self._replay_budget
+        if opening.successor is None:
+            return None
+        row = row_bytes(self._served.spec.hidden_size, opening.codec)
+        size = min(opening.max_tokens * row, config.replay_bytes_per_session)
+        fits = left_of_share(held, budget.free_bytes, config.client_share) // row
+        try:
+            replay = ReplayLog(budget, size)
+        except CacheFull as exc:
+            raise Refusal("cache_full", str(exc), fits=fits) from exc
+        if exceeds_share(held + size, budget.free_bytes, config.client_share):
+            replay.release()
+            problem = f"{size} more bytes of replay log would be over one client's share"
+            raise Refusal("over_share", problem, fits=fits)
+        return replay
+
+    async def _run(self, session: HopSession) -> None:
+        """Everything between a session's admission and its end."""
+        try:
+            await SessionControl(session, self._host, self._config, self._opened(), self._notify).run()
+        finally:
+            session.close()
+            del self._sessions[session.opening.session]
+            self._notify()
+            reason = str(session.ended_by) if session.ended_by else "done"
+            if session.ended_by is not None:
+                self._host.counts.add("refusals", session.ended_by.code)
+            self._report(SessionClosed(session.client_id, session.tokens_computed, reason, self.sessions))
+            self._on_change()
+        # The session is over, whether its client listens or not.
+        with trio.move_on_after(_FAREWELL_S):
+            if session.ended_by is not None:
+                refusal = session.ended_by
+                with suppress(PeerVanished):
+                    await session.refuse(refusal.code, str(refusal), refusal.about_peer)
+            await session.control.end()
+        session.leave()
+
+    def _opened(self) -> Opened:
+        config = self._config
+        return Opened(
+            self._served.dtype,
+            config.max_chunk_tokens,
+            config.max_steps_in_flight,
+            config.max_bytes_in_flight,
+        )
+
+    # ------------------------------------------------------------------ the predecessor's stream
+
+    async def _answer_predecessor(self, stream: PeerStream) -> None:
+        chain = self._frames(stream)
+        async with aclosing(stream):
+            attach = await self._first_message(chain)
+            if not isinstance(attach, Attach):
+                raise ProtocolViolation(f"a chain stream begins with {type(attach).__name__}", stream.peer_id)
+            unwanted = self._host.gate.refuses(stream.peer_id, "nodes")
+            session = None if unwanted else await self._await_session(attach.session, stream.peer_id)
+            if session is None:
+                await chain.send(Refused("no_session", "no session here expects you as its predecessor"))
+                await chain.end()
+                return
+            chain.max_payload_bytes = self._largest_payload
+            with session.scope(), session.predecessors.feeding(stream.peer_id), ending(session):
+                await chain.send(Attached())
+                await self._read_chain(session, chain)
+            with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
+                await chain.end()  # so that it is no broken stream to the predecessor
+
+    async def _read_chain(self, session: HopSession, chain: FrameStream) -> None:
+        while True:
+            message, payload = await chain.receive()
+            match message:
+                case Step():
+                    session.accept(message, payload, chain)
+                case Probe():
+                    await chain.send(Alive(message.number))
+                case End():
+                    return
+                case _:
+                    raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
+
+    async def _await_session(self, session_id: SessionId, peer_id: str) -> HopSession | None:
+        """The session of that id that expects the peer; the client's own word may still be on its way."""
+        with trio.move_on_after(self._config.handshake_timeout_s):
+            while True:
+                changed = self._changed
+                session = self._sessions.get(session_id)
+                if session is not None and session.predecessors.expects(peer_id):
+                    return session
+                await changed.wait()
+        return None
+
+    # ------------------------------------------------------------------ both
+
+    @property
+    def _largest_payload(self) -> int:
+        return self._config.max_chunk_tokens * row_bytes(self._served.spec.hidden_size, "float32")
+
+    def _frames(self, stream: PeerStream) -> FrameStream:
+        """Frames without payloads: who has not been let in cannot make us hold megabytes a stream."""
+        return FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id, pace=self._pace)
+
+    async def _first_message(self, frames: FrameStream) -> Message:
+        with trio.move_on_after(self._config.handshake_timeout_s):
+            message, _ = await frames.receive()
+            return message
+        raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
+
+
+def _not_a_client(peer_id: str, why: str) -> str:
+    """What a client that the lists shut out is told. It may be of any version: how to ask stands in here."""
+    return (
+        f"this node does not serve client {peer_id}: {why}; ask its operator to add that id, "
+        "which a client keeps by --identity FILE and otherwise changes at every start"
+    )

@@ -1,0 +1,123 @@
+"""How much a node can hold, and how fast it is: measured here, since nobody else can know."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import torch
+
+from p2pinfer.errors import LocalError, OutOfMemory
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.layers import Linear
+from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.compute.target import Target, choose_target
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.machine.memory import FreeMemory, free_on, refusals_named
+from p2pinfer.models.span import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_SHARE: Final = (
+    0.6  # of free memory that weights may take; the rest is for cache, others and surprises
+)
+_PROBE_RUNS: Final = 5
+_DECODE_STEPS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a node could serve of a model."""
+
+    blocks: int  # that fit, cache and head room included
+    tokens_per_s_per_block: float  # decode speed if it held one block
+    memory: FreeMemory  # that this was reckoned with
+
+
+def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
+    """How many blocks of a model fit this machine's free memory, and how fast one of them would be.
+
+    Decoding reads every weight once a token, so one product with a matrix of a block's size tells the speed
+    before a weight is fetched.
+
+    Raises:
+        ConfigError: The device or dtype asked for is not to be had.
+        LocalError: Not even one block fits.
+    """
+    target = choose_target(config, spec.dtype)
+    block_bytes = spec.block_parameters * target.dtype.itemsize
+    free = free_on(target.device)
+    blocks = min(int(free.bytes * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
+    if blocks < 1:
+        raise LocalError(
+            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB, and on {target.device} {free}: "
+            "free some memory, raise the limit if there is one, or serve a smaller model"
+        )
+    with refusals_named(f"a block of {spec.model}", target.device, "free some memory, or raise the limit"):
+        seconds = _block_seconds(spec, target)
+    return Capacity(blocks, 1 / seconds, free)
+
+
+def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
+    """Nothing, if the weights of `span`, which somebody asked for, can be held.
+
+    What the machine is short of it can swap, slowly; behind a limit a process is killed without a word.
+
+    Raises:
+        ConfigError: The device or dtype asked for is not to be had.
+        OutOfMemory: They exceed what a limit or a card leaves.
+    """
+    target = choose_target(config, spec.dtype)
+    block_bytes = spec.block_parameters * target.dtype.itemsize
+    free = free_on(target.device)
+    if len(span) * block_bytes <= free.bytes:
+        return
+    said = f"blocks {span} of {spec.model} take {len(span) * block_bytes / 2**30:.1f} GiB, and {free}"
+    if free.limit_bytes is None and target.device.type == "cpu":
+        logger.warning("%s: the computer will swap, or refuse", said)
+        return
+    fit = int(free.bytes * WEIGHTS_SHARE / block_bytes)
+    advice = f"ask for {fit} blocks or fewer" if fit else "not even one block would fit"
+    raise OutOfMemory(f"{said}: {advice}, or raise the limit")
+
+
+def measure_speed(runner: SpanRunner) -> float:
+    """Decoded tokens per second through the whole span, one session at a time."""
+    return 1 / max(median(time_steps(runner)), 1e-9)
+
+
+def time_steps(runner: SpanRunner) -> list[float]:
+    """The seconds of some steps of one token through the whole span, warmed up.
+
+    Raises:
+        CacheFull: The cache has no room for them.
+    """
+    hidden = torch.zeros(1, runner.spec.hidden_size)
+    lease = runner.cache.reserve(_DECODE_STEPS)
+    try:
+        seconds = [_timed(runner, Chunk(lease, position, hidden)) for position in range(_DECODE_STEPS)]
+    finally:
+        lease.release()
+    return seconds[1:]
+
+
+def _timed(runner: SpanRunner, chunk: Chunk) -> float:
+    started = time.perf_counter()
+    runner.run([chunk])
+    return time.perf_counter() - started
+
+
+def _block_seconds(spec: ModelSpec, target: Target) -> float:
+    rows = max(1, spec.block_parameters // spec.hidden_size)
+    with torch.inference_mode():
+        weight = Linear(torch.zeros(rows, spec.hidden_size, dtype=target.dtype, device=target.device))
+        hidden = torch.zeros(1, spec.hidden_size, dtype=target.dtype, device=target.device)
+        seconds: list[float] = []
+        for _ in range(_PROBE_RUNS):
+            started = time.perf_counter()
+            weight(hidden).sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return max(median(seconds), 1e-6)

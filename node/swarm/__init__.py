@@ -1,0 +1,1 @@
+"""Membership: discovery, gossip, anti-entropy and the live table of peers."""

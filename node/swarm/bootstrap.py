@@ -1,0 +1,356 @@
+"""Finds the first peers, and keeps a few.
+
+Addresses come from `--bootstrap`, or else from the first bootstrap_peers.txt that names any: in the working
+directory, in the data directory, in the package. They are dialled until one answers, at once first and then
+ever more slowly, as are peers of earlier runs; after that, peers from the table fill the neighbourhood up. A
+few of it are of our own model, if there are any: one may be connected to many who all serve others. Who
+accepts and then says nothing, or soon hangs up, is dialled ever more slowly too; a neighbour lost after
+`STEADY_S` at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.addresses import split_peer
+from p2pinfer.text_files import read_text
+
+from .peer_book import PeerBook
+from .proofs import ProofCarrier
+from .snapshot import fetch_snapshot
+from .view import SwarmView
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME: Final = "bootstrap_peers.txt"
+NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
+FIRST_RETRY_S: Final = 0.25
+LAST_RETRY_S: Final = 30.0
+CHECK_INTERVAL_S: Final = 5.0
+STEADY_S: Final = 10.0  # a connection that lasted this long was a success
+MAX_FOUND: Final = 64  # peers of the local network that are remembered
+MAX_TROUBLES: Final = 256  # peers whose failures are remembered
+WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapPeer:
+    """Somebody to begin with."""
+
+    peer_id: str
+    addrs: tuple[str, ...]
+
+
+def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer, ...]:
+    """The peers to join by: `given`, or those of the first file that names any.
+
+    Raises:
+        ConfigError: An address does not name a peer and a place; the message says where it stands.
+    """
+    if given:
+        return _grouped([(address, "--bootstrap") for address in given])
+    package = Path(__file__).resolve().parents[2]
+    # In a checkout this lies in node/, installed in p2pinfer/node/; the file is in the parent of either.
+    for path in (Path(FILE_NAME), data_dir / FILE_NAME, package / FILE_NAME):
+        if path.is_file() and (lines := _read(path)):
+            return _grouped(lines)
+    return ()
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    """(address, where it stands) for every line that is more than a comment."""
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read: {exc}") from exc
+    named = ((line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1))
+    return [(address, where) for address, where in named if address]
+
+
+def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
+    by_peer: dict[str, list[str]] = {}
+    for address, where in addresses:
+        try:
+            _, peer_id = split_peer(address)
+        except ValueError as exc:
+            raise ConfigError(
+                f"{where}: {exc}; write for example /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW..."
+            ) from exc
+        by_peer.setdefault(peer_id, []).append(address)
+    return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
+
+
+class Kin(Protocol):
+    """Who gossips about what we do. `Gossip` is one."""
+
+    @property
+    def revisions(self) -> frozenset[str]:
+        """The models that are of interest here."""
+        ...
+
+    def fellows(self, revision: str) -> set[str]:
+        """The peers that we gossip with about one of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapOutcome:
+    """What became of a bootstrap peer; `answered` is None while nothing is known."""
+
+    address: str
+    answered: bool | None
+    why: str = ""  # it did not answer
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """Why a peer was not reached or kept, how often in a row, and when to try again."""
+
+    why: str  # empty once it has answered
+    times: int
+    noted_at: float
+    retry_at: float
+
+
+class Neighbourhood:
+    """Keeps this process connected: to bootstrap peers first, then to some of the swarm."""
+
+    def __init__(
+        self,
+        host: Host,
+        view: SwarmView,
+        peers: Sequence[BootstrapPeer],
+        proofs: ProofCarrier | None = None,
+        kin: Kin | None = None,
+        book: PeerBook | None = None,
+    ) -> None:
+        """Nobody is dialled before `keep` runs.
+
+        Args:
+            kin: Says who is of our own model among all those that we are connected to.
+            book: Peers that were met in earlier runs; whom we meet is added.
+        """
+        self.settled = trio.Event()  # set once a neighbour's table was taken in
+        self.decided = trio.Event()  # set with `settled`, or once all bootstrap peers have turned us away
+        self._turned_away: set[str] = set()
+        self._host = host
+        self._view = view
+        self._proofs = proofs
+        self._kin = kin
+        self._book = book or PeerBook()
+        self._known = self._book.peers()  # of earlier runs
+        self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
+        # Nobody can connect to itself; `TwinCalls` sees who it is.
+        self.ours = tuple(addr for peer in peers if peer.peer_id == host.peer_id for addr in peer.addrs)
+        self._found: dict[str, BootstrapPeer] = {}  # in the local network
+        self._troubles: dict[str, _Trouble] = {}
+        self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
+        self._warned = False
+        self._is_closed = False
+        self._lost = trio.Event()  # set, and replaced, when a peer is lost, or found in the local network
+        host.when_disconnected(self._note_loss)
+
+    def add(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        """Somebody found in the local network: dialled like those we were told of, and before others."""
+        if len(self._found) < MAX_FOUND and peer_id not in {self._host.peer_id, *self._found}:
+            logger.debug("bootstrap.found peer=%s addrs=%s", peer_id, addrs)
+            self._found[peer_id] = BootstrapPeer(peer_id, addrs)
+            self._wake()
+
+    def close(self) -> None:
+        """Look for nobody any more."""
+        self._is_closed = True
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody to begin with."""
+        return bool(self._peers or self._known)
+
+    def outcomes(self) -> list[BootstrapOutcome]:
+        """How it stands with every bootstrap peer."""
+        connected = set(self._host.connected_peers())
+        found: list[BootstrapOutcome] = []
+        for peer in self._peers:
+            trouble = self._troubles.get(peer.peer_id)
+            if peer.peer_id in connected:
+                found.append(BootstrapOutcome(peer.addrs[0], True))
+            elif trouble is not None and trouble.why:
+                found.append(BootstrapOutcome(peer.addrs[0], False, trouble.why))
+            else:
+                found.append(BootstrapOutcome(peer.addrs[0], None))
+        return found
+
+    def describe_failures(self) -> str:
+        """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
+        return "; ".join(trouble.why for trouble in self._troubles.values() if trouble.why)
+
+    async def keep(self) -> None:
+        """Dial until cancelled, and ask whoever answers what it knows."""
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._look_out_for_kin)
+            await self._keep_dialling()
+
+    async def _keep_dialling(self) -> None:
+        while True:
+            lost = self._lost
+            connected = self._host.connected_peers()
+            for peer_id in self._reached_at.keys() - set(connected):  # a notice takes a tenth of a second
+                self._note_end(peer_id)
+            if self._is_closed:
+                await trio.sleep_forever()
+            if len(connected) < NEIGHBOURS:
+                await self._dial(self._due(connected))
+            connected = self._host.connected_peers()
+            if connected and not self.settled.is_set():
+                await self._ask_quietly(random.choice(connected))
+            await self._dial(self._due_kin(connected))
+            connected = self._host.connected_peers()
+            self._note_met(connected)
+            if self._peers and not connected:
+                self._warn_once()
+            with trio.move_on_at(self._next_look(connected)):
+                await lost.wait()
+
+    def _due(self, connected: Sequence[str]) -> list[BootstrapPeer]:
+        """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
+        wanted = [peer for peer in self._peers if peer.peer_id not in connected]
+        known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
+        met = [BootstrapPeer(peer.peer_id, peer.addrs) for peer in self._known]
+        near = [peer for peer in (*self._found.values(), *met) if peer.peer_id not in known]
+        others = [
+            BootstrapPeer(peer.peer_id, peer.addrs)
+            for peer in self._view.everybody()
+            if peer.peer_id not in known and peer.addrs and self._is_due(peer.peer_id)
+        ]
+        wanted = [peer for peer in wanted if self._is_due(peer.peer_id)]
+        wanted += [peer for peer in near if self._is_due(peer.peer_id)][:NEIGHBOURS]
+        missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
+        return wanted + random.sample(others, min(missing, len(others)))
+
+    def _due_kin(self, connected: Sequence[str]) -> list[BootstrapPeer]:
+        """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
+        if self._kin is None:
+            return []
+        due: dict[str, BootstrapPeer] = {}
+        for revision in self._kin.revisions:
+            kin = {peer.peer_id: peer for peer in self._view.live(revision)}
+            met = {self._host.peer_id, *connected}
+            missing = NEIGHBOURS - len((self._kin.fellows(revision) | kin.keys()).intersection(connected))
+            others = [peer for peer in kin.values() if peer.peer_id not in met and peer.addrs]
+            others = [peer for peer in others if self._is_due(peer.peer_id)]
+            for peer in random.sample(others, max(0, min(missing, len(others)))):
+                due[peer.peer_id] = BootstrapPeer(peer.peer_id, peer.addrs)
+        return list(due.values())
+
+    async def _look_out_for_kin(self) -> None:
+        """Have them dialled as soon as they are heard of."""
+        while True:
+            changed = self._view.changed
+            if self._due_kin(self._host.connected_peers()):
+                self._wake()
+            await changed.wait()
+
+    def _is_due(self, peer_id: str) -> bool:
+        return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
+
+    def _next_look(self, connected: Sequence[str]) -> float:
+        """When a bootstrap peer that we lack is due, or others may have turned up; may be in the past."""
+        lacking = {peer.peer_id for peer in self._peers}.difference(connected)
+        dues = [self._troubles[peer_id].retry_at for peer_id in lacking if peer_id in self._troubles]
+        check_at: float = trio.current_time() + CHECK_INTERVAL_S
+        return check_at if len(connected) >= NEIGHBOURS else min([check_at, *dues])
+
+    async def _dial(self, peers: Sequence[BootstrapPeer]) -> None:
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(self._dial_one, peer)
+
+    async def _dial_one(self, peer: BootstrapPeer) -> None:
+        dialled_at = trio.current_time()
+        try:
+            await self._host.connect(peer.peer_id, peer.addrs)
+            self._reached_at[peer.peer_id] = trio.current_time()
+            await self._ask(peer.peer_id)
+            self._book.note(peer.peer_id, peer.addrs, reached=True)
+        except PeerError as exc:
+            logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
+            if isinstance(exc, NotAdmitted):
+                self._note_turned_away(peer.peer_id, exc)
+            self._note_trouble(peer.peer_id, str(exc), dialled_at)
+
+    async def _ask(self, peer_id: str) -> None:
+        """Take in what a connected peer knows."""
+        await fetch_snapshot(self._host, self._view, peer_id, proofs=self._proofs)
+        self.settled.set()
+        self.decided.set()
+        if peer_id in self._troubles:
+            self._troubles[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
+
+    async def _ask_quietly(self, peer_id: str) -> None:
+        try:
+            await self._ask(peer_id)
+        except PeerError as exc:
+            logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)
+
+    def _note_met(self, connected: Sequence[str]) -> None:
+        """Note who came to us and says where to be found: next time we may have to look for it."""
+        came = set(connected) - self._reached_at.keys()
+        for peer in self._view.everybody() if came else ():
+            if peer.peer_id in came:
+                self._book.note(peer.peer_id, peer.addrs, reached=False)
+
+    def _note_loss(self, peer_id: str) -> None:
+        if peer_id in self._reached_at:
+            self._note_end(peer_id)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._lost.set()
+        self._lost = trio.Event()
+
+    def _note_end(self, peer_id: str) -> None:
+        """Hold it against a peer that we dialled if its connection was short."""
+        reached_at = self._reached_at.pop(peer_id)
+        lasted_s = trio.current_time() - reached_at
+        if lasted_s < STEADY_S:
+            self._note_trouble(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
+        else:
+            self._troubles.pop(peer_id, None)
+
+    def _note_trouble(self, peer_id: str, why: str, tried_at: float) -> None:
+        """Put the next try off, once for every try: who hangs up also leaves a question unanswered."""
+        known = self._troubles.pop(peer_id, None)
+        now = trio.current_time()
+        if known is None or known.noted_at < tried_at:
+            times = known.times + 1 if known else 1
+            delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 32), LAST_RETRY_S) * random.uniform(0.8, 1.2)
+            known = _Trouble(why, times, now, now + delay_s)
+        self._troubles[peer_id] = known
+        if len(self._troubles) > MAX_TROUBLES:
+            del self._troubles[next(iter(self._troubles))]
+
+    def _note_turned_away(self, peer_id: str, error: NotAdmitted) -> None:
+        """Say it at once: trying on is of no use before somebody changes a key or a list."""
+        if peer_id not in self._turned_away and any(peer.peer_id == peer_id for peer in self._peers):
+            logger.warning("%s", error)
+            self._turned_away.add(peer_id)
+        if self._turned_away.issuperset(peer.peer_id for peer in self._peers):
+            self.decided.set()
+
+    def _warn_once(self) -> None:
+        if not self._warned and all(
+            peer.peer_id in self._troubles and self._troubles[peer.peer_id].times >= WARN_AFTER
+            for peer in self._peers
+        ):
+            self._warned = True
+            logger.warning("no bootstrap peer answers; trying on. %s", self.describe_failures())

@@ -1,0 +1,91 @@
+"""Who of those announced has given a sign of life, and who was silent when somebody last tried.
+
+An announcement counts for two minutes, so a node that was killed is a ghost for as long. What is known sooner
+is what became of the last try to reach it: a peer that no address of answers is silent from then on, until it
+is heard of again or `SILENT_S` have passed, lest a moment without a network of our own count for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
+from p2pinfer.node.host.host import Host
+from p2pinfer.routing.announcement import Announcement
+
+from .view import SwarmView
+
+SILENT_S: Final = 60.0  # how long a try that failed counts
+RETRY_S: Final = 10.0  # between two calls of a peer that was silent
+CALLS_AT_ONCE: Final = 32
+MAX_CALLED: Final = 256  # peers: whoever looks at a larger swarm cannot call on all of it
+MAX_REMEMBERED: Final = 4096
+
+
+class Presence:
+    """What this process knows of others' being there. To be told of a host's dials by `watch`."""
+
+    def __init__(self, host: Host, view: SwarmView, clock: Callable[[], float] = trio.current_time) -> None:
+        self._host = host
+        self._view = view
+        self._clock = clock
+        self._silent: dict[str, tuple[int, float]] = {}  # peer -> the announcement believed then, when
+        self._refusing: set[str] = set()
+
+    def watch(self) -> None:
+        """Learn from every connection of the host, and from every dial that fails, from now on."""
+        self._host.when_connected(self._note_heard)
+        self._host.when_unreachable(self._note_unreachable)
+
+    def is_silent(self, announced: Announcement) -> bool:
+        """Whether the peer could not be reached a moment ago, and has not been heard of since."""
+        sequence, noted_at = self._silent.get(announced.peer_id, (-1, 0.0))
+        return announced.sequence <= sequence and self._clock() < noted_at + SILENT_S
+
+    def refuses_us(self, peer_id: str) -> bool:
+        """Whether the peer answered the last time, and does not let us in."""
+        return peer_id in self._refusing
+
+    async def call(self, peers: Sequence[Announcement], within_s: float) -> None:
+        """Connect to those of the peers that are not connected, as far as that can be done in the time."""
+        connected = {*self._host.connected_peers(), self._host.peer_id}
+        due = [each for each in peers if each.peer_id not in connected and self._may_be_called(each)]
+        limit = trio.CapacityLimiter(CALLS_AT_ONCE)
+
+        async def call(peer: Announcement) -> None:
+            async with limit:
+                with suppress(PeerError):  # `_note_unreachable` has heard of it
+                    await self._host.connect(peer.peer_id, peer.addrs)
+
+        with trio.move_on_after(within_s):
+            async with trio.open_nursery() as nursery:
+                for peer in due[:MAX_CALLED]:
+                    nursery.start_soon(call, peer)
+
+    def _may_be_called(self, peer: Announcement) -> bool:
+        noted_at = self._silent.get(peer.peer_id, (0, float("-inf")))[1]
+        return bool(peer.addrs) and (not self.is_silent(peer) or self._clock() >= noted_at + RETRY_S)
+
+    def _note_heard(self, peer_id: str) -> None:
+        self._silent.pop(peer_id, None)
+        self._refusing.discard(peer_id)
+
+    def _note_unreachable(self, error: PeerUnreachable) -> None:
+        peer_id = error.peer_id
+        self._note_heard(peer_id)
+        if isinstance(error, NotAdmitted):
+            self._refusing.add(peer_id)
+        else:
+            self._silent[peer_id] = _latest(self._view.everybody(), peer_id), self._clock()
+        if len(self._silent) > MAX_REMEMBERED:
+            del self._silent[next(iter(self._silent))]
+        if len(self._refusing) > MAX_REMEMBERED:
+            self._refusing.pop()
+
+
+def _latest(announced: Iterable[Announcement], peer_id: str) -> int:
+    return max((each.sequence for each in announced if each.peer_id == peer_id), default=-1)

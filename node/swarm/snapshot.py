@@ -1,0 +1,179 @@
+"""A neighbour's table, or what of it the asker lacks, in one round trip.
+
+Whoever asks names the records it has, by eight bytes each, and is sent the others: a newcomer all of them, so
+that it need not wait for gossip. It hands over the latest of its own, which gossip may have lost. Notices of
+fraud proofs are among the answer. Request and response are each one MessagePack value behind a big-endian u32
+length; see docs/wire.md. Every record is checked as one from gossip would be. How old it is, is the
+neighbour's word: it may make a record seem younger than it is, by one lifetime at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable
+from contextlib import aclosing
+from itertools import islice
+from typing import Annotated, Final
+
+import msgspec
+import trio
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.length_prefix import receive_value, send_value
+from p2pinfer.node.transport.stream import PeerStream
+
+from .proofs import MAX_TOLD, Heard, ProofCarrier, decode_notice, is_notice
+from .records import MAX_RECORD_BYTES, open_record
+from .view import SwarmView, announcement_by
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_PROTOCOL: Final = "/p2pinfer/snapshot/1.0.0"
+MAX_RECORDS: Final = 1000
+MAX_RESPONSE_BYTES: Final = 1 << 21
+TAG_BYTES: Final = 8  # that stand for a record the asker has
+MAX_TAGS: Final = 4096  # as many records as a table holds
+MAX_REQUEST_BYTES: Final = 1 << 16
+_TIMEOUT_S: Final = 10.0
+
+
+class _Request(msgspec.Struct, frozen=True, array_like=True):
+    revision: Annotated[str, msgspec.Meta(max_length=64)] | None  # None: of every model
+    known: Annotated[bytes, msgspec.Meta(max_length=TAG_BYTES * MAX_TAGS)] = b""  # tags of what the asker has
+    own: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)] = b""  # what the asker announced last
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+    age_s: Annotated[float, msgspec.Meta(ge=0)]
+
+
+_Response = Annotated[list[_Entry], msgspec.Meta(max_length=MAX_RECORDS)]
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_requests: Final[msgspec.msgpack.Decoder[_Request]] = msgspec.msgpack.Decoder(_Request)
+_responses: Final[msgspec.msgpack.Decoder[list[_Entry]]] = msgspec.msgpack.Decoder(_Response)
+
+
+def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = None) -> None:
+    """Answer whoever asks for our table, and for notices of the proofs that we hold, from now on."""
+
+    async def answer(stream: PeerStream) -> None:
+        with trio.move_on_after(_TIMEOUT_S):
+            request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
+            if request.own:
+                _take_own(view, stream.peer_id, request.own)
+            records = _records(view, proofs, request.revision)
+            # What we remember of the asker, expired or not: it may have lost count of its announcements.
+            said = {record for record, _ in records}
+            of_asker = [each for each in view.records_of(stream.peer_id) if each[0] not in said]
+            records = without([*of_asker, *records], request.known)
+            await send_value(stream, encode_response(records))
+
+    host.serve(SNAPSHOT_PROTOCOL, answer)
+
+
+async def fetch_snapshot(
+    host: Host,
+    view: SwarmView,
+    peer_id: str,
+    revision: str | None = None,
+    proofs: ProofCarrier | None = None,
+) -> int:
+    """Take in what we lack of a connected peer's table; returns how many of its announcements were news.
+
+    Args:
+        revision: Of the model asked about; None is every one.
+        proofs: Hears the notices of proofs that came with it, `MAX_TOLD` at most.
+
+    Raises:
+        PeerError: The peer is gone, does not answer in time, or answers nonsense.
+    """
+    try:
+        with trio.fail_after(_TIMEOUT_S):
+            async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
+                known = tags(_records(view, proofs, revision))
+                await send_value(stream, _encoder.encode(_Request(revision, known, view.latest_own())))
+                entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
+    except trio.TooSlowError as exc:
+        raise PeerVanished(f"no snapshot in {_TIMEOUT_S:g} s", peer_id) from exc
+    except ProtocolViolation as exc:
+        exc.peer_id = peer_id
+        raise
+    news = notices = 0
+    for record, age_s in entries:
+        try:
+            author, payload = open_record(record)
+            if not is_notice(payload):
+                news += view.accept(announcement_by(author, payload), record, age_s, peer_id)
+            elif proofs and notices < MAX_TOLD:
+                notices += 1
+                proofs.hear(Heard(decode_notice(payload), author, record, told_by=peer_id))
+        except ProtocolViolation as exc:
+            logger.debug("snapshot.bad_record peer=%s why=%s", peer_id, exc)
+        await trio.lowlevel.checkpoint()  # 1000 signatures take a tenth of a second
+    return news
+
+
+def _take_own(view: SwarmView, peer_id: str, record: bytes) -> None:
+    """Take in what the asker says of itself, as if gossip had brought it.
+
+    Raises:
+        ProtocolViolation: It is malformed, forged, or about somebody else.
+    """
+    author, payload = open_record(record)
+    if author != peer_id:
+        raise ProtocolViolation("handed over another peer's record as its own", peer_id)
+    view.accept(announcement_by(author, payload), record, told_by=peer_id)
+
+
+def _records(view: SwarmView, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:
+    """What a process holds, with the notices of proofs first: a response has room for only so much."""
+    return [*(proofs.records(revision) if proofs else ()), *view.records(revision)]
+
+
+def tags(records: Iterable[tuple[bytes, float]]) -> bytes:
+    """What stands for these records in a request."""
+    return b"".join(_tag(record) for record, _ in islice(records, MAX_TAGS))
+
+
+def _tag(record: bytes) -> bytes:
+    return hashlib.blake2b(record, digest_size=TAG_BYTES).digest()
+
+
+def without(records: list[tuple[bytes, float]], known: bytes) -> list[tuple[bytes, float]]:
+    """Those of the records that `known` has no tag of."""
+    has = {known[at : at + TAG_BYTES] for at in range(0, len(known), TAG_BYTES)}
+    return [(record, age_s) for record, age_s in records if _tag(record) not in has]
+
+
+def encode_response(records: list[tuple[bytes, float]]) -> bytes:
+    """The youngest records that fit a response."""
+    entries: list[_Entry] = []
+    left = MAX_RESPONSE_BYTES - 16
+    for record, age_s in records[:MAX_RECORDS]:
+        left -= len(record) + 16
+        if left < 0:
+            break
+        entries.append(_Entry(record, max(age_s, 0.0)))
+    return _encoder.encode(entries)
+
+
+def decode_request(encoded: bytes) -> _Request:
+    """Raises ProtocolViolation for anything that is no request."""
+    try:
+        return _requests.decode(encoded)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed snapshot request: {exc}") from exc
+
+
+def decode_response(encoded: bytes) -> list[tuple[bytes, float]]:
+    """Raises ProtocolViolation for anything that is no response."""
+    try:
+        entries = _responses.decode(encoded)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed snapshot: {exc}") from exc
+    return [(entry.record, entry.age_s) for entry in entries if math.isfinite(entry.age_s)]

@@ -1,0 +1,1 @@
+"""Bytes between hosts: addresses, TCP, private networks, Noise, yamux, circuits."""

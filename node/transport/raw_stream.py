@@ -1,0 +1,93 @@
+"""What Noise and yamux need of the bytes below them, whether a socket carries those or a relay.
+
+libp2p's own streams read the length and the body of every Noise message separately, and a write cancelled
+half-way leaves the peer with half a message, after which it can decrypt nothing more. Here reading is done in
+large pieces, and what is written is taken before the first suspension: who writes first is sent first, and a
+cancelled writer leaves its bytes to the next one. `node/transport/yamux.py` relies on that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import trio
+from libp2p.io.abc import ReadWriteCloser
+
+
+class RawStream(ReadWriteCloser):
+    """Reads and writes as described above, over two hooks."""
+
+    def __init__(self) -> None:
+        self.closed = trio.Event()
+        self._received: bytes = b""
+        self._read = 0  # how much of it was handed out
+        self._outbox = bytearray()
+        self._taken = 0  # bytes ever put into the outbox
+        self._sending = False
+        self._progress = trio.lowlevel.ParkingLot()
+
+    async def read(self, n: int | None = None) -> bytes:
+        """At most `n` bytes; does not suspend while some are left of what was received before.
+
+        Raises:
+            ConnectionClosedError: The connection has ended.
+        """
+        if self._read == len(self._received):
+            self._received = await self._receive()
+            self._read = 0
+        start = self._read
+        self._read = len(self._received) if n is None else min(start + n, len(self._received))
+        return self._received[start : self._read]
+
+    async def write(self, data: bytes) -> None:
+        """Send `data`, taking it before the first suspension: who writes first is sent first.
+
+        A caller that is cancelled leaves its bytes behind, and the next one sends them.
+
+        Raises:
+            ConnectionClosedError: The connection has ended.
+        """
+        self._outbox += data
+        self._taken += len(data)
+        until = self._taken
+        while self._taken - len(self._outbox) < until:
+            if self._sending:
+                await self._progress.park()
+                continue
+            self._sending = True
+            try:
+                await self._send_some(self._outbox)
+            finally:
+                self._sending = False
+                self._progress.unpark_all()
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing waits to be sent, so that `write_now` will do."""
+        return not (self._outbox or self._sending)
+
+    def write_now(self, data: bytes) -> bool:
+        """Write `data` if nobody is before it; False, with nothing written, if somebody is.
+
+        What cannot be sent at once goes out with the next `write`.
+        """
+        if not self.is_clear:
+            return False
+        self._outbox += data
+        self._taken += len(data)
+        self._send_now(self._outbox)
+        return True
+
+    @abstractmethod
+    async def _receive(self) -> bytes:
+        """What has arrived, at least one byte; ConnectionClosedError at the end."""
+
+    @abstractmethod
+    async def _send_some(self, outbox: bytearray) -> None:
+        """Send some of the beginning of `outbox` and delete just that, also when cancelled.
+
+        ConnectionClosedError, after setting `closed`, if nothing can be sent any more.
+        """
+
+    def _send_now(self, outbox: bytearray) -> None:
+        """Send what can be sent of `outbox` without a suspension, and delete just that; nothing is enough."""

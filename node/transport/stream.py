@@ -1,0 +1,153 @@
+"""A byte stream to a peer: trio's Stream over a libp2p stream, with one error for every way to lose it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import index
+from typing import Any
+
+import trio
+from libp2p.connection_types import ConnectionType
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF
+
+from p2pinfer.errors import PeerVanished
+from p2pinfer.node.concurrency.shield import shielded
+
+from .yamux_stream import YamuxStream
+
+RECEIVE_BYTES = 1 << 18  # what is handed out at once to those who do not say how much they want
+
+
+class StreamBroken(PeerVanished, trio.BrokenResourceError):
+    """A `PeerVanished` that generic trio code understands as well."""
+
+
+class PeerStream(trio.abc.Stream):
+    """One stream to `peer_id`, opened by `Host.open_stream` or handed to a handler of `Host.serve`.
+
+    One task may send while another receives. A peer that does not read makes a sender wait, for as long as it
+    takes: who needs a limit uses `trio.fail_after`. Everything libp2p raises comes out as `PeerVanished`.
+    """
+
+    def __init__(self, stream: Any, peer_id: str) -> None:
+        self.peer_id = peer_id
+        # libp2p's NetStream keeps account of streams; its reads and writes only add locks to the muxer's.
+        self._account = stream
+        self.muxed: YamuxStream = stream.muxed_stream
+        self._closed = False
+        self._sending = False
+        self._receiving = False
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it runs over a connection through a relay."""
+        return self.muxed.muxed_conn.get_connection_type() == ConnectionType.RELAYED
+
+    @property
+    def remote_address(self) -> tuple[str, int] | None:
+        """The IP address and port that the peer's connection comes from; None through a relay."""
+        return self.muxed.get_remote_address()
+
+    @property
+    def is_inbound(self) -> bool:
+        """Whether the peer made the connection."""
+        return not self.muxed.muxed_conn.is_initiator
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of `data`.
+
+        Cancelled after some of it went out and not all, it resets the stream (not the connection): the peer
+        would take whatever followed for the rest.
+
+        Raises:
+            PeerVanished: The peer, the stream or the connection is gone.
+        """
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_open()
+            before = self.muxed.bytes_sent
+            try:
+                await self.muxed.write(data)
+            except trio.Cancelled:
+                # What went out whole is on its way all the same: see `YamuxConnection.send`.
+                if 0 < self.muxed.bytes_sent - before < len(data):
+                    self.muxed.abort()
+                raise
+            except BaseLibp2pError as exc:
+                raise self._lost("while sending to it", exc) from exc
+            if not data:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._sending = False
+
+    def send_now(self, data: bytes) -> bool:
+        """Send `data` if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
+        return not (self._sending or self._closed) and self.muxed.write_now(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the peer has room for at least one byte."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await trio.lowlevel.checkpoint()
+            self._check_open()
+            await self.muxed.wait_writable()
+        except BaseLibp2pError as exc:
+            raise self._lost("while sending to it", exc) from exc
+        finally:
+            self._sending = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """What has arrived, at most `max_bytes`; b"" once the peer has ended its side.
+
+        Raises:
+            PeerVanished: The peer reset the stream, or the connection is gone.
+        """
+        if max_bytes is not None and index(max_bytes) < 1:
+            raise ValueError("max_bytes must be positive")
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        self._receiving = True
+        try:
+            if self._closed or self.muxed.has_input():
+                await trio.lowlevel.checkpoint()
+                self._check_open()
+            return await self.muxed.read(max_bytes or RECEIVE_BYTES)
+        except MuxedStreamEOF:
+            return b""
+        except BaseLibp2pError as exc:
+            raise self._lost("while receiving from it", exc) from exc
+        finally:
+            self._receiving = False
+
+    async def aclose(self) -> None:
+        """Close both directions without waiting for the peer; what was sent still arrives. Harmless twice."""
+        await self._close(self.muxed.end)
+
+    async def reset(self) -> None:
+        """Close both directions, and let the peer see an error instead of an end. Harmless twice."""
+        await self._close(self.muxed.abort)
+
+    async def _close(self, close: Callable[[], None]) -> None:
+        if not self._closed:
+            self._closed = True
+            close()
+            self.muxed.discard()
+            with shielded(1):
+                await self._account.remove()
+        await trio.lowlevel.checkpoint()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream is closed")
+
+    def _lost(self, when: str, exc: BaseLibp2pError) -> Exception:
+        """What to raise for an error of libp2p's."""
+        if self._closed:
+            return trio.ClosedResourceError("another task closed this stream")
+        return StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id)

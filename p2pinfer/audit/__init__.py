@@ -1,0 +1,1 @@
+"""Checks of finished work: collecting evidence, recomputing it, second opinions."""

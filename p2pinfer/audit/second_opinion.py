@@ -1,0 +1,133 @@
+"""Has another peer run a span again, without its knowing that anybody is checked by it.
+
+The session comes from an identity that is made for it and thrown away, over a host of its own, and looks
+like any other: a prompt in chunks. Whom to ask is drawn from those least likely to belong to whoever is
+checked: another network first.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+import trio
+
+from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.evidence.deposition import Deposition, History
+from p2pinfer.node.host.host import HostConfig, open_host
+from p2pinfer.node.protocol.tensors import row_bytes
+from p2pinfer.node.transport.identity import new_identity
+from p2pinfer.reputation.view import ReputationView
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session.session import SessionConfig, open_session
+
+from .gather import gather_deposition
+
+_IP = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/")
+
+
+def choose_auditors(
+    announcements: Iterable[Announcement],
+    deposition: Deposition,
+    view: ReputationView,
+    avoid: Sequence[str],
+    rng: random.Random,
+) -> list[Hop]:
+    """Peers that serve the span, those in other networks first, and among them at random.
+
+    Args:
+        avoid: Peers that had to do with the session.
+    """
+    known = list(announcements)
+    accused = next((each.addrs for each in known if each.peer_id == deposition.peer_id), ())
+    networks = networks_of(accused)
+    able = [
+        each
+        for each in known
+        if each.peer_id not in avoid
+        and each.peer_id != deposition.peer_id
+        and each.span.covers(deposition.span)
+        and not view.is_banned(each.peer_id)
+    ]
+    rng.shuffle(able)
+    able.sort(key=lambda each: (bool(networks & networks_of(each.addrs)), -_trust(view, each.peer_id)))
+    return [Hop(each.peer_id, deposition.span, each.addrs) for each in able]
+
+
+def networks_of(addrs: Iterable[str]) -> frozenset[str]:
+    """The /16 of every IPv4 and the /32 of every IPv6 address: what one owner is likely to have all of."""
+    found: set[str] = set()
+    for address in addrs:
+        match = _IP.search(address + "/")
+        if match is None:
+            continue
+        try:
+            ip = ipaddress.ip_address(match[1])
+        except ValueError:
+            continue
+        found.add(str(ipaddress.ip_network((ip, 16 if ip.version == 4 else 32), strict=False)))
+    return frozenset(found)
+
+
+async def run_elsewhere(
+    hop: Hop,
+    spec: ModelSpec,
+    deposition: Deposition,
+    history: History,
+    *,
+    host_config: HostConfig,
+    timeout_s: float,
+) -> Deposition:
+    """What `hop` gives for the same inputs, with its own receipts.
+
+    Raises:
+        PeerError: It cannot be reached, refuses, fails, or takes longer than `timeout_s`.
+    """
+    try:
+        with trio.fail_after(timeout_s):
+            async with open_host(new_identity(), host_config) as host, open_nursery() as nursery:
+                session = await open_session(
+                    host,
+                    nursery,
+                    Route((hop,)),
+                    spec,
+                    max_tokens=len(history.inputs),
+                    codec=deposition.codec,
+                    config=SessionConfig(),
+                    keep_steps=True,
+                )
+                try:
+                    position = 0
+                    for chunk in torch.split(history.inputs, SessionConfig().chunk_tokens):
+                        await session.decode(chunk, position)
+                        position += len(chunk)
+                    error = await session.settle()
+                    if error is not None:
+                        raise error
+                finally:
+                    await session.aclose()
+                assert session.book is not None
+                gathered = await gather_deposition(
+                    host,
+                    session.book.kept,
+                    hop.peer_id,
+                    spec.hidden_size,
+                    max_bytes=2 * len(history.inputs) * row_bytes(spec.hidden_size, deposition.codec),
+                    max_tokens=len(history.inputs),
+                )
+    except trio.TooSlowError as exc:
+        raise PeerError(f"no second opinion in {timeout_s:g} s", hop.peer_id) from exc
+    if gathered.deposition is None:
+        raise ProtocolViolation("a second opinion without its evidence", hop.peer_id)
+    return gathered.deposition
+
+
+def _trust(view: ReputationView, peer_id: str) -> float:
+    """In steps, so that chance decides among those about alike."""
+    return round(view.score(peer_id).integrity, 1)

@@ -1,0 +1,1 @@
+"""Text from sessions: drawing tokens, waiting out an outage, resuming."""

@@ -1,0 +1,162 @@
+"""The state that a generation begins with, by what is asked for and by what the model's own files say.
+
+What a `GenerationConfig` leaves open, None or empty, is as those files say, and as transformers' `generate`
+has it where they say nothing; but without a word from anybody a text is greedy, of 128 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Final
+
+from p2pinfer.client_config import DRAWN_BY, RULED_BY, GenerationConfig, said
+from p2pinfer.errors import ConfigError, PromptTooLong
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.text.generation_file import GenerationDefaults
+from p2pinfer.models.text.sampling import Sampler
+from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
+from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.options import suggest
+from p2pinfer.text_files import is_text
+
+from .resume import GenerationState
+
+_MAX_NEW_TOKENS: Final = 128
+# Tokenizing takes a second for a few hundred thousand words, so of a prompt that is far too long only the
+# beginning is looked at. Few texts have so many characters a token; where it is cut moves the last tokens.
+_CHARS_PER_TOKEN: Final = 16
+_EDGE_TOKENS: Final = 64
+
+
+def generation_config(config: GenerationConfig | None, overrides: Mapping[str, object]) -> GenerationConfig:
+    """`config` with single fields replaced.
+
+    Raises:
+        ConfigError: There is no such field, or a value makes no sense.
+    """
+    try:
+        return replace(config or GenerationConfig(), **overrides)  # type: ignore[arg-type]
+    except TypeError as exc:
+        known = [each.name for each in fields(GenerationConfig)]
+        nearest = next((suggest(name, known) for name in overrides if name not in known), "")
+        raise ConfigError(f"{exc}{nearest}; see p2pinfer.GenerationConfig for what can be set") from exc
+
+
+def new_state(
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    prompt: str,
+    config: GenerationConfig,
+    defaults: GenerationDefaults | None = None,
+) -> GenerationState:
+    """What a generation that continues `prompt` begins with; where there is no seed, one is drawn.
+
+    Args:
+        defaults: What the model's own files say; nothing if None.
+
+    Raises:
+        PromptTooLong: The prompt leaves no room in the model's context.
+        ConfigError: There is no token to begin with, or the model has no such token.
+    """
+    defaults = defaults or GenerationDefaults()
+    prompt_ids = _encode(spec, tokenizer, prompt)
+    for name, token_ids in (("stop_ids", config.stop_ids), ("logit_bias", config.logit_bias)):
+        _check_known(spec, name, token_ids)
+    sampling = replace(defaults.sampling, **said(config, *DRAWN_BY), seed=config.seed)
+    return GenerationState(
+        spec.model,
+        spec.revision,
+        prompt_ids,
+        min(_length(config, defaults, len(prompt_ids)), spec.max_positions - len(prompt_ids)),
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        Sampler(sampling).seed,
+        config.stop or defaults.stop,
+        eos_ids=tuple(sorted(tokenizer.eos_ids)),
+        stop_ids=config.stop_ids,
+        show_special=config.show_special,
+        min_p=sampling.min_p,
+        typical_p=sampling.typical_p,
+        top_h=sampling.top_h,
+        epsilon_cutoff=sampling.epsilon_cutoff,
+        eta_cutoff=sampling.eta_cutoff,
+        rules=_rules(config, defaults),
+    )
+
+
+def sampling_of(state: GenerationState) -> SamplingConfig:
+    """How tokens of a generation are drawn.
+
+    Raises:
+        ConfigError: Not like that.
+    """
+    return SamplingConfig(
+        temperature=state.temperature,
+        top_p=state.top_p,
+        top_k=state.top_k,
+        seed=state.seed,
+        min_p=state.min_p,
+        typical_p=state.typical_p,
+        top_h=state.top_h,
+        epsilon_cutoff=state.epsilon_cutoff,
+        eta_cutoff=state.eta_cutoff,
+    )
+
+
+def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+    """The prompt's tokens, of which there is one at least, and room for one more."""
+    if not is_text(prompt):
+        raise ConfigError("the prompt holds half of a surrogate pair, which is no text; leave it out")
+    beginning = prompt[: _CHARS_PER_TOKEN * spec.max_positions]
+    prompt_ids = tuple(tokenizer.encode(beginning))
+    if len(prompt_ids) <= spec.max_positions + _EDGE_TOKENS and len(beginning) < len(prompt):
+        prompt_ids = tuple(tokenizer.encode(prompt))
+    if len(prompt_ids) >= spec.max_positions:
+        over = "over " if len(beginning) < len(prompt) else ""
+        raise PromptTooLong(
+            f"the prompt is {over}{len(prompt_ids)} tokens long and {spec.model} takes "
+            f"{spec.max_positions}, the answer included; shorten it"
+        )
+    if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:
+        raise PromptTooLong(
+            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes {spec.prompt_limit}, and "
+            f"goes on from there: its rotary embedding turns all of a longer prompt by the length of the "
+            f"whole, which peers that see it in pieces do not know; shorten it"
+        )
+    if not prompt_ids:
+        raise ConfigError(f"the prompt is empty and {spec.model} has no token to begin with; write something")
+    if (last := max(prompt_ids)) >= spec.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.piece(last)!r} in the prompt is token {last} to {spec.model}'s tokenizer, and its "
+            f"embedding ends with {spec.vocab_size - 1}: the model never learned it; leave it out"
+        )
+    return prompt_ids
+
+
+def _check_known(spec: ModelSpec, name: str, token_ids: Mapping[int, float] | tuple[int, ...]) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < spec.vocab_size:
+            raise ConfigError(f"{name} names token {token_id}; {spec.model} has 0 to {spec.vocab_size - 1}")
+
+
+def _length(config: GenerationConfig, defaults: GenerationDefaults, prompt_tokens: int) -> int:
+    """How many tokens at most."""
+    asked = config.max_new_tokens or defaults.max_new_tokens
+    if asked is None and defaults.max_length is not None:
+        asked = defaults.max_length - prompt_tokens
+        if asked < 1:
+            raise PromptTooLong(
+                f"the prompt is {prompt_tokens} tokens long, and texts of this model end at "
+                f"{defaults.max_length} unless told otherwise; say how many are to follow (--max-new-tokens)"
+            )
+    return asked or _MAX_NEW_TOKENS
+
+
+def _rules(config: GenerationConfig, defaults: GenerationDefaults) -> LogitsRules:
+    rules = replace(defaults.rules, **said(config, *RULED_BY))
+    if config.min_new_tokens == 0:
+        rules = replace(rules, min_length=0)
+    biases = dict(rules.sequence_bias) | {(each,): bias for each, bias in config.logit_bias.items()}
+    return replace(rules, sequence_bias=tuple(biases.items()))

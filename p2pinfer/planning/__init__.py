@@ -1,0 +1,1 @@
+"""Routes for a client: the policy's choice, timings, cooldowns, the ledger."""

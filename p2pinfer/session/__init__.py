@@ -1,0 +1,1 @@
+"""One session on the hops of a route: steps, failover, handover, receipts."""

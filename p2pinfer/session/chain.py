@@ -1,0 +1,352 @@
+"""The hops of a running session, and how some of them are replaced while the others keep what they have.
+
+Theory of operation. Everything that the blocks behind a hop know of a session was computed from what that hop
+received; so a replacement that is given the same input again has the same cache. That input is in the replay
+log of the hop before, or, for the first hop, follows from the token ids.
+
+    open       the replacements open the session, with the neighbours that they will have; the hop after is
+               told to expect the last of them, the hop before links to the first of them
+    replay     the hop before sends its log, or the client what it embeds, marked as replay: it runs through
+               all replacements and no further
+    take over  the link to them takes the place of the former one, under a new epoch: whatever is still on its
+               way under the old one is superseded, and results of it are not taken any more
+
+Where nothing has failed, the session goes on until the last of these; after a failure it waits. A log that
+does not reach back to the beginning is no obstacle: the replay then starts further up, and runs through hops
+that live as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import msgspec
+import torch
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.tensors import encode_hidden, row_bytes
+from p2pinfer.node.protocol.wire import Codec, Open, Step, Successor
+from p2pinfer.routing.route import Hop, Route
+
+from .agreed import Agreed, agree
+from .hop_stream import HopStream, Listener
+from .opening import end_all, open_hops
+
+logger = logging.getLogger(__name__)
+
+Recall = Callable[[int, int], Tensor]  # what went in at positions start to stop - 1, (tokens, hidden_size)
+
+
+class NoReplay(PeerError):
+    """Nobody can tell any more what the session's past was."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainConfig:
+    """What all hops of a session are asked for, and how long they may take."""
+
+    session: bytes
+    spec: ModelSpec
+    codec: Codec
+    max_tokens: int
+    chunk_tokens: int
+    chunks_in_flight: int
+    open_timeout_s: float
+    probe_after_s: float
+    probe_timeout_s: float
+
+
+@dataclass(slots=True)
+class Spare:
+    """Hops that have opened the session and stand by to take the place of `replaced`."""
+
+    hops: list[HopStream]
+    replaced: tuple[HopStream, ...]
+    filled: int = 0  # positions in their caches
+
+
+class Chain:
+    """The hops in order, the client's streams to them, and the epoch of what is under way.
+
+    `recall` gives the input of positions that are long past; None if nobody knows it any more.
+    """
+
+    def __init__(self, host: Host, nursery: trio.Nursery, config: ChainConfig, listener: Listener) -> None:
+        self.hops: list[HopStream] = []
+        self.epoch = 0
+        self.recall: Recall | None = None
+        self.host = host
+        self._nursery = nursery
+        self._config = config
+        self._listener = listener
+
+    @property
+    def route(self) -> Route:
+        """The hops as a route."""
+        return Route(tuple(each.hop for each in self.hops))
+
+    @property
+    def agreed(self) -> Agreed:
+        """How steps are cut and paced."""
+        return self._agreed(self.hops)
+
+    def _agreed(self, hops: Sequence[HopStream]) -> Agreed:
+        """Half of what the hops take: steps that are sent again meet the first ones in the queue."""
+        config = self._config
+        limits = [
+            msgspec.structs.replace(
+                hop.opened,
+                max_steps_in_flight=max(1, hop.opened.max_steps_in_flight // 2),
+                max_bytes_in_flight=max(1, hop.opened.max_bytes_in_flight // 2),
+            )
+            for hop in hops
+        ]
+        row = row_bytes(config.spec.hidden_size, config.codec)
+        return agree(config.chunk_tokens, config.chunks_in_flight, row, limits)
+
+    async def open(self, route: Route) -> None:
+        """Open the session on every hop of `route`.
+
+        Raises:
+            PeerError: A hop could not be reached or refused; nothing stays open.
+        """
+        openings = self._openings(route.hops, None, None)
+        self.hops = await self._open_hops(openings, route, self._config.open_timeout_s)
+
+    async def close(self) -> None:
+        """End the session on every hop."""
+        await end_all(self.hops)
+
+    def neighbours(self, hops: Sequence[HopStream]) -> tuple[HopStream | None, HopStream | None]:
+        """Who comes before and after adjacent hops; None is the client."""
+        first, last = self.hops.index(hops[0]), self.hops.index(hops[-1])
+        after = self.hops[last + 1] if last + 1 < len(self.hops) else None
+        return (self.hops[first - 1] if first else None), after
+
+    # ------------------------------------------------------------------ who is there
+
+    async def probe(self, within_s: float) -> tuple[list[HopStream], list[HopStream]]:
+        """The hops that do not answer, and those that answer us but not the hop before them."""
+        hops = list(self.hops)
+        silent: list[HopStream] = []
+        cut: list[HopStream] = []
+
+        async def probe(index: int, hop: HopStream) -> None:
+            alive = await hop.probe(within_s)
+            if alive is None:
+                silent.append(hop)
+            elif alive.successor is False and index + 1 < len(hops):
+                cut.append(hops[index + 1])
+
+        async with trio.open_nursery() as nursery:
+            for index, hop in enumerate(hops):
+                nursery.start_soon(probe, index, hop)
+        return silent, [hop for hop in cut if hop not in silent]
+
+    async def attended(self, hops: Sequence[HopStream], work: Callable[[], Awaitable[None]]) -> None:
+        """Await `work()` for as long as all `hops` show signs of life.
+
+        Raises:
+            PeerError: One of them stopped to, or its stream ended; or what `work` raises.
+        """
+
+        errors: list[PeerError] = []
+
+        async def attend(hop: HopStream, scope: trio.CancelScope) -> None:
+            while not hop.lost.is_set():
+                with trio.move_on_after(self._config.probe_after_s):
+                    await hop.lost.wait()
+                if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
+                    break
+            errors.append(PeerVanished("it shows no sign of life", hop.peer_id))
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for hop in hops:
+                nursery.start_soon(attend, hop, nursery.cancel_scope)
+            try:
+                await work()
+            except PeerError as exc:
+                errors.append(exc)
+            nursery.cancel_scope.cancel()
+        if errors:
+            raise errors[0]
+
+    # ------------------------------------------------------------------ replacing
+
+    async def open_spare(self, replaced: Sequence[HopStream], route: Route, within_s: float) -> Spare:
+        """Open the session on the hops of `route`, which covers the span of `replaced`.
+
+        Raises:
+            PeerError: One of them, or a neighbour, could not; nothing stays open.
+        """
+        before, after = self.neighbours(replaced)
+        openings = self._openings(route.hops, before, after)
+        whole = Route((*([before.hop] if before else []), *route.hops, *([after.hop] if after else [])))
+        hops: list[HopStream] = []
+
+        async def open_them() -> None:
+            if after is not None:
+                await after.expect(route.hops[-1].peer_id)
+            hops.extend(await self._open_hops(openings, whole, within_s))
+
+        async def link_up() -> None:
+            if before is not None:
+                await before.relink(route.hops[0], 0, 0, replay=1, epoch=self.epoch, switch=False)
+
+        try:
+            with trio.move_on_after(within_s) as patience:
+                await _together(open_them, link_up)
+            if patience.cancelled_caught:
+                raise PeerUnreachable(f"was not linked to within {within_s:g} s", route.hops[0].peer_id)
+        except BaseException:
+            await end_all(hops)
+            raise
+        return Spare(hops, tuple(replaced))
+
+    async def fill(self, spare: Spare, stop: int) -> None:
+        """Bring the caches of `spare` up to position `stop` while the session goes on.
+
+        Raises:
+            PeerError: As `take_over` does.
+        """
+        before, _ = self.neighbours(spare.replaced)
+        first, count = spare.hops[0], len(spare.hops)
+        start, spare.filled = spare.filled, stop
+        if before is not None:
+            await before.relink(
+                first.hop,
+                start,
+                stop,
+                replay=count,
+                epoch=self.epoch,
+                switch=False,
+                pace=self._agreed(spare.hops),
+            )
+        else:
+            await self._feed(spare.hops, start, stop, self.epoch)
+            await first.all_filled()
+
+    async def take_over(self, spare: Spare, stop: int) -> None:
+        """Give `spare` what it lacks of positions `0..stop` and let it take the place of what it replaces.
+
+        Raises:
+            PeerError: One of them or the hop before is gone; `NoReplay` if nobody can tell the positions.
+        """
+        before, _ = self.neighbours(spare.replaced)
+        epoch = self.epoch + 1
+        if before is None:
+            await self._feed(spare.hops, spare.filled, stop, epoch)
+        else:
+            await self._relink_over(before, spare, stop, epoch)
+        at = self.hops.index(spare.replaced[0])
+        self.hops[at : at + len(spare.replaced)] = spare.hops
+        self.epoch = epoch
+        self._nursery.start_soon(end_all, spare.replaced)
+
+    async def reattach(self, hop: HopStream) -> None:
+        """Make the edge into `hop` anew; both of its ends have kept what they have.
+
+        Raises:
+            PeerError: It cannot be made.
+        """
+        before, _ = self.neighbours([hop])
+        assert before is not None
+        await hop.expect(before.peer_id)
+        await before.relink(hop.hop, 0, 0, replay=1, epoch=self.epoch + 1, switch=True)
+        self.epoch += 1
+
+    async def _relink_over(self, before: HopStream, spare: Spare, stop: int, epoch: int) -> None:
+        """Replay and switch; from further up if the hop before has not kept it all."""
+        fed = list(spare.hops)
+        relink = partial(before.relink, fed[0].hop, replay=len(fed), epoch=epoch, switch=True)
+        try:
+            await relink(spare.filled, stop, pace=self._agreed(fed))
+            return
+        except PeerRefused as exc:
+            logger.debug("chain.no_replay peer=%s why=%s", before.peer_id, exc)
+        await relink(0, 0)
+        for target, source in pairwise(self.hops[self.hops.index(before) :: -1]):
+            fed.insert(0, target)
+            pace = self._agreed(fed)
+            try:
+                await source.relink(
+                    target.hop, 0, stop, replay=len(fed), epoch=epoch, switch=False, pace=pace
+                )
+                return
+            except PeerRefused as exc:
+                logger.debug("chain.no_replay peer=%s why=%s", source.peer_id, exc)
+        await self._feed([self.hops[0], *fed], 0, stop, epoch)
+
+    async def _feed(self, hops: Sequence[HopStream], start: int, stop: int, epoch: int) -> None:
+        """Replay from here through `hops`, as if this were the hop before them."""
+        if start == stop:
+            return
+        if self.recall is None:
+            raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)
+        pace = self._agreed(hops)
+        hidden = await trio.to_thread.run_sync(self.recall, start, stop)
+        for number, piece in enumerate(torch.split(hidden, pace.chunk_tokens)):
+            position = start + number * pace.chunk_tokens
+            step = Step(number, epoch, position, len(piece), 0, replay=len(hops))
+            payload = encode_hidden(piece, self._config.codec)
+            await hops[0].fill(step, payload, pace.chunks_in_flight)
+
+    # ------------------------------------------------------------------ opening
+
+    async def _open_hops(self, openings: Sequence[Open], route: Route, within_s: float) -> list[HopStream]:
+        hops = {hop.span.start: hop for hop in route.hops}
+        opened = await open_hops(
+            self.host,
+            [(hops[opening.start], opening) for opening in openings],
+            route,
+            max_payload_bytes=self._config.chunk_tokens
+            * row_bytes(self._config.spec.hidden_size, self._config.codec),
+            within_s=within_s,
+        )
+        for each in opened:
+            self._nursery.start_soon(each.watch, self._listener)
+        return opened
+
+    def _openings(self, hops: Sequence[Hop], before: HopStream | None, after: HopStream | None) -> list[Open]:
+        """What to ask of each hop: all the same session, each with its neighbours."""
+        chain = [before.hop if before else None, *hops, after.hop if after else None]
+        return [
+            Open(
+                self._config.session,
+                self._config.spec.revision,
+                hop.span.start,
+                hop.span.stop,
+                self._config.max_tokens,
+                self._config.codec,
+                predecessor=previous.peer_id if previous else None,
+                successor=Successor(following.peer_id, tuple(following.addrs)) if following else None,
+            )
+            for previous, hop, following in zip(chain, hops, chain[2:], strict=False)
+        ]
+
+
+async def _together(*works: Callable[[], Awaitable[None]]) -> None:
+    """Run all of them at once; the first PeerError ends the others and is raised."""
+    errors: list[PeerError] = []
+
+    async def run(work: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        try:
+            await work()
+        except PeerError as exc:
+            errors.append(exc)
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for work in works:
+            nursery.start_soon(run, work, nursery.cancel_scope)
+    if errors:
+        raise errors[0]

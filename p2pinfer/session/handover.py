@@ -1,0 +1,182 @@
+"""Others take over from hops of a session that still work: from one that leaves, and from one that is slow.
+
+A hop that has become slow, or is about to go, works on until somebody else has been fed what it knows; then
+they take its place between two steps. One place is handed over at a time. A hop that fails meanwhile comes
+first: its repair (`failover.py`) may use those who were being fed, if they were meant for that place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import P2PInferError, PeerError, PeerVanished
+from p2pinfer.node.protocol.wire import Bill
+from p2pinfer.routing.route import Route
+
+from .chain import Chain, Spare
+from .failover import Faults, Replanner
+from .hop_stream import HopStream
+from .opening import end_all
+from .slowness import Slowness
+from .steps import Steps
+
+logger = logging.getLogger(__name__)
+
+_SETTLED_TOKENS: Final = 32  # a spare that lacks no more than this is warm enough to take over
+_MAX_ROUNDS: Final = 6  # of catching up with a session that goes on
+
+
+class Handovers:
+    """Has others take over, if a replanner names any.
+
+    Attributes:
+        done: How often a hop that still worked was replaced.
+        busy: Held while somebody is to take over.
+        spare: Who is being fed for it. What a step rolls back, they have not got any more.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        faults: Faults,
+        steps: Steps,
+        replanner: Replanner | None,
+        nursery: trio.Nursery,
+        *,
+        open_timeout_s: float,
+        max_tries: int,
+        slow_step_s: float,
+        on_done: Callable[[], None],
+    ) -> None:
+        """`on_done` hears of every handover."""
+        self.done = 0
+        self.busy = trio.Lock()
+        self.spare: Spare | None = None
+        self._chain = chain
+        self._faults = faults
+        self._steps = steps
+        self._replanner = replanner
+        self._nursery = nursery
+        self._open_timeout_s = open_timeout_s
+        self._max_tries = max_tries
+        self._on_done = on_done
+        self._slowness = Slowness(slow_step_s)
+        self._warming: trio.CancelScope | None = None
+        self._improving = trio.CancelScope()
+        self._closed = False
+
+    async def replace(self, peer_id: str, route: Route | None = None) -> None:
+        """Put others in place of a hop that still works, between two steps; steps go on meanwhile.
+
+        Args:
+            route: Who is to take over; whom the replanner names, if None.
+
+        Raises:
+            NoRoute: There is nobody else. The session is as it was, here and in what follows.
+            PeerError: Those who were to take over failed, or a hop of the session did meanwhile.
+            ValueError: The peer is no hop of this session, or another one is being replaced.
+        """
+        hop = next((each for each in self._chain.hops if each.peer_id == peer_id), None)
+        if hop is None or self._warming is not None or self._replanner is None:
+            raise ValueError(f"{peer_id} cannot be replaced: no hop, or not the only one to be replaced")
+        with trio.CancelScope() as self._warming:
+            try:
+                await self._hand_over(hop, route)
+            finally:
+                self._warming = None
+                if self.spare is not None:
+                    spare, self.spare = self.spare, None
+                    await end_all(spare.hops)
+        if hop in self._chain.hops:
+            raise PeerVanished("a hop failed while another one was being replaced", peer_id)
+
+    def see_off(self, hop: HopStream) -> None:
+        """Have another one take over from a hop that is about to go."""
+        if self._replanner is not None:
+            self._nursery.start_soon(self._see_off, hop)
+
+    def note_pace(self, bills: tuple[Bill, ...]) -> None:
+        """Look for somebody faster if these, of the last step, show that a hop has become slow."""
+        self._slowness.note(bills)
+        slow = self._slowness.suspect(trio.current_time())
+        if slow is not None and self._replanner is not None and not self.busy.locked():
+            place, seconds = slow
+            self._nursery.start_soon(self._improve, self._replanner, self._chain.hops[place], seconds)
+
+    def forget_pace(self) -> None:
+        """Begin anew: what was measured is of hops that are not there any more."""
+        self._slowness.forget()
+
+    def break_off(self) -> Spare | None:
+        """Nobody takes over for now, since a hop failed; returns who was to, for the repair to use or end."""
+        spare, self.spare = self.spare, None
+        if self._warming is not None:
+            self._warming.cancel()
+        if spare is not None:
+            spare.filled = 0  # how far it was fed is not known
+        return spare
+
+    def close(self) -> list[HopStream]:
+        """Nobody takes over any more; returns the hops that were to, for the caller to end."""
+        self._closed = True
+        self._improving.cancel()
+        if self._warming is not None:
+            self._warming.cancel()
+        return self.spare.hops if self.spare else []
+
+    async def _hand_over(self, hop: HopStream, route: Route | None) -> None:
+        chain, steps = self._chain, self._steps
+        spare = self.spare = await self._faults.open_spare([hop], self._open_timeout_s, route)
+        involved = [*spare.hops, *chain.neighbours([hop])[:1]]
+        living = [each for each in involved if each is not None]
+        for _ in range(_MAX_ROUNDS):
+            if steps.length - spare.filled <= _SETTLED_TOKENS:
+                break
+            await chain.attended(living, partial(chain.fill, spare, steps.length))
+        async with steps.turn:
+            if self._faults.fatal or self._faults.first or hop not in chain.hops:
+                return  # a failure came first
+            await self._faults.take_over(spare, steps.length)
+            self.spare = None
+            self.done += 1
+            self.forget_pace()
+            self._on_done()
+
+    async def _see_off(self, hop: HopStream) -> None:
+        async with self._steps.turn:  # not while it takes over
+            self._improving.cancel()
+        async with self.busy:
+            for _ in range(self._max_tries):
+                if self._closed or not await self._try_to_see_off(hop):
+                    break
+
+    async def _try_to_see_off(self, hop: HopStream) -> bool:
+        """False if that is all that can be done."""
+        try:
+            await self.replace(hop.peer_id)
+        except PeerError as exc:  # of who was asked; others may have room
+            logger.debug("session.handover_failed peer=%s why=%s", exc.peer_id, exc)
+            return True
+        except (P2PInferError, ValueError) as exc:
+            logger.info("nobody takes over from %s before it leaves: %s", hop.peer_id, exc)
+        return False
+
+    async def _improve(self, replanner: Replanner, hop: HopStream, seconds: float) -> None:
+        """Have somebody faster take over from a hop that takes so long for a step, if there is anybody."""
+        with trio.CancelScope() as self._improving:
+            async with self.busy:
+                try:
+                    route = await replanner.better(self._faults.gap([hop]), hop.hop, seconds)
+                    if route is None:
+                        return
+                    logger.info(
+                        "%s takes %.0f ms for a step; %s is to do better", hop.peer_id, seconds * 1e3, route
+                    )
+                    await self.replace(hop.peer_id, route)
+                except (P2PInferError, ValueError) as exc:
+                    logger.info("nobody better takes over from %s: %s", hop.peer_id, exc)

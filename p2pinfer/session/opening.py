@@ -1,0 +1,110 @@
+"""Opens a session on all hops of a route at once, and ends it on all of them.
+
+What a hop refuses is an error that names whom to leave out of the next route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from p2pinfer.errors import (
+    PeerError,
+    PeerRefused,
+    PeerUnreachable,
+    PeerVanished,
+    ProtocolViolation,
+    WrongOutput,
+)
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
+from p2pinfer.routing.route import Hop, Route
+
+from .hop_stream import HopStream
+
+
+async def open_hops(
+    host: Host, openings: Sequence[tuple[Hop, Open]], route: Route, *, max_payload_bytes: int, within_s: float
+) -> list[HopStream]:
+    """Open a session on every hop at once. `route` is what they are to be part of.
+
+    Raises:
+        PeerError: A hop could not be reached or refused; nothing stays open.
+    """
+    streams: dict[int, FrameStream] = {}
+    relayed: set[int] = set()
+    ready: dict[int, Opened] = {}
+    failures: list[PeerError] = []
+
+    async def open_hop(index: int, hop: Hop, opening: Open, scope: trio.CancelScope) -> None:
+        try:
+            stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs)
+            frames = FrameStream(stream, max_payload_bytes=max_payload_bytes, peer_id=hop.peer_id)
+            streams[index] = frames
+            if stream.is_relayed:
+                relayed.add(index)
+            await frames.send(opening)
+            match (await frames.receive())[0]:
+                case Opened() as opened:
+                    ready[index] = opened
+                case Refused() as refused:
+                    raise refusal_error(refused, hop.peer_id, route)
+                case Leaving():
+                    raise PeerRefused("this node is shutting down", hop.peer_id, "leaving")
+                case other:
+                    raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
+        except PeerError as exc:
+            failures.append(exc)
+            scope.cancel()
+
+    try:
+        with trio.move_on_after(within_s):
+            async with trio.open_nursery() as nursery:
+                for index, (hop, opening) in enumerate(openings):
+                    nursery.start_soon(open_hop, index, hop, opening, nursery.cancel_scope)
+        if not failures and len(ready) < len(openings):
+            silent = next(hop for index, (hop, _) in enumerate(openings) if index not in ready)
+            failures.append(PeerUnreachable(f"did not open a session within {within_s:g} s", silent.peer_id))
+        if failures:
+            raise failures[0]
+    except BaseException:
+        await end_all(list(streams.values()))
+        raise
+    return [
+        HopStream(hop, ready[index], streams[index], is_relayed=index in relayed)
+        for index, (hop, _) in enumerate(openings)
+    ]
+
+
+def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
+    """The error that a refusal amounts to, and whose it is.
+
+    A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
+    the neighbour out of the next route is right whoever is at fault. Its word about anybody else is not
+    taken: then it is the sender that is left out.
+    """
+    peers = route.peer_ids
+    at = peers.index(sender)
+    neighbours = {*peers[max(at - 1, 0) : at], *peers[at + 1 : at + 2]}
+    blamed = refused.peer_id if refused.peer_id in neighbours else sender
+    match refused.code:
+        case "successor_unreachable":
+            return PeerUnreachable(refused.message, blamed)
+        case "successor_vanished":
+            return PeerVanished(refused.message, blamed)
+        case "wrong_input":
+            return WrongOutput(refused.message, blamed)
+        case "protocol":
+            return PeerRefused(refused.message, blamed, refused.code)
+        case _:
+            return PeerRefused(refused.message, sender, refused.code, fits=refused.fits)
+
+
+async def end_all(streams: Sequence[FrameStream | HopStream]) -> None:
+    """End every stream, shielded and within a second: a hop frees its cache when it hears of it."""
+    with trio.CancelScope(shield=True), trio.move_on_after(1):
+        async with trio.open_nursery() as closing:
+            for stream in streams:
+                closing.start_soon(stream.end)

@@ -1,0 +1,261 @@
+"""What a local verifier takes upon itself, and what it leaves to others."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from torch import Tensor
+
+from p2pinfer import models
+from p2pinfer.audit.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier, compare_elsewhere
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.verify import Reference, open_reference, run_session
+from p2pinfer.node.evidence.deposition import Deposition
+from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
+from p2pinfer.reputation.verdict import Verdict
+
+SPAN = BlockSpan(2, 4)
+
+
+class Distant:
+    """A model of which a gigabyte a block would have to be fetched."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._source.spec
+
+    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+        raise AssertionError(f"{span} was fetched")
+
+    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+        return len(span or ()) << 30
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    return resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
+
+
+def identity_over(span: BlockSpan, tokens: int = 12) -> Deposition:
+    """A hop that sends back what it got, and signs for it."""
+    payload: Payload = bytes(range(64)) * (20 * tokens)  # float32, of 320 channels
+    return deposition_of(span, payload, payload, tokens)
+
+
+@cache
+def bundled_revision() -> str:
+    return open_checkpoint(Path(models.__path__[0]) / BUNDLED_MODEL, BUNDLED_MODEL).spec.revision
+
+
+def deposition_of(
+    span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = ""
+) -> Deposition:
+    receipt = Receipt(
+        1, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0, tokens, tokens,
+        0, "float32", "float32", digest_of(given), digest_of(got), bytes(16),
+    )  # fmt: skip
+    return Deposition("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_stories: Path) -> tuple[Tensor, list[Tensor]]:
+    """What a span is given, and what it makes of it in float32 and, twice, in bfloat16; (40, 320) each."""
+    checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
+    reference = open_reference(checkpoint, BlockSpan(0, 4), max_tokens=64)
+    ends = load_ends(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    inputs = run_session(reference.exact, ends.embed(list(range(100, 140))), BlockSpan(0, SPAN.start))
+    runners = (reference.exact, *reference.rounded)
+    return inputs, [run_session(runner, inputs, SPAN) for runner in runners]
+
+
+def computed(inputs: Tensor, outputs: Tensor) -> Deposition:
+    return deposition_of(SPAN, inputs.numpy().tobytes(), outputs.contiguous().numpy().tobytes(), len(inputs))
+
+
+async def test_weights_are_not_downloaded_for_the_sake_of_an_audit(source: ModelSource) -> None:
+    verifier = LocalVerifier(Distant(source), AuditConfig(memory_bytes=1 << 40))
+    assert verifier.can_hold(BlockSpan(0, 1))
+    assert not verifier.can_hold(SPAN)
+    finding = await verifier.verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert LocalVerifier(Distant(source), AuditConfig(memory_bytes=1 << 40, download_bytes=2 << 30)).can_hold(
+        SPAN
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_logits_behind_inner_spans_are_looked_at_as_often_as_is_said(
+    source: ModelSource, share: float
+) -> None:
+    """And not where norms have settled it."""
+    verifier = LocalVerifier(source, AuditConfig(logits_share=share))
+    finding = await verifier.verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.FAIL
+    assert not finding.logits_checked
+    assert (await verifier.confirm(identity_over(SPAN))).verdict is Verdict.FAIL
+
+
+async def test_without_room_for_the_model_the_span_alone_is_loaded(source: ModelSource) -> None:
+    room = 2 * source.spec.block_parameters * BYTES_PER_WEIGHT
+    verifier = LocalVerifier(source, AuditConfig(memory_bytes=room, logits_share=1.0))
+    for span in (SPAN, BlockSpan(6, 8)):
+        finding = await verifier.verify(identity_over(span))
+        assert finding.verdict is Verdict.FAIL
+        assert not finding.logits_checked
+    assert verifier.spent_s > 0
+
+
+@pytest.mark.parametrize("span", [BlockSpan(8, 9), BlockSpan(7, 9), BlockSpan(0, 1 << 16)])
+async def test_blocks_that_the_model_has_not_prove_nothing(source: ModelSource, span: BlockSpan) -> None:
+    verifier = LocalVerifier(source)
+    for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
+        finding = await verify(identity_over(span))
+        assert finding.verdict is Verdict.INCONCLUSIVE
+
+
+async def test_receipts_of_another_model_prove_nothing(source: ModelSource) -> None:
+    """A client that came back to a folder that was written anew, say."""
+    payload = bytes(range(64)) * 240
+    other = deposition_of(SPAN, payload, payload, 12, revision="f" * 32)
+    verifier = LocalVerifier(source)
+    for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
+        finding = await verify(other)
+        assert (finding.verdict, finding.reason) == (
+            Verdict.INCONCLUSIVE,
+            "the receipts are of another model than is here",
+        )
+
+
+def write_anew(folder: Path) -> None:
+    """Save every shard of a folder with larger weights, as a training run does."""
+    safetensors_torch: Any = safetensors.torch
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor * 1.5 for name, tensor in safetensors_torch.load_file(path).items()}
+        safetensors_torch.save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
+        path.with_suffix(".new").replace(path)
+
+
+async def test_weights_that_changed_on_disk_convict_nobody(
+    tiny_stories: Path,
+    tmp_path: Path,
+    honest: tuple[Tensor, list[Tensor]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(tiny_stories, tmp_path / "model")
+    inputs, (exact, *_) = honest
+    source = resolve_model(str(folder), cache_dir=tmp_path)
+    room = 2 * source.spec.block_parameters * BYTES_PER_WEIGHT
+    verifier = LocalVerifier(source, AuditConfig(memory_bytes=room))
+    assert (await verifier.verify(computed(inputs, exact))).verdict is Verdict.PASS
+    write_anew(folder)
+    # What was loaded before is right, so it still counts.
+    assert (await verifier.verify(computed(inputs, exact))).verdict is Verdict.PASS
+    assert (await verifier.verify(computed(inputs, exact * 1.5))).verdict is Verdict.FAIL
+    assert verifier.can_hold(SPAN)
+    # A confirmation loads anew, and so does a look at other blocks.
+    for verify in (verifier.confirm, verifier.verify, verifier.verify_fully):
+        finding = await verify(identity_over(BlockSpan(4, 6)))
+        assert finding.verdict is Verdict.INCONCLUSIVE
+        assert "changed after it was checked" in finding.reason
+    assert not verifier.can_hold(SPAN), "others are asked from now on"
+    assert caplog.text.count("the work of peers cannot be checked against this model any more") == 1
+    assert "start p2pinfer again" in caplog.text
+
+
+async def test_what_fails_on_this_machine_proves_nothing(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> Reference:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("p2pinfer.audit.verifier.open_reference", run_out)
+    finding = await LocalVerifier(source).verify(identity_over(SPAN))
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert "out of memory" in finding.reason
+
+
+async def test_steps_of_nothing_prove_nothing(source: ModelSource) -> None:
+    nothing = identity_over(SPAN, 0)
+    for verify in (LocalVerifier(source).verify, LocalVerifier(source).confirm):
+        assert (await verify(nothing)).verdict is Verdict.INCONCLUSIVE
+    assert compare_elsewhere(nothing, nothing, nothing, 320).verdict is Verdict.INCONCLUSIVE
+
+
+def test_two_peers_that_agree_decide_where_the_blocks_do_not_fit(
+    honest: tuple[Tensor, list[Tensor]],
+) -> None:
+    inputs, (exact, fused, stepwise) = honest
+    right, same, other = computed(inputs, exact), computed(inputs, fused), computed(inputs, stepwise)
+    lie = computed(inputs, inputs)
+    for one, two in ((same, other), (right, right), (right, other)):
+        assert compare_elsewhere(right, one, two, 320).verdict is Verdict.PASS
+        assert compare_elsewhere(lie, one, two, 320).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("lies_first", [True, False])
+def test_two_peers_that_contradict_each_other_decide_nothing(
+    honest: tuple[Tensor, list[Tensor]], lies_first: bool
+) -> None:
+    inputs, (exact, fused, _) = honest
+    one, other = computed(inputs, inputs), computed(inputs, fused)
+    if not lies_first:
+        one, other = other, one
+    for suspect in (exact, inputs):
+        finding = compare_elsewhere(computed(inputs, suspect), one, other, 320)
+        assert finding.verdict is Verdict.INCONCLUSIVE
+        assert "contradict" in finding.reason
+
+
+async def test_somebody_elses_proof_is_checked_without_the_rest_of_the_model(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[BlockSpan] = []
+
+    def load(checkpoint: Checkpoint, span: BlockSpan, **options: Any) -> Reference:
+        loaded.append(span)
+        return open_reference(checkpoint, span, **options)
+
+    monkeypatch.setattr("p2pinfer.audit.verifier.open_reference", load)
+    verifier = LocalVerifier(source)
+    assert (await verifier.verify_fully(identity_over(SPAN))).verdict is Verdict.FAIL
+    assert loaded == [SPAN]
+    assert (await verifier.verify(identity_over(BlockSpan(4, 8)))).verdict is Verdict.FAIL
+    assert (await verifier.verify_fully(identity_over(SPAN))).verdict is Verdict.FAIL
+    assert loaded == [SPAN, BlockSpan(0, source.spec.num_blocks)]
+
+
+async def test_what_norms_do_not_settle_is_held_against_the_logits(
+    source: ModelSource, honest: tuple[Tensor, list[Tensor]]
+) -> None:
+    inputs, (exact, *_) = honest
+    finding = await LocalVerifier(source).verify_fully(computed(inputs, exact))
+    assert finding.verdict is Verdict.PASS
+    assert finding.logits_checked
+
+
+async def test_of_more_positions_than_the_model_has_the_first_are_run(source: ModelSource) -> None:
+    long = identity_over(SPAN, source.spec.max_positions + 40)
+    assert (await LocalVerifier(source).verify(long)).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rate", 1.5), ("logits_share", -0.1), ("memory_bytes", -1), ("download_bytes", -1), ("timeout_s", 0)],
+)
+def test_settings_that_make_no_sense_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        AuditConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""The same on an NVIDIA GPU, where decode steps are recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.runner import Chunk, open_runner
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.span import BlockSpan
+
+from ...clear import clear_choices
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+NEW_TOKENS = 40
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def generate(checkpoint: Checkpoint, config: ComputeConfig, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy continuations, all sessions stepping together, the last prompt of them in two chunks."""
+    runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
+    ends = load_ends(checkpoint, config)
+    leases = [runner.cache.reserve(len(prompt) + NEW_TOKENS) for prompt in prompts]
+    embedded = [ends.embed(prompt) for prompt in prompts]
+    runner.run([Chunk(leases[-1], 0, embedded[-1][:20])])
+    chunks = [
+        Chunk(lease, lease.length, hidden[lease.length :])
+        for lease, hidden in zip(leases, embedded, strict=True)
+    ]
+    new: list[list[int]] = [[] for _ in prompts]
+    for _ in range(NEW_TOKENS):
+        last = torch.stack([output[-1] for output in runner.run(chunks)])
+        ids = [int(logits.argmax()) for logits in ends.logits(last)]
+        for tokens, token in zip(new, ids, strict=True):
+            tokens.append(token)
+        chunks = [
+            Chunk(lease, lease.length, ends.embed([token])) for lease, token in zip(leases, ids, strict=True)
+        ]
+    return new
+
+
+def logits_of(model: Any, ids: list[int]) -> Tensor:
+    """transformers' logits on the CPU, (tokens, vocab_size) float32."""
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([ids])).logits
+    return logits[0].float()
+
+
+def continuation(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers generates on the CPU."""
+    batch = torch.tensor([prompt])
+    output = model.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def test_ids_are_those_of_transformers_for_every_family(
+    family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    prompts = [[3 + (5 * index) % 190 for index in range(tokens)] for tokens in (1, 64, 230)]
+    config = ComputeConfig(device="cuda", dtype="float32", cache_bytes=1 << 26)
+    expected = [continuation(oracle(family_checkpoint.folder), prompt) for prompt in prompts]
+    assert generate(family_checkpoint, config, prompts) == expected
+
+
+def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_clear(
+    tiny_stories: Path, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    checkpoint = open_checkpoint(tiny_stories, "tiny-stories")
+    config = ComputeConfig(device="cuda", dtype="bfloat16", cache_bytes=1 << 28)
+    prompt = list(range(3, 33))
+    ids = prompt + continuation(oracle(tiny_stories), prompt)
+    clear = clear_choices(*(logits_of(oracle(tiny_stories, dtype), ids) for dtype in DTYPES))
+    runner = open_runner(checkpoint, BlockSpan(0, 8), config)
+    ends = load_ends(checkpoint, config)
+    lease = runner.cache.reserve(len(ids))
+    hidden = ends.embed(ids)
+    outputs = [runner.run([Chunk(lease, 0, hidden[:10])])[0]]
+    outputs += [
+        runner.run([Chunk(lease, position, hidden[position : position + 1])])[0]
+        for position in range(10, len(ids))
+    ]
+    picked = ends.logits(torch.cat(outputs)).argmax(-1)
+    assert clear.mask.sum() > len(ids) / 4
+    assert torch.equal(picked[clear.mask], clear.ids[clear.mask])

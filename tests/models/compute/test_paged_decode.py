@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute import paged_decode
+from p2pinfer.models.compute.attention import Piece
+from p2pinfer.models.compute.blocks import Blocks, load_blocks
+from p2pinfer.models.compute.cache import CacheLease, PagedCache
+from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.paged_decode import PagedDecoder
+from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.compute.target import Target
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.span import BlockSpan
+
+PROMPTS = (1, 15, 16, 70, 250)
+
+
+class Model:
+    """A whole tiny model, whose decode steps are the ones that a GPU would record."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        target = Target(torch.device("cpu"), torch.float32)
+        self.blocks: Blocks = load_blocks(checkpoint, BlockSpan(0, 4), target)
+        shape = self.blocks.architecture
+        self.cache = PagedCache(
+            num_blocks=4,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=torch.float32,
+            device=target.device,
+            budget_bytes=1 << 23,
+            page_tokens=16,
+        )
+        everywhere = torch.arange(self.cache.capacity_tokens)
+        for block in range(4):  # what is never written must never be read, not even to be weighted by zero
+            self.cache.write(
+                block,
+                everywhere,
+                torch.full((len(everywhere), 2 * shape.kv_heads, shape.head_dim), torch.nan),
+            )
+        self.decoder = PagedDecoder(self.blocks, self.cache)
+        self.plain = SpanRunner(self.blocks, self.cache)
+        self.static = SpanRunner(self.blocks, self.cache, self.decoder)
+        self.ends: Ends = load_ends(checkpoint, ComputeConfig(dtype="float32"))
+
+
+@pytest.fixture
+def model(family_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Experts cannot be recorded, but they can be computed the same way."""
+    monkeypatch.setattr(paged_decode, "_MIN_CONTEXT", 32)
+    return Model(family_checkpoint)
+
+
+def test_steps_through_static_buffers_give_the_tokens_of_transformers(
+    model: Model, family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    """Sessions of all lengths, that come and go, over sizes of batch and context."""
+    reference: Any = oracle(family_checkpoint.folder)
+    prompts = [[3 + (7 * index) % 190 for index in range(tokens)] for tokens in PROMPTS]
+    leases = [model.cache.reserve(len(prompt) + 20) for prompt in prompts]
+    ids: list[list[int]] = []
+    for prompt, lease in zip(prompts, leases, strict=True):
+        (hidden,) = model.plain.run([Chunk(lease, 0, model.ends.embed(prompt))])
+        ids.append([*prompt, int(model.ends.logits(hidden[-1:]).argmax())])
+    for taking_part in ([0, 1, 2, 3, 4], [4], [1, 3], [3, 1], [0, 2, 4], [2]) * 2:
+        chunks = [
+            Chunk(leases[index], leases[index].length, model.ends.embed(ids[index][-1:]))
+            for index in taking_part
+        ]
+        outputs = model.static.run(chunks)
+        for index, output in zip(taking_part, outputs, strict=True):
+            ids[index].append(int(model.ends.logits(output).argmax()))
+    for prompt, grown in zip(prompts, ids, strict=True):
+        batch = torch.tensor([prompt])
+        expected = reference.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=len(grown) - len(prompt),
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert grown == expected[0].tolist()
+
+
+def test_a_step_equals_the_packed_one_also_on_part_of_the_span_and_after_rolling_back(model: Model) -> None:
+    prompt = model.ends.embed(list(range(3, 60)))
+    row = model.ends.embed([9])
+    leases = [_strewn(model.cache, 80), model.cache.reserve(80), model.cache.reserve(80)]
+    for lease in leases:
+        model.plain.run([Chunk(lease, 0, prompt)])
+    for span in (None, BlockSpan(1, 3)):
+        for positions in ((57, 57, 57), (30, 57, 2)):
+            chunks = [Chunk(lease, position, row) for lease, position in zip(leases, positions, strict=True)]
+            static = model.static.run(chunks, span)
+            torch.testing.assert_close(static, model.plain.run(chunks, span), atol=1e-4, rtol=1e-4)
+        for lease in leases:
+            model.plain.run([Chunk(lease, 0, prompt)])
+
+
+def test_only_steps_of_one_token_each_of_a_few_sessions_are_taken(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = [model.cache.reserve(4) for _ in range(3)]
+    one = [Piece(lease, 3, 1) for lease in leases]
+    experts = model.blocks.architecture.family.experts is not None
+    assert model.decoder.accepts(one) != experts
+    assert not model.decoder.accepts([*one[:2], Piece(leases[2], 2, 2)])
+    assert not model.decoder.accepts([one[0], Piece(leases[0], 4, 1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(paged_decode, "_MAX_BATCH", 2)
+        assert not model.decoder.accepts(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(paged_decode, "_MAX_GATHERED_BYTES", 100)
+        assert not model.decoder.accepts(one)
+
+
+def _strewn(cache: PagedCache, max_tokens: int) -> CacheLease:
+    """A lease of pages that are not neighbours."""
+    leases = [cache.reserve(1) for _ in range(20)]
+    rest = cache.reserve(cache.free_tokens)
+    for lease in leases[::2]:
+        lease.release()
+    lease = cache.reserve(max_tokens)
+    assert lease.start is None
+    for other in [*leases[1::2], rest]:
+        other.release()
+    return lease

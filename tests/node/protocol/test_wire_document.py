@@ -1,0 +1,137 @@
+"""docs/wire.md names every field that travels, in the order in which it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import msgspec
+import pytest
+
+from p2pinfer.node.evidence import evidence
+from p2pinfer.node.protocol import frames, wire
+from p2pinfer.node.reach import dialback
+from p2pinfer.node.swarm import proofs, records, snapshot, twin_call
+from p2pinfer.reputation import proof, receipt
+from p2pinfer.routing import announcement
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "wire.md").read_text(encoding="utf-8")
+# Where the document has a struct's fields: a row of the messages' table, a bracketed list, or a table of its
+# own (the how-manieth of a section). A struct that is nowhere here fails the first test.
+MESSAGES = (
+    *("Open", "Opened", "Move", "Moved", "Attach", "Attached", "Step", "Filled", "Result", "Refused"),
+    *("Expect", "Relink", "Relinked", "Probe", "Alive", "Leaving", "End"),
+)
+LISTS = {"Successor": "successor", "Bill": "bills"}
+TABLES = {
+    "_Wire": ("Announcements", 0),
+    "_Sealed": ("Sealed records", 0),
+    "_Request": ("Snapshots", 0),
+    "_Entry": ("Snapshots", 1),
+    "Receipt": ("Session and chain frames", 0),
+    "_Ports": ("Dial-back", 0),
+    "_Seen": ("Dial-back", 1),
+    "Living": ("Twins", 0),
+    "_Ask": ("Evidence", 0),
+    "_Answer": ("Evidence", 1),
+    "Proof": ("Fraud proofs", 0),
+    "Notice": ("Fraud proofs", 1),
+}
+
+
+def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
+    """The structs that `module` defines and sends; not those that are only derived from."""
+    for value in vars(module).values():
+        is_struct = isinstance(value, type) and issubclass(value, msgspec.Struct)
+        if is_struct and value.__module__ == module.__name__ and not value.__subclasses__():
+            yield value
+
+
+MODULES = (wire, snapshot, dialback, twin_call, records, announcement, receipt, evidence, proof, proofs)
+STRUCTS = [struct for module in MODULES for struct in structs(module)]
+
+
+def section(title: str) -> str:
+    return DOCUMENT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def documented(name: str) -> tuple[str, ...]:
+    """The fields that the document gives a struct."""
+    if name in MESSAGES:
+        table = section("Session and chain frames")
+        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", table, re.MULTILINE)
+        return tuple(field.split()[0] for field in row.split(",") if field.strip())
+    if name in LISTS:
+        [fields] = re.findall(rf"^- \*{LISTS[name]}\*: `\[([^]]*)\]`", DOCUMENT, re.MULTILINE)
+        return tuple(fields.split(", "))
+    title, number = TABLES[name]
+    table = section(title).split("| field | type | what it says |\n")[1:][number].partition("\n\n")[0]
+    return tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+def test_every_struct_has_its_place_in_the_document() -> None:
+    assert {struct.__name__ for struct in STRUCTS} == {*MESSAGES, *LISTS, *TABLES}
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_the_document_names_every_field_in_order(struct: type[msgspec.Struct]) -> None:
+    assert documented(struct.__name__) == struct.__struct_fields__
+
+
+def test_the_document_names_every_refusal_code() -> None:
+    listed = DOCUMENT.partition("Refusal codes:")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(wire.RefusalCode)
+
+
+def test_the_document_has_the_protocols_and_the_bounds() -> None:
+    for protocol in (
+        wire.SESSION_PROTOCOL,
+        wire.CHAIN_PROTOCOL,
+        snapshot.SNAPSHOT_PROTOCOL,
+        dialback.DIALBACK_PROTOCOL,
+        twin_call.TWIN_PROTOCOL,
+        evidence.EVIDENCE_PROTOCOL,
+    ):
+        assert f"| `{protocol}` |" in DOCUMENT
+    for title, bounds in {
+        "Session and chain frames": [frames.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Dial-back": [dialback.MAX_PORTS, dialback.MAX_BYTES],
+        "Evidence": [evidence.MAX_DIGESTS, evidence.MAX_CONTENT_BYTES],
+        "Fraud proofs": [
+            proof.MAX_PROOF_BYTES,
+            proof.MAX_RECEIPTS,
+            proofs.MAX_NOTICE_BYTES,
+            proofs.MAX_TENSOR_BYTES,
+        ],
+        "Announcements": [
+            announcement.MAX_ANNOUNCEMENT_BYTES,
+            announcement.MAX_BLOCKS,
+            announcement.MAX_ADDRS,
+            int(announcement.MIN_TTL_S),
+            int(announcement.MAX_TTL_S),
+        ],
+        "Sealed records": [records.MAX_RECORD_BYTES],
+        "Snapshots": [
+            snapshot.MAX_REQUEST_BYTES,
+            snapshot.TAG_BYTES,
+            snapshot.MAX_TAGS,
+            snapshot.MAX_RESPONSE_BYTES,
+            snapshot.MAX_RECORDS,
+            records.MAX_RECORD_BYTES,
+        ],
+    }.items():
+        numbers = re.findall(r"[\d,]*\d", section(title))
+        assert {f"{bound:,}" for bound in bounds} <= set(numbers)
+
+
+def test_the_document_says_what_a_signature_covers() -> None:
+    for title, domain in {
+        "Sealed records": vars(records)["_DOMAIN"],
+        "Session and chain frames": receipt.DOMAIN,
+    }.items():
+        text, zero = domain[:-1].decode(), domain[-1:]
+        assert f"`{text}`, one zero byte" in section(title)
+        assert zero == b"\0"
