@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import ClientConfig
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
 from p2pinfer.generation.generate import GenerationConfig
 from p2pinfer.models.config import ComputeConfig
@@ -22,7 +23,6 @@ from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.session.session import SessionConfig
 
 LAYERS = (
     (NodeConfig, "node"),

@@ -44,6 +44,8 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
+from p2pinfer.session.chain import Recall
+from p2pinfer.session.hosting import start_session
 from p2pinfer.session.session import Session, open_session
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig
@@ -355,8 +357,13 @@ class Client:
         """Set with the next piece of news about who serves what."""
         return self._member.table_changed
 
-    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+    async def open_session(
+        self, tokens: int, excluded: frozenset[str], recall: Recall | None = None
+    ) -> Session:
         """A session for `tokens` positions on the policy's best route without the `excluded` peers.
+
+        Args:
+            recall: What went in at past positions; with it the first hop can be replaced too.
 
         Raises:
             NoRoute: Nobody serves some of the blocks.
@@ -372,19 +379,19 @@ class Client:
                 auditor.session_closed(session, chosen)
 
         try:
-            return await open_session(
+            opening = open_session(
                 self._member.host,
-                self._nursery,
                 route,
                 self._source.spec,
                 max_tokens=tokens,
                 codec=self._codec_for(route),
                 config=self._session_config,
-                keep_steps=bool(chosen),
-                on_closed=closed,
+                recall=recall,
                 replanner=self._navigator,
                 shunned=excluded,
+                keep_steps=bool(chosen),
             )
+            return await start_session(self._nursery, opening, on_closed=closed)
         except PeerError as exc:
             self._navigator.hop_failed(route, exc)
             raise

@@ -9,13 +9,15 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import NoRoute, PeerError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.failover import Gap
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.hosting import start_session
+from p2pinfer.session.session import Session, open_session
 
 from .node.memory_swarm import FLOAT32, MemorySwarm
 
@@ -67,21 +69,23 @@ async def running(
     swarm: MemorySwarm,
     route: Route,
     spares: Spares,
-    inputs: Tensor,
+    inputs: Tensor | None,
     config: SessionConfig = CHUNKS,
 ) -> AsyncGenerator[Session]:
-    """A session that remembers what went in; at the end nothing of it may be left anywhere."""
-    session = await open_session(
-        swarm.network.host("client"),
+    """A session that remembers what went in, unless that is None; at the end nothing of it may be left."""
+    session = await start_session(
         swarm.network.nursery,
-        route,
-        swarm.spec,
-        max_tokens=TOTAL,
-        codec="float32",
-        config=config,
-        replanner=spares,
+        open_session(
+            swarm.network.host("client"),
+            route,
+            swarm.spec,
+            max_tokens=TOTAL,
+            codec="float32",
+            config=config,
+            recall=None if inputs is None else (lambda start, stop: inputs[start:stop]),
+            replanner=spares,
+        ),
     )
-    session.recall = lambda start, stop: inputs[start:stop]
     yield session
     await session.aclose()
     await swarm.all_closed()

@@ -15,6 +15,7 @@ import trio.testing
 from p2pinfer import client as client_module
 from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
 from p2pinfer.generation.generate import Generation
 from p2pinfer.generation.patience import Waiting
@@ -31,7 +32,7 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.session import Session, open_session
 
 from .node.memory_swarm import MemorySwarm, open_memory_swarm
 
@@ -340,9 +341,9 @@ async def test_hidden_states_travel_in_what_all_hops_compute_in_or_in_float32(
 ) -> None:
     codecs: list[Codec] = []
 
-    async def note(*args: Any, codec: Codec, **more: Any) -> Session:
+    def note(*args: Any, codec: Codec, **more: Any) -> AbstractAsyncContextManager[Session]:
         codecs.append(codec)
-        return await open_session(*args, codec=codec, **more)
+        return open_session(*args, codec=codec, **more)
 
     monkeypatch.setattr(client_module, "open_session", note)
     async with open_client() as (client, swarm):

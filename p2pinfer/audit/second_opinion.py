@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import trio
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.evidence.deposition import Deposition, History
 from p2pinfer.node.host.host import HostConfig, open_host
 from p2pinfer.node.protocol.tensors import row_bytes
@@ -25,7 +25,7 @@ from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.session import SessionConfig, open_session
+from p2pinfer.session.session import open_session
 
 from .gather import gather_deposition
 
@@ -91,10 +91,9 @@ async def run_elsewhere(
     """
     try:
         with trio.fail_after(timeout_s):
-            async with open_host(new_identity(), host_config) as host, open_nursery() as nursery:
-                session = await open_session(
+            async with open_host(new_identity(), host_config) as host:
+                opening = open_session(
                     host,
-                    nursery,
                     Route((hop,)),
                     spec,
                     max_tokens=len(history.inputs),
@@ -102,7 +101,7 @@ async def run_elsewhere(
                     config=SessionConfig(),
                     keep_steps=True,
                 )
-                try:
+                async with opening as session:
                     position = 0
                     for chunk in torch.split(history.inputs, SessionConfig().chunk_tokens):
                         await session.decode(chunk, position)
@@ -110,8 +109,6 @@ async def run_elsewhere(
                     error = await session.settle()
                     if error is not None:
                         raise error
-                finally:
-                    await session.aclose()
                 assert session.book is not None
                 gathered = await gather_deposition(
                     host,

@@ -23,6 +23,7 @@ from p2pinfer.errors import NoRoute, PeerError, PeerRefused
 from p2pinfer.models.compute.ends import Ends
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Route, RouteOutcome
+from p2pinfer.session.chain import Recall
 from p2pinfer.session.session import Session
 
 from .transcript import Transcript
@@ -50,8 +51,11 @@ class Walker(Protocol):
         """Set with the next piece of news about who serves what."""
         ...
 
-    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
-        """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none."""
+    async def open_session(self, tokens: int, excluded: frozenset[str], recall: Recall) -> Session:
+        """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none.
+
+        `recall` gives what went in at past positions.
+        """
         ...
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
@@ -99,7 +103,6 @@ class Way:
         if self._session is None:
             self._session = await self._open()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
-            self._session.recall = self._recall
             self._note_route(self._session.route)
             embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
             hidden = await self._session.prefill(embedded, 0)
@@ -115,7 +118,7 @@ class Way:
         tokens = min(most, have + max(_AHEAD_TOKENS, have))
         while True:
             try:
-                session = await self._walker.open_session(tokens, self.excluded)
+                session = await self._walker.open_session(tokens, self.excluded, self._recall)
             except NoRoute as error:
                 if not error.is_full or tokens == least:
                     raise

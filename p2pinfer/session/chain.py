@@ -29,16 +29,17 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
-from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.protocol.tensors import encode_hidden, row_bytes
-from p2pinfer.node.protocol.wire import Codec, Open, Step, Successor
+from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.protocol.wire import Open, Step, Successor
 from p2pinfer.routing.route import Hop, Route
 
 from .agreed import Agreed, agree
 from .hop_stream import HopStream, Listener
 from .opening import end_all, open_hops
+from .terms import SessionTerms
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +48,6 @@ Recall = Callable[[int, int], Tensor]  # what went in at positions start to stop
 
 class NoReplay(PeerError):
     """Nobody can tell any more what the session's past was."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChainConfig:
-    """What all hops of a session are asked for, and how long they may take."""
-
-    session: bytes
-    spec: ModelSpec
-    codec: Codec
-    max_tokens: int
-    chunk_tokens: int
-    chunks_in_flight: int
-    open_timeout_s: float
-    probe_after_s: float
-    probe_timeout_s: float
 
 
 @dataclass(slots=True)
@@ -74,16 +60,23 @@ class Spare:
 
 
 class Chain:
-    """The hops in order, the client's streams to them, and the epoch of what is under way.
+    """The hops in order, the client's streams to them, and the epoch of what is under way."""
 
-    `recall` gives the input of positions that are long past; None if nobody knows it any more.
-    """
-
-    def __init__(self, host: Host, nursery: trio.Nursery, config: ChainConfig, listener: Listener) -> None:
+    def __init__(
+        self,
+        host: Host,
+        nursery: trio.Nursery,
+        terms: SessionTerms,
+        config: SessionConfig,
+        listener: Listener,
+        recall: Recall | None = None,
+    ) -> None:
+        """`recall` gives the input of past positions, in a thread; without it no first hop is replaced."""
         self.hops: list[HopStream] = []
         self.epoch = 0
-        self.recall: Recall | None = None
         self.host = host
+        self.terms = terms
+        self._recall = recall
         self._nursery = nursery
         self._config = config
         self._listener = listener
@@ -109,8 +102,11 @@ class Chain:
             )
             for hop in hops
         ]
-        row = row_bytes(config.spec.hidden_size, config.codec)
-        return agree(config.chunk_tokens, config.chunks_in_flight, row, limits)
+        return agree(config.chunk_tokens, config.chunks_in_flight, self.terms.row_bytes, limits)
+
+    def begin_epoch(self) -> None:
+        """Supersede what is under way: steps sent from now on are told from it by a higher epoch."""
+        self.epoch += 1
 
     async def open(self, route: Route) -> None:
         """Open the session on every hop of `route`.
@@ -290,14 +286,14 @@ class Chain:
         """Replay from here through `hops`, as if this were the hop before them."""
         if start == stop:
             return
-        if self.recall is None:
+        if self._recall is None:
             raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)
         pace = self._agreed(hops)
-        hidden = await trio.to_thread.run_sync(self.recall, start, stop)
+        hidden = await trio.to_thread.run_sync(self._recall, start, stop)
         for number, piece in enumerate(torch.split(hidden, pace.chunk_tokens)):
             position = start + number * pace.chunk_tokens
             step = Step(number, epoch, position, len(piece), 0, replay=len(hops))
-            payload = encode_hidden(piece, self._config.codec)
+            payload = encode_hidden(piece, self.terms.codec)
             await hops[0].fill(step, payload, pace.chunks_in_flight)
 
     # ------------------------------------------------------------------ opening
@@ -308,8 +304,7 @@ class Chain:
             self.host,
             [(hops[opening.start], opening) for opening in openings],
             route,
-            max_payload_bytes=self._config.chunk_tokens
-            * row_bytes(self._config.spec.hidden_size, self._config.codec),
+            max_payload_bytes=self._config.chunk_tokens * self.terms.row_bytes,
             within_s=within_s,
         )
         for each in opened:
@@ -321,12 +316,12 @@ class Chain:
         chain = [before.hop if before else None, *hops, after.hop if after else None]
         return [
             Open(
-                self._config.session,
-                self._config.spec.revision,
+                self.terms.session,
+                self.terms.spec.revision,
                 hop.span.start,
                 hop.span.stop,
-                self._config.max_tokens,
-                self._config.codec,
+                self.terms.max_tokens,
+                self.terms.codec,
                 predecessor=previous.peer_id if previous else None,
                 successor=Successor(following.peer_id, tuple(following.addrs)) if following else None,
             )

@@ -1,4 +1,4 @@
-"""What is broken in a session's chain, whose fault it is, and the attempts to mend it.
+"""Repair of a chain: whose fault it is that something broke, and the attempts to mend it.
 
 Two things break. A hop that is gone is replaced. An edge between two hops that both answer their client is
 made anew, since nothing is lost with it; only if that does not help is the hop behind it replaced, and if the
@@ -17,11 +17,13 @@ from typing import Protocol
 
 import trio
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 
 from .chain import Chain, NoReplay, Spare
+from .faults import Faults
 from .hop_stream import HopStream
 from .opening import end_all
 
@@ -63,43 +65,18 @@ class Replanner(Protocol):
         ...
 
 
-class Faults:
-    """Notes what is broken, and mends it.
-
-    Attributes:
-        failed: The hops to be replaced and why, in the order in which they failed.
-        cut: The hops that the one before them does not reach.
-        fatal: Why the session is over, and nothing is to be mended any more; None while it goes on.
-        shunned: The peers that failed the session or left it; it does not use them again.
-    """
+class Failover:
+    """Mends what is noted as broken."""
 
     def __init__(
-        self,
-        chain: Chain,
-        replanner: Replanner | None,
-        shunned: frozenset[str],
-        *,
-        max_tokens: int,
-        timeout_s: float,
-        probe_timeout_s: float,
-        max_repairs: int,
+        self, chain: Chain, faults: Faults, replanner: Replanner | None, config: SessionConfig
     ) -> None:
-        self.failed: dict[HopStream, PeerError] = {}
-        self.cut: dict[HopStream, PeerError] = {}
-        self.fatal: PeerError | None = None
-        self.shunned = shunned
+        """Without a `replanner` nothing can be mended."""
         self._chain = chain
+        self._faults = faults
         self._replanner = replanner
-        self._max_tokens = max_tokens
-        self._timeout_s = timeout_s
-        self._probe_timeout_s = probe_timeout_s
-        self._max_repairs = max_repairs
+        self._config = config
         self._complaints: Counter[HopStream] = Counter()
-
-    @property
-    def first(self) -> PeerError | None:
-        """What failed first of all that is broken; None if nothing is."""
-        return next(iter((*self.failed.values(), *self.cut.values())), None)
 
     async def mend(self, upto: int, spare: Spare | None = None) -> None:
         """Make the chain whole: positions `0..upto` in every cache, every hop linked to the next.
@@ -111,11 +88,11 @@ class Faults:
             PeerError: It cannot be done; the error is that of whoever failed first.
             NoRoute: Nobody can take over.
         """
-        first = self.first
+        first = self._faults.first
         assert first is not None
         if self._replanner is None:
             raise first
-        for _ in range(self._max_repairs):
+        for _ in range(self._config.max_repairs):
             try:
                 await self._mend_something(self._replanner, upto, spare)
             except NoReplay:
@@ -123,7 +100,7 @@ class Faults:
             except PeerError as exc:
                 logger.debug("session.repair_failed peer=%s why=%s", exc.peer_id, exc)
             spare = None
-            if self.first is None:
+            if self._faults.first is None:
                 return
         raise first
 
@@ -132,8 +109,8 @@ class Faults:
         before, after = self._chain.neighbours(replaced)
         return Gap(
             BlockSpan(replaced[0].hop.span.start, replaced[-1].hop.span.stop),
-            self._max_tokens,
-            self.shunned | {hop.peer_id for hop in self._chain.hops},
+            self._chain.terms.max_tokens,
+            self._faults.shunned | {hop.peer_id for hop in self._chain.hops},
             before.hop if before else None,
             after.hop if after else None,
         )
@@ -174,73 +151,72 @@ class Faults:
                 if not isinstance(exc, NoReplay):
                     await self._blame(exc, Route(tuple(hop.hop for hop in spare.hops)))
                 raise
-        self.shunned |= {hop.peer_id for hop in spare.replaced}
-        for hop in spare.replaced:
-            self.failed.pop(hop, None)
-            self.cut.pop(hop, None)
+        self._faults.note_replaced(spare.replaced)
         if after is not None:
-            self.cut.pop(after, None)
+            self._faults.note_joined(after)
         for hop in spare.hops:
             if hop.error is not None:  # since it took over
-                self.failed.setdefault(hop, hop.error)
+                self._faults.note_failed(hop, hop.error)
 
     async def _mend_something(self, replanner: Replanner, upto: int, spare: Spare | None) -> None:
         """Close the first gap; if there is none, make the first broken edge anew."""
-        hops = self._chain.hops
-        start = next((index for index, hop in enumerate(hops) if hop in self.failed), None)
+        hops, failed = self._chain.hops, self._faults.failed
+        start = next((index for index, hop in enumerate(hops) if hop in failed), None)
         if start is None:
             if spare is not None:
                 await end_all(spare.hops)
-            await self._mend_edge(next(iter(self.cut)))
+            await self._mend_edge(next(iter(self._faults.cut)))
             return
         stop = start + 1
-        while stop < len(hops) and hops[stop] in self.failed:
+        while stop < len(hops) and hops[stop] in failed:
             stop += 1
         replaced = tuple(hops[start:stop])
         if spare is not None and spare.replaced != replaced:
             await end_all(spare.hops)
             spare = None
         for hop in replaced:
-            if hop.peer_id not in self.shunned:
-                self.shunned |= {hop.peer_id}
-                replanner.hop_failed(self._chain.route, _error_of(hop, self.failed[hop]))
+            if hop.peer_id not in self._faults.shunned:
+                self._faults.shun(hop.peer_id)
+                replanner.hop_failed(self._chain.route, _error_of(hop, failed[hop]))
         if spare is None:
-            spare = await self.open_spare(replaced, self._timeout_s)
+            spare = await self.open_spare(replaced, self._config.repair_timeout_s)
         await self.take_over(spare, upto)
 
     async def _mend_edge(self, hop: HopStream) -> None:
         before, _ = self._chain.neighbours([hop])
         assert before is not None
-        error = self.cut[hop]
+        error = self._faults.cut[hop]
         self._complaints[before] += 1
         if self._complaints[before] > 2:
-            self.failed[before] = type(error)(str(error), before.peer_id)
-            del self.cut[hop]
-            return
-        if self._complaints[before] == 1:
-            with trio.move_on_after(self._timeout_s):
-                try:
-                    if await hop.probe(self._probe_timeout_s, ask_successor=False) is not None:
-                        await self._chain.reattach(hop)
-                        del self.cut[hop]
-                        return
-                except PeerError as exc:
-                    logger.debug("session.edge_lost peer=%s why=%s", hop.peer_id, exc)
-        del self.cut[hop]
-        if before.error is None:
-            self.failed.setdefault(hop, error)
+            self._faults.note_failed(before, type(error)(str(error), before.peer_id))
+        elif self._complaints[before] == 1 and await self._is_joined_again(hop):
+            logger.debug("session.edge_mended peer=%s", hop.peer_id)
+        elif before.error is None:
+            self._faults.note_failed(hop, error)
+        self._faults.note_joined(hop)
+
+    async def _is_joined_again(self, hop: HopStream) -> bool:
+        """Make the edge into a hop anew, if the hop is there."""
+        with trio.move_on_after(self._config.repair_timeout_s):
+            try:
+                if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is not None:
+                    await self._chain.reattach(hop)
+                    return True
+            except PeerError as exc:
+                logger.debug("session.edge_lost peer=%s why=%s", hop.peer_id, exc)
+        return False
 
     async def _blame(self, error: PeerError, route: Route) -> None:
         """Decide who is not to be tried again after `route` could not take over."""
         if self._replanner is not None and error.peer_id in route.peer_ids:
-            self.shunned |= {error.peer_id}
+            self._faults.shun(error.peer_id)
             self._replanner.hop_failed(route, error)
             return
         named = next((hop for hop in self._chain.hops if hop.peer_id == error.peer_id), None)
-        if named is not None and await named.probe(self._probe_timeout_s, ask_successor=False) is None:
-            self.failed.setdefault(named, error)
+        if named is not None and await named.probe(self._config.probe_timeout_s, ask_successor=False) is None:
+            self._faults.note_failed(named, error)
         else:
-            self.shunned |= set(route.peer_ids)
+            self._faults.shun(*route.peer_ids)
 
 
 def _error_of(hop: HopStream, error: PeerError) -> PeerError:

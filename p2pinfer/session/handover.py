@@ -14,12 +14,14 @@ from typing import Final
 
 import trio
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import P2PInferError, PeerError, PeerVanished
 from p2pinfer.node.protocol.wire import Bill
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, Spare
-from .failover import Faults, Replanner
+from .failover import Failover, Replanner
+from .faults import Faults
 from .hop_stream import HopStream
 from .opening import end_all
 from .slowness import Slowness
@@ -43,14 +45,12 @@ class Handovers:
     def __init__(
         self,
         chain: Chain,
+        failover: Failover,
         faults: Faults,
         steps: Steps,
         replanner: Replanner | None,
         nursery: trio.Nursery,
-        *,
-        open_timeout_s: float,
-        max_tries: int,
-        slow_step_s: float,
+        config: SessionConfig,
         on_done: Callable[[], None],
     ) -> None:
         """`on_done` hears of every handover."""
@@ -58,17 +58,16 @@ class Handovers:
         self.busy = trio.Lock()
         self.spare: Spare | None = None
         self._chain = chain
+        self._failover = failover
         self._faults = faults
         self._steps = steps
         self._replanner = replanner
         self._nursery = nursery
-        self._open_timeout_s = open_timeout_s
-        self._max_tries = max_tries
+        self._config = config
         self._on_done = on_done
-        self._slowness = Slowness(slow_step_s)
+        self._slowness = Slowness(config.slow_step_s)
         self._warming: trio.CancelScope | None = None
         self._improving = trio.CancelScope()
-        self._closed = False
 
     async def replace(self, peer_id: str, route: Route | None = None) -> None:
         """Put others in place of a hop that still works, between two steps; steps go on meanwhile.
@@ -112,6 +111,11 @@ class Handovers:
         """Begin anew: what was measured is of hops that are not there any more."""
         self._slowness.forget()
 
+    def note_rolled_back(self, position: int) -> None:
+        """Note that a spare has not got what is sent from `position` on: it has to be replayed as well."""
+        if self.spare is not None:
+            self.spare.filled = min(self.spare.filled, position)
+
     def break_off(self) -> Spare | None:
         """Nobody takes over for now, since a hop failed; returns who was to, for the repair to use or end."""
         spare, self.spare = self.spare, None
@@ -121,27 +125,19 @@ class Handovers:
             spare.filled = 0  # how far it was fed is not known
         return spare
 
-    def close(self) -> list[HopStream]:
-        """Nobody takes over any more; returns the hops that were to, for the caller to end."""
-        self._closed = True
-        self._improving.cancel()
-        if self._warming is not None:
-            self._warming.cancel()
-        return self.spare.hops if self.spare else []
-
     async def _hand_over(self, hop: HopStream, route: Route | None) -> None:
         chain, steps = self._chain, self._steps
-        spare = self.spare = await self._faults.open_spare([hop], self._open_timeout_s, route)
+        spare = self.spare = await self._failover.open_spare([hop], self._config.open_timeout_s, route)
         involved = [*spare.hops, *chain.neighbours([hop])[:1]]
         living = [each for each in involved if each is not None]
         for _ in range(_MAX_ROUNDS):
             if steps.length - spare.filled <= _SETTLED_TOKENS:
                 break
             await chain.attended(living, partial(chain.fill, spare, steps.length))
-        async with steps.turn:
+        async with steps.quiescent():
             if self._faults.fatal or self._faults.first or hop not in chain.hops:
                 return  # a failure came first
-            await self._faults.take_over(spare, steps.length)
+            await self._failover.take_over(spare, steps.length)
             self.spare = None
             self.done += 1
             self.forget_pace()
@@ -151,8 +147,8 @@ class Handovers:
         async with self._steps.turn:  # not while it takes over
             self._improving.cancel()
         async with self.busy:
-            for _ in range(self._max_tries):
-                if self._closed or not await self._try_to_see_off(hop):
+            for _ in range(self._config.max_repairs):
+                if not await self._try_to_see_off(hop):
                     break
 
     async def _try_to_see_off(self, hop: HopStream) -> bool:
@@ -171,7 +167,7 @@ class Handovers:
         with trio.CancelScope() as self._improving:
             async with self.busy:
                 try:
-                    route = await replanner.better(self._faults.gap([hop]), hop.hop, seconds)
+                    route = await replanner.better(self._failover.gap([hop]), hop.hop, seconds)
                     if route is None:
                         return
                     logger.info(

@@ -1,12 +1,14 @@
-"""The steps of a session that are under way, and how far those reach that were answered.
+"""Steps in flight, and the position up to which results have arrived.
 
 Results come in the order of their steps. After a change of hops the steps without one are sent again, under
-the epoch that has begun.
+the epoch that has begun; after a roll-back those behind it are dropped, and so are their results.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,19 +22,64 @@ from p2pinfer.reputation.receipt import Payload
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A result, the hidden states that came with it, and the hop that sent them."""
+
+    result: Result
+    payload: bytearray
+    peer_id: str
+
+
+class Promise:
+    """An answer that is still to come."""
+
+    __slots__ = ("_answer", "_error", "_settled")
+
+    def __init__(self) -> None:
+        self._answer: Answer | None = None
+        self._error: Exception | None = None
+        self._settled = trio.Event()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether waiting would return or raise at once."""
+        return self._settled.is_set()
+
+    def keep(self, answer: Answer) -> None:
+        """Hand the answer to whoever waits."""
+        self._answer = answer
+        self._settled.set()
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in whoever waits, unless the answer has come."""
+        if not self._settled.is_set():
+            self._error = error
+            self._settled.set()
+
+    async def wait(self) -> Answer:
+        """The answer; raises what `fail` was given."""
+        await self._settled.wait()
+        if self._answer is None:
+            assert self._error is not None
+            raise self._error
+        return self._answer
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """A step that has no result yet."""
 
     step: Step
     payload: Payload
+    promise: Promise
 
 
 class Steps:
-    """What was sent and what came back; whoever sends and receives tells.
+    """The steps that were sent and not answered; whoever sends and receives tells.
 
     Attributes:
-        turn: Held by a step, or by a change of hops between steps.
-        awaited: Those without a result, oldest first.
+        turn: Held while a step goes out, and while hops change.
+        awaited: Steps without a result, oldest first.
         length: Positions whose results have come.
         progress_at: When something last came or went.
     """
@@ -43,6 +90,8 @@ class Steps:
         self.length = 0
         self.progress_at = 0.0
         self._begun = trio.Event()
+        self._calm = trio.Event()  # no step is in flight, or a repair is due
+        self._repair_due = False
         self._next_number = 0
 
     @property
@@ -52,7 +101,7 @@ class Steps:
 
     @property
     def bytes_under_way(self) -> int:
-        """Of hidden states whose results have not come."""
+        """Bytes of hidden states whose results have not come."""
         return sum(len(sent.payload) for sent in self.awaited)
 
     @property
@@ -62,8 +111,8 @@ class Steps:
         return all(a.position + a.tokens == b.position for a, b in pairwise(steps))
 
     def begin(self, epoch: int, position: int, tokens: int, returns: int, payload: Payload) -> Sent:
-        """Another step is about to be sent."""
-        sent = Sent(Step(self._next_number, epoch, position, tokens, returns), payload)
+        """Register a step that is about to be sent."""
+        sent = Sent(Step(self._next_number, epoch, position, tokens, returns), payload, Promise())
         self._next_number += 1
         if not self.awaited:
             self.progress_at = trio.current_time()
@@ -72,15 +121,33 @@ class Steps:
         return sent
 
     def begin_anew(self, epoch: int) -> list[Sent]:
-        """All that have no result, for another epoch."""
+        """All steps that have no result, for another epoch."""
         self.awaited = deque(
-            Sent(msgspec.structs.replace(each.step, epoch=epoch), each.payload) for each in self.awaited
+            Sent(msgspec.structs.replace(each.step, epoch=epoch), each.payload, each.promise)
+            for each in self.awaited
         )
         self.progress_at = trio.current_time()
         return [*self.awaited]
 
-    def answer(self, result: Result, peer_id: str) -> Sent:
-        """The step that this is the result of, which has come.
+    def drop_from(self, position: int, error: Exception) -> None:
+        """Await no result of a step that begins at `position` or later; whoever does gets `error`."""
+        while self.awaited and self.awaited[-1].step.position >= position:
+            self.awaited.pop().promise.fail(error)
+        self.length = min(self.length, position)
+        self._note_calm()
+
+    def fail_all(self, error: Exception) -> None:
+        """Await nothing any more; whoever does gets `error`."""
+        self.drop_from(0, error)
+
+    def is_awaited(self, result: Result) -> bool:
+        """Whether a step of this number and epoch is in flight: a result of one that was dropped is late."""
+        return any(
+            (each.step.number, each.step.epoch) == (result.number, result.epoch) for each in self.awaited
+        )
+
+    def answer(self, result: Result, payload: bytearray, peer_id: str) -> Sent:
+        """Settle the step that this is the result of, which is the oldest in flight.
 
         Raises:
             ProtocolViolation: It answers no step, or not the one that is due.
@@ -97,10 +164,41 @@ class Steps:
         self.awaited.popleft()
         self.length = step.position + step.tokens
         self.progress_at = trio.current_time()
+        sent.promise.keep(Answer(result, payload, peer_id))
+        self._note_calm()
         return sent
 
     async def any_awaited(self) -> None:
-        """Wait until a step is under way."""
+        """Wait until a step is in flight."""
         if not self.awaited:
             self._begun = trio.Event()
             await self._begun.wait()
+
+    @asynccontextmanager
+    async def quiescent(self) -> AsyncGenerator[None]:
+        """Let no step be in flight inside, nor begin.
+
+        A repair comes first: the results that are waited for here may not come without it, and it needs the
+        turn that is held meanwhile.
+        """
+        while True:
+            async with self.turn:
+                while self.awaited and not self._repair_due:
+                    self._calm = trio.Event()
+                    await self._calm.wait()
+                if not self.awaited:
+                    yield
+                    return
+
+    @asynccontextmanager
+    async def repairing(self) -> AsyncGenerator[None]:
+        """Hold the turn, ahead of everybody who waits for steps in flight to come back."""
+        self._repair_due = True
+        self._calm.set()
+        async with self.turn:
+            self._repair_due = False
+            yield
+
+    def _note_calm(self) -> None:
+        if not self.awaited:
+            self._calm.set()

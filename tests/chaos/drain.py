@@ -17,8 +17,8 @@ import trio
 
 from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import P2PInferError
-from p2pinfer.session.session import SessionConfig
 
 from ..e2e.support import Along
 from .processes import NodeProcess, Zygote

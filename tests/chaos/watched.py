@@ -21,13 +21,14 @@ import trio
 
 from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
-from p2pinfer.session.chain import Spare
-from p2pinfer.session.session import Session, SessionConfig
+from p2pinfer.session.chain import Recall, Spare
+from p2pinfer.session.session import Session
 
 from ..lab.pinned import can_be_dialled
 from .requests import Request, history
@@ -92,8 +93,10 @@ class WatchedClient(Client):
         """The next step is the one in which harm is to come, if that is the moment."""
         self._is_armed = self._moment == "inside a step"
 
-    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
-        session = await super().open_session(tokens, excluded)
+    async def open_session(
+        self, tokens: int, excluded: frozenset[str], recall: Recall | None = None
+    ) -> Session:
+        session = await super().open_session(tokens, excluded, recall)
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import NoRoute
 from p2pinfer.generation.generate import Generation
 from p2pinfer.models.config import ComputeConfig
@@ -33,7 +34,6 @@ from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteRequest
-from p2pinfer.session.session import SessionConfig
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PATIENCE_S = 90.0  # a shared machine may be slow; nothing here waits for long where all is well

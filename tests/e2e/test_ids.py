@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pinfer.client import Client
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
-from p2pinfer.session.session import SessionConfig
 
 from ..clear import clear_choices
 from .support import Swarm, open_nodes, prompt_of, text_of

@@ -12,6 +12,7 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import (
     ConfigError,
     NoRoute,
@@ -33,7 +34,9 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.sampling import Sampler, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 from p2pinfer.routing.route import Route, RouteOutcome
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.chain import Recall
+from p2pinfer.session.hosting import start_session
+from p2pinfer.session.session import Session, open_session
 
 from ..node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
@@ -81,18 +84,20 @@ class Walk:
         """Have further routes from now on; the announcement that brings them is news."""
         self._routes += routes
 
-    async def open_session(self, tokens: int, excluded: frozenset[str]) -> Session:
+    async def open_session(self, tokens: int, excluded: frozenset[str], recall: Recall) -> Session:
         self.asked.append((tokens, excluded))
         if not self._routes:
             raise NoRoute("no route: nobody serves blocks 0:8", [(0, 8)])
-        return await open_session(
-            self._host,
+        return await start_session(
             self._swarm.network.nursery,
-            self._routes.pop(0),
-            self._swarm.spec,
-            max_tokens=tokens,
-            codec="float32",
-            config=SessionConfig(chunk_tokens=3),
+            open_session(
+                self._host,
+                self._routes.pop(0),
+                self._swarm.spec,
+                max_tokens=tokens,
+                codec="float32",
+                config=SessionConfig(chunk_tokens=3),
+            ),
         )
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:

@@ -14,6 +14,7 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
@@ -26,7 +27,8 @@ from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, End, Message, Open, Op
 from p2pinfer.node.serve.server import ServedSpan, SpanServer
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.hosting import start_session
+from p2pinfer.session.session import Session, open_session
 
 from .memory import MemoryNetwork, MemoryStream
 from .memory_swarm import FLOAT32
@@ -50,14 +52,16 @@ class Swarm:
     async def session(
         self, max_tokens: int = 64, route: Route | None = None, config: SessionConfig | None = None
     ) -> Session:
-        return await open_session(
-            self.client,
+        return await start_session(
             self.network.nursery,
-            route or self.route,
-            self.spec,
-            max_tokens=max_tokens,
-            codec="float32",
-            config=config or SessionConfig(),
+            open_session(
+                self.client,
+                route or self.route,
+                self.spec,
+                max_tokens=max_tokens,
+                codec="float32",
+                config=config or SessionConfig(),
+            ),
         )
 
     async def frames(

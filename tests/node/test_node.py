@@ -15,6 +15,7 @@ import torch
 import trio
 import trio.testing
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, OutOfMemory, PeerRefused, SpanOutOfRange
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
@@ -30,7 +31,8 @@ from p2pinfer.node.serve.sizing import Capacity
 from p2pinfer.node.swarm.swarm import SwarmMember
 from p2pinfer.node.transport.identity import Identity, load_identity
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.hosting import start_session
+from p2pinfer.session.session import Session, open_session
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 
@@ -61,14 +63,16 @@ class Node:
         """A session on all that the node serves."""
         ready = [event for event in self.events if isinstance(event, Ready)][-1]
         assert ready.blocks is not None
-        return await open_session(
-            self.swarm.network.host("client"),
+        return await start_session(
             self.swarm.network.nursery,
-            Route((Hop(ready.peer_id, BlockSpan(*ready.blocks)),)),
-            self.swarm.spec,
-            max_tokens=64,
-            codec="float32",
-            config=SessionConfig(),
+            open_session(
+                self.swarm.network.host("client"),
+                Route((Hop(ready.peer_id, BlockSpan(*ready.blocks)),)),
+                self.swarm.spec,
+                max_tokens=64,
+                codec="float32",
+                config=SessionConfig(),
+            ),
         )
 
 

@@ -88,9 +88,8 @@ async def test_a_session_whose_past_nobody_knows_ends_with_who_failed(
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await serve(swarm, **WAY, **OTHERS)
-        async with running(swarm, route_over(**WAY), Spares(**OTHERS), inputs) as session:
+        async with running(swarm, route_over(**WAY), Spares(**OTHERS), None) as session:
             close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
-            session.recall = None
             await swarm.network.kill("a")
             for _ in range(2):
                 with pytest.raises(PeerError) as caught:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.span import BlockSpan
@@ -17,8 +18,9 @@ from p2pinfer.node.protocol.wire import Open, Step
 from p2pinfer.node.serve.notary import Notary
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session.hosting import start_session
 from p2pinfer.session.receipts import CHECK_EVERY, PassedStep, ReceiptBook
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.session import Session, open_session
 
 from ..node.memory import sign, verify
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
@@ -149,9 +151,8 @@ def hidden_states(tokens: int) -> torch.Tensor:
 
 
 async def opened(swarm: MemorySwarm, route: Route) -> Session:
-    return await open_session(
+    opening = open_session(
         swarm.network.host("client"),
-        swarm.network.nursery,
         route,
         swarm.spec,
         max_tokens=64,
@@ -159,6 +160,7 @@ async def opened(swarm: MemorySwarm, route: Route) -> Session:
         config=SessionConfig(chunk_tokens=5),
         keep_steps=True,
     )
+    return await start_session(swarm.network.nursery, opening)
 
 
 async def test_every_hop_signs_for_every_step_of_a_session(checkpoint: Checkpoint) -> None:

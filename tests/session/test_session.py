@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import (
     PeerError,
     PeerRefused,
@@ -36,8 +37,9 @@ from p2pinfer.node.protocol.wire import (
 )
 from p2pinfer.node.transport.stream import PeerStream
 from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session.hosting import start_session
 from p2pinfer.session.opening import refusal_error
-from p2pinfer.session.session import Session, SessionConfig, open_session
+from p2pinfer.session.session import Session, open_session
 
 from ..node.memory import MemoryNetwork
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
@@ -52,15 +54,17 @@ def hidden_states(tokens: int) -> Tensor:
 async def open_over(
     swarm: MemorySwarm, route: Route, config: SessionConfig | None = None, max_tokens: int = 64
 ) -> Session:
-    return await open_session(
-        swarm.network.host("client"),
+    return await start_session(
         swarm.network.nursery,
-        route,
-        swarm.spec,
-        max_tokens=max_tokens,
-        codec="float32",
-        config=config or SessionConfig(),
-        check_receipts=False,  # hops that play a part sign nothing; tests/session/test_receipts.py checks
+        open_session(
+            swarm.network.host("client"),
+            route,
+            swarm.spec,
+            max_tokens=max_tokens,
+            codec="float32",
+            config=config or SessionConfig(),
+            check_receipts=False,  # hops that play a part sign nothing; tests/session/test_receipts.py checks
+        ),
     )
 
 

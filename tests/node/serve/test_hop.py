@@ -13,6 +13,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerRefused
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.cache import CacheLease
@@ -26,7 +27,6 @@ from p2pinfer.node.serve.hop import HopSession, Refusal
 from p2pinfer.node.serve.notary import Notary
 from p2pinfer.node.serve.worker import Done, Job, Worker
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.session import SessionConfig
 
 from ..chain_swarm import assert_close, hidden_states, local_output, open_swarm, refusal
 from ..memory import sign

@@ -1,0 +1,74 @@
+"""What is broken in a session's chain, noted by whoever finds it, and why the session is over once it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import trio
+
+from p2pinfer.errors import PeerError
+
+from .hop_stream import HopStream
+
+
+class Faults:
+    """The only owner of what has failed: others note and ask.
+
+    Attributes:
+        failed: The hops to be replaced and why, in the order in which they failed.
+        cut: The hops that the one before them does not reach.
+        shunned: The peers that failed the session or left it; it does not use them again.
+        fatal: Why nothing is to be mended any more; None while the session goes on.
+    """
+
+    def __init__(self, shunned: frozenset[str] = frozenset()) -> None:
+        self._failed: dict[HopStream, PeerError] = {}
+        self._cut: dict[HopStream, PeerError] = {}
+        self.failed: Mapping[HopStream, PeerError] = MappingProxyType(self._failed)
+        self.cut: Mapping[HopStream, PeerError] = MappingProxyType(self._cut)
+        self.shunned = shunned
+        self.fatal: Exception | None = None
+        self._noted = trio.Event()
+
+    @property
+    def first(self) -> PeerError | None:
+        """What failed first of all that is broken; None if nothing is."""
+        return next(iter((*self._failed.values(), *self._cut.values())), None)
+
+    def note_failed(self, hop: HopStream, error: PeerError) -> None:
+        """Note that a hop has to be replaced. The first reason given counts."""
+        self._failed.setdefault(hop, error)
+        self._noted.set()
+
+    def note_cut(self, hop: HopStream, error: PeerError) -> None:
+        """Note that the hop before does not reach this one. The first reason given counts."""
+        self._cut.setdefault(hop, error)
+        self._noted.set()
+
+    def note_joined(self, hop: HopStream) -> None:
+        """Note that the hop before reaches this one, or that it is no longer the question."""
+        self._cut.pop(hop, None)
+
+    def note_replaced(self, hops: Iterable[HopStream]) -> None:
+        """Note that others have taken the place of these hops."""
+        for hop in hops:
+            self.shun(hop.peer_id)
+            self._failed.pop(hop, None)
+            self._cut.pop(hop, None)
+
+    def shun(self, *peer_ids: str) -> None:
+        """Use these peers no more in this session."""
+        self.shunned |= {*peer_ids}
+
+    def give_up(self, error: Exception) -> None:
+        """Let the session be over. The first reason given counts."""
+        if self.fatal is None:
+            self.fatal = error
+        self._noted.set()
+
+    async def any(self) -> None:
+        """Wait until something is broken, or the session is over."""
+        while self.first is None and self.fatal is None:
+            self._noted = trio.Event()
+            await self._noted.wait()
