@@ -38,8 +38,8 @@ from contest import (
 )
 from quotient import spread
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import AuditConfig
 
 PROMPT = 32
 

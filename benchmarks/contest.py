@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import p2pinfer.models
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.embedded import open_embedded_swarm
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig

@@ -18,8 +18,8 @@ from functools import cache
 
 import torch
 
+from p2pinfer.audit.opinions import compare_elsewhere
 from p2pinfer.audit.second_opinion import choose_auditors
-from p2pinfer.audit.verifier import compare_elsewhere
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.deposition import Deposition
 from p2pinfer.node.protocol.tensors import encode_hidden

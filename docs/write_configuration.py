@@ -11,9 +11,8 @@ import tokenize
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import ClientConfig
-from p2pinfer.client_config import SessionConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
 from p2pinfer.generation.generate import GenerationConfig
 from p2pinfer.models.config import ComputeConfig

@@ -63,9 +63,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .models.span import BlockSpan as BlockSpan
     from .node.config import NodeConfig as NodeConfig
     from .node.config import ServeConfig as ServeConfig
+    from .node.evidence.deposition import Deposition as Deposition
+    from .node.evidence.deposition import history_of as history_of
     from .node.host.host import HostConfig as HostConfig
     from .node.node import run_node as run_node
     from .reputation.ledger import Ledger as Ledger
+    from .reputation.verdict import Finding as Finding
+    from .reputation.verdict import Verdict as Verdict
     from .reputation.view import ReputationView as ReputationView
     from .routing.config import RoutingConfig as RoutingConfig
     from .routing.cost import route_cost as route_cost
@@ -80,6 +84,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
 _HOMES = {
     "audit.audit": ("AuditTally",),
     "audit.verifier": ("Verifier",),
+    "node.evidence.deposition": ("Deposition", "history_of"),
+    "reputation.verdict": ("Finding", "Verdict"),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client", "PeerView"),
     "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig"),

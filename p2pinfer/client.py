@@ -17,7 +17,8 @@ from typing import Literal, Unpack
 import trio
 
 from p2pinfer.audit.audit import Auditor, AuditTally
-from p2pinfer.audit.verifier import LocalVerifier, Verifier
+from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.generate import Generation, generation_config, new_state
 from p2pinfer.generation.patience import Patience, Waiting
 from p2pinfer.generation.resume import GenerationState, decode_state, extend_state

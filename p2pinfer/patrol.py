@@ -21,7 +21,8 @@ from typing import Final
 
 import trio
 
-from p2pinfer.audit.verifier import LocalVerifier, Verifier
+from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.verifier import Verifier
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig

@@ -13,9 +13,8 @@ import trio
 import trio.testing
 
 from p2pinfer import client as client_module
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.client_config import SessionConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
 from p2pinfer.generation.generate import Generation
 from p2pinfer.generation.patience import Waiting

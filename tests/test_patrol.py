@@ -14,8 +14,8 @@ import torch
 import trio
 import trio.testing
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model

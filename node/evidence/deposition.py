@@ -45,6 +45,12 @@ class Deposition:
         """How the payloads are written."""
         return self.receipts[0].codec
 
+    @property
+    def hidden_size(self) -> int:
+        """Values of one position's hidden state, by the first input's size; `history_of` checks all others."""
+        first = self.receipts[0]
+        return len(self.contents.get(first.input, b"")) // max(1, first.tokens) // row_bytes(1, self.codec)
+
 
 @dataclass(frozen=True, slots=True)
 class History:

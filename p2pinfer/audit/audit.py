@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.evidence.deposition import Deposition, history_of
@@ -36,8 +37,9 @@ from p2pinfer.session.receipts import PassedStep
 from p2pinfer.session.session import Session
 
 from .gather import Gathered, gather_deposition
+from .opinions import compare_elsewhere
 from .second_opinion import choose_auditors, run_elsewhere
-from .verifier import AuditConfig, LocalVerifier, Verifier, compare_elsewhere
+from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +225,7 @@ class Auditor:
         if deposition is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
         verifier = self._verifier
-        if isinstance(verifier, LocalVerifier) and not verifier.can_hold(deposition.span):
+        if not verifier.can_hold(deposition.span):
             return await self._judge_elsewhere(deposition, others), []
         finding = await verifier.verify(deposition)
         if finding.verdict is not Verdict.FAIL:
@@ -231,7 +233,7 @@ class Auditor:
         failed: list[_Opinion] = []
         async with aclosing(self._ask_others(deposition, others)) as opinions:
             async for opinion in opinions:
-                other = await (self._verify_fully if finding.logits_checked else verifier.verify)(opinion)
+                other = await (verifier.verify_fully if finding.logits_checked else verifier.verify)(opinion)
                 if other.verdict is Verdict.PASS:
                     self._has_passed = True
                     break
@@ -241,22 +243,10 @@ class Auditor:
             names = ", ".join(each.peer_id for each in failed)
             doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
             return Finding(Verdict.SUSPECT, doubt), []
-        again = await self._confirm(deposition)
+        again = await verifier.confirm(deposition)
         if again.verdict is not Verdict.FAIL:
             return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
         return again, failed
-
-    async def _verify_fully(self, deposition: Deposition) -> Finding:
-        verifier = self._verifier
-        if isinstance(verifier, LocalVerifier):
-            return await verifier.verify_fully(deposition)
-        return await verifier.verify(deposition)
-
-    async def _confirm(self, deposition: Deposition) -> Finding:
-        verifier = self._verifier
-        if isinstance(verifier, LocalVerifier):
-            return await verifier.confirm(deposition)
-        return await verifier.verify(deposition)
 
     async def _judge_elsewhere(self, deposition: Deposition, others: Sequence[str]) -> Finding:
         opinions: list[Deposition] = []
@@ -322,13 +312,13 @@ class Auditor:
         if accusation.kind == "output":
             signed = accusation.signed
             deposition = Deposition(accusation.peer_id, signed, accusation.receipts, contents)
-            finding = await self._verify_fully(deposition)
+            finding = await self._verifier.verify_fully(deposition)
             if finding.verdict in (Verdict.INCONCLUSIVE, Verdict.SUSPECT):
                 return None
             why = finding.reason
             if finding.verdict is Verdict.PASS:
-                if isinstance(self._verifier, LocalVerifier) and not finding.logits_checked:
-                    return None  # what the accuser saw may have been in the logits
+                if not self._verifier.is_thorough(finding):
+                    return None
                 self._ledger.add_proof(
                     notice.proof.hex(), notice.accused, self._clock(), verified=False, sender=heard.author
                 )

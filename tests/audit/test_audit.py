@@ -19,8 +19,10 @@ from p2pinfer import client as client_module
 from p2pinfer.audit import audit as audit_module
 from p2pinfer.audit import second_opinion
 from p2pinfer.audit.audit import Auditor, AuditTally
-from p2pinfer.audit.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier
+from p2pinfer.audit.local_verifier import BYTES_PER_WEIGHT, LocalVerifier
+from p2pinfer.audit.verifier import Verifier
 from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.generation.generate import Generation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import Chunk
@@ -253,7 +255,7 @@ async def test_what_can_be_looked_at_by_norms_alone_clears_nobody_of_a_proof(
     await swarm.serve("b", 4, 8)
     seen: list[Deposition] = []
 
-    class Note:
+    class Note(Verifier):
         async def verify(self, deposition: Deposition) -> Finding:
             seen.append(deposition)
             return Finding(Verdict.PASS, "")
@@ -345,7 +347,7 @@ async def test_a_proof_that_proves_nothing_costs_its_sender(
     await swarm.serve("a", 0, 8)
     seen: list[Deposition] = []
 
-    class Note:
+    class Note(Verifier):
         async def verify(self, deposition: Deposition) -> Finding:
             seen.append(deposition)
             return Finding(Verdict.PASS, "")

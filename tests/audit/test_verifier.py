@@ -12,7 +12,9 @@ import safetensors.torch
 from torch import Tensor
 
 from p2pinfer import models
-from p2pinfer.audit.verifier import BYTES_PER_WEIGHT, AuditConfig, LocalVerifier, compare_elsewhere
+from p2pinfer.audit.local_verifier import BYTES_PER_WEIGHT, LocalVerifier
+from p2pinfer.audit.opinions import compare_elsewhere
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
@@ -182,7 +184,7 @@ async def test_what_fails_on_this_machine_proves_nothing(
     def run_out(*_: object, **__: object) -> Reference:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("p2pinfer.audit.verifier.open_reference", run_out)
+    monkeypatch.setattr("p2pinfer.audit.local_verifier.open_reference", run_out)
     finding = await LocalVerifier(source).verify(identity_over(SPAN))
     assert finding.verdict is Verdict.INCONCLUSIVE
     assert "out of memory" in finding.reason
@@ -229,7 +231,7 @@ async def test_somebody_elses_proof_is_checked_without_the_rest_of_the_model(
         loaded.append(span)
         return open_reference(checkpoint, span, **options)
 
-    monkeypatch.setattr("p2pinfer.audit.verifier.open_reference", load)
+    monkeypatch.setattr("p2pinfer.audit.local_verifier.open_reference", load)
     verifier = LocalVerifier(source)
     assert (await verifier.verify_fully(identity_over(SPAN))).verdict is Verdict.FAIL
     assert loaded == [SPAN]

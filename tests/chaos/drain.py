@@ -15,9 +15,8 @@ from pathlib import Path
 
 import trio
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.client_config import SessionConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import P2PInferError
 
 from ..e2e.support import Along

@@ -19,9 +19,8 @@ from typing import Any
 
 import trio
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.client_config import SessionConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView

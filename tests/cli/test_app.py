@@ -15,11 +15,11 @@ from pathlib import Path
 import click
 import pytest
 
-from p2pinfer.audit.verifier import AuditConfig
 from p2pinfer.cli.app import app, run
 from p2pinfer.cli.generate import POLICIES
 from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig, section_of
 from p2pinfer.generation.generate import GenerationConfig
 from p2pinfer.models.compute.target import DTYPES as COMPUTED_DTYPES

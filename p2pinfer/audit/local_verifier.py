@@ -1,0 +1,208 @@
+"""Runs a hop's blocks again and says whether it computed them.
+
+Locally, in float32 and twice more as an honest peer might, where the blocks fit; the loaded weights are kept
+for the next audit. What is loaded is the whole model if the memory budget allows, so that one copy serves
+every hop; for a proof that somebody else sent it is the span alone, unless that does not settle it. With the
+whole model what a hop's outputs do to the logits can be looked at as well: behind the last span always,
+since norm and head cost little, behind others on a coin, since it takes four prefills of all that follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.errors import CacheFull, LocalError, ModelChanged, ProtocolViolation, WrongOutput
+from p2pinfer.models.checkpoint.source import ModelSource
+from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.machine.memory import free_memory
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.verify import Reference, Tail, open_reference, tail_of
+from p2pinfer.node.evidence.deposition import Deposition, History, history_of
+from p2pinfer.node.evidence.verify import check_span
+from p2pinfer.reputation.verdict import Finding, Verdict
+
+from .verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_WEIGHT: Final = 6  # once in float32, once in bfloat16
+_ENDS_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
+
+
+class LocalVerifier(Verifier):
+    """A `Verifier` that runs the blocks on this machine's processor, in one thread at a time.
+
+    Args:
+        rng: Decides when the logits are looked at; nobody else may know what it will say.
+
+    Attributes:
+        spent_s: Processor seconds that re-executions have taken so far, loading weights included.
+    """
+
+    def __init__(
+        self, source: ModelSource, config: AuditConfig | None = None, *, rng: random.Random | None = None
+    ) -> None:
+        self.spent_s = 0.0
+        self._source = source
+        self._config = config or AuditConfig()
+        self._rng = rng or random.SystemRandom()
+        self._turn = trio.Lock()  # weights are loaded once, and a reference belongs to one thread
+        self._loaded: _Loaded | None = None
+        self._changed = ""  # why nothing can be loaded any more
+
+    def can_hold(self, span: BlockSpan) -> bool:
+        """Whether the blocks fit the budget of memory, and are here or nearly so."""
+        return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
+
+    async def verify(self, deposition: Deposition) -> Finding:
+        """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
+        logits = self._rng.random() < self._config.logits_share
+        return await self._in_turn(lambda: self._verify(deposition, logits=logits))
+
+    async def verify_fully(self, deposition: Deposition) -> Finding:
+        """The same, and the logits are looked at wherever they can be, if it does not FAIL without."""
+        finding = await self._in_turn(lambda: self._verify(deposition, logits=True, whole=False))
+        if finding.verdict is Verdict.FAIL or finding.logits_checked:
+            return finding
+        return await self._in_turn(lambda: self._verify(deposition, logits=True))
+
+    def is_thorough(self, finding: Finding) -> bool:
+        """Whether the logits were looked at: a small change that is well aimed shows only there."""
+        return finding.logits_checked
+
+    async def confirm(self, deposition: Deposition) -> Finding:
+        """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
+        finding = await self._in_turn(lambda: self._verify_anew(deposition))
+        if finding.verdict is Verdict.FAIL:
+            return finding
+        self._loaded = None  # what it said is not confirmed
+        return await self.verify_fully(deposition)
+
+    async def _in_turn(self, verify: Callable[[], Finding]) -> Finding:
+        async with self._turn:
+            return await trio.to_thread.run_sync(verify)
+
+    def _verify(self, deposition: Deposition, *, logits: bool, whole: bool = True) -> Finding:
+        """With `whole`, all of the model is loaded for it if that fits."""
+
+        def check(history: History) -> Finding:
+            loaded = self._reference_for(deposition.span, len(history.inputs), whole=whole)
+            tail = loaded.tail_behind(deposition.span, logits=logits)
+            return _check(deposition, history, loaded.reference, tail)
+
+        return self._run(deposition, check)
+
+    def _verify_anew(self, deposition: Deposition) -> Finding:
+        """By norms alone, from the blocks in question."""
+
+        def check(history: History) -> Finding:
+            checkpoint = self._source.fetch(deposition.span, ends=False)
+            reference = open_reference(checkpoint, deposition.span, max_tokens=len(history.inputs))
+            return _check(deposition, history, reference, None)
+
+        return self._run(deposition, check)
+
+    def _run(self, deposition: Deposition, check: Callable[[History], Finding]) -> Finding:
+        started = time.thread_time()
+        try:
+            spec = self._source.spec
+            if deposition.revision != spec.revision:
+                return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
+            spec.check_span(deposition.span)  # whoever made a proof may have signed for any
+            tokens = min(self._config.max_tokens, spec.max_positions)
+            history = history_of(deposition, spec.hidden_size, max_tokens=tokens)
+            if not len(history.inputs):
+                return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
+            if self._changed:
+                return Finding(Verdict.INCONCLUSIVE, self._changed)
+            if not self.can_hold(deposition.span):
+                return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
+            return check(history)
+        except WrongOutput as exc:
+            return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
+        except ModelChanged as exc:
+            self._changed = str(exc)
+            logger.warning("the work of peers cannot be checked against this model any more: %s", exc)
+            return Finding(Verdict.INCONCLUSIVE, self._changed)
+        except (ProtocolViolation, LocalError, CacheFull) as exc:
+            return Finding(Verdict.INCONCLUSIVE, str(exc))
+        except (MemoryError, RuntimeError) as exc:  # torch's own: no text should end for want of memory here
+            return Finding(Verdict.INCONCLUSIVE, f"the blocks could not be run here: {exc}")
+        finally:
+            self.spent_s += time.thread_time() - started
+
+    def _reference_for(self, span: BlockSpan, tokens: int, *, whole: bool) -> _Loaded:
+        loaded = self._loaded
+        wanted, with_ends = self._wanted(span, whole=whole)
+        if loaded is None or not loaded.serves(wanted, tokens, ends=with_ends):
+            self._loaded = loaded = None  # before the next one is loaded, so that both never are
+            tokens = max(tokens, min(1024, self._config.max_tokens))
+            self._loaded = loaded = self._load(wanted, tokens, ends=with_ends)
+        return loaded
+
+    def _wanted(self, span: BlockSpan, *, whole: bool) -> tuple[BlockSpan, bool]:
+        """The blocks to load for a look at `span`, and whether norm and head are among it."""
+        spec, budget = self._source.spec, self._budget()
+        ends_bytes = spec.vocab_size * spec.hidden_size * _ENDS_BYTES_PER_WEIGHT
+        everything = BlockSpan(0, spec.num_blocks)
+        fits = self._cost_of(spec.num_blocks) + ends_bytes <= budget
+        wanted = everything if whole and fits and self._is_near(everything, ends=True) else span
+        with_ends = wanted.stop == spec.num_blocks and self._is_near(wanted, ends=True)
+        return wanted, with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
+
+    def _load(self, span: BlockSpan, max_tokens: int, *, ends: bool) -> _Loaded:
+        logger.debug("audit.load blocks=%s ends=%s tokens=%d", span, ends, max_tokens)
+        checkpoint = self._source.fetch(span, ends=ends)
+        config = ComputeConfig(device="cpu", dtype="float32")
+        return _Loaded(
+            open_reference(checkpoint, span, max_tokens=max_tokens),
+            load_ends(checkpoint, config) if ends else None,
+        )
+
+    def _is_near(self, span: BlockSpan, *, ends: bool = False) -> bool:
+        return self._source.missing_bytes(span, ends=ends) <= self._config.download_bytes
+
+    def _cost_of(self, blocks: int) -> int:
+        return blocks * self._source.spec.block_parameters * BYTES_PER_WEIGHT
+
+    def _budget(self) -> int:
+        held = self._cost_of(len(self._loaded.reference.span)) if self._loaded else 0
+        return self._config.memory_bytes or (free_memory().bytes + held) // 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    reference: Reference
+    ends: Ends | None
+
+    def serves(self, span: BlockSpan, tokens: int, *, ends: bool) -> bool:
+        covers = self.reference.span.covers(span) and (self.ends is not None or not ends)
+        return covers and tokens <= self.reference.max_tokens
+
+    def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
+        """What turns the span's outputs into logits, if that is at hand and asked for or cheap."""
+        blocks = self.reference.spec.num_blocks
+        if self.ends is None or not (logits or span.stop == blocks):
+            return None
+        return tail_of(self.reference, self.ends, span.stop) if self.reference.span.stop == blocks else None
+
+
+def _check(deposition: Deposition, history: History, reference: Reference, tail: Tail | None) -> Finding:
+    return check_span(
+        reference,
+        deposition.span,
+        history.inputs,
+        history.outputs,
+        codec=deposition.codec,
+        positions=history.positions,
+        tail=tail,
+    )
