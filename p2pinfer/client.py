@@ -19,6 +19,7 @@ import trio
 from p2pinfer.audit.audit import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
+from p2pinfer.events import Report, guarded
 from p2pinfer.generation.generate import Generation, generation_config, new_state
 from p2pinfer.generation.patience import Patience, Waiting
 from p2pinfer.generation.resume import GenerationState, decode_state, extend_state
@@ -46,8 +47,8 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import Recall
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig
 from .client_config import ClientConfig as ClientConfig
@@ -89,6 +90,7 @@ class Client:
         identity: A lasting name, or the file that it is kept in, made on first use, so that an operator can
             put this client on a list. Every node it uses can follow that name; by default there is a new
             one each time. `config.identity_file` says the same.
+        on_event: Called with every event of `p2pinfer.events`: routes, steps, failed hops, audits.
 
     Raises:
         PolicyError: There is no such policy.
@@ -120,6 +122,7 @@ class Client:
         audit: AuditConfig | None = None,
         verifier: Verifier | None = None,
         identity: str | Path | Identity | None = None,
+        on_event: Report | None = None,
     ) -> None:
         self.ledger = reputation or Ledger()
         self._keeps_ledger = reputation is None
@@ -141,6 +144,7 @@ class Client:
         self._audit_config = audit or AuditConfig()
         self._verifier = verifier
         self._identity = identity
+        self._report = guarded(on_event) if on_event is not None else None
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
         self._source: ModelSource
@@ -212,6 +216,7 @@ class Client:
             verifier,
             self._audit_config,
             host_config=self._host_config,
+            report=self._report,
         )
 
     @property
@@ -391,6 +396,7 @@ class Client:
                 replanner=self._navigator,
                 shunned=excluded,
                 keep_steps=bool(chosen),
+                report=self._report,
             )
             return await start_session(self._nursery, opening, on_closed=closed)
         except PeerError as exc:

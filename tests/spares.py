@@ -16,8 +16,8 @@ from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.failover import Gap
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from .node.memory_swarm import FLOAT32, MemorySwarm
 

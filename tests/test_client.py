@@ -31,7 +31,8 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, TrustedOnly
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session
+from p2pinfer.session.session import Session
 
 from .node.memory_swarm import MemorySwarm, open_memory_swarm
 

@@ -22,6 +22,7 @@ import trio
 
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
+from p2pinfer.events import AuditDone, Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.evidence.deposition import Deposition, history_of
 from p2pinfer.node.host_config import HostConfig
@@ -73,6 +74,7 @@ class Auditor:
         host_config: For the hosts under throw-away identities; they do not listen.
         clock: The ledger's time in seconds.
         rng: The coin. Nobody but this process may know what it will show.
+        report: Called with every audit's outcome.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Auditor:
         host_config: HostConfig | None = None,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
+        report: Report | None = None,
     ) -> None:
         self.tally = AuditTally()
         self._member = member
@@ -96,6 +99,7 @@ class Auditor:
         self._host_config = replace(host_config or HostConfig(), listen=())
         self._clock = clock
         self._rng = rng or random.SystemRandom()
+        self._report = report
         self._pending = 0
         self._waiting_bytes = 0
         self._has_passed = False  # whether our re-execution ever agreed with anybody
@@ -207,6 +211,8 @@ class Auditor:
         self.tally = self.tally.plus(finding.verdict)
         self._member.host.counts.add("audits", finding.verdict.value)
         logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
+        if self._report is not None:
+            self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
         self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
         if finding.verdict is Verdict.PASS:
             self._has_passed = True

@@ -25,7 +25,7 @@ from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.session import open_session
+from p2pinfer.session.hosting import open_session
 
 from .gather import gather_deposition
 

@@ -10,6 +10,7 @@ import trio
 from p2pinfer.errors import PeerError
 
 from .hop_stream import HopStream
+from .reporter import Reporter
 
 
 class Faults:
@@ -22,13 +23,14 @@ class Faults:
         fatal: Why nothing is to be mended any more; None while the session goes on.
     """
 
-    def __init__(self, shunned: frozenset[str] = frozenset()) -> None:
+    def __init__(self, shunned: frozenset[str], reporter: Reporter) -> None:
         self._failed: dict[HopStream, PeerError] = {}
         self._cut: dict[HopStream, PeerError] = {}
         self.failed: Mapping[HopStream, PeerError] = MappingProxyType(self._failed)
         self.cut: Mapping[HopStream, PeerError] = MappingProxyType(self._cut)
         self.shunned = shunned
         self.fatal: Exception | None = None
+        self._reporter = reporter
         self._noted = trio.Event()
 
     @property
@@ -38,12 +40,16 @@ class Faults:
 
     def note_failed(self, hop: HopStream, error: PeerError) -> None:
         """Note that a hop has to be replaced. The first reason given counts."""
-        self._failed.setdefault(hop, error)
+        if hop not in self._failed:
+            self._failed[hop] = error
+            self._reporter.failed(hop, error)
         self._noted.set()
 
     def note_cut(self, hop: HopStream, error: PeerError) -> None:
         """Note that the hop before does not reach this one. The first reason given counts."""
-        self._cut.setdefault(hop, error)
+        if hop not in self._cut:
+            self._cut[hop] = error
+            self._reporter.failed(hop, error)
         self._noted.set()
 
     def note_joined(self, hop: HopStream) -> None:

@@ -51,7 +51,7 @@ class Handovers:
         replanner: Replanner | None,
         nursery: trio.Nursery,
         config: SessionConfig,
-        on_done: Callable[[], None],
+        on_done: Callable[[HopStream], None],
     ) -> None:
         """`on_done` hears of every handover."""
         self.done = 0
@@ -141,7 +141,7 @@ class Handovers:
             self.spare = None
             self.done += 1
             self.forget_pace()
-            self._on_done()
+            self._on_done(hop)
 
     async def _see_off(self, hop: HopStream) -> None:
         async with self._steps.turn:  # not while it takes over

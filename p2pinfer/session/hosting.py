@@ -1,17 +1,93 @@
-"""A session in a task of its own: it outlives the call that opened it, and its bugs harm no other session."""
+"""Opening of sessions, each with a nursery of its own: a bug in one of its tasks ends it, and no other.
+
+`open_session` is for a block of code; `start_session` runs one in a task, so that it outlives the call.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 import trio
 
+from p2pinfer.client_config import SessionConfig
+from p2pinfer.events import Report
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.wire import Codec
+from p2pinfer.routing.route import Route
+
+from .chain import Recall
+from .failover import Replanner
+from .receipts import ReceiptBook
 from .session import Session
+from .terms import SessionTerms
 
 logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def open_session(
+    host: Host,
+    route: Route,
+    spec: ModelSpec,
+    *,
+    max_tokens: int,
+    codec: Codec,
+    config: SessionConfig,
+    recall: Recall | None = None,
+    replanner: Replanner | None = None,
+    shunned: frozenset[str] = frozenset(),
+    check_receipts: bool = True,
+    keep_steps: bool = False,
+    report: Report | None = None,
+) -> AsyncGenerator[Session]:
+    """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
+
+    Args:
+        max_tokens: How many positions every hop is to reserve.
+        recall: What went in at past positions, called in a thread; with it the first hop can be replaced too.
+        replanner: Whom to ask for others when a hop fails; None lets the session end with it.
+        shunned: Peers that are not to be among those others.
+        check_receipts: Demand a receipt from every hop for every step.
+        keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
+        report: Called with the session's events.
+
+    Raises:
+        PeerError: A hop could not be reached or refused; nothing stays open.
+    """
+    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens)
+    book: ReceiptBook | None = None
+    if check_receipts:
+        book = ReceiptBook(terms.session, spec.revision, codec, host.verify, keep=keep_steps)
+    async with open_nursery() as nursery:
+        session = Session(
+            host,
+            nursery,
+            route,
+            terms,
+            config,
+            recall=recall,
+            replanner=replanner,
+            shunned=shunned,
+            book=book,
+            report=report,
+        )
+        await session.chain.open(route)
+        session.reporter.started(session.chain.hops, max_tokens)
+        try:
+            nursery.start_soon(session.repair.keep_whole)
+            nursery.start_soon(session.keep_watch)
+            nursery.start_soon(session.leave_relays)
+            if book is not None:
+                nursery.start_soon(session.watch_receipts)
+            yield session
+        finally:
+            await session.end()
 
 
 async def start_session(

@@ -17,12 +17,11 @@ A session's tasks have a nursery of their own. An error that is no peer's ends t
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -30,12 +29,11 @@ import trio
 from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
-from p2pinfer.errors import NoRoute, PeerError, PeerVanished, ProtocolViolation
-from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
+from p2pinfer.events import Report
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
-from p2pinfer.node.protocol.wire import Bill, Codec, Refused, Result
+from p2pinfer.node.protocol.wire import Refused, Result
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, Recall
@@ -44,7 +42,10 @@ from .faults import Faults
 from .handover import Handovers
 from .hop_stream import HopStream
 from .opening import end_all, refusal_error
+from .pending import Pending, StepTiming, Superseded
 from .receipts import PassedStep, ReceiptBook
+from .repair import Repair
+from .reporter import Reporter
 from .steps import Answer, Promise, Sent, Steps
 from .terms import SessionTerms
 from .upgrade import leave_relays
@@ -53,48 +54,14 @@ from .watch import keep_watch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """How long one decode step took from the client's side, and what each hop says it spent."""
-
-    seconds: float
-    bills: tuple[Bill, ...]
-
-
-class Pending:
-    """A step that was submitted. `await` it for its hidden states, as often as they are wanted."""
-
-    __slots__ = ("_promise", "_session")
-
-    def __init__(self, session: Session, promise: Promise) -> None:
-        self._session = session
-        self._promise = promise
-
-    def __await__(self) -> Generator[object, object, Tensor]:
-        return self.output().__await__()
-
-    async def output(self) -> Tensor:
-        """(returned tokens, hidden_size), in the session's codec.
-
-        Raises:
-            PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
-            Superseded: The step was rolled back before its result came.
-        """
-        return self._session.decoded(await self._session.answered(self._promise))
-
-
-class Superseded(Exception):
-    """A step was rolled back before its result came."""
-
-
 class Session:
     """An open session on every hop of a route. `open_session` and `start_session` make one.
 
     Attributes:
         opened_route: The hops at the beginning.
         timings: Decode steps since the last change of hops.
-        failovers: How often hops failed and were replaced.
         handovers: Replaces hops that still work.
+        repair: Replaces hops that do not.
         broken_receipt: What was wrong with a receipt, if anything was.
     """
 
@@ -110,17 +77,18 @@ class Session:
         replanner: Replanner | None,
         shunned: frozenset[str],
         book: ReceiptBook | None,
+        report: Report | None,
     ) -> None:
         self.opened_route = route
         self.book = book
         self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []
-        self.failovers = 0
         self.chain = Chain(host, nursery, terms, config, self, recall)
         self._terms = terms
         self._config = config
         self._steps = Steps()
-        self._faults = Faults(shunned)
+        self.reporter = Reporter(terms.session, report)
+        self._faults = Faults(shunned, self.reporter)
         self._failover = Failover(self.chain, self._faults, replanner, config)
         self.handovers = Handovers(
             self.chain,
@@ -130,7 +98,10 @@ class Session:
             replanner,
             nursery,
             config,
-            on_done=self.timings.clear,
+            on_done=self._note_handover,
+        )
+        self.repair = Repair(
+            self.chain, self._faults, self._failover, self.handovers, self._steps, self.reporter, self._push
         )
         self._receipts_due = trio.Event()
         self._closing = trio.Event()
@@ -145,6 +116,11 @@ class Session:
     def route(self) -> Route:
         """The hops that take part at the moment."""
         return self.chain.route
+
+    @property
+    def failovers(self) -> int:
+        """How often hops failed and were replaced."""
+        return self.repair.done
 
     @property
     def failed_peers(self) -> frozenset[str]:
@@ -164,7 +140,8 @@ class Session:
             PeerError: The session is over.
         """
         returns = len(hidden) if returns is None else returns
-        return Pending(self, await self._submit(hidden, position, returns))
+        promise = await self._submit(hidden, position, returns)
+        return Pending(partial(self._output_of, promise))
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
         """Push the hidden states of `position`, `position + 1`, ... through every block.
@@ -179,10 +156,12 @@ class Session:
             PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
         """
         started = time.perf_counter()
-        answer = await self.answered(await self._submit(hidden, position, len(hidden)))
-        self.timings.append(StepTiming(time.perf_counter() - started, answer.result.bills))
-        self.handovers.note_pace(answer.result.bills)
-        return self.decoded(answer)
+        answer = await self._answered(await self._submit(hidden, position, len(hidden)))
+        timing = StepTiming(time.perf_counter() - started, answer.result.bills)
+        self.timings.append(timing)
+        self.handovers.note_pace(timing.bills)
+        self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
+        return self._decoded(answer)
 
     async def prefill(self, hidden: Tensor, position: int) -> Tensor:
         """Push a prompt through in chunks that follow each other without waiting.
@@ -236,8 +215,8 @@ class Session:
                 self._faults.give_up(exc)  # what followed may be wrong as well
         return self.broken_receipt
 
-    async def answered(self, promise: Promise) -> Answer:
-        """What a step has come to, whatever has to be repaired for it; `Pending.output` is for users."""
+    async def _answered(self, promise: Promise) -> Answer:
+        """What a step has come to, whatever has to be repaired for it."""
         limit_s = self._config.step_timeout_s
         while not promise.is_settled:
             with trio.move_on_after(limit_s) as patience:
@@ -247,7 +226,10 @@ class Session:
                 raise PeerVanished(f"no answer in {limit_s:g} s")
         return await promise.wait()
 
-    def decoded(self, answer: Answer) -> Tensor:
+    async def _output_of(self, promise: Promise) -> Tensor:
+        return self._decoded(await self._answered(promise))
+
+    def _decoded(self, answer: Answer) -> Tensor:
         """The hidden states of an answer, (returned tokens, hidden_size)."""
         spec, tokens = self._terms.spec, answer.result.tokens
         return decode_hidden(answer.payload, tokens, spec.hidden_size, self._terms.codec, answer.peer_id)
@@ -317,44 +299,9 @@ class Session:
 
     # ------------------------------------------------------------------ tasks
 
-    async def keep_whole(self) -> None:
-        """Repair the chain whenever something is broken; returns when the session is over."""
-        faults = self._faults
-        while faults.fatal is None:
-            await faults.any()
-            if faults.fatal is None:
-                await self._repair()
-        assert faults.fatal is not None
-        self._steps.fail_all(faults.fatal)
-
-    async def _repair(self) -> None:
-        """Mend what is broken, and send again what has no result; or give the session up."""
-        began_at = trio.current_time()
-        async with self._steps.repairing():
-            if not await self._is_mended():
-                return
-            self.failovers += 1
-            self.timings.clear()
-            self.handovers.forget_pace()
-            for each in self._steps.begin_anew(self.chain.epoch):
-                await self._push(each)
-        logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, self.route)
-
-    async def _is_mended(self) -> bool:
-        """Mend what is broken; False if the session has to be given up, or nothing is broken any more."""
-        faults, first = self._faults, self._faults.first
-        if first is None or faults.fatal is not None:
-            return False
-        try:
-            if not self._steps.may_begin_anew:
-                raise first
-            await self._failover.mend(self._steps.confirmed, self.handovers.break_off())
-        except NoRoute as exc:
-            first.__cause__ = exc
-            faults.give_up(first)
-        except PeerError as exc:
-            faults.give_up(exc)
-        return faults.fatal is None
+    def _note_handover(self, former: HopStream) -> None:
+        self.timings.clear()
+        self.reporter.replaced([former.peer_id], self.chain.hops, "handover")
 
     async def watch_receipts(self) -> None:
         """Check receipts as they gather."""
@@ -376,7 +323,13 @@ class Session:
 
     async def leave_relays(self) -> None:
         """Have the streams to hops move to direct connections that come up."""
-        await leave_relays(self.chain.host, self.session_id, lambda: [*self.chain.hops], self._quiet)
+        await leave_relays(
+            self.chain.host,
+            self.session_id,
+            lambda: [*self.chain.hops],
+            self._quiet,
+            self.reporter.left_relay,
+        )
 
     @asynccontextmanager
     async def _quiet(self) -> AsyncGenerator[None]:
@@ -403,63 +356,11 @@ class Session:
     def note_ended(self, error: Exception | None) -> None:
         """Let nobody wait for a result any more; they get `error`, if the session broke on one."""
         last = self.chain.hops[-1].peer_id if self.chain.hops else ""
+        was_whole = self._faults.fatal is None
         self._faults.give_up(error or PeerVanished("the session is closed", last))
         assert self._faults.fatal is not None
         self._steps.fail_all(self._faults.fatal)
         self._closed.set()
-
-
-@asynccontextmanager
-async def open_session(
-    host: Host,
-    route: Route,
-    spec: ModelSpec,
-    *,
-    max_tokens: int,
-    codec: Codec,
-    config: SessionConfig,
-    recall: Recall | None = None,
-    replanner: Replanner | None = None,
-    shunned: frozenset[str] = frozenset(),
-    check_receipts: bool = True,
-    keep_steps: bool = False,
-) -> AsyncGenerator[Session]:
-    """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
-
-    Args:
-        max_tokens: How many positions every hop is to reserve.
-        recall: What went in at past positions, called in a thread; with it the first hop can be replaced too.
-        replanner: Whom to ask for others when a hop fails; None lets the session end with it.
-        shunned: Peers that are not to be among those others.
-        check_receipts: Demand a receipt from every hop for every step.
-        keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
-
-    Raises:
-        PeerError: A hop could not be reached or refused; nothing stays open.
-    """
-    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens)
-    book: ReceiptBook | None = None
-    if check_receipts:
-        book = ReceiptBook(terms.session, spec.revision, codec, host.verify, keep=keep_steps)
-    async with open_nursery() as nursery:
-        session = Session(
-            host,
-            nursery,
-            route,
-            terms,
-            config,
-            recall=recall,
-            replanner=replanner,
-            shunned=shunned,
-            book=book,
+        self.reporter.ended(
+            "closed" if was_whole and error is None else str(self._faults.fatal), self.failovers
         )
-        await session.chain.open(route)
-        try:
-            nursery.start_soon(session.keep_whole)
-            nursery.start_soon(session.keep_watch)
-            nursery.start_soon(session.leave_relays)
-            if book is not None:
-                nursery.start_soon(session.watch_receipts)
-            yield session
-        finally:
-            await session.end()

@@ -33,19 +33,21 @@ async def leave_relays(
     session: bytes,
     hops: Callable[[], list[HopStream]],
     quiet: Callable[[], AbstractAsyncContextManager[None]],
+    on_left: Callable[[HopStream, float], None],
 ) -> None:
     """Move streams for as long as it runs.
 
     Args:
         hops: Those of the session at the moment.
         quiet: While it is held no step is under way, and no hop is replaced.
+        on_left: Called with a hop whose stream has moved, and for how many seconds no step could go out.
     """
     while True:
         await trio.sleep(LOOK_S)
         for hop in hops():
             if hop.is_relayed and host.connection_kind(hop.peer_id) == "direct":
                 with trio.move_on_after(MOVE_S):
-                    await _move(host, session, hop, hops, quiet)
+                    await _move(host, session, hop, hops, quiet, on_left)
                 if hop.is_relayed:
                     await trio.sleep(MOVE_S)
 
@@ -56,6 +58,7 @@ async def _move(
     hop: HopStream,
     hops: Callable[[], list[HopStream]],
     quiet: Callable[[], AbstractAsyncContextManager[None]],
+    on_left: Callable[[HopStream, float], None],
 ) -> None:
     try:
         stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL)
@@ -65,9 +68,10 @@ async def _move(
                 if hop in hops() and not stream.is_relayed:
                     began_at = trio.current_time()
                     await hop.move(session, frames)
-                    pause_ms = (trio.current_time() - began_at) * 1e3
-                    logger.debug("session.moved peer=%s pause_ms=%.0f", hop.peer_id, pause_ms)
+                    pause_s = trio.current_time() - began_at
+                    logger.debug("session.moved peer=%s pause_ms=%.0f", hop.peer_id, pause_s * 1e3)
                     host.counts.add("upgrades")
+                    on_left(hop, pause_s)
         finally:
             if hop.is_relayed:
                 await stream.reset()

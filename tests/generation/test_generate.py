@@ -35,8 +35,8 @@ from p2pinfer.models.text.sampling import Sampler, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import Recall
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from ..node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 

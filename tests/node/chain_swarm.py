@@ -27,8 +27,8 @@ from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, End, Message, Open, Op
 from p2pinfer.node.serve.server import ServedSpan, SpanServer
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from .memory import MemoryNetwork, MemoryStream
 from .memory_swarm import FLOAT32

@@ -31,8 +31,8 @@ from p2pinfer.node.serve.sizing import Capacity
 from p2pinfer.node.swarm.swarm import SwarmMember
 from p2pinfer.node.transport.identity import Identity, load_identity
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from .memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
 

@@ -14,8 +14,8 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.protocol.wire import Result
 from p2pinfer.session.hop_stream import HopStream
-from p2pinfer.session.hosting import start_session
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
 
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 from ..spares import PROMPT, close_to

@@ -18,9 +18,9 @@ from p2pinfer.node.protocol.wire import Open, Step
 from p2pinfer.node.serve.notary import Notary
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.hosting import start_session
+from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.receipts import CHECK_EVERY, PassedStep, ReceiptBook
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.session import Session
 
 from ..node.memory import sign, verify
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over

@@ -37,9 +37,9 @@ from p2pinfer.node.protocol.wire import (
 )
 from p2pinfer.node.transport.stream import PeerStream
 from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.hosting import start_session
+from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.opening import refusal_error
-from p2pinfer.session.session import Session, open_session
+from p2pinfer.session.session import Session
 
 from ..node.memory import MemoryNetwork
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.session.session import Superseded
+from p2pinfer.session.pending import Superseded
 
 from ..node.memory_swarm import open_memory_swarm, route_over
 from ..spares import OTHERS, PROMPT, WAY, Spares, close_to, running, serve

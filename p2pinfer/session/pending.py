@@ -1,0 +1,40 @@
+"""Steps that were submitted and whose results may be waited for, and what single steps took."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from p2pinfer.node.protocol.wire import Bill
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """How long one decode step took from the client's side, and what each hop says it spent."""
+
+    seconds: float
+    bills: tuple[Bill, ...]
+
+
+class Superseded(Exception):
+    """A step was rolled back before its result came."""
+
+
+class Pending:
+    """A step that was submitted. `await` it for its hidden states, as often as they are wanted."""
+
+    __slots__ = ("_output",)
+
+    def __init__(self, output: Callable[[], Awaitable[Tensor]]) -> None:
+        self._output = output
+
+    def __await__(self) -> Generator[object, object, Tensor]:
+        """(returned tokens, hidden_size), in the session's codec.
+
+        Raises:
+            PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
+            Superseded: The step was rolled back before its result came.
+        """
+        return self._output().__await__()
