@@ -59,7 +59,10 @@ async def test_it_bans_who_hands_on_its_input_and_nobody_else(
 async def test_where_it_cannot_judge_two_others_are_asked(
     swarm: MemorySwarm, open_client: OpenClient, lazy: p2pinfer.Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "can_hold", lambda span: False)
+    def hold_nothing(span: BlockSpan) -> bool:
+        return False
+
+    monkeypatch.setattr(lazy, "can_hold", hold_nothing)
     await swarm.serve("a", 0, 8, tokens_per_s=1e5)
     async with open_client(verifier=lazy) as client:
         await text_of(client.generate(PROMPT, max_new_tokens=12))
