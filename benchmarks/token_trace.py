@@ -1,0 +1,123 @@
+"""Every function of p2pinfer that one decoded token enters, over two hops, by room and by module.
+
+    python benchmarks/token_trace.py             # a table on standard error, JSON on standard output
+    python benchmarks/token_trace.py --calls     # and every entry, in order
+
+A client and two nodes run in this process, over libp2p on loopback, so that one trace sees all three. The
+sixth decode step of a generation is recorded, all threads included. An entry is a function's beginning; a
+coroutine that goes on after a wait does not count again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+import p2pinfer
+
+STEP = 6
+
+
+class Recorder:
+    """Notes what is entered while it is on. `watch` has to be called before any thread begins."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.entries: list[tuple[str, str]] = []  # (module, function)
+
+    def watch(self) -> None:
+        """Be told of calls in this thread and in all that begin from now on."""
+        threading.setprofile(self._note)
+        sys.setprofile(self._note)
+
+    def _note(self, frame: FrameType, event: str, _: object) -> None:
+        if not self.is_on or event != "call":
+            return
+        module = frame.f_globals.get("__name__", "")
+        begins = (
+            frame.f_code.co_code[frame.f_lasti + 1] == 0
+        )  # the argument of RESUME: 0 at a function's start
+        if module.startswith("p2pinfer.") and begins:
+            self.entries.append((module.removeprefix("p2pinfer."), frame.f_code.co_qualname))
+
+
+async def one_token(recorder: Recorder) -> None:
+    """Record step `STEP` of a generation over two nodes."""
+    host = p2pinfer.HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, upnp=False)
+    compute = p2pinfer.ComputeConfig(threads=1, dtype="float32", device="cpu")
+    with tempfile.TemporaryDirectory() as home:
+        async with trio.open_nursery() as nursery:
+            bootstrap: tuple[str, ...] = ()
+            for name, blocks in (("one", "0:4"), ("two", "4:8")):
+                ready = trio.Event()
+                addrs: list[str] = []
+
+                def note(event: object, ready: trio.Event = ready, addrs: list[str] = addrs) -> None:
+                    if type(event).__name__ == "Ready":
+                        addrs.extend(event.addrs)  # type: ignore[attr-defined]
+                        ready.set()
+
+                config = p2pinfer.NodeConfig(
+                    blocks=blocks,
+                    bootstrap=bootstrap,
+                    data_dir=Path(home, name),
+                    cache_dir=Path(home, "cache"),
+                )
+                nursery.start_soon(
+                    lambda config=config, note=note: p2pinfer.run_node(
+                        config, host_config=host, compute_config=compute, report=note
+                    )
+                )
+                await ready.wait()
+                bootstrap = bootstrap or tuple(addrs)
+            client = p2pinfer.Client(
+                bootstrap=bootstrap,
+                host_config=p2pinfer.HostConfig(listen=(), mdns=False, upnp=False),
+                audit=p2pinfer.AuditConfig(rate=0.0),
+                data_dir=Path(home, "client"),
+                cache_dir=Path(home, "cache"),
+            )
+            async with client:
+                generation = client.generate("Once upon a time", max_new_tokens=STEP + 4)
+                for number in range(STEP + 2):
+                    recorder.is_on = number == STEP
+                    await anext(generation)
+                recorder.is_on = False
+                await generation.aclose()
+            nursery.cancel_scope.cancel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--calls", action="store_true")
+    options = parser.parse_args()
+    recorder = Recorder()
+    recorder.watch()
+    trio.run(one_token, recorder)
+    modules = Counter(module for module, _ in recorder.entries)
+    rooms = Counter(module.rpartition(".")[0] or "p2pinfer" for module, _ in recorder.entries)
+    table = Table(title=f"{len(recorder.entries)} entries, {len(modules)} modules, {len(rooms)} rooms")
+    for column in ("room", "module", "entries"):
+        table.add_column(column, justify="right")
+    for module, count in sorted(modules.items()):
+        room, _, name = module.rpartition(".")
+        table.add_row(room or "p2pinfer", name, str(count))
+    Console(stderr=True, width=100).print(table)
+    if options.calls:
+        for module, function in recorder.entries:
+            print(module, function, file=sys.stderr)
+    print(json.dumps({"entries": len(recorder.entries), "modules": modules, "rooms": rooms}))
+
+
+if __name__ == "__main__":
+    main()
