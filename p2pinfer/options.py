@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
 
+from p2pinfer.events import Report
 from p2pinfer.generation.patience import Waiting
 from p2pinfer.models.progress import Progress
 from p2pinfer.node.transport.identity import Identity
@@ -60,6 +61,7 @@ class ClientOptions(TypedDict, total=False):
     on_wait: Callable[[Waiting], None]
     audit: AuditConfig | None
     verifier: Verifier | None
+    on_event: Report | None
     identity: str | Path | Identity | None
 
 
