@@ -16,9 +16,9 @@ from dataclasses import replace
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.serve.offer import announce_interval_s, announce_ttl_s
-from p2pinfer.node.swarm.catch_up import FIRST_S, next_pause_s
-from p2pinfer.node.swarm.records import seal
+from p2pinfer.node.serve.announcer import announce_interval_s, announce_ttl_s
+from p2pinfer.node.swarm.anti_entropy import FIRST_S, next_pause_s
+from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.swarm.snapshot import TAG_BYTES
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement

@@ -39,7 +39,7 @@ import p2pinfer.models
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig
-from p2pinfer.generation.generate import GenerationResult
+from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.compute.ends import load_ends

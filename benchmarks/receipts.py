@@ -29,16 +29,16 @@ from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.messages import Open, Result, Step
 from p2pinfer.node.protocol.tensors import encode_hidden
-from p2pinfer.node.protocol.wire import Open, Result, Step
-from p2pinfer.node.serve.hop import HopSession
-from p2pinfer.node.serve.notary import Attestation, Notary
+from p2pinfer.node.serve.hop_session import HopSession
+from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.node.serve.worker import open_worker
 from p2pinfer.node.transport.identity import new_identity, verify
 from p2pinfer.routing.route import Hop
-from p2pinfer.session.receipts import PassedStep, ReceiptBook
+from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
 
 SESSION, REVISION = b"s" * 16, "r" * 32
 ROUNDS = 9
@@ -56,11 +56,11 @@ class Lease:
     def release(self) -> None: ...
 
 
-class Silence(Notary):
+class Silence(ReceiptSigner):
     """A notary that signs nothing."""
 
-    async def attest(self, step: Step, received: Any, sent: Any, returned: int) -> Attestation:
-        return Attestation(b"", b"", b"", b"")
+    async def attest(self, step: Step, received: Any, sent: Any, returned: int) -> SignedReceipt:
+        return SignedReceipt(b"", b"", b"", b"")
 
 
 class Nothing(EvidenceStore):
@@ -81,7 +81,7 @@ async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenera
             replay=None,
             worker=worker,
             config=ServeConfig(max_chunk_tokens=4096),
-            notary=(Notary if receipts else Silence)(opening, "bfloat16", identity.sign),
+            notary=(ReceiptSigner if receipts else Silence)(opening, "bfloat16", identity.sign),
             evidence=(EvidenceStore if receipts else Nothing)(64 << 20, 900),
         )
         nursery.start_soon(hop.forward)

@@ -21,7 +21,7 @@ import torch
 from p2pinfer.audit.opinions import compare_elsewhere
 from p2pinfer.audit.second_opinion import choose_auditors
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.evidence.deposition import Deposition
+from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.reputation.attestation import Attestation, Opinion, seal_attestation
 from p2pinfer.reputation.ledger import Ledger
@@ -422,7 +422,7 @@ def _elsewhere(output: str, one: str, other: str) -> Verdict:
 
 
 @cache
-def _deposition(output: str, peer_id: str, span: BlockSpan) -> Deposition:
+def _deposition(output: str, peer_id: str, span: BlockSpan) -> HopRecord:
     source = torch.Generator().manual_seed(7)
     given = torch.randn(32, HIDDEN_SIZE, generator=source)
     returned = torch.tanh(given) * 3
@@ -449,4 +449,4 @@ def _deposition(output: str, peer_id: str, span: BlockSpan) -> Deposition:
         out,
         bytes(16),
     )
-    return Deposition(peer_id, (b"",), (receipt,), {into: payloads[0], out: payloads[1]})
+    return HopRecord(peer_id, (b"",), (receipt,), {into: payloads[0], out: payloads[1]})

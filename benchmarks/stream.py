@@ -29,7 +29,7 @@ from quotient import spread
 
 from p2pinfer.node.host.host import HostConfig, open_host
 from p2pinfer.node.transport.identity import new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 PROTOCOL = "/p2pinfer/benchmark/1.0.0"
 LISTEN = "/ip4/127.0.0.1/tcp/0"

@@ -14,13 +14,13 @@ from typing import Any, get_type_hints
 from p2pinfer.client import ClientConfig
 from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
-from p2pinfer.generation.generate import GenerationConfig
+from p2pinfer.generation.generation import GenerationConfig
+from p2pinfer.idle_audits import VerifyConfig
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
-from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.config import RoutingConfig
 
 LAYERS = (

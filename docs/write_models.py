@@ -42,8 +42,8 @@ TEXT = """\
 # Models
 
 p2pinfer reads config.json as transformers 5.24 does, and computes what its eager models compute. In float32
-greedy tokens are equal; tests/models/compute/test_config_options.py compares logits and tokens for every field of the
-config classes of these families, in old and new spellings. `make docs` writes this page.
+greedy tokens are equal; tests/models/compute/test_config_options.py compares logits and tokens for every
+field of the config classes of these families, in old and new spellings. `make docs` writes this page.
 
 Families, by `model_type`: {families}. A "mistral" that lists `layer_types` is what transformers calls
 "ministral", and either name is understood.

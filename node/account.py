@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.swarm.membership import SwarmMember
 
 from .events import Event, Joined, Stopped
 

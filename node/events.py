@@ -97,7 +97,7 @@ class Verified(_Event, frozen=True, tag="verified"):
     suspect: int
 
 
-class Leaving(_Event, frozen=True, tag="leaving"):
+class NodeLeaving(_Event, frozen=True, tag="leaving"):
     """The node has said goodbye to the swarm and stops."""
 
     sessions: int
@@ -127,7 +127,7 @@ Event: TypeAlias = (
     | SessionClosed
     | SessionRefused
     | Verified
-    | Leaving
+    | NodeLeaving
 )
 
 _encoder = msgspec.json.Encoder()

@@ -16,7 +16,7 @@ import trio
 
 from p2pinfer.errors import AddressUnusable
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.transport.counts import MEANINGS
+from p2pinfer.node.transport.counters import MEANINGS
 
 logger = logging.getLogger(__name__)
 

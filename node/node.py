@@ -27,19 +27,19 @@ from p2pinfer.models.machine.cores import usable_cores
 from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
 from p2pinfer.node.reach.reachability import describe
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.serve.announcer import Offer
+from p2pinfer.node.serve.capacity import Capacity, check_room, measure_capacity, measure_speed
 from p2pinfer.node.serve.last_span import last_span, remember_span
-from p2pinfer.node.serve.offer import Offer
 from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.server import ServedSpan, SpanServer
-from p2pinfer.node.serve.sizing import Capacity, check_room, measure_capacity, measure_speed
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
 from p2pinfer.routing.placement import choose_span, should_move
@@ -48,7 +48,7 @@ from .account import stopped, tell_joined
 from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
 from .data_lock import hold_data_dir
-from .events import Event, Leaving, Loading, Reached, Ready, Starting
+from .events import Event, Loading, NodeLeaving, Reached, Ready, Starting
 from .metrics import Metrics, serve_metrics
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class _Node:
                     with trio.move_on_after(self._serve.leave_timeout_s):
                         await offer.withdraw()
                     if not moving:
-                        self._report(Leaving(server.sessions))
+                        self._report(NodeLeaving(server.sessions))
                         await server.drain(self._serve.drain_s)
                 # The host would keep the server, and with it the blocks, while the next ones are loaded.
                 server.unregister()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     __version__: str
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
-    from .audit.audit import AuditTally as AuditTally
+    from .audit.auditor import AuditTally as AuditTally
     from .audit.verifier import Verifier as Verifier
     from .blocking import BlockingClient as BlockingClient
     from .blocking import BlockingGeneration as BlockingGeneration
@@ -53,18 +53,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .errors import SpanOutOfRange as SpanOutOfRange
     from .errors import Unfinished as Unfinished
     from .errors import WrongOutput as WrongOutput
-    from .generation.generate import Generation as Generation
-    from .generation.generate import GenerationResult as GenerationResult
-    from .generation.generate import Timings as Timings
-    from .generation.generate import Token as Token
-    from .generation.patience import Waiting as Waiting
-    from .generation.way import HopUsed as HopUsed
+    from .generation.generation import Generation as Generation
+    from .generation.generation import GenerationResult as GenerationResult
+    from .generation.generation import Timings as Timings
+    from .generation.generation import Token as Token
+    from .generation.outage import Waiting as Waiting
+    from .generation.remote_blocks import HopUsed as HopUsed
     from .models.config import ComputeConfig as ComputeConfig
     from .models.span import BlockSpan as BlockSpan
     from .node.config import NodeConfig as NodeConfig
     from .node.config import ServeConfig as ServeConfig
-    from .node.evidence.deposition import Deposition as Deposition
-    from .node.evidence.deposition import history_of as history_of
+    from .node.evidence.hop_record import HopRecord as HopRecord
+    from .node.evidence.hop_record import history_of as history_of
     from .node.host.host import HostConfig as HostConfig
     from .node.node import run_node as run_node
     from .reputation.ledger import Ledger as Ledger
@@ -82,9 +82,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .routing.route import RouteRequest as RouteRequest
 
 _HOMES = {
-    "audit.audit": ("AuditTally",),
+    "audit.auditor": ("AuditTally",),
     "audit.verifier": ("Verifier",),
-    "node.evidence.deposition": ("Deposition", "history_of"),
+    "node.evidence.hop_record": ("HopRecord", "history_of"),
     "reputation.verdict": ("Finding", "Verdict"),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client", "PeerView"),
@@ -109,13 +109,13 @@ _HOMES = {
         "Unfinished",
         "WrongOutput",
     ),
-    "generation.generate": ("Generation", "GenerationResult", "Timings", "Token"),
+    "generation.generation": ("Generation", "GenerationResult", "Timings", "Token"),
     "models.config": ("ComputeConfig",),
     "models.span": ("BlockSpan",),
     "node.config": ("NodeConfig", "ServeConfig"),
     "node.host.host": ("HostConfig",),
     "node.node": ("run_node",),
-    "generation.patience": ("Waiting",),
+    "generation.outage": ("Waiting",),
     "reputation.ledger": ("Ledger",),
     "reputation.view": ("ReputationView",),
     "routing.config": ("RoutingConfig",),
@@ -123,7 +123,7 @@ _HOMES = {
     "routing.planner": ("cheapest_routes",),
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
-    "generation.way": ("HopUsed",),
+    "generation.remote_blocks": ("HopUsed",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

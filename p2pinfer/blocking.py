@@ -13,9 +13,9 @@ from typing import TypeVar, Unpack
 
 import trio
 
-from p2pinfer.generation.generate import Generation, GenerationConfig, GenerationResult, Token
+from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.routing.policy import RoutingPolicy
 

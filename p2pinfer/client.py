@@ -16,13 +16,12 @@ from typing import Literal, Unpack
 
 import trio
 
-from p2pinfer.audit.audit import Auditor, AuditTally
+from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
-from p2pinfer.events import Report, guarded
-from p2pinfer.generation.generate import Generation, generation_config, new_state
-from p2pinfer.generation.patience import Patience, Waiting
-from p2pinfer.generation.resume import GenerationState, decode_state, extend_state
+from p2pinfer.generation.generation import Generation, generation_config, new_state
+from p2pinfer.generation.outage import Patience, Waiting
+from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.ends import Ends, load_ends
@@ -33,14 +32,14 @@ from p2pinfer.models.progress import Progress
 from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.protocol.wire import CODECS, Codec
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.protocol.messages import CODECS, Codec
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import Identity, client_identity
-from p2pinfer.planning.asking import PolicyDesk
-from p2pinfer.planning.keeping import kept_ledger
-from p2pinfer.planning.navigator import Navigator
+from p2pinfer.planning.ledger_sync import kept_ledger
+from p2pinfer.planning.policy_runner import PolicyRunner
+from p2pinfer.planning.route_planner import RoutePlanner
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
@@ -53,6 +52,7 @@ from p2pinfer.session.session import Session
 from .client_config import AuditConfig, GenerationConfig, SessionConfig
 from .client_config import ClientConfig as ClientConfig
 from .errors import LocalError, PeerError
+from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
 from .options import GenerationOptions, addresses_of, check_prompt, suggesting
 
@@ -130,7 +130,7 @@ class Client:
         policy = policy or self._config.policy
         self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
         fallback = load_policy(DEFAULT_POLICY, config=routing_config)
-        self._desk = PolicyDesk(self.policy, fallback, self._config.policy_timeout_s)
+        self._desk = PolicyRunner(self.policy, fallback, self._config.policy_timeout_s)
         self._model = str(model)
         self._bootstrap = addresses_of(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
@@ -152,7 +152,7 @@ class Client:
         self._tokenizer: Tokenizer
         self._defaults: GenerationDefaults
         self._member: SwarmMember
-        self._navigator: Navigator
+        self._navigator: RoutePlanner
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
         self._is_open = False
@@ -173,7 +173,7 @@ class Client:
                 open_swarm(identity, self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
-            self._navigator = Navigator(
+            self._navigator = RoutePlanner(
                 self._member,
                 self.spec,
                 self.ledger,

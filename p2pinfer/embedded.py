@@ -24,7 +24,7 @@ import trio
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import split_peer
 from p2pinfer.node.transport.identity import load_identity

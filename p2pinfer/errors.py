@@ -87,7 +87,7 @@ class PeerVanished(PeerError):
 
 
 class PeerRefused(PeerError):
-    """The peer answered, and said no. `code` is one of `p2pinfer.node.protocol.wire.RefusalCode`.
+    """The peer answered, and said no. `code` is one of `p2pinfer.node.protocol.messages.RefusalCode`.
 
     `fits` is how many tokens of a session it would have room for; 0 if none, or if it does not say.
     """

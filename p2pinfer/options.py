@@ -12,14 +12,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
 
-from p2pinfer.events import Report
-from p2pinfer.generation.patience import Waiting
+from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.progress import Progress
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 
 from .client_config import AuditConfig, ClientConfig, SessionConfig
+from .events import Report
 
 if TYPE_CHECKING:
     from p2pinfer.audit.verifier import Verifier

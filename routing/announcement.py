@@ -3,7 +3,7 @@
 On the wire an announcement is one MessagePack array, `[version, peer_id, model, ...]` in the order of
 `_Wire`. Fields a later version appends are skipped, so old peers understand new ones. Everything a peer
 wrote is bounded here, once, so that the rest of routing can do arithmetic on it and the command line can
-print it. Signatures are the business of `node/swarm/records.py`.
+print it. Signatures are the business of `node/swarm/signed_records.py`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Announcement:
         leaving: The peer says goodbye; nothing else of the announcement counts.
         nat: What is between the peer and the internet: between two `symmetric` ones no hole can be punched.
         weights: The content address of the model's weights; empty where the peer does not say.
-        numbers: What the model's config says about the forward pass (`models/checkpoint/numbers.py`); empty likewise.
-            Weights and numbers together hash to `revision`.
+        numbers: What the model's config says about the forward pass (`models/checkpoint/numbers.py`); empty
+            likewise. Weights and numbers together hash to `revision`.
         num_blocks: Blocks of the whole model, for those who do not have it; 0: the peer does not say.
         instance: Drawn anew whenever the peer starts, 8 bytes; empty: the peer does not say.
         uptime_s: For how long that process has run, when the announcement was made.

@@ -10,7 +10,7 @@ from p2pinfer.errors import PolicyError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView
 
-from .eligibility import Refusal, refusal
+from .eligibility import Ineligibility, refusal
 from .route import Candidate, Hop, Route, RouteRequest
 
 
@@ -72,15 +72,15 @@ def _check_peers(
             raise PolicyError(f"route {route} uses {hop.peer_id}, which serves only {candidate.span}")
         reason = refusal(candidate, request, view)
         # A full cache is no nonsense: what was announced may be a minute old, and the peer may say no.
-        if reason not in (None, Refusal.FULL):
+        if reason not in (None, Ineligibility.FULL):
             raise PolicyError(f"route {route} uses {hop.peer_id}, which {_FAULTS[reason]}")
 
 
 _FAULTS = {
-    Refusal.EXCLUDED: "the request excludes",
-    Refusal.UNTRUSTED: "has not shown the integrity that the request demands",
-    Refusal.BANNED: "is banned",
-    Refusal.ABSENT: "is leaving or holds another model",
+    Ineligibility.EXCLUDED: "the request excludes",
+    Ineligibility.UNTRUSTED: "has not shown the integrity that the request demands",
+    Ineligibility.BANNED: "is banned",
+    Ineligibility.ABSENT: "is leaving or holds another model",
 }
 
 

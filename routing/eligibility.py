@@ -13,7 +13,7 @@ from p2pinfer.reputation.view import ReputationView
 from .route import Candidate, RouteRequest
 
 
-class Refusal(IntEnum):
+class Ineligibility(IntEnum):
     """Why a candidate cannot be a hop, the one that passes soonest first."""
 
     FULL = 1  # its cache lacks room for the request
@@ -23,21 +23,21 @@ class Refusal(IntEnum):
     ABSENT = 5  # it is leaving, or holds another model
 
 
-def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Refusal | None:
+def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Ineligibility | None:
     """Why `candidate` cannot serve `request`; None if it can."""
     announcement = candidate.announcement
     if announcement.leaving or announcement.revision != request.revision:
-        return Refusal.ABSENT
+        return Ineligibility.ABSENT
     if announcement.span.stop > request.num_blocks:
-        return Refusal.ABSENT
+        return Ineligibility.ABSENT
     if view is not None and view.is_banned(candidate.peer_id):
-        return Refusal.BANNED
+        return Ineligibility.BANNED
     if view is not None and not view.score(candidate.peer_id).integrity >= request.min_integrity:
-        return Refusal.UNTRUSTED
+        return Ineligibility.UNTRUSTED
     if candidate.peer_id in request.excluded:
-        return Refusal.EXCLUDED
+        return Ineligibility.EXCLUDED
     if announcement.free_cache_tokens < request.tokens:
-        return Refusal.FULL
+        return Ineligibility.FULL
     return None
 
 
@@ -59,50 +59,52 @@ def no_route(candidates: Sequence[Candidate], request: RouteRequest, view: Reput
     """
     served = [(candidate.span, refusal(candidate, request, view)) for candidate in candidates]
     wanted = range(request.wanted.start, request.wanted.stop)
-    gaps: dict[Refusal, list[BlockSpan]] = {}
+    gaps: dict[Ineligibility, list[BlockSpan]] = {}
     for reason, run in groupby(wanted, key=lambda block: _mildest_refusal(block, served)):
         if reason is not None:
             blocks = list(run)
             gaps.setdefault(reason, []).append(BlockSpan(blocks[0], blocks[-1] + 1))
-    missing = gaps.get(Refusal.ABSENT, [])
+    missing = gaps.get(Ineligibility.ABSENT, [])
     free = (
         each.announcement.free_cache_tokens
         for each, (_, why) in zip(candidates, served, strict=True)
-        if why is Refusal.FULL
+        if why is Ineligibility.FULL
     )
     most = max(free, default=0)
     complaints = [_complaint(reason, gaps[reason], request, most) for reason in sorted(gaps, reverse=True)]
     return NoRoute(
         f"no route: {'; '.join(complaints)}",
         [(span.start, span.stop) for span in missing],
-        is_full=set(gaps) == {Refusal.FULL},
+        is_full=set(gaps) == {Ineligibility.FULL},
     )
 
 
-def _mildest_refusal(block: int, served: Iterable[tuple[BlockSpan, Refusal | None]]) -> Refusal | None:
+def _mildest_refusal(
+    block: int, served: Iterable[tuple[BlockSpan, Ineligibility | None]]
+) -> Ineligibility | None:
     """Why nobody can run `block`; None if somebody can."""
     reasons = [reason for span, reason in served if span.start <= block < span.stop]
     if None in reasons:
         return None
-    return min((reason for reason in reasons if reason is not None), default=Refusal.ABSENT)
+    return min((reason for reason in reasons if reason is not None), default=Ineligibility.ABSENT)
 
 
-def _complaint(reason: Refusal, spans: Sequence[BlockSpan], request: RouteRequest, most: int) -> str:
+def _complaint(reason: Ineligibility, spans: Sequence[BlockSpan], request: RouteRequest, most: int) -> str:
     blocks = f"blocks {', '.join(map(str, spans))}"
     match reason:
-        case Refusal.FULL:
+        case Ineligibility.FULL:
             return (
                 f"{blocks} are served only by peers without cache for {request.tokens} tokens; try again "
                 f"soon (the most that any of them has free is {most})"
             )
-        case Refusal.EXCLUDED:
+        case Ineligibility.EXCLUDED:
             return f"{blocks} are served only by peers that failed this request or already work for it"
-        case Refusal.UNTRUSTED:
+        case Ineligibility.UNTRUSTED:
             return (
                 f"{blocks} are served only by peers whose integrity is below {request.min_integrity:.2f}; "
                 "the default policy tries and audits them, `p2pinfer reputation vouch` takes your word for it"
             )
-        case Refusal.BANNED:
+        case Ineligibility.BANNED:
             return f"{blocks} are served only by banned peers; `p2pinfer reputation` says why"
-        case Refusal.ABSENT:
+        case Ineligibility.ABSENT:
             return f"nobody serves {blocks}; `{request.serve_command} --blocks {spans[0]}` would"

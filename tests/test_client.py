@@ -16,14 +16,14 @@ from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
-from p2pinfer.generation.generate import Generation
-from p2pinfer.generation.patience import Waiting
+from p2pinfer.generation.generation import Generation
+from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.protocol.wire import Codec
-from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.protocol.messages import Codec
+from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView

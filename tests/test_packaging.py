@@ -201,8 +201,9 @@ def test_what_is_imported_is_declared() -> None:
     code = """
 import sys
 sys.modules.update({name: None for name in sys.argv[1].split()})
-import p2pinfer.cli.app, p2pinfer.client, p2pinfer.blocking, p2pinfer.node.node, p2pinfer.node.swarm.lan
-import p2pinfer.node.reach.upnp, p2pinfer.node.metrics, p2pinfer.node.reach.punch, p2pinfer.node.reach.relay
+import p2pinfer.cli.app, p2pinfer.client, p2pinfer.blocking, p2pinfer.node.node, p2pinfer.node.swarm.mdns
+import p2pinfer.node.reach.upnp, p2pinfer.node.metrics, p2pinfer.node.reach.hole_punch
+import p2pinfer.node.reach.relay_server
 print(*sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None}))
 """
     absent = "coincurve fastecdsa grpc lru mypy_protobuf rpcudp"

@@ -13,7 +13,7 @@ import trio
 
 from p2pinfer.errors import NoRoute, PolicyError
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.planning.asking import PolicyDesk
+from p2pinfer.planning.policy_runner import PolicyRunner
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement
@@ -159,13 +159,13 @@ class Hanging(RoutingPolicy):
 
 async def test_the_default_stands_in_unless_the_policy_forbids_it(caplog: pytest.LogCaptureFixture) -> None:
     peers, view = [candidate("a")], Ledger()
-    desk = PolicyDesk(Broken(), RiskAdjusted(), 5.0)
+    desk = PolicyRunner(Broken(), RiskAdjusted(), 5.0)
     assert [route.peer_ids for route in await desk.choose_routes(peers, REQUEST, view)] == [("a",)]
     assert "policy Broken raised ValueError: a slip; the policy RiskAdjusted chooses" in caplog.text
     caplog.clear()
     await desk.choose_routes(peers, REQUEST, view)
     assert not caplog.records, "it was said before"
-    desk = PolicyDesk(Unreplaced(), RiskAdjusted(), 5.0)
+    desk = PolicyRunner(Unreplaced(), RiskAdjusted(), 5.0)
     for _ in range(2):
         with pytest.raises(PolicyError, match="policy Unreplaced raised ValueError: a slip"):
             await desk.choose_routes(peers, REQUEST, view)
@@ -174,7 +174,7 @@ async def test_the_default_stands_in_unless_the_policy_forbids_it(caplog: pytest
 async def test_nothing_stands_in_for_a_policy_that_hung_if_it_forbids_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    desk = PolicyDesk(Hanging(), RiskAdjusted(), 5.0)
+    desk = PolicyRunner(Hanging(), RiskAdjusted(), 5.0)
     with pytest.raises(PolicyError, match="took longer than 5 s"):
         await desk.choose_routes([candidate("a")], REQUEST, Ledger())
     with pytest.raises(PolicyError, match="took too long before; nothing stands in for it"):

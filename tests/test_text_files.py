@@ -21,7 +21,7 @@ from p2pinfer.models.checkpoint.source import resolve_model
 from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.bootstrap import FILE_NAME, bootstrap_peers
-from p2pinfer.node.transport.gate import Gate
+from p2pinfer.node.transport.connection_gate import Gate
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.node.transport.swarm_key import load_swarm_key, make_swarm_key
 from p2pinfer.reputation.exchange import export_ledger, import_ledger

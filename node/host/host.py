@@ -20,9 +20,10 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
-from p2pinfer.node.concurrency.tasks import open_nursery
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.transport.address_race import innermost, race
 from p2pinfer.node.transport.addresses import (
     CIRCUIT,
     check_announced,
@@ -33,13 +34,12 @@ from p2pinfer.node.transport.addresses import (
     without_missing_ipv6,
 )
 from p2pinfer.node.transport.circuit_stream import HOP_PROTOCOL, dial_circuit
-from p2pinfer.node.transport.counts import Counts
-from p2pinfer.node.transport.dial import innermost, race
-from p2pinfer.node.transport.gate import GATED, Gate, reason
-from p2pinfer.node.transport.guarded import StrangerMet
+from p2pinfer.node.transport.connection_gate import GATED, Gate, reason
+from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
-from p2pinfer.node.transport.negotiate import negotiate
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.multistream import negotiate
+from p2pinfer.node.transport.peer_stream import PeerStream
+from p2pinfer.node.transport.private_network import StrangerMet
 from p2pinfer.node.transport.yamux_stream import StreamRefused
 from p2pinfer.routing.announcement import MAX_ADDRS
 

@@ -30,12 +30,12 @@ from multiaddr import Multiaddr
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import advertised
-from p2pinfer.node.transport.counts import Counts
-from p2pinfer.node.transport.gate import GATED, Gate
-from p2pinfer.node.transport.guarded import Guarded
+from p2pinfer.node.transport.connection_gate import GATED, Gate
+from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.noise import NoiseHandshake, NoiseSession
-from p2pinfer.node.transport.rates import RateLimit
+from p2pinfer.node.transport.private_network import Guarded
+from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.node.transport.swarm_key import load_swarm_key
 from p2pinfer.node.transport.tcp import TunedTCP
 from p2pinfer.node.transport.yamux import YamuxConnection

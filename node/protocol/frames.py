@@ -20,11 +20,11 @@ import trio
 import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
-from p2pinfer.node.concurrency.turn import Turn
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.concurrency.fast_lock import FastLock
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.receipt import Payload
 
-from .wire import End, Message, Result, Step, decode_message, encode_message
+from .messages import End, Message, Result, Step, decode_message, encode_message
 
 MAX_HEADER_BYTES: Final = 1 << 16
 _READ_BYTES: Final = 1 << 18
@@ -68,7 +68,7 @@ class FrameStream:
         self._pace = pace
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream
-        self._sending = Turn()
+        self._sending = FastLock()
         self._buffer = bytearray()
         self._frame_bytes = 0  # of the frame that comes, as far as it is known
         self._ended = False

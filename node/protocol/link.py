@@ -13,8 +13,8 @@ import trio
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 
 from .frames import FrameStream
-from .replay import Sent
-from .wire import Alive, End, Filled, Probe, Step
+from .messages import Alive, End, Filled, Probe, Step
+from .replay_log import LoggedStep
 
 
 class ReplayWindow:
@@ -92,7 +92,7 @@ class Link:
         """
         await self._frames.send(step, payload)
 
-    async def replay(self, pieces: Iterable[Sent], *, hops: int, epoch: int, window: int) -> None:
+    async def replay(self, pieces: Iterable[LoggedStep], *, hops: int, epoch: int, window: int) -> None:
         """Send what was logged, for `hops` hops to take in, no more than `window` steps ahead of them.
 
         Raises:

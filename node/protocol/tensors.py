@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 
-from .wire import Codec
+from .messages import Codec
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 

@@ -19,7 +19,7 @@ from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.circuit_stream import HANDSHAKE_S, HOP_PROTOCOL, check_status, circuit_connection
 from p2pinfer.node.transport.delimited import receive_message, send_message
 from p2pinfer.node.transport.identity import is_peer_id
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 STOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/stop"
 

@@ -17,18 +17,17 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerError
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.tcp import share_port
 from p2pinfer.routing.announcement import Announcement
 
 from .circuit import serve_circuits
 from .dialback import MAX_PORTS, ask, serve_dialback
-from .door import keep_open
-from .punch import Puncher
+from .hole_punch import Puncher
 from .reachability import (
     Observation,
     Reachability,
@@ -38,9 +37,10 @@ from .reachability import (
     is_refuted,
     with_announced,
 )
-from .relay import Relay, RelayUse
 from .relay_config import RelayConfig
-from .relays import RelayCandidate, RelayKeeper
+from .relay_reservations import RelayCandidate, RelayKeeper
+from .relay_server import Relay, RelayUse
+from .temporary_listener import keep_open
 from .upnp import Mapping, NoMapping, open_mapping
 
 logger = logging.getLogger(__name__)

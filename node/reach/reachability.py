@@ -1,8 +1,8 @@
 """What this machine is to the internet, from what peers have seen of it.
 
 A peer that we are connected to says from which address we come, and tries to connect to us there by itself
-(`node/reach/dialback.py`). Whether it can says if we are reachable; whether the port it sees is the one we sent
-from says what kind of router is in between. Nothing that only the local network has seen counts.
+(`node/reach/dialback.py`). Whether it can says if we are reachable; whether the port it sees is the one we
+sent from says what kind of router is in between. Nothing that only the local network has seen counts.
 
 libp2p's AutoNAT asks the same question and gets it wrong both ways: a host that listens on a wildcard offers
 that wildcard to be dialled and passes for private, and one that announces its router's address is tried over

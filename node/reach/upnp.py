@@ -15,8 +15,8 @@ from typing import Any, Final, Protocol, cast
 
 import trio
 
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
-from p2pinfer.node.concurrency.tasks import open_nursery
 
 try:
     import miniupnpc

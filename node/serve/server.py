@@ -23,12 +23,10 @@ from p2pinfer.models.compute.cache import CacheLease, PagedCache
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
-from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream, Pace
-from p2pinfer.node.protocol.replay import ReplayBudget, ReplayLog
-from p2pinfer.node.protocol.tensors import row_bytes
-from p2pinfer.node.protocol.wire import (
+from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
     Alive,
@@ -45,12 +43,14 @@ from p2pinfer.node.protocol.wire import (
     Step,
     printable,
 )
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.protocol.replay_log import ReplayBudget, ReplayLog
+from p2pinfer.node.protocol.tensors import row_bytes
+from p2pinfer.node.transport.peer_stream import PeerStream
 
-from .control import SessionControl, ending
-from .hop import HopSession, Refusal
-from .notary import Notary
-from .shares import exceeds_share, left_of_share
+from .hop_session import HopSession, SessionRefusal
+from .quota import exceeds_share, left_of_share
+from .receipt_signer import ReceiptSigner
+from .session_control import SessionControl, ending
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class SpanServer:
                 )
             try:
                 session = await self._admit_when_freed(opening, stream.peer_id, control)
-            except Refusal as refusal:
+            except SessionRefusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
                 said = Refused(refusal.code, printable(str(refusal)), fits=refusal.fits)
@@ -182,7 +182,7 @@ class SpanServer:
         """
         try:
             return self._admit(opening, client_id, control)
-        except Refusal as refusal:
+        except SessionRefusal as refusal:
             if refusal.code not in ("cache_full", "over_share"):
                 raise
         with trio.move_on_after(_FREED_S):
@@ -194,23 +194,27 @@ class SpanServer:
     def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
         served, config = self._served, self._config
         if self._leaving:
-            raise Refusal("leaving", "this node is shutting down")
+            raise SessionRefusal("leaving", "this node is shutting down")
         if opening.revision != served.spec.revision:
-            raise Refusal("wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})")
+            raise SessionRefusal(
+                "wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})"
+            )
         if not (served.span.start <= opening.start < opening.stop <= served.span.stop):
-            raise Refusal("wrong_span", f"this node holds blocks {served.span}")
+            raise SessionRefusal("wrong_span", f"this node holds blocks {served.span}")
         if opening.session in self._sessions:
-            raise Refusal("busy", "this session is already open")
+            raise SessionRefusal("busy", "this session is already open")
         if len(self._sessions) >= config.max_sessions:
-            raise Refusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
+            raise SessionRefusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
         theirs = [session for session in self._sessions.values() if session.client_id == client_id]
         if len(theirs) >= config.max_sessions_per_client:
-            raise Refusal("busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit")
+            raise SessionRefusal(
+                "busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit"
+            )
         hidden_size = served.spec.hidden_size
         lease = self._reserve_cache(opening, sum(session.reserved_tokens for session in theirs))
         try:
             replay = self._reserve_replay(opening, sum(session.reserved_replay_bytes for session in theirs))
-        except Refusal:
+        except SessionRefusal:
             lease.release()
             raise
         session = HopSession(
@@ -222,7 +226,7 @@ class SpanServer:
             replay=replay,
             worker=served.worker,
             config=config,
-            notary=Notary(opening, served.dtype, self._host.sign),
+            notary=ReceiptSigner(opening, served.dtype, self._host.sign),
             evidence=self._evidence,
         )
         self._sessions[opening.session] = session
@@ -242,10 +246,10 @@ class SpanServer:
         except CacheFull as exc:
             most = left_of_share(0, cache.capacity_tokens, share)
             never = f"; it could never have more than {most}" if opening.max_tokens > most else ""
-            raise Refusal("cache_full", f"{exc}, one of {fits} would{never}", fits=fits) from exc
+            raise SessionRefusal("cache_full", f"{exc}, one of {fits} would{never}", fits=fits) from exc
         if exceeds_share(held + lease.max_tokens, cache.free_tokens, share):
             lease.release()
-            raise Refusal(
+            raise SessionRefusal(
                 "over_share",
                 f"you hold {held} tokens of the cache, {cache.free_tokens} are free, and "
                 f"{opening.max_tokens} more would be over one client's share; {fits} would not",
@@ -264,11 +268,11 @@ class SpanServer:
         try:
             replay = ReplayLog(budget, size)
         except CacheFull as exc:
-            raise Refusal("cache_full", str(exc), fits=fits) from exc
+            raise SessionRefusal("cache_full", str(exc), fits=fits) from exc
         if exceeds_share(held + size, budget.free_bytes, config.client_share):
             replay.release()
             problem = f"{size} more bytes of replay log would be over one client's share"
-            raise Refusal("over_share", problem, fits=fits)
+            raise SessionRefusal("over_share", problem, fits=fits)
         return replay
 
     async def _run(self, session: HopSession) -> None:

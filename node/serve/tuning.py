@@ -21,8 +21,8 @@ import trio
 from p2pinfer.errors import CacheFull
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 
+from .capacity import time_steps
 from .pace import Pace
-from .sizing import time_steps
 from .worker import Done, Job, Worker
 
 logger = logging.getLogger(__name__)

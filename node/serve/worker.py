@@ -30,10 +30,10 @@ from p2pinfer.errors import P2PInferError
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.transport.counts import Counts
+from p2pinfer.node.transport.counters import Counts
 
-from .fair import FairLine
-from .returns import Returns
+from .fair_queue import FairQueue
+from .return_times import ReturnTimes
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ class Worker:
         self._on_step = on_step
         self._clock = clock
         self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: FairLine[Job] = FairLine()
-        self._returns: Returns[CacheLease] = Returns()
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._returns: ReturnTimes[CacheLease] = ReturnTimes()
         self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.Thread(target=self._work, name="p2pinfer-worker", daemon=True)

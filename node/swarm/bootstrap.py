@@ -20,15 +20,15 @@ from typing import Final, Protocol
 import trio
 
 from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import split_peer
 from p2pinfer.text_files import read_text
 
+from .live_table import LiveTable
 from .peer_book import PeerBook
-from .proofs import ProofCarrier
+from .proof_gossip import ProofCarrier
 from .snapshot import fetch_snapshot
-from .view import SwarmView
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Neighbourhood:
     def __init__(
         self,
         host: Host,
-        view: SwarmView,
+        view: LiveTable,
         peers: Sequence[BootstrapPeer],
         proofs: ProofCarrier | None = None,
         kin: Kin | None = None,

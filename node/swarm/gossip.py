@@ -31,16 +31,16 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.tools.anyio_service import background_trio_service
 
 from p2pinfer.errors import PeerError, ProtocolViolation
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.identity import Identity
-from p2pinfer.node.transport.rates import RateLimit
+from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.announcement import Announcement
 
-from .proofs import Heard, Notice, decode_notice, encode_notice, is_notice
-from .pubsub import MODELS_TOPIC, TOPIC, FloodingRouter, GuardedPubsub, topic_of
-from .records import open_record, seal
-from .view import SwarmView, announcement_by
+from .gossipsub import MODELS_TOPIC, TOPIC, FloodingRouter, GuardedPubsub, topic_of
+from .live_table import LiveTable, announcement_by
+from .proof_gossip import Heard, Notice, decode_notice, encode_notice, is_notice
+from .signed_records import open_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ PROOFS_AT_ONCE: Final = 4
 class Gossip:
     """Hears and tells who serves what. Made by `open_gossip`."""
 
-    def __init__(self, host: Host, pubsub: GuardedPubsub, identity: Identity, view: SwarmView) -> None:
+    def __init__(self, host: Host, pubsub: GuardedPubsub, identity: Identity, view: LiveTable) -> None:
         self.pubsub = pubsub
         self._host = host
         self._identity = identity
@@ -296,7 +296,7 @@ def models_share(models: int, peers: int) -> float:
 
 
 @asynccontextmanager
-async def open_gossip(host: Host, identity: Identity, view: SwarmView) -> AsyncGenerator[Gossip]:
+async def open_gossip(host: Host, identity: Identity, view: LiveTable) -> AsyncGenerator[Gossip]:
     """Gossip over `host` until the block ends. To be opened before the host connects to anybody."""
     router = FloodingRouter(
         protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],

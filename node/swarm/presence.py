@@ -17,7 +17,7 @@ from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.node.host.host import Host
 from p2pinfer.routing.announcement import Announcement
 
-from .view import SwarmView
+from .live_table import LiveTable
 
 SILENT_S: Final = 60.0  # how long a try that failed counts
 RETRY_S: Final = 10.0  # between two calls of a peer that was silent
@@ -29,7 +29,7 @@ MAX_REMEMBERED: Final = 4096
 class Presence:
     """What this process knows of others' being there. To be told of a host's dials by `watch`."""
 
-    def __init__(self, host: Host, view: SwarmView, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(self, host: Host, view: LiveTable, clock: Callable[[], float] = trio.current_time) -> None:
         self._host = host
         self._view = view
         self._clock = clock

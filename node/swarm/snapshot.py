@@ -23,11 +23,11 @@ import trio
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
-from .proofs import MAX_TOLD, Heard, ProofCarrier, decode_notice, is_notice
-from .records import MAX_RECORD_BYTES, open_record
-from .view import SwarmView, announcement_by
+from .live_table import LiveTable, announcement_by
+from .proof_gossip import MAX_TOLD, Heard, ProofCarrier, decode_notice, is_notice
+from .signed_records import MAX_RECORD_BYTES, open_record
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ _requests: Final[msgspec.msgpack.Decoder[_Request]] = msgspec.msgpack.Decoder(_R
 _responses: Final[msgspec.msgpack.Decoder[list[_Entry]]] = msgspec.msgpack.Decoder(_Response)
 
 
-def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = None) -> None:
+def serve_snapshots(host: Host, view: LiveTable, proofs: ProofCarrier | None = None) -> None:
     """Answer whoever asks for our table, and for notices of the proofs that we hold, from now on."""
 
     async def answer(stream: PeerStream) -> None:
@@ -78,7 +78,7 @@ def serve_snapshots(host: Host, view: SwarmView, proofs: ProofCarrier | None = N
 
 async def fetch_snapshot(
     host: Host,
-    view: SwarmView,
+    view: LiveTable,
     peer_id: str,
     revision: str | None = None,
     proofs: ProofCarrier | None = None,
@@ -118,7 +118,7 @@ async def fetch_snapshot(
     return news
 
 
-def _take_own(view: SwarmView, peer_id: str, record: bytes) -> None:
+def _take_own(view: LiveTable, peer_id: str, record: bytes) -> None:
     """Take in what the asker says of itself, as if gossip had brought it.
 
     Raises:
@@ -130,7 +130,7 @@ def _take_own(view: SwarmView, peer_id: str, record: bytes) -> None:
     view.accept(announcement_by(author, payload), record, told_by=peer_id)
 
 
-def _records(view: SwarmView, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:
+def _records(view: LiveTable, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:
     """What a process holds, with the notices of proofs first: a response has room for only so much."""
     return [*(proofs.records(revision) if proofs else ()), *view.records(revision)]
 

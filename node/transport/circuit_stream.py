@@ -20,8 +20,8 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import PeerRefused, PeerVanished, ProtocolViolation
 
 from .delimited import receive_message, send_message
+from .peer_stream import PeerStream
 from .raw_stream import RawStream
-from .stream import PeerStream
 
 HOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/hop"
 HANDSHAKE_S: Final = 10.0  # for the relay's answer, and for the other peer's first message

@@ -23,7 +23,7 @@ from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWri
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 
-from .guarded import Guarded
+from .private_network import Guarded
 from .raw_stream import RawStream
 
 _LENGTH: Final = struct.Struct(">H")

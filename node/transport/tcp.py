@@ -16,9 +16,9 @@ from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
+from .address_race import innermost
 from .addresses import parse_tcp
-from .dial import innermost
-from .guarded import Guarded
+from .private_network import Guarded
 from .raw_stream import RawStream
 
 READ_BYTES = 1 << 17

@@ -30,8 +30,8 @@ from multiaddr import Multiaddr
 
 from p2pinfer.node.concurrency.shield import shielded
 
-from .counts import Traffic
-from .gate import GATED, RESOURCE_LIMIT_EXCEEDED, Gate
+from .connection_gate import GATED, RESOURCE_LIMIT_EXCEEDED, Gate
+from .counters import Traffic
 from .noise import NoiseSession
 from .yamux_frames import (
     ACK,

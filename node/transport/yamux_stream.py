@@ -9,7 +9,7 @@ import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
-from .gate import reason
+from .connection_gate import reason
 from .yamux_frames import (
     DATA,
     FIN,

@@ -26,8 +26,8 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.verify import Reference, Tail, open_reference, tail_of
-from p2pinfer.node.evidence.deposition import Deposition, History, history_of
-from p2pinfer.node.evidence.verify import check_span
+from p2pinfer.node.evidence.check import check_span
+from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 from .verifier import Verifier
@@ -63,12 +63,12 @@ class LocalVerifier(Verifier):
         """Whether the blocks fit the budget of memory, and are here or nearly so."""
         return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
 
-    async def verify(self, deposition: Deposition) -> Finding:
+    async def verify(self, deposition: HopRecord) -> Finding:
         """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
         logits = self._rng.random() < self._config.logits_share
         return await self._in_turn(lambda: self._verify(deposition, logits=logits))
 
-    async def verify_fully(self, deposition: Deposition) -> Finding:
+    async def verify_fully(self, deposition: HopRecord) -> Finding:
         """The same, and the logits are looked at wherever they can be, if it does not FAIL without."""
         finding = await self._in_turn(lambda: self._verify(deposition, logits=True, whole=False))
         if finding.verdict is Verdict.FAIL or finding.logits_checked:
@@ -79,7 +79,7 @@ class LocalVerifier(Verifier):
         """Whether the logits were looked at: a small change that is well aimed shows only there."""
         return finding.logits_checked
 
-    async def confirm(self, deposition: Deposition) -> Finding:
+    async def confirm(self, deposition: HopRecord) -> Finding:
         """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
         finding = await self._in_turn(lambda: self._verify_anew(deposition))
         if finding.verdict is Verdict.FAIL:
@@ -91,7 +91,7 @@ class LocalVerifier(Verifier):
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
 
-    def _verify(self, deposition: Deposition, *, logits: bool, whole: bool = True) -> Finding:
+    def _verify(self, deposition: HopRecord, *, logits: bool, whole: bool = True) -> Finding:
         """With `whole`, all of the model is loaded for it if that fits."""
 
         def check(history: History) -> Finding:
@@ -101,7 +101,7 @@ class LocalVerifier(Verifier):
 
         return self._run(deposition, check)
 
-    def _verify_anew(self, deposition: Deposition) -> Finding:
+    def _verify_anew(self, deposition: HopRecord) -> Finding:
         """By norms alone, from the blocks in question."""
 
         def check(history: History) -> Finding:
@@ -111,7 +111,7 @@ class LocalVerifier(Verifier):
 
         return self._run(deposition, check)
 
-    def _run(self, deposition: Deposition, check: Callable[[History], Finding]) -> Finding:
+    def _run(self, deposition: HopRecord, check: Callable[[History], Finding]) -> Finding:
         started = time.thread_time()
         try:
             spec = self._source.spec
@@ -196,7 +196,7 @@ class _Loaded:
         return tail_of(self.reference, self.ends, span.stop) if self.reference.span.stop == blocks else None
 
 
-def _check(deposition: Deposition, history: History, reference: Reference, tail: Tail | None) -> Finding:
+def _check(deposition: HopRecord, history: History, reference: Reference, tail: Tail | None) -> Finding:
     return check_span(
         reference,
         deposition.span,

@@ -10,7 +10,7 @@ from torch import Tensor
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.verify.noise_floor import measure_floor
 from p2pinfer.models.verify.verify import check_rows, compare
-from p2pinfer.node.evidence.deposition import Deposition, history_of
+from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 
 # How far two honest outputs lie apart at most, in roundings of the output to bfloat16, by a chunk's median.
@@ -19,9 +19,7 @@ _APART: Final = 32.0
 _COARSE: Final = Thresholds(chunk=8.0, suspect=4.0, shared=32.0, upper=16.0, token=64.0, first=500.0)
 
 
-def compare_elsewhere(
-    deposition: Deposition, one: Deposition, other: Deposition, hidden_size: int
-) -> Finding:
+def compare_elsewhere(deposition: HopRecord, one: HopRecord, other: HopRecord, hidden_size: int) -> Finding:
     """The verdict where the blocks fit nowhere here: two peers' outputs stand for the two re-executions.
 
     Neither is float32, so the unit is the distance of two honest roundings, and where those agree to the bit,

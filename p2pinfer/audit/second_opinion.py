@@ -18,7 +18,7 @@ import trio
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.evidence.deposition import Deposition, History
+from p2pinfer.node.evidence.hop_record import History, HopRecord
 from p2pinfer.node.host.host import HostConfig, open_host
 from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.node.transport.identity import new_identity
@@ -27,14 +27,14 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session
 
-from .gather import gather_deposition
+from .collect import gather_deposition
 
 _IP = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/")
 
 
 def choose_auditors(
     announcements: Iterable[Announcement],
-    deposition: Deposition,
+    deposition: HopRecord,
     view: ReputationView,
     avoid: Sequence[str],
     rng: random.Random,
@@ -78,12 +78,12 @@ def networks_of(addrs: Iterable[str]) -> frozenset[str]:
 async def run_elsewhere(
     hop: Hop,
     spec: ModelSpec,
-    deposition: Deposition,
+    deposition: HopRecord,
     history: History,
     *,
     host_config: HostConfig,
     timeout_s: float,
-) -> Deposition:
+) -> HopRecord:
     """What `hop` gives for the same inputs, with its own receipts.
 
     Raises:

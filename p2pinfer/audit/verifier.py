@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.evidence.deposition import Deposition
+from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.reputation.verdict import Finding
 
 
@@ -21,13 +21,13 @@ class Verifier(ABC):
         return True
 
     @abstractmethod
-    async def verify(self, deposition: Deposition) -> Finding:
+    async def verify(self, deposition: HopRecord) -> Finding:
         """The verdict on what the hop's receipts name. The payloads' digests have been checked.
 
         A FAIL bans the peer once `confirm` repeats it, so where in doubt the verdict is INCONCLUSIVE.
         """
 
-    async def verify_fully(self, deposition: Deposition) -> Finding:
+    async def verify_fully(self, deposition: HopRecord) -> Finding:
         """The same with all means, for a proof that somebody else has published; `verify` by default."""
         return await self.verify(deposition)
 
@@ -35,6 +35,6 @@ class Verifier(ABC):
         """Whether a PASS of `verify_fully` refutes somebody else's FAIL; True by default."""
         return True
 
-    async def confirm(self, deposition: Deposition) -> Finding:
+    async def confirm(self, deposition: HopRecord) -> Finding:
         """A verdict that does not rest on what `verify` keeps in memory; `verify` by default."""
         return await self.verify(deposition)

@@ -17,7 +17,7 @@ from p2pinfer.models.compute.target import Target, choose_target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.cores import usable_cores
 from p2pinfer.models.machine.memory import free_memory, free_on, free_on_card
-from p2pinfer.node.serve.sizing import WEIGHTS_SHARE
+from p2pinfer.node.serve.capacity import WEIGHTS_SHARE
 
 LEAST_DISK_BYTES: Final = 100 << 20  # below that not even notes and a small model have room
 _NVIDIA: Final = Path("/proc/driver/nvidia/gpus")

@@ -15,7 +15,7 @@ from .terminal import note, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.node.reach.reach import ReachStatus
-    from p2pinfer.node.swarm.swarm import SwarmMember
+    from p2pinfer.node.swarm.membership import SwarmMember
 
     from .checkup import Finding
 
@@ -46,7 +46,7 @@ def doctor(call: Invocation) -> None:
 
     from p2pinfer.config import SharedConfig
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.swarm.swarm import open_swarm
+    from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import new_identity
 
     from .running import run

@@ -34,8 +34,8 @@ from .waiting import WaitingLine
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client
-    from p2pinfer.generation.generate import Generation, GenerationResult
-    from p2pinfer.generation.patience import Waiting
+    from p2pinfer.generation.generation import Generation, GenerationResult
+    from p2pinfer.generation.outage import Waiting
 
 POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 
@@ -112,7 +112,7 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     """
     from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
-    from p2pinfer.generation.resume import decode_state, find_token
+    from p2pinfer.generation.saved_state import decode_state, find_token
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.routing.config import RoutingConfig
     from p2pinfer.routing.policy import check_policy_name
@@ -229,7 +229,7 @@ def _kept(
     generation: Generation, client: Client, call: Invocation, data_dir: Path, resumed: str | None
 ) -> Generator[None]:
     """If the text is cut off, keep what it takes to go on and say how; else forget what was kept."""
-    from p2pinfer.generation.resume import drop_token, keep_token
+    from p2pinfer.generation.saved_state import drop_token, keep_token
 
     before = len(generation.result.token_ids)
     try:
@@ -259,7 +259,7 @@ def _kept(
 
 def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path) -> None:
     """A text that has come to its last token may be one that was to go on; keep what that takes."""
-    from p2pinfer.generation.resume import keep_token
+    from p2pinfer.generation.saved_state import keep_token
 
     token, tokens = generation.resume_token, len(generation.result.token_ids)
     if token is None:

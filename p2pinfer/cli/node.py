@@ -100,9 +100,9 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
 
-    from p2pinfer.node.concurrency.tasks import open_nursery
+    from p2pinfer.idle_audits import open_patrol
+    from p2pinfer.node.concurrency.nurseries import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
-    from p2pinfer.patrol import open_patrol
 
     from .progress import Bars
     from .running import run

@@ -13,8 +13,8 @@ from p2pinfer.node import events
 from .plain import one_line, printable, short_peer
 
 if TYPE_CHECKING:
-    from p2pinfer.audit.audit import AuditTally
-    from p2pinfer.generation.generate import GenerationResult
+    from p2pinfer.audit.auditor import AuditTally
+    from p2pinfer.generation.generation import GenerationResult
     from p2pinfer.reputation.view import ReputationView
 
 
@@ -94,7 +94,7 @@ def describe_event(event: events.Event) -> str:
             return f"{short_peer(event.peer_id)} was refused a session: {one_line(event.message)}"
         case events.Verified():
             return f"checked others: {_count_audits(event.audits, event.passed, event.failed, event.suspect)}"
-        case events.Leaving():
+        case events.NodeLeaving():
             return "said goodbye to the swarm"
 
 

@@ -37,7 +37,7 @@ def swarm(call: Invocation, watch: bool) -> None:
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.checkpoint.source import resolve_model
     from p2pinfer.node.host_config import HostConfig
-    from p2pinfer.node.swarm.swarm import open_swarm
+    from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import client_identity
 
     from .progress import Bars

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan, uncovered
-from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.served import served_models
 

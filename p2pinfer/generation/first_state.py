@@ -20,7 +20,7 @@ from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.options import suggest
 from p2pinfer.text_files import is_text
 
-from .resume import GenerationState
+from .saved_state import GenerationState
 
 _MAX_NEW_TOKENS: Final = 128
 # Tokenizing takes a second for a few hundred thousand words, so of a prompt that is far too long only the

@@ -8,7 +8,7 @@ import msgspec
 
 from p2pinfer.models.text.text import StopMatcher, TextStream, Tokenizer
 
-from .resume import GenerationState, encode_state
+from .saved_state import GenerationState, encode_state
 
 FinishReason: TypeAlias = Literal["eos", "length", "stop"]
 

@@ -32,11 +32,11 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
 from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.messages import Open, Step, Successor
 from p2pinfer.node.protocol.tensors import encode_hidden
-from p2pinfer.node.protocol.wire import Open, Step, Successor
 from p2pinfer.routing.route import Hop, Route
 
-from .agreed import Agreed, agree
+from .flow_limits import FlowLimits, agree
 from .hop_stream import HopStream, Listener
 from .opening import end_all, open_hops
 from .terms import SessionTerms
@@ -87,11 +87,11 @@ class Chain:
         return Route(tuple(each.hop for each in self.hops))
 
     @property
-    def agreed(self) -> Agreed:
+    def agreed(self) -> FlowLimits:
         """How steps are cut and paced."""
         return self._agreed(self.hops)
 
-    def _agreed(self, hops: Sequence[HopStream]) -> Agreed:
+    def _agreed(self, hops: Sequence[HopStream]) -> FlowLimits:
         """Half of what the hops take: steps that are sent again meet the first ones in the queue."""
         config = self._config
         limits = [

@@ -16,16 +16,16 @@ import trio
 
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import P2PInferError, PeerError, PeerVanished
-from p2pinfer.node.protocol.wire import Bill
+from p2pinfer.node.protocol.messages import Bill
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, Spare
 from .failover import Failover, Replanner
 from .faults import Faults
 from .hop_stream import HopStream
+from .in_flight import InFlight
 from .opening import end_all
-from .slowness import Slowness
-from .steps import Steps
+from .stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Handovers:
         chain: Chain,
         failover: Failover,
         faults: Faults,
-        steps: Steps,
+        steps: InFlight,
         replanner: Replanner | None,
         nursery: trio.Nursery,
         config: SessionConfig,
@@ -65,7 +65,7 @@ class Handovers:
         self._nursery = nursery
         self._config = config
         self._on_done = on_done
-        self._slowness = Slowness(config.slow_step_s)
+        self._slowness = Stragglers(config.slow_step_s)
         self._warming: trio.CancelScope | None = None
         self._improving = trio.CancelScope()
 

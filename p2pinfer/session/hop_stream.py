@@ -24,7 +24,7 @@ from p2pinfer.errors import (
 )
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.link import ReplayWindow
-from p2pinfer.node.protocol.wire import (
+from p2pinfer.node.protocol.messages import (
     Alive,
     End,
     Expect,
@@ -46,7 +46,7 @@ from p2pinfer.node.protocol.wire import (
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.routing.route import Hop
 
-from .agreed import Agreed
+from .flow_limits import FlowLimits
 
 _FORMER_S: Final = 1.0  # for what is still to come on a stream that was left, lest that is dead
 _SUCCESSORS_SHARE: Final = 0.8  # of the time for a sign of life, for one of the hop behind
@@ -172,7 +172,7 @@ class HopStream:
         replay: int,
         epoch: int,
         switch: bool,
-        pace: Agreed | None = None,
+        pace: FlowLimits | None = None,
     ) -> None:
         """Have the hop link to `successor` and replay `[start, stop)` to it, at a pace; see `wire.Relink`.
 
@@ -181,7 +181,7 @@ class HopStream:
             PeerError: The hop, or by its word the successor, is gone.
         """
         target = Successor(successor.peer_id, tuple(successor.addrs))
-        pace = pace or Agreed(1, 1)
+        pace = pace or FlowLimits(1, 1)
         number, answer = self._ask()
         relink = Relink(
             number, target, start, stop, replay, epoch, switch, pace.chunk_tokens, pace.chunks_in_flight

@@ -19,7 +19,7 @@ from p2pinfer.errors import (
 )
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
+from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
 from p2pinfer.routing.route import Hop, Route
 
 from .hop_stream import HopStream

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from p2pinfer.node.protocol.wire import Bill
+from p2pinfer.node.protocol.messages import Bill
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from .chain import Chain
 from .failover import Failover
 from .faults import Faults
 from .handover import Handovers
+from .in_flight import InFlight, SentStep
 from .reporter import Reporter
-from .steps import Sent, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ class Repair:
         faults: Faults,
         failover: Failover,
         handovers: Handovers,
-        steps: Steps,
+        steps: InFlight,
         reporter: Reporter,
-        push: Callable[[Sent], Awaitable[None]],
+        push: Callable[[SentStep], Awaitable[None]],
     ) -> None:
         """`push` sends a step to the first hop."""
         self.done = 0

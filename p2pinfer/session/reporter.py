@@ -15,7 +15,7 @@ from p2pinfer.events import (
     SessionStarted,
     StepDone,
 )
-from p2pinfer.node.protocol.wire import Bill
+from p2pinfer.node.protocol.messages import Bill
 
 from .hop_stream import HopStream
 

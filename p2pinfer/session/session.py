@@ -32,8 +32,8 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.events import Report
 from p2pinfer.node.host.host import Host
+from p2pinfer.node.protocol.messages import Refused, Result
 from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
-from p2pinfer.node.protocol.wire import Refused, Result
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, Recall
@@ -41,15 +41,15 @@ from .failover import Failover, Replanner
 from .faults import Faults
 from .handover import Handovers
 from .hop_stream import HopStream
+from .in_flight import Answer, InFlight, Promise, SentStep
+from .liveness import keep_watch
 from .opening import end_all, refusal_error
 from .pending import Pending, StepTiming, Superseded
-from .receipts import PassedStep, ReceiptBook
+from .receipt_checks import PassedStep, ReceiptBook
+from .relay_upgrade import leave_relays
 from .repair import Repair
 from .reporter import Reporter
-from .steps import Answer, Promise, Sent, Steps
 from .terms import SessionTerms
-from .upgrade import leave_relays
-from .watch import keep_watch
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Session:
         self.chain = Chain(host, nursery, terms, config, self, recall)
         self._terms = terms
         self._config = config
-        self._steps = Steps()
+        self._steps = InFlight()
         self.reporter = Reporter(terms.session, report)
         self._faults = Faults(shunned, self.reporter)
         self._failover = Failover(self.chain, self._faults, replanner, config)
@@ -244,7 +244,7 @@ class Session:
             await self._push(sent)
             return sent.promise
 
-    async def _push(self, sent: Sent) -> None:
+    async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
         if first.send_now(sent.step, sent.payload):

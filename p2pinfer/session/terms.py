@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.protocol.messages import Codec
 from p2pinfer.node.protocol.tensors import row_bytes
-from p2pinfer.node.protocol.wire import Codec
 
 
 @dataclass(frozen=True, slots=True)

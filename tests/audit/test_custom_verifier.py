@@ -10,12 +10,12 @@ import pytest
 from torch import Tensor
 
 import p2pinfer
-from p2pinfer.audit.audit import AuditTally
+from p2pinfer.audit.auditor import AuditTally
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 
 from ..node.memory_swarm import MemorySwarm, Served
-from .test_audit import PROMPT, OpenClient, open_client, swarm, text_of
+from .test_auditor import PROMPT, OpenClient, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

@@ -23,7 +23,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.verify import Reference, open_reference, run_session
-from p2pinfer.node.evidence.deposition import Deposition
+from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
 
@@ -52,7 +52,7 @@ def source(tmp_path: Path) -> ModelSource:
     return resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
 
 
-def identity_over(span: BlockSpan, tokens: int = 12) -> Deposition:
+def identity_over(span: BlockSpan, tokens: int = 12) -> HopRecord:
     """A hop that sends back what it got, and signs for it."""
     payload: Payload = bytes(range(64)) * (20 * tokens)  # float32, of 320 channels
     return deposition_of(span, payload, payload, tokens)
@@ -65,12 +65,12 @@ def bundled_revision() -> str:
 
 def deposition_of(
     span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = ""
-) -> Deposition:
+) -> HopRecord:
     receipt = Receipt(
         1, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0, tokens, tokens,
         0, "float32", "float32", digest_of(given), digest_of(got), bytes(16),
     )  # fmt: skip
-    return Deposition("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
+    return HopRecord("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def honest(tiny_stories: Path) -> tuple[Tensor, list[Tensor]]:
     return inputs, [run_session(runner, inputs, SPAN) for runner in runners]
 
 
-def computed(inputs: Tensor, outputs: Tensor) -> Deposition:
+def computed(inputs: Tensor, outputs: Tensor) -> HopRecord:
     return deposition_of(SPAN, inputs.numpy().tobytes(), outputs.contiguous().numpy().tobytes(), len(inputs))
 
 

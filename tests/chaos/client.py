@@ -21,7 +21,7 @@ import trio
 
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.errors import P2PInferError
-from p2pinfer.generation.generate import Generation
+from p2pinfer.generation.generation import Generation
 
 from .requests import make_requests
 

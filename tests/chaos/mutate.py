@@ -17,7 +17,7 @@ from libp2p.pubsub.pb.rpc_pb2 import RPC
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, PeerId, StopMessage
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
-from p2pinfer.node.protocol.wire import (
+from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
     Attach,
@@ -34,7 +34,7 @@ from p2pinfer.node.protocol.wire import (
     Step,
     Successor,
 )
-from p2pinfer.node.swarm.records import seal
+from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity
 
 Framing = Literal["wire", "u32", "varint", "raw"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import p2pinfer.models
-from p2pinfer.generation.generate import GenerationConfig
+from p2pinfer.generation.generation import GenerationConfig
 from p2pinfer.models.text.sampling import Sampler, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 

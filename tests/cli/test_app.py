@@ -21,13 +21,13 @@ from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig, section_of
-from p2pinfer.generation.generate import GenerationConfig
+from p2pinfer.generation.generation import GenerationConfig
+from p2pinfer.idle_audits import VerifyConfig
 from p2pinfer.models.compute.target import DTYPES as COMPUTED_DTYPES
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
-from p2pinfer.patrol import VerifyConfig
 from p2pinfer.routing.policy import BUILT_IN_POLICIES
 
 LAYERS = (

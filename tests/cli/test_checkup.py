@@ -17,7 +17,7 @@ from p2pinfer.cli.app import run
 from p2pinfer.cli.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory
-from p2pinfer.node.serve.sizing import WEIGHTS_SHARE
+from p2pinfer.node.serve.capacity import WEIGHTS_SHARE
 from p2pinfer.node.transport.identity import new_identity
 
 CPU = ComputeConfig(device="cpu", dtype="bfloat16")

@@ -17,7 +17,7 @@ from torch import Tensor
 import p2pinfer
 from p2pinfer.cli.app import run
 from p2pinfer.errors import PeerVanished
-from p2pinfer.generation.resume import decode_state, find_token, keep_token
+from p2pinfer.generation.saved_state import decode_state, find_token, keep_token
 from p2pinfer.session.session import Session
 
 from .support import spoken

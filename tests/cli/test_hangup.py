@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.generation.resume import PREFIX, find_token
+from p2pinfer.generation.saved_state import PREFIX, find_token
 
 from .support import start_node, wait_ready
 

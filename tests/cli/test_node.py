@@ -73,10 +73,10 @@ def test_quiet_is_quiet(printed: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def _end_at_once(*args: object, report: object, **kwargs: object) -> None:
-    from p2pinfer.node.events import Leaving
+    from p2pinfer.node.events import NodeLeaving
 
     assert callable(report)
-    report(Leaving(0))
+    report(NodeLeaving(0))
 
 
 @pytest.mark.parametrize(

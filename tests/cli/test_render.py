@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from p2pinfer.audit.audit import AuditTally
+from p2pinfer.audit.auditor import AuditTally
 from p2pinfer.cli.plain import short_peer
 from p2pinfer.cli.render import describe_event, route_table
-from p2pinfer.generation.generate import GenerationResult, Timings
-from p2pinfer.generation.way import HopUsed
+from p2pinfer.generation.generation import GenerationResult, Timings
+from p2pinfer.generation.remote_blocks import HopUsed
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import events
 from p2pinfer.reputation.ledger import Ledger
@@ -89,7 +89,7 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
             "was up for 4 days 2 h: 0 sessions, 0 tokens computed, 0 refused, 0 B sent, 0 B received, "
             "0 B relayed for others, 1 audit of its work",
         ),
-        (events.Leaving(0), "said goodbye to the swarm"),
+        (events.NodeLeaving(0), "said goodbye to the swarm"),
     ],
 )
 def test_every_event_has_its_line(event: events.Event, line: str) -> None:

@@ -21,11 +21,11 @@ import trio
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import NoRoute
-from p2pinfer.generation.generate import Generation
+from p2pinfer.generation.generation import Generation
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import Tokenizer
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, Ready
 from p2pinfer.node.host_config import HostConfig

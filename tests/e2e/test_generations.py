@@ -13,7 +13,7 @@ import trio
 import p2pinfer
 from p2pinfer.client import Client
 from p2pinfer.errors import ConfigError, NoRoute, P2PInferError, PeerRefused
-from p2pinfer.generation.generate import GenerationResult
+from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import p2pinfer
 from p2pinfer.errors import PeerError, PeerVanished
-from p2pinfer.generation.generate import Token
+from p2pinfer.generation.generation import Token
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.protocol.frames import FrameStream, encode_header
-from p2pinfer.node.protocol.wire import (
+from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
     Attach,
@@ -40,7 +40,7 @@ from p2pinfer.node.protocol.wire import (
 )
 from p2pinfer.node.swarm.snapshot import SNAPSHOT_PROTOCOL
 from p2pinfer.node.transport.identity import new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .support import NodeProcess
 

@@ -16,10 +16,10 @@ import msgspec
 
 from p2pinfer.errors import LocalError, ProtocolViolation, WrongOutput
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.evidence.deposition import Deposition, history_of
-from p2pinfer.node.evidence.evidence import MAX_DIGESTS, decode_answer, decode_ask
-from p2pinfer.node.swarm.proofs import Notice, decode_notice, encode_notice
-from p2pinfer.node.swarm.records import open_record
+from p2pinfer.node.evidence.hop_record import HopRecord, history_of
+from p2pinfer.node.evidence.store import MAX_DIGESTS, decode_answer, decode_ask
+from p2pinfer.node.swarm.proof_gossip import Notice, decode_notice, encode_notice
+from p2pinfer.node.swarm.signed_records import open_record
 from p2pinfer.node.swarm.snapshot import decode_request, decode_response, encode_response
 from p2pinfer.node.transport.identity import verify
 from p2pinfer.reputation.account import Account
@@ -145,7 +145,7 @@ def _deposition(given: bytes) -> bool:
         accusation = open_proof(decode_proof(proof), _signed_by)
         # Who signs for nonsense can sign for its digests too.
         held = dict(zip(accusation.contents, contents, strict=False))
-        deposition = Deposition(accusation.peer_id, accusation.signed, accusation.receipts, held)
+        deposition = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, held)
         history = history_of(deposition, HIDDEN_SIZE)
     except (ProtocolViolation, WrongOutput):
         return False

@@ -15,8 +15,8 @@ from torch import Tensor
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.errors import ConfigError, PromptTooLong
 from p2pinfer.generation.first_state import new_state, sampling_of
-from p2pinfer.generation.generate import Generation
-from p2pinfer.generation.resume import GenerationState, decode_state
+from p2pinfer.generation.generation import Generation
+from p2pinfer.generation.saved_state import GenerationState, decode_state
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.compute.ends import load_ends
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
@@ -26,7 +26,7 @@ from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.models.text.text import load_tokenizer
 
 from ..node.memory_swarm import FLOAT32, open_memory_swarm, route_over
-from .test_generate import Walk
+from .test_generation import Walk
 
 PROMPT: Final = "Once upon a time there was a little fox, a little fox who"
 AutoModel: Any = transformers.AutoModelForCausalLM

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from p2pinfer.generation.resume import GenerationState, decode_state
+from p2pinfer.generation.saved_state import GenerationState, decode_state
 from p2pinfer.generation.transcript import Transcript
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 

@@ -12,13 +12,13 @@ import trio
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
-from p2pinfer.node.reach.relay import Relay
 from p2pinfer.node.reach.relay_config import RelayConfig
-from p2pinfer.node.swarm.pubsub import topic_of
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
-from p2pinfer.node.swarm.view import open_announcement
+from p2pinfer.node.reach.relay_server import Relay
+from p2pinfer.node.swarm.gossipsub import topic_of
+from p2pinfer.node.swarm.live_table import open_announcement
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.routing.announcement import Announcement
 
 from .javascript import JavaScriptPeer, open_peer

@@ -8,7 +8,7 @@ import trio.testing
 
 from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.transport.identity import Identity, new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .support import LOOPBACK, StartHost, accept
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from p2pinfer.node.host.host import Host, HostConfig
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 DEAD = "/ip4/127.0.0.1/tcp/1"  # nobody listens there

@@ -10,8 +10,8 @@ import trio
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.reach.circuit import STOP_PROTOCOL, reserve, serve_circuits
-from p2pinfer.node.reach.relay import Relay
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.reach.relay_server import Relay
 from p2pinfer.node.transport.circuit_stream import HOP_PROTOCOL
 from p2pinfer.node.transport.identity import new_identity
 

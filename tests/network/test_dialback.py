@@ -17,9 +17,9 @@ from p2pinfer.node.reach.dialback import (
     decode_response,
     serve_dialback,
 )
-from p2pinfer.node.reach.door import keep_open
+from p2pinfer.node.reach.temporary_listener import keep_open
 from p2pinfer.node.transport.addresses import parse_tcp
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .support import ECHO, StartHost, echo
 

@@ -17,11 +17,11 @@ from p2pinfer.errors import PeerError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.swarm import gossip as module
-from p2pinfer.node.swarm import pubsub
+from p2pinfer.node.swarm import gossipsub
 from p2pinfer.node.swarm.gossip import Gossip, open_gossip
-from p2pinfer.node.swarm.pubsub import FloodingRouter, topic_of
-from p2pinfer.node.swarm.records import seal
-from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.swarm.gossipsub import FloodingRouter, topic_of
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
@@ -37,7 +37,7 @@ class Member:
     identity: Identity
     host: Host
     gossip: Gossip
-    view: SwarmView
+    view: LiveTable
 
     def announcement(self, sequence: int = 1, revision: str = REVISION) -> Announcement:
         return Announcement(
@@ -70,7 +70,7 @@ async def join(start_host: StartHost, nursery: trio.Nursery) -> Join:
     async def run(
         member_of: str | None, task_status: trio.TaskStatus[Member] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        identity, view = new_identity(), SwarmView()
+        identity, view = new_identity(), LiveTable()
         host = await start_host(identity=identity)
         async with open_gossip(host, identity, view) as gossip:
             if member_of is not None:
@@ -292,8 +292,8 @@ async def test_news_is_not_passed_on_twice_even_for_its_author(
 async def test_a_forwarder_who_sends_without_end_is_cut_short(
     join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub, "FORWARDS_AT_ONCE", 3)
-    monkeypatch.setattr(pubsub, "FORWARDS_PER_S", 0.0)
+    monkeypatch.setattr(gossipsub, "FORWARDS_AT_ONCE", 3)
+    monkeypatch.setattr(gossipsub, "FORWARDS_PER_S", 0.0)
     alice, bob = await join(), await join()
     await alice.connect(bob)
     await alice.gossip.announce(alice.announcement(1))
@@ -330,7 +330,7 @@ async def test_an_introducer_follows_a_bounded_number_and_drops_what_nobody_need
 async def test_one_neighbour_cannot_fill_an_introducer_up(
     join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub, "MAX_SUBSCRIPTIONS", 20)
+    monkeypatch.setattr(gossipsub, "MAX_SUBSCRIPTIONS", 20)
     introducer, stranger = await join(None), await join(None)
     invented = [f"{number:032x}" for number in range(64)]
     for revision in invented:

@@ -18,7 +18,7 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import AddressUnusable, PeerError, PeerRefused, PeerUnreachable, PeerVanished
 from p2pinfer.node.host.host import HostConfig, open_host
 from p2pinfer.node.transport.identity import new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .support import DEAD, ECHO, LOOPBACK, StartHost, accept, echo
 

@@ -11,7 +11,7 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import HostConfig
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 

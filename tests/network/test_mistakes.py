@@ -1,6 +1,7 @@
 """What peers do by mistake or on purpose: each ends in a clear line of the log and a host that goes on.
 
-A relay that accepts and then drops, and a clock that is hours off, are in tests/node/reach/test_relays.py.
+A relay that accepts and then drops, and a clock that is hours off, are in
+tests/node/reach/test_relay_reservations.py.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
 from p2pinfer.node.swarm.gossip import open_gossip
-from p2pinfer.node.swarm.pubsub import topic_of
-from p2pinfer.node.swarm.records import MAX_RECORD_BYTES, seal
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
-from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.swarm.gossipsub import topic_of
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
+from p2pinfer.node.swarm.signed_records import MAX_RECORD_BYTES, seal
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
@@ -88,7 +89,7 @@ async def test_an_address_that_leads_back_here_is_refused_and_dials_nobody_else(
     with pytest.raises(PeerUnreachable, match="this is our own peer id"):
         await host.connect(host.peer_id, host.addrs)
     peers = [BootstrapPeer(host.peer_id, host.addrs), BootstrapPeer(other.peer_id, other.addrs)]
-    assert Neighbourhood(host, SwarmView(), peers).has_peers
+    assert Neighbourhood(host, LiveTable(), peers).has_peers
     assert "one of the bootstrap peers is this node itself" in caplog.text
     other.serve(ECHO, echo)
     async with await host.open_stream(other.peer_id, ECHO, other.addrs) as stream:
@@ -102,9 +103,9 @@ async def test_a_peer_with_ten_thousand_addresses_is_left_out(
     caplog.set_level(logging.DEBUG, logger="p2pinfer.node")
     liar_identity, identity = new_identity(), new_identity()
     liar_host, host = await start_host(identity=liar_identity), await start_host(identity=identity)
-    view = SwarmView()
+    view = LiveTable()
     async with (
-        open_gossip(liar_host, liar_identity, SwarmView()) as liar,
+        open_gossip(liar_host, liar_identity, LiveTable()) as liar,
         open_gossip(host, identity, view) as gossip,
     ):
         await liar.join(REVISION)

@@ -8,8 +8,8 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, open_host
+from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.presence import RETRY_S, SILENT_S, Presence
-from p2pinfer.node.swarm.view import SwarmView
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement
 
@@ -23,14 +23,14 @@ def announced(peer_id: str, addrs: tuple[str, ...], sequence: int = 1) -> Announ
     return Announcement(peer_id, "tiny", "ab" * 16, span, "float32", 10.0, 1000, sequence, addrs=addrs)
 
 
-def watching(host: Host, view: SwarmView) -> Presence:
+def watching(host: Host, view: LiveTable) -> Presence:
     watch = Presence(host, view)
     watch.watch()
     return watch
 
 
 async def test_who_answers_is_connected_and_who_does_not_is_silent(start_host: StartHost) -> None:
-    view, looker, there = SwarmView(), await start_host(), await start_host()
+    view, looker, there = LiveTable(), await start_host(), await start_host()
     ghost, unasked = announced(new_identity().peer_id, (DEAD,)), announced(new_identity().peer_id, ())
     known = [announced(there.peer_id, there.addrs), ghost, unasked]
     for each in known:
@@ -45,7 +45,7 @@ async def test_who_answers_is_connected_and_who_does_not_is_silent(start_host: S
 async def test_a_dial_that_fails_for_anybody_tells_and_news_of_the_peer_ends_it(
     start_host: StartHost,
 ) -> None:
-    view, looker, there = SwarmView(), await start_host(), await start_host()
+    view, looker, there = LiveTable(), await start_host(), await start_host()
     watch = watching(looker, view)
     moved = announced(there.peer_id, (DEAD,), sequence=7)
     view.accept(moved, b"record")
@@ -59,7 +59,7 @@ async def test_a_dial_that_fails_for_anybody_tells_and_news_of_the_peer_ends_it(
 
 async def test_silence_counts_for_a_minute_and_is_not_asked_again_at_once(start_host: StartHost) -> None:
     now = 1000.0
-    view, looker = SwarmView(), await start_host()
+    view, looker = LiveTable(), await start_host()
     watch = Presence(looker, view, lambda: now)
     watch.watch()
     ghost = announced(new_identity().peer_id, (DEAD,))
@@ -79,7 +79,7 @@ async def test_silence_counts_for_a_minute_and_is_not_asked_again_at_once(start_
 
 
 async def test_who_does_not_let_us_in_has_answered(start_host: StartHost) -> None:
-    view, looker = SwarmView(), await start_host()
+    view, looker = LiveTable(), await start_host()
     closed = await start_host(replace(LOOPBACK, deny=(looker.peer_id,)))
     watch = watching(looker, view)
     said = announced(closed.peer_id, closed.addrs)
@@ -92,7 +92,7 @@ async def test_who_does_not_let_us_in_has_answered(start_host: StartHost) -> Non
 async def test_a_host_that_was_ended_is_silent_within_seconds(
     start_host: StartHost,
 ) -> None:
-    view, looker = SwarmView(), await start_host()
+    view, looker = LiveTable(), await start_host()
     watch = watching(looker, view)
     identity: Identity = new_identity()
     async with open_host(identity, LOOPBACK) as mortal:

@@ -12,8 +12,8 @@ import trio
 from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
+from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.snapshot import serve_snapshots
-from p2pinfer.node.swarm.view import SwarmView
 from p2pinfer.node.transport.identity import client_identity, new_identity
 from p2pinfer.node.transport.swarm_key import make_swarm_key
 
@@ -119,7 +119,7 @@ async def test_who_has_a_lasting_name_is_not_told_to_take_one(start_host: StartH
 async def test_who_comes_onto_the_deny_list_is_hung_up_on(
     start_host: StartHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.transport.gate.LOOK_S", 0.02)
+    monkeypatch.setattr("p2pinfer.node.transport.connection_gate.LOOK_S", 0.02)
     listed = tmp_path / "unwanted"
     listed.touch()
     alice, bob = await start_host(), await start_host(replace(LOOPBACK, deny=(str(listed),)))
@@ -145,7 +145,7 @@ async def test_waiting_for_a_swarm_ends_when_all_of_it_has_turned_us_away(
     start_host: StartHost, tmp_path: Path, caplog: pytest.LogCaptureFixture, nursery: trio.Nursery
 ) -> None:
     alice, bob = await start_host(keyed(tmp_path / "key")), await start_host(keyed(tmp_path / "other"))
-    view = SwarmView()
+    view = LiveTable()
     serve_snapshots(bob, view)
     neighbourhood = Neighbourhood(alice, view, [BootstrapPeer(bob.peer_id, bob.addrs)])
     nursery.start_soon(neighbourhood.keep)

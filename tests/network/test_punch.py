@@ -10,11 +10,11 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from p2pinfer.errors import PeerVanished
 from p2pinfer.node.host.host import Host, HostConfig
-from p2pinfer.node.reach import punch
+from p2pinfer.node.reach import hole_punch
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
-from p2pinfer.node.reach.punch import PUNCH_PROTOCOL, Puncher
-from p2pinfer.node.reach.relay import Relay
+from p2pinfer.node.reach.hole_punch import PUNCH_PROTOCOL, Puncher
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.reach.relay_server import Relay
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.delimited import receive_message, send_message
 
@@ -29,9 +29,9 @@ def everybody_knows(ip: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(punch, "is_global", everybody_knows)
-    monkeypatch.setattr(punch, "BETWEEN_ROUNDS_S", 0.01)
-    monkeypatch.setattr(punch, "ROUND_S", 1.0)
+    monkeypatch.setattr(hole_punch, "is_global", everybody_knows)
+    monkeypatch.setattr(hole_punch, "BETWEEN_ROUNDS_S", 0.01)
+    monkeypatch.setattr(hole_punch, "ROUND_S", 1.0)
 
 
 def punching(
@@ -104,7 +104,7 @@ async def test_of_two_attempts_at_once_one_counts(
     start_host: StartHost, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both look for each other: with two attempts each would speak first in one and wait in the other."""
-    caplog.set_level("DEBUG", logger="p2pinfer.node.reach.punch")
+    caplog.set_level("DEBUG", logger="p2pinfer.node.reach.hole_punch")
     relay = await start_relay(start_host)
     hosts = sorted([await start_host(), await start_host()], key=lambda host: host.peer_id)
     punchers = [punching(host, [place(host)], wait_s=0.0) for host in hosts]
@@ -150,7 +150,7 @@ async def test_where_neither_can_be_met_nobody_dials_and_nobody_waits(start_host
 async def test_addresses_that_do_not_answer_end_the_attempt(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(punch, "ROUND_S", 0.2)
+    monkeypatch.setattr(hole_punch, "ROUND_S", 0.2)
     relay, server, client = await start_relay(start_host), await start_host(), await start_host()
     ends: list[tuple[str, bool]] = []
     punching(client, [DEAD])
@@ -187,7 +187,7 @@ async def test_over_a_direct_connection_there_is_nothing_to_punch(start_host: St
 async def test_who_says_something_else_than_sync_is_cut_off(
     start_host: StartHost, second: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(punch, "ANSWER_S", 0.3)
+    monkeypatch.setattr(hole_punch, "ANSWER_S", 0.3)
     relay, server, client = (
         await start_relay(start_host),
         await start_host(),

@@ -17,8 +17,8 @@ from p2pinfer.node.reach import reach, reachability
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
 from p2pinfer.node.reach.dialback import serve_dialback
 from p2pinfer.node.reach.reach import Reach, open_reach
-from p2pinfer.node.reach.relay import Relay
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.reach.relay_server import Relay
 from p2pinfer.node.reach.upnp import Mapping, NoMapping
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.identity import new_identity
@@ -206,7 +206,7 @@ async def test_two_that_are_reached_through_a_relay_meet(
         await until(lambda: asking.reachability.kind != "unknown")
         asking.reachability = reachability.Reachability("private", "firewall", ("127.0.0.1",))
         serving.reachability = reachability.Reachability("private", "symmetric", ("127.0.0.1",))
-        monkeypatch.setattr("p2pinfer.node.reach.punch.is_global", known_everywhere)
+        monkeypatch.setattr("p2pinfer.node.reach.hole_punch.is_global", known_everywhere)
         await client.connect(server.peer_id, [f"{relay.addrs[0]}/p2p-circuit"])
         assert client.connection_kind(server.peer_id) == "direct"
         await until(lambda: serving.status.punched == (client.peer_id,))

@@ -9,7 +9,7 @@ import trio
 
 from p2pinfer.errors import PeerUnreachable
 from p2pinfer.node.host.host import Host, HostConfig
-from p2pinfer.node.swarm.room import Room
+from p2pinfer.node.swarm.connection_pruning import ConnectionPruning
 
 from .support import ECHO, LOOPBACK, StartHost, echo
 
@@ -36,7 +36,7 @@ async def test_who_only_gossips_makes_room_for_who_comes(
     start_host: StartHost, nursery: trio.Nursery
 ) -> None:
     host = await start_host(SMALL)
-    nursery.start_soon(Room(host, lambda _: False, 0.0).keep)
+    nursery.start_soon(ConnectionPruning(host, lambda _: False, 0.0).keep)
     visitors = [await _visit(start_host, host) for _ in range(16)]
     await _until_gone(host, visitors[0].peer_id)
     assert visitors[-1].peer_id in host.connected_peers()
@@ -47,7 +47,7 @@ async def test_who_is_at_work_or_is_needed_stays(start_host: StartHost, nursery:
     host = await start_host(SMALL)
     host.serve(ECHO, echo)
     working, needed, idle = [await _visit(start_host, host) for _ in range(3)]
-    nursery.start_soon(Room(host, lambda peer_id: peer_id == needed.peer_id, 0.0).keep)
+    nursery.start_soon(ConnectionPruning(host, lambda peer_id: peer_id == needed.peer_id, 0.0).keep)
     async with await working.open_stream(host.peer_id, ECHO) as stream:
         for _ in range(5):
             await _visit(start_host, host)
@@ -60,7 +60,7 @@ async def test_who_is_at_work_or_is_needed_stays(start_host: StartHost, nursery:
 async def test_a_newcomer_has_its_time(start_host: StartHost, nursery: trio.Nursery) -> None:
     """A place is not taken from somebody who has just come: the host is full instead, and says so."""
     host = await start_host(SMALL)
-    nursery.start_soon(Room(host, lambda _: False, 60.0).keep)
+    nursery.start_soon(ConnectionPruning(host, lambda _: False, 60.0).keep)
     visitors = [await _visit(start_host, host) for _ in range(8)]
     late = await start_host(HostConfig(listen=(), dial_timeout_s=1.0))
     with pytest.raises(PeerUnreachable):

@@ -7,8 +7,8 @@ import trio.testing
 
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.wire import Probe, Result
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.protocol.messages import Probe, Result
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.yamux_frames import INITIAL_WINDOW, MAX_PAYLOAD
 
 from .support import accept, receive_exactly

@@ -17,7 +17,7 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import PeerVanished
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.identity import new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.yamux import YamuxConnection
 from p2pinfer.node.transport.yamux_frames import INITIAL_WINDOW
 

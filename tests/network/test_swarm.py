@@ -20,10 +20,11 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.host.length_prefix import receive_value, send_value
 from p2pinfer.node.swarm import bootstrap
+from p2pinfer.node.swarm.anti_entropy import FIRST_S, LAST_S, CatchUp, next_pause_s
 from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
-from p2pinfer.node.swarm.catch_up import FIRST_S, LAST_S, CatchUp, next_pause_s
-from p2pinfer.node.swarm.proofs import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
-from p2pinfer.node.swarm.records import MAX_RECORD_BYTES, open_record, seal
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.proof_gossip import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
+from p2pinfer.node.swarm.signed_records import MAX_RECORD_BYTES, open_record, seal
 from p2pinfer.node.swarm.snapshot import (
     MAX_RECORDS,
     MAX_REQUEST_BYTES,
@@ -37,9 +38,8 @@ from p2pinfer.node.swarm.snapshot import (
     tags,
     without,
 )
-from p2pinfer.node.swarm.view import SwarmView
 from p2pinfer.node.transport.identity import Identity, new_identity
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
 from .support import DEAD, StartHost
@@ -47,7 +47,7 @@ from .support import DEAD, StartHost
 REVISION, OTHER = "a" * 32, "b" * 32
 
 
-def announce(view: SwarmView, revision: str = REVISION, host: Host | None = None) -> Identity:
+def announce(view: LiveTable, revision: str = REVISION, host: Host | None = None) -> Identity:
     """Have somebody announce to `view`: `host`'s addresses, or nobody in particular."""
     identity = new_identity()
     announcement = Announcement(
@@ -65,7 +65,7 @@ def announce(view: SwarmView, revision: str = REVISION, host: Host | None = None
     return identity
 
 
-def peers(view: SwarmView) -> set[str]:
+def peers(view: LiveTable) -> set[str]:
     return {announcement.peer_id for announcement in view.everybody()}
 
 
@@ -74,7 +74,7 @@ def peers(view: SwarmView) -> set[str]:
 
 async def test_a_newcomer_learns_at_once_what_a_neighbour_knows(start_host: StartHost) -> None:
     old, newcomer = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     mine, other = announce(known), announce(known, OTHER)
     serve_snapshots(old, known)
     await newcomer.connect(old.peer_id, old.addrs)
@@ -86,7 +86,7 @@ async def test_a_newcomer_learns_at_once_what_a_neighbour_knows(start_host: Star
 
 async def test_a_newcomer_hears_of_the_proofs_that_a_neighbour_holds(start_host: StartHost) -> None:
     old, newcomer = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     mine, accuser = announce(known), new_identity()
     notice = Notice("proof", REVISION, bytes(32), "a liar")
     record = seal(accuser, encode_notice(notice))
@@ -118,7 +118,7 @@ async def test_a_newcomer_hears_of_the_proofs_that_a_neighbour_holds(start_host:
 
 async def test_who_says_what_it_has_is_sent_the_rest(start_host: StartHost) -> None:
     old, other = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     shared, missing = announce(known), announce(known)
     for record, age_s in known.records():
         if open_record(record)[0] == shared.peer_id:
@@ -142,7 +142,7 @@ async def test_who_says_what_it_has_is_sent_the_rest(start_host: StartHost) -> N
 
 async def test_what_gossip_lost_is_caught_up_with(start_host: StartHost, nursery: trio.Nursery) -> None:
     old, other = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     serve_snapshots(old, known)
     catching_up = CatchUp(other, learned, lambda: [REVISION], rng=random.Random(1))
     assert await catching_up.compare() == 1.0  # nobody is there yet: the next turn comes soon
@@ -168,7 +168,7 @@ def test_turns_come_sooner_after_news_and_rarely_in_the_long_run() -> None:
 
 async def test_forged_records_in_a_snapshot_are_left_out(start_host: StartHost) -> None:
     liar, newcomer = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     true = announce(known)
     forged = seal(new_identity(), encode_announcement(known.everybody()[0]))
 
@@ -206,7 +206,7 @@ async def test_a_peer_that_answers_nonsense_is_named(
     liar.serve(SNAPSHOT_PROTOCOL, respond)
     await newcomer.connect(liar.peer_id, liar.addrs)
     with pytest.raises(error) as caught:
-        await fetch_snapshot(newcomer, SwarmView(), liar.peer_id)
+        await fetch_snapshot(newcomer, LiveTable(), liar.peer_id)
     assert getattr(caught.value, "peer_id", "") in ("", liar.peer_id)
 
 
@@ -222,12 +222,12 @@ async def test_a_peer_that_does_not_answer_is_given_up(
     silent.serve(SNAPSHOT_PROTOCOL, say_nothing)
     await newcomer.connect(silent.peer_id, silent.addrs)
     with pytest.raises(PeerVanished, match="no snapshot"):
-        await fetch_snapshot(newcomer, SwarmView(), silent.peer_id)
+        await fetch_snapshot(newcomer, LiveTable(), silent.peer_id)
 
 
 async def test_a_request_that_is_none_ends_its_stream_only(start_host: StartHost) -> None:
     old, newcomer = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     announce(known)
     serve_snapshots(old, known)
     for request in (b"\x00\x00\x00\x01\xc1", b"\xff\xff\xff\xff", b"\x00"):
@@ -265,7 +265,7 @@ async def test_one_bootstrap_peer_that_answers_is_enough(
     start_host: StartHost, nursery: trio.Nursery
 ) -> None:
     introducer, newcomer = await start_host(), await start_host()
-    known, learned = SwarmView(), SwarmView()
+    known, learned = LiveTable(), LiveTable()
     somebody = announce(known)
     serve_snapshots(introducer, known)
     dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
@@ -288,12 +288,12 @@ async def test_a_bootstrap_peer_that_comes_late_is_found(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
     newcomer = await start_host()
-    neighbourhood = Neighbourhood(newcomer, SwarmView(), [BootstrapPeer(identity.peer_id, (address,))])
+    neighbourhood = Neighbourhood(newcomer, LiveTable(), [BootstrapPeer(identity.peer_id, (address,))])
     nursery.start_soon(neighbourhood.keep)
     while not neighbourhood.describe_failures():
         await trio.lowlevel.checkpoint()
     late = await start_host(HostConfig(listen=(address,)), identity)
-    serve_snapshots(late, SwarmView())
+    serve_snapshots(late, LiveTable())
     await neighbourhood.settled.wait()
     assert newcomer.connected_peers() == [identity.peer_id]
     assert neighbourhood.describe_failures() == ""
@@ -304,10 +304,10 @@ async def test_peers_from_the_table_fill_the_neighbourhood_up(
 ) -> None:
     monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.03)
     monkeypatch.setattr(bootstrap, "NEIGHBOURS", 2)
-    view = SwarmView()
+    view = LiveTable()
     others = [await start_host() for _ in range(3)]
     for other in others:
-        serve_snapshots(other, SwarmView())
+        serve_snapshots(other, LiveTable())
     me = await start_host()
     send, connected = trio.open_memory_channel[str](3)
     me.when_connected(send.send_nowait)
@@ -339,8 +339,8 @@ async def test_a_lost_neighbour_is_replaced_at_once(
     monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 1000.0)
     monkeypatch.setattr(bootstrap, "STEADY_S", 0.0)
     introducer, newcomer = await start_host(), await start_host()
-    serve_snapshots(introducer, SwarmView())
-    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    serve_snapshots(introducer, LiveTable())
+    neighbourhood = Neighbourhood(newcomer, LiveTable(), [as_bootstrap(introducer)])
     nursery.start_soon(neighbourhood.keep)
     await neighbourhood.settled.wait()
     back, came_back = trio.open_memory_channel[str](1)
@@ -365,7 +365,7 @@ async def test_a_bootstrap_peer_that_accepts_and_hangs_up_is_dialled_ever_more_s
     monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", delay_s)
     introducer, newcomer = await start_host(), await start_host()
     if answers:
-        serve_snapshots(introducer, SwarmView())
+        serve_snapshots(introducer, LiveTable())
     tried_at: list[float] = []
     tried, attempts = trio.open_memory_channel[None](100)
     connect = newcomer.connect
@@ -377,7 +377,7 @@ async def test_a_bootstrap_peer_that_accepts_and_hangs_up_is_dialled_ever_more_s
         await connect(peer_id, addrs)
 
     monkeypatch.setattr(newcomer, "connect", count)
-    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    neighbourhood = Neighbourhood(newcomer, LiveTable(), [as_bootstrap(introducer)])
     nursery.start_soon(neighbourhood.keep)
     for _ in range(4):
         await attempts.receive()
@@ -397,12 +397,12 @@ async def test_a_neighbour_that_did_not_answer_is_asked_again(
 ) -> None:
     monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.03)
     introducer, newcomer = await start_host(), await start_host()
-    neighbourhood = Neighbourhood(newcomer, SwarmView(), [as_bootstrap(introducer)])
+    neighbourhood = Neighbourhood(newcomer, LiveTable(), [as_bootstrap(introducer)])
     send, connected = trio.open_memory_channel[str](1)
     newcomer.when_connected(send.send_nowait)
     nursery.start_soon(neighbourhood.keep)
     await connected.receive()
-    serve_snapshots(introducer, SwarmView())
+    serve_snapshots(introducer, LiveTable())
     await neighbourhood.settled.wait()
 
 
@@ -426,7 +426,7 @@ async def test_nobody_answering_is_said_once_with_the_reasons(
 
     monkeypatch.setattr(lonely, "connect", count)
     with caplog.at_level(logging.WARNING, "p2pinfer"):
-        nursery.start_soon(Neighbourhood(lonely, SwarmView(), [dead]).keep)
+        nursery.start_soon(Neighbourhood(lonely, LiveTable(), [dead]).keep)
         for _ in range(2 * bootstrap.WARN_AFTER):
             await attempted.receive()
     [record] = caplog.records

@@ -14,11 +14,11 @@ import trio
 from p2pinfer.errors import IdentityTaken
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import HostConfig
-from p2pinfer.node.swarm.records import seal
-from p2pinfer.node.swarm.swarm import SwarmMember, open_swarm
-from p2pinfer.node.swarm.twin import TwinWatch
-from p2pinfer.node.swarm.twin_call import TwinCalls
-from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.swarm.duplicate_identity import TwinWatch
+from p2pinfer.node.swarm.identity_check import TwinCalls
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
+from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
 
@@ -85,9 +85,9 @@ def offer(member: SwarmMember) -> Announcement:
     )
 
 
-def view_of(member: SwarmMember) -> SwarmView:
+def view_of(member: SwarmMember) -> LiveTable:
     view = vars(member)["_view"]
-    assert isinstance(view, SwarmView)
+    assert isinstance(view, LiveTable)
     return view
 
 
@@ -118,7 +118,7 @@ async def test_a_twin_that_joins_by_the_first_one_has_to_stop(
 async def test_a_twin_that_is_known_by_its_address_before_it_starts_has_to_stop(
     join: Join, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.swarm.twin_call.AGAIN_S", 0.2)
+    monkeypatch.setattr("p2pinfer.node.swarm.identity_check.AGAIN_S", 0.2)
     identity = new_identity()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

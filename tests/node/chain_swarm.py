@@ -20,10 +20,10 @@ from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
-from p2pinfer.node.evidence.evidence import EvidenceStore
+from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.wire import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
+from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
 from p2pinfer.node.serve.server import ServedSpan, SpanServer
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route

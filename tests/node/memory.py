@@ -13,9 +13,9 @@ from blake3 import blake3
 from p2pinfer.errors import PeerError, PeerUnreachable
 from p2pinfer.node.host.host import Handler, Host
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.transport.counts import Counts
-from p2pinfer.node.transport.gate import Gate
-from p2pinfer.node.transport.stream import PeerStream, StreamBroken
+from p2pinfer.node.transport.connection_gate import Gate
+from p2pinfer.node.transport.counters import Counts
+from p2pinfer.node.transport.peer_stream import PeerStream, StreamBroken
 
 
 def sign(peer_id: str, payload: bytes) -> bytes:

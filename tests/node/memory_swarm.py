@@ -13,10 +13,10 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.concurrency.tasks import open_nursery
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
-from p2pinfer.node.evidence.evidence import EvidenceStore, serve_evidence
+from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.reach.reach import Reach, ReachStatus
 from p2pinfer.node.reach.reachability import Reachability
 from p2pinfer.node.serve.server import ServedSpan, SpanServer
@@ -24,9 +24,9 @@ from p2pinfer.node.serve.worker import open_worker
 from p2pinfer.node.swarm.bootstrap import BootstrapOutcome, Neighbourhood
 from p2pinfer.node.swarm.gossip import Gossip
 from p2pinfer.node.swarm.latency import Latency
-from p2pinfer.node.swarm.proofs import Heard, Notice, ProofCarrier
-from p2pinfer.node.swarm.swarm import SwarmMember
-from p2pinfer.node.swarm.view import SwarmView
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.node.swarm.proof_gossip import Heard, Notice, ProofCarrier
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
 
@@ -47,7 +47,7 @@ class Served:
 class MemoryGossip:
     """Puts an announcement into the view that all members share."""
 
-    def __init__(self, view: SwarmView) -> None:
+    def __init__(self, view: LiveTable) -> None:
         self.joined: set[str] = set()
         self.announced: list[Announcement] = []
         self.carriers: dict[str, ProofCarrier] = {}
@@ -118,7 +118,7 @@ class MemorySwarm:
 
     def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, checkpoint: Checkpoint) -> None:
         self.network = MemoryNetwork(nursery)
-        self.view = SwarmView()
+        self.view = LiveTable()
         self.gossip = MemoryGossip(self.view)
         self.neighbourhood = MemoryNeighbourhood()
         self.checkpoint = checkpoint

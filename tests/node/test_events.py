@@ -8,8 +8,8 @@ import pytest
 
 from p2pinfer.node.events import (
     Event,
-    Leaving,
     Loading,
+    NodeLeaving,
     Reached,
     Ready,
     SessionClosed,
@@ -32,7 +32,7 @@ EXAMPLES: list[Event] = [
     SessionClosed("12D3", 9, "done", 0),
     SessionRefused("12D3", "busy", "two lines\nof text"),
     Verified(4, 2, 1, 0),
-    Leaving(0),
+    NodeLeaving(0),
 ]
 
 

@@ -23,12 +23,12 @@ from p2pinfer.models.machine.memory import FreeMemory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.events import Event, Joined, Leaving, Loading, Ready, SessionOpened, Starting
-from p2pinfer.node.evidence.evidence import EVIDENCE_PROTOCOL
+from p2pinfer.node.events import Event, Joined, Loading, NodeLeaving, Ready, SessionOpened, Starting
+from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
 from p2pinfer.node.node import NodeConfig, run_node
-from p2pinfer.node.serve import sizing
-from p2pinfer.node.serve.sizing import Capacity
-from p2pinfer.node.swarm.swarm import SwarmMember
+from p2pinfer.node.serve import capacity
+from p2pinfer.node.serve.capacity import Capacity
+from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity, load_identity
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session, start_session
@@ -137,7 +137,7 @@ async def test_a_node_serves_what_it_was_told_to_and_says_goodbye(open_node: Ope
         assert (await node.wait_for(SessionOpened)).blocks == (2, 5)
         await session.aclose()
         node.scope.cancel()
-        await node.wait_for(Leaving)
+        await node.wait_for(NodeLeaving)
         assert node.swarm.gossip.announced[-1].leaving
         assert node.swarm.view.live(spec.revision) == []
         # What it signed for it goes on to answer for.
@@ -151,7 +151,7 @@ async def test_a_node_that_leaves_in_the_middle_of_sessions_says_how_many(open_n
         await node.wait_for(Ready)
         await node.session()
         node.scope.cancel()
-        assert await node.wait_for(Leaving) == Leaving(1)
+        assert await node.wait_for(NodeLeaving) == NodeLeaving(1)
 
 
 async def test_a_goodbye_that_nobody_takes_does_not_hold_up_the_end(
@@ -168,7 +168,7 @@ async def test_a_goodbye_that_nobody_takes_does_not_hold_up_the_end(
         await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(PeerRefused, match="this node is shutting down"):
             await node.session()
-        await node.wait_for(Leaving)
+        await node.wait_for(NodeLeaving)
 
 
 def room_for(monkeypatch: pytest.MonkeyPatch, blocks: int, memory: FreeMemory | None = None) -> None:
@@ -204,7 +204,7 @@ async def test_blocks_that_exceed_a_limit_are_refused_in_a_line(
     def free_on(_device: torch.device) -> FreeMemory:
         return room
 
-    monkeypatch.setattr(sizing, "free_on", free_on)
+    monkeypatch.setattr(capacity, "free_on", free_on)
     with pytest.raises(OutOfMemory, match=r"limited to 2\.0 GiB by ulimit -v"):
         async with open_node(blocks="0:4") as node:
             await node.wait_for(Ready)
@@ -283,7 +283,7 @@ async def test_a_node_moves_to_where_it_is_needed_once_nobody_uses_it(
         assert [event.reason for event in node.events if isinstance(event, Loading)][1:] == [
             "the swarm has come to need these more"
         ]
-        assert not any(isinstance(event, Leaving) for event in node.events)
+        assert not any(isinstance(event, NodeLeaving) for event in node.events)
         (announced,) = node.swarm.view.live(node.swarm.spec.revision)
         assert announced.span == BlockSpan(4, 6)
         await (await node.session()).aclose()

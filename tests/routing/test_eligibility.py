@@ -5,7 +5,7 @@ import pytest
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.score import Score
 from p2pinfer.routing.announcement import Announcement
-from p2pinfer.routing.eligibility import Refusal, eligible, no_route, refusal
+from p2pinfer.routing.eligibility import Ineligibility, eligible, no_route, refusal
 from p2pinfer.routing.route import Candidate, RouteRequest
 
 REVISION = "a" * 32
@@ -36,14 +36,14 @@ def candidate(peer_id: str, start: int = 0, stop: int = 8, free: int = 100) -> C
     ("peer", "reason"),
     [
         (candidate("peer"), None),
-        (candidate("peer", free=99), Refusal.FULL),
-        (candidate("excluded"), Refusal.EXCLUDED),
-        (candidate("stranger"), Refusal.UNTRUSTED),
-        (candidate("banned"), Refusal.BANNED),
-        (candidate("peer", stop=9), Refusal.ABSENT),
+        (candidate("peer", free=99), Ineligibility.FULL),
+        (candidate("excluded"), Ineligibility.EXCLUDED),
+        (candidate("stranger"), Ineligibility.UNTRUSTED),
+        (candidate("banned"), Ineligibility.BANNED),
+        (candidate("peer", stop=9), Ineligibility.ABSENT),
     ],
 )
-def test_a_candidate_is_refused_for_a_reason(peer: Candidate, reason: Refusal | None) -> None:
+def test_a_candidate_is_refused_for_a_reason(peer: Candidate, reason: Ineligibility | None) -> None:
     assert refusal(peer, REQUEST, View()) is reason
 
 
@@ -51,7 +51,7 @@ def test_peers_of_another_revision_and_peers_that_leave_are_not_there() -> None:
     announcement = candidate("peer").announcement
     other = Candidate(replace(announcement, revision="b" * 32))
     leaving = Candidate(replace(announcement, leaving=True))
-    assert refusal(other, REQUEST, View()) is refusal(leaving, REQUEST, View()) is Refusal.ABSENT
+    assert refusal(other, REQUEST, View()) is refusal(leaving, REQUEST, View()) is Ineligibility.ABSENT
 
 
 def test_without_a_view_nobody_is_banned_or_distrusted() -> None:

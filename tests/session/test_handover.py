@@ -15,7 +15,7 @@ from p2pinfer.errors import NoRoute, PeerError, PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.session.session import Session
-from p2pinfer.session.slowness import Slowness
+from p2pinfer.session.stragglers import Stragglers
 
 from ..node.memory_swarm import open_memory_swarm, route_over
 from ..spares import CHUNKS, OTHERS, PROMPT, TOTAL, WAY, Spares, close_to, decode_rest, running, serve
@@ -53,7 +53,7 @@ async def test_a_slow_hop_stays_where_nobody_is_better(
             await decode_rest(session, inputs, expected)
             spares.bettered = set(WAY)  # who turn out not to be there
             monkeypatch.setattr(
-                session.handovers, "_slowness", Slowness(1e-9)
+                session.handovers, "_slowness", Stragglers(1e-9)
             )  # it would look again after a while
             await decode_rest(session, inputs, expected)
             assert (session.handovers.done, session.route) == (0, route_over(**WAY))

@@ -12,7 +12,7 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.node.protocol.wire import Result
+from p2pinfer.node.protocol.messages import Result
 from p2pinfer.session.hop_stream import HopStream
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session

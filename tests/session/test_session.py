@@ -23,7 +23,7 @@ from p2pinfer.errors import (
 )
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.wire import (
+from p2pinfer.node.protocol.messages import (
     SESSION_PROTOCOL,
     Bill,
     End,
@@ -35,7 +35,7 @@ from p2pinfer.node.protocol.wire import (
     Step,
     Successor,
 )
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.opening import refusal_error
@@ -63,7 +63,7 @@ async def open_over(
             max_tokens=max_tokens,
             codec="float32",
             config=config or SessionConfig(),
-            check_receipts=False,  # hops that play a part sign nothing; tests/session/test_receipts.py checks
+            check_receipts=False,  # hops that play a part sign nothing; test_receipt_checks.py checks
         ),
     )
 

@@ -94,7 +94,8 @@ def test_a_single_shard_needs_no_index(tmp_path: Path) -> None:
 
 def test_opening_and_hashing_imports_no_torch(tiny_stories: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from p2pinfer.models.checkpoint.checkpoint import open_checkpoint\n"
+        "import sys; from pathlib import Path\n"
+        "from p2pinfer.models.checkpoint.checkpoint import open_checkpoint\n"
         "open_checkpoint(Path(sys.argv[1]), 'm'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, tiny_stories], check=False).returncode == 0

@@ -95,7 +95,8 @@ def test_a_group_beyond_its_limit_leaves_nothing(proc: FakeProc) -> None:
 def in_a_process(setup: str, prefix: list[str] | None = None) -> dict[str, object]:
     """What a process of its own finds after `setup`."""
     script = (
-        f"{setup}\nimport json\nfrom p2pinfer.models.machine.memory import free_memory\nfree = free_memory()\n"
+        f"{setup}\nimport json\nfrom p2pinfer.models.machine.memory import free_memory\n"
+        "free = free_memory()\n"
         "print(json.dumps([free.bytes, free.limit_bytes, free.limited_by]))"
     )
     done = subprocess.run(

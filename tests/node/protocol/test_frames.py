@@ -4,7 +4,7 @@ import trio.testing
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.protocol.frames import FrameStream, Pace, encode_header
-from p2pinfer.node.protocol.wire import Attached, End, Step
+from p2pinfer.node.protocol.messages import Attached, End, Step
 
 
 def frame_pair(limit: int = 1 << 20) -> tuple[FrameStream, FrameStream]:

@@ -11,10 +11,10 @@ from typing import get_args
 import msgspec
 import pytest
 
-from p2pinfer.node.evidence import evidence
-from p2pinfer.node.protocol import frames, wire
+from p2pinfer.node.evidence import store
+from p2pinfer.node.protocol import frames, messages
 from p2pinfer.node.reach import dialback
-from p2pinfer.node.swarm import proofs, records, snapshot, twin_call
+from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
 from p2pinfer.reputation import proof, receipt
 from p2pinfer.routing import announcement
 
@@ -50,7 +50,18 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
             yield value
 
 
-MODULES = (wire, snapshot, dialback, twin_call, records, announcement, receipt, evidence, proof, proofs)
+MODULES = (
+    messages,
+    snapshot,
+    dialback,
+    identity_check,
+    signed_records,
+    announcement,
+    receipt,
+    store,
+    proof,
+    proof_gossip,
+)
 STRUCTS = [struct for module in MODULES for struct in structs(module)]
 
 
@@ -83,28 +94,28 @@ def test_the_document_names_every_field_in_order(struct: type[msgspec.Struct]) -
 
 def test_the_document_names_every_refusal_code() -> None:
     listed = DOCUMENT.partition("Refusal codes:")[2].partition("\n\n")[0]
-    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(wire.RefusalCode)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(messages.RefusalCode)
 
 
 def test_the_document_has_the_protocols_and_the_bounds() -> None:
     for protocol in (
-        wire.SESSION_PROTOCOL,
-        wire.CHAIN_PROTOCOL,
+        messages.SESSION_PROTOCOL,
+        messages.CHAIN_PROTOCOL,
         snapshot.SNAPSHOT_PROTOCOL,
         dialback.DIALBACK_PROTOCOL,
-        twin_call.TWIN_PROTOCOL,
-        evidence.EVIDENCE_PROTOCOL,
+        identity_check.TWIN_PROTOCOL,
+        store.EVIDENCE_PROTOCOL,
     ):
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
         "Session and chain frames": [frames.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
         "Dial-back": [dialback.MAX_PORTS, dialback.MAX_BYTES],
-        "Evidence": [evidence.MAX_DIGESTS, evidence.MAX_CONTENT_BYTES],
+        "Evidence": [store.MAX_DIGESTS, store.MAX_CONTENT_BYTES],
         "Fraud proofs": [
             proof.MAX_PROOF_BYTES,
             proof.MAX_RECEIPTS,
-            proofs.MAX_NOTICE_BYTES,
-            proofs.MAX_TENSOR_BYTES,
+            proof_gossip.MAX_NOTICE_BYTES,
+            proof_gossip.MAX_TENSOR_BYTES,
         ],
         "Announcements": [
             announcement.MAX_ANNOUNCEMENT_BYTES,
@@ -113,14 +124,14 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
             int(announcement.MIN_TTL_S),
             int(announcement.MAX_TTL_S),
         ],
-        "Sealed records": [records.MAX_RECORD_BYTES],
+        "Sealed records": [signed_records.MAX_RECORD_BYTES],
         "Snapshots": [
             snapshot.MAX_REQUEST_BYTES,
             snapshot.TAG_BYTES,
             snapshot.MAX_TAGS,
             snapshot.MAX_RESPONSE_BYTES,
             snapshot.MAX_RECORDS,
-            records.MAX_RECORD_BYTES,
+            signed_records.MAX_RECORD_BYTES,
         ],
     }.items():
         numbers = re.findall(r"[\d,]*\d", section(title))
@@ -129,7 +140,7 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
 
 def test_the_document_says_what_a_signature_covers() -> None:
     for title, domain in {
-        "Sealed records": vars(records)["_DOMAIN"],
+        "Sealed records": vars(signed_records)["_DOMAIN"],
         "Session and chain frames": receipt.DOMAIN,
     }.items():
         text, zero = domain[:-1].decode(), domain[-1:]

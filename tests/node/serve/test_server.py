@@ -10,8 +10,8 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.protocol.frames import FrameStream, encode_header
-from p2pinfer.node.protocol.wire import CHAIN_PROTOCOL, SESSION_PROTOCOL, Attach, End, Move, Opened, Step
-from p2pinfer.node.transport.gate import Gate
+from p2pinfer.node.protocol.messages import CHAIN_PROTOCOL, SESSION_PROTOCOL, Attach, End, Move, Opened, Step
+from p2pinfer.node.transport.connection_gate import Gate
 from p2pinfer.node.transport.identity import new_identity
 
 from ..chain_swarm import SESSION, hidden_states, open_swarm, refusal

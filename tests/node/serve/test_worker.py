@@ -15,7 +15,7 @@ from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.serve.worker import Done, Job, Worker, open_worker
-from p2pinfer.node.transport.counts import Counts
+from p2pinfer.node.transport.counters import Counts
 
 
 class Lease:

@@ -14,7 +14,7 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
-from p2pinfer.node.transport.guarded import GREETING, Guarded
+from p2pinfer.node.transport.private_network import GREETING, Guarded
 from p2pinfer.node.transport.tcp import TcpStream, TunedTCP, tune
 
 Pair = tuple[TcpStream, trio.SocketStream]

@@ -24,8 +24,8 @@ from libp2p.stream_muxer.exceptions import (
 
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport import yamux
-from p2pinfer.node.transport.gate import GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate
-from p2pinfer.node.transport.stream import PeerStream
+from p2pinfer.node.transport.connection_gate import GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.yamux import YamuxConnection
 from p2pinfer.node.transport.yamux_frames import (
     ACK,

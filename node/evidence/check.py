@@ -1,0 +1,61 @@
+"""Hold what a hop gave in a session against its span's published weights: measure, then judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from p2pinfer.errors import WrongOutput
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.verify import Reference, Tail, measure_span
+from p2pinfer.node.protocol.messages import Codec
+from p2pinfer.node.protocol.tensors import dtype_of
+from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
+
+
+def check_span(
+    reference: Reference,
+    span: BlockSpan,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    codec: Codec,
+    positions: Sequence[int] | None = None,
+    tail: Tail | None = None,
+    thresholds: Thresholds | None = None,
+) -> Finding:
+    """The verdict on one hop's outputs; computes for as long as two prefills of `span` take, and blocks.
+
+    Args:
+        reference: From `p2pinfer.models.verify.verify.open_reference`; any span that holds this one.
+        span: What the hop ran.
+        inputs: (tokens, hidden_size), all that it was given from position 0 on, decoded from the wire.
+        outputs: (n, hidden_size), what it gave, decoded from the wire.
+        codec: The session's.
+        positions: Those of the outputs, ascending; None if the hop gave one for every input. The last hop
+            gives only those that the client asked to be returned.
+        tail: From `p2pinfer.models.verify.verify.open_tail` for the same span, to look at the logits as well.
+            Behind the last span it is norm and head only; elsewhere it costs three prefills of the blocks
+            that follow, and needs all outputs.
+        thresholds: The calibrated ones if None.
+
+    Returns:
+        INCONCLUSIVE where the session cannot be run again: too long, or inputs that are not finite.
+    """
+    try:
+        deviation = measure_span(
+            reference,
+            span,
+            inputs,
+            outputs,
+            wire_dtype=dtype_of(codec),
+            positions=positions,
+            tail=tail,
+            is_enough=lambda deviation: judge(deviation, thresholds).verdict is Verdict.FAIL,
+        )
+    except WrongOutput as exc:
+        return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
+    except ValueError as exc:
+        return Finding(Verdict.INCONCLUSIVE, f"the span could not be run again: {exc}")
+    return judge(deviation, thresholds)

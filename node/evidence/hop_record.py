@@ -1,0 +1,129 @@
+"""What one hop did in one session, as its receipts and the tensors that they name; ready to be run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
+
+from torch import Tensor
+
+from p2pinfer.errors import ProtocolViolation, WrongOutput
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.messages import Codec
+from p2pinfer.node.protocol.tensors import decode_hidden, row_bytes
+from p2pinfer.reputation.receipt import Payload, Receipt
+
+MAX_TOKENS: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class HopRecord:
+    """A hop's receipts of a session, in order, and payloads by digest.
+
+    Every payload has the digest that it stands under; who makes a deposition sees to that.
+    """
+
+    peer_id: str
+    signed: tuple[bytes, ...]
+    receipts: tuple[Receipt, ...]
+    contents: Mapping[bytes, Payload]
+
+    @property
+    def span(self) -> BlockSpan:
+        """What the hop was to run."""
+        return BlockSpan(self.receipts[0].start, self.receipts[0].stop)
+
+    @property
+    def revision(self) -> str:
+        """Of which model."""
+        return self.receipts[0].revision
+
+    @property
+    def codec(self) -> Codec:
+        """How the payloads are written."""
+        return self.receipts[0].codec
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of one position's hidden state, by the first input's size; `history_of` checks the rest."""
+        first = self.receipts[0]
+        return len(self.contents.get(first.input, b"")) // max(1, first.tokens) // row_bytes(1, self.codec)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What stands at a session's end, whatever was rolled back on the way.
+
+    Attributes:
+        inputs: (tokens, hidden_size), of the positions 0, 1, ...
+        outputs: (n, hidden_size), what the hop gave for `positions`.
+        positions: Ascending; all of them but on a route's last hop.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    positions: tuple[int, ...]
+
+
+def history_of(deposition: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
+    """Put a deposition together; of more than `max_tokens` positions the first, which depend on no later one.
+
+    A few receipts may name one payload many times, so what they come to has to be bounded.
+
+    Raises:
+        ProtocolViolation: Payloads are missing or of another size, or positions were left out.
+        WrongOutput: An output is not finite; no honest hop signs for that.
+    """
+    row = row_bytes(hidden_size, deposition.codec)
+    inputs, outputs = _Pieces(row, max_tokens), _Pieces(row, max_tokens)
+    stop = 0
+    for receipt in deposition.receipts:
+        if receipt.position > stop:
+            raise ProtocolViolation(f"nothing is known of position {stop}", deposition.peer_id)
+        stop = receipt.position + receipt.tokens
+        for pieces, digest, rows in (
+            (inputs, receipt.input, receipt.tokens),
+            (outputs, receipt.output, receipt.returned),
+        ):
+            pieces.truncate(receipt.position)
+            content = memoryview(deposition.contents.get(digest, b"") if rows else b"")
+            if len(content) != rows * row:
+                raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", deposition.peer_id)
+            pieces.add(stop - rows, stop, content)
+    try:
+        given = inputs.decode(hidden_size, deposition.codec)
+    except WrongOutput as exc:
+        raise ProtocolViolation(f"an input that cannot be: {exc}", deposition.peer_id) from exc
+    got = outputs.decode(hidden_size, deposition.codec, deposition.peer_id)
+    return History(given, got, outputs.positions)
+
+
+class _Pieces:
+    """Rows of a session's first positions as they came; what is rolled back is cut off."""
+
+    def __init__(self, row: int, max_tokens: int) -> None:
+        self._row = row
+        self._max_tokens = max_tokens
+        self._pieces: list[tuple[int, int, memoryview]] = []
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple(chain.from_iterable(range(start, stop) for start, stop, _ in self._pieces))
+
+    def truncate(self, position: int) -> None:
+        while self._pieces and self._pieces[-1][1] > position:
+            start, _, content = self._pieces.pop()
+            self.add(start, position, content[: max(0, position - start) * self._row])
+
+    def add(self, start: int, stop: int, content: memoryview) -> None:
+        stop = min(stop, self._max_tokens)
+        if start < stop:
+            self._pieces.append((start, stop, content[: (stop - start) * self._row]))
+
+    def decode(self, hidden_size: int, codec: Codec, peer_id: str = "") -> Tensor:
+        """(rows, hidden_size) float32."""
+        tokens = sum(stop - start for start, stop, _ in self._pieces)
+        joined = bytearray().join(content for _, _, content in self._pieces)
+        return decode_hidden(joined, tokens, hidden_size, codec, peer_id).float()

@@ -1,0 +1,277 @@
+"""What a hop committed to, kept for a while by content address, and the protocol that asks for it.
+
+Whoever knows a digest may have the bytes: the digests of a session are known to its client and its hops, and
+to those whom one of them tells. The asker hashes what comes before anything else sees it. Request and answer
+are each one MessagePack value behind a big-endian u32 length; the contents follow the answer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Final
+
+import msgspec
+import trio
+
+from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.peer_stream import PeerStream
+from p2pinfer.node.transport.rate_limit import RateLimit
+from p2pinfer.reputation.receipt import Payload, digest_of
+
+EVIDENCE_PROTOCOL: Final = "/p2pinfer/evidence/1.0.0"
+MAX_DIGESTS: Final = 256  # asked for at once
+MAX_CONTENT_BYTES: Final = 1 << 25  # of one answer
+ASKS_PER_S: Final = 4.0  # of one peer
+ASKS_AT_ONCE: Final = 64
+_MAX_REQUEST_BYTES: Final = 16_384
+_MAX_ANSWER_BYTES: Final = 4_096
+_TIMEOUT_S: Final = 30.0
+_HASH_INLINE_BYTES: Final = 1 << 16
+_MAX_ASKING: Final = 16  # peers at once of whom it is noted how much of a watched group they have
+
+_Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class _Ask(msgspec.Struct, frozen=True, array_like=True):
+    digests: Annotated[tuple[_Digest, ...], msgspec.Meta(min_length=1, max_length=MAX_DIGESTS)]
+
+
+class _Answer(msgspec.Struct, frozen=True, array_like=True):
+    sizes: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_CONTENT_BYTES)] | None, ...],
+        msgspec.Meta(max_length=MAX_DIGESTS),
+    ]
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_asks: Final = msgspec.msgpack.Decoder(_Ask)
+_answers: Final = msgspec.msgpack.Decoder(_Answer)
+
+
+@dataclass(slots=True)
+class _Group:
+    touched_at: float
+    contents: dict[bytes, Payload] = field(default_factory=dict[bytes, Payload])
+    size: int = 0
+    is_full: bool = False  # nothing more is added to it
+    unsent: dict[str, set[bytes]] = field(default_factory=dict[str, set[bytes]])  # by who asked for some
+
+
+class EvidenceStore:
+    """Contents by digest, in groups that come and go as one: the session, or the proof, that they belong to.
+
+    The group that was touched longest ago goes first when there is no room, and any that was not touched for
+    `keep_s`.
+    """
+
+    def __init__(self, max_bytes: int, keep_s: float, *, groups_at_least: int = 4) -> None:
+        """A store of `max_bytes`, none of whose groups takes more than one of so many equal shares."""
+        self.held_bytes = 0
+        self._max_bytes = max_bytes
+        self._groups_at_least = groups_at_least
+        self._keep_s = keep_s
+        self._groups: OrderedDict[bytes, _Group] = OrderedDict()
+        self._group_of: dict[bytes, bytes] = {}
+        self._watched: dict[bytes, trio.Event] = {}
+
+    def add(self, group: bytes, contents: Iterable[tuple[bytes, Payload]], now: float) -> None:
+        """Keep (digest, content) pairs; of a group that outgrows its share, the first ones that fit.
+
+        A session's beginning is of use without its end, and its end is not without its beginning.
+        """
+        self.forget_expired(now)
+        held = self._groups.setdefault(group, _Group(now))
+        self._groups.move_to_end(group)
+        held.touched_at = now
+        for digest, content in contents:
+            if held.is_full or digest in held.contents:
+                continue
+            if held.size + len(content) > self._max_bytes // self._groups_at_least:
+                held.is_full = True
+                continue
+            held.contents[digest] = content
+            held.size += len(content)
+            self.held_bytes += len(content)
+            self._group_of[digest] = group
+        while self.held_bytes > self._max_bytes:
+            self._drop_oldest()
+
+    def get(self, digest: bytes, now: float) -> Payload | None:
+        """What has this digest, if it is held."""
+        self.forget_expired(now)
+        group = self._group_of.get(digest)
+        return None if group is None else self._groups[group].contents[digest]
+
+    def watch(self, group: bytes) -> trio.Event:
+        """Set as soon as one peer has been given all of a group."""
+        return self._watched.setdefault(group, trio.Event())
+
+    def note_sent(self, peer_id: str, digests: Iterable[bytes]) -> None:
+        """`peer_id` was given these contents."""
+        for digest in digests:
+            group = self._group_of.get(digest)
+            if group is None or group not in self._watched:
+                continue
+            held = self._groups[group]
+            if len(held.unsent) < _MAX_ASKING or peer_id in held.unsent:
+                unsent = held.unsent.setdefault(peer_id, {*held.contents})
+                unsent.discard(digest)
+                if not unsent:
+                    held.unsent.clear()
+                    self._watched.pop(group).set()
+
+    def forget_expired(self, now: float) -> None:
+        """Drop what was not touched for too long."""
+        while self._groups and next(iter(self._groups.values())).touched_at + self._keep_s < now:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        group, held = self._groups.popitem(last=False)
+        self._watched.pop(group, None)
+        for digest in held.contents:
+            if self._group_of.get(digest) == group:
+                del self._group_of[digest]
+        self.held_bytes -= held.size
+
+
+def serve_evidence(
+    host: Host, *stores: EvidenceStore, clock: Callable[[], float] = trio.current_time
+) -> None:
+    """Answer whoever asks for what the `stores` hold, from now on."""
+    asks = RateLimit(ASKS_PER_S, ASKS_AT_ONCE)
+
+    async def answer(stream: PeerStream) -> None:
+        if not asks.allows(stream.peer_id, clock()):
+            raise ProtocolViolation("asks for evidence too often", stream.peer_id)
+        host.counts.add("audits", "asked")
+        with trio.move_on_after(_TIMEOUT_S):
+            digests = decode_ask(await _receive_value(stream, bytearray(), _MAX_REQUEST_BYTES))
+            contents = contents_for(stores, digests, clock())
+            sizes = tuple(None if content is None else len(content) for content in contents)
+            head = _encoder.encode(_Answer(sizes))
+            await stream.send_all(len(head).to_bytes(4, "big") + head)
+            for content in contents:
+                if content:
+                    await stream.send_all(content)
+            for store in stores:
+                store.note_sent(stream.peer_id, digests[: len(contents)])
+
+    host.serve(EVIDENCE_PROTOCOL, answer)
+
+
+async def fetch_evidence(
+    host: Host,
+    peer_id: str,
+    digests: Sequence[bytes],
+    addrs: Sequence[str] = (),
+    *,
+    max_bytes: int = MAX_CONTENT_BYTES,
+) -> dict[bytes, bytes]:
+    """What `peer_id` holds of `digests`, each content checked against its digest.
+
+    Args:
+        digests: At most `MAX_DIGESTS`.
+        max_bytes: What all contents may take together; an answer that is larger is not read.
+
+    Raises:
+        PeerError: The peer cannot be reached, does not answer in time, or answers something else.
+    """
+    ask = _encoder.encode(_Ask(tuple(digests)))
+    try:
+        with trio.fail_after(_TIMEOUT_S):
+            async with aclosing(await host.open_stream(peer_id, EVIDENCE_PROTOCOL, addrs)) as stream:
+                await stream.send_all(len(ask).to_bytes(4, "big") + ask)
+                buffer = bytearray()
+                sizes = decode_answer(await _receive_value(stream, buffer, _MAX_ANSWER_BYTES))
+                total = sum(size or 0 for size in sizes)
+                if total > min(max_bytes, MAX_CONTENT_BYTES) or len(sizes) > len(digests):
+                    raise ProtocolViolation(f"evidence of {total} bytes; {max_bytes} were asked for")
+                while len(buffer) < total:
+                    buffer += await _receive_some(stream)
+    except trio.TooSlowError as exc:
+        raise PeerVanished(f"no evidence in {_TIMEOUT_S:g} s", peer_id) from exc
+    except ProtocolViolation as exc:
+        exc.peer_id = peer_id
+        raise
+    return await _checked(digests, sizes, buffer, peer_id)
+
+
+def contents_for(
+    stores: Sequence[EvidenceStore], digests: Sequence[bytes], now: float
+) -> list[Payload | None]:
+    """What is held of `digests`, in their order, as far as it fits one answer."""
+    contents: list[Payload | None] = []
+    left = MAX_CONTENT_BYTES
+    for digest in digests:
+        found = (store.get(digest, now) for store in stores)
+        content = next((each for each in found if each is not None), None)
+        left -= len(content or b"")
+        if left < 0:
+            break
+        contents.append(content)
+    return contents
+
+
+def decode_ask(encoded: bytes) -> tuple[bytes, ...]:
+    """Raises ProtocolViolation for anything that is no request."""
+    try:
+        return _asks.decode(encoded).digests
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("malformed request for evidence") from exc
+
+
+def decode_answer(encoded: bytes) -> tuple[int | None, ...]:
+    """Raises ProtocolViolation for anything that is no answer."""
+    try:
+        return _answers.decode(encoded).sizes
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("malformed answer about evidence") from exc
+
+
+async def _checked(
+    digests: Sequence[bytes], sizes: Sequence[int | None], buffer: bytearray, peer_id: str
+) -> dict[bytes, bytes]:
+    """The contents in `buffer`, by digest. Copying and hashing more than a little is done in a thread."""
+
+    def taken() -> dict[bytes, bytes] | None:
+        contents: dict[bytes, bytes] = {}
+        offset = 0
+        with memoryview(buffer) as view:
+            for digest, size in zip(digests, sizes, strict=False):
+                if size is not None:
+                    contents[digest] = bytes(view[offset : offset + size])
+                    offset += size
+                    if digest_of(contents[digest]) != digest:
+                        return None
+        return contents
+
+    small = len(buffer) <= _HASH_INLINE_BYTES
+    contents = taken() if small else await trio.to_thread.run_sync(taken)
+    if contents is None:
+        raise ProtocolViolation("evidence that is not what was asked for", peer_id)
+    return contents
+
+
+async def _receive_value(stream: trio.abc.ReceiveStream, buffer: bytearray, limit: int) -> bytes:
+    """The bytes of the next value; what came after them stays in `buffer`."""
+    while len(buffer) < 4:
+        buffer += await _receive_some(stream)
+    size = int.from_bytes(buffer[:4], "big")
+    if size > limit:
+        raise ProtocolViolation(f"a message of {size} bytes; {limit} are allowed")
+    while len(buffer) < 4 + size:
+        buffer += await _receive_some(stream)
+    value = bytes(buffer[4 : 4 + size])
+    del buffer[: 4 + size]
+    return value
+
+
+async def _receive_some(stream: trio.abc.ReceiveStream) -> bytes | bytearray:
+    received = await stream.receive_some(1 << 18)
+    if not received:
+        raise PeerVanished("the stream ended in the middle of evidence")
+    return received

@@ -1,0 +1,119 @@
+"""What this node announces, and when: at once when something changed, else once in a while."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from p2pinfer.models.checkpoint.numbers import MAX_NUMBERS
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.runner import SpanRunner
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.protocol.messages import printable
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
+
+from .pace import Pace
+
+TOPIC_PER_S: Final = 10.0  # announcements of all of a model's peers together, when nothing changes
+
+
+def announce_interval_s(peers: int, config: ServeConfig) -> float:
+    """The seconds between announcements where so many peers announce: the more they are, the rarer each."""
+    return max(config.announce_interval_s, peers / TOPIC_PER_S)
+
+
+def announce_ttl_s(peers: int, config: ServeConfig) -> float:
+    """How long an announcement counts: it outlives as many intervals, however long they are."""
+    stretched = announce_interval_s(peers, config) / config.announce_interval_s
+    return min(config.announce_ttl_s * stretched, MAX_TTL_S)
+
+
+class Offer:
+    """One served span as the swarm hears of it."""
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        spec: ModelSpec,
+        runner: SpanRunner,
+        pace: Pace,
+        config: ServeConfig,
+    ) -> None:
+        self._member = member
+        self._spec = spec
+        self._runner = runner
+        self._pace = pace
+        self._config = config
+        self._touched = trio.Event()
+        self._moved = trio.Event()
+        self._announced_free = -1
+        self._announced_pace = pace.tokens_per_s
+
+    def touch(self) -> None:
+        """Something changed; worth an announcement if it is much."""
+        free, total = self._runner.cache.free_tokens, self._runner.cache.capacity_tokens
+        if abs(free - self._announced_free) > total // 8 or self._pace.differs(self._announced_pace):
+            self._touched.set()
+
+    def _move(self) -> None:
+        """We are reached elsewhere than we said: worth an announcement at once."""
+        self._moved.set()
+        self._touched.set()
+
+    def announcement(self) -> Announcement:
+        """The offer as of this moment."""
+        announces_numbers = len(self._spec.numbers) <= MAX_NUMBERS
+        twins = self._member.twins
+        return Announcement(
+            peer_id=self._member.peer_id,
+            model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
+            revision=self._spec.revision,
+            span=self._runner.span,
+            dtype=self._runner.dtype_name,
+            tokens_per_s=self._pace.tokens_per_s,
+            free_cache_tokens=self._runner.cache.free_tokens,
+            sequence=self._member.sequence.next(),
+            reachability=self._member.reach.reachability.kind,
+            nat=self._member.reach.reachability.nat,
+            addrs=self._member.addrs[:MAX_ADDRS],  # a machine with many networks has more
+            coordinate=self._member.coordinate,
+            ttl_s=announce_ttl_s(self._peers(), self._config),
+            weights=self._spec.weights if announces_numbers else "",
+            numbers=self._spec.numbers if announces_numbers else "",
+            num_blocks=self._spec.num_blocks,
+            instance=twins.instance,
+            uptime_s=twins.uptime_s,
+            twin=twins.suspect,
+        )
+
+    def _peers(self) -> int:
+        return len(self._member.announcements(self._spec.revision))
+
+    async def announce(self) -> None:
+        """Tell the swarm."""
+        self._touched, self._moved = trio.Event(), trio.Event()
+        await self._member.sequence.keep_reserved()
+        announcement = self.announcement()
+        self._announced_free = announcement.free_cache_tokens
+        self._announced_pace = announcement.tokens_per_s
+        await self._member.announce(announcement)
+
+    async def withdraw(self) -> None:
+        """Say goodbye, unless another process goes on under our identity: it would be taken for gone."""
+        if self._member.twins.taken.is_set():
+            return
+        await self._member.announce(replace(self.announcement(), leaving=True))
+
+    async def keep_fresh(self) -> None:
+        """Announce on change and once an interval, never more often than the minimal gap."""
+        with self._member.reach.telling(self._move), self._member.disputed(self._move):
+            while True:
+                with trio.move_on_after(self._config.announce_min_gap_s):
+                    await self._moved.wait()
+                interval_s = announce_interval_s(self._peers(), self._config)
+                with trio.move_on_after(interval_s - self._config.announce_min_gap_s):
+                    await self._touched.wait()
+                await self.announce()

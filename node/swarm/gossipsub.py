@@ -1,0 +1,211 @@
+"""libp2p's GossipSub, put right where it loses messages, trusts strangers, or spends a core on nothing.
+
+A message costs libp2p (0.8.1) several milliseconds at every node: each frame carries the sender's addresses,
+signed, which are compared with the interfaces' for every frame sent and verified twice for every frame that
+comes; and each message is followed by a frame to all the mesh that says it need not be sent again. Nobody
+here reads those addresses, and an announcement is smaller than what such a frame saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import trio
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import env_to_send_in_RPC
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+
+from p2pinfer.node.transport.rate_limit import RateLimit
+
+from .signed_records import MAX_RECORD_BYTES
+
+logger = logging.getLogger(__name__)
+
+MAX_SUBSCRIPTIONS: Final = 80  # of a neighbour that are remembered; an introducer has the most
+MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up to 8 KB
+FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
+FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
+TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
+MODELS_TOPIC: Final = "/p2pinfer/1/models"  # where everybody hears of a few peers of every model
+
+
+def topic_of(revision: str) -> str:
+    """The topic of a model revision."""
+    return f"/p2pinfer/1/{revision}/blocks"
+
+
+class _GossipHost:
+    """The libp2p host as gossip sees it: with one signed record, made once, and no store of others' records.
+
+    It plays the host's peer store and the record in it as well: libp2p asks the first for the second, and the
+    second whether it still holds.
+    """
+
+    def __init__(self, host: Any) -> None:
+        self._host = host
+        self._record: bytes = env_to_send_in_RPC(host)[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def get_addrs(self) -> list[Any]:
+        return []
+
+    def get_peerstore(self) -> _GossipHost:
+        return self
+
+    def get_local_record(self) -> _GossipHost:
+        return self
+
+    def _env_addrs_set(self) -> set[Any]:
+        return set()
+
+    def marshal_envelope(self) -> bytes:
+        return self._record
+
+    def consume_peer_record(self, envelope: Any, ttl: int) -> bool:
+        return True
+
+
+class GuardedPubsub(Pubsub):
+    """libp2p's Pubsub, which no message from a peer can end.
+
+    It handles each in a task of a nursery that hangs below the caller's, and a malformed public key, for
+    example, raises out of it.
+    """
+
+    def __init__(self, host: Any, router: FloodingRouter) -> None:
+        self.gossipsub = router
+        super().__init__(
+            cast(Any, _GossipHost(host)),
+            router,
+            strict_signing=True,
+            validation_cache_ttl=0,  # what was news is none the next time; the validator says so, a cache not
+            max_subscriptions_per_peer=MAX_SUBSCRIPTIONS,
+            max_inbound_rpc_size=MAX_RPC_BYTES,
+        )
+        self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
+        self._told = RateLimit(1 / 60, 1)  # of what a neighbour should not have passed on
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        if msg_forwarder == self.my_id:
+            await super().push_msg(msg_forwarder, msg)
+            return
+        if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
+            if self._told.allows(str(msg_forwarder), trio.current_time()):
+                logger.info(
+                    "%s passes on a record of %d bytes, %d are allowed; left out",
+                    msg_forwarder,
+                    len(msg.data),
+                    MAX_RECORD_BYTES,
+                )
+            return
+        if not self._forwards.allows(str(msg_forwarder), trio.current_time()):
+            logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
+            return
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as exc:
+            logger.debug("gossip.failed forwarder=%s why=%r", msg_forwarder, exc)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        """Open our stream to a neighbour, and tell it what we entered while its greeting was under way.
+
+        libp2p writes the greeting, with the topics of that moment, and counts the neighbour among those who
+        hear of others only once it has been sent.
+        """
+        if peer_id in self.peers:
+            return
+        before = set(self.topic_ids)
+        await super()._handle_new_peer(peer_id)
+        queue = self.peer_queues.get(peer_id)
+        if queue is not None:
+            for topic in before.symmetric_difference(self.topic_ids):
+                rpc, change = self._build_announce_rpc(topic, subscribe=topic in self.topic_ids)
+                self._enqueue_or_retry_announce(peer_id, queue, rpc, change)
+
+    async def subscribe(self, topic_id: str) -> Any:
+        """Enter the topic's mesh, and only then say that we are there.
+
+        libp2p does it the other way round: what a neighbour publishes as soon as it knows of us arrives
+        before there is a mesh, and goes no further.
+        """
+        await self.gossipsub.join(topic_id)
+        return await super().subscribe(topic_id)
+
+    def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
+        """Remember topics of ours only: another may be as long as a frame."""
+        if sub_message.topicid == MODELS_TOPIC or TOPIC.fullmatch(sub_message.topicid):
+            super().handle_subscription(origin_id, sub_message)
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        """The validator has taken the record in; there is no queue to be read."""
+
+
+class FloodingRouter(GossipSub):
+    """libp2p's GossipSub, which tells when somebody new listens.
+
+    An exception in one of its background tasks ends nothing but that task's turn.
+    """
+
+    on_change: Callable[[], None] = staticmethod(lambda: None)
+
+    async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
+        rpc.ClearField("senderRecord")  # Pubsub has verified it
+        await super().handle_rpc(rpc, sender_peer_id)
+
+    def send_rpc(self, peer_id: ID, rpc: rpc_pb2.RPC, priority: bool = False) -> None:
+        rpc.ClearField("senderRecord")  # nobody reads it, and to verify it takes longer than all the rest
+        super().send_rpc(peer_id, rpc, priority)
+
+    async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Any) -> None:
+        """Save neighbours what is large: no message of ours is."""
+
+    def _get_peers_to_send(self, topic_ids: Any, msg_forwarder: ID, origin: ID, msg_id: Any = None) -> Any:
+        """Whom a message goes to at once: our own news to every neighbour in the topic, others' to the mesh.
+
+        "In flood publishing, ... the router publishes the message to all peers with a score greater than
+        publishThreshold" -- gossipsub v1.1. Who comes back within a minute, or finds a neighbour's mesh full,
+        is kept out of that mesh for a minute, and would not be heard all that time.
+        """
+        pubsub: Any = self.pubsub
+        if origin != pubsub.my_id:
+            return super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id)
+        return {
+            peer for topic in topic_ids for peer in pubsub.peer_topics.get(topic, ()) if peer in pubsub.peers
+        }
+
+    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
+        try:
+            await super().on_peer_subscribed(peer_id, topic)
+        except Exception as exc:
+            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
+        self.on_change()
+
+    async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
+        await super().handle_graft(graft_msg, sender_peer_id)
+        self.on_change()
+
+    def mesh_heartbeat(self) -> Any:
+        grafts_and_prunes = super().mesh_heartbeat()
+        self.on_change()
+        return grafts_and_prunes
+
+    async def flush_pending_messages(self, peer_id: ID) -> None:
+        try:
+            await super().flush_pending_messages(peer_id)
+        except Exception as exc:
+            logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
+
+    async def heartbeat(self) -> None:
+        while True:
+            try:
+                await super().heartbeat()
+            except Exception:
+                logger.exception("a heartbeat of gossip failed; going on")
+                await trio.sleep(self.heartbeat_interval)

@@ -1,0 +1,140 @@
+"""Asks whoever answers at an address with our own id whether it is we or another process with our identity.
+
+The question is asked under an identity drawn for it, since nobody can connect to itself. Question and answer
+are sealed records of that identity's, each one value behind a big-endian u32 length; see docs/wire.md. An
+answer names the instance that asked, so it was not made before; a second question names the instance that
+answered, so that it, too, knows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as SequenceOf
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated, Final, Literal
+
+import msgspec
+import trio
+
+from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.host.length_prefix import receive_value, send_value
+from p2pinfer.node.transport.identity import Identity, new_identity
+from p2pinfer.node.transport.peer_stream import PeerStream
+from p2pinfer.node.transport.rate_limit import RateLimit
+from p2pinfer.routing.announcement import INSTANCE_BYTES
+
+from .duplicate_identity import TwinWatch
+from .sequence import MAX_SEQUENCE, Sequence
+from .signed_records import MAX_RECORD_BYTES, open_record, seal
+
+logger = logging.getLogger(__name__)
+
+TWIN_PROTOCOL: Final = "/p2pinfer/twin/1.0.0"
+ANSWER_S: Final = 5.0
+CALL_S: Final = 10.0  # for dialling and both questions
+MAX_ADDRS: Final = 4  # that are tried
+AGAIN_S: Final = 30.0  # between calls at an address where nobody answers
+ANSWERS_PER_S: Final = 1.0  # to all together: each costs two signatures
+ANSWERS_AT_ONCE: Final = 16
+
+_Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
+
+
+class Living(msgspec.Struct, frozen=True, array_like=True):
+    """That a process runs. Travels as the payload of a sealed record."""
+
+    kind: Literal["here"]
+    instance: _Instance  # of who says so
+    uptime_s: Annotated[float, msgspec.Meta(ge=0, le=1e10)]
+    heard: _Instance  # the instance that this answers; empty: none
+    sequence: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]  # of its last announcement
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final[msgspec.msgpack.Decoder[Living]] = msgspec.msgpack.Decoder(Living)
+
+
+class TwinCalls:
+    """The calls that one process makes and answers."""
+
+    def __init__(self, identity: Identity, config: HostConfig, twins: TwinWatch, sequence: Sequence) -> None:
+        self._identity = identity
+        self._config = replace(config, listen=(), dial_timeout_s=ANSWER_S)
+        self._twins = twins
+        self._sequence = sequence
+        self._answers = RateLimit(ANSWERS_PER_S, ANSWERS_AT_ONCE)
+
+    def serve(self, host: Host) -> None:
+        """Answer from now on."""
+
+        async def answer(stream: PeerStream) -> None:
+            with trio.move_on_after(ANSWER_S):
+                asked = self._open(await receive_value(stream, MAX_RECORD_BYTES))
+                if not self._answers.allows("", trio.current_time()):
+                    raise ProtocolViolation("too many questions", stream.peer_id)
+                if asked.heard == self._twins.instance != asked.instance:
+                    self._twins.meet(asked.instance, asked.uptime_s)
+                    self._sequence.outdone(asked.sequence)
+                await send_value(stream, self._living(asked.instance))
+
+        host.serve(TWIN_PROTOCOL, answer)
+
+    async def call(self, addrs: SequenceOf[str]) -> bool:
+        """Ask at these addresses, each of which names our own id; whether anybody with our key answered.
+
+        Nothing is raised: who does not answer, or something else, is nobody.
+        """
+        try:
+            with trio.fail_after(CALL_S):
+                async with open_host(new_identity(), self._config) as host:
+                    found = await self._ask(host, addrs, b"")
+                    if found.instance == self._twins.instance:
+                        logger.info(
+                            "one of the addresses with this node's id leads back to it; it is left out"
+                        )
+                        return True
+                    asked_s = self._twins.uptime_s  # a slow answer must not make us seem the older one
+                    found = await self._ask(host, addrs, found.instance)
+        except (PeerError, trio.TooSlowError) as exc:
+            logger.debug("twin.no_answer addrs=%s why=%s", addrs, exc)
+            return False
+        self._sequence.outdone(found.sequence)
+        self._twins.meet(found.instance, found.uptime_s, addrs[0], own_uptime_s=asked_s)
+        return True
+
+    async def keep_calling(self, addrs: SequenceOf[str]) -> None:
+        """Call at these addresses until somebody answers: a twin may be started later than we."""
+        while not await self.call(addrs):
+            await trio.sleep(AGAIN_S)
+
+    async def _ask(self, host: Host, addrs: SequenceOf[str], heard: bytes) -> Living:
+        async with aclosing(
+            await host.open_stream(self._identity.peer_id, TWIN_PROTOCOL, addrs[:MAX_ADDRS])
+        ) as stream:
+            await send_value(stream, self._living(heard))
+            found = self._open(await receive_value(stream, MAX_RECORD_BYTES))
+        if found.heard != self._twins.instance or not found.instance:
+            raise ProtocolViolation("an answer to another question", self._identity.peer_id)
+        return found
+
+    def _living(self, heard: bytes) -> bytes:
+        twins = self._twins
+        said = Living("here", twins.instance, twins.uptime_s, heard, self._sequence.last)
+        return seal(self._identity, _encoder.encode(said))
+
+    def _open(self, record: bytes) -> Living:
+        """Raises ProtocolViolation for anything that our own identity has not signed."""
+        author, payload = open_record(record)
+        if author != self._identity.peer_id:
+            raise ProtocolViolation("another identity's word about a twin", author)
+        return decode_living(payload)
+
+
+def decode_living(payload: bytes) -> Living:
+    """Raises ProtocolViolation for anything else."""
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation(f"malformed word about a twin: {exc}") from exc

@@ -1,0 +1,144 @@
+"""The swarm's table as this process keeps it: only what is signed gets in, and waiters hear of news."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from p2pinfer.errors import ProtocolViolation
+from p2pinfer.node.transport.identity import Identity
+from p2pinfer.routing.announcement import Announcement, decode_announcement, encode_announcement
+from p2pinfer.routing.table import SwarmTable
+
+from .duplicate_identity import TwinWatch
+from .signed_records import open_record, seal
+
+logger = logging.getLogger(__name__)
+
+
+class LiveTable:
+    """A `SwarmTable` on trio's clock, fed with sealed records."""
+
+    def __init__(
+        self,
+        table: SwarmTable | None = None,
+        clock: Callable[[], float] = trio.current_time,
+        twins: TwinWatch | None = None,
+    ) -> None:
+        """`twins` hears of what others pass on in our own name."""
+        self.changed = trio.Event()  # set, and replaced, with every piece of news
+        self._table = SwarmTable() if table is None else table  # an empty one is falsy
+        self._clock = clock
+        self.is_foreign: Callable[[str], bool] = lambda revision: (
+            False
+        )  # whether a model is no affair of ours
+        self.on_outdone: Callable[[int], None] = lambda sequence: None  # there is a later record in our name
+        self._twins = twins
+        self._latest_own = b""
+
+    def take(self, record: bytes, age_s: float = 0.0, told_by: str = "") -> bool:
+        """Take in a record that a peer sent; whether it was news.
+
+        Raises:
+            ProtocolViolation: As for `open_announcement`.
+        """
+        return self.accept(open_announcement(record), record, age_s, told_by)
+
+    def publish(self, identity: Identity, announcement: Announcement) -> bytes:
+        """Take in our own announcement; returns it sealed, for others."""
+        record = self._latest_own = seal(identity, encode_announcement(announcement))
+        self._accept(announcement, record)
+        return record
+
+    def latest_own(self) -> bytes:
+        """Our last announcement, sealed; empty if there is none, or it has been taken back."""
+        return self._latest_own
+
+    def live(self, revision: str) -> list[Announcement]:
+        """The peers that serve `revision` at this moment."""
+        return self._table.live(revision, self._clock())
+
+    def everybody(self) -> list[Announcement]:
+        """All live announcements, whatever their model."""
+        return [peer for revision in self._table.revisions(self._clock()) for peer in self.live(revision)]
+
+    def records(self, revision: str | None = None) -> list[tuple[bytes, float]]:
+        """Sealed records with their ages in seconds, youngest first."""
+        now = self._clock()
+        self._table.forget_expired(now)
+        return self._table.records(now, revision)
+
+    def records_of(self, peer_id: str) -> list[tuple[bytes, float]]:
+        """All that is remembered of one peer, with ages in seconds, expired or not."""
+        return self._table.records_of(peer_id, self._clock())
+
+    def models(self) -> dict[str, list[Announcement]]:
+        """The live announcements that are known, by revision: of foreign models a few of each."""
+        return {revision: self.live(revision) for revision in self._table.revisions(self._clock())}
+
+    def knows(self, announcement: Announcement) -> bool:
+        """Whether this very announcement is what we believe of its peer."""
+        return self._sequence_of(announcement) == announcement.sequence
+
+    def outdates(self, announcement: Announcement) -> bool:
+        """Whether we believe a later announcement of its peer."""
+        return self._sequence_of(announcement) > announcement.sequence
+
+    def accept(
+        self, announcement: Announcement, record: bytes, age_s: float = 0.0, told_by: str = ""
+    ) -> bool:
+        """Take in an announcement that `open_announcement` found in `record`; whether it was news.
+
+        Args:
+            told_by: Who handed it over.
+        """
+        if self._twins is not None and announcement.peer_id == self._twins.peer_id:
+            self._twins.hear(announcement, age_s)
+            self.on_outdone(announcement.sequence)
+        return self._accept(announcement, record, age_s, told_by)
+
+    def _accept(
+        self, announcement: Announcement, record: bytes, age_s: float = 0.0, told_by: str = ""
+    ) -> bool:
+        foreign = self.is_foreign(announcement.revision)
+        news = self._table.accept(
+            announcement, record, self._clock(), age_s, foreign=foreign, told_by=told_by
+        )
+        if news:
+            logger.debug(
+                "swarm.news peer=%s blocks=%s leaving=%s",
+                announcement.peer_id,
+                announcement.span,
+                announcement.leaving,
+            )
+            self.changed.set()
+            self.changed = trio.Event()
+        return news
+
+    def _sequence_of(self, announcement: Announcement) -> int:
+        """That of what we believe of the same peer and revision; -1 if that is nothing."""
+        known = self._table.find(announcement.revision, announcement.peer_id, self._clock())
+        return -1 if known is None else known.sequence
+
+
+def open_announcement(record: bytes) -> Announcement:
+    """The announcement in a sealed record, signed by the peer that it is about.
+
+    Raises:
+        ProtocolViolation: The record is malformed, forged, or about somebody else than its author.
+    """
+    return announcement_by(*open_record(record))
+
+
+def announcement_by(author: str, payload: bytes) -> Announcement:
+    """The announcement that a record's author signed.
+
+    Raises:
+        ProtocolViolation: It is malformed, or about somebody else.
+    """
+    announcement = decode_announcement(payload)
+    if announcement.peer_id != author:
+        raise ProtocolViolation("an announcement about somebody else", author)
+    return announcement

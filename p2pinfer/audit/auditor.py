@@ -1,0 +1,363 @@
+"""Checks, after a session and on a coin that nobody else sees, whether its hops did what they signed for.
+
+    session closes -> coin -> evidence -> run again -> verdict -> ledger
+                                              FAIL -> run again independently -> ban, proof -> swarm
+
+Whether a session is going to be checked is decided when it opens, because what it sends must be kept then.
+A FAIL alone costs nobody anything: somebody else, or weights that are loaded anew, must agree. Should others
+fail as well, it is us who may be wrong, unless somebody has passed before. Proofs of others are held against
+the same blocks before they count.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import trio
+
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.errors import Equivocation, P2PInferError, PeerError
+from p2pinfer.events import AuditDone, Report
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.evidence.hop_record import HopRecord, history_of
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.node.swarm.proof_gossip import Heard
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.proof import Accusation, Proof
+from p2pinfer.reputation.proofs import ProofDecision
+from p2pinfer.reputation.receipt import Payload
+from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.routing.route import Hop, Route
+from p2pinfer.session.receipt_checks import PassedStep
+from p2pinfer.session.session import Session
+
+from .collect import Gathered, gather_deposition
+from .opinions import compare_elsewhere
+from .second_opinion import choose_auditors, run_elsewhere
+from .verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING = 64  # audits; what comes on top is not checked
+MAX_WAITING_BYTES = 256 << 20  # that their sessions sent and got
+SECOND_OPINIONS = 3  # peers that are tried for one
+HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fetch it
+
+
+@dataclass(frozen=True, slots=True)
+class AuditTally:
+    """What audits have come to so far."""
+
+    done: int = 0
+    passed: int = 0
+    failed: int = 0
+    suspect: int = 0
+    inconclusive: int = 0
+
+    def plus(self, verdict: Verdict) -> AuditTally:
+        """One audit more."""
+        name = {"pass": "passed", "fail": "failed"}.get(verdict.value, verdict.value)
+        return replace(self, **{name: getattr(self, name) + 1, "done": self.done + 1})
+
+
+class Auditor:
+    """Checks the sessions of one client. `serve` does the work; everything else returns at once.
+
+    Args:
+        verifier: What says whether an output is right.
+        host_config: For the hosts under throw-away identities; they do not listen.
+        clock: The ledger's time in seconds.
+        rng: The coin. Nobody but this process may know what it will show.
+        report: Called with every audit's outcome.
+    """
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        spec: ModelSpec,
+        ledger: Ledger,
+        verifier: Verifier,
+        config: AuditConfig,
+        *,
+        host_config: HostConfig | None = None,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.tally = AuditTally()
+        self._member = member
+        self._spec = spec
+        self._ledger = ledger
+        self._verifier = verifier
+        self._config = config
+        self._host_config = replace(host_config or HostConfig(), listen=())
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._report = report
+        self._pending = 0
+        self._waiting_bytes = 0
+        self._has_passed = False  # whether our re-execution ever agreed with anybody
+        self._settled = trio.Event()
+        self._settled.set()
+        self._jobs_in, self._jobs = trio.open_memory_channel[_Job](MAX_WAITING)
+        member.proofs.attach(self.examine, self._is_wanted)
+
+    def toss(self, route: Route) -> frozenset[str]:
+        """The hops to be checked after a session over `route` that is about to open."""
+        return frozenset(hop.peer_id for hop in route.hops if self._rng.random() < self._rate_of(hop.peer_id))
+
+    def _rate_of(self, peer_id: str) -> float:
+        if self._config.rate is not None:
+            return self._config.rate
+        return self._ledger.audit_probability(peer_id, self._clock())
+
+    def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
+        """Queue what the coin chose. Whoever replaced a hop meanwhile gets a coin of its own."""
+        book = session.book
+        if book is None or session.broken_receipt is not None:
+            error = session.broken_receipt
+            if isinstance(error, Equivocation):
+                self._queue(_Job(error.peer_id, (), error.receipts))
+            return
+        opened_with = set(session.opened_route.peer_ids)
+        newcomers = [
+            Hop(hop.peer_id, hop.span)
+            for hop in {hop.peer_id: hop for each in book.kept for hop in each.hops}.values()
+            if hop.peer_id not in opened_with
+        ]
+        if newcomers:
+            chosen |= self.toss(Route(tuple(newcomers)))
+        for peer_id in chosen if book.kept else ():
+            self._queue(_Job(peer_id, tuple(book.kept)))
+
+    def _queue(self, job: _Job) -> None:
+        try:
+            if self._waiting_bytes + job.size > MAX_WAITING_BYTES:
+                raise trio.WouldBlock
+            self._jobs_in.send_nowait(job)
+        except trio.WouldBlock:
+            logger.debug("audit.dropped peer=%s", job.peer_id)
+            return
+        self._waiting_bytes += job.size
+        self._note_pending(1)
+
+    def _note_pending(self, more: int) -> None:
+        self._pending += more
+        if not self._pending:
+            self._settled.set()
+        elif self._settled.is_set():
+            self._settled = trio.Event()
+
+    async def settled(self) -> None:
+        """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
+        while self._pending:
+            await self._settled.wait()
+
+    async def serve(self) -> None:
+        """Do the audits, one after the other, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            async for job in self._jobs:
+                self._waiting_bytes -= job.size
+                try:
+                    for address in await self._audit(job):
+                        self._note_pending(1)
+                        nursery.start_soon(self._hand_out, address)
+                finally:
+                    self._note_pending(-1)
+
+    async def _hand_out(self, address: bytes) -> None:
+        try:
+            with trio.move_on_after(HAND_OUT_S):
+                await self._member.proofs.handed_out(address)
+        finally:
+            self._note_pending(-1)
+
+    async def _audit(self, job: _Job) -> list[bytes]:
+        """Do one audit; returns the proofs that were published."""
+        if job.contradiction:
+            proof = Proof(1, job.peer_id, "equivocation", job.contradiction)
+            return await self._accuse(proof, {}, "it signed twice")
+        if self._ledger.is_banned(job.peer_id):
+            return []
+        finding, gathered = Finding(Verdict.INCONCLUSIVE, "it took too long"), Gathered(None)
+        others: list[_Opinion] = []
+        with trio.move_on_after(self._config.timeout_s):
+            gathered = await gather_deposition(
+                self._member.host,
+                job.steps,
+                job.peer_id,
+                self._spec.hidden_size,
+                max_bytes=self._config.evidence_bytes,
+                max_tokens=self._config.max_tokens,
+            )
+            finding, others = await self._judge(gathered.deposition, job.others)
+        why = gathered.withheld or finding.reason
+        published = await self._settle(
+            _Opinion(job.peer_id, gathered.deposition, finding), withheld=bool(gathered.withheld), why=why
+        )
+        for other in others:
+            published += await self._settle(other, why=other.finding.reason)
+        return published
+
+    async def _settle(self, opinion: _Opinion, *, withheld: bool = False, why: str) -> list[bytes]:
+        """Note an audit's outcome; returns the proof that was published, if it is one."""
+        peer_id, finding = opinion.peer_id, opinion.finding
+        self.tally = self.tally.plus(finding.verdict)
+        self._member.host.counts.add("audits", finding.verdict.value)
+        logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
+        if self._report is not None:
+            self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
+        self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
+        if finding.verdict is Verdict.PASS:
+            self._has_passed = True
+        if finding.verdict is not Verdict.FAIL or opinion.deposition is None:
+            return []
+        proof = Proof(1, peer_id, "output", opinion.deposition.signed)
+        return await self._accuse(proof, opinion.deposition.contents, finding.reason)
+
+    async def _judge(
+        self, deposition: HopRecord | None, others: Sequence[str]
+    ) -> tuple[Finding, list[_Opinion]]:
+        """The verdict; FAIL only if a second re-execution, independent of the first, says so too.
+
+        Beside it come peers that were asked for a second opinion and found to fail themselves.
+        """
+        if deposition is None:
+            return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
+        verifier = self._verifier
+        if not verifier.can_hold(deposition.span):
+            return await self._judge_elsewhere(deposition, others), []
+        finding = await verifier.verify(deposition)
+        if finding.verdict is not Verdict.FAIL:
+            return finding, []
+        failed: list[_Opinion] = []
+        async with aclosing(self._ask_others(deposition, others)) as opinions:
+            async for opinion in opinions:
+                other = await (verifier.verify_fully if finding.logits_checked else verifier.verify)(opinion)
+                if other.verdict is Verdict.PASS:
+                    self._has_passed = True
+                    break
+                if other.verdict is Verdict.FAIL:
+                    failed.append(_Opinion(opinion.peer_id, opinion, other))
+        if failed and not self._has_passed:
+            names = ", ".join(each.peer_id for each in failed)
+            doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
+            return Finding(Verdict.SUSPECT, doubt), []
+        again = await verifier.confirm(deposition)
+        if again.verdict is not Verdict.FAIL:
+            return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
+        return again, failed
+
+    async def _judge_elsewhere(self, deposition: HopRecord, others: Sequence[str]) -> Finding:
+        opinions: list[HopRecord] = []
+        async with aclosing(self._ask_others(deposition, others)) as asked:
+            async for opinion in asked:
+                opinions.append(opinion)
+                if len(opinions) == 2:
+                    break
+        if len(opinions) < 2:
+            return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
+        return await trio.to_thread.run_sync(
+            compare_elsewhere, deposition, opinions[0], opinions[1], self._spec.hidden_size
+        )
+
+    async def _ask_others(self, deposition: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
+        """What independent peers give for the same inputs, `SECOND_OPINIONS` of them at most."""
+        if not self._config.remote:
+            return
+        history = await trio.to_thread.run_sync(history_of, deposition, self._spec.hidden_size)
+        avoided = (*others, *self._config.own_peers)
+        able = choose_auditors(
+            self._member.announcements(self._spec.revision), deposition, self._ledger, avoided, self._rng
+        )
+        for hop in able[:SECOND_OPINIONS]:
+            try:
+                opinion = await run_elsewhere(
+                    hop,
+                    self._spec,
+                    deposition,
+                    history,
+                    host_config=self._host_config,
+                    timeout_s=self._config.timeout_s / 4,
+                )
+            except PeerError as exc:
+                logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)
+            else:
+                yield opinion
+
+    async def _accuse(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> list[bytes]:
+        """Ban, and let everybody see why; returns the proof's content address if it was published."""
+        try:
+            address = await self._member.proofs.publish(proof, contents)
+        except P2PInferError as exc:
+            logger.warning("the proof against %s could not be published: %s", proof.peer_id, exc)
+            self._ledger.ban(proof.peer_id, why, self._clock())
+            return []
+        self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
+        return [address]
+
+    # ------------------------------------------------------------------ proofs of others
+
+    def _is_wanted(self, heard: Heard) -> bool:
+        """Whether a proof is worth fetching."""
+        notice = heard.notice
+        decision = self._ledger.weigh_proof(notice.proof.hex(), notice.accused, heard.author, self._clock())
+        return decision is ProofDecision.FETCH
+
+    async def examine(
+        self, heard: Heard, accusation: Accusation, contents: Mapping[bytes, Payload]
+    ) -> bool | None:
+        """Run the blocks of somebody else's proof again; ban only if that confirms it."""
+        notice, why = heard.notice, "two receipts for one step"
+        if accusation.kind == "output":
+            signed = accusation.signed
+            deposition = HopRecord(accusation.peer_id, signed, accusation.receipts, contents)
+            finding = await self._verifier.verify_fully(deposition)
+            if finding.verdict in (Verdict.INCONCLUSIVE, Verdict.SUSPECT):
+                return None
+            why = finding.reason
+            if finding.verdict is Verdict.PASS:
+                if not self._verifier.is_thorough(finding):
+                    return None
+                self._ledger.add_proof(
+                    notice.proof.hex(), notice.accused, self._clock(), verified=False, sender=heard.author
+                )
+                return False
+        self._ledger.add_proof(
+            notice.proof.hex(), notice.accused, self._clock(), verified=True, sender=heard.author, why=why
+        )
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Opinion:
+    """What a peer did, and what that is found to be."""
+
+    peer_id: str
+    deposition: HopRecord | None
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A hop to be checked, and the steps of the session; or two receipts that contradict each other."""
+
+    peer_id: str
+    steps: tuple[PassedStep, ...]
+    contradiction: tuple[bytes, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps in memory; hops of one session share them, and each counts them."""
+        return sum(len(each.sent) + len(each.got) for each in self.steps)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Who else had to do with the session."""
+        return tuple({hop.peer_id for each in self.steps for hop in each.hops})

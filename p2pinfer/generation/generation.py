@@ -1,0 +1,242 @@
+"""From a prompt to text: tokens, hidden states, a session, logits, a draw, text.
+
+A session replaces hops that fail by itself. A generation holds everything that is needed to start over all
+the same: the token ids so far. When its session is beyond repair it plans another route without the peers
+that failed, pushes the ids through as one prefill and goes on. A draw depends on the seed and the position
+alone, so the text is the one an undisturbed run would have given.
+
+Where there is no other route it waits, first for news and then, ever more slowly, for those that failed to be
+back. When its patience is at an end it raises `Unfinished`, whose token goes on from there, in any process.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+from torch import Tensor
+
+from p2pinfer.client_config import GenerationConfig as GenerationConfig
+from p2pinfer.errors import NoRoute, PeerError, Unfinished
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.ends import Ends
+from p2pinfer.models.text.processors import Processors
+from p2pinfer.models.text.sampling import Sampler
+from p2pinfer.models.text.text import Tokenizer
+
+from .first_state import generation_config as generation_config
+from .first_state import new_state as new_state
+from .first_state import sampling_of
+from .outage import Outage, Patience, Waiting
+from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
+from .saved_state import GenerationState, check_state
+from .transcript import FinishReason, Transcript
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, and the text that became certain with it (often empty, never half a character)."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What a generation took. `per_hop_ms` is each hop's median time per decode step, its queue included."""
+
+    first_token_s: float
+    tokens_per_s: float  # after the first token
+    per_hop_ms: tuple[float, ...]
+    per_step_ms: float  # median decode step as the client saw it, network and all hops included
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A generation, whole or as far as it came."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason | None  # None: it is not finished
+    route: tuple[HopUsed, ...]
+    timings: Timings
+    failovers: int
+    seed: int | None = None  # what its draws depend on; None if it is greedy
+
+
+@dataclass(slots=True)
+class _Clock:
+    started: float | None = None  # when the first token was asked for
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def start(self) -> None:
+        self.started = self.started or time.perf_counter()
+
+    def tick(self) -> None:
+        self.last_token = time.perf_counter()
+        self.first_token = self.first_token or self.last_token
+
+
+class Generation:
+    """An asynchronous iterator of `Token`s. `result` tells what came of it, also before the end.
+
+    Use as `async with client.generate(...) as generation`, iterate to the end, or call `aclose`: until then
+    hops keep cache reserved for it. One that is dropped, by a `break` say, is closed soon after.
+    """
+
+    def __init__(
+        self,
+        walker: SessionSource,
+        spec: ModelSpec,
+        ends: Ends,
+        tokenizer: Tokenizer,
+        state: GenerationState,
+        *,
+        patience: Patience | None = None,
+        on_wait: Callable[[Waiting], None] = lambda _: None,
+        on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
+    ) -> None:
+        """Go on from `state`: that of `new_state`, or of a token.
+
+        Args:
+            on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
+
+        Raises:
+            ConfigError: The state is of another model, or of none.
+        """
+        check_state(state, spec)
+        self._spec = spec
+        self._walker = walker
+        self._ends = ends
+        self._patience = patience or Patience()
+        self._on_wait = on_wait
+        self._sampler = Sampler(sampling_of(state))
+        self._transcript = transcript = Transcript(tokenizer, state)
+        self._process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
+        self._tokens_before = len(state.token_ids)
+        self._way = RemoteBlocks(walker, ends, self._transcript)
+        self._clock = _Clock()
+        self._dropped = weakref.finalize(self, on_dropped, self._way.aclose)
+        self._dropped.atexit = False
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Token:
+        """The next token.
+
+        Raises:
+            NoRoute: The swarm cannot serve this; `Unfinished`, if it could before.
+            PeerError: Route after route failed, and none has given a token yet.
+        """
+        if self._transcript.finish_reason is not None:
+            await self.aclose()
+            raise StopAsyncIteration
+        self._clock.start()
+        try:
+            token_id = await self._next_id()
+        except BaseException:
+            await self.aclose()
+            raise
+        self._clock.tick()
+        token = Token(token_id, self._transcript.take(token_id))
+        if self._transcript.finish_reason is not None:
+            await self.aclose()
+        return token
+
+    async def _next_id(self) -> int:
+        outage: Outage | None = None
+        while True:
+            changed = self._walker.table_changed
+            try:
+                hidden = await self._way.last_hidden()
+            except (PeerError, NoRoute) as error:
+                outage = outage or Outage(self._patience, begun=bool(self._transcript.token_ids))
+                await self._get_over(error, outage, changed)
+            else:
+                return await trio.to_thread.run_sync(self._draw, hidden)
+
+    async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
+        """Return when there is something to be tried; raise when it has been long enough."""
+        if isinstance(error, PeerError):
+            await self._way.abandon(error)
+            outage.note(error)
+            if outage.may_try_on:
+                return
+            if not self._transcript.token_ids:
+                raise error
+        elif self._way.excluded and outage.may_forgive():
+            self._way.forgive()
+            return
+        if await outage.pause(error, changed, self._on_wait):
+            self._way.forgive()
+            return
+        reason, cause = outage.describe(error), outage.failure or error
+        missing = error.missing if isinstance(error, NoRoute) else ()
+        if self._transcript.token_ids and (token := self.resume_token):
+            raise Unfinished(reason, missing, self._transcript.text, token) from cause
+        if error is cause:
+            raise error
+        raise NoRoute(reason, missing) from cause
+
+    def _draw(self, hidden: Tensor) -> int:
+        ids = self._transcript.ids
+        return self._sampler.pick(self._process(self._ends.logits(hidden)[-1], ids), len(ids))
+
+    async def aclose(self) -> None:
+        """Let the hops free what they hold for this generation; harmless twice."""
+        await self._way.aclose()
+        self._dropped.detach()
+
+    @property
+    def prompt(self) -> str:
+        """The text that is being continued, as the model sees it."""
+        return self._transcript.prompt
+
+    @property
+    def resume_token(self) -> str | None:
+        """What `Client.resume` takes to go on from here, in any process; None if there is no more to come.
+
+        There is after `max_new_tokens`, while the model's context has room. It holds the prompt: keep it as
+        safe as that.
+        """
+        has_room = len(self._transcript.ids) < self._spec.max_positions
+        return self._transcript.resume_token if has_room else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended for want of tokens that it may have, or of room in the model's context."""
+        return self._transcript.finish_reason == "length"
+
+    @property
+    def result(self) -> GenerationResult:
+        """What has been generated; whole once the iteration has ended."""
+        clock, transcript, way = self._clock, self._transcript, self._way
+        first = clock.first_token or time.perf_counter()
+        spent = (clock.last_token or first) - first
+        return GenerationResult(
+            transcript.text,
+            tuple(transcript.token_ids),
+            len(transcript.prompt_ids),
+            transcript.finish_reason,
+            way.route,
+            Timings(
+                first - (clock.started or first),
+                (len(transcript.token_ids) - self._tokens_before - 1) / spent if spent > 0 else 0.0,
+                way.per_hop_ms,
+                way.per_step_ms,
+            ),
+            way.failovers,
+            self._sampler.seed if self._sampler.config.temperature else None,
+        )

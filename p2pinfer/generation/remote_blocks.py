@@ -1,0 +1,210 @@
+"""A generation's way through the swarm: a session, and when that is beyond repair another one.
+
+Another route leaves out the peers that failed, until they are forgiven, and its session is given all tokens
+so far as one prefill.
+
+A session reserves room on every hop for all it may ever hold. A text that may become long begins with a part
+of that, or with what there is room for, and takes another session when that is used up, for twice as much: so
+all prefills together are about as long as the text. It holds nothing while it asks for more, so two texts
+cannot wait for each other's room.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import NoRoute, PeerError, PeerRefused
+from p2pinfer.models.compute.ends import Ends
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.routing.route import Route, RouteOutcome
+from p2pinfer.session.chain import Recall
+from p2pinfer.session.session import Session
+
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+_AHEAD_TOKENS: Final = 2048  # reserved ahead of a text, or as many as it is long
+_GROWTH_TOKENS: Final = 64  # a session that adds fewer to a text is not worth its prefill
+
+
+@dataclass(frozen=True, slots=True)
+class HopUsed:
+    """A hop of the route a generation took."""
+
+    peer_id: str
+    span: BlockSpan
+    connection: Literal["direct", "relayed"]
+
+
+class SessionSource(Protocol):
+    """Where a generation gets its sessions from: the client."""
+
+    @property
+    def table_changed(self) -> trio.Event:
+        """Set with the next piece of news about who serves what."""
+        ...
+
+    async def open_session(self, tokens: int, excluded: frozenset[str], recall: Recall) -> Session:
+        """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none.
+
+        `recall` gives what went in at past positions.
+        """
+        ...
+
+    def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
+        """Hear how a route fared."""
+        ...
+
+    def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
+        """How this client is connected to a peer."""
+        ...
+
+
+class RemoteBlocks:
+    """Takes a transcript's tokens through every block. Close it with `aclose`.
+
+    Attributes:
+        route: The hops of the last session.
+        excluded: Who is left out of the next one.
+    """
+
+    def __init__(self, walker: SessionSource, ends: Ends, transcript: Transcript) -> None:
+        self.route: tuple[HopUsed, ...] = ()
+        self.excluded: frozenset[str] = frozenset()
+        self._walker = walker
+        self._ends = ends
+        self._transcript = transcript
+        self._session: Session | None = None
+        self._reserved = 0  # tokens that the session has room for
+        self._began_at = 0.0  # the session
+        self._tokens_before = 0
+        # Of the sessions that are over:
+        self._failovers = 0
+        self._per_hop_ms: tuple[float, ...] = ()
+        self._per_step_ms = 0.0
+
+    async def last_hidden(self) -> Tensor:
+        """(1, hidden_size): the last position's hidden state after every block.
+
+        Raises:
+            NoRoute: There is no route without those that are excluded.
+            PeerError: A session could not be opened, or is beyond repair; `abandon` it.
+        """
+        ids = self._transcript.ids
+        if self._session is not None and len(ids) > self._reserved:
+            await self.aclose()
+        if self._session is None:
+            self._session = await self._open()
+            self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
+            self._note_route(self._session.route)
+            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
+            hidden = await self._session.prefill(embedded, 0)
+        else:
+            hidden = await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
+        self._note_route(self._session.route)
+        return hidden
+
+    async def _open(self) -> Session:
+        """A session that has room for the tokens so far and for as many to come as can be had."""
+        have, most = len(self._transcript.ids), self._transcript.max_ids
+        least = min(most, have + _GROWTH_TOKENS)
+        tokens = min(most, have + max(_AHEAD_TOKENS, have))
+        while True:
+            try:
+                session = await self._walker.open_session(tokens, self.excluded, self._recall)
+            except NoRoute as error:
+                if not error.is_full or tokens == least:
+                    raise
+                tokens = max(tokens // 2, least)
+            except PeerRefused as error:
+                if not least <= error.fits < tokens:
+                    raise
+                tokens = error.fits
+            else:
+                self._reserved = tokens
+                return session
+
+    async def abandon(self, error: PeerError) -> None:
+        """Give up the route and leave out who failed.
+
+        Where nobody is known to have failed, the whole route is left out, and nobody's record suffers.
+        """
+        overslept = isinstance(error, PeerRefused) and error.code == "lease_expired"
+        blamed = {error.peer_id} if error.peer_id else set[str]()
+        if self._session is not None:
+            self._failovers += not overslept
+            blamed = blamed or set(self._session.route.peer_ids)
+            blamed |= self._session.failed_peers
+            self._settle(None if overslept else error)
+            session, self._session = self._session, None
+            await session.aclose()
+        logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
+        # Our reader paused for longer than the hops wait, or a hop has no room, which the client remembers.
+        # Who named what would fit is not remembered, since for another text it may do.
+        if not overslept and not (isinstance(error, PeerRefused) and error.is_passing and not error.fits):
+            self.excluded |= blamed
+
+    def forgive(self) -> None:
+        """Leave out nobody any more."""
+        self.excluded = frozenset()
+
+    @property
+    def failovers(self) -> int:
+        """Hops and sessions that were replaced."""
+        return self._failovers + (self._session.failovers if self._session else 0)
+
+    @property
+    def per_hop_ms(self) -> tuple[float, ...]:
+        """Each hop's median time per decode step, in the last session that there was."""
+        return self._session.per_hop_ms() if self._session else self._per_hop_ms
+
+    @property
+    def per_step_ms(self) -> float:
+        """The median decode step of that session, as seen from here."""
+        return self._session.per_step_ms() if self._session else self._per_step_ms
+
+    async def aclose(self) -> None:
+        """Let the hops free what they hold; harmless twice."""
+        if self._session is not None:
+            session = self._session
+            error: PeerError | None = None
+            try:
+                error = await session.settle()
+            finally:  # cancelled: what was not checked is nobody's fault
+                self._settle(error)
+                self._session = None
+                await session.aclose()
+
+    def _recall(self, start: int, stop: int) -> Tensor:
+        """What a session was given at past positions, (tokens, hidden_size)."""
+        return self._ends.embed(self._transcript.ids[start:stop])
+
+    def _note_route(self, route: Route) -> None:
+        """Keep who takes part; hops may have been replaced."""
+        if [(hop.peer_id, hop.span) for hop in route.hops] != [(hop.peer_id, hop.span) for hop in self.route]:
+            self.route = tuple(
+                HopUsed(hop.peer_id, hop.span, self._walker.connection_kind(hop.peer_id))
+                for hop in route.hops
+            )
+
+    def _settle(self, error: PeerError | None) -> None:
+        """Tell the policy and the ledger how the route fared."""
+        assert self._session is not None
+        outcome = RouteOutcome(
+            ok=error is None,
+            error=str(error) if error else None,
+            failed_peer=(error.peer_id or None) if error else None,
+            tokens=len(self._transcript.token_ids) - self._tokens_before,
+            seconds=time.perf_counter() - self._began_at,
+            per_hop_ms=self._session.per_hop_ms(),
+        )
+        self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
+        self._failovers += self._session.failovers
+        self._walker.route_ended(self._session.route, outcome)

@@ -1,0 +1,198 @@
+"""Whom a client's sessions go over, by what it knows and what its policy says, and what it learns of them."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import NoRoute, PeerError, PeerRefused
+from p2pinfer.models.checkpoint.numbers import differences
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.span import BlockSpan, uncovered
+from p2pinfer.node.protocol.tensors import row_bytes
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.cost import route_cost
+from p2pinfer.routing.newcomers import ranges_of
+from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+from p2pinfer.served import describe_served, served_models
+from p2pinfer.session.failover import Gap
+
+from .cooldowns import Cooldowns
+from .hop_timings import HopTimings
+from .policy_runner import PolicyRunner
+
+LEAST_TOKENS: Final = 64  # who has room for fewer has none
+_WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
+
+
+class RoutePlanner:
+    """Routes for one model; a session's `Replanner`.
+
+    Args:
+        member: Its table says who there is.
+        ledger: Told how hops fared, as are the policy at `desk`, and the sessions to come.
+        busy_pause_s: How long a peer that refused for want of room is left alone.
+        routing_config: What two routes are compared by.
+        joining: The options by which this swarm is joined, as words of a command line, for what is advised.
+        model: The model as it was asked for.
+    """
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        spec: ModelSpec,
+        ledger: Ledger,
+        desk: PolicyRunner,
+        busy_pause_s: float,
+        routing_config: RoutingConfig | None = None,
+        *,
+        joining: Sequence[str] = (),
+        model: str = "",
+    ) -> None:
+        self._member = member
+        self._spec = spec
+        self._ledger = ledger
+        self._desk = desk
+        self._routing_config = routing_config
+        self._joining = tuple(joining)
+        named = ("--model", model) if model not in ("", BUNDLED_MODEL) else ()
+        self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
+        self._resting = Cooldowns(busy_pause_s)
+        self._paces = HopTimings()
+
+    async def choose_route(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
+        """The policy's first choice for all blocks, or for those of `gap`; of those that may have room.
+
+        Raises:
+            NoRoute: There is none. Without those that had no room a moment ago, that means: later.
+        """
+        resting = self._resting.peers(trio.current_time())
+        candidates, now = self._candidates(excluded | resting, gap), time.time()
+        self._ledger.advance(now)
+        for candidate in candidates:
+            if self._ledger.is_banned(candidate.peer_id):
+                ranges = ranges_of(candidate.announcement.addrs)
+                self._ledger.note_ranges(candidate.peer_id, ranges, now)
+        request = self._request(tokens, excluded | resting, candidates, gap)
+        try:
+            routes = await self._desk.choose_routes(candidates, request, self._ledger)
+        except NoRoute as exc:
+            more = filter(None, (self._lookalikes(), "" if candidates else self.others_served()))
+            raise NoRoute("; ".join((str(exc), *more)), exc.missing) from exc
+        return routes[0]
+
+    def others_served(self) -> str:
+        """Which other models somebody serves here, and how to ask for one; empty if none is."""
+        alike = {self._spec.revision, *(each.revision for each in self._member.lookalikes(self._spec))}
+        models = served_models(self._member.models())
+        others = [each for each in models if each.revision not in alike]
+        return describe_served(others, self._joining)
+
+    def _lookalikes(self) -> str:
+        """Why peers with the very weights that are wanted do not count, if there are any."""
+        found = self._member.lookalikes(self._spec)
+        if not found:
+            return ""
+        differing = differences(self._spec.numbers, found[0].numbers) or "their configs differ"
+        return (
+            f"peers with the same weights compute with another config.json "
+            f"({found[0].peer_id}: {differing}); make them agree"
+        )
+
+    async def replacement(self, gap: Gap) -> Route:
+        """The policy's best hops for blocks that a running session lost; does not wait for peers to appear.
+
+        Raises:
+            NoRoute: Nobody else serves them, as far as is known.
+        """
+        return await self.choose_route(gap.tokens, gap.excluded, gap)
+
+    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+        """Whom the policy prefers to a hop that takes so long for a step, if it saves half of that or more.
+
+        Raises:
+            NoRoute: The policy has nobody at all.
+        """
+        now = trio.current_time()
+        self._paces.note(hop.peer_id, len(hop.span), seconds, now)
+        excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
+        candidates = [self._paces.known(candidate, now) for candidate in self._candidates(excluded, gap)]
+        request = self._request(gap.tokens, excluded, candidates, gap)
+        route = (await self._desk.choose_routes(candidates, request, self._ledger))[0]
+        if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
+            return None
+        slow, other = (
+            route_cost(each, candidates, request, self._ledger, self._routing_config)
+            for each in (Route((hop,)), route)
+        )
+        return route if slow - other > _WORTH_CHANGING * seconds else None
+
+    def hop_failed(self, route: Route, error: PeerError) -> None:
+        """Note that a hop of `route` failed or refused, and tell the policy."""
+        outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
+        if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
+            if error.is_passing and error.fits < LEAST_TOKENS:
+                self._resting.rest(error.peer_id, trio.current_time())
+            self._desk.tell(route, outcome)
+        else:
+            self.route_ended(route, outcome)
+
+    def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
+        """Note in the ledger how the hops fared, and tell the policy."""
+        for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):
+            self._paces.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
+        now = time.time()  # the ledger outlives this process
+        for hop in route.hops:
+            if outcome.ok:
+                self._ledger.record_success(hop.peer_id, now)
+            elif hop.peer_id == outcome.failed_peer:
+                self._ledger.record_failure(hop.peer_id, now, outcome.error or "")
+        self._desk.tell(route, outcome)
+
+    def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
+        """Those announced, without whoever could not be reached a moment ago if others have all it takes."""
+        host, presence = self._member.host, self._member.presence
+        announced = self._member.announcements(self._spec.revision)
+        heard = [each for each in announced if not presence.is_silent(each)]
+        wanted = gap.span if gap else BlockSpan(0, self._spec.num_blocks)
+        spans = [each.span for each in heard if each.peer_id not in excluded]
+        gaps = uncovered(spans, self._spec.num_blocks)
+        if any(each.start < wanted.stop and wanted.start < each.stop for each in gaps):
+            heard = announced
+        return [
+            Candidate(
+                announcement,
+                self._member.rtt_ms(announcement.peer_id),
+                relayed=host.connection_kind(announcement.peer_id) == "relayed",
+            )
+            for announcement in heard
+        ]
+
+    def _request(
+        self, tokens: int, excluded: frozenset[str], candidates: Sequence[Candidate], gap: Gap | None
+    ) -> RouteRequest:
+        spec = self._spec
+        request = RouteRequest(
+            spec.revision,
+            spec.num_blocks,
+            row_bytes(spec.hidden_size, "bfloat16"),
+            tokens,
+            excluded,
+            self._member.coordinate,
+            spoilt_ranges=self._ledger.spoilt_ranges(time.time()),
+            serve_command=self._serve_command,
+        )
+        if gap is None:
+            return request
+        by_id = {candidate.peer_id: candidate for candidate in candidates}
+        source = by_id.get(gap.before.peer_id) if gap.before else None
+        sink = by_id.get(gap.after.peer_id) if gap.after else None
+        return replace(request, span=gap.span, source=source, sink=sink)

@@ -1,0 +1,53 @@
+"""Asks the hops of a session for signs of life while a step takes long.
+
+A hop that is busy is not a hop that is dead: its event loop answers whatever its device computes, and says
+whether its successor answers. A result that comes meanwhile is as good as an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import PeerError, PeerVanished
+
+from .chain import Chain
+from .hop_stream import HopStream
+from .in_flight import InFlight
+
+_SLOWEST_BYTES_PER_S: Final = 1 << 20  # what a link carries at least; bytes under way excuse silence
+
+
+async def keep_watch(
+    chain: Chain,
+    steps: InFlight,
+    *,
+    after_s: float,
+    within_s: float,
+    on_silent: Callable[[HopStream, PeerError], None],
+    on_cut: Callable[[HopStream, PeerError], None],
+) -> None:
+    """Look around whenever steps wait, for as long as it runs.
+
+    Args:
+        after_s: How long nothing comes or goes before hops are asked.
+        within_s: How long they have for an answer.
+        on_silent: Hears of a hop that gave none.
+        on_cut: Hears of a hop that answers, but not the one before it.
+    """
+    while True:
+        await steps.any_awaited()
+        due_at = steps.progress_at + after_s + steps.bytes_under_way / _SLOWEST_BYTES_PER_S
+        if trio.current_time() < due_at:
+            await trio.sleep_until(due_at)
+            continue
+        asked_at, epoch = trio.current_time(), chain.epoch
+        silent, cut = await chain.probe(within_s)
+        if steps.progress_at < asked_at and chain.epoch == epoch:
+            for hop in silent:
+                on_silent(hop, PeerVanished("it shows no sign of life", hop.peer_id))
+            for hop in cut:
+                on_cut(hop, PeerVanished("the hop before does not reach it", hop.peer_id))
+        steps.progress_at = trio.current_time()

@@ -1,0 +1,134 @@
+"""The client's end of receipts: every signature and every link of every session, checked behind its back.
+
+A session notes what went through the chain and goes on; what was noted is checked in a thread, a few steps at
+a time, and what is wrong ends the session with an error that names the hop. A receipt that is missing or
+broken says nothing of the output: it costs its hop reliability, not integrity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import ProtocolViolation
+from p2pinfer.node.protocol.messages import Step
+from p2pinfer.reputation.receipt import (
+    CheckSignature,
+    Payload,
+    Receipt,
+    ReceiptChain,
+    Terms,
+    broken_link,
+    decode_receipt,
+    digest_of,
+)
+from p2pinfer.routing.route import Hop
+
+CHECK_EVERY: Final = 16  # steps; a thread is asked once for so many
+
+
+@dataclass(frozen=True, slots=True)
+class PassedStep:
+    """A step that went through the whole chain and came back."""
+
+    step: Step
+    hops: tuple[Hop, ...]
+    sent: Payload  # what the first hop was sent
+    got: Payload  # what the last one answered
+    receipts: tuple[bytes, ...]
+
+
+class ReceiptBook:
+    """The receipts of one session.
+
+    Args:
+        keep: Remember every step, payloads included, for an audit after the session.
+    """
+
+    def __init__(
+        self, session: bytes, revision: str, codec: str, check: CheckSignature, *, keep: bool = False
+    ) -> None:
+        self.session = session
+        self.revision = revision
+        self.codec = codec
+        self.kept: list[PassedStep] = []
+        self._check_signature = check
+        self._keep = keep
+        self._unchecked: list[PassedStep] = []
+        self._chains: dict[str, ReceiptChain] = {}
+        self._turn = trio.Lock()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough has gathered for a check to be worth its while."""
+        return len(self._unchecked) >= CHECK_EVERY
+
+    def note(self, passed: PassedStep) -> None:
+        """Remember a step to be checked."""
+        self._unchecked.append(passed)
+        if self._keep:
+            self.kept.append(passed)
+
+    async def check(self) -> None:
+        """Check what was noted and not yet checked.
+
+        Raises:
+            ProtocolViolation: A receipt is missing, malformed or forged, or does not fit its neighbours.
+            Equivocation: A hop signed two of them for one step.
+        """
+        async with self._turn:
+            steps, self._unchecked = self._unchecked, []
+            if steps:
+                await trio.to_thread.run_sync(self._check_all, steps)
+
+    def _check_all(self, steps: Sequence[PassedStep]) -> None:
+        for passed in steps:
+            self._check_one(passed)
+
+    def _check_one(self, passed: PassedStep) -> None:
+        hops, step = passed.hops, passed.step
+        if len(passed.receipts) != len(hops):
+            raise _missing(passed)
+        receipts = [
+            self._chain_of(hop).extend(signed) for hop, signed in zip(hops, passed.receipts, strict=True)
+        ]
+        for index, (hop, receipt) in enumerate(zip(hops, receipts, strict=True)):
+            returned = step.returns if index == len(hops) - 1 else step.tokens
+            said = (receipt.position, receipt.tokens, receipt.returned, receipt.epoch)
+            if said != (step.position, step.tokens, returned, step.epoch):
+                raise ProtocolViolation(f"a receipt for another step than {step.number}", hop.peer_id)
+        blamed = broken_link(receipts, digest_of(passed.sent), digest_of(passed.got))
+        if blamed is not None:
+            raise ProtocolViolation(
+                f"the receipts of step {step.number} do not link up", hops[blamed].peer_id
+            )
+
+    def _chain_of(self, hop: Hop) -> ReceiptChain:
+        """Where a hop was replaced by another peer, that one's chain begins."""
+        if hop.peer_id not in self._chains:
+            terms = Terms(self.session, self.revision, hop.span.start, hop.span.stop, self.codec)
+            self._chains[hop.peer_id] = ReceiptChain(hop.peer_id, terms, self._check_signature)
+        return self._chains[hop.peer_id]
+
+
+def _missing(passed: PassedStep) -> ProtocolViolation:
+    """Who left its receipt out is the last hop whose own is not there, as far as anybody can tell."""
+    spans: set[tuple[int, int]] = set()
+    for signed in passed.receipts:
+        receipt: Receipt | None = _decoded(signed)
+        if receipt is not None:
+            spans.add((receipt.start, receipt.stop))
+    absent = [hop for hop in passed.hops if (hop.span.start, hop.span.stop) not in spans]
+    blamed = absent[-1].peer_id if absent else passed.hops[-1].peer_id
+    count = f"{len(passed.receipts)} receipts from {len(passed.hops)} hops"
+    return ProtocolViolation(f"step {passed.step.number} came back with {count}", blamed)
+
+
+def _decoded(signed: bytes) -> Receipt | None:
+    try:
+        return decode_receipt(signed)
+    except ProtocolViolation:
+        return None

@@ -1,0 +1,50 @@
+"""Which hop of a session has come to take long, by what the hops say they spent on its last steps.
+
+A hop that is slow is no hop that is dead: it is asked for nothing and blamed for nothing. It is worth a look
+whether somebody else would be so much faster that feeding them the session's past pays. Looks are ever
+rarer, since where one led nowhere the next one hardly will, and a change has to prove itself first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Final
+
+from p2pinfer.node.protocol.messages import Bill
+
+STEPS: Final = 8  # the last ones, whose median counts: a single slow step is nothing
+FEWEST_STEPS: Final = 4  # in which a hop must have shown how fast it is
+FIRST_PAUSE_S: Final = 5.0  # after a look, until the next one
+LONGEST_PAUSE_S: Final = 80.0
+
+
+class Stragglers:
+    """The last decode steps of a session's hops. `now` is seconds of one monotonic clock."""
+
+    def __init__(self, least_s: float) -> None:
+        """Who spends less than `least_s` on a step is never looked at."""
+        self._least_s = least_s
+        self._bills = deque[tuple[Bill, ...]](maxlen=STEPS)
+        self._pause_s = FIRST_PAUSE_S
+        self._look_at = 0.0
+
+    def note(self, bills: tuple[Bill, ...]) -> None:
+        """Another step was answered."""
+        self._bills.append(bills)
+
+    def forget(self) -> None:
+        """The hops are others now."""
+        self._bills.clear()
+
+    def suspect(self, now: float) -> tuple[int, float] | None:
+        """The slowest hop, by its place, and its seconds a step; None as long as no look is due."""
+        if len(self._bills) < FEWEST_STEPS or now < self._look_at:
+            return None
+        spent_s = [median(bill.serve_us for bill in bills) / 1e6 for bills in zip(*self._bills, strict=True)]
+        slowest_s = max(spent_s)
+        if slowest_s < self._least_s:
+            return None
+        self._look_at = now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return spent_s.index(slowest_s), slowest_s

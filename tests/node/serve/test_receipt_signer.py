@@ -1,0 +1,73 @@
+"""What a hop signs, and what it does not."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import msgspec
+import pytest
+
+from p2pinfer.errors import ProtocolViolation
+from p2pinfer.node.protocol.messages import Open, Step
+from p2pinfer.node.serve.receipt_signer import INLINE_BYTES, ReceiptSigner
+from p2pinfer.reputation.receipt import NO_RECEIPT, digest_of, open_receipt
+
+from ..memory import sign, verify
+
+OPENING = Open(b"s" * 16, "r" * 32, 2, 5, 64, "bfloat16", predecessor="before")
+
+
+def notary(signer: str = "hop", opening: Open = OPENING) -> ReceiptSigner:
+    return ReceiptSigner(opening, "float32", partial(sign, signer))
+
+
+async def test_receipts_say_what_was_done_and_follow_each_other() -> None:
+    writer = notary()
+    first = await writer.attest(Step(0, 0, 0, 3, 0), b"in", b"out", 3)
+    second = await writer.attest(Step(7, 2, 3, 1, 1), bytearray(b"more"), memoryview(b"less"), 1)
+    one, two = (open_receipt(each.receipt, "hop", verify) for each in (first, second))
+    assert (one.session, one.revision, one.start, one.stop) == (b"s" * 16, "r" * 32, 2, 5)
+    assert (one.position, one.tokens, one.returned, one.epoch) == (0, 3, 3, 0)
+    assert (one.dtype, one.codec, one.previous) == ("float32", "bfloat16", NO_RECEIPT)
+    assert (one.input, one.output) == (digest_of(b"in"), digest_of(b"out"))
+    assert (first.input_digest, first.output_digest) == (one.input, one.output)
+    assert first.receipt_digest == digest_of(first.receipt) == two.previous
+    assert (two.sequence, two.position, two.epoch, two.nonce) == (1, 3, 2, one.nonce)
+
+
+async def test_every_session_has_a_nonce_of_its_own() -> None:
+    step = Step(0, 0, 0, 1, 1)
+    nonces = {
+        open_receipt((await notary().attest(step, b"", b"", 1)).receipt, "hop", verify).nonce
+        for _ in range(3)
+    }
+    assert len(nonces) == 3
+
+
+async def test_large_payloads_are_hashed_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[int, int] = {}
+
+    def noting(payload: bytes) -> bytes:
+        threads[len(payload)] = threading.get_ident()
+        return digest_of(payload)
+
+    monkeypatch.setattr("p2pinfer.node.serve.receipt_signer.digest_of", noting)
+    writer, here = notary(), threading.get_ident()
+    await writer.attest(Step(0, 0, 0, 1, 1), bytes(100), bytes(INLINE_BYTES - 100), 1)
+    await writer.attest(Step(1, 0, 1, 1, 1), bytes(101), bytes(INLINE_BYTES), 1)
+    assert threads[100] == threads[INLINE_BYTES - 100] == here
+    assert threads[101] == threads[INLINE_BYTES] != here
+
+
+async def test_nothing_is_signed_for_what_the_predecessor_did_not_sign_for() -> None:
+    before = await notary("before").attest(Step(0, 0, 0, 1, 1), b"", b"hidden", 1)
+    step = Step(0, 0, 0, 1, 1, receipts=(before.receipt,))
+    assert (await notary().attest(step, b"hidden", b"out", 1)).input_digest == digest_of(b"hidden")
+    for receipts in ((before.receipt, b"nonsense"), (before.receipt,)):
+        with pytest.raises(ProtocolViolation) as caught:
+            tampered = b"hidden" if len(receipts) == 2 else b"hiddem"
+            await notary().attest(msgspec.structs.replace(step, receipts=receipts), tampered, b"out", 1)
+        assert caught.value.peer_id == "before"
+    first_hop = notary(opening=msgspec.structs.replace(OPENING, predecessor=None))
+    await first_hop.attest(step, b"whatever the client sends", b"out", 1)

@@ -1,0 +1,183 @@
+"""Fraud proofs as they are carried: who is told of them, from whom they are fetched, who looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
+
+import pytest
+import trio
+
+from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
+from p2pinfer.node.swarm.proof_gossip import MAX_TOLD, Heard, Notice, ProofCarrier
+from p2pinfer.reputation.proof import Accusation, Proof
+from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of, sign_receipt
+
+from ..memory import MemoryNetwork, sign
+
+INPUT, OUTPUT = b"in" * 50_000, b"out" * 50_000
+
+
+def proof_against(peer_id: str, output: bytes = OUTPUT) -> tuple[Proof, dict[bytes, Payload]]:
+    """A chain of one receipt, and the tensors that it names."""
+    digests = digest_of(INPUT), digest_of(output)
+    receipt = Receipt(
+        1, b"s" * 16, 0, NO_RECEIPT, "r", 0, 1, 0, 1, 1, 0, "bfloat16", "bfloat16", *digests, b"n" * 16
+    )
+    signed = sign_receipt(receipt, partial(sign, peer_id))
+    return Proof(1, peer_id, "output", (signed,)), dict(zip(digests, (INPUT, output), strict=True))
+
+
+class Board:
+    """Passes notices on to whoever is there when they are published."""
+
+    def __init__(self) -> None:
+        self.carriers: dict[str, ProofCarrier] = {}
+
+    async def publish_notice(self, author: str, notice: Notice) -> bytes:
+        await trio.lowlevel.checkpoint()
+        for peer_id, carrier in self.carriers.items():
+            if peer_id != author:
+                carrier.hear(Heard(notice, author, b"sealed"))
+        return b"sealed"
+
+
+class BoardOf:
+    """One author's end of the board."""
+
+    def __init__(self, board: Board, author: str) -> None:
+        self._board, self._author = board, author
+
+    async def publish_notice(self, notice: Notice) -> bytes:
+        return await self._board.publish_notice(self._author, notice)
+
+
+class Place:
+    """Hosts with carriers on one board."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.network = MemoryNetwork(nursery)
+        self.board = Board()
+
+    def join(self, peer_id: str) -> ProofCarrier:
+        host = self.network.host(peer_id)
+        carrier = ProofCarrier(host, EvidenceStore(1 << 26, 900), BoardOf(self.board, peer_id))
+        serve_evidence(host, carrier.store)
+        self.board.carriers[peer_id] = carrier
+        self.network.nursery.start_soon(carrier.serve)
+        return carrier
+
+
+@pytest.fixture
+async def place() -> AsyncGenerator[Place]:
+    async with open_nursery() as nursery:
+        with trio.fail_after(30):
+            yield Place(nursery)
+
+
+class Judge:
+    """Notes what it is shown, and says what it is told to."""
+
+    def __init__(self, carrier: ProofCarrier, says: bool | None = True) -> None:
+        self.seen: list[str] = []
+        self._says = says
+        self._changed = trio.Event()
+        carrier.attach(self.look, lambda heard: True)
+
+    async def look(
+        self, heard: Heard, accusation: Accusation, contents: Mapping[bytes, Payload]
+    ) -> bool | None:
+        await trio.lowlevel.checkpoint()
+        assert set(contents) == set(accusation.contents)
+        self.seen.append(accusation.peer_id)
+        self._changed.set()
+        self._changed = trio.Event()
+        return self._says
+
+    async def wait_for(self, count: int) -> None:
+        while len(self.seen) < count:
+            await self._changed.wait()
+
+
+async def until_told(carrier: ProofCarrier) -> None:
+    while not carrier.records():
+        await trio.lowlevel.checkpoint()
+
+
+async def test_whoever_published_may_leave_when_somebody_has_it_all(place: Place) -> None:
+    author = place.join("author")
+    address = await author.publish(*proof_against("liar"))
+    with trio.move_on_after(0.01) as alone:
+        await author.handed_out(address)
+    assert alone.cancelled_caught
+    node = place.join("node")
+    node.hear(Heard(Notice("proof", "r", address, "liar"), "author", b"sealed"))
+    await author.handed_out(address)
+    await until_told(node)
+    await place.network.kill("author")
+    late = place.join("late")
+    judge = Judge(late)
+    late.hear(Heard(Notice("proof", "r", address, "liar"), "author", b"sealed", told_by="node"))
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
+
+
+async def test_what_came_before_anybody_looked_is_looked_at(place: Place) -> None:
+    author, client = place.join("author"), place.join("client")
+    await author.publish(*proof_against("liar"))
+    await until_told(client)
+    judge = Judge(client)
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
+
+
+async def test_who_is_not_interested_is_shown_nothing(place: Place) -> None:
+    author, client = place.join("author"), place.join("client")
+    await author.publish(*proof_against("liar"))
+    await until_told(client)
+
+    async def look(*_: object) -> bool:
+        raise AssertionError("nobody asked")
+
+    client.attach(look, lambda heard: False)
+    await trio.testing.wait_all_tasks_blocked()
+    assert not client.hear(Heard(Notice("proof", "r", bytes(32), "other"), "author"))
+
+
+async def test_newcomers_are_not_told_of_what_proves_nothing(place: Place) -> None:
+    author, client = place.join("author"), place.join("client")
+    judge = Judge(client, says=False)
+    await author.publish(*proof_against("honest"))
+    await judge.wait_for(1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert client.records() == []
+    await author.publish(*proof_against("another"))  # by the same author, who is not heard any more
+    await trio.testing.wait_all_tasks_blocked()
+    assert judge.seen == ["honest"]
+
+
+async def test_a_proof_that_could_not_be_had_may_be_brought_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    author, client = place.join("author"), place.join("client")
+    judge = Judge(client)
+    address = digest_of(b"nobody has this")
+    notice = Notice("proof", "r", address, "liar")
+    assert client.hear(Heard(notice, "author"))
+    assert not client.hear(Heard(notice, "author"))  # it is under way
+    await trio.testing.wait_all_tasks_blocked()
+    assert judge.seen == []
+    assert client.hear(Heard(notice, "author"))
+    assert author.records() == []
+
+
+async def test_records_are_of_what_is_still_here_and_of_the_model_asked_for(place: Place) -> None:
+    author = place.join("author")
+    for number in range(MAX_TOLD + 3):
+        await author.publish(*proof_against("liar", b"%d" % number))
+    assert len(author.records()) == len(author.records("r")) == MAX_TOLD
+    assert author.records("another") == []
+    author.store.forget_expired(trio.current_time() + 1000)
+    assert author.records() == []

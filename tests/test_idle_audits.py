@@ -1,0 +1,250 @@
+"""A node's rounds: when they are made, over whom, and what stops them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from p2pinfer.client import Client, ClientConfig
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.config import SharedConfig
+from p2pinfer.errors import NoRoute
+from p2pinfer.idle_audits import LeastKnown, Patrol, VerifyConfig, draw_length, open_patrol
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.events import Event, NodeLeaving, Ready, SessionClosed, SessionOpened, Verified
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.verdict import Verdict
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.policy import RoutingPolicy
+from p2pinfer.routing.route import Candidate, RouteRequest
+
+from .audit.test_auditor import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
+from .node.memory_swarm import MemorySwarm
+
+__all__ = ["open_client", "swarm"]  # fixtures
+
+READY = Ready("me", ("/memory/me",), "tiny-stories", "r" * 32, (0, 8), "float32", "cpu", 1.0, 1)
+REQUEST = RouteRequest("r" * 32, 8, 640, 10)
+AT_ONCE = VerifyConfig(enabled=True, share=1, idle_s=0, pause_s=0, texts=1, max_new_tokens=24)
+
+
+def opened(client: str = "a client", sessions: int = 1) -> SessionOpened:
+    return SessionOpened(client, (0, 8), 10, sessions)
+
+
+def candidate(peer_id: str, start: int, stop: int) -> Candidate:
+    return Candidate(
+        Announcement(peer_id, "model", "r" * 32, BlockSpan(start, stop), "float32", 10.0, 1000, 1)
+    )
+
+
+class Rounds:
+    """Counts the clients that a patrol opens; none of them gets to do anything."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self.policies: list[RoutingPolicy] = []
+
+    @asynccontextmanager
+    async def open_client(
+        self, policy: RoutingPolicy, own: str, addrs: Sequence[str]
+    ) -> AsyncGenerator[Client]:
+        assert (own, tuple(addrs)) == (READY.peer_id, READY.addrs)
+        self.begun += 1
+        self.policies.append(policy)
+        try:
+            await trio.sleep_forever()
+            yield
+        finally:
+            self.ended += 1
+
+
+async def test_rounds_wait_for_a_node_that_serves_and_is_idle_and_end_when_it_is_not(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    rounds = Rounds()
+    patrol = Patrol(rounds.open_client, VerifyConfig(idle_s=10, pause_s=30), rng=random.Random(1))
+    nursery.start_soon(patrol.serve)
+    await trio.sleep(100)
+    assert rounds.begun == 0  # it does not serve yet
+    patrol.note(READY)
+    await trio.sleep(5)
+    patrol.note(opened())
+    await trio.sleep(100)
+    assert rounds.begun == 0  # somebody is served
+    patrol.note(SessionClosed("a client", 10, "done", 0))
+    patrol.note(NodeLeaving(0))
+    await trio.sleep(9)
+    assert rounds.begun == 0
+    await trio.sleep(2)
+    assert (rounds.begun, rounds.ended) == (1, 0)
+    patrol.note(opened())
+    await trio.sleep(0.1)
+    assert rounds.ended == 1
+    patrol.note(SessionClosed("a client", 10, "done", 0))
+    await trio.sleep(12)
+    assert rounds.begun == 1  # the pause
+    await trio.sleep(50)
+    assert rounds.begun == 2
+
+
+async def test_a_round_finds_who_cheats(
+    swarm: MemorySwarm, open_client: OpenClient, nursery: trio.Nursery
+) -> None:
+    cheat(await swarm.serve("b", 0, 8), partial(noisy, generator=torch.Generator().manual_seed(1)))
+    await swarm.serve("me", 0, 8)
+    ledger, told = Ledger(), list[Event]()
+    done = trio.Event()
+
+    @asynccontextmanager
+    async def join(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
+        async with open_client(policy=policy, reputation=ledger, audit=ALWAYS) as client:
+            yield client
+
+    def report(event: Event) -> None:
+        told.append(event)
+        done.set()
+
+    patrol = Patrol(join, AT_ONCE, report, random.Random(1))
+    patrol.note(READY)
+    nursery.start_soon(patrol.serve)
+    await done.wait()
+    assert told[0] == Verified(1, 0, 1, 0)
+    assert ledger.is_banned("b")
+    assert ledger.account("me").audits == 0
+
+
+async def test_where_there_is_nobody_a_round_comes_to_nothing(
+    swarm: MemorySwarm, open_client: OpenClient, nursery: trio.Nursery
+) -> None:
+    await swarm.serve("me", 0, 8)
+    rounds = 0
+    twice = trio.Event()
+
+    @asynccontextmanager
+    async def join(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2:
+            twice.set()
+        config = ClientConfig(dtype="float32", find_timeout_s=0.01)
+        async with open_client(policy=policy, audit=ALWAYS, config=config) as client:
+            yield client
+
+    def report(event: Event) -> None:
+        raise AssertionError("nothing was checked")
+
+    patrol = Patrol(join, AT_ONCE, report)
+    patrol.note(READY)
+    nursery.start_soon(patrol.serve)
+    await twice.wait()
+
+
+@pytest.mark.parametrize(("most", "least"), [(200, 50), (64, 24), (24, 24), (12, 12), (1, 1)])
+def test_a_text_is_as_long_as_a_verdict_needs_where_that_is_allowed(most: int, least: int) -> None:
+    rng = random.Random(1)
+    lengths = {draw_length(most, rng) for _ in range(1000)}
+    assert (min(lengths), max(lengths)) == (least, most)
+
+
+def test_routes_go_over_those_known_least_and_never_over_ourselves_alone() -> None:
+    ledger = Ledger()
+    for _ in range(300):
+        ledger.record_audit("known", Verdict.PASS, 0.0)
+    ledger.ban("banned")
+    policy = LeastKnown("me", random.Random(1))
+    peers = [candidate("known", 0, 8), candidate("new", 0, 8), candidate("banned", 0, 8)]
+    mine = candidate("me", 0, 8)
+    routes = [policy.choose_routes([*peers, mine], REQUEST, ledger)[0] for _ in range(200)]
+    used = [route.peer_ids for route in routes]
+    assert set(used) == {("known",), ("new",)}
+    assert used.count(("new",)) > 180
+    with pytest.raises(NoRoute):
+        policy.choose_routes([mine], REQUEST, ledger)
+    # Where nobody else serves some blocks, our own help to look at who serves the others.
+    (route,) = policy.choose_routes([mine, candidate("new", 0, 4)], REQUEST, ledger)
+    assert route.peer_ids == ("new", "me")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("share", 0), ("share", 1.1), ("idle_s", -1), ("pause_s", -1), ("texts", 0)]
+)
+def test_settings_that_make_no_sense_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        VerifyConfig(**{field: value})  # type: ignore[arg-type]
+
+
+async def test_a_nodes_patrol_joins_by_the_node_and_asks_it_for_no_opinion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    seen: list[dict[str, object]] = []
+
+    class Joined:
+        def __init__(self, **options: object) -> None:
+            seen.append(options)
+
+        async def __aenter__(self) -> Joined:
+            raise NoRoute("nobody")
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("p2pinfer.idle_audits.Client", Joined)
+    shared = SharedConfig(bootstrap=("/ip4/192.0.2.1/tcp/1/p2p/x",), cache_dir=tmp_path)  # type: ignore[arg-type]
+    tell: Callable[[Event], None] = lambda _: None  # noqa: E731
+    patrol = open_patrol(AT_ONCE, AuditConfig(rate=0.1), shared, HostConfig(), tell)
+    patrol.note(READY)
+    with trio.move_on_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(patrol.serve)
+            while len(seen) < 2:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    one, other = seen[:2]
+    assert one["bootstrap"] == ("/memory/me", "/ip4/192.0.2.1/tcp/1/p2p/x")
+    assert one["verifier"] is other["verifier"]
+    audit = one["audit"]
+    assert isinstance(audit, AuditConfig)
+    assert (audit.rate, audit.own_peers) == (1.0, ("me",))
+
+
+async def test_a_patrol_whose_folder_was_written_anew_checks_nobody_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other:
+        """A client that finds another model in the folder than the patrol's verifier did."""
+
+        spec = replace(resolve_model(BUNDLED_MODEL, cache_dir=tmp_path).spec, revision="f" * 32)
+
+        def __init__(self, **options: object) -> None: ...
+
+        async def __aenter__(self) -> Other:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        # There is no `generate`: a text would fail here.
+
+    monkeypatch.setattr("p2pinfer.idle_audits.Client", Other)
+    heard: list[Event] = []
+    shared = SharedConfig(cache_dir=tmp_path)
+    patrol = open_patrol(AT_ONCE, AuditConfig(), shared, HostConfig(), heard.append)
+    patrol.note(READY)
+    with trio.move_on_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(patrol.serve)
+            while "nobody is checked until the node is started again" not in caplog.text:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert "nobody is checked until the node is started again" in caplog.text
+    assert heard == []
