@@ -1,1 +1,1 @@
-"""What is computed: checkpoints, decoder blocks, KV cache, sampling. Knows no peers."""
+"""Computation: checkpoints, decoder blocks, KV cache, sampling. Knows no peers."""

@@ -1,4 +1,4 @@
-"""What the computing layer can be told: device, dtype, threads, memory."""
+"""Settings of the computing layer: device, dtype, threads, memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 @dataclass(frozen=True, slots=True)
 class ComputeConfig:
-    """How a span is computed."""
+    """Settings of the computation of a span."""
 
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: the first GPU if there is one
     dtype: str = (

@@ -1,4 +1,4 @@
-"""What long work tells whoever watches: downloads, hashing, loading."""
+"""Progress of long work, for whoever watches: downloads, hashing, loading."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class BlockSpan:
         return f"{self.start}:{self.stop}"
 
     def covers(self, other: BlockSpan) -> bool:
-        """Whether every block of `other` is one of this span's."""
+        """True if every block of `other` is one of this span's."""
         return self.start <= other.start and other.stop <= self.stop
 
 

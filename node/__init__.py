@@ -1,1 +1,1 @@
-"""How peers talk: identity, host, gossip, wire, server, worker."""
+"""Networking and serving: identity, host, gossip, protocol, server, worker."""

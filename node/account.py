@@ -1,4 +1,4 @@
-"""What a node tells whoever runs it: whom it joined, and what it came to in the end."""
+"""Reports of a node to its operator: the peers it joined, and a summary when it stops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def tell_joined(member: SwarmMember, report: Callable[[Event], None]) -> N
 
 
 def joined(member: SwarmMember) -> Joined:
-    """Whom this node is connected to, and which bootstrap peers answered."""
+    """Event with the peers this node is connected to, and the bootstrap peers that answered."""
     outcomes = member.bootstrap_outcomes()
     return Joined(
         len(member.host.connected_peers()),
@@ -43,7 +43,7 @@ def joined(member: SwarmMember) -> Joined:
 
 
 def stopped(member: SwarmMember, since: float) -> Stopped:
-    """What this node did since that time of trio's clock."""
+    """Event with the work of this node since that time of trio's clock."""
     counts, use = member.host.counts, member.reach.status.carried
     audits = counts.by_label("audits")
     return Stopped(

@@ -1,4 +1,4 @@
-"""What a node serves, what it may spend on others, and how long it waits for them."""
+"""Settings of a node: what it serves, what it spends on others, how long it waits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """What a node serves and where it keeps its things."""
+    """Settings of a node: what it serves, and where it keeps its files."""
 
     model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
     blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most

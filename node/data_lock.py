@@ -1,4 +1,4 @@
-"""One node for one data directory: two would be one peer to the swarm, and overwrite each other's notes.
+"""Lock on a data directory: two nodes in one would be one peer, and overwrite each other's files.
 
 The lock is the operating system's, so that it is free as soon as its process is gone, however that ended. Who
 holds it stands in a file of its own beside it: opening a lock file to try it may empty it.
@@ -36,7 +36,7 @@ _COMMAND_CHARS: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a data directory."""
+    """Process that holds a data directory."""
 
     pid: int
     host: str  # the computer's name: the directory may be shared by several
@@ -51,7 +51,7 @@ class Holder:
 
     @property
     def may_run(self) -> bool:
-        """Whether such a process may be there; that of another computer cannot be looked for."""
+        """True if such a process may be there; that of another computer cannot be looked for."""
         return self.host != socket.gethostname() or psutil.pid_exists(self.pid)
 
 
@@ -88,7 +88,7 @@ def hold_data_dir(data_dir: Path) -> Generator[None]:
 
 
 def read_holder(data_dir: Path) -> Holder | None:
-    """Who says that it holds `data_dir`; None if nobody does, or who did is gone."""
+    """Process that claims to hold `data_dir`; None if nobody does, or the one that did is gone."""
     try:
         with (data_dir / HOLDER_FILE).open("rb") as file:
             noted: Any = json.loads(file.read(_MAX_BYTES))

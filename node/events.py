@@ -1,4 +1,4 @@
-"""What a node tells whoever runs it. With `--json` each event is one object on a line."""
+"""Events of a node, for its operator. With `--json` each is one object on a line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ready(_Event, frozen=True, tag="ready"):
 
 
 class Joined(_Event, frozen=True, tag="joined"):
-    """Whom the node has joined; told once that is known, and when more have answered."""
+    """Peers that the node has joined; told once that is known, and when more have answered."""
 
     peers: int  # connected at the moment
     answered: tuple[str, ...]  # addresses of bootstrap peers
@@ -53,7 +53,7 @@ class Joined(_Event, frozen=True, tag="joined"):
 
 
 class Reached(_Event, frozen=True, tag="reached"):
-    """How others reach the node, found out or changed."""
+    """Reachability of the node, found out or changed."""
 
     reachability: str  # public, mapped, private or unknown, as in announcements
     nat: str  # none, firewall, port-preserving, symmetric or unknown

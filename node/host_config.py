@@ -1,4 +1,4 @@
-"""Where a host listens, whom it lets in, how long it waits. Not in host.py: reading it imports no libp2p."""
+"""Settings of a host, apart from host.py so that reading them imports no libp2p."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
-    """Where a host listens, whom it lets in, and what it grants each peer."""
+    """Settings of a host: where it listens, whom it admits, what it grants each peer."""
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")  # multiaddrs; none: only dial out
     announce: tuple[str, ...] = ()  # multiaddrs that lead here from outside, such as a forwarded port's

@@ -28,7 +28,7 @@ _MAX_SCRAPERS: Final = 8
 
 
 class Metrics:
-    """What there is to be read of a node. Everything that has a number to show adds it by `watch`."""
+    """Metrics of a node. Everything that has a number to show adds it by `watch`."""
 
     def __init__(self, host: Host) -> None:
         self._host = host

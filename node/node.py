@@ -1,4 +1,4 @@
-"""A serving node, from its identity to its goodbye.
+"""Life of a serving node, from its identity to its farewell.
 
     identity -> model -> network -> look at the swarm -> choose blocks -> load -> serve -> announce -> leave
 
@@ -275,7 +275,7 @@ class _Node:
             return open_runner(checkpoint, span, self._compute, progress=self._progress)
 
     def _cores(self, runner: SpanRunner) -> int:
-        """How many threads may be tried: one if their number was asked for, or does not matter."""
+        """Number of threads that may be tried: one if it was set, or does not matter."""
         if self._compute.threads or runner.device.type != "cpu":
             return 1
         return usable_cores()
@@ -298,7 +298,7 @@ class _Node:
 
 
 def _fitting(capacity: Capacity) -> str:
-    """How many blocks fit, and into what if a limit was reckoned with."""
+    """Number of blocks that fit, and into what if a limit was reckoned with."""
     limited = f", since {capacity.memory}" if capacity.memory.limited_by else ""
     return f"{capacity.blocks} blocks fit{limited}"
 

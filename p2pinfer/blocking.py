@@ -1,4 +1,4 @@
-"""p2pinfer without async: a client whose trio loop runs in a thread of its own."""
+"""Client without async, whose trio loop runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ class BlockingGeneration:
 
     @property
     def result(self) -> GenerationResult:
-        """What has been generated; whole once the iteration has ended."""
+        """Result so far; whole once the iteration has ended."""
         return self._generation.result
 
     @property
     def resume_token(self) -> str | None:
-        """What `resume` takes to go on from here; None if there is nothing left to do."""
+        """Token for `resume` to go on from here; None if there is nothing left to do."""
         return self._generation.resume_token
 
     def text(self) -> str:
@@ -192,14 +192,14 @@ class _Loop:
             raise
 
     def call(self, function: Callable[[Client], _Result]) -> _Result:
-        """What `function` returns, called in the loop."""
+        """Result of `function`, called in the loop."""
         try:
             return trio.from_thread.run_sync(function, self._client, trio_token=self._token)
         except trio.RunFinishedError:
             raise LocalError("this client is closed; connect again") from None
 
     def wait(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
-        """What `function` returns, awaited in the loop."""
+        """Result of `function`, awaited in the loop."""
         try:
             return trio.from_thread.run(function, trio_token=self._token)
         except (trio.RunFinishedError, trio.Cancelled):

@@ -1,4 +1,4 @@
-"""libp2p as p2pinfer contains it, found before any other. vendor/README.md says why it is contained."""
+"""Import of the libp2p that p2pinfer contains, before any other; vendor/README.md says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joins the swarm without serving: sees who holds what, plans routes, opens sessions.
+"""Client: joins the swarm without serving, plans routes and opens sessions.
 
 The client keeps the same live table as a node, from the same gossip, so a generation starts with a look at
 memory. What it learns from a route's fate goes to its ledger and to the policy that chose it.
@@ -221,7 +221,7 @@ class Client:
 
     @property
     def audits(self) -> AuditTally:
-        """What this client's audits have come to so far."""
+        """Results of this client's audits so far."""
         return self._auditor.tally if self._auditor else AuditTally()
 
     async def audits_settled(self) -> None:
@@ -302,14 +302,14 @@ class Client:
         return [*words, *(("--swarm-key", str(key)) if key is not None else ())]
 
     async def is_served(self, timeout_s: float) -> bool:
-        """Whether anybody serves this client's model; waits for news of that for so long."""
+        """True if anybody serves this client's model; waits for news of that for so long."""
         with trio.move_on_after(timeout_s):
             while not self.peers():
                 await self._member.table_changed.wait()
         return bool(self.peers())
 
     def others_served(self) -> str:
-        """Which other models somebody serves here, and how to ask for one; empty if none is."""
+        """Other models that are served here, and how to ask for one; empty if there are none."""
         return self._navigator.others_served()
 
     def peers(self) -> list[PeerView]:
@@ -343,7 +343,7 @@ class Client:
 
     @property
     def cache_dir(self) -> Path:
-        """Where models and the hashes of their files are kept."""
+        """Folder of models and of the hashes of their files."""
         return self._cache_dir
 
     @property
@@ -408,11 +408,11 @@ class Client:
         self._navigator.route_ended(route, outcome)
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
-        """How this client is connected to a hop."""
+        """Kind of this client's connection to a hop."""
         return self._member.host.connection_kind(peer_id) or "direct"
 
     def _codec_for(self, route: Route) -> Codec:
-        """What travels: what every hop computes in, or float32, which loses nothing of any mix."""
+        """Codec of a route: the dtype of all hops, or float32, which loses nothing of any mix."""
         dtypes = {
             announcement.dtype
             for announcement in self._member.announcements(self._source.spec.revision)

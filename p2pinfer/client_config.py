@@ -1,4 +1,4 @@
-"""What a client can be told: how it finds its way, draws text, walks a route, and checks who computes.
+"""Settings of a client: routing, sampling, sessions and audits.
 
 Apart from the code that goes by it, so that a wrong setting is told before torch is imported.
 """
@@ -23,7 +23,7 @@ RULED_BY: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """How a client finds its way."""
+    """Settings of a client's place in the swarm and of its routes."""
 
     policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
     find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
@@ -48,7 +48,7 @@ class ClientConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What to generate and how to draw it. None is as the model's generation_config.json says."""
+    """Settings of a generation. None is as the model's generation_config.json says."""
 
     max_new_tokens: int | None = None  # tokens; where the model does not say, 128
     temperature: float | None = None  # 0 takes the likeliest token, higher is more varied; else 0
@@ -95,7 +95,7 @@ def said(config: GenerationConfig, *names: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
-    """How a client walks a route."""
+    """Settings of a client's sessions."""
 
     chunk_tokens: int = 256  # a longer prompt travels in chunks of at most this many tokens
     chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
@@ -116,7 +116,7 @@ class SessionConfig:
 
 @dataclass(frozen=True, slots=True)
 class AuditConfig:
-    """How often peers are checked, and what that may take."""
+    """Settings of audits: how often, and what they may take."""
 
     rate: float | None = (
         None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
@@ -146,7 +146,7 @@ class AuditConfig:
 
 @dataclass(frozen=True, slots=True)
 class VerifyConfig:
-    """How much of its spare time a node checks others."""
+    """Settings of a node's idle-time audits."""
 
     enabled: bool = False  # check others' work when nobody wants anything of this node
     share: float = 0.05  # of the time that may take, above 0 to 1

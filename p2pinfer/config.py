@@ -1,4 +1,4 @@
-"""Where every setting comes from: default < config.toml < P2PINFER_* < flag.
+"""Configuration from all sources: default < config.toml < P2PINFER_* < flag.
 
 Each layer keeps its settings in one frozen `XConfig` dataclass, and the defaults live there and nowhere else.
 The section of `XConfig` is `[x]`. What several layers need (`SharedConfig`) is set once, at the top of the
@@ -48,7 +48,7 @@ _Config = TypeVar("_Config")
 
 @dataclass(frozen=True, slots=True)
 class SharedConfig:
-    """What every command needs, set once for all."""
+    """Settings that every command needs, set once for all."""
 
     model: str = "tiny-stories"  # a Hugging Face id, a folder, or the bundled tiny-stories
     bootstrap: tuple[str, ...] = ()  # peers to dial first; empty: those of bootstrap_peers.txt
@@ -63,7 +63,7 @@ SHARED = frozenset(each.name for each in dataclasses.fields(SharedConfig))
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What was said on the command line, and how: `Flag("--listen", ("/ip4/...",))`."""
+    """A flag as it was given on the command line: `Flag("--listen", ("/ip4/...",))`."""
 
     name: str
     value: object
@@ -306,7 +306,7 @@ def _assignments(value: object, setting: Setting, origin: str) -> object:
 
 
 def _decode(kind: type[Any], value: object) -> object:
-    """What msgspec does not know: paths, written as text."""
+    """Decode what msgspec does not know: paths, written as text."""
     if isinstance(value, str) and issubclass(kind, Path):
         return expand(value)
     raise msgspec.ValidationError(f"{value!r} is no {kind.__name__}")

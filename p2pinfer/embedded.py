@@ -1,4 +1,4 @@
-"""A swarm of real node processes on loopback, for when there is no other: they end when we do.
+"""Embedded swarm of node processes on loopback, for when no other is in reach.
 
 The nodes are `p2pinfer node` as anybody would start it, each with an identity and a data directory of its
 own, joined through our own host. Their standard input is a pipe from us, so they leave when this process
@@ -59,7 +59,7 @@ class EmbeddedNode:
 
 
 def may_embed(model: str, bootstrap: Sequence[str], config: HostConfig) -> bool:
-    """Whether nodes of our own may stand in for a swarm that is not in reach.
+    """True if nodes of our own may stand in for a swarm that is not in reach.
 
     They may if nobody named one, and all of the model is here: the bundled one, or a folder.
     """
@@ -76,7 +76,7 @@ def embedded_spans(num_blocks: int) -> list[BlockSpan]:
 
 
 def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:
-    """How a client's host listens: not at all, unless it may become the meeting point of its own nodes."""
+    """Settings of a client's host, which listens only if it may become its own nodes' meeting point."""
     return replace(config, listen=("/ip4/127.0.0.1/tcp/0",) if embedding else ())
 
 

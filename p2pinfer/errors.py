@@ -1,4 +1,4 @@
-"""What can go wrong, by whom it must be answered.
+"""Errors, as a tree by who has to act: this side, a peer, or the network.
 
 `LocalError` is ours: a wrong flag, a missing file, no room left. `PeerError` is theirs: a peer broke
 the protocol, refused, vanished or computed nonsense; it feeds routing and reputation. `NoRoute` is
@@ -101,7 +101,7 @@ class PeerRefused(PeerError):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the peer only lacks room at the moment: no fault of its, and worth asking again later."""
+        """True if the peer only lacks room at the moment: no fault of its, and worth asking again later."""
         return self.code in self._PASSING
 
 

@@ -1,4 +1,4 @@
-"""Where things are kept when nobody has said so, also for a user without a home."""
+"""Default folders of data, cache and configuration, also for a user without a home."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expand(path: str | Path) -> Path:
 
 
 def is_homeless() -> bool:
-    """Whether this user has no home directory, so that things are kept in the temporary directory."""
+    """True if this user has no home directory, so that things are kept in the temporary directory."""
     return not _platform_folder("data").is_absolute()
 
 

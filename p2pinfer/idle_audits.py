@@ -1,4 +1,4 @@
-"""Spends a node's spare time on checking others: `p2pinfer node --verify`.
+"""Idle-time audits of a node: it checks others while it has nothing to serve (`--verify`).
 
     nobody is served -> a client under a throw-away identity -> texts over peers known least -> audits
          ^                                                                                        |
@@ -209,7 +209,7 @@ def open_patrol(
 
 
 def draw_length(most: int, rng: random.Random) -> int:
-    """How many tokens a text is to have: at random up to `most`, and enough for a verdict if that allows it.
+    """Length of a text in tokens: random up to `most`, and enough for a verdict if that allows it.
 
     The last hop gives one output a token. The limits for a few are so wide that who is found to cheat in a
     longer text is merely suspect in a short one, if that much.

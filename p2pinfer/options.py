@@ -1,4 +1,4 @@
-"""The keyword arguments of `Client`, `connect` and `generate`, with types; what is said of a wrong one.
+"""Keyword arguments of `Client`, `connect` and `generate`, typed, with errors that name the nearest.
 
 Editors complete what a `TypedDict` lists; tests keep both lists equal to what they stand for.
 """
@@ -48,7 +48,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class ClientOptions(TypedDict, total=False):
-    """What `connect` hands on to `Client`."""
+    """Options that `connect` hands on to `Client`."""
 
     config: ClientConfig | None
     session_config: SessionConfig | None

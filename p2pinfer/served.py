@@ -1,4 +1,4 @@
-"""What a swarm serves, by its announcements alone: no model's files are needed, and nobody is believed.
+"""Models that a swarm serves, by its announcements alone, without their files or any trust.
 
 Names, counts and revisions are what peers say of themselves. Where they differ, most of them count.
 """
@@ -61,7 +61,7 @@ def _model_of(revision: str, peers: Sequence[Announcement]) -> ServedModel:
 
 
 def describe_served(models: Sequence[ServedModel], joining: Sequence[str] = ()) -> str:
-    """What is served and how to ask for the first of it, in one line; empty if nothing is.
+    """Served models and how to ask for the first, in one line; empty if there are none.
 
     Args:
         joining: The options by which the swarm is joined, as words of a command line.

@@ -1,4 +1,4 @@
-"""Text as people's editors and shells write it: UTF-8, or what Windows' tools make of it.
+"""Text as editors and shells write it: UTF-8, or Windows' encodings.
 
 Notepad and PowerShell put a byte order mark before UTF-8, and older PowerShell's `>` writes UTF-16. Whoever
 reads such a file by name as UTF-8 has a first line that begins with U+FEFF, or nothing at all.
@@ -30,5 +30,5 @@ def read_text(path: Path) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: no half of a surrogate pair, as bytes that are no text become."""
+    """True if it can be written as UTF-8: no half of a surrogate pair, as bytes that are no text become."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

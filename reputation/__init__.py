@@ -1,1 +1,1 @@
-"""Whom to believe: what was seen of each peer, as two scores. Knows no sockets and no clock."""
+"""Reputation of peers: observations turned into two scores. Knows no sockets and no clock."""

@@ -1,4 +1,4 @@
-"""All that is known of one peer, and how each event changes it.
+"""Account of one peer: everything observed of it, as a pure function of events.
 
 Everything here is pure: an account and an event give an account. So an event that one process saw can be
 applied to what another process has written meanwhile, and nothing is lost or counted twice.
@@ -39,7 +39,7 @@ class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ban(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why a peer is not used: `by` the user, its audits' mean, or a fraud proof."""
+    """Reason of a ban: `by` the user, its audits' mean, or a fraud proof."""
 
     at: _Time
     by: Literal["user", "audits", "proof"]
@@ -102,7 +102,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return self.alpha / (self.alpha + self.beta)
 
     def is_newcomer(self, config: LedgerConfig) -> bool:
-        """Whether there were too few audits to tell, and none of them failed."""
+        """True if there were too few audits to tell, and none of them failed."""
         return self.failed == 0 and not self.vouched and self.passed < config.newcomer_audits
 
     def reliability(self, now: float, config: LedgerConfig) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What peers say of each other, and how much of it is believed.
+"""Attestations: opinions of peers about each other, and how much each counts.
 
 An attestation is one signed record: its author's own audits of some peers, as a mean and a count. It says
 nothing by itself. An author has weight only once at least `min_overlap` peers were audited both by it and by
@@ -35,7 +35,7 @@ Verify: TypeAlias = Callable[[str, bytes, bytes], bool]  # peer id, payload, sig
 
 
 class Opinion(msgspec.Struct, frozen=True, array_like=True):
-    """What its author's audits of one peer came to."""
+    """Result of its author's audits of one peer."""
 
     peer_id: PeerId
     mean: Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -62,7 +62,7 @@ _sealed_decoder: Final = msgspec.msgpack.Decoder(_Sealed)
 
 
 def own_attestation(author: str, accounts: Mapping[str, Account], now: float) -> Attestation:
-    """What we would say of others: own audits and nothing that we were told. The best known come first."""
+    """Our own attestation: own audits and nothing that we were told. The best known come first."""
     audited = [(peer_id, account) for peer_id, account in accounts.items() if account.evidence > 0]
     audited.sort(key=lambda each: (-each[1].evidence, each[0]))
     opinions = tuple(
@@ -103,7 +103,7 @@ def open_attestation(record: bytes, verify: Verify, now: float) -> Attestation:
 
 
 def weight(attestation: Attestation, accounts: Mapping[str, Account], config: LedgerConfig) -> float:
-    """How much the author's word counts, 0..1, by how it compares with what we saw ourselves."""
+    """Weight of the author's word, 0..1, by how it compares with what we saw ourselves."""
     differences = [
         abs(accounts[opinion.peer_id].integrity_mean - opinion.mean)
         for opinion in attestation.opinions

@@ -1,4 +1,4 @@
-"""Quantiles of the Beta distribution, which is what pass-or-fail evidence says of a peer.
+"""Quantiles of the Beta distribution, which models pass-or-fail evidence about a peer.
 
 The regularised incomplete beta function by its continued fraction (DLMF 8.17.22, evaluated as Lentz does:
 Numerical Recipes, 3rd ed., 5.2 and 6.4), and its inverse by bisection. A dependency for one function of one

@@ -1,11 +1,11 @@
-"""What reputation is reckoned with; the only place these defaults live."""
+"""Settings of reputation; the only place where these defaults live."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerConfig:
-    """How evidence turns into scores, and how much is remembered."""
+    """Settings of the scores, and of how much is remembered."""
 
     reliability_prior: tuple[float, float] = (9.5, 0.5)  # good and bad sessions a newcomer is credited with
     half_life_h: float = 72.0  # hours until what was seen of a peer's reliability counts half

@@ -1,4 +1,4 @@
-"""A ledger as a JSON file, to be moved to another machine or kept as a backup.
+"""Export and import of a ledger as a JSON file.
 
 What comes in is held to the same bounds as the ledger's own file, and merged into what is known: nothing is
 overwritten, and importing a file twice changes nothing. Its bans and audits become one's own: import only

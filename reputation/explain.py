@@ -1,4 +1,4 @@
-"""Why a peer scores as it does, in plain words."""
+"""Explanation of a peer's scores in plain words."""
 
 from __future__ import annotations
 

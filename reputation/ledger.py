@@ -1,4 +1,4 @@
-"""What is known of every peer: what we saw, what we were told, what was proved.
+"""Ledger of all peers: observations, attestations and fraud proofs.
 
 Two numbers come out. Integrity is the 5 % quantile of the Beta posterior of our own audits, to which what
 others attest is added within caps (attestation.py); reliability the posterior mean over sessions. Bans rest
@@ -80,11 +80,11 @@ class Ledger:
             return score_of(account, self.attested(peer_id), self._records.now, self.config)
 
     def is_banned(self, peer_id: str) -> bool:
-        """Whether the peer must not be used: the user said so, its audits did, or a proof."""
+        """True if the peer must not be used: the user said so, its audits did, or a proof."""
         return self.account(peer_id).ban is not None
 
     def is_newcomer(self, peer_id: str) -> bool:
-        """Whether the peer was audited too little to tell, and none of its audits failed."""
+        """True if the peer was audited too little to tell, and none of its audits failed."""
         return self.account(peer_id).is_newcomer(self.config)
 
     def audit_probability(self, peer_id: str, now: float) -> float:
@@ -102,7 +102,7 @@ class Ledger:
             return dict(self._records.accounts)
 
     def explain(self, peer_id: str) -> list[str]:
-        """Why the peer scores as it does, in plain words, one sentence a line."""
+        """Explanation of the peer's scores in plain words, one sentence a line."""
         with self._records.lock:
             return explain_peer(
                 self.account(peer_id), self.score(peer_id), self.attested(peer_id), self.config
@@ -198,7 +198,7 @@ class Ledger:
     # ------------------------------------------------------------------ fraud proofs
 
     def weigh_proof(self, address: str, accused: str, sender: str, now: float) -> ProofDecision:
-        """Whether a proof that `sender` tells of is worth fetching. Notes it as seen if it is.
+        """Decide if a proof that `sender` tells of is worth fetching, and note it as seen if it is.
 
         Args:
             address: The proof's content address.
@@ -266,7 +266,7 @@ class Ledger:
         return self.attester_weight(attestation.author)
 
     def attester_weight(self, author: str) -> float:
-        """How much an author's word counts, 0..1; 0 for a banned one or without enough in common."""
+        """Weight of an author's word, 0..1; 0 for a banned one or without enough in common."""
         return self._records.attester_weight(author)
 
     def attested(self, peer_id: str) -> tuple[float, float]:
@@ -274,7 +274,7 @@ class Ledger:
         return self._records.attested(peer_id)
 
     def own_opinions(self, author: str, now: float) -> Attestation:
-        """What `author`, which is us, may tell others: `attestation.seal_attestation` signs it."""
+        """Opinions that `author`, which is us, may tell others: `attestation.seal_attestation` signs them."""
         with self._records.lock:
             return own_attestation(author, self._records.accounts, now)
 
@@ -282,7 +282,7 @@ class Ledger:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether `flush` has something to write."""
+        """True if `flush` has something to write."""
         return self._records.is_dirty
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""What shows a third party that a peer lied, with nobody's word to be taken for it.
+"""Fraud proofs: evidence that a peer lied, which a third party can check by itself.
 
 A proof names the peer and carries its own signed receipts. Two of them for one place in a chain are a lie in
 themselves. A chain from its first receipt on, together with the tensors that it names, lets anybody run the
@@ -95,7 +95,7 @@ def decode_proof(encoded: bytes) -> Proof:
 
 
 def open_proof(proof: Proof, check: CheckSignature) -> Accusation:
-    """What a proof says, once its signatures hold. Takes 50 us a receipt.
+    """Content of a proof, once its signatures hold. Takes 50 us a receipt.
 
     Raises:
         ProtocolViolation: A receipt is not the accused peer's, or they are no chain from its beginning.

@@ -1,4 +1,4 @@
-"""Which fraud proofs were heard of, fetched and checked, and from whom one still takes any.
+"""Bookkeeping of fraud proofs: which were heard of, fetched and checked, and whose are still accepted.
 
 A proof is known by its content address. Checking one costs a re-execution, so a stranger could keep a node
 busy with proofs of nothing: each sender is granted so many an hour, fewer the more of its proofs were false,
@@ -26,7 +26,7 @@ ProofState: TypeAlias = Literal["seen", "verified", "false"]
 
 
 class ProofNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of one proof."""
+    """Fate of one proof."""
 
     accused: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
     sender: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,128}\Z")]  # empty: made here
@@ -35,7 +35,7 @@ class ProofNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ProofDecision(Enum):
-    """What to do about a proof that somebody tells of."""
+    """Decision about a proof that somebody tells of."""
 
     FETCH = "fetch it and check it"
     KNOWN = "it was checked before"
@@ -45,7 +45,7 @@ class ProofDecision(Enum):
 
 
 def sender_standing(sender: Account) -> float:
-    """How far a sender of proofs is listened to, 0..1; 1 for one that never sent any."""
+    """Standing of a sender of proofs, 0..1; 1 for one that never sent any."""
     true = 1 + sender.proofs_verified
     return true / (true + 2 * sender.proofs_false)
 
@@ -60,7 +60,7 @@ def decide(
     accounts: dict[str, Account],
     config: LedgerConfig,
 ) -> ProofDecision:
-    """Whether a proof is worth fetching. Bytes and time are spent only after FETCH."""
+    """Decide if a proof is worth fetching. Bytes and time are spent only after FETCH."""
     known = proofs.get(address)
     if known is not None and known.state != "seen":
         return ProofDecision.KNOWN
@@ -85,7 +85,7 @@ def decide(
 
 
 def _strangers_allowance(heard: list[ProofNote], config: LedgerConfig) -> float:
-    """How many proofs an hour all strangers may bring. Who proved something was a stranger until then."""
+    """Proofs an hour that all strangers may bring. Who proved something was a stranger until then."""
     true = 3 + sum(note.state == "verified" for note in heard)
     false = sum(note.state == "false" for note in heard)
     return max(config.least_proofs_per_hour, config.max_proofs_per_hour * true / (true + false))

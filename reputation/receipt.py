@@ -1,4 +1,4 @@
-"""What a hop signs for every step: what came in, what went out, and all that it signed before.
+"""Receipts: a hop's signature over each step's input, output and everything it signed before.
 
     receipt of the hop before        receipt of this hop             receipt of the step before
       output: blake3  ── equals ──>    input: blake3
@@ -67,7 +67,7 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What every receipt of one hop in one session must say."""
+    """Fields that every receipt of one hop in one session must carry."""
 
     session: bytes
     revision: str
@@ -92,7 +92,7 @@ def sign_receipt(receipt: Receipt, sign: Sign) -> bytes:
 
 
 def decode_receipt(signed: Payload) -> Receipt:
-    """What a signed receipt says; the signature is not looked at.
+    """Content of a signed receipt; the signature is not looked at.
 
     Raises:
         ProtocolViolation: The bytes are no receipt in its canonical form.
@@ -112,7 +112,7 @@ def decode_receipt(signed: Payload) -> Receipt:
 
 
 def is_signed_by(signed: Payload, peer_id: str, check: CheckSignature) -> bool:
-    """Whether `peer_id` signed these bytes as a receipt."""
+    """True if `peer_id` signed these bytes as a receipt."""
     body, signature = bytes(signed[:-_SIGNATURE_BYTES]), bytes(signed[-_SIGNATURE_BYTES:])
     return check(peer_id, DOMAIN + body, signature)
 
@@ -187,7 +187,7 @@ class ReceiptChain:
 
 
 def contradict(one: Receipt, other: Receipt) -> bool:
-    """Whether these two of one signer prove fraud: one place in one chain, and not the same words."""
+    """True if these two of one signer prove fraud: one place in one chain, and not the same words."""
     places = [(each.session, each.nonce, each.sequence) for each in (one, other)]
     return places[0] == places[1] and one != other
 

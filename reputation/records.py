@@ -1,4 +1,4 @@
-"""What was seen and heard, of everybody, in memory and in a file that other processes write to as well.
+"""Records of all peers in memory, merged with a file that other processes write to as well.
 
 Theory of operation. What happens is applied to memory at once and noted as a change; `flush` hands the
 changes to the store, which applies them to the file's records, and takes over what other processes wrote.
@@ -82,7 +82,7 @@ class Records:
             return self._attested.get(peer_id, (0.0, 0.0))
 
     def attester_weight(self, author: str) -> float:
-        """How much an author's word counts, 0..1; 0 for a banned one or without enough in common."""
+        """Weight of an author's word, 0..1; 0 for a banned one or without enough in common."""
         with self.lock:
             attestation = self.attestations.get(author)
             if attestation is None or self.account(author).ban is not None:
@@ -134,7 +134,7 @@ class Records:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether `flush` has something to write."""
+        """True if `flush` has something to write."""
         return self._store is not None and bool(self._changes)
 
     def flush(self) -> None:

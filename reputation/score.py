@@ -1,4 +1,4 @@
-"""How far a peer is to be believed, as two numbers that mean different things."""
+"""Scores of a peer: integrity and reliability, two numbers with different meanings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config import LedgerConfig
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a peer's past says about its next session.
+    """Prediction for a peer's next session, from its past.
 
     Attributes:
         integrity: What we are 95 % sure of that it computes as it was asked to, 0..1: the 5 % quantile of

@@ -1,4 +1,4 @@
-"""The ledger on disk: SQLite, shared by every process of this data directory.
+"""Ledger on disk: SQLite, shared by every process of this data directory.
 
 Theory of operation. Nothing is overwritten that was not read in the same transaction: `write` takes changes
 (functions from record to record), begins an immediate transaction, reads the rows concerned, applies the
@@ -50,7 +50,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(slots=True)
 class Changes:
-    """What one process has seen and not written yet."""
+    """Observations of one process that are not written yet."""
 
     accounts: list[tuple[str, Change]] = field(default_factory=list[tuple[str, Change]])
     attestations: dict[str, Attestation] = field(default_factory=dict[str, Attestation])
@@ -62,7 +62,7 @@ class Changes:
 
 @dataclass(slots=True)
 class Contents:
-    """What the file says."""
+    """Content of the file."""
 
     accounts: dict[str, Account] = field(default_factory=dict[str, Account])
     attestations: dict[str, Attestation] = field(default_factory=dict[str, Attestation])

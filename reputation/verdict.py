@@ -1,4 +1,4 @@
-"""What a deviation says about the peer: passed, failed, suspect, or nothing.
+"""Verdict on a measured deviation: passed, failed, suspect or inconclusive.
 
 The limits come from `benchmarks/calibrate_audit.py`; docs/audits.md has its table and what each limit
 catches. Of a chunk, the typical token counts against altered weights, and so does what all tokens have in
@@ -18,7 +18,7 @@ from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation
 
 
 class Verdict(Enum):
-    """What an audit came to. Only FAIL, confirmed by somebody else, may cost a peer its standing."""
+    """Outcome of an audit. Only FAIL, confirmed by somebody else, may cost a peer its standing."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What is still fair. Ratios are in units of bfloat16's rounding."""
+    """Limits of honest deviations. Ratios are in units of bfloat16's rounding."""
 
     chunk: float = 1.25  # of a chunk's median token; above it fails
     suspect: float = 1.17  # the same; above it is suspect
@@ -102,7 +102,7 @@ def _faults(deviation: Deviation, limits: Thresholds) -> Iterator[str]:
 
 
 def _ratios(chunk: ChunkDeviation, limits: Thresholds) -> Iterator[tuple[str, float, float]]:
-    """What is looked at, the ratio, its limit."""
+    """Name, value and limit of each ratio that is judged."""
     yield "the typical one of", chunk.median_rho, _widened(limits.chunk, chunk, limits)
     yield "the worst one of", chunk.max_rho, limits.token
     if chunk.tokens >= limits.full_chunk:
@@ -124,7 +124,7 @@ def _widened(limit: float, chunk: ChunkDeviation, limits: Thresholds) -> float:
 
 
 def _independent(chunk: ChunkDeviation, limits: Thresholds) -> float:
-    """How many tokens that round each in their own way say as much: of a text that repeats itself, few.
+    """Number of tokens that round in their own way: in a text that repeats itself, few.
 
     As the effective size of a sample whose members correlate (Kish's design effect).
     """

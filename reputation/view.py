@@ -1,4 +1,4 @@
-"""What routing may ask of reputation; it can read, never write."""
+"""View of reputation for routing, which can read and never write."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ class ReputationView(Protocol):
         ...
 
     def is_banned(self, peer_id: str) -> bool:
-        """Whether the peer must not be used at all."""
+        """True if the peer must not be used at all."""
         ...
 
 

@@ -1,1 +1,1 @@
-"""Which way to go: who serves what, and the cheapest chain through them. Knows no sockets and no clock."""
+"""Routing: who serves what, and the cheapest chain through them. Knows no sockets and no clock."""

@@ -1,4 +1,4 @@
-"""What a peer says of itself: which blocks it serves, how fast, where it can be reached, for how long.
+"""Announcement of a peer: the blocks it serves, its speed, addresses and lifetime.
 
 On the wire an announcement is one MessagePack array, `[version, peer_id, model, ...]` in the order of
 `_Wire`. Fields a later version appends are skipped, so old peers understand new ones. Everything a peer

@@ -1,4 +1,4 @@
-"""Whether a route can be walked: what a policy returned is held to the rules before it is used."""
+"""Validation of a route that a policy returned, before it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What routing weighs, remembers and moves by; the only place these defaults live."""
+"""Settings of routing; the only place where these defaults live."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class TableConfig:
 
 @dataclass(frozen=True, slots=True)
 class PlacementConfig:
-    """When a node gives up its blocks for others."""
+    """Settings of when a node gives up its blocks for others."""
 
     min_gain: float = 0.25  # share by which the swarm's slowest block must speed up
     min_dwell_s: float = 600.0  # s for which a node stays whatever it could gain

@@ -1,4 +1,4 @@
-"""Where peers sit on the network, so that a delay nobody measured can be guessed.
+"""Network coordinates of peers, by which delays that nobody measured are estimated.
 
 Vivaldi (Dabek et al., "Vivaldi: A Decentralized Network Coordinate System", SIGCOMM 2004, sections 2.5 and
 5.4): every peer has a point in space and a height above it, its access link. The round trip of two peers
@@ -35,7 +35,7 @@ class Coordinate(NamedTuple):
 
 
 def starting_coordinate(peer_id: str) -> Coordinate:
-    """Where a peer begins: within a millisecond of the origin, at a place of its own.
+    """First coordinate of a peer: within a millisecond of the origin, at a place of its own.
 
     Peers that all began at the origin would push each other along one line for ever; the paper draws a
     random direction, here the peer id is the source of randomness.
@@ -51,7 +51,7 @@ def distance_ms(a: Coordinate, b: Coordinate) -> float:
 
 
 def update(own: Coordinate, other: Coordinate, rtt_ms: float) -> Coordinate:
-    """Where `own` moves after a round trip of `rtt_ms` to a peer that says it is at `other`.
+    """Move `own` after a round trip of `rtt_ms` to a peer that says it is at `other`.
 
     A round trip or a claim that is not a finite number moves nothing.
     """

@@ -1,4 +1,4 @@
-"""What a hop, an edge and a route are expected to cost, in seconds per decoded token.
+"""Costs of a hop, an edge and a route, in expected seconds per decoded token.
 
 A route's cost is `T = sum over hops of [lat + (1 - r) * redo] / r + V * (1 - integrity)`, plus the edge from
 the last hop back to the client. `lat` is the hop's overhead and compute, and the edge into it; `r` its
@@ -30,7 +30,7 @@ class HopPrice:
 
 
 def hop_price(candidate: Candidate, view: ReputationView | None, config: RoutingConfig) -> HopPrice:
-    """What it costs to use a peer. Without a view nobody fails and nobody lies."""
+    """Price of using a peer. Without a view nobody fails and nobody lies."""
     score = _FAULTLESS if view is None else view.score(candidate.peer_id)
     reliability = min(max(config.min_reliability, score.reliability), 1.0)
     integrity = min(max(0.0, score.integrity), 1.0)
@@ -107,7 +107,7 @@ def _predicted_rtt_ms(a: Coordinate | None, b: Coordinate | None, config: Routin
 
 
 def _must_be_relayed(start: Candidate | None, end: Candidate | None) -> bool:
-    """Whether no hole can be punched: neither can be dialled, and one's port is not known beforehand."""
+    """True if no hole can be punched: neither can be dialled, and one's port is not known beforehand."""
     if not (_is_private(start) and _is_private(end)):
         return False
     return any(peer is not None and peer.announcement.nat == "symmetric" for peer in (start, end))

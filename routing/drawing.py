@@ -22,7 +22,7 @@ def draw_routes(
     rng: random.Random,
     count: int = 1,
 ) -> list[Route]:
-    """What `count` draws give, each route once. A peer that is drawn is used to the end of its span.
+    """Routes of `count` draws, each once. A peer that is drawn is used to the end of its span.
 
     Args:
         weigh: A peer's chance, relative to the others', given how many blocks it takes off the way.

@@ -1,4 +1,4 @@
-"""Who may become a hop at all, and what to tell the user when that is not enough."""
+"""Eligibility of candidates as hops, and the message when there are too few."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .route import Candidate, RouteRequest
 
 
 class Ineligibility(IntEnum):
-    """Why a candidate cannot be a hop, the one that passes soonest first."""
+    """Reason why a candidate cannot be a hop, the one that passes soonest first."""
 
     FULL = 1  # its cache lacks room for the request
     EXCLUDED = 2  # the request says so
@@ -24,7 +24,7 @@ class Ineligibility(IntEnum):
 
 
 def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Ineligibility | None:
-    """Why `candidate` cannot serve `request`; None if it can."""
+    """Reason why `candidate` cannot serve `request`; None if it can."""
     announcement = candidate.announcement
     if announcement.leaving or announcement.revision != request.revision:
         return Ineligibility.ABSENT
@@ -82,7 +82,7 @@ def no_route(candidates: Sequence[Candidate], request: RouteRequest, view: Reput
 def _mildest_refusal(
     block: int, served: Iterable[tuple[BlockSpan, Ineligibility | None]]
 ) -> Ineligibility | None:
-    """Why nobody can run `block`; None if somebody can."""
+    """Reason why nobody can run `block`; None if somebody can."""
     reasons = [reason for span, reason in served if span.start <= block < span.stop]
     if None in reasons:
         return None

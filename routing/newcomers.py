@@ -1,4 +1,4 @@
-"""Finding out what untried peers are worth, without giving more to who comes under many names.
+"""Trial of untested peers, without an advantage for anyone who uses many identities.
 
 A newcomer's scores are low because nobody looked yet, so a planner that prices them in never finds out. The
 default policy therefore plans a share of its sessions by what each peer's scores may be at best, the other
@@ -57,7 +57,7 @@ def ranges_of(addresses: Iterable[str]) -> frozenset[str]:
 
 
 def address_range(address: str) -> str:
-    """What a multiaddr counts as: `/ip4/192.0.2.77/tcp/4001` is one of 192.0.2.0/24.
+    """Range that a multiaddr belongs to: `/ip4/192.0.2.77/tcp/4001` is one of 192.0.2.0/24.
 
     It is the first address in it that counts, which of a relayed one is the relay's.
     """
@@ -142,7 +142,7 @@ def _ranges(peer: Candidate) -> set[str]:
 
 
 def _is_everywhere(name: str) -> bool:
-    """Whether the range is in many networks: every second home is 192.168.1.0/24."""
+    """True if the range is in many networks: every second home is 192.168.1.0/24."""
     if name == NO_RANGE:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Which blocks a node should hold, so that the swarm's slowest block is as fast as it can be.
+"""Placement of a node: the span that makes the swarm's slowest block as fast as possible.
 
 A block is as fast as all peers that hold it together, in tokens per second. Of two placements the better
 one has the faster slowest block; if these are equally fast, the next slowest decide, and so on. So blocks
@@ -61,7 +61,7 @@ def should_move(
     dwelt_s: float,
     config: PlacementConfig | None = None,
 ) -> BlockSpan | None:
-    """Where a node should move to; None if it should stay.
+    """Span that a node should move to; None if it should stay.
 
     A move pays if it leaves fewer blocks unserved, or as many and the slowest block faster by `min_gain`.
 
@@ -83,7 +83,7 @@ def should_move(
 
 
 def _pays(before: Sequence[float], after: Sequence[float], config: PlacementConfig) -> bool:
-    """Whether these rates of all blocks are worth giving up those."""
+    """True if these rates of all blocks are worth giving up those."""
     if after.count(0.0) != before.count(0.0):
         return after.count(0.0) < before.count(0.0)
     return min(after) > min(before) * (1 + config.min_gain)

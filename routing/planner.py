@@ -1,4 +1,4 @@
-"""The cheapest chain of spans that covers every block.
+"""Planner: the cheapest chain of spans that covers every block.
 
 Theory of operation. `cost.py` says what a route costs. Everything in that sum but the edges belongs to
 single hops, and a hop's compute to single blocks, so the search runs over states "this peer is about to
@@ -180,7 +180,7 @@ class _Search:
         return times
 
     def _least_spent(self) -> dict[int, float]:
-        """What any walk has spent at least by the time a peer is about to run each block."""
+        """Lower bound of what a walk has spent by the time a peer is about to run each block."""
         spent_s = min(
             (self._arrival_s(_END, peer) + self._prices[peer].fixed_s for peer in self._serving[self._first]),
             default=0.0,

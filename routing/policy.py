@@ -1,4 +1,4 @@
-"""Who decides the way: the built-in policies, and how a user's own is found and asked.
+"""Routing policies: the built-in ones, and how a user's own is loaded and asked.
 
 A policy is handed what is known and returns routes, best first. It may be anybody's code: what it raises
 becomes a `PolicyError`, and what it returns is checked before a byte is sent by it. A policy that hangs is

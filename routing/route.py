@@ -1,4 +1,4 @@
-"""The nouns of routing: candidates and a request go in, routes come out, an outcome comes back."""
+"""Types of routing: candidates and a request go in, routes come out, an outcome comes back."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """What was measured between two peers, one of which may have told us."""
+    """Measurements between two peers, one of which may have told us."""
 
     rtt_ms: float
     relayed: bool = False
@@ -73,7 +73,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """What a route is wanted for.
+    """Requirements that a route has to meet.
 
     Attributes:
         hidden_bytes_per_token: Size on the wire of what one hop hands to the next, per token.
@@ -110,7 +110,7 @@ class RouteRequest:
 
 @dataclass(frozen=True, slots=True)
 class RouteOutcome:
-    """How a session over a route went.
+    """Outcome of a session over a route.
 
     Attributes:
         error: One line, if `ok` is False.

@@ -1,4 +1,4 @@
-"""The live view of the swarm: the latest announcement of every peer, for as long as it may be believed.
+"""Table of the swarm: the latest announcement of every peer until it expires.
 
 Theory of operation. One entry per (revision, peer) holds the record with the highest sequence number. It
 is live until its ttl has run out on our own clock, counted from when it was made as far as we know (now,
@@ -98,7 +98,7 @@ class SwarmTable:
         ]
 
     def find(self, revision: str, peer_id: str, now: float) -> Announcement | None:
-        """What a peer announces of `revision`, if it serves that."""
+        """Announcement of a peer for `revision`, if it serves that."""
         entry = self._find(revision, peer_id)
         return entry.announcement if entry is not None and _is_live(entry, now) else None
 
@@ -142,7 +142,7 @@ class SwarmTable:
             self._remove(entry)
 
     def _current(self, revision: str, now: float) -> list[_Entry]:
-        """What has not expired of a revision, youngest first."""
+        """Announcements of a revision that have not expired, youngest first."""
         entries = self._entries.get(revision, {}).values()
         return sorted(
             (entry for entry in entries if now < entry.expires_at), key=lambda entry: -entry.made_at

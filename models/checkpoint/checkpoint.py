@@ -1,4 +1,4 @@
-"""A folder of safetensors, opened: what tensors it holds, and each of them on demand.
+"""Folder of safetensors files, read tensor by tensor.
 
 A shard's header says what the shard holds and where. Headers are checked by safetensors (bounds, overlaps,
 length of the file), so a truncated shard fails here and not in a kernel. What is read later is held to what
@@ -60,7 +60,7 @@ class Checkpoint:
         return frozenset(name for name in self._shard_of if block_of(name) == index)
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """How many bytes these tensors take as stored.
+        """Bytes that these tensors take as stored.
 
         Raises:
             CheckpointError: A tensor is not here.

@@ -1,4 +1,4 @@
-"""A config.json made complete: what its family takes for granted is filled in, what no model has is refused.
+"""Completion of a config.json: family defaults are filled in, unsupported settings are refused.
 
 A checkpoint may leave out whatever equals its family's defaults, and those are part of transformers' code.
 Here they are a table, because asking transformers costs every process that computes 2 s and 110 MB; the
@@ -163,7 +163,7 @@ def complete_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def max_positions(complete: Mapping[str, Any]) -> int:
-    """How many tokens a text may have, by a complete config."""
+    """Number of tokens that a text may have, by a complete config."""
     return context_length(complete["rope_parameters"], complete["max_position_embeddings"])
 
 

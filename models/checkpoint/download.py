@@ -1,4 +1,4 @@
-"""One published file, brought onto this disk: resumed where it broke off, and checked against its hash.
+"""Download of one published file, resumable and checked against its hash.
 
 Not `hf_hub_download`: since huggingface_hub 1.x it begins every interrupted file anew (its temporary files
 are unique to a call), which for a shard of five gigabytes behind a home router is no option. Session,
@@ -52,7 +52,7 @@ class Published:
         return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
 
     def is_matched_by(self, digest: Any) -> bool:
-        """Whether that hash is the published one; a file without any passes."""
+        """True if that hash is the published one; a file without any passes."""
         expected = self.sha256 or self.git_sha1
         return expected is None or digest.hexdigest() == expected
 
@@ -111,7 +111,7 @@ def _persist(receiving: _Receiving, pause: Pause) -> None:
 
 
 def _is_passing(exc: Exception) -> bool:
-    """Whether the same request may well succeed a second later."""
+    """True if the same request may well succeed a second later."""
     if isinstance(exc, errors.HfHubHTTPError):
         status = exc.response.status_code
         return status >= 500 or status in (408, 429)

@@ -1,4 +1,4 @@
-"""SHA-256 of local files, in parallel, remembered between runs, and a digest of every tensor in them.
+"""SHA-256 of local files, computed in parallel and remembered, with a digest of every tensor.
 
 The SHA-256 of a shard is what the world knows it by. It says nothing about what is read from the file an hour
 later, and a file's size and times cannot be trusted to: `cp -p`, `rsync -t` and image layers keep them, a
@@ -34,7 +34,7 @@ _VERSION: Final = 2  # of a note; others are as good as none
 
 @dataclass(frozen=True, slots=True)
 class FileHash:
-    """What a file held when it was hashed."""
+    """Digests of a file and of its tensors at the time it was hashed."""
 
     sha256: str  # in hex
     tensors: Mapping[str, str]  # by name, `Stored.digest` in hex; none where it is no safetensors file

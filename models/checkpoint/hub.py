@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: what is published is known first, and only what is needed is fetched.
+"""Models of the Hugging Face hub, of which only the shards that a span needs are fetched.
 
 The hub publishes a SHA-256 of every weight file, so the model's revision is known before a weight is here.
 Those hashes are of whole files: a span that needs one tensor of a shard fetches all of the shard, since a
@@ -207,7 +207,7 @@ def _shard_names(model: str, listing: Listing) -> list[str]:
 
 
 def _serves(names: Iterable[str], span: BlockSpan | None, ends: bool) -> bool:
-    """Whether any of these tensors belongs to the span, or with `ends` to no block."""
+    """True if any of these tensors belongs to the span, or with `ends` to no block."""
     blocks = {block_of(name) for name in names}
     if span is not None and not blocks.isdisjoint(range(span.start, span.stop)):
         return True

@@ -1,4 +1,4 @@
-"""What went wrong at the hub, in one line for a person, whatever huggingface_hub raised."""
+"""Errors of the hub, in one line for a person, whatever huggingface_hub raised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoSuchModel(ModelNotFound):
 
 
 def is_offline() -> bool:
-    """Whether the user forbids to ask the hub, by HF_HUB_OFFLINE."""
+    """True if the user forbids to ask the hub, by HF_HUB_OFFLINE."""
     return bool(cast("Any", huggingface_hub.constants).HF_HUB_OFFLINE)
 
 

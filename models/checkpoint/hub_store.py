@@ -1,4 +1,4 @@
-"""One model of the hub: its place on this disk, and what is asked and fetched of it over the network."""
+"""Local store of one hub model: its folder on this disk, and the requests to the hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What the hub publishes of a model at one commit."""
+    """Files that the hub publishes of a model at one commit."""
 
     commit: str
     stored_dtype: str
@@ -62,7 +62,7 @@ class HubStore:
         self._root = cache_dir / "hub" / self._repo.replace("/", "--")
 
     def ask(self) -> Listing:
-        """What the hub publishes, or published when it was last asked.
+        """The listing that the hub publishes, or published when it was last asked.
 
         Whatever keeps the hub from answering, what is remembered serves instead; only its word that there is
         no such model, or revision, counts for more.
@@ -92,7 +92,7 @@ class HubStore:
 
     @property
     def _memory(self) -> Path:
-        """Where the last listing is kept, of each revision that somebody asked for."""
+        """File with the last listing of each revision that was asked for."""
         pinned = f"-{quote(self._revision, safe='')}" if self._revision else ""
         return self._root / f"listing{pinned}.json"
 
@@ -123,12 +123,12 @@ class HubStore:
             logger.info("%s cannot be written: %s; without network the model will be unknown", path, exc)
 
     def folder_of(self, shards: Iterable[Published]) -> Path:
-        """Where the files of a model with these weights lie."""
+        """Folder of the files of a model with these weights."""
         content = "\n".join(sorted(f"{shard.name} {shard.sha256}" for shard in shards))
         return self._root / blake3(content.encode()).hexdigest()[:16]
 
     def texts_of(self, folder: Path, listing: Listing) -> Path:
-        """Where its small files lie: beside the weights, or, of a revision that was named, by themselves.
+        """Folder of its small files: beside the weights, or, of a revision that was named, by themselves.
 
         Two revisions may have the same weights and another tokenizer, and both may be in use.
         """
@@ -188,11 +188,11 @@ class HubStore:
         return [file for file in wanted if file not in right]
 
     def is_near(self, folder: Path, file: Published) -> bool:
-        """Whether the file is on this disk; whether it is right shows when it is brought."""
+        """True if the file is on this disk; whether it is right shows when it is brought."""
         return (folder / file.name).exists() or any(map(_is_file, self._elsewhere(file)))
 
     def _elsewhere(self, file: Published) -> list[Path]:
-        """Where huggingface_hub's own cache has it, of whichever commit: files are stored by their hash."""
+        """The file in huggingface_hub's own cache, of whichever commit: files are stored by their hash."""
         kept = (
             Path(cast("Any", huggingface_hub.constants).HF_HUB_CACHE)
             / f"models--{self._repo.replace('/', '--')}"
@@ -238,13 +238,13 @@ class HubStore:
             )
 
     def _used_bytes(self) -> int:
-        """What the models in the cache directory take, this one's files and parts included."""
+        """Bytes that models take in the cache directory, this one's files and parts included."""
         files = (path for path in self._root.parent.rglob("*") if path.is_file() and not path.is_symlink())
         return sum(path.stat().st_size for path in files)
 
 
 def _listing(info: Any) -> Listing:
-    """What matters of huggingface_hub's ModelInfo."""
+    """The parts of huggingface_hub's ModelInfo that are used here."""
     files = {
         file.rfilename: Published(
             file.rfilename,

@@ -1,4 +1,4 @@
-"""Keys of a config that would change what a model computes in ways that nothing here computes.
+"""Config keys that are refused, since they would change the forward pass in ways not implemented.
 
 Without these refusals such a model would run and give other numbers than it should. A key that transformers
 ignores as well is ignored.

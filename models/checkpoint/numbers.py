@@ -1,4 +1,4 @@
-"""The part of a config that decides what a model computes, in one spelling: with the weights, its revision.
+"""Canonical form of the config fields that change the forward pass; part of the revision.
 
 A config.json says the same thing in many ways. Tools add keys that no forward pass reads, transformers of
 another version moves a key or fills in a default, and a number is written 10000 or 10000.0. None of that
@@ -45,7 +45,7 @@ _SAME_ACTIVATION: Final[Mapping[str, str]] = {
 
 
 def numbers_of(config: Mapping[str, Any]) -> str:
-    """What a config says about the forward pass: one line of JSON, the same for every spelling of it.
+    """Canonical line of JSON with the config fields that change the forward pass.
 
     Args:
         config: config.json as it is.

@@ -1,4 +1,4 @@
-"""Work on many bytes in several threads, counted and stopped by the one that asked for it."""
+"""Parallel work on many bytes, with progress and cancellation by the caller."""
 
 from __future__ import annotations
 

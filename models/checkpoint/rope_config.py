@@ -1,4 +1,4 @@
-"""The rotary embedding's settings, however a config spells them, and how long a text they are good for.
+"""Settings of the rotary embedding, in any spelling, and the context length that they allow.
 
 transformers writes them as one dict, `rope_parameters`. Before, the theta stood beside a dict `rope_scaling`,
 whose type was called `type`; both spellings are found in one file, and the original length in either place.
@@ -85,7 +85,7 @@ def rope_parameters(
 
 
 def context_length(rope: Mapping[str, Any], max_positions: int) -> int:
-    """How many tokens a text may have: what the scaling extends the model's own context to.
+    """Number of tokens that a text may have, with the scaling of the model's own context.
 
     Of llama3 and longrope the config says that length itself; of linear and dynamic it says the length
     before, as transformers' documentation asked for. Configs with yarn do either: the longer one counts.
@@ -118,7 +118,7 @@ def prompt_limit(rope: Mapping[str, Any]) -> int | None:
 def _read(
     model: str, config: Mapping[str, Any], said: Mapping[str, Any], rope_type: str, max_positions: int
 ) -> dict[str, Any]:
-    """What the type's keys are set to, as transformers takes what is null, absent or said twice."""
+    """Values of the type's keys, as transformers takes what is null, absent or said twice."""
     types = _TYPES[rope_type]
     rope = {"rope_theta": said["rope_theta"], **{key: said.get(key, usual) for key, usual in types.items()}}
     if rope_type == "proportional" and "partial_rotary_factor" not in said:

@@ -1,4 +1,4 @@
-"""One safetensors file whose tensors are read, and held to what the file held when it was hashed.
+"""One safetensors file, whose tensors are checked against their digests when they are read.
 
 A tensor is read into memory of its own and hashed there. A mapped file would be its writer's to change after
 the check, and to cut short, which ends a process that touches the missing pages with SIGBUS.
@@ -58,7 +58,7 @@ class Shard:
         return next((dtype for dtype in dtypes if dtype), "float32")
 
     def bytes_of(self, name: str) -> int:
-        """How many bytes a tensor takes.
+        """Bytes that a tensor takes.
 
         Raises:
             CheckpointError: It is of a dtype that is not read here.

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, and where each one's bytes lie."""
+"""Header of a safetensors file: names, shapes and byte ranges of its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: the bundled one, a folder, or the Hugging Face hub."""
+"""Sources of a model: the bundled one, a folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelSource(Protocol):
 
     @property
     def spec(self) -> ModelSpec:
-        """What it is; its revision is known before a weight is."""
+        """Spec of the model; its revision is known before a weight is."""
         ...
 
     def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
@@ -39,7 +39,7 @@ class ModelSource(Protocol):
         ...
 
     def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
-        """How much `fetch` would have to bring from elsewhere."""
+        """Bytes that `fetch` would have to bring from elsewhere."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a model is: its shape, and a name that is the same on every peer that holds the same weights."""
+"""Shape of a model, and its revision: a name that is equal only where weights are."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelSpec:
     prompt_limit: int | None = None  # tokens of a prompt where that is less: see `rope_config.prompt_limit`
 
     def kv_bytes_per_token_per_block(self, dtype: str | None = None) -> int:
-        """What a cached token costs in one block, keys and values; in the checkpoint's dtype unless given."""
+        """Bytes of a cached token's keys and values in one block; in the checkpoint's dtype unless given."""
         return 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype or self.dtype]
 
     def check_span(self, span: BlockSpan) -> None:

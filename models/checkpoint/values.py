@@ -1,4 +1,4 @@
-"""Which values a config may give to each of its keys, and the sentences that refuse all others."""
+"""Valid values of each config key, and the messages that refuse all others."""
 
 from __future__ import annotations
 

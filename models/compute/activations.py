@@ -1,4 +1,4 @@
-"""The activations of feed-forward layers, by the names that transformers gives them (ACT2FN).
+"""Activation functions of feed-forward layers, by their names in transformers (ACT2FN).
 
 Those of its names are here that are a function of a number alone. Names for one and the same function share
 an entry: transformers keeps several spellings of the tanh approximation, which differ in the last bits.

@@ -1,4 +1,4 @@
-"""Attention over a packed batch: the linear layers see all tokens at once, attention one sequence at a time.
+"""Attention over a packed batch: products see all tokens at once, attention one sequence at a time.
 
 The query heads that share a key head are laid out as rows of one query, as if they were tokens; so nothing
 is repeated, and SDPA's fast kernel is reached. Measured on one core (torch 2.13, 16 query and 8 key heads
@@ -138,7 +138,7 @@ class _Reader:
 
 
 class _Sight:
-    """What a piece's tokens see through a window of so many tokens, or without one."""
+    """Keys that a piece's tokens see, through a window of so many tokens or without one."""
 
     def __init__(
         self, architecture: Architecture, cache: PagedCache, piece: Piece, window: int | None
@@ -157,7 +157,7 @@ class _Sight:
             self._in_place = cache.view(first + self._start, first + self._stop)
 
     def keys_values(self, block: int) -> tuple[Tensor, Tensor]:
-        """What any of the tokens sees, each (1, kv_heads, seen, head_dim)."""
+        """Keys and values that any of the tokens sees, each (1, kv_heads, seen, head_dim)."""
         if self._in_place is not None:
             keys, values = self._in_place
             return keys[block], values[block]

@@ -1,4 +1,4 @@
-"""The transformer blocks of a span: one forward pass over a packed batch, for every family.
+"""Transformer blocks of a span: one forward pass over a packed batch, for every family.
 
 A batch is (tokens, hidden_size), the tokens of all sequences one after the other; what belongs to which
 sequence is the attention's business alone. transformers gives the answers that the tests compare with.

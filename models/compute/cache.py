@@ -1,4 +1,4 @@
-"""Keys and values of every session of a span, in pages of one preallocated pool.
+"""KV cache of all sessions of a span, in pages of one preallocated pool.
 
 The pool is a row of token slots, the same for every block, `page_tokens` slots to a page. A lease holds
 the pages for as many tokens as a session may ever have, so a session that was let in never runs out of
@@ -106,7 +106,7 @@ class PagedCache:
 
     @property
     def free_tokens(self) -> int:
-        """How many tokens could be reserved, in whole pages."""
+        """Number of tokens that can still be reserved, in whole pages."""
         return sum(map(len, self._free)) * self.page_tokens
 
     def reserve(self, max_tokens: int) -> CacheLease:

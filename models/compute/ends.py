@@ -1,4 +1,4 @@
-"""The two ends of a model: token ids to hidden states, and hidden states to logits."""
+"""Embedding and LM head: token ids to hidden states, and hidden states to logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sets the model families apart, as a table; everything else is one forward pass (blocks.py).
+"""Table of model families: the differences between their blocks, and nothing else.
 
 A family is a row: where its norms stand, what they are called, and how its expert layers are laid out.
 What a config says in numbers (heads, windows, soft caps) is read from the config, which defaults.py makes
@@ -22,7 +22,7 @@ from .activations import ACTIVATIONS
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """What a family calls the tensors of its mixture-of-experts layer."""
+    """Names of the tensors of a family's mixture-of-experts layer."""
 
     router: str
     expert: str  # with {} for the expert's number
@@ -33,7 +33,7 @@ class ExpertNames:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a family's block differs from Llama's; the defaults are Llama's."""
+    """Differences of a family's block from Llama's; the defaults are Llama's."""
 
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
@@ -92,7 +92,7 @@ class Architecture:
 
 
 def describe_architecture(config: Mapping[str, Any]) -> Architecture:
-    """What a config, completed by `complete_config`, says about the forward pass."""
+    """Architecture that a config, completed by `complete_config`, describes."""
     family = FAMILIES[config["model_type"]]
     bias: bool = config.get("attention_bias", False)
     window = config.get("sliding_window")

@@ -1,4 +1,4 @@
-"""The two layers that blocks and ends are made of: a matrix product and a norm.
+"""Linear layer and norm, from which blocks, embedding and LM head are built.
 
 The product has its weight laid out once, at load, for the processor it will run on. On a CPU that is
 oneDNN's blocked layout. Measured on one core of an AMD EPYC (Zen 5, torch 2.13), a 5632 x 1024 weight,
@@ -88,7 +88,7 @@ def padded_rows(count: int) -> int:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for this dtype on this machine."""
+    """True if oneDNN has kernels for this dtype on this machine."""
     if device.type != "cpu" or not hasattr(_MKLDNN, "_reorder_linear_weight"):
         return False
     if dtype == torch.bfloat16:

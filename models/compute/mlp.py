@@ -1,4 +1,4 @@
-"""What a block does to each token by itself: a gated layer, or a few of many that a router picks."""
+"""Feed-forward layer of a block: gated, or a router's choice of experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One new token for each of several sessions, through buffers that stay where they are.
+"""Decode step of several sessions on a GPU, replayed as a CUDA graph over fixed buffers.
 
 On a GPU the step of a span is hundreds of small kernels, and launching them one by one takes longer than
 running them. So they are recorded once, as a CUDA graph, and replayed: for that nothing may depend on
@@ -44,7 +44,7 @@ class PagedDecoder:
         self._memory: Any = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
 
     def accepts(self, pieces: Sequence[Piece]) -> bool:
-        """Whether these are one token each of a few sessions, and there are no experts to be routed to."""
+        """True if these are one token each of a few sessions, and there are no experts to be routed to."""
         if self._blocks.architecture.family.experts or len(pieces) > _MAX_BATCH:
             return False
         batch, context = _sizes(pieces)

@@ -107,14 +107,14 @@ def _divided(rope: Mapping[str, Any], size: int, divisors: str) -> Tensor:
 
 
 def _kept_by_llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
-    """How much of each frequency is kept: a ramp over its turns, as in Llama 3.1 (llama-models, model.py)."""
+    """Part of each frequency that is kept: a ramp over turns, as in Llama 3.1 (llama-models, model.py)."""
     turns = frequencies * float(rope["original_max_position_embeddings"]) / (2 * math.pi)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     return (turns - low) / (high - low)
 
 
 def _kept_by_yarn(rope: Mapping[str, Any], size: int) -> Tensor:
-    """How much of each frequency is kept: a ramp over its number (YaRN, arXiv 2309.00071, 3.2 and A.2)."""
+    """Part of each frequency that is kept: a ramp over its number (YaRN, arXiv 2309.00071, 3.2 and A.2)."""
 
     def number_of(turns: float) -> float:
         radians = turns * 2 * math.pi / rope["original_max_position_embeddings"]
@@ -128,7 +128,7 @@ def _kept_by_yarn(rope: Mapping[str, Any], size: int) -> Tensor:
 
 
 def _scale(rope: Mapping[str, Any]) -> float:
-    """What queries and keys are multiplied by, through their cosines and sines."""
+    """Factor on queries and keys, applied through their cosines and sines."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     match rope["rope_type"]:

@@ -1,4 +1,4 @@
-"""A span that runs: packed batches in, hidden states out, every session's cache extended."""
+"""Runner of a span: packed batches in, hidden states out, every session's cache extended."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class SpanRunner:
         return blocks.forward(hidden, attention, span)
 
     def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
-        """What every lease's length will be."""
+        """Length that every lease will have."""
         ends: dict[CacheLease, int] = {}
         for chunk in chunks:
             lease, position = chunk.lease, chunk.position
@@ -118,7 +118,7 @@ class SpanRunner:
 
     @property
     def threads(self) -> int:
-        """How many threads of a CPU it computes with."""
+        """Number of CPU threads that it computes with."""
         return self._num_threads
 
     def set_threads(self, threads: int) -> None:

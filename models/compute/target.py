@@ -1,4 +1,4 @@
-"""Where weights go and what they become there: the device and the dtype that a `ComputeConfig` means."""
+"""Device and dtype of loaded weights, as a `ComputeConfig` asks for them."""
 
 from __future__ import annotations
 

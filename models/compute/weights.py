@@ -1,4 +1,4 @@
-"""A checkpoint's tensors on their way into layers: checked, joined, converted, placed, accounted for."""
+"""Tensors of a checkpoint on their way into layers: checked, joined, converted and placed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Weights:
         self._progress = progress
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, taken or not."""
+        """True if there is such a tensor, taken or not."""
         return self._prefix + name in self._checkpoint.names()
 
     def linear(

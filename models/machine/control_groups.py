@@ -1,4 +1,4 @@
-"""The control groups that a process is in, of Linux: each a folder of limits, and so is each one around it.
+"""Control groups of this process on Linux, from its own up to the root.
 
 Containers and service managers limit processes by them. There are two kinds of trees, and machines that have
 both: version 2 is one tree with all limits, version 1 a tree for each controller. /proc/self/cgroup says
@@ -34,7 +34,7 @@ class ControlGroup:
         return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
     def text(self, name: str) -> str:
-        """What a file holds; nothing if it cannot be read."""
+        """Content of a file; empty if it cannot be read."""
         try:
             return (self.folder / name).read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -65,7 +65,7 @@ def control_groups(controller: str, proc: Path = PROC) -> list[ControlGroup]:
 
 
 def _place(text: str, controller: str) -> PurePosixPath | None:
-    """Where in the tree of a controller the process is; the tree of version 2 has none."""
+    """Place of this process in a controller's tree; the tree of version 2 has none."""
     for line in text.splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controller in controllers.split(",") and path.startswith("/"):
@@ -74,7 +74,7 @@ def _place(text: str, controller: str) -> PurePosixPath | None:
 
 
 def _mount(text: str, controller: str) -> tuple[PurePosixPath, Path] | None:
-    """Which folder of that tree is seen, and where; the last mount hides those before."""
+    """Folder of that tree that is mounted, and its mount point; the last mount hides those before."""
     found = None
     for line in text.splitlines():
         head, _, tail = line.partition(" - ")

@@ -1,4 +1,4 @@
-"""The processor cores that this process may use, which need not be all that the machine has."""
+"""Processor cores that this process may use, which may be fewer than the machine has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .control_groups import PROC, ControlGroup, control_groups
 
 
 def usable_cores(proc: Path = PROC) -> int:
-    """How many cores may compute for this process at once: 1 or more.
+    """Number of cores that may compute for this process at once: 1 or more.
 
     A process may be bound to some of them (taskset, a cpuset), or be given a share of their time by its
     control group or one around it. A share of two and a half cores is two: a third thread would use up the

@@ -1,4 +1,4 @@
-"""The memory that this process may still take: the least of what the machine and every limit leave.
+"""Memory that this process may still take: the least of what the machine and every limit leave.
 
 A limit by control group counts the page cache of files that its processes have read. What nobody has mapped
 of that makes room when room is needed, so it is free. What is mapped, the libraries that run, is not.
@@ -30,7 +30,7 @@ _REFUSALS = ("can't allocate memory", "not enough memory", "out of memory", "can
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """What may still be taken.
+    """Memory that may still be taken, and its limit.
 
     Attributes:
         bytes: How much that is; 0 or more.
@@ -52,7 +52,7 @@ class FreeMemory:
 
 
 def free_memory(proc: Path = PROC) -> FreeMemory:
-    """How much of the machine's memory this process may still take, and what bounds it.
+    """Memory that this process may still take, and the limit that bounds it.
 
     Args:
         proc: The process's folder in /proc.
@@ -62,14 +62,14 @@ def free_memory(proc: Path = PROC) -> FreeMemory:
 
 
 def free_on_card(device: torch.device) -> FreeMemory:
-    """How much of a GPU's memory this process may still take: what is free, and what torch keeps unused."""
+    """Memory of a GPU that this process may still take: the free part, and the unused part of torch's."""
     free, _total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return FreeMemory(free + max(kept, 0))
 
 
 def free_on(device: torch.device) -> FreeMemory:
-    """How much memory may still be taken where a device computes."""
+    """Memory that may still be taken where a device computes."""
     return free_on_card(device) if device.type == "cuda" else free_memory()
 
 
@@ -89,7 +89,7 @@ def refusals_named(what: str, device: torch.device, advice: str) -> Generator[No
 
 
 def is_refusal(exc: BaseException) -> bool:
-    """Whether an exception of Python's, torch's or a library's says that memory was refused."""
+    """True if an exception of Python's, torch's or a library's says that memory was refused."""
     if isinstance(exc, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(exc, OSError):
@@ -98,7 +98,7 @@ def is_refusal(exc: BaseException) -> bool:
 
 
 def _by_groups(proc: Path) -> Iterator[FreeMemory]:
-    """What each control group that has a limit leaves."""
+    """Memory that each control group with a limit leaves."""
     for group in control_groups("memory", proc):
         limit, used = _limit_and_use(group)
         if limit is not None and limit < _NO_LIMIT:
@@ -123,7 +123,7 @@ def _limit_and_use(group: ControlGroup) -> tuple[int | None, int]:
 
 
 def _by_process() -> Iterator[FreeMemory]:
-    """What the limits that `ulimit` sets leave; Linux does not enforce that on resident memory."""
+    """Memory that the limits of `ulimit` leave; Linux does not enforce that on resident memory."""
     if resource is None:  # pragma: no cover - see above
         return
     memory = psutil.Process().memory_info()

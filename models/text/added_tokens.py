@@ -1,4 +1,4 @@
-"""Tokens that other files than tokenizer.json name, added as transformers' PreTrainedTokenizerFast adds them.
+"""Tokens that other files than tokenizer.json add, as in transformers' PreTrainedTokenizerFast.
 
 tokenizer_config.json may hold all added tokens (`added_tokens_decoder`). Where it does not, older files
 count: special_tokens_map.json, which goes before tokenizer_config.json, and added_tokens.json. Last come

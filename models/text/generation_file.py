@@ -1,4 +1,4 @@
-"""What a model's own files say about how its text is made: generation_config.json, as transformers reads it.
+"""Generation defaults of a model, read from its generation_config.json as transformers reads it.
 
 Where there is no such file, transformers looks for the same names in config.json, and so does this. What
 neither names has the default of transformers' `generate`; so a model that is to be sampled, of which no
@@ -39,7 +39,7 @@ _LEFT_OUT: Final[Mapping[str, Sequence[object]]] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """How a model's text is made where nobody says otherwise."""
+    """Generation settings of a model, for whatever the user leaves open."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rules: LogitsRules = field(default_factory=LogitsRules)
@@ -50,7 +50,7 @@ class GenerationDefaults:
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=False):
-    """What is read of the file; None is the same as a name that is missing."""
+    """Fields of the file that are used; None is the same as a name that is missing."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -81,7 +81,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=False):
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """What the files of a model folder say.
+    """Generation settings in the files of a model folder.
 
     Raises:
         CheckpointError: A file is damaged, or a value makes no sense.

@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, from what tokenizer.json says about decoding.
+"""Bytes of each token, from the decoder that tokenizer.json describes.
 
 A token is a run of bytes, not of characters, so text can be put together exactly only from bytes. The
 library decodes whole sequences; decoding ever longer ones to see what a token added costs the square of

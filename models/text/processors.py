@@ -1,4 +1,4 @@
-"""What is done to a model's logits before a token is chosen from them, greedily or by a draw.
+"""Logits processors, applied before a token is chosen greedily or drawn.
 
 Every rule here is a logits processor of transformers' `generate`, computed in the same order and with the
 same operations (`_get_logits_processor` in generation/utils.py), so that greedy tokens are the same.

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest one, or a draw that can be repeated.
+"""Choice of the next token: the likeliest one, or a draw that can be repeated.
 
 Logits, as `processors` leave them, become a distribution (`candidates`), and a token is drawn from that. A
 draw is a function of (seed, position) and the distribution alone. No generator is carried from token to
@@ -68,7 +68,7 @@ def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
 
 
 def _narrowings(config: SamplingConfig, *, forbids: bool) -> list[Narrowing]:
-    """What narrows the choice, in transformers' order; first of all what processors forbade goes."""
+    """Filters of the candidates, in transformers' order; what processors forbade goes first."""
     made: list[Narrowing] = [_possible] if forbids else []
     if config.top_h:
         made.append(partial(_top_of_entropy, top_h=config.top_h))

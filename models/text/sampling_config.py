@@ -1,4 +1,4 @@
-"""How the next token is to be chosen: what changes the logits, and how one is drawn from them.
+"""Settings of sampling: rules that change the logits, and parameters of the draw.
 
 Imports no torch, so that a mistake in a setting is told at once.
 """
@@ -13,7 +13,7 @@ from p2pinfer.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How tokens are chosen; the defaults are greedy."""
+    """Settings of the choice of tokens; the defaults are greedy."""
 
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # keep the likeliest tokens that make up this share; 1 keeps all
@@ -43,7 +43,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True)
 class LogitsRules:
-    """What changes logits, by the names that transformers has for it; the defaults change nothing."""
+    """Rules that change logits, by transformers' names; the defaults change nothing."""
 
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()  # for the last token of each sequence
     encoder_repetition_penalty: float = 1.0  # above 1 favours tokens of the prompt

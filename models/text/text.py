@@ -1,4 +1,4 @@
-"""Text to tokens and back, token by token: what the client needs and a node does not.
+"""Tokenizer, incremental decoding and stop strings, for the client.
 
 Only `tokenizers` is imported, in 40 ms.
 """
@@ -56,12 +56,12 @@ class Tokenizer:
         return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()
 
     def piece(self, token_id: int) -> str:
-        """What the vocabulary calls a token; empty if it has none of that id."""
+        """Name of a token in the vocabulary; empty if it has none of that id."""
         piece: str | None = self._backend.id_to_token(token_id)
         return piece or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text; nothing for special tokens and those past the vocabulary."""
+        """Bytes that a token adds to a text; none for special tokens and those past the vocabulary."""
         known = self._bytes.get(token_id)
         if known is None:
             known = b"" if token_id in self.special_texts else self._pieces.piece_bytes(self.piece(token_id))
@@ -107,7 +107,7 @@ class TextStream:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never came whole."""
+        """Text that was held back: U+FFFD for a character that never came whole."""
         held = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return held
@@ -155,7 +155,7 @@ class StopMatcher:
         return self._release(self._possible_start()), False
 
     def finish(self) -> str:
-        """What was held back because a stop string might have begun there."""
+        """Text that was held back because a stop string might have begun there."""
         return self._release(len(self._held))
 
     def _met(self) -> list[tuple[int, int]]:
@@ -167,7 +167,7 @@ class StopMatcher:
         return met + [(at + len(stop), at) for stop, at in raw if at >= 0]
 
     def _possible_start(self) -> int:
-        """Where in what is held the first stop string may begin that is not complete yet."""
+        """Index in the held text where the first incomplete stop string may begin."""
         visible, whole = self._visible(), len(self._held)
         shown = [*self._shown, whole]
         return min(

@@ -1,4 +1,4 @@
-"""How far a peer's output lies from the published model's, in numbers; `reputation.verdict` judges them.
+"""Deviation of a peer's output from the published model's; `reputation.verdict` judges it.
 
 The unit is the rounding of bfloat16: a ratio of 1 is what computing in bfloat16 costs by itself. See
 `noise_floor` for how it is measured.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LogitDeviation:
-    """What a chunk's deviation does to the logits.
+    """Effect of a chunk's deviation on the logits.
 
     Attributes:
         median_rho: The median over the tokens of the largest change among the likeliest tokens' logits, over
@@ -69,5 +69,5 @@ class Deviation:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the chunks hold."""
+        """Number of tokens in the chunks."""
         return sum(chunk.tokens for chunk in self.chunks)

@@ -1,4 +1,4 @@
-"""The rounding of bfloat16 in a span, measured on the very session that is to be judged.
+"""Rounding noise of bfloat16 in a span, measured on the session that is to be judged.
 
 Honest peers differ: other kernels, other batches, other processors. How much is fair depends on the span,
 its depth and the token, by factors of a hundred on trained weights, so no fixed tolerance is of use. The
@@ -32,7 +32,7 @@ _PRIOR_TOKENS = 4.0  # the weight of the median over channels in `s`, in tokens
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
-    """What rounding does to each token of a session.
+    """Effect of rounding on each token of a session.
 
     Attributes:
         exact: (tokens, hidden_size) float32, the span in float32.
@@ -59,7 +59,7 @@ class NoiseFloor:
         return (outputs - self.exact[positions]) / self.scale / floor[:, None]
 
     def alike(self, positions: Tensor) -> float:
-        """How much of their squared rounding these tokens have in common, on average over the runs."""
+        """Part of their squared rounding that these tokens have in common, on average over the runs."""
         shared = [shared_part(self.deviations(run[positions], positions)) for run in self.rounded]
         return sum(shared) / len(shared)
 
@@ -84,7 +84,7 @@ def channel_scale(inputs: Tensor, exact: Tensor) -> Tensor:
 
 
 def shared_part(deviations: Tensor) -> float:
-    """How much of a chunk's squared deviations its tokens have in common: the mean product of two of them.
+    """Part of a chunk's squared deviations that its tokens have in common: the mean product of two.
 
     Rounding differs from token to token. Altered weights push all tokens the same way, so this tells them
     from rounding where they are no larger. It can be a little below 0, and is 0 for a single token.

@@ -1,4 +1,4 @@
-"""A span run again, to measure how far from it a peer's outputs lie.
+"""Recomputation of a span, to measure how far a peer's outputs lie from it.
 
 The whole session goes through in one pass of pieces, as prompts do, in float32 and twice in bfloat16, which
 costs a small part of what decoding it token by token did. Nothing here judges: `reputation.verdict` does, and
@@ -69,7 +69,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows a span, up to the logits, in float32. Belongs to one thread at a time.
+    """Everything after a span, up to the logits, in float32. Belongs to one thread at a time.
 
     Attributes:
         runner: Holds the blocks after the span; None where it is the last one.
@@ -127,7 +127,7 @@ def open_tail(
 
 
 def tail_of(reference: Reference, ends: Ends, start: int) -> Tail:
-    """What follows a span that ends before block `start`, with a reference's own blocks.
+    """Tail of a span that ends before block `start`, with a reference's own blocks.
 
     Raises:
         ValueError: It does not hold all of them.
@@ -220,7 +220,7 @@ def rerun(reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: tor
 def compare(
     floor: NoiseFloor, outputs: Tensor, positions: Sequence[int], tail: Tail | None = None
 ) -> Deviation:
-    """How far checked outputs lie from a session that was run again; see `measure_span`."""
+    """Deviation of checked outputs from a session that was run again; see `measure_span`."""
     at = list(positions)
     where = torch.tensor(at, dtype=torch.long)
     with torch.inference_mode():
@@ -289,7 +289,7 @@ def _check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
 
 
 def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: Tensor) -> _LogitEffect | None:
-    """What `outputs` do to the logits; None where the blocks of the tail lack some of their inputs."""
+    """Effect of `outputs` on the logits; None where the blocks of the tail lack some of their inputs."""
     runs = [floor.exact, *floor.rounded]
     if tail.runner is None:
         runs = [*(run[positions] for run in runs), outputs]

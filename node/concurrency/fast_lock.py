@@ -1,4 +1,4 @@
-"""A lock that costs nothing while nobody else wants it."""
+"""Lock that does not suspend while nobody else holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nurseries inside context managers, without their users noticing."""
+"""Nurseries inside context managers, whose users see no exception groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that a cancellation must not tear apart."""
+"""Work that a cancellation must not interrupt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold what a hop gave in a session against its span's published weights: measure, then judge."""
+"""Check of a hop's evidence against its span's published weights: measured, then judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one hop did in one session, as its receipts and the tensors that they name; ready to be run again."""
+"""Record of one hop in one session: its receipts and the tensors they name, ready to be recomputed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HopRecord:
 
     @property
     def span(self) -> BlockSpan:
-        """What the hop was to run."""
+        """Span that the hop was to run."""
         return BlockSpan(self.receipts[0].start, self.receipts[0].stop)
 
     @property
@@ -42,7 +42,7 @@ class HopRecord:
 
     @property
     def codec(self) -> Codec:
-        """How the payloads are written."""
+        """Codec of the payloads."""
         return self.receipts[0].codec
 
     @property
@@ -54,7 +54,7 @@ class HopRecord:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What stands at a session's end, whatever was rolled back on the way.
+    """Steps that stand at a session's end, without those that were rolled back.
 
     Attributes:
         inputs: (tokens, hidden_size), of the positions 0, 1, ...

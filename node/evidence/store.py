@@ -1,4 +1,4 @@
-"""What a hop committed to, kept for a while by content address, and the protocol that asks for it.
+"""Evidence store: tensors kept for a while by content address, and the protocol that serves them.
 
 Whoever knows a digest may have the bytes: the digests of a session are known to its client and its hops, and
 to those whom one of them tells. The asker hashes what comes before anything else sees it. Request and answer
@@ -101,7 +101,7 @@ class EvidenceStore:
             self._drop_oldest()
 
     def get(self, digest: bytes, now: float) -> Payload | None:
-        """What has this digest, if it is held."""
+        """Content with this digest, if it is held."""
         self.forget_expired(now)
         group = self._group_of.get(digest)
         return None if group is None else self._groups[group].contents[digest]
@@ -171,7 +171,7 @@ async def fetch_evidence(
     *,
     max_bytes: int = MAX_CONTENT_BYTES,
 ) -> dict[bytes, bytes]:
-    """What `peer_id` holds of `digests`, each content checked against its digest.
+    """Contents of `digests` that `peer_id` holds, each checked against its digest.
 
     Args:
         digests: At most `MAX_DIGESTS`.
@@ -203,7 +203,7 @@ async def fetch_evidence(
 def contents_for(
     stores: Sequence[EvidenceStore], digests: Sequence[bytes], now: float
 ) -> list[Payload | None]:
-    """What is held of `digests`, in their order, as far as it fits one answer."""
+    """Held contents of `digests`, in their order, as far as they fit one answer."""
     contents: list[Payload | None] = []
     left = MAX_CONTENT_BYTES
     for digest in digests:

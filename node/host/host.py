@@ -1,4 +1,4 @@
-"""A libp2p host as p2pinfer uses it: streams to peers by id, handlers for protocols, and nothing else.
+"""Host of p2pinfer: streams to peers by id and handlers for protocols, over libp2p.
 
 All addresses of a peer are raced; libp2p tries one of them, and then refuses the peer for a minute.
 """
@@ -153,7 +153,7 @@ class Host:
         return [str(peer) for peer in self._network.connections if self._connection_to(peer) is not None]
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
-        """How `peer_id` is connected; direct if it is both, None if it is neither."""
+        """Kind of the connection to `peer_id`; direct if there are both, None if there is none."""
         connection = self._connection(peer_id)
         if connection is None:
             return None

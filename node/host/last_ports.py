@@ -1,4 +1,4 @@
-"""The ports that this node listened on last: its peers have noted them, so it comes back to them."""
+"""Ports of the last run, which a node listens on again, since its peers have noted them."""
 
 from __future__ import annotations
 

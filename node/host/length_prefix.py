@@ -1,4 +1,4 @@
-"""One value behind a big-endian u32 length: how the small questions between peers travel."""
+"""One value behind a big-endian u32 length, the form of small requests between peers."""
 
 from __future__ import annotations
 

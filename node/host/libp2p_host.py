@@ -1,4 +1,4 @@
-"""The libp2p host under `Host`, put right where libp2p 0.8.1 goes wrong.
+"""Subclass of libp2p's host that corrects faults of version 0.8.1.
 
 Only Noise is offered (the default host accepts plaintext), nobody is dialled unasked, nothing that a peer
 sends can raise out of a handler (libp2p would take the whole host down with it), and closing takes a tenth

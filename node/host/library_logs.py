@@ -1,4 +1,4 @@
-"""libp2p's log records, at the level they have for us.
+"""Log records of libp2p, at the level they have for us.
 
 libp2p calls it an error when a peer hangs up or does not speak a protocol, and has Python print that to
 standard error past whatever logging was set up: its logger does not propagate and has no handler. What it

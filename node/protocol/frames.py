@@ -1,4 +1,4 @@
-"""The frames that messages travel in, and the streams they are sent on and read from.
+"""Frames of messages, and the streams on which they are sent and read.
 
 A frame is two big-endian u32 lengths, a header of the first length and a payload of the second. The header is
 a message (see `wire`); the payload is a tensor's bytes (see `tensors`), empty for every message but `Step`
@@ -39,7 +39,7 @@ class Pace:
     bytes_per_s: float
 
     def limit_s(self, frame_bytes: int) -> float:
-        """How long a frame of so many bytes may take."""
+        """Seconds that a frame of so many bytes may take."""
         return self.grace_s + frame_bytes / self.bytes_per_s
 
 

@@ -1,4 +1,4 @@
-"""A hop's link to its successor: steps go out on it, signs of life and of progress come back.
+"""Link of a hop to its successor: steps go out, acknowledgements and replay progress come back.
 
 Replayed steps are the only ones that could pile up at the other side, since a log is sent as fast as it can
 be read. So no more than a window of them are under way before the successor says that they are in place.
@@ -18,7 +18,7 @@ from .replay_log import LoggedStep
 
 
 class ReplayWindow:
-    """How many replayed steps are under way, for whoever feeds a hop: another hop, or the client."""
+    """Replayed steps in flight, for whoever feeds a hop: another hop, or the client."""
 
     def __init__(self) -> None:
         self._under_way = 0
@@ -27,7 +27,7 @@ class ReplayWindow:
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody waits for steps to be confirmed."""
+        """True if somebody waits for steps to be confirmed."""
         return self._under_way > 0
 
     async def enter(self, size: int) -> None:
@@ -116,7 +116,7 @@ class Link:
         await self._window.drain()
 
     async def probe(self, within_s: float) -> bool:
-        """Whether the successor answers within so many seconds."""
+        """True if the successor answers within so many seconds."""
         number = self._probes
         self._probes += 1
         answered = self._awaited[number] = trio.Event()

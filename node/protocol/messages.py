@@ -1,4 +1,4 @@
-"""The messages of a session.
+"""Messages of a session, and their msgpack encoding.
 
 A message is a msgpack array whose first element names it; `frames` says how it travels.
 
@@ -49,7 +49,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Successor(msgspec.Struct, frozen=True, array_like=True):
-    """Where a hop sends its output: a peer and the addresses it is said to answer at."""
+    """Destination of a hop's output: a peer, and the addresses it is said to answer at."""
 
     peer_id: PeerIdText
     addrs: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
@@ -105,7 +105,7 @@ class Attached(_Message, frozen=True, tag="attached"):
 
 
 class Bill(msgspec.Struct, frozen=True, array_like=True):
-    """What one hop spent on one step, in microseconds, and how many tokens shared its batch."""
+    """Time that one hop spent on one step, in microseconds, and the number of tokens in its batch."""
 
     queue_us: Count
     compute_us: Count

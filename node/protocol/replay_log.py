@@ -1,4 +1,4 @@
-"""What a hop sent to its successor, kept for the life of the session so that a replacement can be fed.
+"""Replay log: steps sent to the successor, kept so that a replacement can be fed.
 
 The log holds the very bytes that went out, one entry a step, contiguous in position. All sessions of a node
 share one budget; a session reserves its worst case when it opens, so a running one never finds it spent. A
@@ -35,7 +35,7 @@ class ReplayBudget:
 
     @property
     def free_bytes(self) -> int:
-        """What is left."""
+        """Bytes that are left."""
         return self.total_bytes - self.reserved_bytes
 
     def release(self, size: int) -> None:

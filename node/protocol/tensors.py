@@ -1,4 +1,4 @@
-"""Hidden states as bytes: little-endian, row-major, one row a token, in the session's codec."""
+"""Encoding of hidden states: little-endian, row-major, one row per token, in the session's codec."""
 
 from __future__ import annotations
 

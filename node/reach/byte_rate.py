@@ -1,4 +1,4 @@
-"""How long to wait so that a flow keeps to its rate."""
+"""Rate limit of a flow of bytes, as the time to wait before the next ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Being reached through relays, by who cannot be reached directly: circuit relay v2."""
+"""Client side of circuit relay v2: reservations, and connections that come through relays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/stop"
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """What a relay granted us: to be reached through it, for `expires_s` from now by its own clock."""
+    """Reservation that a relay granted us, for `expires_s` from now by its own clock."""
 
     relay_id: str
     expires_s: float

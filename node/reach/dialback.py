@@ -1,4 +1,4 @@
-"""Asks a peer from where it sees us, and whether it can connect to us there by itself.
+"""Dial-back: a peer tells which address it sees us at, and tries to connect to us there.
 
 Request and response are each one MessagePack value behind a big-endian u32 length; see docs/wire.md. Whoever
 is asked dials only the address that the question comes from, so nobody can be made to dial somebody else. It
@@ -76,7 +76,7 @@ def serve_dialback(host: Host) -> None:
 
 
 async def ask(host: Host, peer_id: str, ports: tuple[int, ...]) -> Observation:
-    """What a directly connected peer sees of us.
+    """Ask a directly connected peer what it sees of us.
 
     Args:
         ports: Where it should try to reach us; at most `MAX_PORTS` count.

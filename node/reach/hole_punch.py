@@ -1,4 +1,4 @@
-"""Turns a relayed connection into a direct one: both sides dial each other at the same moment (DCUtR).
+"""Hole punching (DCUtR): both sides of a relayed connection dial each other at the same moment.
 
     B, who was reached through a relay          A, who connected through it
       CONNECT, where B is seen from outside ->
@@ -224,7 +224,7 @@ class Puncher:
 
 
 def _addresses(message: HolePunch) -> list[str]:
-    """What a peer says of where it is to be met, as far as it makes sense: no address of a local network."""
+    """Plausible addresses where a peer says it can be met; none of a local network."""
     if message.type != HolePunch.CONNECT:
         raise ProtocolViolation("no CONNECT at the beginning of a punch")
     result: list[str] = []

@@ -1,4 +1,4 @@
-"""How this host is reached: finds out what it is, asks the router, keeps relays, punches, relays for others.
+"""Reachability of this host: measures it, maps ports, keeps relays, punches holes, serves as relay.
 
 In order of preference: a public address; a port of the router's, by UPnP; a hole punched when a peer comes
 through a relay; the relay. All of it goes on while the host runs, since routers restart and laptops move.
@@ -69,14 +69,14 @@ class ReachStatus:
 
 @dataclass(slots=True)
 class _Seen:
-    """What is known at the moment."""
+    """State of the reachability at one moment."""
 
     observations: dict[str, Observation] = field(default_factory=dict[str, Observation])
     asked: set[str] = field(default_factory=set[str])
 
 
 class Reach:
-    """How one host is reached. Made by `open_reach`."""
+    """Reachability of one host. Made by `open_reach`."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Reach:
 
     @property
     def status(self) -> ReachStatus:
-        """What is known at the moment."""
+        """Reachability as far as it is known at the moment."""
         return ReachStatus(
             self.reachability,
             self._upnp,
@@ -125,7 +125,7 @@ class Reach:
         )
 
     def needs(self, peer_id: str) -> bool:
-        """Whether we are reached through this peer, or it through us."""
+        """True if we are reached through this peer, or it through us."""
         return peer_id in self._keeper.relays or (self._relay is not None and self._relay.serves(peer_id))
 
     @contextmanager
@@ -238,7 +238,7 @@ class Reach:
     # ------------------------------------------------------------------ the router
 
     def _may_map(self) -> bool:
-        """Whether UPnP has still to be tried. For a client only once a peer cannot be met otherwise."""
+        """True if UPnP has still to be tried. For a client only once a peer cannot be met otherwise."""
         wanted = bool(self._host.listening) or self._door_wanted.is_set()
         return self._config.upnp and wanted and self._upnp == "not tried"
 
@@ -294,7 +294,7 @@ class Reach:
         return self.reachability.kind in ("public", "mapped")
 
     def _may_relay(self, stream: PeerStream) -> bool:
-        """Whether a place here is worth anything: we can be reached, or its taker at least has reached us."""
+        """True if a place here is worth anything: we can be reached, or its taker at least has reached us."""
         unknown = self.reachability.kind == "unknown"
         return self._is_reachable() or (unknown and stream.is_inbound)
 
@@ -347,7 +347,7 @@ class Reach:
     # ------------------------------------------------------------------ punching
 
     def _meeting_points(self) -> list[str]:
-        """Where somebody who dials at the same moment as we do meets us."""
+        """Addresses where a peer that dials at the same moment as we do meets us."""
         seen = self.reachability
         if self._is_reachable():
             return [address for address in seen.addrs if address.startswith(("/ip4/", "/ip6/"))]

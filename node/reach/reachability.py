@@ -1,4 +1,4 @@
-"""What this machine is to the internet, from what peers have seen of it.
+"""Classification of this host's NAT, from what peers observed of it.
 
 A peer that we are connected to says from which address we come, and tries to connect to us there by itself
 (`node/reach/dialback.py`). Whether it can says if we are reachable; whether the port it sees is the one we
@@ -24,7 +24,7 @@ Nat: TypeAlias = Literal["none", "firewall", "port-preserving", "symmetric", "un
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one peer has seen of us."""
+    """Report of one peer on what it has seen of us."""
 
     peer_id: str
     seen_ip: str
@@ -35,7 +35,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Reachability:
-    """What we are, as far as is known.
+    """Type of our NAT and our outside addresses, as far as is known.
 
     Attributes:
         kind: As in an announcement. `unknown` until somebody outside the local network has looked.
@@ -55,7 +55,7 @@ class Reachability:
 
 
 def classify(observations: Iterable[Observation], own_ips: Collection[str]) -> Reachability:
-    """What the observations say. The majority decides: a single peer may err, or lie.
+    """NAT type by the majority of the observations: a single peer may err, or lie.
 
     IPv4 decides the kind as long as somebody has looked there, because not everybody has IPv6.
 
@@ -78,7 +78,7 @@ def classify(observations: Iterable[Observation], own_ips: Collection[str]) -> R
 
 
 def with_announced(seen: Reachability, announced: Sequence[str]) -> Reachability:
-    """What we are, given also the addresses that our operator announces.
+    """Reachability, given also the addresses that our operator announces.
 
     Observers try the announced ports where they see us. Where an announced address is another one than that,
     or a name, they cannot tell, and our operator's word counts.
@@ -90,7 +90,7 @@ def with_announced(seen: Reachability, announced: Sequence[str]) -> Reachability
 
 
 def is_refuted(seen: Reachability, announced: Sequence[str]) -> bool:
-    """Whether peers have looked at an announced address and not found us."""
+    """True if peers have looked at an announced address and not found us."""
     hosts = {parse_tcp(address)[1] for address in announced}
     return seen.kind == "private" and not hosts.isdisjoint(seen.outside_ips)
 
@@ -121,7 +121,7 @@ def _nat(observations: Sequence[Observation], straight: bool) -> Nat:
 
 
 def is_global(ip: str) -> bool:
-    """Whether `ip` means the same machine everywhere on the internet."""
+    """True if `ip` means the same machine everywhere on the internet."""
     try:
         return ipaddress.ip_address(ip).is_global
     except ValueError:

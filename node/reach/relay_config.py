@@ -1,4 +1,4 @@
-"""What a node spends on carrying others' connections. Apart from relay.py: reading it imports no libp2p."""
+"""Settings of a relay, apart from relay_server.py so that reading them imports no libp2p."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True)
 class RelayConfig:
-    """What a node that can be reached spends on those who cannot.
+    """Limits on what a reachable node spends on those that are not.
 
     A decode step of a large model is 20 KB a hop, so a megabyte a second carries fifty of them, for peers
     that mostly find a direct way after seconds. Of a home line's upload, 20 Mbit/s or 2.5 MB/s, it leaves
@@ -35,5 +35,5 @@ class RelayConfig:
 
     @property
     def granted_bytes_per_s(self) -> float:
-        """What all connections that are carried may take; 0 if none is."""
+        """Bytes per second that all carried connections may take; 0 if none is carried."""
         return self.bytes_per_s if self.enabled else 0.0

@@ -1,4 +1,4 @@
-"""Keeps places at relays, for a node that cannot be reached directly.
+"""Reservations at relays, kept by a node that cannot be reached directly.
 
 libp2p refreshes a reservation shortly before it expires and not when the relay has died, of which it tells
 nobody. Here a lost connection ends the place at once, and the next candidate is asked.
@@ -138,7 +138,7 @@ class RelayKeeper:
             self._publish()
 
     def _renew_after_s(self, peer_id: str, expires_s: float) -> float:
-        """When to ask again. The relay says until when by its wall clock; either clock may be wrong."""
+        """Seconds until to ask again. The relay gives its wall clock's time; either clock may be wrong."""
         if 0 < expires_s < MOST_GRANTED_S:
             return min(max(expires_s / 2, LEAST_RENEW_S), RENEW_S)
         if not self._told_of_clock:

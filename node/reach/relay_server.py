@@ -1,4 +1,4 @@
-"""Carries connections between peers that cannot reach each other: the relay's side of circuit relay v2.
+"""Relay server of circuit relay v2: carries connections between peers that cannot reach each other.
 
     private peer  --RESERVE-->  relay                       may be reached through the relay from now on
     other peer    --CONNECT-->  relay  --STOP CONNECT-->  private peer        bytes flow, end-to-end encrypted
@@ -54,7 +54,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RelayUse:
-    """How much of a relay is taken at the moment."""
+    """Use of a relay at the moment."""
 
     reservations: int
     circuits: int
@@ -89,12 +89,12 @@ class Relay:
 
     @property
     def use(self) -> RelayUse:
-        """What is taken at the moment."""
+        """Use of this relay at the moment."""
         self._drop_expired()
         return RelayUse(len(self._reserved), self._total, self._bytes_carried)
 
     def serves(self, peer_id: str) -> bool:
-        """Whether others may reach this peer through us."""
+        """True if others may reach this peer through us."""
         return peer_id in self._reserved
 
     async def _answer(self, stream: PeerStream) -> None:

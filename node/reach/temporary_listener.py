@@ -1,4 +1,4 @@
-"""A port at which a host that does not listen lets peers in for once, on a port that it already has."""
+"""Temporary listener: accepts connections for once, on a port that a client already uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A port of the router's that leads here, asked for by UPnP: mapped, renewed, and given back.
+"""Port mapping on the router by UPnP: requested, renewed, and given back.
 
 libp2p's own (0.8.1) maps without a lease, so that a crash leaves the port open for good, never renews, and
 does not announce the address. miniupnpc, which comes with it, does the talking; it blocks, so it runs in
@@ -33,7 +33,7 @@ GOODBYE_S: Final = 3.0
 
 
 class Gateway(Protocol):
-    """What is used of `miniupnpc.UPnP`."""
+    """The part of `miniupnpc.UPnP` that is used here."""
 
     lanaddr: str
 

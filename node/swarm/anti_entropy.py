@@ -1,4 +1,4 @@
-"""Asks a neighbour, now and then, for what gossip has not brought.
+"""Anti-entropy: asks a neighbour from time to time for records that gossip did not bring.
 
 Gossip is quick and promises nothing: what is published while a mesh forms, or while it is pruned, reaches
 only some, and the others would have to wait until its author repeats it. So every table is compared with one

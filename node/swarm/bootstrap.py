@@ -1,4 +1,4 @@
-"""Finds the first peers, and keeps a few.
+"""Bootstrap: finds the first peers, and keeps a few neighbours.
 
 Addresses come from `--bootstrap`, or else from the first bootstrap_peers.txt that names any: in the working
 directory, in the data directory, in the package. They are dialled until one answers, at once first and then
@@ -91,7 +91,7 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
 
 
 class Kin(Protocol):
-    """Who gossips about what we do. `Gossip` is one."""
+    """Source of peers that gossip about the same model. `Gossip` is one."""
 
     @property
     def revisions(self) -> frozenset[str]:
@@ -105,7 +105,7 @@ class Kin(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BootstrapOutcome:
-    """What became of a bootstrap peer; `answered` is None while nothing is known."""
+    """Outcome of contacting a bootstrap peer; `answered` is None while nothing is known."""
 
     address: str
     answered: bool | None
@@ -114,7 +114,7 @@ class BootstrapOutcome:
 
 @dataclass(slots=True)
 class _Trouble:
-    """Why a peer was not reached or kept, how often in a row, and when to try again."""
+    """Reason why a peer was not reached or kept, how often in a row, and when to try again."""
 
     why: str  # empty once it has answered
     times: int
@@ -173,11 +173,11 @@ class Neighbourhood:
 
     @property
     def has_peers(self) -> bool:
-        """Whether there is anybody to begin with."""
+        """True if there is anybody to begin with."""
         return bool(self._peers or self._known)
 
     def outcomes(self) -> list[BootstrapOutcome]:
-        """How it stands with every bootstrap peer."""
+        """Outcome of every bootstrap peer."""
         connected = set(self._host.connected_peers())
         found: list[BootstrapOutcome] = []
         for peer in self._peers:
@@ -191,7 +191,7 @@ class Neighbourhood:
         return found
 
     def describe_failures(self) -> str:
-        """Whom we could not reach and why, in one line; empty if we reached everybody we tried."""
+        """Peers that could not be reached and why, in one line; empty if all that were tried answered."""
         return "; ".join(trouble.why for trouble in self._troubles.values() if trouble.why)
 
     async def keep(self) -> None:
@@ -264,7 +264,7 @@ class Neighbourhood:
         return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
 
     def _next_look(self, connected: Sequence[str]) -> float:
-        """When a bootstrap peer that we lack is due, or others may have turned up; may be in the past."""
+        """Time when a missing bootstrap peer is due, or others may have turned up; may be in the past."""
         lacking = {peer.peer_id for peer in self._peers}.difference(connected)
         dues = [self._troubles[peer_id].retry_at for peer_id in lacking if peer_id in self._troubles]
         check_at: float = trio.current_time() + CHECK_INTERVAL_S

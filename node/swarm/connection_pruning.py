@@ -1,4 +1,4 @@
-"""Keeps places free for those who come, on a host that many begin with.
+"""Connection pruning: closes connections on a crowded host, to leave places for newcomers.
 
 Everybody who joins by a bootstrap peer stays connected to it, and none of them would ever make room: with 512
 places the 513th peer could not join the swarm. So when seven eighths of the places are taken, the longest
@@ -66,7 +66,7 @@ class ConnectionPruning:
                 await trio.sleep(RETRY_S)
 
     def _idle(self) -> list[str]:
-        """Who has been here long enough, and would lose nothing but a neighbour."""
+        """Peers that have been here long enough, and would lose nothing but a neighbour."""
         before = trio.current_time() - self._stay_s
         return [
             peer_id
@@ -75,7 +75,7 @@ class ConnectionPruning:
         ]
 
     def _only_gossips(self, peer_id: str) -> bool:
-        """Whether the peer came to us, and no stream is open to or from it that is not gossip's."""
+        """True if the peer came to us, and no stream is open to or from it that is not gossip's."""
         return all(
             each.direction == Direction.INBOUND
             and all(str(stream.get_protocol() or "").startswith(GOSSIP) for stream in each.get_streams())

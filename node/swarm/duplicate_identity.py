@@ -1,4 +1,4 @@
-"""Whether another process has this node's identity, and which of the two has to stop.
+"""Detection of another process with this node's identity, and the choice of which one stops.
 
 Theory of operation. Every process draws an instance when it starts, and its announcements carry it, signed.
 A record in our name that we did not sign is not enough to go by: it may be our own, of before a restart, and

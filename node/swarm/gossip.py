@@ -1,4 +1,4 @@
-"""Announcements over GossipSub: a topic per model revision, and nothing forged or old is passed on.
+"""Announcements over GossipSub: one topic per model revision, with validation before forwarding.
 
 Every record is opened in the topic's validator, so a bad one is neither taken in nor forwarded. Neither is
 one that somebody else than its author published, or that is no news: who repeats what a peer said reaches
@@ -149,7 +149,7 @@ class Gossip:
             self._unheard[topic] = record
 
     def _is_our_turn(self, announcement: Announcement) -> bool:
-        """Whether this announcement is also one for the topic of all models."""
+        """True if this announcement is also one for the topic of all models."""
         if MODELS_TOPIC not in self.pubsub.topic_ids:
             return False
         since_s = trio.current_time() - self._spoke.get(announcement.revision, -TOLD_S)
@@ -200,7 +200,7 @@ class Gossip:
             await changed.wait()
 
     def _is_heard(self, topic: str) -> bool:
-        """Whether there is a neighbour to hear what we publish."""
+        """True if there is a neighbour to hear what we publish."""
         return not self.pubsub.peer_topics.get(topic, set()).isdisjoint(self.pubsub.peers)
 
     async def _unsubscribe_one(self, revisions: Iterable[str]) -> None:
@@ -244,7 +244,7 @@ class Gossip:
         return self.on_notice(heard)
 
     def _is_news(self, announcement: Announcement, of_all_models: bool) -> bool:
-        """Whether its topic has not brought it yet, and nothing later is known.
+        """True if its topic has not brought it yet, and nothing later is known.
 
         What only a snapshot has brought is news: those behind us may not have asked for one.
         """

@@ -1,4 +1,4 @@
-"""libp2p's GossipSub, put right where it loses messages, trusts strangers, or spends a core on nothing.
+"""Subclasses of libp2p's GossipSub that correct lost messages, misplaced trust and wasted CPU time.
 
 A message costs libp2p (0.8.1) several milliseconds at every node: each frame carries the sender's addresses,
 signed, which are compared with the interfaces' for every frame sent and verified twice for every frame that
@@ -167,7 +167,7 @@ class FloodingRouter(GossipSub):
         """Save neighbours what is large: no message of ours is."""
 
     def _get_peers_to_send(self, topic_ids: Any, msg_forwarder: ID, origin: ID, msg_id: Any = None) -> Any:
-        """Whom a message goes to at once: our own news to every neighbour in the topic, others' to the mesh.
+        """Receivers of a message: our own news goes to every neighbour in the topic, others' to the mesh.
 
         "In flood publishing, ... the router publishes the message to all peers with a score greater than
         publishThreshold" -- gossipsub v1.1. Who comes back within a minute, or finds a neighbour's mesh full,

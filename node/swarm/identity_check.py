@@ -1,4 +1,4 @@
-"""Asks whoever answers at an address with our own id whether it is we or another process with our identity.
+"""Check of an address that answers with our own id: is it this process, or a duplicate?
 
 The question is asked under an identity drawn for it, since nobody can connect to itself. Question and answer
 are sealed records of that identity's, each one value behind a big-endian u32 length; see docs/wire.md. An

@@ -1,4 +1,4 @@
-"""How far the others are: measured by ping where connected, guessed from coordinates elsewhere."""
+"""Round-trip times to peers: pinged where connected, estimated from coordinates elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The swarm's table as this process keeps it: only what is signed gets in, and waiters hear of news."""
+"""Live table of the swarm: admits signed records only, and wakes waiters on news."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class LiveTable:
         return {revision: self.live(revision) for revision in self._table.revisions(self._clock())}
 
     def knows(self, announcement: Announcement) -> bool:
-        """Whether this very announcement is what we believe of its peer."""
+        """True if this very announcement is what we believe of its peer."""
         return self._sequence_of(announcement) == announcement.sequence
 
     def outdates(self, announcement: Announcement) -> bool:
-        """Whether we believe a later announcement of its peer."""
+        """True if we believe a later announcement of its peer."""
         return self._sequence_of(announcement) > announcement.sequence
 
     def accept(

@@ -1,4 +1,4 @@
-"""Finds peers in the local network and is found by them: multicast DNS, as libp2p's specification has it.
+"""Discovery in the local network by multicast DNS, as libp2p's specification has it.
 
 A host advertises a service of type `_p2p._udp.local` under a random name, with its multiaddrs as `dnsaddr=`
 in the TXT record. -- libp2p specs, discovery/mdns.md. zeroconf, which comes with libp2p, does the talking, in
@@ -62,7 +62,7 @@ async def keep_looking_around(
 
 
 def service_of(addrs: Iterable[str]) -> ServiceInfo:
-    """What is advertised for a peer at `addrs`."""
+    """Service record that is advertised for a peer at `addrs`."""
     name = secrets.token_hex(16)
     usable = [address for address in addrs if not is_circuit(address)][:MAX_ADDRS]
     # A TXT record is a list of strings; all of ours begin with the same key, which a mapping cannot say.

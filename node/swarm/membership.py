@@ -1,4 +1,4 @@
-"""A place in the swarm: a host, the view it keeps from gossip, neighbours, and how far the others are.
+"""Membership of a swarm: host, gossip, live table, neighbours and latencies in one context manager.
 
 Nodes and clients join in the same way; a node announces, a client only listens.
 """
@@ -97,7 +97,7 @@ class SwarmMember:
 
     @property
     def coordinate(self) -> Coordinate:
-        """Where we believe to sit."""
+        """Network coordinate of this process."""
         return self._latency.coordinate
 
     @property
@@ -110,14 +110,14 @@ class SwarmMember:
         return self._latency.rtt_ms(peer_id)
 
     def announcements(self, revision: str) -> list[Announcement]:
-        """Who serves `revision`, ourselves included; not those whom we have nothing to do with."""
+        """Announcements of `revision`, our own included; without peers that the lists exclude."""
         return [peer for peer in self._view.live(revision) if self._deals_with(peer.peer_id)]
 
     def _deals_with(self, peer_id: str) -> bool:
         return peer_id == self.peer_id or self.host.gate.admits(peer_id, "nodes")
 
     def lookalikes(self, spec: ModelSpec) -> list[Announcement]:
-        """Who serves the weights of `spec` under a config by which they compute something else."""
+        """Peers with the weights of `spec` under a config by which they compute something else."""
         return [
             peer
             for peer in self._view.everybody()
@@ -128,7 +128,7 @@ class SwarmMember:
         ]
 
     def models(self) -> dict[str, list[Announcement]]:
-        """Who serves what, by revision: of models that were not joined a few peers each."""
+        """Announcements by revision; of models that were not joined, a few peers each."""
         models = {revision: self.announcements(revision) for revision in self._view.models()}
         return {revision: peers for revision, peers in models.items() if peers}
 
@@ -184,11 +184,11 @@ class SwarmMember:
         return self._neighbourhood.settled.is_set()
 
     def describe_failures(self) -> str:
-        """Which bootstrap peers could not be reached and why, in one line; empty if all could."""
+        """Bootstrap peers that could not be reached and why, in one line; empty if all could."""
         return self._neighbourhood.describe_failures()
 
     def bootstrap_outcomes(self) -> list[BootstrapOutcome]:
-        """How it stands with every bootstrap peer."""
+        """Outcome of every bootstrap peer."""
         return self._neighbourhood.outcomes()
 
     async def reach_somebody(self, timeout_s: float) -> None:

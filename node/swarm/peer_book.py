@@ -1,4 +1,4 @@
-"""Peers that were met, kept over restarts: whom to try where no other way leads back into the swarm.
+"""Book of peers that were met, kept over restarts as a last resort for joining again.
 
 What is kept are ids and addresses. Neither is believed: whoever answers has to prove its id, as everybody
 has. Peers that we have reached ourselves come first; of those that came to us there is only their own word
@@ -63,7 +63,7 @@ class PeerBook:
         self._told = False
 
     def peers(self) -> list[KnownPeer]:
-        """Whom to try, the likeliest to answer first."""
+        """Peers to try, the likeliest to answer first."""
         return sorted(self._peers.values(), key=lambda peer: (not peer.reached, -peer.met_at))
 
     def note(self, peer_id: str, addrs: Sequence[str], *, reached: bool) -> None:
@@ -116,7 +116,7 @@ class PeerBook:
                 logger.warning("cannot note in %s which peers were met: %s", path, exc.strerror or exc)
 
     def _read(self) -> list[KnownPeer]:
-        """What was noted and has not expired; nothing if the file is damaged."""
+        """Notes that have not expired; none if the file is damaged."""
         if self._path is None:
             return []
         try:

@@ -1,4 +1,4 @@
-"""Who of those announced has given a sign of life, and who was silent when somebody last tried.
+"""Presence of announced peers: which gave a sign of life, and which were silent when dialled.
 
 An announcement counts for two minutes, so a node that was killed is a ghost for as long. What is known sooner
 is what became of the last try to reach it: a peer that no address of answers is silent from then on, until it
@@ -27,7 +27,7 @@ MAX_REMEMBERED: Final = 4096
 
 
 class Presence:
-    """What this process knows of others' being there. To be told of a host's dials by `watch`."""
+    """Presence of peers as this process knows it. To be told of a host's dials by `watch`."""
 
     def __init__(self, host: Host, view: LiveTable, clock: Callable[[], float] = trio.current_time) -> None:
         self._host = host
@@ -42,12 +42,12 @@ class Presence:
         self._host.when_unreachable(self._note_unreachable)
 
     def is_silent(self, announced: Announcement) -> bool:
-        """Whether the peer could not be reached a moment ago, and has not been heard of since."""
+        """True if the peer could not be reached a moment ago, and has not been heard of since."""
         sequence, noted_at = self._silent.get(announced.peer_id, (-1, 0.0))
         return announced.sequence <= sequence and self._clock() < noted_at + SILENT_S
 
     def refuses_us(self, peer_id: str) -> bool:
-        """Whether the peer answered the last time, and does not let us in."""
+        """True if the peer answered the last time, and does not let us in."""
         return peer_id in self._refusing
 
     async def call(self, peers: Sequence[Announcement], within_s: float) -> None:

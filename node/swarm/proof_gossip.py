@@ -1,4 +1,4 @@
-"""Fraud proofs on their way through the swarm: told of by content address, fetched, checked, carried on.
+"""Gossip of fraud proofs: notices by content address, then fetched, checked and passed on.
 
 Who has a proof gossips a notice: the proof's digest, whom it is about, and who holds it. Whoever hears of it
 fetches proof and tensors from the author, or from a neighbour who was faster, looks whether signatures and
@@ -81,7 +81,7 @@ OnProof = Callable[[Heard, Accusation, Mapping[bytes, Payload]], Awaitable[bool 
 
 
 class NoticeBoard(Protocol):
-    """What carries notices: gossip."""
+    """Carrier of notices: gossip."""
 
     async def publish_notice(self, notice: Notice) -> bytes:
         """Tell everybody in the notice's model's topic; returns the sealed record that they get."""
@@ -99,7 +99,7 @@ def encode_notice(notice: Notice) -> bytes:
 
 
 def is_notice(payload: bytes) -> bool:
-    """Whether a record's payload is meant to be a notice: an announcement begins with a number."""
+    """True if a record's payload is meant to be a notice: an announcement begins with a number."""
     return payload[1:7] == _BEGINNING
 
 
@@ -253,7 +253,7 @@ class ProofCarrier:
         return found
 
     def _holders(self, heard: Heard) -> list[str]:
-        """Whom to ask, who told of it first, again for what one answer did not hold; never the accused."""
+        """Peers to ask, first tellers first, again for what one answer did not hold; never the accused."""
         first = dict.fromkeys([heard.told_by or heard.author, heard.author])
         others = [
             peer_id

@@ -1,4 +1,4 @@
-"""The numbers of this node's announcements, which grow whatever happens to the clock.
+"""Sequence numbers of this node's announcements, which grow whatever happens to the clock.
 
 Neighbours remember the last number for up to a quarter of an hour and listen to nothing below it. So numbers
 are reserved on disk, many at a time and before any of them is used: a node that is killed begins again above
@@ -92,7 +92,7 @@ class Sequence:
             )
 
     def _read(self) -> int:
-        """What was reserved; 0 if nothing was, or the file is damaged."""
+        """The reserved number; 0 if nothing was, or the file is damaged."""
         if self._path is None:
             return 0
         try:

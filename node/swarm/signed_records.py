@@ -1,4 +1,4 @@
-"""Signed records: an announcement's bytes and whose they are, so that anybody may pass them on."""
+"""Signed records: an announcement's bytes with its author, so that anybody may pass them on."""
 
 from __future__ import annotations
 

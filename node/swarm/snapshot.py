@@ -1,4 +1,4 @@
-"""A neighbour's table, or what of it the asker lacks, in one round trip.
+"""Snapshot of a neighbour's table, or of the part that the asker lacks, in one round trip.
 
 Whoever asks names the records it has, by eight bytes each, and is sent the others: a newcomer all of them, so
 that it need not wait for gossip. It hands over the latest of its own, which gossip may have lost. Notices of
@@ -131,12 +131,12 @@ def _take_own(view: LiveTable, peer_id: str, record: bytes) -> None:
 
 
 def _records(view: LiveTable, proofs: ProofCarrier | None, revision: str | None) -> list[tuple[bytes, float]]:
-    """What a process holds, with the notices of proofs first: a response has room for only so much."""
+    """Records of this process, notices of proofs first: a response has room for only so much."""
     return [*(proofs.records(revision) if proofs else ()), *view.records(revision)]
 
 
 def tags(records: Iterable[tuple[bytes, float]]) -> bytes:
-    """What stands for these records in a request."""
+    """Short tags that stand for these records in a request."""
     return b"".join(_tag(record) for record, _ in islice(records, MAX_TAGS))
 
 

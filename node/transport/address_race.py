@@ -1,4 +1,4 @@
-"""Reaches a peer on whichever of its addresses answers first."""
+"""Race of a peer's addresses: dials them and keeps the one that answers first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiaddrs as p2pinfer uses them: which can be listened on, which can be dialled, which are ours."""
+"""Multiaddrs: which can be listened on, which can be dialled, and which are ours."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_circuit(address: str) -> tuple[str, str, str]:
 
 
 def is_circuit(address: str) -> bool:
-    """Whether `address` leads through a relay."""
+    """True if `address` leads through a relay."""
     return CIRCUIT in address
 
 
@@ -150,7 +150,7 @@ def _why(exc: OSError) -> str:
 
 
 def advertised(listening: Iterable[str]) -> list[str]:
-    """What to tell others about the addresses in `listening`: wildcards become this machine's addresses."""
+    """Addresses to tell others for those in `listening`: wildcards become this machine's addresses."""
     result: list[str] = []
     lonely: list[str] = []  # what a wildcard means on a machine without a network
     for address in listening:

@@ -1,4 +1,4 @@
-"""A stream to a relay that has become a pipe to another peer: circuit relay v2, from where one dials.
+"""Stream through a relay to another peer: circuit relay v2, on the dialling side.
 
 It is upgraded like a socket, with Noise and yamux of its own, so the relay sees ciphertext and `Host` sees a
 connection like any other.

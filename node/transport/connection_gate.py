@@ -1,4 +1,4 @@
-"""Who may connect, for what, and how many streams each peer may open; who is refused is told why.
+"""Connection gate: who may connect and open streams, how many, and the reason for a refusal.
 
 Lists of peers say whom they concern (`peer_lists`). A peer may connect if it is wanted for anything; what it
 may do then is asked where it does it. Files are looked at every few seconds, and count as they are from then.
@@ -42,7 +42,7 @@ _REASONS: Final = {
 
 
 def reason(code: int) -> str:
-    """What a number that a peer sent stands for; empty if for nothing that we know."""
+    """Meaning of a number that a peer sent; empty if it is unknown."""
     return _REASONS.get(code, "")
 
 
@@ -73,7 +73,7 @@ class Gate:
         self._turned_us_away: dict[str, None] = {}
 
     def admits(self, peer_id: str, scope: Scope | None = None) -> bool:
-        """Whether we have to do with this peer for that; None: for anything at all."""
+        """True if we have to do with this peer for that; None: for anything at all."""
         return any(not self._objection(peer_id, each) for each in ([scope] if scope else SCOPES))
 
     def lets_in(self, peer_id: str) -> bool:
@@ -87,7 +87,7 @@ class Gate:
         return False
 
     def refuses(self, peer_id: str, scope: Scope) -> str:
-        """Why a peer that is connected may not do that, for itself to read; empty if it may."""
+        """Reason why a connected peer may not do that, for itself to read; empty if it may."""
         why = self._objection(peer_id, scope)
         if why:
             self._on_refusal("gated")
@@ -96,7 +96,7 @@ class Gate:
         return why
 
     def may_tell(self, peer_id: str) -> bool:
-        """Whether the log has room for one more refusal of this peer; if so, that was it."""
+        """True if the log has room for one more refusal of this peer; if so, that was it."""
         if self._is_closed:
             return False
         now = time.monotonic()
@@ -160,7 +160,7 @@ class Gate:
 
     @property
     def streams(self) -> int:
-        """How many streams of peers are open."""
+        """Number of open streams of peers."""
         return self._total
 
     def note_turned_away(self, peer_id: str) -> None:
@@ -171,7 +171,7 @@ class Gate:
             del self._turned_us_away[next(iter(self._turned_us_away))]
 
     def has_turned_us_away(self, peer_id: str) -> bool:
-        """Whether that was the last thing it said; asking forgets it."""
+        """True if that was the last thing it said; asking forgets it."""
         has = peer_id in self._turned_us_away
         self._turned_us_away.pop(peer_id, None)
         return has
@@ -183,7 +183,7 @@ class Gate:
 
 
 def _look(files: Sequence[Path]) -> list[object]:
-    """What changes with a file, of every file."""
+    """Fingerprint of every file, which changes with the file."""
     found: list[object] = []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""What happened since this process began, as numbers: incremented where it happens, read by `metrics`.
+"""Counters of this process: incremented where something happens, read by `metrics`.
 
 A host has one `Counts`. Whoever wants something counted adds its name here and calls `host.counts.add`.
 """
@@ -53,7 +53,7 @@ class Counts:
         self._counted[name, label] += by
 
     def total(self, name: Name, label: str | None = None) -> int:
-        """How much was counted under a name, and under one label of it if that is given."""
+        """Count under a name, and under one label of it if that is given."""
         return sum(
             amount
             for (counted, with_label), amount in self._counted.copy().items()
@@ -61,5 +61,5 @@ class Counts:
         )
 
     def by_label(self, name: Name) -> dict[str, int]:
-        """What was counted under a name, by label."""
+        """Counts under a name, by label."""
         return {label: amount for (counted, label), amount in self._counted.copy().items() if counted == name}

@@ -1,4 +1,4 @@
-"""Protobuf messages behind a varint of their length, as libp2p's own protocols send them."""
+"""Protobuf messages behind a varint length, as libp2p's own protocols send them."""
 
 from __future__ import annotations
 

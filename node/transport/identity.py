@@ -1,4 +1,4 @@
-"""Who this process is to the swarm: an Ed25519 key, and the peer id that is its public half."""
+"""Identity of this process: an Ed25519 key, and the peer id that is its public half."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def load_identity_file(path: Path) -> Identity:
 
 
 def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
-    """Whether `signature` over `payload` was made by the owner of `peer_id`; False for anything malformed."""
+    """True if `signature` over `payload` was made by the owner of `peer_id`; False for anything malformed."""
     peer = _peer_of(peer_id)
     try:
         return peer is not None and peer[1].verify(payload, signature)
@@ -97,7 +97,7 @@ def verify(peer_id: str, payload: bytes, signature: bytes) -> bool:
 
 
 def is_peer_id(text: str) -> bool:
-    """Whether `text` is the peer id of an Ed25519 key, the only kind that p2pinfer's peers have."""
+    """True if `text` is the peer id of an Ed25519 key, the only kind that p2pinfer's peers have."""
     return _peer_of(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Agrees on a new stream's protocol in one round trip.
+"""Negotiation of a new stream's protocol in one round trip (multistream-select).
 
 libp2p's client waits for the peer to confirm multistream itself before it asks for a protocol. Both lines can
 go out at once, and those of other implementations do so too.

@@ -1,4 +1,4 @@
-"""Noise messages, once libp2p has done the handshake, without a dozen calls for each.
+"""Noise transport messages after libp2p's handshake, encrypted with few calls for each.
 
 A message is a big-endian u16 length and so many bytes of ciphertext, its tag included. -- libp2p specs,
 noise/README.md, "Wire Format". The nonce is 32 bits of zeros and a little-endian u64 that counts the messages
@@ -99,7 +99,7 @@ class NoiseSession(SecureSession):
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits to be sent, so that `write_now` will do."""
+        """True if nothing waits to be sent, so that `write_now` will do."""
         return self.messages.stream.is_clear
 
     def write_now(self, data: bytes) -> bool:

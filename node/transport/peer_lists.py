@@ -1,4 +1,4 @@
-"""Lists of peers, and whom each entry concerns: clients, nodes, those that are relayed, or everybody.
+"""Lists of allowed and denied peers, and the kinds of peer that each entry applies to.
 
     12D3KooW...                     whatever that peer wants
     clients:12D3KooW...             as a client: the sessions that it opens
@@ -41,7 +41,7 @@ class PeerList:
     scopes: frozenset[Scope]
 
     def has(self, peer_id: str, scope: Scope) -> bool:
-        """Whether the peer is on the list, as far as the scope goes."""
+        """True if the peer is on the list, as far as the scope goes."""
         return peer_id in self.peers[scope]
 
 
@@ -70,7 +70,7 @@ def files_of(entries: Sequence[str]) -> list[Path]:
 
 
 def _split(entry: str) -> tuple[frozenset[Scope], str]:
-    """Whom an entry concerns, and the rest. A colon that follows other words is part of a file's name."""
+    """Scope and rest of an entry. A colon that follows other words is part of a file's name."""
     words, colon, rest = entry.partition(":")
     named = [word.strip() for word in words.split(",")]
     if not colon or not _ALL.intersection(named):

@@ -1,4 +1,4 @@
-"""A byte stream to a peer: trio's Stream over a libp2p stream, with one error for every way to lose it."""
+"""Byte stream to a peer: trio's Stream over a libp2p stream, with one error for every loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PeerStream(trio.abc.Stream):
 
     @property
     def is_relayed(self) -> bool:
-        """Whether it runs over a connection through a relay."""
+        """True if it runs over a connection through a relay."""
         return self.muxed.muxed_conn.get_connection_type() == ConnectionType.RELAYED
 
     @property
@@ -51,7 +51,7 @@ class PeerStream(trio.abc.Stream):
 
     @property
     def is_inbound(self) -> bool:
-        """Whether the peer made the connection."""
+        """True if the peer made the connection."""
         return not self.muxed.muxed_conn.is_initiator
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -103,7 +103,7 @@ class PeerStream(trio.abc.Stream):
             self._sending = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """What has arrived, at most `max_bytes`; b"" once the peer has ended its side.
+        """Bytes that have arrived, at most `max_bytes`; b"" once the peer has ended its side.
 
         Raises:
             PeerVanished: The peer reset the stream, or the connection is gone.
@@ -147,7 +147,7 @@ class PeerStream(trio.abc.Stream):
             raise trio.ClosedResourceError("this stream is closed")
 
     def _lost(self, when: str, exc: BaseLibp2pError) -> Exception:
-        """What to raise for an error of libp2p's."""
+        """Exception to raise for an error of libp2p's."""
         if self._closed:
             return trio.ClosedResourceError("another task closed this stream")
         return StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id)

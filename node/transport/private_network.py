@@ -1,4 +1,4 @@
-"""A connection whose peer must begin as members of our swarm do.
+"""Preamble of a private network: a connection whose peer must first show the swarm key.
 
 Whatever libp2p says first on a connection is known, `GREETING`, and both sides say it before they listen. So
 each side knows after some twenty bytes whether the other one speaks libp2p, and has the same swarm key or, as

@@ -1,4 +1,4 @@
-"""How often each of many strangers may do something: a token bucket a stranger."""
+"""Rate limit per peer or address: a token bucket for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RateLimit:
         self._buckets: dict[str, tuple[float, float]] = {}  # key -> (left at that time, time); oldest first
 
     def allows(self, key: str, now: float) -> bool:
-        """Whether `key` may do it now; if so, it has done it."""
+        """True if `key` may do it now; if so, it has done it."""
         left, since = self._buckets.pop(key, (float(self._at_once), now))
         left = min(left + (now - since) * self._per_s, float(self._at_once))
         allowed = left >= 1

@@ -1,4 +1,4 @@
-"""What Noise and yamux need of the bytes below them, whether a socket carries those or a relay.
+"""Interface of the bytes below Noise and yamux, whether a socket or a relay carries them.
 
 libp2p's own streams read the length and the body of every Noise message separately, and a write cancelled
 half-way leaves the peer with half a message, after which it can decrypt nothing more. Here reading is done in
@@ -63,7 +63,7 @@ class RawStream(ReadWriteCloser):
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing waits to be sent, so that `write_now` will do."""
+        """True if nothing waits to be sent, so that `write_now` will do."""
         return not (self._outbox or self._sending)
 
     def write_now(self, data: bytes) -> bool:
@@ -80,7 +80,7 @@ class RawStream(ReadWriteCloser):
 
     @abstractmethod
     async def _receive(self) -> bytes:
-        """What has arrived, at least one byte; ConnectionClosedError at the end."""
+        """Bytes that have arrived, at least one; ConnectionClosedError at the end."""
 
     @abstractmethod
     async def _send_some(self, outbox: bytearray) -> None:

@@ -1,4 +1,4 @@
-"""The key of a private swarm: who lacks it gets no further than the first bytes of a connection.
+"""Swarm key of a private swarm, without which a connection ends at its first bytes.
 
 libp2p's private networks (specs/pnet/Private-Networks-PSK-V1.md): each direction begins with 24 random bytes,
 and what follows is combined with the XSalsa20 key stream of those bytes and of the key that all members

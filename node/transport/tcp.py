@@ -1,4 +1,4 @@
-"""TCP that notices when the other side is gone, and sends small messages at once."""
+"""TCP connections that detect a dead peer and send small messages at once."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TcpStream(RawStream):
 
 
 def _ready(ask: Callable[[A], T], argument: A) -> T | None:
-    """What a call on a socket that does not block returns; None if it would."""
+    """Result of a call on a socket that does not block; None if it would."""
     try:
         return ask(argument)
     except BlockingIOError:
@@ -211,7 +211,7 @@ class TunedTCP(TCP):
 
     @contextmanager
     def _counted(self, stream: TcpStream) -> Generator[bool]:
-        """Whether there is a place for another connection from where `stream` comes, which it then has."""
+        """True if there is a place for another connection from where `stream` comes, which it then has."""
         remote = stream.get_remote_address()
         if remote is None:  # it is gone already
             yield False

@@ -1,4 +1,4 @@
-"""Many streams over one connection: yamux, as all of libp2p speaks it.
+"""Yamux: many streams over one connection, compatible with all of libp2p.
 
 Why not libp2p's own. Its Yamux (0.8.1) sends a window update for every read, takes seven locks and as many
 turns of the event loop for a message one way, kills a stream whose reader pauses for five seconds, and the

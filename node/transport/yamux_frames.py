@@ -1,4 +1,4 @@
-"""The frames of yamux, and how much may be under way.
+"""Frames of yamux, and its limits on unacknowledged bytes.
 
 Frame: version 0, type, flags, stream id, length; 12 bytes, big-endian. -- hashicorp/yamux, spec.md
 """

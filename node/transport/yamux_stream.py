@@ -1,4 +1,4 @@
-"""One stream of a yamux connection: what has arrived, what may be sent, and how it ends."""
+"""Stream of a yamux connection: its receive buffer, send window and end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StreamRefused(MuxedStreamReset):
 
 
 class Carrier(IMuxedConn):
-    """What a stream needs of the connection that carries it.
+    """The part of a connection that a stream on it needs.
 
     Attributes:
         rtt_s: The round trip as measured; 0 until it was.
@@ -55,7 +55,7 @@ class Carrier(IMuxedConn):
 
     @abstractmethod
     def grow(self, size: int) -> int:
-        """How much of `size` a window may grow by."""
+        """Part of `size` by which a window may grow."""
 
     @abstractmethod
     def forget(self, stream: YamuxStream) -> None:
@@ -93,7 +93,7 @@ class YamuxStream(IMuxedStream):
     # ------------------------------------------------------------------ for whoever uses the stream
 
     async def read(self, n: int | None = None) -> bytes:
-        """What has arrived, at least one byte and at most `n`; it does not wait for more.
+        """Bytes that have arrived, at least one and at most `n`; it does not wait for more.
 
         Raises:
             MuxedStreamEOF: The peer has ended its side.
@@ -116,7 +116,7 @@ class YamuxStream(IMuxedStream):
         return taken
 
     def has_input(self) -> bool:
-        """Whether `read` would return at once."""
+        """True if `read` would return at once."""
         return bool(self._inbox) or self._lost or self._end_received
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:

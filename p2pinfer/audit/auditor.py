@@ -1,4 +1,4 @@
-"""Checks, after a session and on a coin that nobody else sees, whether its hops did what they signed for.
+"""Auditor: recomputes some hops' work after a session, chosen by a coin that nobody else sees.
 
     session closes -> coin -> evidence -> run again -> verdict -> ledger
                                               FAIL -> run again independently -> ban, proof -> swarm
@@ -52,7 +52,7 @@ HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fe
 
 @dataclass(frozen=True, slots=True)
 class AuditTally:
-    """What audits have come to so far."""
+    """Results of all audits so far."""
 
     done: int = 0
     passed: int = 0
@@ -268,7 +268,7 @@ class Auditor:
         )
 
     async def _ask_others(self, deposition: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
-        """What independent peers give for the same inputs, `SECOND_OPINIONS` of them at most."""
+        """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
         if not self._config.remote:
             return
         history = await trio.to_thread.run_sync(history_of, deposition, self._spec.hidden_size)
@@ -305,7 +305,7 @@ class Auditor:
     # ------------------------------------------------------------------ proofs of others
 
     def _is_wanted(self, heard: Heard) -> bool:
-        """Whether a proof is worth fetching."""
+        """True if a proof is worth fetching."""
         notice = heard.notice
         decision = self._ledger.weigh_proof(notice.proof.hex(), notice.accused, heard.author, self._clock())
         return decision is ProofDecision.FETCH
@@ -337,7 +337,7 @@ class Auditor:
 
 @dataclass(frozen=True, slots=True)
 class _Opinion:
-    """What a peer did, and what that is found to be."""
+    """Record of a peer's work, and the verdict on it."""
 
     peer_id: str
     deposition: HopRecord | None
@@ -359,5 +359,5 @@ class _Job:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Who else had to do with the session."""
+        """Other peers that had to do with the session."""
         return tuple({hop.peer_id for each in self.steps for hop in each.hops})

@@ -1,4 +1,4 @@
-"""Brings together what one hop did in a session: its receipts, and the tensors that they name.
+"""Collection of a hop's record after a session: its receipts, and the tensors that they name.
 
 What the client sent to the first hop and got from the last one it has itself. The rest is asked of the hop
 that committed to it. What it does not hand out, its neighbours may have: one's output is the next one's
@@ -28,7 +28,7 @@ MAX_RECEIPTS_FETCHED: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What could be brought together of one hop.
+    """Evidence that could be collected of one hop.
 
     Attributes:
         deposition: None if something is missing even so.
@@ -48,7 +48,7 @@ async def gather_deposition(
     max_bytes: int,
     max_tokens: int,
 ) -> Gathered:
-    """What `peer_id` did in the session of `steps`, whose receipts have been checked.
+    """Collect what `peer_id` did in the session of `steps`, whose receipts have been checked.
 
     Of a long session it is the beginning, which does not depend on what came after.
 
@@ -173,7 +173,7 @@ def _index_of(passed: PassedStep, peer_id: str) -> int | None:
 
 
 def _own_contents(mine: Sequence[tuple[PassedStep, int]]) -> dict[bytes, Payload]:
-    """What the client sent or got itself, by the digests that the checked receipts give it."""
+    """Contents that the client sent or got itself, by the digests in the checked receipts."""
     contents: dict[bytes, Payload] = {}
     for passed, index in mine:
         receipt = decode_receipt(passed.receipts[index])

@@ -1,4 +1,4 @@
-"""Runs a hop's blocks again and says whether it computed them.
+"""Local verifier: runs a hop's blocks again and judges its outputs.
 
 Locally, in float32 and twice more as an honest peer might, where the blocks fit; the loaded weights are kept
 for the next audit. What is loaded is the whole model if the memory budget allows, so that one copy serves
@@ -60,7 +60,7 @@ class LocalVerifier(Verifier):
         self._changed = ""  # why nothing can be loaded any more
 
     def can_hold(self, span: BlockSpan) -> bool:
-        """Whether the blocks fit the budget of memory, and are here or nearly so."""
+        """True if the blocks fit the budget of memory, and are here or nearly so."""
         return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
 
     async def verify(self, deposition: HopRecord) -> Finding:
@@ -76,7 +76,7 @@ class LocalVerifier(Verifier):
         return await self._in_turn(lambda: self._verify(deposition, logits=True))
 
     def is_thorough(self, finding: Finding) -> bool:
-        """Whether the logits were looked at: a small change that is well aimed shows only there."""
+        """True if the logits were looked at: a small change that is well aimed shows only there."""
         return finding.logits_checked
 
     async def confirm(self, deposition: HopRecord) -> Finding:
@@ -189,7 +189,7 @@ class _Loaded:
         return covers and tokens <= self.reference.max_tokens
 
     def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
-        """What turns the span's outputs into logits, if that is at hand and asked for or cheap."""
+        """Blocks and head after the span, if they are at hand and asked for or cheap."""
         blocks = self.reference.spec.num_blocks
         if self.ends is None or not (logits or span.stop == blocks):
             return None

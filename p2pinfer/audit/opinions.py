@@ -46,6 +46,6 @@ def compare_elsewhere(deposition: HopRecord, one: HopRecord, other: HopRecord, h
 
 
 def _contradict(inputs: Tensor, one: Tensor, other: Tensor) -> bool:
-    """Whether `other` is further from `one` than rounding explains; all (tokens, hidden_size) float32."""
+    """True if `other` is further from `one` than rounding explains; all (tokens, hidden_size) float32."""
     floor = measure_floor(inputs, one, [one.bfloat16().float()])
     return any(chunk.median_rho > _APART for chunk in compare(floor, other, range(len(one))).chunks)

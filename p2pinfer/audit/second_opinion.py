@@ -1,4 +1,4 @@
-"""Has another peer run a span again, without its knowing that anybody is checked by it.
+"""Second opinion: another peer runs a span again, and cannot tell that it serves a check.
 
 The session comes from an identity that is made for it and thrown away, over a host of its own, and looks
 like any other: a prompt in chunks. Whom to ask is drawn from those least likely to belong to whoever is
@@ -84,7 +84,7 @@ async def run_elsewhere(
     host_config: HostConfig,
     timeout_s: float,
 ) -> HopRecord:
-    """What `hop` gives for the same inputs, with its own receipts.
+    """Output of `hop` for the same inputs, with its own receipts.
 
     Raises:
         PeerError: It cannot be reached, refuses, fails, or takes longer than `timeout_s`.

@@ -17,7 +17,7 @@ class Verifier(ABC):
     """
 
     def can_hold(self, span: BlockSpan) -> bool:
-        """Whether blocks of this span can be judged here; if not, two other peers are asked to run them."""
+        """True if blocks of this span can be judged here; if not, two other peers are asked to run them."""
         return True
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Verifier(ABC):
         return await self.verify(deposition)
 
     def is_thorough(self, finding: Finding) -> bool:
-        """Whether a PASS of `verify_fully` refutes somebody else's FAIL; True by default."""
+        """True if a PASS of `verify_fully` refutes somebody else's FAIL; True by default."""
         return True
 
     async def confirm(self, deposition: HopRecord) -> Finding:

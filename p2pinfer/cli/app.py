@@ -1,4 +1,4 @@
-"""The command line: parses, hands over, and turns whatever goes wrong into one line and an exit code."""
+"""Command line: parses, dispatches, and turns every failure into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _tell(failure: Failure, error: BaseException, argv: Sequence[str]) -> None:
 
 
 def _verbosity(argv: Sequence[str]) -> int:
-    """How often -v was given, for failures from before the options were read."""
+    """Number of times -v was given, for failures from before the options were read."""
     short = sum(word.count("v") for word in argv if word.startswith("-v") and word.strip("-v") == "")
     return short + sum(word == "--verbose" for word in argv)
 

@@ -1,4 +1,4 @@
-"""What this computer has for a node: torch, cores, memory, card, disk, and which models would fit."""
+"""Hardware report of this computer: torch, cores, memory, GPU, disk, and the models that fit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SHAPES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How much of a model a node here would take."""
+    """Part of a model that a node here would hold."""
 
     model: str
     blocks: int  # that fit
@@ -110,7 +110,7 @@ def check_card(driver: Path = _NVIDIA) -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    """What this process may have, whatever the machine has."""
+    """Memory that this process may have, whatever the machine has."""
     free = free_memory()
     smallest = min(SHAPES, key=lambda shape: shape.block_parameters)
     short = free.bytes * WEIGHTS_SHARE < smallest.block_parameters * 4
@@ -124,7 +124,7 @@ def check_disk(data_dir: Path, cache_dir: Path) -> list[Finding]:
 
 
 def fits(cache_dir: Path, compute: ComputeConfig | None = None) -> list[Fit]:
-    """How many blocks of the bundled model and of some well-known ones a node here would take."""
+    """Number of blocks that a node here would hold, of the bundled model and of well-known ones."""
     compute = compute or ComputeConfig()
     spec = resolve_model(BUNDLED_MODEL, cache_dir=cache_dir).spec
     sizes = [(spec.model, spec.num_blocks, spec.block_parameters, spec.dtype)]

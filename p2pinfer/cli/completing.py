@@ -1,4 +1,4 @@
-"""What a shell is offered for a value: files and folders, models, settings, peers that are known."""
+"""Shell completion of values: files and folders, models, settings, known peers."""
 
 from __future__ import annotations
 

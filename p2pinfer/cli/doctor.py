@@ -1,4 +1,4 @@
-"""`p2pinfer doctor`: what this computer has, how it is reached, and what would make it better."""
+"""`p2pinfer doctor`: hardware, reachability, and how to improve both."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def doctor(call: Invocation) -> None:
 
 
 def check_network(member: SwarmMember) -> list[Finding]:
-    """How this computer is reached, and by whom."""
+    """Reachability of this computer, and by whom."""
     from p2pinfer.node.reach.reachability import describe
 
     from .checkup import Finding
@@ -110,7 +110,7 @@ def check_network(member: SwarmMember) -> list[Finding]:
 
 
 def report(found: Sequence[Finding]) -> str:
-    """What was found out, a line each, for people."""
+    """Findings for people, one per line."""
     width = max(len(each.name) for each in found)
     lines: list[str] = []
     for each in found:
@@ -147,7 +147,7 @@ def report_json(member: SwarmMember, found: Sequence[Finding] = ()) -> str:
 
 
 def advice(status: ReachStatus, failures: str = "") -> list[str]:
-    """What the user could do, the most useful thing first; empty if there is nothing to improve."""
+    """Possible improvements, the most useful first; empty if there are none."""
     seen = status.reachability
     said: list[str] = []
     if failures:

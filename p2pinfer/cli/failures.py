@@ -1,4 +1,4 @@
-"""Every failure as one line and an exit code."""
+"""Failures as one line and an exit code each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OutputClosed(Exception):
 
 
 class Failure(NamedTuple):
-    """What to tell, and what to exit with. An empty message means: say nothing."""
+    """Message and exit code of a failure. An empty message means: print nothing."""
 
     message: str
     exit_code: int

@@ -1,4 +1,4 @@
-"""A table that leaves columns out where the terminal is narrow, and never cuts a cell.
+"""Table that drops columns where the terminal is narrow, and never cuts a cell.
 
 rich shortens cells until a table fits: of two peers `12D3..vwxyz1` and `12D3..vwxyz2` it leaves `12D3..vw`.
 """

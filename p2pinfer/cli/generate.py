@@ -219,7 +219,7 @@ async def _stream(generation: Generation, waiting: WaitingLine, *, before: str, 
 
 
 def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation) -> None:
-    """Where it is the model that wants to be sampled: how to get this text again, or the likeliest."""
+    """Tell how to get this text again, or the likeliest, where the model's own files ask for draws."""
     if result.seed is not None and seed is None and not call.quiet and not call.json:
         note(f"drawn, as the model asks: --seed {result.seed} draws the same, --temperature 0 the likeliest")
 

@@ -1,4 +1,4 @@
-"""What all commands share: options that are settings, and the switches every command understands."""
+"""Options and switches that all commands share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Invocation:
 
     @property
     def quiet(self) -> bool:
-        """Whether only errors are to be told."""
+        """True if only errors are to be told."""
         return self.verbosity < 0
 
 
@@ -88,7 +88,7 @@ class SettingOption(click.Option):
 
     @property
     def heading(self) -> str:
-        """Where `--help` lists it."""
+        """Heading under which `--help` lists it."""
         return _HEADINGS[self.setting.split(".")[0]]
 
 
@@ -207,7 +207,7 @@ def group(
 
 
 def _parts_of(function: Callable[Concatenate[Invocation, ...], None]) -> dict[str, Any]:
-    """What click makes a command of."""
+    """Arguments of click's command."""
 
     def call(**own: Any) -> None:
         context = click.get_current_context()
@@ -331,7 +331,7 @@ def _invocation(ctx: click.Context) -> Invocation:
 
 
 def _switches() -> list[click.Option]:
-    """What every command understands."""
+    """Switches that every command understands."""
     return [
         _switch("--json", is_flag=True, help="JSON on standard output."),
         _switch(

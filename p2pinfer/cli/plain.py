@@ -1,4 +1,4 @@
-"""Words of strangers made fit for a terminal.
+"""Escaping of text from peers before it reaches a terminal.
 
 What a peer wrote may hold escape sequences that recolour, move or retitle a terminal, and bidirectional marks
 that make a line read as something else. Such characters are shown as what they are, never sent.

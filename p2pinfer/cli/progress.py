@@ -1,4 +1,4 @@
-"""Downloads, hashing, loading and waiting, for whoever watches standard error."""
+"""Progress on standard error: downloads, hashing, loading and waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompt: an argument, or standard input, whatever shell or editor wrote it."""
+"""Prompt of a generation: an argument, or standard input in any encoding that shells write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def take_prompt(given: str | None, *, quiet: bool = False) -> str | None:
 
 
 def dash_hint(words: Sequence[str], options: Iterable[str]) -> str:
-    """What to do about a prompt that was taken for options, such as "-5 degrees"; empty if there is none."""
+    """Advice on a prompt that was taken for options, such as "-5 degrees"; empty if there is none."""
     known = set(options)
     for word in words[: words.index("--")] if "--" in words else words:
         is_text = " " in word or (len(word) > 1 and word[0] == "-" != word[1])
@@ -63,7 +63,7 @@ def _from_stdin() -> str:
 
 
 def _holds_a_prompt() -> bool:
-    """Whether standard input is a pipe or a file, and not a terminal or /dev/null."""
+    """True if standard input is a pipe or a file, and not a terminal or /dev/null."""
     if sys.stdin is None:
         return False
     try:
@@ -74,7 +74,7 @@ def _holds_a_prompt() -> bool:
 
 
 def _unread_bytes() -> int:
-    """How much waits in the pipe on standard input; 0 where that cannot be told."""
+    """Number of bytes that wait on standard input; 0 where that cannot be told."""
     try:
         import fcntl
         import termios

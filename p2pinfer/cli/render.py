@@ -1,4 +1,4 @@
-"""How a node's events and a generation's bill look to people."""
+"""Rendering of a node's events and of a generation's summary for people."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def describe_event(event: events.Event) -> str:
 
 
 def _offer(ready: events.Ready) -> list[str]:
-    """What a node offers and gives; the addresses by which it is joined follow."""
+    """Lines on what a node offers; the addresses by which it is joined follow."""
     relaying = "relays nothing for others (--relay-rate)"
     if ready.relay_bytes_per_s:
         rate = _bytes(ready.relay_bytes_per_s)

@@ -1,4 +1,4 @@
-"""`p2pinfer reputation`: what is known of peers, and the user's own word on them."""
+"""`p2pinfer reputation`: scores of peers, and the user's own bans and pardons."""
 
 from __future__ import annotations
 

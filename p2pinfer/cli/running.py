@@ -1,4 +1,4 @@
-"""Runs a command's trio part so that Ctrl-C, SIGTERM and a terminal that is gone end it in an orderly way."""
+"""Run of a command's trio part, ended in order by Ctrl-C, SIGTERM or a lost terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`p2pinfer swarm`: who serves what."""
+"""`p2pinfer swarm`: the peers that serve a model, and their spans."""
 
 from __future__ import annotations
 

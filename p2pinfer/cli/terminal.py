@@ -1,4 +1,4 @@
-"""Standard output carries results; what is said to people, logs and warnings go to standard error."""
+"""Terminal output: results on standard output; messages, logs and warnings on standard error."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _make_room() -> None:
 
 
 def _is_closed(stream: TextIO | None) -> bool:
-    """Whether there is no such stream: Python has None for one that was closed from the beginning."""
+    """True if there is no such stream: Python has None for one that was closed from the beginning."""
     return stream is None or stream.closed
 
 

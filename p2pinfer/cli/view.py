@@ -1,4 +1,4 @@
-"""A model's swarm at one moment, as this computer sees it, for people and as JSON."""
+"""View of a model's swarm at one moment, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PeerSeen:
 
 
 class Model(Protocol):
-    """What is to be known of a model that is looked at; its files need not be here."""
+    """Description of a model that is looked at; its files need not be here."""
 
     @property
     def model(self) -> str: ...
@@ -83,7 +83,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
-    """Who serves a model."""
+    """Peers that serve a model."""
 
     spec: Model
     peers: tuple[PeerSeen, ...]
@@ -157,7 +157,7 @@ class SwarmView:
 
 @dataclass(frozen=True, slots=True)
 class AllModels:
-    """Who serves which models, where none was asked about.
+    """Models that are served, with their peers, where none was asked about.
 
     Attributes:
         usual: The model that commands take without being told, served or not.
@@ -179,7 +179,7 @@ class AllModels:
 
 
 async def look_at_all(member: SwarmMember, usual: Model) -> AllModels:
-    """Who serves what: one peer of every model is asked for the others of it."""
+    """List all served models: one peer of every model is asked for the others of it."""
     revisions = list(member.models())[:MAX_MODELS]
     async with trio.open_nursery() as nursery:
         for revision in revisions:
@@ -191,7 +191,7 @@ async def look_at_all(member: SwarmMember, usual: Model) -> AllModels:
 
 
 async def look_at(member: SwarmMember, spec: Model) -> SwarmView:
-    """What is announced, who of those answers, and how far they are."""
+    """List the announcements of a model, which of their peers answer, and how far they are."""
     await member.presence.call(member.announcements(spec.revision), CALL_S)
     rtts_ms: dict[str, float] = {}
 
@@ -245,7 +245,7 @@ def print_view(view: SwarmView | AllModels, *, as_json: bool) -> None:
 
 
 def blocks_bar(spans: Sequence[BlockSpan], num_blocks: int, announced: Sequence[BlockSpan] = ()) -> str:
-    """Where the spans lie in the model: a filled cell for every block that is held, a shaded one for others.
+    """Bar of the model's blocks: a filled cell for every block that is held, a shaded one for others.
 
     A cell that stands for several blocks is filled only if all of them are held, so that no gap is hidden.
 

@@ -1,4 +1,4 @@
-"""What a command waits for, on standard error: one line that changes on a terminal, a line each elsewhere.
+"""Waiting, shown on standard error: one changing line on a terminal, separate lines elsewhere.
 
 Nothing is said of what takes less than half a second. A thread of its own says it, since what takes long may
 hold up the event loop; the import of torch holds up the thread too, so that is said before it begins.

@@ -1,4 +1,4 @@
-"""The state that a generation begins with, by what is asked for and by what the model's own files say.
+"""Initial state of a generation, from the request and the model's own files.
 
 What a `GenerationConfig` leaves open, None or empty, is as those files say, and as transformers' `generate`
 has it where they say nothing; but without a word from anybody a text is greedy, of 128 tokens.
@@ -50,7 +50,7 @@ def new_state(
     config: GenerationConfig,
     defaults: GenerationDefaults | None = None,
 ) -> GenerationState:
-    """What a generation that continues `prompt` begins with; where there is no seed, one is drawn.
+    """Initial state of a generation that continues `prompt`; where there is no seed, one is drawn.
 
     Args:
         defaults: What the model's own files say; nothing if None.
@@ -87,7 +87,7 @@ def new_state(
 
 
 def sampling_of(state: GenerationState) -> SamplingConfig:
-    """How tokens of a generation are drawn.
+    """Sampling of a generation's tokens.
 
     Raises:
         ConfigError: Not like that.
@@ -142,7 +142,7 @@ def _check_known(spec: ModelSpec, name: str, token_ids: Mapping[int, float] | tu
 
 
 def _length(config: GenerationConfig, defaults: GenerationDefaults, prompt_tokens: int) -> int:
-    """How many tokens at most."""
+    """Largest number of tokens."""
     asked = config.max_new_tokens or defaults.max_new_tokens
     if asked is None and defaults.max_length is not None:
         asked = defaults.max_length - prompt_tokens

@@ -1,4 +1,4 @@
-"""From a prompt to text: tokens, hidden states, a session, logits, a draw, text.
+"""Generation of text from a prompt: tokens, hidden states, session, logits, draws.
 
 A session replaces hops that fail by itself. A generation holds everything that is needed to start over all
 the same: the token ids so far. When its session is beyond repair it plans another route without the peers
@@ -46,7 +46,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What a generation took. `per_hop_ms` is each hop's median time per decode step, its queue included."""
+    """Time that a generation took. `per_hop_ms` is each hop's median per decode step, its queue included."""
 
     first_token_s: float
     tokens_per_s: float  # after the first token
@@ -206,7 +206,7 @@ class Generation:
 
     @property
     def resume_token(self) -> str | None:
-        """What `Client.resume` takes to go on from here, in any process; None if there is no more to come.
+        """Token for `Client.resume` to go on from here, in any process; None if there is no more to come.
 
         There is after `max_new_tokens`, while the model's context has room. It holds the prompt: keep it as
         safe as that.
@@ -216,12 +216,12 @@ class Generation:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended for want of tokens that it may have, or of room in the model's context."""
+        """True if it ended for want of tokens that it may have, or of room in the model's context."""
         return self._transcript.finish_reason == "length"
 
     @property
     def result(self) -> GenerationResult:
-        """What has been generated; whole once the iteration has ended."""
+        """Result so far; whole once the iteration has ended."""
         clock, transcript, way = self._clock, self._transcript, self._way
         first = clock.first_token or time.perf_counter()
         spent = (clock.last_token or first) - first

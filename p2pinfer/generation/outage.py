@@ -1,4 +1,4 @@
-"""How long a generation puts up with not getting on, and what it says meanwhile."""
+"""Patience of a generation during an outage, and its reports meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST_PAUSE_S: Final = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a generation waits, and for what."""
+    """Limits of a generation's waiting, and of its attempts."""
 
     find_s: float = 0.0  # for a first route, seconds
     wait_s: float = 0.0  # for a replacement in the middle of a text, from the failure on, seconds
@@ -56,16 +56,16 @@ class Outage:
 
     @property
     def may_try_on(self) -> bool:
-        """Whether to try yet another route at once."""
+        """True if another route is to be tried at once."""
         return self._attempts < self._max_attempts
 
     def may_forgive(self) -> bool:
-        """Whether to try those that failed once more at once; True once a round."""
+        """True if failed peers are to be tried again at once; True once a round."""
         forgives, self._forgave = not self._forgave, True
         return forgives
 
     def describe(self, error: PeerError | NoRoute) -> str:
-        """Why there is no token, in one line."""
+        """Reason why there is no token, in one line."""
         if isinstance(error, PeerError) or self.failure is None:
             return str(error)
         return f"{error}; the last one failed: {self.failure}"

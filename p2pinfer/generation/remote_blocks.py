@@ -1,4 +1,4 @@
-"""A generation's way through the swarm: a session, and when that is beyond repair another one.
+"""Blocks of a generation that peers compute: a session, and another one if it is beyond repair.
 
 Another route leaves out the peers that failed, until they are forgiven, and its session is given all tokens
 so far as one prefill.
@@ -44,7 +44,7 @@ class HopUsed:
 
 
 class SessionSource(Protocol):
-    """Where a generation gets its sessions from: the client."""
+    """Source of a generation's sessions: the client."""
 
     @property
     def table_changed(self) -> trio.Event:
@@ -63,7 +63,7 @@ class SessionSource(Protocol):
         ...
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
-        """How this client is connected to a peer."""
+        """Kind of this client's connection to a peer."""
         ...
 
 
@@ -183,7 +183,7 @@ class RemoteBlocks:
                 await session.aclose()
 
     def _recall(self, start: int, stop: int) -> Tensor:
-        """What a session was given at past positions, (tokens, hidden_size)."""
+        """Hidden states that a session was given at past positions, (tokens, hidden_size)."""
         return self._ends.embed(self._transcript.ids[start:stop])
 
     def _note_route(self, route: Route) -> None:

@@ -1,4 +1,4 @@
-"""A generation's state as a token: what another process, or the same one tomorrow, needs to go on.
+"""Saved state of a generation as a resume token, for another process or a later day.
 
 The token is text and holds everything: the model's revision, how tokens are drawn, the seed, and all ids so
 far. The text so far is not in it, since it follows from the ids. A long prompt makes a long token, so one can

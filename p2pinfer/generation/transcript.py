@@ -1,4 +1,4 @@
-"""The tokens of a generation so far, the text that is certain with them, and whether it has ended."""
+"""Transcript of a generation: its tokens, the text that is certain, and whether it has ended."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Transcript:
 
     @property
     def max_ids(self) -> int:
-        """How many there will be at most."""
+        """Largest number of ids that there will be."""
         return len(self.prompt_ids) + self._state.max_new_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""Peers that had no room a moment ago: left out of routes for a while, and nothing held against them."""
+"""Cooldowns of peers that had no room: excluded from routes for a while, with nothing held against them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MAX_REMEMBERED: Final = 1024
 
 
 class Cooldowns:
-    """Whom not to ask just yet. `now` is seconds of one monotonic clock."""
+    """Peers that are not to be asked just yet. `now` is seconds of one monotonic clock."""
 
     def __init__(self, pause_s: float) -> None:
         self._pause_s = pause_s
@@ -22,6 +22,6 @@ class Cooldowns:
             del self._until[next(iter(self._until))]
 
     def peers(self, now: float) -> frozenset[str]:
-        """Who is resting."""
+        """Peers whose cooldown has not ended."""
         self._until = {peer_id: until for peer_id, until in self._until.items() if until > now}
         return frozenset(self._until)

@@ -1,4 +1,4 @@
-"""How long peers took lately for what sessions had them compute, for whoever compares them."""
+"""Recent timings of peers, in seconds per step and block, for comparing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps a ledger's file up to date while a program runs: writing takes a thread, recording does not."""
+"""Persistence of a ledger while a program runs: records at once, writes to disk in a thread."""
 
 from __future__ import annotations
 

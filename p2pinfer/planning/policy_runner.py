@@ -1,4 +1,4 @@
-"""Asks a routing policy, which may be anybody's code, so that whatever it does costs a warning at most.
+"""Runner of a routing policy, which may be anybody's code and may cost a warning at most.
 
 The policy thinks in a thread, within a time limit. When it raises, returns nonsense or chooses a peer that
 must not be used, the default policy answers this once, unless the policy forbids it (`stand_in`). A policy

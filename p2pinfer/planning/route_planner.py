@@ -1,4 +1,4 @@
-"""Whom a client's sessions go over, by what it knows and what its policy says, and what it learns of them."""
+"""Route planner of a client: candidates, the policy's choice, and the outcomes it learns from."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ class RoutePlanner:
         return routes[0]
 
     def others_served(self) -> str:
-        """Which other models somebody serves here, and how to ask for one; empty if none is."""
+        """Other models that are served here, and how to ask for one; empty if there are none."""
         alike = {self._spec.revision, *(each.revision for each in self._member.lookalikes(self._spec))}
         models = served_models(self._member.models())
         others = [each for each in models if each.revision not in alike]
         return describe_served(others, self._joining)
 
     def _lookalikes(self) -> str:
-        """Why peers with the very weights that are wanted do not count, if there are any."""
+        """Reason why peers with the same weights do not count, if there are any."""
         found = self._member.lookalikes(self._spec)
         if not found:
             return ""
@@ -116,7 +116,7 @@ class RoutePlanner:
         return await self.choose_route(gap.tokens, gap.excluded, gap)
 
     async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
-        """Whom the policy prefers to a hop that takes so long for a step, if it saves half of that or more.
+        """Peer that the policy prefers to a hop so slow, if that saves half of its time or more.
 
         Raises:
             NoRoute: The policy has nobody at all.

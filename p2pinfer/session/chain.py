@@ -1,4 +1,4 @@
-"""The hops of a running session, and how some of them are replaced while the others keep what they have.
+"""Chain of hops in a running session, some of which can be replaced while the others keep their caches.
 
 Theory of operation. Everything that the blocks behind a hop know of a session was computed from what that hop
 received; so a replacement that is given the same input again has the same cache. That input is in the replay
@@ -88,7 +88,7 @@ class Chain:
 
     @property
     def agreed(self) -> FlowLimits:
-        """How steps are cut and paced."""
+        """Negotiated flow limits of the chain."""
         return self._agreed(self.hops)
 
     def _agreed(self, hops: Sequence[HopStream]) -> FlowLimits:
@@ -122,7 +122,7 @@ class Chain:
         await end_all(self.hops)
 
     def neighbours(self, hops: Sequence[HopStream]) -> tuple[HopStream | None, HopStream | None]:
-        """Who comes before and after adjacent hops; None is the client."""
+        """Hops before and after adjacent hops; None is the client."""
         first, last = self.hops.index(hops[0]), self.hops.index(hops[-1])
         after = self.hops[last + 1] if last + 1 < len(self.hops) else None
         return (self.hops[first - 1] if first else None), after
@@ -312,7 +312,7 @@ class Chain:
         return opened
 
     def _openings(self, hops: Sequence[Hop], before: HopStream | None, after: HopStream | None) -> list[Open]:
-        """What to ask of each hop: all the same session, each with its neighbours."""
+        """Requests to open the same session on each hop, with its neighbours."""
         chain = [before.hop if before else None, *hops, after.hop if after else None]
         return [
             Open(

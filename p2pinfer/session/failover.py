@@ -1,4 +1,4 @@
-"""Repair of a chain: whose fault it is that something broke, and the attempts to mend it.
+"""Failover: finds which hops of a chain are broken, and tries to replace them.
 
 Two things break. A hop that is gone is replaced. An edge between two hops that both answer their client is
 made anew, since nothing is lost with it; only if that does not help is the hop behind it replaced, and if the
@@ -50,7 +50,7 @@ class Gap:
 
 
 class Replanner(Protocol):
-    """Who finds replacements for hops: the client."""
+    """Source of replacements for hops: the client."""
 
     async def replacement(self, gap: Gap) -> Route:
         """Hops that cover the gap's span and are not among the excluded; NoRoute if there are none."""
@@ -105,7 +105,7 @@ class Failover:
         raise first
 
     def gap(self, replaced: Sequence[HopStream]) -> Gap:
-        """What would be missing without these adjacent hops."""
+        """Blocks that would be missing without these adjacent hops."""
         before, after = self._chain.neighbours(replaced)
         return Gap(
             BlockSpan(replaced[0].hop.span.start, replaced[-1].hop.span.stop),

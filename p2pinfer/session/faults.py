@@ -1,4 +1,4 @@
-"""What is broken in a session's chain, noted by whoever finds it, and why the session is over once it is."""
+"""Faults of a session's chain, noted by whoever finds them, and the error that ends the session."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Faults:
 
     @property
     def first(self) -> PeerError | None:
-        """What failed first of all that is broken; None if nothing is."""
+        """First failure among those that are not mended; None if nothing is broken."""
         return next(iter((*self._failed.values(), *self._cut.values())), None)
 
     def note_failed(self, hop: HopStream, error: PeerError) -> None:

@@ -1,4 +1,4 @@
-"""How a client may cut and pace its steps: what it wants, within what every hop of its route takes."""
+"""Negotiated flow limits: chunk size and steps in flight, within what every hop accepts."""
 
 from __future__ import annotations
 

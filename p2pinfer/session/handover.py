@@ -1,4 +1,4 @@
-"""Others take over from hops of a session that still work: from one that leaves, and from one that is slow.
+"""Handover from hops that still work: from one that leaves, and from one that is slow.
 
 A hop that has become slow, or is about to go, works on until somebody else has been fed what it knows; then
 they take its place between two steps. One place is handed over at a time. A hop that fails meanwhile comes

@@ -1,4 +1,4 @@
-"""A client's stream to one hop of its session.
+"""Stream from a client to one hop of its session.
 
 One task reads the stream. Answers go to whoever asked; results, refusals and goodbyes to a listener. When the
 stream ends, whoever waits for an answer is told why. A session can move to another stream, a direct one where
@@ -53,7 +53,7 @@ _SUCCESSORS_SHARE: Final = 0.8  # of the time for a sign of life, for one of the
 
 
 class Listener(Protocol):
-    """Who hears what hops say without having been asked."""
+    """Receiver of what hops say without having been asked."""
 
     def on_result(self, stream: HopStream, result: Result, payload: bytearray) -> None:
         """A step came out of the chain; may raise ProtocolViolation."""

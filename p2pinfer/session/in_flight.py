@@ -42,7 +42,7 @@ class Promise:
 
     @property
     def is_settled(self) -> bool:
-        """Whether waiting would return or raise at once."""
+        """True if waiting would return or raise at once."""
         return self._settled.is_set()
 
     def keep(self, answer: Answer) -> None:
@@ -106,7 +106,7 @@ class InFlight:
 
     @property
     def may_begin_anew(self) -> bool:
-        """Whether they can be sent again: a step that rolls back has undone what the one before it needs."""
+        """True if they can be sent again: a step that rolls back has undone what the one before it needs."""
         steps = [each.step for each in self.awaited]
         return all(a.position + a.tokens == b.position for a, b in pairwise(steps))
 
@@ -141,7 +141,7 @@ class InFlight:
         self.drop_from(0, error)
 
     def is_awaited(self, result: Result) -> bool:
-        """Whether a step of this number and epoch is in flight: a result of one that was dropped is late."""
+        """True if a step of this number and epoch is in flight: a result of one that was dropped is late."""
         return any(
             (each.step.number, each.step.epoch) == (result.number, result.epoch) for each in self.awaited
         )

@@ -1,4 +1,4 @@
-"""Asks the hops of a session for signs of life while a step takes long.
+"""Liveness probes of a session's hops while a step takes long.
 
 A hop that is busy is not a hop that is dead: its event loop answers whatever its device computes, and says
 whether its successor answers. A result that comes meanwhile is as good as an answer.

@@ -1,4 +1,4 @@
-"""Opens a session on all hops of a route at once, and ends it on all of them.
+"""Opening of a session on all hops of a route at once, and its end on all of them.
 
 What a hop refuses is an error that names whom to leave out of the next route.
 """

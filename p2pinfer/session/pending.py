@@ -1,4 +1,4 @@
-"""Steps that were submitted and whose results may be waited for, and what single steps took."""
+"""Pending results of submitted steps, and the timing of single steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from p2pinfer.node.protocol.messages import Bill
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """How long one decode step took from the client's side, and what each hop says it spent."""
+    """Time that one decode step took for the client, and what each hop says it spent."""
 
     seconds: float
     bills: tuple[Bill, ...]

@@ -1,4 +1,4 @@
-"""The client's end of receipts: every signature and every link of every session, checked behind its back.
+"""Checks of a session's receipts in a thread: signatures, chains, and outputs against inputs.
 
 A session notes what went through the chain and goes on; what was noted is checked in a thread, a few steps at
 a time, and what is wrong ends the session with an error that names the hop. A receipt that is missing or
@@ -63,7 +63,7 @@ class ReceiptBook:
 
     @property
     def is_due(self) -> bool:
-        """Whether enough has gathered for a check to be worth its while."""
+        """True if enough has gathered for a check to be worth its while."""
         return len(self._unchecked) >= CHECK_EVERY
 
     def note(self, passed: PassedStep) -> None:
@@ -107,7 +107,7 @@ class ReceiptBook:
             )
 
     def _chain_of(self, hop: Hop) -> ReceiptChain:
-        """Where a hop was replaced by another peer, that one's chain begins."""
+        """Receipt chain of a hop; where it was replaced by another peer, that one's chain begins."""
         if hop.peer_id not in self._chains:
             terms = Terms(self.session, self.revision, hop.span.start, hop.span.stop, self.codec)
             self._chains[hop.peer_id] = ReceiptChain(hop.peer_id, terms, self._check_signature)
@@ -115,7 +115,7 @@ class ReceiptBook:
 
 
 def _missing(passed: PassedStep) -> ProtocolViolation:
-    """Who left its receipt out is the last hop whose own is not there, as far as anybody can tell."""
+    """Last hop without a receipt, which is the one that left it out as far as anybody can tell."""
     spans: set[tuple[int, int]] = set()
     for signed in passed.receipts:
         receipt: Receipt | None = _decoded(signed)

@@ -1,4 +1,4 @@
-"""Moves a client's streams from relayed connections to direct ones, in the middle of a session.
+"""Upgrade of a client's streams from relayed to direct connections, in the middle of a session.
 
 The stream to a hop that could only be reached through a relay stays on it when a hole has been punched, since
 what is under way cannot change its connection. So a second stream is opened on the direct connection, and

@@ -1,4 +1,4 @@
-"""Repair of a session: its chain is made whole whenever something is broken, and steps are sent again."""
+"""Repair of a session: mends its chain after a fault, and sends steps again."""
 
 from __future__ import annotations
 

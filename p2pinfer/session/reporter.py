@@ -1,4 +1,4 @@
-"""Reports of one session's events to whoever follows it; free of cost if nobody does."""
+"""Reporter of one session's events, which costs nothing while nobody follows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A session on the hops of a route: steps go in at the first, results come out of the last.
+"""Session on the hops of a route: steps go in at the first, results come out of the last.
 
 Steps go out without waiting for one another, so a prompt cut in chunks keeps all hops at work. Results come
 back in the order of their steps; `submit` sends, and whoever wants the result waits for what it returns.
@@ -119,7 +119,7 @@ class Session:
 
     @property
     def failovers(self) -> int:
-        """How often hops failed and were replaced."""
+        """Number of times that hops failed and were replaced."""
         return self.repair.done
 
     @property
@@ -216,7 +216,7 @@ class Session:
         return self.broken_receipt
 
     async def _answered(self, promise: Promise) -> Answer:
-        """What a step has come to, whatever has to be repaired for it."""
+        """Result of a step, whatever has to be repaired for it."""
         limit_s = self._config.step_timeout_s
         while not promise.is_settled:
             with trio.move_on_after(limit_s) as patience:

@@ -1,4 +1,4 @@
-"""Which hop of a session has come to take long, by what the hops say they spent on its last steps.
+"""Straggler detection: hops that have become slow, by the timings they report.
 
 A hop that is slow is no hop that is dead: it is asked for nothing and blamed for nothing. It is worth a look
 whether somebody else would be so much faster that feeding them the session's past pays. Looks are ever
@@ -23,7 +23,7 @@ class Stragglers:
     """The last decode steps of a session's hops. `now` is seconds of one monotonic clock."""
 
     def __init__(self, least_s: float) -> None:
-        """Who spends less than `least_s` on a step is never looked at."""
+        """Ignore every hop that spends less than `least_s` on a step."""
         self._least_s = least_s
         self._bills = deque[tuple[Bill, ...]](maxlen=STEPS)
         self._pause_s = FIRST_PAUSE_S

@@ -1,4 +1,4 @@
-"""Terms of a session: what every one of its hops is asked for."""
+"""Terms of a session, which every hop of it is asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from p2pinfer.node.protocol.tensors import row_bytes
 
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
-    """What every hop of one session is asked for.
+    """Terms that every hop of one session is asked for.
 
     Attributes:
         session: The session's random 16-byte name.
