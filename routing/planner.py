@@ -137,6 +137,7 @@ class _Search:
         cheapest = self._follow(times) or to_ends
         if len(_peers(cheapest[1])) == len(cheapest[1]):
             return cheapest
+        # What `at_most_s` left out is dearer than `to_ends`, a walk without return, so none of it is missed.
         return self._without_return(times) or to_ends
 
     def route(self, walk: _Walk) -> Route:
@@ -228,6 +229,8 @@ class _Search:
 
     def _without_return(self, times: list[_Times]) -> tuple[float, _Walk] | None:
         """The cheapest walk that never comes back to a peer; None if it was not found in time."""
+        # By estimate, then by age: equal estimates never compare walks, and the result is the same
+        # everywhere.
         heap: list[tuple[float, int, float, int, _Walk]] = []
         pushed = 0
 
@@ -246,11 +249,18 @@ class _Search:
 
         push_arrivals(0.0, self._first, ())
         expanded: set[tuple[int, int, frozenset[int]]] = set()
+        # The budget counts states, not time: the same announcements give the same route on every machine.
         while heap and pushed < _MAX_STATES:
             estimate_s, _, spent_s, block, walk = heapq.heappop(heap)
+            # A complete walk goes through the heap as well. Returned when it is found, it might not be the
+            # cheapest: estimates ignore the ban on returns, so they are never too high, and only the order of
+            # the heap proves it.
             if block > self._last:
                 return estimate_s, walk
             peer = walk[-1][0]
+            # The peers used are part of the state. With (block, peer) alone, as in plain A*, the cheaper of
+            # two walks would hide the dearer one, which may be the only one that can still go on without a
+            # return.
             state = (block, peer, _peers(walk))
             if state in expanded:
                 continue

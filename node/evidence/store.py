@@ -87,16 +87,24 @@ class EvidenceStore:
         held = self._groups.setdefault(group, _Group(now))
         self._groups.move_to_end(group)
         held.touched_at = now
+        # What is kept has to be an unbroken beginning, since an audit runs the steps from the first one on.
+        # So a group that is full stays so, though a later and smaller content would fit. Making room by
+        # dropping its oldest ones, as a cache would, would leave an end that proves nothing.
         for digest, content in contents:
             if held.is_full or digest in held.contents:
                 continue
             if held.size + len(content) > self._max_bytes // self._groups_at_least:
+                # A share, not all there is: one long session would otherwise push out what all others may be
+                # asked for.
                 held.is_full = True
                 continue
             held.contents[digest] = content
             held.size += len(content)
             self.held_bytes += len(content)
+            # Equal contents of two groups are found through the one that added them last: it is dropped
+            # later.
             self._group_of[digest] = group
+        # Never this group: it was touched last, and has no more than a share.
         while self.held_bytes > self._max_bytes:
             self._drop_oldest()
 
@@ -117,6 +125,7 @@ class EvidenceStore:
             if group is None or group not in self._watched:
                 continue
             held = self._groups[group]
+            # Bounded, for a stranger has as many identities as it likes.
             if len(held.unsent) < _MAX_ASKING or peer_id in held.unsent:
                 unsent = held.unsent.setdefault(peer_id, {*held.contents})
                 unsent.discard(digest)
@@ -133,6 +142,7 @@ class EvidenceStore:
         group, held = self._groups.popitem(last=False)
         self._watched.pop(group, None)
         for digest in held.contents:
+            # Another group may have added the same content since; then it is still to be found there.
             if self._group_of.get(digest) == group:
                 del self._group_of[digest]
         self.held_bytes -= held.size
@@ -157,6 +167,7 @@ def serve_evidence(
             for content in contents:
                 if content:
                     await stream.send_all(content)
+            # After the last byte: a peer that hung up half-way has not been given them.
             for store in stores:
                 store.note_sent(stream.peer_id, digests[: len(contents)])
 
@@ -188,6 +199,7 @@ async def fetch_evidence(
                 buffer = bytearray()
                 sizes = decode_answer(await _receive_value(stream, buffer, _MAX_ANSWER_BYTES))
                 total = sum(size or 0 for size in sizes)
+                # Before a byte of them is read, or a peer could have us hold as much as it likes.
                 if total > min(max_bytes, MAX_CONTENT_BYTES) or len(sizes) > len(digests):
                     raise ProtocolViolation(f"evidence of {total} bytes; {max_bytes} were asked for")
                 while len(buffer) < total:
@@ -210,6 +222,7 @@ def contents_for(
         found = (store.get(digest, now) for store in stores)
         content = next((each for each in found if each is not None), None)
         left -= len(content or b"")
+        # A prefix, since sizes go by position. The asker asks again for the rest.
         if left < 0:
             break
         contents.append(content)
@@ -243,6 +256,8 @@ async def _checked(
         with memoryview(buffer) as view:
             for digest, size in zip(digests, sizes, strict=False):
                 if size is not None:
+                    # A copy: a view would keep the whole answer in memory for as long as one part of it is
+                    # held.
                     contents[digest] = bytes(view[offset : offset + size])
                     offset += size
                     if digest_of(contents[digest]) != digest:

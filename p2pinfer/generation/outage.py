@@ -79,6 +79,8 @@ class Outage:
             changed: Set with the next piece of news.
             on_wait: Told about every reason once, if the text has begun.
         """
+        # Asked only between rounds: an attempt that is under way is never cut short, it may be the one that
+        # works.
         left_s = self._deadline - trio.current_time()
         if left_s <= 0:
             return False
@@ -86,8 +88,11 @@ class Outage:
         if self._begun and self._told != (reason := str(error)):
             self._told = reason
             on_wait(Waiting(self.describe(error), missing, left_s))
+        # `changed` was taken before the attempt that failed, so news that came during it ends the pause at
+        # once. Without news the pauses double: a peer may be back and have nothing new to announce.
         with trio.move_on_after(min(self._pause_s, left_s)):
             await changed.wait()
         self._pause_s = min(2 * self._pause_s, LAST_PAUSE_S)
+        # A second pardon in this round would try the same peers again without any pause.
         self._attempts, self._forgave = 0, True  # the caller forgives everybody
         return True

@@ -98,6 +98,8 @@ class RemoteBlocks:
             PeerError: A session could not be opened, or is beyond repair; `abandon` it.
         """
         ids = self._transcript.ids
+        # Ended before the next one is asked for. Holding one while asking for another would be quicker where
+        # there is room, and where there is none two texts could wait for each other for ever.
         if self._session is not None and len(ids) > self._reserved:
             await self.aclose()
         if self._session is None:
@@ -124,6 +126,7 @@ class RemoteBlocks:
                     raise
                 tokens = max(tokens // 2, least)
             except PeerRefused as error:
+                # A hop that refuses a length and names no shorter one would have this ask for ever.
                 if not least <= error.fits < tokens:
                     raise
                 tokens = error.fits
@@ -205,6 +208,7 @@ class RemoteBlocks:
             seconds=time.perf_counter() - self._began_at,
             per_hop_ms=self._session.per_hop_ms(),
         )
+        # Kept beyond the session: the result's timings are asked for when its hops are gone.
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
         self._failovers += self._session.failovers
         self._walker.route_ended(self._session.route, outcome)

@@ -154,12 +154,16 @@ class Chain:
             PeerError: One of them stopped to, or its stream ended; or what `work` raises.
         """
 
+        # Collected, not raised where they occur: what leaves a nursery is an exception group, and callers go
+        # by the first `PeerError` and by the peer that it names.
         errors: list[PeerError] = []
 
         async def attend(hop: HopStream, scope: trio.CancelScope) -> None:
             while not hop.lost.is_set():
                 with trio.move_on_after(self._config.probe_after_s):
                     await hop.lost.wait()
+                # Its own sign of life alone: the hop behind may be the very one that is being replaced, and
+                # waiting for that would make a living hop look dead.
                 if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
                     break
             errors.append(PeerVanished("it shows no sign of life", hop.peer_id))
@@ -198,6 +202,9 @@ class Chain:
             if before is not None:
                 await before.relink(route.hops[0], 0, 0, replay=1, epoch=self.epoch, switch=False)
 
+        # At once, since each waits for the other end: the hop before attaches to a session that is being
+        # opened, and `Opened` comes only when the replacement has attached to the hop after. No `switch` yet:
+        # the link stands by for the replay, and steps go on over the former one.
         try:
             with trio.move_on_after(within_s) as patience:
                 await _together(open_them, link_up)
@@ -239,6 +246,9 @@ class Chain:
         """
         before, _ = self.neighbours(spare.replaced)
         epoch = self.epoch + 1
+        # Everything that can fail comes before `hops` and `epoch` change, so after an error the chain is what
+        # it was, and the next attempt may use the same number again: an epoch must not fall along a link, but
+        # may repeat. Changing them first would drop results of steps that the former hops still answer.
         if before is None:
             await self._feed(spare.hops, spare.filled, stop, epoch)
         else:
@@ -246,6 +256,7 @@ class Chain:
         at = self.hops.index(spare.replaced[0])
         self.hops[at : at + len(spare.replaced)] = spare.hops
         self.epoch = epoch
+        # In the background: a dead hop would hold up the steps that wait, for the whole time limit.
         self._nursery.start_soon(end_all, spare.replaced)
 
     async def reattach(self, hop: HopStream) -> None:
@@ -257,6 +268,9 @@ class Chain:
         before, _ = self.neighbours([hop])
         assert before is not None
         await hop.expect(before.peer_id)
+        # Nothing is replayed: both ends have kept cache and log, and steps without a result are sent again.
+        # The epoch tells those from copies that the broken edge may still deliver, and rises only if the edge
+        # holds.
         await before.relink(hop.hop, 0, 0, replay=1, epoch=self.epoch + 1, switch=True)
         self.epoch += 1
 
@@ -269,6 +283,9 @@ class Chain:
             return
         except PeerRefused as exc:
             logger.debug("chain.no_replay peer=%s why=%s", before.peer_id, exc)
+        # The hop before switches first, with nothing to replay: a replay from further up runs through it and
+        # goes on over its link. The other order would feed the hop that is being replaced. It is safe because
+        # the caller holds the turn, so that no step goes out until the caches behind the new link are whole.
         await relink(0, 0)
         for target, source in pairwise(self.hops[self.hops.index(before) :: -1]):
             fed.insert(0, target)
@@ -280,6 +297,7 @@ class Chain:
                 return
             except PeerRefused as exc:
                 logger.debug("chain.no_replay peer=%s why=%s", source.peer_id, exc)
+        # Nobody has kept it all, but the token ids give it anew; every hop then computes its part again.
         await self._feed([self.hops[0], *fed], 0, stop, epoch)
 
     async def _feed(self, hops: Sequence[HopStream], start: int, stop: int, epoch: int) -> None:
@@ -289,6 +307,7 @@ class Chain:
         if self._recall is None:
             raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)
         pace = self._agreed(hops)
+        # In a thread: embedding a long past would block the event loop for too long.
         hidden = await trio.to_thread.run_sync(self._recall, start, stop)
         for number, piece in enumerate(torch.split(hidden, pace.chunk_tokens)):
             position = start + number * pace.chunk_tokens

@@ -95,10 +95,12 @@ class Failover:
         for _ in range(self._config.max_repairs):
             try:
                 await self._mend_something(self._replanner, upto, spare)
+            # Whoever else took over would lack the same past. Only a new session, which prefills it, helps.
             except NoReplay:
                 break
             except PeerError as exc:
                 logger.debug("session.repair_failed peer=%s why=%s", exc.peer_id, exc)
+            # Used or closed by the first attempt, whichever it was.
             spare = None
             if self._faults.first is None:
                 return
@@ -146,14 +148,20 @@ class Failover:
         try:
             await chain.attended(involved, partial(chain.take_over, spare, upto))
         except PeerError as exc:
+            # A sign of life may fail to come in the very moment in which the take-over succeeds. Then the
+            # spare is the chain: ending it would end the session, and the fault is noted below like any
+            # other.
             if spare.hops[0] not in chain.hops:
                 await end_all(spare.hops)
+                # A past that nobody has kept is the fault of none of them.
                 if not isinstance(exc, NoReplay):
                     await self._blame(exc, Route(tuple(hop.hop for hop in spare.hops)))
                 raise
         self._faults.note_replaced(spare.replaced)
         if after is not None:
             self._faults.note_joined(after)
+        # `Session.on_lost` passes over hops that are not part of the chain, so one that was lost just before
+        # it became a part is looked for here; nobody else would notice.
         for hop in spare.hops:
             if hop.error is not None:  # since it took over
                 self._faults.note_failed(hop, hop.error)
@@ -161,12 +169,16 @@ class Failover:
     async def _mend_something(self, replanner: Replanner, upto: int, spare: Spare | None) -> None:
         """Close the first gap; if there is none, make the first broken edge anew."""
         hops, failed = self._chain.hops, self._faults.failed
+        # Hops before edges: an edge of a hop that is gone cannot be made anew, and whoever replaces the hop
+        # brings both of its edges along.
         start = next((index for index, hop in enumerate(hops) if hop in failed), None)
         if start is None:
             if spare is not None:
                 await end_all(spare.hops)
             await self._mend_edge(next(iter(self._faults.cut)))
             return
+        # Adjacent failures are one gap: replaced one by one, each would have a dead hop as its
+        # neighbour.
         stop = start + 1
         while stop < len(hops) and hops[stop] in failed:
             stop += 1
@@ -174,6 +186,7 @@ class Failover:
         if spare is not None and spare.replaced != replaced:
             await end_all(spare.hops)
             spare = None
+        # Reported once, however many attempts the gap takes: every report costs the peer reliability.
         for hop in replaced:
             if hop.peer_id not in self._faults.shunned:
                 self._faults.shun(hop.peer_id)
@@ -186,6 +199,9 @@ class Failover:
         before, _ = self._chain.neighbours([hop])
         assert before is not None
         error = self._faults.cut[hop]
+        # The first complaint costs nobody anything if the edge can be made anew, the second one the hop
+        # behind, the third one who complains: it is what those edges have in common. Believing it every time
+        # would let a hop have its honest successors replaced one after the other.
         self._complaints[before] += 1
         if self._complaints[before] > 2:
             self._faults.note_failed(before, type(error)(str(error), before.peer_id))
@@ -215,6 +231,8 @@ class Failover:
         named = next((hop for hop in self._chain.hops if hop.peer_id == error.peer_id), None)
         if named is not None and await named.probe(self._config.probe_timeout_s, ask_successor=False) is None:
             self._faults.note_failed(named, error)
+        # The hop that was named answers us, so it is one word against another. Others are tried for the
+        # place, and nobody's record suffers.
         else:
             self._faults.shun(*route.peer_ids)
 

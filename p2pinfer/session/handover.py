@@ -88,6 +88,7 @@ class Handovers:
                 await self._hand_over(hop, route)
             finally:
                 self._warming = None
+                # Neither taken over nor handed to a repair by `break_off`: nobody else would end it.
                 if self.spare is not None:
                     spare, self.spare = self.spare, None
                     await end_all(spare.hops)
@@ -103,6 +104,7 @@ class Handovers:
         """Look for somebody faster if these, of the last step, show that a hop has become slow."""
         self._slowness.note(bills)
         slow = self._slowness.suspect(trio.current_time())
+        # Nothing queues up behind a handover: by the time it ended the timings would be of other hops.
         if slow is not None and self._replanner is not None and not self.busy.locked():
             place, seconds = slow
             self._nursery.start_soon(self._improve, self._replanner, self._chain.hops[place], seconds)
@@ -130,11 +132,15 @@ class Handovers:
         spare = self.spare = await self._failover.open_spare([hop], self._config.open_timeout_s, route)
         involved = [*spare.hops, *chain.neighbours([hop])[:1]]
         living = [each for each in involved if each is not None]
+        # Each round replays what came during the one before, so the rest shrinks while steps go on. A session
+        # that outruns its spare would never end this; what is left after some rounds is replayed in the pause
+        # below.
         for _ in range(_MAX_ROUNDS):
             if steps.length - spare.filled <= _SETTLED_TOKENS:
                 break
             await chain.attended(living, partial(chain.fill, spare, steps.length))
         async with steps.quiescent():
+            # Looked at again: a repair goes before whoever waits here, and may have used or closed the spare.
             if self._faults.fatal or self._faults.first or hop not in chain.hops:
                 return  # a failure came first
             await self._failover.take_over(spare, steps.length)

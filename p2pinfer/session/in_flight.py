@@ -97,6 +97,8 @@ class InFlight:
     @property
     def confirmed(self) -> int:
         """Positions that every hop has in its cache."""
+        # Not `length` plus what was sent: of a step without a result nobody knows how far it came, so a
+        # repair replays up to it and sends it again.
         return self.awaited[0].step.position if self.awaited else self.length
 
     @property
@@ -112,6 +114,8 @@ class InFlight:
 
     def begin(self, epoch: int, position: int, tokens: int, returns: int, payload: Payload) -> SentStep:
         """Register a step that is about to be sent."""
+        # A number is never used twice, not even after a roll-back: a late result of a dropped step is told by
+        # it.
         sent = SentStep(Step(self._next_number, epoch, position, tokens, returns), payload, Promise())
         self._next_number += 1
         if not self.awaited:
@@ -122,6 +126,7 @@ class InFlight:
 
     def begin_anew(self, epoch: int) -> list[SentStep]:
         """All steps that have no result, for another epoch."""
+        # The promises stay: whoever waits for a step sees a pause, and not that it was sent twice.
         self.awaited = deque(
             SentStep(msgspec.structs.replace(each.step, epoch=epoch), each.payload, each.promise)
             for each in self.awaited
@@ -156,6 +161,10 @@ class InFlight:
             raise ProtocolViolation(f"result {result.number}, which nobody asked for", peer_id)
         sent = self.awaited[0]
         step = sent.step
+        # Only the oldest can be due: hops compute the steps of a session in order, and links keep that order.
+        # To look the number up instead would let a hop skip a step, and `length` would count positions that
+        # were never computed. The epoch has to fit as well, since after a repair the same number goes out
+        # again.
         if (result.number, result.epoch, result.tokens) != (step.number, step.epoch, step.returns):
             raise ProtocolViolation(
                 f"result {result.number} with {result.tokens} rows; due is {step.number} with {step.returns}",
@@ -186,6 +195,8 @@ class InFlight:
                 while self.awaited and not self._repair_due:
                     self._calm = trio.Event()
                     await self._calm.wait()
+                # Else a repair is due: this lets go of the turn, which the repair needs, and asks for it
+                # anew.
                 if not self.awaited:
                     yield
                     return

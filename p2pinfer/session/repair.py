@@ -67,6 +67,7 @@ class Repair:
             present = self._chain.route
             replaced = [each for each in former if each not in present.peer_ids]
             self._reporter.replaced(replaced, self._chain.hops, "failure")
+            # With the turn still held: a step that overtook these would begin behind a position nobody has.
             for each in self._steps.begin_anew(self._chain.epoch):
                 await self._push(each)
         logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, present)
@@ -77,6 +78,9 @@ class Repair:
         if first is None or faults.fatal is not None:
             return False
         try:
+            # A step that rolls back may have overwritten, in living hops, what the step before it read. The
+            # caches cannot be brought to the state between the two, so the generation starts over with the
+            # token ids.
             if not self._steps.may_begin_anew:
                 raise first
             await self._failover.mend(self._steps.confirmed, self._handovers.break_off())

@@ -181,6 +181,8 @@ class Session:
             is_last = index == len(chunks) - 1
             in_flight.append(await self.submit(chunk, position, returns=1 if is_last else 0))
             position += len(chunk)
+        # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is
+        # left behind that nobody waits for.
         while len(in_flight) > 1:
             await in_flight.popleft()
         return await in_flight.pop()
@@ -221,6 +223,8 @@ class Session:
         while not promise.is_settled:
             with trio.move_on_after(limit_s) as patience:
                 await promise.wait()
+            # With a fault noted a repair is under way, which has limits of its own. Raising here would end a
+            # session that is about to be mended.
             if patience.cancelled_caught and self._faults.first is None:
                 # Any hop may have kept it to itself: nobody is named.
                 raise PeerVanished(f"no answer in {limit_s:g} s")
@@ -235,6 +239,8 @@ class Session:
         return decode_hidden(answer.payload, tokens, spec.hidden_size, self._terms.codec, answer.peer_id)
 
     async def _submit(self, hidden: Tensor, position: int, returns: int) -> Promise:
+        # One holder of the turn from the number to the frame: steps leave in the order of their numbers, on
+        # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out.
         async with self._steps.turn:
             if self._faults.fatal is not None:
                 raise self._faults.fatal
@@ -247,18 +253,21 @@ class Session:
     async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
+        # The usual case takes no suspension and no time limit: with cold caches each of them costs a step.
         if first.send_now(sent.step, sent.payload):
             return
         try:
             with first.while_there(limit_s):
                 await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
+            # Noted, not raised: the step is registered, so the repair sends it, and its promise is kept.
             self.on_lost(first, exc)
 
     # ------------------------------------------------------------------ what hops say
 
     def on_result(self, stream: HopStream, result: Result, payload: bytearray) -> None:
         """Take a result that is due; drop one that a roll-back or a repair has superseded."""
+        # A hop that was replaced may still have results on their way: they are dropped, and it is not blamed.
         if stream is not self.chain.hops[-1]:
             if stream in self.chain.hops:
                 raise ProtocolViolation("Result in the middle of the chain", stream.peer_id)
@@ -277,6 +286,8 @@ class Session:
             return
         error = refusal_error(refused, stream.peer_id, self.route)
         _, after = self.chain.neighbours([stream])
+        # A hop's word on its neighbour is hearsay, so the edge is noted as cut, and the repair asks the
+        # neighbour.
         if refused.code == "successor_vanished" and after is not None:
             self._faults.note_cut(after, error)
         elif refused.code == "compute":
@@ -350,6 +361,7 @@ class Session:
 
     async def end(self) -> None:
         """Tell every hop that the session is over, quickly; quiet about hops that are gone."""
+        # The spare too: it would keep its reservation until its lease ends.
         spare = self.handovers.break_off()
         await end_all([*self.chain.hops, *(spare.hops if spare else ())])
 
