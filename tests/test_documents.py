@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import runpy
@@ -137,3 +138,110 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 def test_the_python_examples_of_the_readme_compile() -> None:
     for source in blocks("python"):
         compile(source, "README.md", "exec")
+
+
+# ---------------------------------------------------------------------- for engineers
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PACKAGES = ("p2pinfer", "node", "models", "routing", "reputation")
+SUBORDINATE = (
+    "What",
+    "Who",
+    "Whom",
+    "Whose",
+    "How",
+    "Whether",
+    "When",
+    "Where",
+    "Which",
+    "Why",
+    "That",
+    "So",
+)
+
+BEING_REWRITTEN = tuple(
+    f"node/serve/{name}.py" for name in ("hop_session", "worker", "server", "session_control", "predecessors")
+)
+
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of p2pinfer's own, by its path from the root."""
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if "_vendor" not in path.parts
+    }
+
+
+def definitions(tree: ast.AST, name: str = "") -> list[tuple[str, Definition]]:
+    """A module, and its classes and functions with their dotted names; those inside functions left out."""
+    found: list[tuple[str, Definition]] = [(name, tree)] if isinstance(tree, Definition) else []
+    if not isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef):
+        for child in ast.iter_child_nodes(tree):
+            inner = getattr(child, "name", "") if isinstance(child, Definition) else ""
+            if inner or isinstance(child, ast.If | ast.Try):
+                found += definitions(child, f"{name}.{inner}".strip(".") if inner else name)
+    return found
+
+
+def is_public(name: str) -> bool:
+    return not any(part.startswith("_") for part in name.split("."))
+
+
+def paths_in(text: str) -> set[str]:
+    """The files and folders that stand between backticks."""
+    return set(re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*(?:/|/[a-z_0-9]+\.py))`", text))
+
+
+def section(heading: str) -> str:
+    return ARCHITECTURE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_every_docstring_begins_with_a_noun_or_a_verb() -> None:
+    """At least with none of the words that open a clause without a noun to search for."""
+    clauses = [
+        f"{path}: {name}: {said.splitlines()[0]}"
+        for path, tree in modules().items()
+        if not path.startswith(BEING_REWRITTEN)
+        for name, node in definitions(tree)
+        if (said := ast.get_docstring(node)) and said.split(maxsplit=1)[0].rstrip(",") in SUBORDINATE
+    ]
+    assert not clauses, "\n".join(clauses)
+
+
+def test_public_things_have_docstrings() -> None:
+    public = [
+        (path, name, ast.get_docstring(node))
+        for path, tree in modules().items()
+        for name, node in definitions(tree)
+        if is_public(name)
+    ]
+    missing = [f"{path}: {name}" for path, name, said in public if not said]
+    assert len(missing) <= 0.05 * len(public), "\n".join(missing)
+
+
+def test_every_path_in_the_architecture_document_is_there() -> None:
+    paths = paths_in(ARCHITECTURE)
+    assert len(paths) > 80
+    assert not {path for path in paths if not (ROOT / path).exists()}
+
+
+def test_every_method_in_the_architecture_document_is_there() -> None:
+    names = {name for tree in modules().values() for name, _ in definitions(tree)}
+    classes = {name for name in names if name and name[0].isupper()}
+    named = {name for name in re.findall(r"`(\w+\.\w+)`", ARCHITECTURE) if name.partition(".")[0] in classes}
+    assert len(named) > 30
+    assert not named - names
+
+
+def test_every_room_is_on_the_map() -> None:
+    rooms = {f"{path.rpartition('/')[0]}/" for path in modules() if path.count("/") > 1}
+    rooms = {room for room in rooms if not room.startswith("p2pinfer/cli/")} | {"routing/", "reputation/"}
+    assert not rooms - paths_in(section("The map"))
+
+
+def test_the_walk_of_a_token_names_at_most_ten_rooms_and_files() -> None:
+    assert 5 < len(paths_in(section("A token's way"))) <= 10

@@ -1,4 +1,4 @@
-"""What this node announces, and when: at once when something changed, else once in a while."""
+"""Announcer of a node: announces its span at once when something changed, else periodically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def announce_interval_s(peers: int, config: ServeConfig) -> float:
 
 
 def announce_ttl_s(peers: int, config: ServeConfig) -> float:
-    """How long an announcement counts: it outlives as many intervals, however long they are."""
+    """Lifetime of an announcement: it outlives as many intervals, however long they are."""
     stretched = announce_interval_s(peers, config) / config.announce_interval_s
     return min(config.announce_ttl_s * stretched, MAX_TTL_S)
 

@@ -1,4 +1,4 @@
-"""How much a node can hold, and how fast it is: measured here, since nobody else can know."""
+"""Capacity of a node: number of blocks that fit, and measured speed of one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DECODE_STEPS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a node could serve of a model."""
+    """Capacity of a node for a model."""
 
     blocks: int  # that fit, cache and head room included
     tokens_per_s_per_block: float  # decode speed if it held one block
@@ -38,7 +38,7 @@ class Capacity:
 
 
 def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
-    """How many blocks of a model fit this machine's free memory, and how fast one of them would be.
+    """Number of blocks that fit this machine's free memory, and the measured speed of one.
 
     Decoding reads every weight once a token, so one product with a matrix of a block's size tells the speed
     before a weight is fetched.

@@ -1,4 +1,4 @@
-"""A line of jobs in which everybody waits for their own: a client with many jobs delays its own, not others'.
+"""Fair queue of jobs: a client with many jobs delays its own, and nobody else's.
 
 Start-time fair queueing, P. Goyal, H. Vin and H. Cheng (1996): a job's place is the virtual time at which its
 client has had its turn, and the job costs so much of that time. Clients that always have jobs waiting get the
@@ -41,7 +41,7 @@ class FairQueue(Generic[_Job]):
         return len(self._line)
 
     def clients(self) -> set[str]:
-        """Whose jobs wait."""
+        """Clients whose jobs wait."""
         return {client for _, _, client, _ in self._line}
 
     def take(self, jobs: Collection[_Job]) -> None:

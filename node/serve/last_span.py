@@ -1,4 +1,4 @@
-"""Which blocks this node served last: after a restart their weights are here, and its place may be vacant."""
+"""Span that this node served last, tried first after a restart since its weights are on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def remember_span(data_dir: Path, revision: str, span: BlockSpan) -> None:
 
 
 def last_span(data_dir: Path, revision: str, num_blocks: int) -> BlockSpan | None:
-    """What was noted, if it is a span of this very model; a damaged note counts as none."""
+    """The noted span, if it is one of this very model; a damaged note counts as none."""
     try:
         with (data_dir / FILE_NAME).open("rb") as file:
             noted: Any = json.loads(file.read(_MAX_BYTES))

@@ -1,4 +1,4 @@
-"""How fast a span decodes, as its own steps show it: what a node announces of its speed.
+"""Measured decode speed of a span, as its own steps show it; this is what is announced.
 
 One measurement at the start is right for as long as the computer does nothing else, which is not for long.
 The announced speed is therefore that of the latest steps that had the device to themselves, batch 1 as
@@ -52,7 +52,7 @@ class Pace:
             self.add(each, now)
 
     def differs(self, announced: float) -> bool:
-        """Whether the pace is so far from what was announced that others should know."""
+        """True if the pace is so far from what was announced that others should know."""
         pace = self.tokens_per_s
         return not announced / MATERIAL <= pace <= announced * MATERIAL
 

@@ -1,4 +1,4 @@
-"""How much one client may hold of what all share: a part of what the others leave.
+"""Quota of one client: a part of what the others leave.
 
 Whoever is alone gets `share` of everything. The more others hold, the less one may hold, and something is
 always left for who comes next: with a share of 3/4, one greedy client leaves a quarter, two come to 3/7 each
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 
 def left_of_share(held: int, free: int, share: float) -> int:
-    """How much more a client that holds `held` may take of the `free`."""
+    """Amount of the `free` that a client which holds `held` may still take."""
     return max(0, min(free, int(share * (held + free)) - held))
 
 
 def exceeds_share(held: int, free: int, share: float) -> bool:
-    """Whether a client that holds `held` of something, of which `free` is left, holds more than its share."""
+    """True if a client that holds `held` of something, of which `free` is left, holds more than its share."""
     return held > share * (held + free)

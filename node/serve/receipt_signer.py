@@ -1,4 +1,4 @@
-"""Writes one session's receipts on one hop.
+"""Signer of one session's receipts on one hop.
 
 Small payloads are hashed where they are: a decode step of 8 KB takes 5 us, and a thread would take twenty
 times that to be asked. What is larger is hashed in a thread, in which blake3 lets go of the interpreter.
@@ -90,7 +90,7 @@ class ReceiptSigner:
         return SignedReceipt(signed, self._previous, *digests)
 
     def _compare_with_predecessor(self, step: Step, received: bytes) -> None:
-        """What it signed and what it sent must agree, or the blame for its output would be ours."""
+        """Check that the predecessor signed what it sent, or the blame for its output would be ours."""
         predecessor = self.predecessor
         if predecessor is None or not step.receipts:
             return

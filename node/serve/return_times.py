@@ -1,4 +1,4 @@
-"""When the sessions of a batch will be back with their next steps.
+"""Estimate of when the sessions of a batch return with their next steps.
 
 A decode step's output travels to the client and comes back as the next step. How long that takes is smoothed
 per session together with its deviation, as TCP does for round trips (RFC 6298). Whoever is due soon is worth
@@ -41,7 +41,7 @@ class _Return:
 
 
 class ReturnTimes(Generic[Key]):
-    """Who has left with an output, and when each is due back. Times are seconds of one clock."""
+    """Sessions that left with an output, and when each is due back. Times are seconds of one clock."""
 
     def __init__(self) -> None:
         self._sessions: dict[Key, _Return] = {}

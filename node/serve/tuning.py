@@ -1,4 +1,4 @@
-"""How many threads a span is computed with, and when that is looked at again.
+"""Choice of the number of threads that a span is computed with, reviewed from time to time.
 
 More threads are quicker on a computer with nothing else to do. Beside other work they are slower by far: all
 wait for the one whose core is taken, a few hundred times a token. So the number is found by trying, at the

@@ -43,7 +43,7 @@ _Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
 
 
 class Living(msgspec.Struct, frozen=True, array_like=True):
-    """That a process runs. Travels as the payload of a sealed record."""
+    """Proof that a process runs. Travels as the payload of a sealed record."""
 
     kind: Literal["here"]
     instance: _Instance  # of who says so

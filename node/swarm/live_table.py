@@ -118,7 +118,7 @@ class LiveTable:
         return news
 
     def _sequence_of(self, announcement: Announcement) -> int:
-        """That of what we believe of the same peer and revision; -1 if that is nothing."""
+        """Sequence number of what we believe of the same peer and revision; -1 if that is nothing."""
         known = self._table.find(announcement.revision, announcement.peer_id, self._clock())
         return -1 if known is None else known.sequence
 

@@ -51,7 +51,7 @@ _Key = TypeVar("_Key", str, bytes)
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
-    """That there is a proof. Travels as the payload of a sealed record, whose author holds the proof."""
+    """News of a proof. Travels as the payload of a sealed record, whose author holds the proof."""
 
     kind: Literal["proof"]
     revision: Annotated[str, msgspec.Meta(max_length=64)]

@@ -253,7 +253,8 @@ class Session:
     async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
-        # The usual case takes no suspension and no time limit: with cold caches each of them costs a step.
+        # The usual case takes no suspension and no time limit: with cold caches both would be felt in every
+        # step.
         if first.send_now(sent.step, sent.payload):
             return
         try:
