@@ -14,18 +14,18 @@ from typing import NoReturn
 import click
 from click.shell_completion import get_completion_class
 
+from p2pinfer.cli.commands.doctor import doctor
+from p2pinfer.cli.commands.generate import generate
+from p2pinfer.cli.commands.keygen import keygen
+from p2pinfer.cli.commands.node import node
+from p2pinfer.cli.commands.reputation import reputation
+from p2pinfer.cli.commands.swarm import swarm
+from p2pinfer.cli.output.plain import printable
+from p2pinfer.cli.output.terminal import OutputClosed, note, occupy_streams, spare_no_text, write_out
 from p2pinfer.errors import LocalError
 
-from .doctor import doctor
-from .failures import Failure, OutputClosed, describe_failure
-from .generate import generate
+from .failures import Failure, describe_failure
 from .invocation import Invocation, command, help_option
-from .keygen import keygen
-from .node import node
-from .plain import printable
-from .reputation import reputation
-from .swarm import swarm
-from .terminal import note, occupy_streams, spare_no_text, write_out
 
 PROGRAM = "p2pinfer"
 _SHELLS = ("bash", "fish", "zsh")

@@ -8,6 +8,8 @@ from typing import NamedTuple, cast
 
 import click
 
+from p2pinfer.cli.output.plain import one_line
+from p2pinfer.cli.output.terminal import OutputClosed
 from p2pinfer.errors import (
     ConfigError,
     LocalError,
@@ -17,8 +19,6 @@ from p2pinfer.errors import (
     SpanOutOfRange,
     Unfinished,
 )
-
-from .plain import one_line
 
 USAGE = 2
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits(3)
@@ -35,10 +35,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
-
-
-class OutputClosed(Exception):
-    """Whoever read our standard output has gone."""
 
 
 class Failure(NamedTuple):

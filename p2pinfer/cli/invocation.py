@@ -12,6 +12,9 @@ from typing import Any, Concatenate, TypeAlias, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
+from p2pinfer.cli.output.log_format import FORMATS, LEVELS
+from p2pinfer.cli.output.plain import printable
+from p2pinfer.cli.output.terminal import note, set_up_logging, write_out
 from p2pinfer.config import Flag, Settings, load_settings
 from p2pinfer.errors import ConfigError
 from p2pinfer.folders import is_homeless
@@ -20,9 +23,6 @@ from p2pinfer.models.config import DTYPES as DTYPES
 from p2pinfer.text_files import is_text
 
 from .completing import complete_settings, complete_value
-from .log_format import FORMATS, LEVELS
-from .plain import printable
-from .terminal import note, set_up_logging, write_out
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Callback: TypeAlias = Callable[[click.Context, click.Parameter, Any], None]

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
+from p2pinfer.cli.output.terminal import note
+
 from .failures import Interrupted
-from .terminal import note
 
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 

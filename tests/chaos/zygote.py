@@ -23,7 +23,7 @@ from typing import Any
 
 from . import client, vitals
 
-MODULES = ("p2pinfer.cli.progress", "p2pinfer.cli.running", "p2pinfer.client", "p2pinfer.node.node")
+MODULES = ("p2pinfer.cli.output.progress", "p2pinfer.cli.running", "p2pinfer.client", "p2pinfer.node.node")
 
 
 def main() -> None:

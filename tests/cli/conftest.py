@@ -26,7 +26,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No word on what is being waited for: how long that takes depends on what else this machine does."""
-    monkeypatch.setattr("p2pinfer.cli.waiting.PATIENCE_S", 3600.0)
+    monkeypatch.setattr("p2pinfer.cli.output.waiting.PATIENCE_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import click
 import pytest
 
 from p2pinfer.cli.app import app, run
-from p2pinfer.cli.generate import POLICIES
+from p2pinfer.cli.commands.generate import POLICIES
 from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
 from p2pinfer.client_config import AuditConfig

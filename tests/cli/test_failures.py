@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
-from p2pinfer.cli.failures import Interrupted, OutputClosed, describe_failure, most_telling
+from p2pinfer.cli.failures import Interrupted, describe_failure, most_telling
+from p2pinfer.cli.output.terminal import OutputClosed
 from p2pinfer.errors import (
     AddressUnusable,
     CheckpointError,

@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import Any
 
 MODULES = (
-    "p2pinfer.cli.progress",
+    "p2pinfer.cli.output.progress",
     "p2pinfer.cli.running",
-    "p2pinfer.cli.view",
+    "p2pinfer.cli.output.swarm_view",
     "p2pinfer.client",
     "p2pinfer.embedded",
     "p2pinfer.models.checkpoint.hub",

@@ -21,7 +21,7 @@ from typing import Any
 MODULES = (
     "p2pinfer.cli.app",
     "p2pinfer.cli.running",
-    "p2pinfer.cli.progress",
+    "p2pinfer.cli.output.progress",
     "p2pinfer.client",
     "p2pinfer.embedded",
     "p2pinfer.node.node",

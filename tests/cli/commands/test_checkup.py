@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from p2pinfer.cli import checkup, doctor
 from p2pinfer.cli.app import run
-from p2pinfer.cli.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
+from p2pinfer.cli.commands import checkup, doctor
+from p2pinfer.cli.commands.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory
 from p2pinfer.node.serve.capacity import WEIGHTS_SHARE

@@ -14,10 +14,10 @@ import pytest
 from rich.console import RenderableType
 from rich.live import Live
 
-from p2pinfer.cli import view
 from p2pinfer.cli.app import run
+from p2pinfer.cli.output import swarm_view
 
-from .support import start_node, wait_ready
+from ..support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +61,8 @@ def test_a_terminal_is_watched_in_place(
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(view, "Live", TwoLooks)
-    monkeypatch.setattr(view, "REFRESH_S", 0.01)
+    monkeypatch.setattr(swarm_view, "Live", TwoLooks)
+    monkeypatch.setattr(swarm_view, "REFRESH_S", 0.01)
     assert run(["swarm", "--watch", "--bootstrap", swarm_address]) == 130
     assert capsys.readouterr().out.count("all 8 blocks are served") >= 1
 

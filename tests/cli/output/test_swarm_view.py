@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from p2pinfer.cli.view import AllModels, PeerSeen, State, SwarmView, blocks_bar
+from p2pinfer.cli.output.swarm_view import AllModels, PeerSeen, State, SwarmView, blocks_bar
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import Announcement

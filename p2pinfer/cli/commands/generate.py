@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from p2pinfer.errors import ConfigError, LocalError, P2PInferError
-
-from .failures import OutputClosed
-from .invocation import (
+from p2pinfer.cli.invocation import (
     ALLOW,
     BOOTSTRAP,
     DATA_DIR,
@@ -28,9 +25,11 @@ from .invocation import (
     command,
     setting,
 )
+from p2pinfer.cli.output.terminal import OutputClosed, note, print_note, write_out
+from p2pinfer.cli.output.waiting import WaitingLine
+from p2pinfer.errors import ConfigError, LocalError, P2PInferError
+
 from .prompt import dash_hint, take_prompt
-from .terminal import note, print_note, write_out
-from .waiting import WaitingLine
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client
@@ -141,12 +140,11 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
             more = generation_config.max_new_tokens
 
     waiting.say("loading torch and libp2p", at_once="torch" not in sys.modules)
+    from p2pinfer.cli.output.progress import Bars, NodesStarting
+    from p2pinfer.cli.output.render import route_table
+    from p2pinfer.cli.running import run
     from p2pinfer.client import Client  # what follows takes seconds to import: torch, libp2p
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
-
-    from .progress import Bars, NodesStarting
-    from .render import route_table
-    from .running import run
 
     async def main() -> None:
         embedding = may_embed(shared.model, shared.bootstrap, host_config)

@@ -9,7 +9,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.cli.log_format import formatter
+from p2pinfer.cli.output.log_format import formatter
 
 
 def record(message: str, *args: object, error: bool = False) -> logging.LogRecord:

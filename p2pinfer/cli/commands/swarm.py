@@ -7,7 +7,17 @@ from functools import partial
 
 import click
 
-from .invocation import ALLOW, BOOTSTRAP, DATA_DIR, DENY, IDENTITY, MODEL, SWARM_KEY, Invocation, command
+from p2pinfer.cli.invocation import (
+    ALLOW,
+    BOOTSTRAP,
+    DATA_DIR,
+    DENY,
+    IDENTITY,
+    MODEL,
+    SWARM_KEY,
+    Invocation,
+    command,
+)
 
 SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what they know
 
@@ -33,16 +43,15 @@ def swarm(call: Invocation, watch: bool) -> None:
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
     import trio
 
+    from p2pinfer.cli.output.progress import Bars
+    from p2pinfer.cli.output.swarm_view import look_at, look_at_all, print_view, watch_swarm
+    from p2pinfer.cli.running import run
     from p2pinfer.client_config import ClientConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.checkpoint.source import resolve_model
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import client_identity
-
-    from .progress import Bars
-    from .running import run
-    from .view import look_at, look_at_all, print_view, watch_swarm
 
     settings = call.settings(HostConfig, ClientConfig)
     shared = settings.build(SharedConfig)

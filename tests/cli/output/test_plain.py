@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.cli.plain import LINE_CHARS, one_line, printable
+from p2pinfer.cli.output.plain import LINE_CHARS, one_line, printable
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,15 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from p2pinfer.cli.failures import OutputClosed
-from p2pinfer.cli.terminal import note, print_note, print_out, set_up_logging, spare_no_text, write_out
+from p2pinfer.cli.output.terminal import (
+    OutputClosed,
+    note,
+    print_note,
+    print_out,
+    set_up_logging,
+    spare_no_text,
+    write_out,
+)
 from p2pinfer.errors import LocalError
 
 
@@ -191,7 +198,7 @@ def test_nothing_is_opened_in_place_of_a_stream_that_is_closed(closed: str, tmp_
     """Else what a library writes to standard error is written into the next file that is opened."""
     (tmp_path / "kept").write_bytes(b"kept")
     script = (
-        "import os; from p2pinfer.cli.terminal import occupy_streams; occupy_streams();"
+        "import os; from p2pinfer.cli.output.terminal import occupy_streams; occupy_streams();"
         "os.open('kept', os.O_RDWR); [os.write(fd, b'lost') for fd in (1, 2)]"
     )
     command = f'exec "{sys.executable}" -c "{script}" {closed}'

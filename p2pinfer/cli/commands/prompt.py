@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from p2pinfer.cli.output.terminal import note, read_stdin
 from p2pinfer.errors import ConfigError
 from p2pinfer.text_files import decode_text
-
-from .terminal import note, read_stdin
 
 MAX_BYTES: Final = 64 << 20  # ten million tokens and more: no model's context is so long
 _MARK: Final = "\ufeff"  # a byte order mark: `generate "$(cat prompt.txt)"` hands it over

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from p2pinfer.cli import node as node_command
 from p2pinfer.cli.app import run
+from p2pinfer.cli.commands import node as node_command
 from p2pinfer.errors import LocalError
 from p2pinfer.node.transport.identity import new_identity
 
-from .support import start_node, wait_ready
+from ..support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
 

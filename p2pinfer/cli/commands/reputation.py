@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from p2pinfer.cli.completing import complete_peers
+from p2pinfer.cli.invocation import DATA_DIR, Invocation, command, group
+from p2pinfer.cli.output.plain import ascii_json, one_line, printable, short_peer
+from p2pinfer.cli.output.terminal import note, print_out, read_stdin, write_out
 from p2pinfer.errors import ConfigError, LocalError
-
-from .completing import complete_peers
-from .invocation import DATA_DIR, Invocation, command, group
-from .plain import ascii_json, one_line, printable, short_peer
-from .terminal import note, print_out, read_stdin, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.reputation.ledger import Ledger

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from p2pinfer.errors import LocalError
-
-from .failures import Interrupted
-from .invocation import (
+from p2pinfer.cli.failures import Interrupted
+from p2pinfer.cli.invocation import (
     ALLOW,
     ANNOUNCE,
     BOOTSTRAP,
@@ -27,8 +25,9 @@ from .invocation import (
     command,
     setting,
 )
-from .plain import ascii_json
-from .terminal import write_out
+from p2pinfer.cli.output.plain import ascii_json
+from p2pinfer.cli.output.terminal import write_out
+from p2pinfer.errors import LocalError
 
 if TYPE_CHECKING:
     from p2pinfer.node.events import Event
@@ -100,12 +99,11 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
 
+    from p2pinfer.cli.output.progress import Bars
+    from p2pinfer.cli.running import run
     from p2pinfer.idle_audits import open_patrol
     from p2pinfer.node.concurrency.nurseries import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
-
-    from .progress import Bars
-    from .running import run
 
     async def main() -> None:
         tell = _reporter(call)
@@ -137,9 +135,8 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
 
 
 def _reporter(call: Invocation) -> Callable[[Event], None]:
+    from p2pinfer.cli.output.render import describe_event
     from p2pinfer.node.events import to_json
-
-    from .render import describe_event
 
     def print_json(event: Event) -> None:
         _write_or_go_on(ascii_json(to_json(event)) + "\n")

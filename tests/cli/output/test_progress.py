@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2pinfer.cli.progress import Bars, NodesStarting
+from p2pinfer.cli.output.progress import Bars, NodesStarting
 
 SHOW_CURSOR = "\x1b[?25h"
 

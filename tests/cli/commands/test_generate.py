@@ -20,7 +20,7 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.generation.saved_state import decode_state, find_token, keep_token
 from p2pinfer.session.session import Session
 
-from .support import spoken
+from ..support import spoken
 
 pytestmark = pytest.mark.slow
 

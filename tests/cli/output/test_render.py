@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from p2pinfer.audit.auditor import AuditTally
-from p2pinfer.cli.plain import short_peer
-from p2pinfer.cli.render import describe_event, route_table
+from p2pinfer.cli.output.plain import short_peer
+from p2pinfer.cli.output.render import describe_event, route_table
 from p2pinfer.generation.generation import GenerationResult, Timings
 from p2pinfer.generation.remote_blocks import HopUsed
 from p2pinfer.models.span import BlockSpan

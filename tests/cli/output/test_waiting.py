@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from p2pinfer.cli.terminal import note, write_out
-from p2pinfer.cli.waiting import WaitingLine
+from p2pinfer.cli.output.terminal import note, write_out
+from p2pinfer.cli.output.waiting import WaitingLine
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz"
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .invocation import ANNOUNCE, BOOTSTRAP, DATA_DIR, SWARM_KEY, Invocation, command, setting
-from .plain import printable
-from .terminal import note, write_out
+from p2pinfer.cli.invocation import ANNOUNCE, BOOTSTRAP, DATA_DIR, SWARM_KEY, Invocation, command, setting
+from p2pinfer.cli.output.plain import printable
+from p2pinfer.cli.output.terminal import note, write_out
 
 if TYPE_CHECKING:
     from p2pinfer.node.reach.reach import ReachStatus
@@ -44,12 +44,11 @@ def doctor(call: Invocation) -> None:
     # What follows takes seconds to import: libp2p, torch.
     import trio
 
+    from p2pinfer.cli.running import run
     from p2pinfer.config import SharedConfig
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import new_identity
-
-    from .running import run
 
     settings = call.settings(HostConfig)
     shared = settings.build(SharedConfig)

@@ -19,7 +19,7 @@ from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.served import served_models
 
-from .fitted import Column, FittedTable
+from .fitted_table import Column, FittedTable
 from .plain import short_peers
 from .terminal import print_out, write_out
 

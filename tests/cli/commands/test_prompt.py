@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.cli.app import run
-from p2pinfer.cli.prompt import take_prompt
+from p2pinfer.cli.commands.prompt import take_prompt
 from p2pinfer.errors import ConfigError, LocalError
 
 SetStdin = Callable[[bytes], None]
@@ -116,7 +116,7 @@ def test_what_is_no_text_is_refused(content: bytes, from_file: SetStdin) -> None
 
 
 def test_what_has_no_end_is_refused(stdin_is: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2pinfer.cli.prompt.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("p2pinfer.cli.commands.prompt.MAX_BYTES", 1 << 20)
     stdin_is(os.open("/dev/zero", os.O_RDONLY))
     with pytest.raises(ConfigError, match="is longer than 1 MiB; shorten it"):
         take_prompt("-")

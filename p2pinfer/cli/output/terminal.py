@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from p2pinfer.errors import LocalError
 
-from .failures import OutputClosed
 from .log_format import formatter
 
 if TYPE_CHECKING:
@@ -23,6 +22,10 @@ _DRAWN = str.maketrans("█·", "#.")  # what tables are drawn with, for termina
 
 before_output: Callable[[], None] | None = None  # what erases a line that says what is being waited for
 _mid_line = False  # whether what was last written to standard output goes on in its line
+
+
+class OutputClosed(Exception):
+    """Whoever read our standard output has gone."""
 
 
 def occupy_streams() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .invocation import Invocation, command
-from .terminal import note, write_out
+from p2pinfer.cli.invocation import Invocation, command
+from p2pinfer.cli.output.terminal import note, write_out
 
 
 @command(
