@@ -24,6 +24,7 @@ import trio
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.reputation.verdict import Thresholds
@@ -83,7 +84,7 @@ class Patrol:
         self._node: Ready | None = None
         self._client_id = ""  # of the round that is under way
         self._sessions = 0
-        self._changed = trio.Event()
+        self._changed = Pulse()
         self._round = trio.CancelScope()
         self._texts: list[str] = []
 
@@ -100,8 +101,7 @@ class Patrol:
                 self._sessions = sessions
             case _:
                 return
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.fire()
 
     async def serve(self) -> None:
         """Make rounds until cancelled."""
@@ -117,7 +117,7 @@ class Patrol:
     async def _until_idle(self) -> Ready:
         """Wait until the node serves, and has had nothing to do for a while."""
         while True:
-            changed = self._changed
+            changed = self._changed.next
             if self._node is None or self._sessions:
                 await changed.wait()
                 continue

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.concurrency.pulse import Pulse
 
 from .frames import FrameStream
 from .messages import Alive, End, Filled, Probe, Step
@@ -22,7 +23,7 @@ class ReplayWindow:
 
     def __init__(self) -> None:
         self._under_way = 0
-        self._changed = trio.Event()
+        self._changed = Pulse()
         self._over = False
 
     @property
@@ -64,8 +65,7 @@ class ReplayWindow:
             raise PeerVanished("the peer that was being fed is gone")
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.fire()
 
 
 class Link:

@@ -18,11 +18,13 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.pulse import Errand, Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.tcp import share_port
+from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 
 from .circuit import serve_circuits
@@ -93,10 +95,10 @@ class Reach:
         self._seen = _Seen()
         self._upnp = "not tried"
         self._mapping: Mapping | None = None
-        self._news = trio.Event()
-        self._changed = trio.Event()
+        self._news = Pulse()
+        self._changed = Errand()
         self._listeners: list[Callable[[], None]] = []
-        self._punched: dict[str, bool] = {}
+        self._punched = Recent[str, bool](MAX_PUNCHED)
         self._door_wanted = trio.Event()
         self._reserved_ports = [] if host.listening else _reserve_ports()
         self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
@@ -163,7 +165,7 @@ class Reach:
     async def _keep_looking(self) -> None:
         """Ask whoever connects, and everybody again from time to time."""
         while True:
-            news = self._news
+            news = self._news.next
             await trio.sleep(SETTLE_S)
             await self._ask_around()
             with trio.move_on_after(LOOK_AGAIN_S) as patience:
@@ -219,18 +221,16 @@ class Reach:
     async def _keep_telling(self) -> None:
         """Tell of changes, those that come together at once."""
         while True:
-            await self._changed.wait()
+            await self._changed.take_up()
             await trio.sleep(TOGETHER_S)
-            self._changed = trio.Event()
             for listener in list(self._listeners):
                 listener()
 
     def _note_change(self) -> None:
-        self._changed.set()
+        self._changed.call()
 
     def _look(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
+        self._news.fire()
 
     def _note_loss(self, peer_id: str) -> None:
         self._seen.asked.discard(peer_id)  # when it comes again, it may see us elsewhere
@@ -370,10 +370,7 @@ class Reach:
         return None
 
     def _note_punch(self, peer_id: str, direct: bool) -> None:
-        self._punched.pop(peer_id, None)
         self._punched[peer_id] = direct
-        if len(self._punched) > MAX_PUNCHED:
-            del self._punched[next(iter(self._punched))]
 
 
 @asynccontextmanager

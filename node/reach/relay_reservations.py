@@ -15,7 +15,9 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerError, PeerRefused
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
+from p2pinfer.recent import Recent
 
 from .circuit import reserve
 
@@ -72,8 +74,8 @@ class RelayKeeper:
         self._candidates = candidates
         self._on_change = on_change
         self._places: dict[str, _Place] = {}
-        self._troubles: dict[str, _Trouble] = {}
-        self._news = trio.Event()
+        self._troubles = Recent[str, _Trouble](MAX_TROUBLES)
+        self._news = Pulse()
         self._told_of_clock = False
         host.when_disconnected(self._lose)
 
@@ -84,13 +86,12 @@ class RelayKeeper:
 
     def look_again(self) -> None:
         """There are new candidates, or none are needed any more."""
-        self._news.set()
-        self._news = trio.Event()
+        self._news.fire()
 
     async def serve(self) -> None:
         """Keep places until cancelled; while `candidates` gives none, let go of those there are."""
         while True:
-            news = self._news
+            news = self._news.next
             candidates = self._candidates()
             if not candidates and self._places:
                 self._places.clear()
@@ -153,12 +154,10 @@ class RelayKeeper:
         return RENEW_S / 3
 
     def _note_trouble(self, peer_id: str) -> None:
-        known = self._troubles.pop(peer_id, None)
+        known = self._troubles.get(peer_id)
         times = known.times + 1 if known else 1
         delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 16), LAST_RETRY_S)
         self._troubles[peer_id] = _Trouble(times, trio.current_time() + delay_s)
-        if len(self._troubles) > MAX_TROUBLES:
-            del self._troubles[next(iter(self._troubles))]
 
     def _lose(self, peer_id: str) -> None:
         place = self._places.pop(peer_id, None)

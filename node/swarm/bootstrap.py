@@ -21,8 +21,10 @@ import trio
 
 from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import split_peer
+from p2pinfer.recent import Recent
 from p2pinfer.text_files import read_text
 
 from .live_table import LiveTable
@@ -153,11 +155,11 @@ class Neighbourhood:
         # Nobody can connect to itself; `TwinCalls` sees who it is.
         self.ours = tuple(addr for peer in peers if peer.peer_id == host.peer_id for addr in peer.addrs)
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
-        self._troubles: dict[str, _Trouble] = {}
+        self._troubles = Recent[str, _Trouble](MAX_TROUBLES)
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._warned = False
         self._is_closed = False
-        self._lost = trio.Event()  # set, and replaced, when a peer is lost, or found in the local network
+        self._lost = Pulse()  # a peer was lost, or found in the local network
         host.when_disconnected(self._note_loss)
 
     def add(self, peer_id: str, addrs: tuple[str, ...]) -> None:
@@ -202,7 +204,7 @@ class Neighbourhood:
 
     async def _keep_dialling(self) -> None:
         while True:
-            lost = self._lost
+            lost = self._lost.next
             connected = self._host.connected_peers()
             for peer_id in self._reached_at.keys() - set(connected):  # a notice takes a tenth of a second
                 self._note_end(peer_id)
@@ -315,8 +317,7 @@ class Neighbourhood:
         self._wake()
 
     def _wake(self) -> None:
-        self._lost.set()
-        self._lost = trio.Event()
+        self._lost.fire()
 
     def _note_end(self, peer_id: str) -> None:
         """Hold it against a peer that we dialled if its connection was short."""
@@ -329,15 +330,13 @@ class Neighbourhood:
 
     def _note_trouble(self, peer_id: str, why: str, tried_at: float) -> None:
         """Put the next try off, once for every try: who hangs up also leaves a question unanswered."""
-        known = self._troubles.pop(peer_id, None)
+        known = self._troubles.get(peer_id)
         now = trio.current_time()
         if known is None or known.noted_at < tried_at:
             times = known.times + 1 if known else 1
             delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 32), LAST_RETRY_S) * random.uniform(0.8, 1.2)
             known = _Trouble(why, times, now, now + delay_s)
         self._troubles[peer_id] = known
-        if len(self._troubles) > MAX_TROUBLES:
-            del self._troubles[next(iter(self._troubles))]
 
     def _note_turned_away(self, peer_id: str, error: NotAdmitted) -> None:
         """Say it at once: trying on is of no use before somebody changes a key or a list."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 import trio
 from libp2p.rcmgr import Direction
 
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.identity import libp2p_id
@@ -40,13 +41,13 @@ class ConnectionPruning:
         self._is_needed = is_needed
         self._stay_s = stay_s
         self._since = dict.fromkeys(host.connected_peers(), trio.current_time())  # who came first is first
-        self._came = trio.Event()
+        self._came = Pulse()
         host.when_connected(self._note)
         host.when_disconnected(self._forget)
 
     def _note(self, peer_id: str) -> None:
         self._since[peer_id] = trio.current_time()
-        self._came.set()
+        self._came.fire()
 
     def _forget(self, peer_id: str) -> None:
         self._since.pop(peer_id, None)
@@ -55,10 +56,10 @@ class ConnectionPruning:
         """Go on until cancelled."""
         places = self._network.connection_config.max_connections
         while True:
-            self._came = trio.Event()
+            came = self._came.next
             taken = len(self._network.get_connections())
             if taken <= CROWDED * places:
-                await self._came.wait()
+                await came.wait()
             elif surplus := self._idle()[: taken - int(ROOMY * places)]:
                 logger.info("hanging up on %d peers that only gossip, to have room for others", len(surplus))
                 await self._hang_up(surplus)

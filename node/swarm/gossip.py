@@ -32,9 +32,11 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.rate_limit import RateLimit
+from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 
 from .gossipsub import MODELS_TOPIC, TOPIC, FloodingRouter, GuardedPubsub, topic_of
@@ -75,14 +77,14 @@ class Gossip:
         self._followed: set[str] = set()  # those of them that only neighbours care about
         self._unheard: dict[str, bytes] = {}  # topic -> our last record, if nobody was there to hear it
         # author, revision, whether in the topic of all models -> last sequence, when
-        self._told: dict[tuple[str, str, bool], tuple[int, float]] = {}
+        self._told = Recent[tuple[str, str, bool], tuple[int, float]](MAX_TOLD)
         self._spoke: dict[str, float] = {}  # revision -> when we announced it in the topic of all models
         self._rng = random.Random()
         self._introductions = RateLimit(MODELS_BY_ONE_PER_S, MODELS_BY_ONE_AT_ONCE)
         self._publishes = RateLimit(PUBLISHES_PER_S, PUBLISHES_AT_ONCE)
         self._notices = RateLimit(PROOFS_PER_S, PROOFS_AT_ONCE)
         self.on_notice: Callable[[Heard], bool] = lambda _: False  # whether others should get it
-        self._changed = trio.Event()  # set, and replaced, when a neighbour enters a topic or our mesh
+        self._changed = Pulse()  # a neighbour entered a topic, or our mesh
         pubsub.gossipsub.on_change = self._note_change
 
     @property
@@ -162,7 +164,7 @@ class Gossip:
     async def follow_neighbours(self) -> None:
         """Join whatever topics of ours the neighbours are in, until cancelled."""
         while True:
-            changed = self._changed
+            changed = self._changed.next
             wanted = self._wanted()
             for revision in [each for each in wanted if each not in self._joined]:
                 if len(self._followed) >= MAX_FOLLOWED:
@@ -194,7 +196,7 @@ class Gossip:
     async def repeat_unheard(self) -> None:
         """Announce again what nobody was there to hear, as soon as somebody is; until cancelled."""
         while True:
-            changed = self._changed
+            changed = self._changed.next
             for topic in filter(self._is_heard, list(self._unheard)):
                 await self.pubsub.publish(topic, self._unheard.pop(topic))
             await changed.wait()
@@ -255,14 +257,10 @@ class Gossip:
 
     def _note_told(self, announcement: Announcement, of_all_models: bool) -> None:
         author = announcement.peer_id, announcement.revision, of_all_models
-        self._told.pop(author, None)
         self._told[author] = announcement.sequence, trio.current_time()
-        if len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]  # who has been quiet longest
 
     def _note_change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.fire()
 
     async def wait_until_heard(self) -> None:
         """Wait until all that was published has reached the peers we are connected to.

@@ -11,6 +11,7 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.node.host.host import Host
+from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate, starting_coordinate, update
 
@@ -29,7 +30,7 @@ class Latency:
         self.coordinate: Coordinate = starting_coordinate(host.peer_id)
         self._host = host
         self._announcements = announcements
-        self._rtt_ms: dict[str, float] = {}
+        self._rtt_ms = Recent[str, float](MAX_REMEMBERED)
 
     def rtt_ms(self, peer_id: str) -> float | None:
         """The last measured round trip to a peer; None if it was never measured."""
@@ -53,8 +54,6 @@ class Latency:
             logger.debug("latency.failed peer=%s why=%s", peer_id, exc)
             self._rtt_ms.pop(peer_id, None)
             return
-        if len(self._rtt_ms) >= MAX_REMEMBERED:
-            del self._rtt_ms[next(iter(self._rtt_ms))]
         self._rtt_ms[peer_id] = rtt_ms
         theirs = next((peer.coordinate for peer in self._announcements() if peer.peer_id == peer_id), None)
         if theirs is not None:

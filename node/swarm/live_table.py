@@ -8,6 +8,7 @@ from collections.abc import Callable
 import trio
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.routing.announcement import Announcement, decode_announcement, encode_announcement
 from p2pinfer.routing.table import SwarmTable
@@ -28,7 +29,7 @@ class LiveTable:
         twins: TwinWatch | None = None,
     ) -> None:
         """`twins` hears of what others pass on in our own name."""
-        self.changed = trio.Event()  # set, and replaced, with every piece of news
+        self._changed = Pulse()
         self._table = SwarmTable() if table is None else table  # an empty one is falsy
         self._clock = clock
         self.is_foreign: Callable[[str], bool] = lambda revision: (
@@ -37,6 +38,11 @@ class LiveTable:
         self.on_outdone: Callable[[int], None] = lambda sequence: None  # there is a later record in our name
         self._twins = twins
         self._latest_own = b""
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set with the next piece of news."""
+        return self._changed.next
 
     def take(self, record: bytes, age_s: float = 0.0, told_by: str = "") -> bool:
         """Take in a record that a peer sent; whether it was news.
@@ -113,8 +119,7 @@ class LiveTable:
                 announcement.span,
                 announcement.leaving,
             )
-            self.changed.set()
-            self.changed = trio.Event()
+            self._changed.fire()
         return news
 
     def _sequence_of(self, announcement: Announcement) -> int:

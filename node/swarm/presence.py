@@ -15,6 +15,7 @@ import trio
 
 from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.node.host.host import Host
+from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 
 from .live_table import LiveTable
@@ -33,8 +34,9 @@ class Presence:
         self._host = host
         self._view = view
         self._clock = clock
-        self._silent: dict[str, tuple[int, float]] = {}  # peer -> the announcement believed then, when
-        self._refusing: set[str] = set()
+        # By peer: the announcement believed then, and when.
+        self._silent = Recent[str, tuple[int, float]](MAX_REMEMBERED)
+        self._refusing = Recent[str, None](MAX_REMEMBERED)
 
     def watch(self) -> None:
         """Learn from every connection of the host, and from every dial that fails, from now on."""
@@ -72,19 +74,15 @@ class Presence:
 
     def _note_heard(self, peer_id: str) -> None:
         self._silent.pop(peer_id, None)
-        self._refusing.discard(peer_id)
+        self._refusing.pop(peer_id, None)
 
     def _note_unreachable(self, error: PeerUnreachable) -> None:
         peer_id = error.peer_id
         self._note_heard(peer_id)
         if isinstance(error, NotAdmitted):
-            self._refusing.add(peer_id)
+            self._refusing[peer_id] = None
         else:
             self._silent[peer_id] = _latest(self._view.everybody(), peer_id), self._clock()
-        if len(self._silent) > MAX_REMEMBERED:
-            del self._silent[next(iter(self._silent))]
-        if len(self._refusing) > MAX_REMEMBERED:
-            self._refusing.pop()
 
 
 def _latest(announced: Iterable[Announcement], peer_id: str) -> int:

@@ -26,6 +26,7 @@ import trio
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.evidence.store import MAX_DIGESTS, EvidenceStore, fetch_evidence
 from p2pinfer.node.host.host import Host
+from p2pinfer.recent import Recent
 from p2pinfer.reputation.proof import (
     MAX_PROOF_BYTES,
     Accusation,
@@ -125,7 +126,8 @@ class ProofCarrier:
         self._known: dict[bytes, None] = {}  # proofs; oldest first
         self._liars: dict[str, None] = {}
         self._handing_out: dict[bytes, trio.Event] = {}  # proofs of ours
-        self._held: dict[bytes, tuple[Heard, float]] = {}  # by proof that is here: the notice, since when
+        # By proof that is here: the notice, since when.
+        self._held = Recent[bytes, tuple[Heard, float]](MAX_TOLD)
         self._heard_in, self._heard = trio.open_memory_channel[Heard](MAX_WAITING)
 
     def attach(self, on_proof: OnProof, is_wanted: Callable[[Heard], bool]) -> None:
@@ -180,7 +182,7 @@ class ProofCarrier:
             del self._held[proof]
         return [
             (heard.record, now - since)
-            for heard, since in reversed(self._held.values())
+            for heard, since in reversed(list(self._held.values()))
             if revision in (None, heard.notice.revision)
         ]
 
@@ -190,8 +192,6 @@ class ProofCarrier:
     def _note(self, heard: Heard) -> None:
         """Tell newcomers of a proof that is here."""
         self._held[heard.notice.proof] = heard, trio.current_time()
-        if len(self._held) > MAX_TOLD:
-            del self._held[next(iter(self._held))]
 
     async def serve(self) -> None:
         """Fetch and check what was heard of, until cancelled."""

@@ -20,6 +20,7 @@ import trio
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.recent import Recent
 
 from .peer_lists import SCOPES, PeerList, Scope, files_of, read_lists
 from .rate_limit import RateLimit
@@ -70,7 +71,7 @@ class Gate:
         self._open = Counter[str]()
         self._total = 0
         self._on_refusal = on_refusal
-        self._turned_us_away: dict[str, None] = {}
+        self._turned_us_away = Recent[str, None](MAX_REMEMBERED)
 
     def admits(self, peer_id: str, scope: Scope | None = None) -> bool:
         """True if we have to do with this peer for that; None: for anything at all."""
@@ -165,10 +166,7 @@ class Gate:
 
     def note_turned_away(self, peer_id: str) -> None:
         """A peer said that it does not let us in."""
-        self._turned_us_away.pop(peer_id, None)
         self._turned_us_away[peer_id] = None
-        if len(self._turned_us_away) > MAX_REMEMBERED:
-            del self._turned_us_away[next(iter(self._turned_us_away))]
 
     def has_turned_us_away(self, peer_id: str) -> bool:
         """True if that was the last thing it said; asking forgets it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from p2pinfer.recent import Recent
+
 MAX_REMEMBERED = 4096
 
 
@@ -11,15 +13,13 @@ class RateLimit:
     def __init__(self, per_s: float, at_once: int, max_remembered: int = MAX_REMEMBERED) -> None:
         self._per_s = per_s
         self._at_once = at_once
-        self._max_remembered = max_remembered
-        self._buckets: dict[str, tuple[float, float]] = {}  # key -> (left at that time, time); oldest first
+        # By key: what was left, and when. Who has been quiet longest starts afresh.
+        self._buckets = Recent[str, tuple[float, float]](max_remembered)
 
     def allows(self, key: str, now: float) -> bool:
         """True if `key` may do it now; if so, it has done it."""
-        left, since = self._buckets.pop(key, (float(self._at_once), now))
+        left, since = self._buckets.get(key, (float(self._at_once), now))
         left = min(left + (now - since) * self._per_s, float(self._at_once))
         allowed = left >= 1
         self._buckets[key] = (left - allowed, now)
-        if len(self._buckets) > self._max_remembered:
-            del self._buckets[next(iter(self._buckets))]  # who has been quiet longest starts afresh
         return allowed

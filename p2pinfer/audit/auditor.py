@@ -24,6 +24,7 @@ from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
 from p2pinfer.events import AuditDone, Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
@@ -103,8 +104,7 @@ class Auditor:
         self._pending = 0
         self._waiting_bytes = 0
         self._has_passed = False  # whether our re-execution ever agreed with anybody
-        self._settled = trio.Event()
-        self._settled.set()
+        self._settled = Pulse()
         self._jobs_in, self._jobs = trio.open_memory_channel[_Job](MAX_WAITING)
         member.proofs.attach(self.examine, self._is_wanted)
 
@@ -150,9 +150,7 @@ class Auditor:
     def _note_pending(self, more: int) -> None:
         self._pending += more
         if not self._pending:
-            self._settled.set()
-        elif self._settled.is_set():
-            self._settled = trio.Event()
+            self._settled.fire()
 
     async def settled(self) -> None:
         """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""

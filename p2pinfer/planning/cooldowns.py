@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from p2pinfer.recent import Recent
+
 MAX_REMEMBERED: Final = 1024
 
 
@@ -12,16 +14,12 @@ class Cooldowns:
 
     def __init__(self, pause_s: float) -> None:
         self._pause_s = pause_s
-        self._until: dict[str, float] = {}
+        self._until = Recent[str, float](MAX_REMEMBERED)
 
     def rest(self, peer_id: str, now: float) -> None:
         """Leave a peer alone for the pause."""
-        self._until.pop(peer_id, None)
         self._until[peer_id] = now + self._pause_s
-        if len(self._until) > MAX_REMEMBERED:
-            del self._until[next(iter(self._until))]
 
     def peers(self, now: float) -> frozenset[str]:
         """Peers whose cooldown has not ended."""
-        self._until = {peer_id: until for peer_id, until in self._until.items() if until > now}
-        return frozenset(self._until)
+        return frozenset(peer_id for peer_id, until in self._until.items() if until > now)

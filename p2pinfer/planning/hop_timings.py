@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from p2pinfer.recent import Recent
 from p2pinfer.routing.route import Candidate
 
 KEEP_S: Final = 60.0  # after which a peer may be as fast as it says again
@@ -15,14 +16,12 @@ class HopTimings:
     """Seconds a step and block, by peer. `now` is seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self._paces: dict[str, tuple[float, float]] = {}  # peer id -> seconds a block, until when it counts
+        # By peer: seconds a block, and until when it counts.
+        self._paces = Recent[str, tuple[float, float]](MAX_REMEMBERED)
 
     def note(self, peer_id: str, blocks: int, seconds: float, now: float) -> None:
         """A peer took so long for a step of one token through so many blocks, its queue included."""
-        self._paces.pop(peer_id, None)
         self._paces[peer_id] = (seconds / blocks, now + KEEP_S)
-        if len(self._paces) > MAX_REMEMBERED:
-            del self._paces[next(iter(self._paces))]
 
     def known(self, candidate: Candidate, now: float) -> Candidate:
         """The candidate with what was measured of it lately, if anything was."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-import trio
-
 from p2pinfer.errors import PeerError
+from p2pinfer.node.concurrency.pulse import Pulse
 
 from .hop_stream import HopStream
 from .reporter import Reporter
@@ -31,7 +30,7 @@ class Faults:
         self.shunned = shunned
         self.fatal: Exception | None = None
         self._reporter = reporter
-        self._noted = trio.Event()
+        self._noted = Pulse()
 
     @property
     def first(self) -> PeerError | None:
@@ -43,14 +42,14 @@ class Faults:
         if hop not in self._failed:
             self._failed[hop] = error
             self._reporter.failed(hop, error)
-        self._noted.set()
+        self._noted.fire()
 
     def note_cut(self, hop: HopStream, error: PeerError) -> None:
         """Note that the hop before does not reach this one. The first reason given counts."""
         if hop not in self._cut:
             self._cut[hop] = error
             self._reporter.failed(hop, error)
-        self._noted.set()
+        self._noted.fire()
 
     def note_joined(self, hop: HopStream) -> None:
         """Note that the hop before reaches this one, or that it is no longer the question."""
@@ -71,10 +70,9 @@ class Faults:
         """Let the session be over. The first reason given counts."""
         if self.fatal is None:
             self.fatal = error
-        self._noted.set()
+        self._noted.fire()
 
     async def any(self) -> None:
         """Wait until something is broken, or the session is over."""
         while self.first is None and self.fatal is None:
-            self._noted = trio.Event()
             await self._noted.wait()

@@ -1,1 +1,1 @@
-"""What is written to the terminal: text, tables, progress, logs."""
+"""Text, tables, progress lines and logs, as the terminal gets them."""

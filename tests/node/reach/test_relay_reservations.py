@@ -15,6 +15,7 @@ from p2pinfer.node.host.host import Host
 from p2pinfer.node.reach import relay_reservations
 from p2pinfer.node.reach.circuit import Granted
 from p2pinfer.node.reach.relay_reservations import RelayCandidate, RelayKeeper
+from p2pinfer.recent import Recent
 
 Clock = trio.testing.MockClock
 NAMES = ("one", "two", "three")
@@ -179,7 +180,7 @@ async def test_once_nobody_is_needed_the_places_are_let_go(
 async def test_troubles_of_many_strangers_are_forgotten(
     keeper: RelayKeeper, around: Relays, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_reservations, "MAX_TROUBLES", 3)
+    monkeypatch.setattr(keeper, "_troubles", Recent[str, object](3))
     await trio.sleep(1)
     around.refusing = {str(n) for n in range(10)}
     around.candidates = [RelayCandidate(str(n), ("/ip4/11.0.0.1/tcp/1",)) for n in range(10)]
