@@ -245,3 +245,14 @@ def test_every_room_is_on_the_map() -> None:
 
 def test_the_walk_of_a_token_names_at_most_ten_rooms_and_files() -> None:
     assert 5 < len(paths_in(section("A token's way"))) <= 10
+
+
+def test_the_glossary_has_each_word_once_and_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| .+ \| (.*?) ?\|$", text, re.MULTILINE)[2:]
+    words = [word for word, _ in rows]
+    assert words == sorted({*words}, key=str.lower)
+    names = {name for tree in modules().values() for name, _ in definitions(tree)} | {"Recall"}
+    for _, code in rows:
+        name = code.strip("`")
+        assert not name or ((ROOT / name).exists() if "/" in name else name in names), name
