@@ -288,12 +288,6 @@ async def _open_member(
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
             nursery.start_soon(ConnectionPruning(host, reach.needs).keep)
-            nursery.start_soon(CatchUp(host, view, lambda: gossip.revisions, proofs).serve)
-            nursery.start_soon(proofs.serve)
-            member = SwarmMember(
-                host, view, gossip, neighbourhood, latency, reach, proofs, evidence, looks_around=looks_around
-            )
-            member.presence.watch()
             nursery.start_soon(
                 CatchUp(
                     host, view, lambda: gossip.revisions, proofs, is_urgent=lambda: bool(twins.suspect)
@@ -314,6 +308,7 @@ async def _open_member(
                 sequence=sequence,
                 looks_around=looks_around,
             )
+            member.presence.watch()
 
             def look_for_twin(suspect: Announcement) -> None:
                 member.dispute()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import trio
 
+from p2pinfer.errors import PeerUnreachable
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, open_host
 from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.membership import open_swarm
 from p2pinfer.node.swarm.presence import RETRY_S, SILENT_S, Presence
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement
@@ -55,6 +59,15 @@ async def test_a_dial_that_fails_for_anybody_tells_and_news_of_the_peer_ends_it(
     assert not watch.is_silent(again)  # it has announced itself since
     await looker.connect(there.peer_id, there.addrs)
     assert not watch.is_silent(moved)  # it is connected
+
+
+async def test_a_member_of_a_swarm_hears_of_the_dials_of_its_host(tmp_path: Path) -> None:
+    async with open_swarm(new_identity(), LOOPBACK, (), tmp_path) as member:
+        ghost = announced(new_identity().peer_id, (DEAD,))
+        member._view.accept(ghost, b"record")  # pyright: ignore[reportPrivateUsage]  # as gossip does
+        with trio.fail_after(WITHIN_S), pytest.raises(PeerUnreachable):
+            await member.host.connect(ghost.peer_id, ghost.addrs)
+        assert member.presence.is_silent(ghost)
 
 
 async def test_silence_counts_for_a_minute_and_is_not_asked_again_at_once(start_host: StartHost) -> None:
