@@ -57,7 +57,7 @@ command reads the sections it uses. `make docs` writes this file.
 
 
 def comments(config: type[Any]) -> dict[str, str]:
-    """What is said beside each field, by name; the comment may stand on any line of the field's."""
+    """Comments of each field, by name: on any line of the field's, and on lines of their own above it."""
     source = textwrap.dedent(inspect.getsource(config))
     by_line = {
         token.start[0]: token.string.lstrip("# ")
@@ -67,10 +67,13 @@ def comments(config: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
     said: dict[str, str] = {}
-    for field in definition.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
-            said[field.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+    behind = definition.lineno  # the last line of the statement before
+    for statement in definition.body:
+        stop = statement.end_lineno or statement.lineno
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            lines = range(behind + 1, stop + 1)
+            said[statement.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+        behind = stop
     return said
 
 

@@ -53,20 +53,17 @@ class GenerationConfig:
     max_new_tokens: int | None = None  # tokens; where the model does not say, 128
     temperature: float | None = None  # 0 takes the likeliest token, higher is more varied; else 0
     top_p: float | None = None  # draw among the likeliest tokens that together have this probability; else 1
-    top_k: int | None = (
-        None  # draw among this many likeliest tokens; 0 means all; else 0, or 50 if it samples
-    )
+    # draw among this many likeliest tokens; 0 means all; else 0, or 50 if it samples
+    top_k: int | None = None
     min_p: float | None = None  # draw among those at least this part as likely as the likeliest; else 0
     typical_p: float | None = None  # draw among the most typical tokens that together have this share; else 1
     seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
-    repetition_penalty: float | None = (
-        None  # above 1 disfavours tokens that occurred, prompt included; else 1
-    )
+    # above 1 disfavours tokens that occurred, prompt included; else 1
+    repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None  # no run of so many tokens comes twice; 0: any may; else 0
     min_new_tokens: int | None = None  # tokens before which the text does not end by itself; else 0
-    logit_bias: Mapping[int, float] = field(  # added to the logits of these token ids; -inf forbids one
-        default_factory=dict[int, float]
-    )
+    # added to the logits of these token ids; -inf forbids one
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     stop: tuple[str, ...] = ()  # the text ends before the first of these; special tokens may be among them
     stop_ids: tuple[int, ...] = ()  # the text ends before the first of these tokens
     show_special: bool = False  # special tokens are text, too
@@ -118,9 +115,8 @@ class SessionConfig:
 class AuditConfig:
     """Settings of audits: how often, and what they may take."""
 
-    rate: float | None = (
-        None  # share of the hops of sessions to audit, 0 to 1; none: more where less is known
-    )
+    # share of the hops of sessions to audit, 0 to 1; none: more where less is known
+    rate: float | None = None
     logits_share: float = 0.1  # share of audits that look at the logits where blocks follow, 0 to 1
     memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
     download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks

@@ -39,9 +39,8 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     attention_output_norm: str | None = None  # before the residual is added
     mlp_output_norm: str | None = None
-    query_bias: bool = (
-        False  # queries, keys and values have one, whatever the config says; the output has none
-    )
+    # queries, keys and values have one, whatever the config says; the output has none
+    query_bias: bool = False
     head_norms: bool = False  # each query and key head is normed before it is turned
     norm_offset: float = 0.0  # what the checkpoint leaves out of every norm's weight
     scaled_embedding: bool = False  # by the root of the hidden size

@@ -56,9 +56,8 @@ class LogitsRules:
     forced_bos_token_id: int | None = None  # what follows a prompt of one token
     forced_eos_token_id: tuple[int, ...] = ()  # what the last token that was asked for is
     remove_invalid_values: bool = False  # infinite logits become finite ones, and what is no number 0
-    exponential_decay_length_penalty: tuple[int, float] | None = (
-        None  # from so many new tokens on, by so much
-    )
+    # from so many new tokens on, by so much
+    exponential_decay_length_penalty: tuple[int, float] | None = None
     suppress_tokens: tuple[int, ...] = ()  # never
     begin_suppress_tokens: tuple[int, ...] = ()  # never as the first token after the prompt
 

@@ -21,9 +21,8 @@ from p2pinfer.models.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_SHARE: Final = (
-    0.6  # of free memory that weights may take; the rest is for cache, others and surprises
-)
+# of free memory that weights may take; the rest is for cache, others and surprises
+WEIGHTS_SHARE: Final = 0.6
 _PROBE_RUNS: Final = 5
 _DECODE_STEPS: Final = 8
 

@@ -306,9 +306,8 @@ async def open_gossip(host: Host, identity: Identity, view: LiveTable) -> AsyncG
         eclipse_protection_enabled=False,  # it takes peers behind one address, or in one room, for one
         spam_protection_enabled=False,  # it counts per forwarder and drops in silence; see RateLimit
     )
-    router.scorer = (
-        None  # as it is set up here it gives everybody the same score, and is asked for each message
-    )
+    # as it is set up here it gives everybody the same score, and is asked for each message
+    router.scorer = None
     pubsub = GuardedPubsub(host.libp2p, router)
     async with open_nursery() as nursery:
         await nursery.start(_run, pubsub, router)
