@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .blocking import BlockingGeneration as BlockingGeneration
     from .blocking import connect as connect
     from .client import Client as Client
-    from .client import PeerView as PeerView
     from .client_config import AuditConfig as AuditConfig
     from .client_config import ClientConfig as ClientConfig
     from .client_config import GenerationConfig as GenerationConfig
@@ -80,6 +79,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .routing.route import Route as Route
     from .routing.route import RouteOutcome as RouteOutcome
     from .routing.route import RouteRequest as RouteRequest
+    from .swarm_view import PeerView as PeerView
 
 _HOMES = {
     "audit.auditor": ("AuditTally",),
@@ -87,7 +87,7 @@ _HOMES = {
     "node.evidence.hop_record": ("HopRecord", "history_of"),
     "reputation.verdict": ("Finding", "Verdict"),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
-    "client": ("Client", "PeerView"),
+    "client": ("Client",),
     "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig"),
     "errors": (
         "AddressUnusable",
@@ -124,6 +124,7 @@ _HOMES = {
     "routing.policy": ("RoutingPolicy",),
     "routing.route": ("Candidate", "Hop", "Route", "RouteOutcome", "RouteRequest"),
     "generation.remote_blocks": ("HopUsed",),
+    "swarm_view": ("PeerView",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Unpack
@@ -41,7 +40,6 @@ from p2pinfer.planning.ledger_sync import kept_ledger
 from p2pinfer.planning.policy_runner import PolicyRunner
 from p2pinfer.planning.route_planner import RoutePlanner
 from p2pinfer.reputation.ledger import Ledger
-from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
@@ -55,17 +53,9 @@ from .errors import LocalError, PeerError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
 from .options import GenerationOptions, addresses_of, check_prompt, suggesting
+from .swarm_view import PeerView as PeerView
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PeerView:
-    """A peer as the client sees it."""
-
-    announcement: Announcement
-    connection: Literal["direct", "relayed"] | None  # None: not connected at the moment
-    rtt_ms: float | None
 
 
 class Client:

@@ -5,9 +5,8 @@ Editors complete what a `TypedDict` lists; tests keep both lists equal to what t
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
@@ -20,6 +19,7 @@ from p2pinfer.routing.config import RoutingConfig
 
 from .client_config import AuditConfig, ClientConfig, SessionConfig
 from .events import Report
+from .suggestions import suggest
 
 if TYPE_CHECKING:
     from p2pinfer.audit.verifier import Verifier
@@ -63,12 +63,6 @@ class ClientOptions(TypedDict, total=False):
     verifier: Verifier | None
     on_event: Report | None
     identity: str | Path | Identity | None
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean NAME?", or nothing if no name is near."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def suggesting(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -17,7 +17,7 @@ from p2pinfer.models.text.generation_file import GenerationDefaults
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer
-from p2pinfer.options import suggest
+from p2pinfer.suggestions import suggest
 from p2pinfer.text_files import is_text
 
 from .saved_state import GenerationState

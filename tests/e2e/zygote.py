@@ -16,7 +16,7 @@ from typing import Any
 MODULES = (
     "p2pinfer.cli.output.progress",
     "p2pinfer.cli.running",
-    "p2pinfer.cli.output.swarm_view",
+    "p2pinfer.cli.output.swarm_table",
     "p2pinfer.client",
     "p2pinfer.embedded",
     "p2pinfer.models.checkpoint.hub",

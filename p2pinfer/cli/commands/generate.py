@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -310,35 +308,7 @@ def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:
 
 
 def _to_json(generation: Generation, client: Client) -> str:
-    told = {**to_dict(generation.result, client), "resume_token": generation.resume_token}
-    return json.dumps(told) + "\n"  # in ASCII: the same in every encoding
+    from p2pinfer.json_documents import result_document, to_json
 
-
-def to_dict(result: GenerationResult, client: Client) -> dict[str, object]:
-    """The result as `--json` prints it, with what the client believes of the peers it used."""
-    timings = result.timings
-    scores = {hop.peer_id: client.ledger.score(hop.peer_id) for hop in result.route}
-    return {
-        "text": result.text,
-        "token_ids": list(result.token_ids),
-        "prompt_tokens": result.prompt_tokens,
-        "finish_reason": result.finish_reason,
-        "route": [
-            {
-                "peer_id": hop.peer_id,
-                "blocks": [hop.span.start, hop.span.stop],
-                "connection": hop.connection,
-                "integrity": round(scores[hop.peer_id].integrity, 3),
-                "reliability": round(scores[hop.peer_id].reliability, 3),
-            }
-            for hop in result.route
-        ],
-        "timings": {
-            "first_token_s": timings.first_token_s,
-            "tokens_per_s": timings.tokens_per_s,
-            "per_hop_ms": list(timings.per_hop_ms),
-        },
-        "failovers": result.failovers,
-        "seed": result.seed,
-        "audits": asdict(client.audits),
-    }
+    told = result_document(generation.result, client.ledger, client.audits, generation.resume_token)
+    return to_json(told) + "\n"

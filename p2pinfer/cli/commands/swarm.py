@@ -44,7 +44,7 @@ def swarm(call: Invocation, watch: bool) -> None:
     import trio
 
     from p2pinfer.cli.output.progress import Bars
-    from p2pinfer.cli.output.swarm_view import look_at, look_at_all, print_view, watch_swarm
+    from p2pinfer.cli.output.swarm_table import print_view, watch_swarm
     from p2pinfer.cli.running import run
     from p2pinfer.client_config import ClientConfig
     from p2pinfer.config import SharedConfig
@@ -52,6 +52,7 @@ def swarm(call: Invocation, watch: bool) -> None:
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import client_identity
+    from p2pinfer.swarm_view import look_at, look_at_all
 
     settings = call.settings(HostConfig, ClientConfig)
     shared = settings.build(SharedConfig)

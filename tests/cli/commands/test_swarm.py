@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from p2pinfer.cli.app import run
-from p2pinfer.cli.output import swarm_view
+from p2pinfer.cli.output import swarm_table
 
 from ..support import start_node, wait_ready
 
@@ -61,8 +61,8 @@ def test_a_terminal_is_watched_in_place(
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(swarm_view, "Live", TwoLooks)
-    monkeypatch.setattr(swarm_view, "REFRESH_S", 0.01)
+    monkeypatch.setattr(swarm_table, "Live", TwoLooks)
+    monkeypatch.setattr(swarm_table, "REFRESH_S", 0.01)
     assert run(["swarm", "--watch", "--bootstrap", swarm_address]) == 130
     assert capsys.readouterr().out.count("all 8 blocks are served") >= 1
 

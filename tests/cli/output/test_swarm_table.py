@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from rich.console import Console
 
-from p2pinfer.cli.output.swarm_view import AllModels, PeerSeen, State, SwarmView, blocks_bar
+from p2pinfer.cli.output.swarm_table import blocks_bar, draw
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.swarm_view import AllModels, PeerView, State, SwarmView
 
 SPEC = ModelSpec(
     model="tiny",
@@ -30,18 +32,18 @@ SPEC = ModelSpec(
 def peer(
     peer_id: str,
     span: BlockSpan,
-    connection: str | None,
+    connection: Literal["direct", "relayed"] | None,
     rtt_ms: float | None,
     state: State = "answers",
-) -> PeerSeen:
+) -> PeerView:
     said = Announcement(peer_id, "tiny", SPEC.revision, span, "bfloat16", 1234.5, 65536, 1)
-    return PeerSeen(said, connection, rtt_ms, state)
+    return PeerView(said, connection, rtt_ms, state)
 
 
 def shown(view: SwarmView, width: int = 100) -> list[str]:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(view, crop=False)
+        console.print(draw(view), crop=False)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -123,39 +125,12 @@ def test_missing_blocks_are_named() -> None:
     assert shown(SwarmView(SPEC, ())) == ["tiny  ········  nobody serves 0:8 of its 8 blocks"]
 
 
-def test_json_has_everything() -> None:
-    view = SwarmView(SPEC, (peer("first", BlockSpan(0, 5), "direct", 1.25),))
-    assert view.to_dict() == {
-        "model": "tiny",
-        "revision": "ab" * 16,
-        "num_blocks": 8,
-        "missing": [[5, 8]],
-        "unknown": [],
-        "peers": [
-            {
-                "peer_id": "first",
-                "blocks": [0, 5],
-                "dtype": "bfloat16",
-                "tokens_per_s": 1234.5,
-                "free_cache_tokens": 65536,
-                "reachability": "unknown",
-                "addrs": [],
-                "connection": "direct",
-                "rtt_ms": 1.25,
-                "state": "answers",
-            }
-        ],
-    }
-
-
 def test_of_all_models_those_that_are_served_are_shown_and_told_beside_the_usual_one() -> None:
     usual = SwarmView(SPEC, ())
     other = SwarmView(replace(SPEC, model="other"), (peer("p", BlockSpan(0, 8), None, None),))
     lines = [line for line in shown_all(AllModels(usual, (other,))) if "blocks" in line]
     assert lines[0] == "other  ████████  all 8 blocks are served"
     assert not any(line.startswith("tiny") for line in lines)
-    told = AllModels(usual, (other,)).to_dict()
-    assert (told["model"], told["missing"], told["models"]) == ("tiny", [[0, 8]], [other.to_dict()])
     assert shown_all(AllModels(usual, ())) == ["tiny  ········  nobody serves 0:8 of its 8 blocks"]
     both = AllModels(other, (other, SwarmView(SPEC, (peer("q", BlockSpan(0, 4), None, None),))))
     assert sum("blocks" in line and "served" in line for line in shown_all(both)) == 1
@@ -165,5 +140,5 @@ def test_of_all_models_those_that_are_served_are_shown_and_told_beside_the_usual
 def shown_all(models: AllModels) -> list[str]:
     console = Console(width=100, color_system=None)
     with console.capture() as capture:
-        console.print(models, crop=False)
+        console.print(draw(models), crop=False)
     return [line.rstrip() for line in capture.get().splitlines()]
