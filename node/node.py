@@ -118,6 +118,7 @@ class _Node:
         if config.no_blocks:
             async with self._open_swarm(identity, host_config) as member:
                 await self._introduce(member)
+            return
         # What may take minutes is abandoned on Ctrl-C: its thread ends with the process.
         source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         wanted = self._wanted_blocks(source.spec)
@@ -213,9 +214,7 @@ class _Node:
             server.register()
             if self._metrics is not None:
                 _watch_span(self._metrics, server, runner, worker)
-            moving = False
-            try:
-                await offer.announce()
+            async with self._announced(offer, server):
                 remember_span(self._config.data_dir, source.spec.revision, span)
                 self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
@@ -229,19 +228,30 @@ class _Node:
                         cores=self._cores(runner),
                     )
                     nursery.start_soon(tuner.keep_right, offer.touch)
-                    better = await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
-                moving = True
-                return better
-            finally:
-                server.refuse_newcomers()
-                with trio.CancelScope(shield=True):
-                    with trio.move_on_after(self._serve.leave_timeout_s):
-                        await offer.withdraw()
-                    if not moving:
-                        self._report(NodeLeaving(server.sessions))
-                        await server.drain(self._serve.drain_s)
-                # The host would keep the server, and with it the blocks, while the next ones are loaded.
-                server.unregister()
+                    return await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
+
+    @asynccontextmanager
+    async def _announced(self, offer: Offer, server: SpanServer) -> AsyncGenerator[None]:
+        """Announce a span; withdraw it when the block ends, after which no session is open.
+
+        A block that ends without an error leaves for another span, which it does when nobody is served. Any
+        other end is the node's own, and sessions are given their time to end.
+        """
+        moving = False
+        try:
+            await offer.announce()
+            yield
+            moving = True
+        finally:
+            server.refuse_newcomers()
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(self._serve.leave_timeout_s):
+                    await offer.withdraw()
+                if not moving:
+                    self._report(NodeLeaving(server.sessions))
+                    await server.drain(self._serve.drain_s)
+            # The host would keep the server, and with it the blocks, while the next ones are loaded.
+            server.unregister()
 
     async def _until_needed_elsewhere(
         self, spec: ModelSpec, member: SwarmMember, offer: Offer, server: SpanServer, may_move: bool

@@ -332,6 +332,17 @@ async def test_what_cannot_be_served_is_said_before_the_network_is_touched(
     assert events == []
 
 
+async def test_a_node_without_blocks_loads_no_model_when_it_ends(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def end(member: SwarmMember) -> None: ...
+
+    monkeypatch.setattr(SwarmMember, "follow_neighbours", end)
+    async with open_node(no_blocks=True, model="no/such/folder") as node:
+        await node.wait_for(Ready)
+        await trio.testing.wait_all_tasks_blocked()  # going on would raise ModelNotFound
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
