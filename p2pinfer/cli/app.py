@@ -63,17 +63,17 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     is_eager=True,
     expose_value=False,
     callback=_print_version,
-    help="Print the version.",
+    help="Print the version and exit.",
 )
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Run large open models on a swarm of strangers' computers.
+    """Run large language models on a swarm of volunteers' computers.
 
     \b
-    p2pinfer generate "Once upon a time"    a story, from whatever swarm is in reach
-    p2pinfer node                           lend this computer to the swarm
-    p2pinfer swarm                          who is there
-    p2pinfer reputation                     whom to believe
+    p2pinfer generate "Once upon a time"    generate text with the swarm in reach
+    p2pinfer node                           serve blocks of a model to the swarm
+    p2pinfer swarm                          list peers and the blocks they serve
+    p2pinfer reputation                     list the trust scores of known peers
     """
     if ctx.invoked_subcommand is None:
         write_out(ctx.get_help() + "\n")
@@ -89,7 +89,10 @@ def app(ctx: click.Context) -> None:
 )
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(call: Invocation, shell: str) -> None:
-    """Print what makes a shell complete commands, options, files, settings, models and peers."""
+    """Print the completion script for SHELL.
+
+    It completes commands, options, files, settings, models and peers.
+    """
     call.settings()
     completer = get_completion_class(shell)
     assert completer is not None, shell

@@ -67,8 +67,8 @@ class Invocation:
             raise click.exceptions.Exit(0)
         if settings["data_dir"].origin == "default" and is_homeless() and not self.quiet:
             note(
-                f"this user has no home directory: things are kept in {settings['data_dir'].value}; "
-                "HOME or --data-dir names a better place"
+                f"this user has no home directory: data is kept in {settings['data_dir'].value}; "
+                "set HOME or --data-dir to a permanent folder"
             )
         return settings
 
@@ -254,43 +254,45 @@ def setting(
 MODEL = setting(
     "model",
     "--model ID_OR_DIR",
-    "Hugging Face id (owner/name, or owner/name@revision) or folder. [default: tiny-stories]",
+    "Hugging Face id (owner/name or owner/name@revision), or folder. [default: tiny-stories]",
 )
 BOOTSTRAP = setting(
     "bootstrap",
     "--bootstrap MULTIADDR",
-    "Dial this peer first; may be repeated. [default: those of bootstrap_peers.txt]",
+    "Join the swarm through this peer. May be repeated. [default: those of bootstrap_peers.txt]",
     multiple=True,
 )
 ANNOUNCE = setting(
     "host.announce",
     "--announce MULTIADDR",
-    "Tell others this address, which leads here from outside, such as a forwarded port's; may be repeated.",
+    "Announce this address to other peers, for example that of a forwarded port. May be repeated.",
     multiple=True,
 )
 SWARM_KEY = setting(
-    "host.swarm_key", "--swarm-key FILE", "Be of the private swarm with this key. [default: the public one]"
+    "host.swarm_key",
+    "--swarm-key FILE",
+    "Join the private swarm that uses this key. [default: the public swarm]",
 )
 ALLOW = setting(
     "host.allow",
     "--allow PEER_OR_FILE",
-    "Deal with these peers alone: a peer id, or a file with one a line; may be repeated. "
-    "With clients:, nodes: or relaying: before it, that alone is meant.",
+    "Accept only these peers: a peer id, or a file with one per line. May be repeated. "
+    "The prefix clients:, nodes: or relaying: limits the rule to that role.",
     multiple=True,
 )
 DENY = setting(
     "host.deny",
     "--deny PEER_OR_FILE",
-    "Never deal with these peers, in the same way; may be repeated.",
+    "Reject these peers; same format as --allow. May be repeated.",
     multiple=True,
 )
 IDENTITY = setting(
     "client.identity_file",
     "--identity FILE",
-    "Have a lasting name, kept there, that operators can list and nodes can follow. "
+    "Use the permanent peer id stored in FILE: operators can list it, and nodes can recognise it. "
     "[default: a new one each time]",
 )
-DATA_DIR = setting("data_dir", "--data-dir DIR", "Where the identity and config.toml are.")
+DATA_DIR = setting("data_dir", "--data-dir DIR", "Folder for the identity, the ledger and config.toml.")
 
 
 def _completing(
@@ -333,7 +335,7 @@ def _invocation(ctx: click.Context) -> Invocation:
 def _switches() -> list[click.Option]:
     """Switches that every command understands."""
     return [
-        _switch("--json", is_flag=True, help="JSON on standard output."),
+        _switch("--json", is_flag=True, help="Print JSON on standard output."),
         _switch(
             *("--config", "config_file"),
             type=click.Path(path_type=Path),
@@ -344,30 +346,30 @@ def _switches() -> list[click.Option]:
             "--set",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Any setting that --print-config lists; may be repeated.",
+            help="Set any setting that --print-config lists. May be repeated.",
             callback=_take_assignments,
             shell_complete=complete_settings,
         ),
         _switch(
-            "--print-config", is_flag=True, help="Print all settings, and where each comes from, instead."
+            "--print-config", is_flag=True, help="Print all settings and where each comes from, then exit."
         ),
         _switch(
             *("-v", "--verbose", "verbosity"),
             count=True,
-            help="Say what happens; -vv in detail, with tracebacks.",
+            help="Log what happens; -vv: in detail, with tracebacks.",
         ),
-        _switch("-q", "--quiet", is_flag=True, help="Say nothing but errors.", callback=_take_quiet),
+        _switch("-q", "--quiet", is_flag=True, help="Print only errors.", callback=_take_quiet),
         _switch(
             "--log-level",
             type=click.Choice(LEVELS),
             metavar="LEVEL",
-            help=f"What to log: {', '.join(LEVELS)}. [default: warning]",
+            help=f"Log level: {', '.join(LEVELS)}. [default: warning]",
         ),
         _switch(
             "--log-format",
             type=click.Choice(FORMATS),
             metavar="FORMAT",
-            help=f"How: {', '.join(FORMATS)}. [default: text]",
+            help=f"Log format: {', '.join(FORMATS)}. [default: text]",
         ),
     ]
 

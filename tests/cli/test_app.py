@@ -168,7 +168,7 @@ def test_completion_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str
         (["node", "--set", "serve.max_sessions"], "write KEY=VALUE"),
         (["node", "--set", "serve.max_session=1"], "did you mean serve.max_sessions?"),
         (["node", "--config", "nowhere.toml"], "nowhere.toml is no file"),
-        (["generate"], "give a PROMPT"),
+        (["generate"], "give either PROMPT or --resume"),
         (
             ["generate", "--max-new-tokens", "many", "x"],
             "--max-new-tokens: generation.max_new_tokens must be",

@@ -108,7 +108,7 @@ CASES = {
     "an empty standard input, and no token to begin with": Case(
         ["generate", "--model", "{models}/beginless", "-"], WRONG, "the prompt is empty and .* has no token"
     ),
-    "no prompt": Case(["generate"], WRONG, "give a PROMPT, or --resume"),
+    "no prompt": Case(["generate"], WRONG, "give either PROMPT or --resume"),
     "no new tokens": generate("--max-new-tokens", "0", says="max_new_tokens is 0"),
     "fewer than no new tokens": generate("--max-new-tokens", "-1", says="max_new_tokens is -1"),
     "a number that is none": generate("--max-new-tokens", "many", says="must be a whole number, not 'many'"),

@@ -80,7 +80,7 @@ class Fit:
         size = f"a block takes {self.block_bytes / 2**20:,.0f} MiB"
         if self.blocks == self.of:
             return f"all {self.of} blocks of {self.model} ({size})"
-        return f"{self.blocks or 'none'} of {self.of} blocks of {self.model} ({size})"
+        return f"{self.blocks} of {self.of} blocks of {self.model} ({size})"
 
 
 def check_torch() -> list[Finding]:
@@ -88,7 +88,7 @@ def check_torch() -> list[Finding]:
     build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
     said = f"{torch.__version__} {build}, {usable_cores()} of {os.cpu_count()} cores for this process"
     right = bool((torch.ones(8, 8) @ torch.ones(8, 8) == 8).all())
-    advice = "" if right else "its products are wrong: install torch anew"
+    advice = "" if right else "matrix products are wrong: reinstall torch"
     return [Finding("torch", said, not right, advice)]
 
 
@@ -99,14 +99,14 @@ def check_card(driver: Path = _NVIDIA) -> list[Finding]:
         free = (f"{torch.cuda.get_device_name(card)}: {free_on_card(_card(card))}" for card in cards)
         return [Finding("card", said) for said in free]
     if not driver.is_dir() or not any(driver.iterdir()):
-        return [Finding("card", "no NVIDIA card; blocks are computed by the processor")]
-    why = "its driver is too old or does not answer" if torch.version.cuda else "this torch is a CPU build"
+        return [Finding("card", "no NVIDIA card; blocks are computed on the CPU")]
+    why = "its driver is too old or not loaded" if torch.version.cuda else "torch is a CPU build"
     how = (
         "update the driver"
         if torch.version.cuda
-        else "install torch from the default index, not that for CPUs"
+        else "install torch from the default index, not from the CPU index"
     )
-    return [Finding("card", f"there is an NVIDIA card, and {why}", True, how)]
+    return [Finding("card", f"torch cannot use the NVIDIA card: {why}", True, how)]
 
 
 def check_memory() -> list[Finding]:
@@ -114,13 +114,13 @@ def check_memory() -> list[Finding]:
     free = free_memory()
     smallest = min(SHAPES, key=lambda shape: shape.block_parameters)
     short = free.bytes * WEIGHTS_SHARE < smallest.block_parameters * 4
-    advice = "free some memory, or raise the limit: no node has room here" if short else ""
+    advice = "free memory or raise the limit: a node does not fit" if short else ""
     return [Finding("memory", str(free), short, advice)]
 
 
 def check_disk(data_dir: Path, cache_dir: Path) -> list[Finding]:
     """Room for notes and for downloaded models."""
-    return [_disk("disk for notes", data_dir), _disk("disk for models", cache_dir)]
+    return [_disk("data disk", data_dir), _disk("cache disk", cache_dir)]
 
 
 def fits(cache_dir: Path, compute: ComputeConfig | None = None) -> list[Fit]:
@@ -146,7 +146,7 @@ def check_all(data_dir: Path, cache_dir: Path, tell: Callable[[str], None]) -> I
         ("card", check_card),
         ("memory", check_memory),
         ("disk", lambda: check_disk(data_dir, cache_dir)),
-        ("what fits", lambda: [Finding("would fit", str(each)) for each in fits(cache_dir)]),
+        ("which models fit", lambda: [Finding("model fit", str(each)) for each in fits(cache_dir)]),
     ]
     for name, check in checks:
         tell(name)
@@ -154,20 +154,20 @@ def check_all(data_dir: Path, cache_dir: Path, tell: Callable[[str], None]) -> I
             yield from check()
         except (P2PInferError, OSError, RuntimeError) as exc:
             advice = "" if isinstance(exc, LocalError) else "run with -vv for more"
-            yield Finding(name, f"cannot be told: {exc}", True, advice)
+            yield Finding(name, f"check failed: {exc}", True, advice)
 
 
 def _disk(name: str, folder: Path) -> Finding:
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(there).free
-    said = f"{free / 2**30:,.1f} GiB are free in {folder}"
+    said = f"{free / 2**30:,.1f} GiB free in {folder}"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(
-            name, said, True, f"{there} cannot be written: choose another by --data-dir or cache_dir"
+            name, said, True, f"{there} is not writable: choose another folder by --data-dir or cache_dir"
         )
     short = free < LEAST_DISK_BYTES
     return Finding(
-        name, said, short, "make room: what a node notes or downloads would not fit" if short else ""
+        name, said, short, "free disk space: a node needs it for its state and downloads" if short else ""
     )
 
 

@@ -31,15 +31,20 @@ RELAYS_S = 3.0  # on top, for places at relays
         "p2pinfer doctor --json | jq '.checks[] | select(.wrong)'",
     ],
 )
-@setting("host.listen", "--listen MULTIADDR", "May be repeated. [default: a free TCP port]", multiple=True)
+@setting(
+    "host.listen",
+    "--listen MULTIADDR",
+    "Listen on this address. May be repeated. [default: a free TCP port]",
+    multiple=True,
+)
 @ANNOUNCE
 @BOOTSTRAP
 @SWARM_KEY
 @DATA_DIR
 def doctor(call: Invocation) -> None:
-    """Find out what this computer has for a node and how peers reach it, and what you could do about it.
+    """Check hardware and network, and suggest improvements.
 
-    Ends with exit code 1 if something is wrong.
+    The exit code is 1 if a check fails.
     """
     # What follows takes seconds to import: libp2p, torch.
     import trio
@@ -68,7 +73,7 @@ def doctor(call: Invocation) -> None:
                 lambda: list(check_all(shared.data_dir, shared.cache_dir, tell)), abandon_on_cancel=True
             )
         )
-        tell(f"how peers reach this computer, for up to {KNOWN_S + RELAYS_S:.0f} s")
+        tell(f"whether peers can reach this computer (up to {KNOWN_S + RELAYS_S:.0f} s)")
         async with open_swarm(new_identity(), config, shared.bootstrap, shared.data_dir) as member:
             with trio.move_on_after(KNOWN_S):
                 await member.reach.known.wait()
@@ -79,7 +84,7 @@ def doctor(call: Invocation) -> None:
             found.extend(check_network(member))
             write_out(report_json(member, found) if call.json else report(found))
 
-    tell("what there is to compute with")
+    tell("the hardware")
     run(main)
     if any(each.wrong for each in found):
         raise click.exceptions.Exit(1)
@@ -98,12 +103,14 @@ def check_network(member: SwarmMember) -> list[Finding]:
     said = advice(status, failures)
     return [
         Finding("this computer", describe(seen), unreachable, "; ".join(said[bool(failures) :])),
-        Finding("seen from outside as", ", ".join(seen.outside_ips) or "nobody outside has looked"),
+        Finding(
+            "public address", ", ".join(seen.outside_ips) or "not known: no outside peer has reported it"
+        ),
         Finding("router", _NAT[seen.nat]),
         Finding("UPnP", status.upnp),
-        Finding("relays", ", ".join(status.relays) or "none hold a place for it"),
+        Finding("relays", ", ".join(status.relays) or "no reservation at any relay"),
         Finding(
-            "peers reached", _connections(member), bool(failures) and not connected, failures and said[0]
+            "connected peers", _connections(member), bool(failures) and not connected, failures and said[0]
         ),
     ]
 
@@ -115,9 +122,9 @@ def report(found: Sequence[Finding]) -> str:
     for each in found:
         lines.append(f"{each.name:<{width}}  {printable(each.said)}")
         if each.advice:
-            lines.append(f"{'':<{width}}  {'wrong' if each.wrong else 'advice'}: {printable(each.advice)}")
+            lines.append(f"{'':<{width}}  {'failed' if each.wrong else 'advice'}: {printable(each.advice)}")
     wrong = sum(each.wrong for each in found)
-    lines.append(f"{wrong} thing{'s are' if wrong > 1 else ' is'} wrong" if wrong else "nothing is wrong")
+    lines.append(f"{wrong} check{'s' * (wrong > 1)} failed" if wrong else "all checks passed")
     return "\n".join(lines) + "\n"
 
 
@@ -153,29 +160,31 @@ def advice(status: ReachStatus, failures: str = "") -> list[str]:
         said.append(f"some bootstrap peers do not answer: {failures}")
     if seen.kind == "unknown":
         said.append(
-            "no peer outside the local network has been reached: name one by --bootstrap, "
-            "and see whether this computer is on the internet"
+            "no peer outside the local network was reached: give one by --bootstrap, "
+            "and check the internet connection"
         )
     if seen.kind == "private" and seen.nat == "firewall":
-        said.append("let incoming TCP connections through the firewall, to the port given by --listen")
+        said.append("allow incoming TCP connections in the firewall, to the port given by --listen")
     elif seen.kind == "private":
         said.append(
-            "switch on UPnP in the router, or forward a TCP port to this computer and name it: "
+            "enable UPnP in the router, or forward a TCP port to this computer and listen on it: "
             "--listen /ip4/0.0.0.0/tcp/PORT"
         )
         if seen.nat == "symmetric":
-            said.append("this router changes ports, so peers behind most others reach it through relays only")
+            said.append(
+                "the router's NAT is symmetric: peers behind most other routers need a relay to connect"
+            )
     if seen.kind == "private" and not status.relays:
-        said.append("no relay holds a place for this computer: nobody behind another router can reach it")
+        said.append("no relay has accepted a reservation: no peer can reach this computer")
     return said
 
 
 _NAT = {
-    "none": "none in between",
-    "firewall": "none; a firewall lets only answers in",
-    "port-preserving": "translates addresses and keeps ports: holes can be punched",
-    "symmetric": "translates addresses and takes another port for every connection: no holes can be punched",
-    "unknown": "not known",
+    "none": "no NAT",
+    "firewall": "no NAT; a firewall blocks incoming connections",
+    "port-preserving": "NAT that keeps ports: hole punching works",
+    "symmetric": "symmetric NAT, with another port for each connection: hole punching mostly fails",
+    "unknown": "unknown",
 }
 
 

@@ -52,60 +52,79 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @click.argument("prompt", required=False)
 @MODEL
 @setting("generation.max_new_tokens", "--max-new-tokens N", "Stop after N tokens. [default: model's, or 128]")
-@setting("generation.temperature", "--temperature T", "0 takes the likeliest token. [default: model's, or 0]")
-@setting("generation.top_p", "--top-p P", "Draw among the likeliest, together P. [default: model's, or 1]")
-@setting("generation.top_k", "--top-k K", "Draw among the K likeliest; 0: all. [default: model's, or 0]")
 @setting(
-    "generation.min_p", "--min-p P", "Draw what is P times the likeliest, or more. [default: model's, or 0]"
+    "generation.temperature", "--temperature T", "Sampling temperature; 0: greedy. [default: model's, or 0]"
 )
-@setting("generation.seed", "--seed S", "Draw the same every time. [default: none]")
+@setting(
+    "generation.top_p",
+    "--top-p P",
+    "Sample from the likeliest tokens with total probability P. [default: model's, or 1]",
+)
+@setting(
+    "generation.top_k", "--top-k K", "Sample from the K likeliest tokens; 0: all. [default: model's, or 0]"
+)
+@setting(
+    "generation.min_p",
+    "--min-p P",
+    "Sample only tokens at least P times as probable as the likeliest. [default: model's, or 0]",
+)
+@setting("generation.seed", "--seed S", "Random seed; the same seed repeats a text. [default: none]")
 @setting(
     "generation.repetition_penalty",
     "--repetition-penalty X",
-    "Above 1, tokens that occurred are less likely. [default: model's, or 1]",
+    "Values above 1 make repeated tokens less likely. [default: model's, or 1]",
 )
 @setting(
     "generation.logit_bias",
     "--logit-bias ID=BIAS",
-    "Make this token likelier, or less, or with -inf impossible; may be repeated.",
+    "Add BIAS to the logit of token ID; -inf forbids the token. May be repeated.",
     multiple=True,
 )
 @setting(
     "generation.stop",
     "--stop TEXT",
-    "End before this text, special tokens included; may be repeated.",
+    "Stop before this text, which may contain special tokens. May be repeated.",
     multiple=True,
 )
-@setting("generation.stop_ids", "--stop-id ID", "End before this token; may be repeated.", multiple=True)
-@setting("generation.show_special", "--show-special", "Print special tokens, too.")
+@setting("generation.stop_ids", "--stop-id ID", "Stop before this token. May be repeated.", multiple=True)
+@setting("generation.show_special", "--show-special", "Print special tokens too.")
 @BOOTSTRAP
 @SWARM_KEY
 @ALLOW
 @DENY
 @IDENTITY
-@setting("audit.rate", "--audit-rate SHARE", "Of hops to check. [default: more where less is known]")
+@setting(
+    "audit.rate",
+    "--audit-rate SHARE",
+    "Share of hops to audit, 0 to 1. [default: higher for less-known peers]",
+)
 @setting(
     "client.policy",
     "--policy POLICY",
-    f"Who chooses peers: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
+    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
     choices=POLICIES,
 )
 @setting(
     "client.wait_s",
     "--wait SECONDS",
-    "How long a text waits for blocks that nobody serves any more. [default: 60.0]",
+    "How long to wait for a replacement when a peer fails. [default: 60.0]",
 )
 @DATA_DIR
-@click.option("--resume", metavar="TOKEN", help="Go on with a text that was cut off, in place of PROMPT.")
+@click.option("--resume", metavar="TOKEN", help="Continue an interrupted text; give no PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
-@click.option("--stats", is_flag=True, help="Print the route and its times afterwards.")
+@click.option("--stats", is_flag=True, help="Print the route, timings and audits at the end.")
 def generate(call: Invocation, prompt: str | None, resume: str | None, echo: bool, stats: bool) -> None:
-    """Continue PROMPT on the swarm, and print the text as it comes.
+    """Generate text that continues PROMPT.
 
-    PROMPT - is standard input, and so is none where something is piped in. With no swarm in reach that serves
-    the model, the bundled one, or one from a folder, runs on three nodes that are started on this computer
-    and end with the text. A text that is cut off, by Ctrl-C, by --max-new-tokens or because the swarm cannot
-    go on, is kept; --resume prints the rest, as if nothing had happened.
+    The text is streamed to standard output.
+
+    If PROMPT is -, or is missing while input is piped in, the prompt is read from standard input.
+
+    If no swarm in reach serves the model, three temporary nodes on this computer run it. This works for the
+    bundled model and for a model in a folder.
+
+    A text that is interrupted by Ctrl-C, by --max-new-tokens or by a failure of the swarm is saved. --resume
+    continues it with the same tokens as without the interruption.
     """
     from p2pinfer.client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
     from p2pinfer.config import SharedConfig
@@ -122,7 +141,7 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     text = prompt if resume is not None else take_prompt(prompt, quiet=call.quiet)
     waiting.pause()
     if (text is None) == (resume is None):
-        raise click.UsageError("give a PROMPT, or --resume and what was said then")
+        raise click.UsageError("give either PROMPT or --resume TOKEN")
     if resume is not None:
         _check_nothing_asked_for(call)
     shared, config = settings.build(SharedConfig), settings.build(ClientConfig)
@@ -174,7 +193,7 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
                         await _stream(generation, waiting, before=before if echo else "", silent=call.json)
                     if generation_config.temperature is None and resume is None:
                         _tell_of_draws(generation.result, generation_config.seed, call)
-                    waiting.say("checking the work of the hops")
+                    waiting.say("auditing the hops")
                     if call.json or stats:
                         await client.audits_settled()
                     if call.json:
@@ -193,7 +212,7 @@ async def _stream(generation: Generation, waiting: WaitingLine, *, before: str, 
     def describe() -> str:
         peers = len(generation.result.route)
         return (
-            f"the prompt's {prompt_tokens:,} tokens go through {peers} peers"
+            f"sending the prompt ({prompt_tokens:,} tokens) through {peers} peers"
             if peers
             else "looking for a route"
         )
@@ -217,7 +236,10 @@ async def _stream(generation: Generation, waiting: WaitingLine, *, before: str, 
 def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation) -> None:
     """Tell how to get this text again, or the likeliest, where the model's own files ask for draws."""
     if result.seed is not None and seed is None and not call.quiet and not call.json:
-        note(f"drawn, as the model asks: --seed {result.seed} draws the same, --temperature 0 the likeliest")
+        note(
+            f"sampled, as the model's settings say: --seed {result.seed} repeats this text, "
+            "--temperature 0 is greedy"
+        )
 
 
 @contextmanager
@@ -240,12 +262,12 @@ def _kept(
             try:
                 name = keep_token(token, data_dir)
             except LocalError as error:
-                note(f"{error}; this is the token: {token}")
+                note(f"{error}; to continue, pass this token to --resume: {token}")
             else:
                 if resumed is not None and resumed != name:
                     drop_token(resumed, data_dir)
                 if not call.quiet:
-                    note(f"cut off here; to go on: {_command_to_resume(name, call)}")
+                    note(f"interrupted; to continue: {_command_to_resume(name, call)}")
         raise
     if generation.is_cut and not (call.json or call.quiet):
         _tell_of_the_cut(generation, call, data_dir)
@@ -265,10 +287,10 @@ def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path) -
     try:
         name = keep_token(token, data_dir)
     except LocalError as error:
-        note(f"stopped after {tokens:,} tokens, as --max-new-tokens says; {error}")
+        note(f"stopped after {tokens:,} tokens (--max-new-tokens); {error}")
     else:
         how = _command_to_resume(name, call)
-        note(f"stopped after {tokens:,} tokens, as --max-new-tokens says; to go on: {how}")
+        note(f"stopped after {tokens:,} tokens (--max-new-tokens); to continue: {how}")
 
 
 def _command_to_resume(name: str, call: Invocation) -> str:
@@ -288,13 +310,13 @@ def _check_nothing_asked_for(call: Invocation) -> None:
     """A token holds how tokens are drawn; another way would give another text."""
     for key, flag in call.flags.items():
         if key.startswith("generation.") and key != "generation.max_new_tokens":
-            raise ConfigError(f"{flag.name}: a text goes on as it began; leave it out with --resume")
+            raise ConfigError(f"{flag.name} cannot be used with --resume: a resumed text keeps its settings")
 
 
 def _others_teller(call: Invocation) -> Callable[[str], None]:
     def tell(said: str) -> None:
         if not call.quiet:
-            note(f"nobody in reach serves what was asked for, so it runs on this computer; {said}")
+            note(f"no peer in reach serves this model, so it runs on this computer; {said}")
 
     return tell
 

@@ -21,14 +21,14 @@ from p2pinfer.cli.output.terminal import note, write_out
     ],
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--identity", is_flag=True, help="Make a client's lasting name instead, and print its peer id.")
+@click.option("--identity", is_flag=True, help="Create a client identity instead, and print its peer id.")
 def keygen(call: Invocation, file: Path, identity: bool) -> None:
-    """Make the key of a private swarm, and write it to FILE.
+    """Create the key of a private swarm and write it to FILE.
 
-    Whoever has the file can join with --swarm-key FILE, and nobody else can. Give it to members only.
+    Anybody who has the file can join with --swarm-key FILE; nobody else can. Give it only to members.
 
-    With --identity, FILE is for generate --identity FILE, and nobody else's. Its peer id, which is printed,
-    is what operators put on their lists. If FILE has one already, it stays.
+    With --identity, create a permanent client identity, for generate --identity FILE. Keep that file secret.
+    Operators put the printed peer id on their lists. An identity that FILE already holds is kept.
     """
     call.settings()  # ends the command before it makes anything, if that was only asked for
     if identity:
@@ -40,7 +40,7 @@ def keygen(call: Invocation, file: Path, identity: bool) -> None:
     if call.json:
         write_out(json.dumps({"swarm_key": str(file)}) + "\n")
     elif not call.quiet:
-        note(f"wrote {file}; every node and client of the swarm takes --swarm-key {file}")
+        note(f"wrote {file}; start every node and client of the swarm with --swarm-key {file}")
 
 
 def _name_client(call: Invocation, file: Path) -> None:
@@ -50,6 +50,6 @@ def _name_client(call: Invocation, file: Path) -> None:
     write_out(json.dumps({"identity": str(file), "peer_id": peer_id}) + "\n" if call.json else f"{peer_id}\n")
     if not (call.json or call.quiet):
         note(
-            f"operators add that to a list, as by --allow clients:{peer_id}; you take --identity {file}, and "
-            "every node that you use can tell that it is you again"
+            f"operators can admit this client by --allow clients:{peer_id}; use it with --identity {file}. "
+            "Every node that you use can recognise this peer id"
         )

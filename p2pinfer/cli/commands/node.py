@@ -49,23 +49,23 @@ logger = logging.getLogger(__name__)
 @MODEL
 @setting("node.blocks", "--blocks A:B", "Serve blocks A to B-1. [default: those the swarm needs most]")
 @setting("node.num_blocks", "--num-blocks N", "Serve at most N blocks. [default: as many as fit]")
-@setting("node.no_blocks", "--no-blocks", "Serve none: only introduce peers to each other.")
+@setting("node.no_blocks", "--no-blocks", "Serve no blocks: only introduce peers to each other.")
 @setting(
     "compute.dtype",
     "--dtype DTYPE",
-    f"What to compute in: {', '.join(DTYPES)}. [default: auto]",
+    f"Compute dtype: {', '.join(DTYPES)}. [default: auto]",
     choices=DTYPES,
 )
 @setting(
     "compute.device",
     "--device DEVICE",
-    f"Where: {', '.join(DEVICES)}, or cuda:N. [default: auto]",
+    f"Compute device: {', '.join(DEVICES)}, or cuda:N. [default: auto]",
     choices=DEVICES,
 )
 @setting(
     "host.listen",
     "--listen MULTIADDR",
-    "May be repeated. [default: a free TCP port, the same again next time]",
+    "Listen on this address. May be repeated. [default: a free TCP port, kept across restarts]",
     multiple=True,
 )
 @ANNOUNCE
@@ -76,14 +76,14 @@ logger = logging.getLogger(__name__)
 @setting(
     "relay.bytes_per_s",
     "--relay-rate BYTES_PER_S",
-    "Of the line, for connections of peers behind routers; 0: none. [default: 1000000.0]",
+    "Bandwidth limit for relaying other peers' connections; 0: do not relay. [default: 1000000.0]",
 )
-@setting("verify.enabled", "--verify", "Check others' work when there is nothing else to do.")
-@setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics there. [default: none]")
+@setting("verify.enabled", "--verify", "Audit other peers while idle.")
+@setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics on this port. [default: none]")
 @DATA_DIR
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
 def node(call: Invocation, until_stdin_closes: bool) -> None:
-    """Serve blocks of a model to the swarm, until Ctrl-C."""
+    """Serve blocks of a model to the swarm until Ctrl-C."""
     from p2pinfer.client_config import AuditConfig, VerifyConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.config import ComputeConfig

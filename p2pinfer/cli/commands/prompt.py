@@ -34,7 +34,7 @@ def take_prompt(given: str | None, *, quiet: bool = False) -> str | None:
     if given is None:
         return (_from_stdin() or None) if _holds_a_prompt() else None
     if not quiet and _unread_bytes():
-        note("PROMPT is given, so standard input is not read; - in its place reads it")
+        note("standard input is not read, because PROMPT is given; use - as PROMPT to read it")
     return given.removeprefix(_MARK)
 
 
@@ -44,9 +44,7 @@ def dash_hint(words: Sequence[str], options: Iterable[str]) -> str:
     for word in words[: words.index("--")] if "--" in words else words:
         is_text = " " in word or (len(word) > 1 and word[0] == "-" != word[1])
         if word.startswith("-") and word not in known and is_text:
-            return (
-                f"A prompt that begins with a dash comes after --: p2pinfer generate -- {shlex.quote(word)}"
-            )
+            return f"Put -- before a prompt that begins with a dash: p2pinfer generate -- {shlex.quote(word)}"
     return ""
 
 

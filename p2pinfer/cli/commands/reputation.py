@@ -36,9 +36,9 @@ _LEAST_ENDING = 4  # characters of a peer id that may stand for it
 )
 @DATA_DIR
 def reputation(call: Invocation) -> None:
-    """List the peers met so far: how far they are believed, and why.
+    """List known peers with their scores, audits and bans.
 
-    PEER is a peer id or the end of one, four characters or more.
+    PEER is a peer id, or the last four or more characters of one.
     """
     _list(call)
 
@@ -50,7 +50,7 @@ def _list(call: Invocation) -> None:
         elif ledger.peers():
             _print_table(ledger)
         else:
-            note("nobody has been met yet")
+            note("no peers are known yet")
 
 
 def _below(made: click.Command) -> click.Command:
@@ -63,7 +63,7 @@ def _below(made: click.Command) -> click.Command:
 @command("list", examples=["p2pinfer reputation list --json"])
 @DATA_DIR
 def list_(call: Invocation) -> None:
-    """List the peers met so far, as `p2pinfer reputation` alone does."""
+    """List known peers, as `p2pinfer reputation` alone does."""
     _list(call)
 
 
@@ -72,7 +72,7 @@ def list_(call: Invocation) -> None:
 @click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def show(call: Invocation, peer: str) -> None:
-    """Explain in plain words why PEER scores as it does."""
+    """Explain the scores of PEER."""
     with _ledger(call) as ledger:
         peer_id = _find(ledger, peer, may_be_new=True)
         if call.json:
@@ -85,10 +85,10 @@ def show(call: Invocation, peer: str) -> None:
 @_below
 @command("ban", examples=["p2pinfer reputation ban vwxyz1 --why 'sent nonsense'"])
 @click.argument("peer", shell_complete=complete_peers)
-@click.option("--why", default="by the user", metavar="TEXT", help="Kept with the ban.")
+@click.option("--why", default="by the user", metavar="TEXT", help="Reason, stored with the ban.")
 @DATA_DIR
 def ban(call: Invocation, peer: str, why: str) -> None:
-    """Never use PEER again, whatever it does."""
+    """Ban PEER: never use it again."""
     with _ledger(call) as ledger:
         peer_id = _find(ledger, peer, may_be_new=True)
         ledger.ban(peer_id, why, time.time())
@@ -100,7 +100,7 @@ def ban(call: Invocation, peer: str, why: str) -> None:
 @click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def forgive(call: Invocation, peer: str) -> None:
-    """Make PEER a newcomer again: no ban, no evidence."""
+    """Reset PEER to a newcomer, without ban or evidence."""
     with _ledger(call) as ledger:
         peer_id = _find(ledger, peer)
         ledger.forgive(peer_id, time.time())
@@ -112,7 +112,7 @@ def forgive(call: Invocation, peer: str) -> None:
 @click.argument("peer", shell_complete=complete_peers)
 @DATA_DIR
 def vouch(call: Invocation, peer: str) -> None:
-    """Answer for PEER, a machine of your own say: its integrity is taken for granted."""
+    """Trust the integrity of PEER without audits, for example of your own computer."""
     with _ledger(call) as ledger:
         peer_id = _find(ledger, peer, may_be_new=True)
         ledger.vouch(peer_id, time.time())
@@ -123,7 +123,7 @@ def vouch(call: Invocation, peer: str) -> None:
 @command("export", examples=["p2pinfer reputation export > ledger.json"])
 @DATA_DIR
 def export(call: Invocation) -> None:
-    """Write everything known of peers to standard output, as JSON."""
+    """Write the ledger of all peers to standard output as JSON."""
     from p2pinfer.reputation.exchange import export_ledger
 
     with _ledger(call) as ledger:
@@ -135,9 +135,9 @@ def export(call: Invocation) -> None:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @DATA_DIR
 def import_(call: Invocation, file: Path) -> None:
-    """Merge an exported FILE into what is known; - is standard input.
+    """Merge an exported ledger FILE into this one; - is standard input.
 
-    Its bans and audits count as your own, so import what comes from machines of yours.
+    Its bans and audits count as your own, so import only ledgers of your own machines.
     """
     from p2pinfer.reputation.exchange import import_ledger
 
@@ -184,9 +184,9 @@ def _find(ledger: Ledger, peer: str, *, may_be_new: bool = False) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConfigError(f"{len(found)} peer ids end with {peer}; write more of it")
-    missing = "is no peer id and not the end of one that is known" if may_be_new else "is not known"
-    raise ConfigError(f"{one_line(peer, 80)} {missing}; `p2pinfer reputation` lists who is")
+            raise ConfigError(f"{len(found)} peer ids end with {peer}; give more characters")
+    missing = "is neither a peer id nor the end of a known one" if may_be_new else "is not known"
+    raise ConfigError(f"{one_line(peer, 80)} {missing}; `p2pinfer reputation` lists known peers")
 
 
 def _read(file: Path) -> bytes:

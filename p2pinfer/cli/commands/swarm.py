@@ -37,9 +37,12 @@ SETTLE_S = 10.0  # how long the first peers have to answer, and to tell what the
 @DENY
 @IDENTITY
 @DATA_DIR
-@click.option("--watch", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
 def swarm(call: Invocation, watch: bool) -> None:
-    """Show who serves which blocks, how fast, how far away: of every model, or of the one that is named."""
+    """List the peers of the swarm and the blocks they serve.
+
+    The list shows speed, latency and free cache. It covers all models, or the one that --model names.
+    """
     # What follows takes a second to import: libp2p. Looking needs no torch, so there is no Client here.
     import trio
 

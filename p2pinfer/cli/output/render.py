@@ -40,8 +40,8 @@ def route_table(result: GenerationResult, view: ReputationView, audits: AuditTal
     if timings.per_hop_ms and elsewhere > 0:
         table.add_row("network", "", "", f"{elsewhere:.2f}", style="dim")
     summary = (
-        f"{len(result.token_ids)} tokens after a prompt of {result.prompt_tokens}: "
-        f"{timings.tokens_per_s:.1f} tok/s, the first after {timings.first_token_s * 1e3:.0f} ms"
+        f"{len(result.token_ids)} tokens generated from a prompt of {result.prompt_tokens}: "
+        f"{timings.tokens_per_s:.1f} tok/s, first token after {timings.first_token_s * 1e3:.0f} ms"
     )
     if result.failovers:
         summary += f"; {result.failovers} failover{'s' * (result.failovers > 1)}"
@@ -82,36 +82,37 @@ def describe_event(event: events.Event) -> str:
             return event.description
         case events.SessionOpened():
             return (
-                f"{short_peer(event.peer_id)} opened a session of {event.max_tokens:,} tokens; "
+                f"{short_peer(event.peer_id)} opened a session for up to {event.max_tokens:,} tokens; "
                 f"{event.sessions} open"
             )
         case events.SessionClosed():
             return (
-                f"{short_peer(event.peer_id)} had {event.tokens:,} tokens computed "
+                f"session of {short_peer(event.peer_id)} closed after {event.tokens:,} tokens "
                 f"({one_line(event.reason)}); {event.sessions} open"
             )
         case events.SessionRefused():
-            return f"{short_peer(event.peer_id)} was refused a session: {one_line(event.message)}"
+            return f"refused a session of {short_peer(event.peer_id)}: {one_line(event.message)}"
         case events.Verified():
-            return f"checked others: {_count_audits(event.audits, event.passed, event.failed, event.suspect)}"
+            counts = _count_audits(event.audits, event.passed, event.failed, event.suspect)
+            return f"audited other peers: {counts}"
         case events.NodeLeaving():
-            return "said goodbye to the swarm"
+            return "left the swarm"
 
 
 def _offer(ready: events.Ready) -> list[str]:
     """Lines on what a node offers; the addresses by which it is joined follow."""
-    relaying = "relays nothing for others (--relay-rate)"
+    relaying = "relaying is off (--relay-rate)"
     if ready.relay_bytes_per_s:
         rate = _bytes(ready.relay_bytes_per_s)
-        relaying = f"relays up to {rate}/s for peers behind routers, where it can be reached (--relay-rate)"
+        relaying = f"relays up to {rate}/s for peers behind routers, if publicly reachable (--relay-rate)"
     if ready.blocks is None:
-        return ["introducing peers to each other", relaying, "others join with"]
+        return ["introducing peers to each other, without blocks", relaying, "others join with"]
     start, stop = ready.blocks
     return [
         f"serving blocks {start}:{stop} of {ready.model}: {ready.dtype} on {ready.device}, "
         f"{ready.tokens_per_s:,.0f} tok/s",
-        f"gives {_bytes(ready.weights_bytes)} of memory to weights, and up to {_bytes(ready.cache_bytes)} "
-        f"to a cache for {ready.cache_tokens:,} tokens",
+        f"memory: {_bytes(ready.weights_bytes)} for weights, up to {_bytes(ready.cache_bytes)} "
+        f"for a KV cache of {ready.cache_tokens:,} tokens",
         relaying,
         "others join with",
     ]
@@ -121,10 +122,10 @@ def _joined(event: events.Joined) -> list[str]:
     lines = [f"connected to {event.peers} peer{'s' * (event.peers != 1)}"]
     asked = len(event.answered) + len(event.silent)
     if asked:
-        lines[0] += f"; of {asked} bootstrap peer{'s' * (asked > 1)} {len(event.answered)} answered"
+        lines[0] += f"; {len(event.answered)} of {asked} bootstrap peer{'s' * (asked > 1)} answered"
     elif not event.peers:
         lines[0] += (
-            ": no bootstrap peer is named, and none was found in the local network; others may join this node"
+            ": no bootstrap peer is given, and none was found on the local network; others can join this node"
         )
     lines += [f"answered: {printable(address)}" for address in event.answered]
     return lines + [
@@ -133,10 +134,11 @@ def _joined(event: events.Joined) -> list[str]:
 
 
 def _totals(event: events.Stopped) -> str:
-    audits = f"{event.audits_of_us:,} audit{'s' * (event.audits_of_us != 1)} of its work"
+    audits = f"audited {event.audits_of_us:,} time{'s' * (event.audits_of_us != 1)}"
     return (
-        f"was up for {_duration(event.uptime_s)}: {event.sessions:,} session{'s' * (event.sessions != 1)}, "
-        f"{event.tokens:,} tokens computed, {event.refusals:,} refused, {_bytes(event.bytes_sent)} sent, "
+        f"stopped after {_duration(event.uptime_s)}: "
+        f"{event.sessions:,} session{'s' * (event.sessions != 1)}, "
+        f"{event.refusals:,} refused, {event.tokens:,} tokens computed, {_bytes(event.bytes_sent)} sent, "
         f"{_bytes(event.bytes_received)} received, {_bytes(event.bytes_relayed)} relayed for others, {audits}"
     )
 

@@ -23,7 +23,7 @@ _BAR_CELLS = 32  # a model with more blocks than this is drawn to scale
 _STATES: Final[dict[State, str]] = {
     "answers": "answers",
     "refuses": "refuses us",
-    "unknown": "not heard",
+    "unknown": "no answer",
 }
 
 
@@ -94,7 +94,7 @@ def _coverage(view: SwarmView) -> str:
     said = f"nobody serves {_listed(nobody)} of its {total} blocks" if nobody else ""
     if unknown:
         of = "" if nobody else f" of its {total} blocks"
-        said += "; " * bool(said) + f"who announced {_listed(unknown)}{of} does not answer"
+        said += "; " * bool(said) + f"the peers that announced {_listed(unknown)}{of} do not answer"
     return said
 
 

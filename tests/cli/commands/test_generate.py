@@ -90,12 +90,12 @@ def test_text_goes_to_standard_output_and_nothing_else_does(
     text, said = capsys.readouterr()
     assert text.startswith(", there was a little girl")
     assert text.endswith("\n")
-    assert said.startswith("stopped after 12 tokens, as --max-new-tokens says; to go on: p2pinfer generate ")
+    assert said.startswith("stopped after 12 tokens (--max-new-tokens); to continue: p2pinfer generate ")
     assert said.count("\n") == 1
     assert generate(swarm_address, "--echo", "--stats", PROMPT) == 0
     echoed, bill = capsys.readouterr()
     assert echoed == PROMPT + text
-    assert "12 tokens after a prompt of 5" in bill
+    assert "12 tokens generated from a prompt of 5" in bill
     assert bill.count("direct") == 2
 
 
@@ -172,9 +172,9 @@ def test_a_policy_of_ones_own_is_found_in_the_working_directory(
         (["--top-p", "7", "x"], 2, "top_p is 7.0"),
         (["--model", "no/such/folder", "x"], 1, "there is no folder 'no/such/folder'"),
         (["word " * 2000], 1, "tokens long and tiny-stories takes 1024"),
-        ([], 2, "give a PROMPT, or --resume and what was said then"),
-        (["--resume", "0badcafe", "x"], 2, "give a PROMPT, or --resume and what was said then"),
-        (["--resume", "0badcafe", "--seed", "3"], 2, "--seed: a text goes on as it began"),
+        ([], 2, "give either PROMPT or --resume TOKEN"),
+        (["--resume", "0badcafe", "x"], 2, "give either PROMPT or --resume TOKEN"),
+        (["--resume", "0badcafe", "--seed", "3"], 2, "--seed cannot be used with --resume"),
         (["--resume", "0badcafe"], 2, "no generation is kept as '0badcafe' in"),
         (["--resume", "p2pr1.AAAA"], 2, "the resume token is cut short or damaged"),
     ],
@@ -284,7 +284,7 @@ def test_a_text_that_was_cut_off_goes_on(
     assert run([*again, name, "--echo"]) == 0
     text, said = capsys.readouterr()
     assert text == f"{PROMPT}{whole['text']}\n"
-    assert said.startswith("stopped after 12 tokens, as --max-new-tokens says")
+    assert said.startswith("stopped after 12 tokens (--max-new-tokens)")
     assert run([*again, name]) == 2
     assert "no generation is kept" in capsys.readouterr().err
 
@@ -333,7 +333,7 @@ def test_a_text_that_cannot_go_on_says_what_is_missing_and_how_to_go_on(
     assert waiting == "waiting for up to 0 s: no route: nobody serves blocks 3:8; the last one failed: gone"
     assert failure.startswith("p2pinfer: no route: nobody serves blocks 3:8")
     before, command = cut.split(" p2pinfer ")
-    assert before == "cut off here; to go on:"
+    assert before == "interrupted; to continue:"
     assert generate(swarm_address, *asked, "--json") == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["missing"]) == ("Unfinished", [[3, 8]])

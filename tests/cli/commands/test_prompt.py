@@ -97,7 +97,7 @@ def test_what_is_piped_beside_a_prompt_is_left_and_that_is_said(
 ) -> None:
     from_pipe(b"more")
     assert take_prompt("Once") == "Once"
-    assert "PROMPT is given, so standard input is not read" in capsys.readouterr().err
+    assert "standard input is not read, because PROMPT is given" in capsys.readouterr().err
     assert take_prompt("Once", quiet=True) == "Once"
     from_pipe(b"")
     assert take_prompt("Once") == "Once"
@@ -142,7 +142,7 @@ def test_a_prompt_that_begins_with_a_dash_is_told_the_way(
 ) -> None:
     assert run(["generate", prompt]) == 2
     said = capsys.readouterr().err
-    assert "A prompt that begins with a dash comes after --: p2pinfer generate -- " in said
+    assert "Put -- before a prompt that begins with a dash: p2pinfer generate -- " in said
     assert prompt in said
     assert said.count("\n") == 1
 

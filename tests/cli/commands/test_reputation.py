@@ -89,7 +89,7 @@ def test_json_has_both_scores_and_the_evidence(ask: Ask) -> None:
 
 def test_an_empty_ledger_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["reputation", "--data-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr() == ("", "nobody has been met yet\n")
+    assert capsys.readouterr() == ("", "no peers are known yet\n")
     assert run(["reputation", "--json", "--data-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == '{"peers": []}\n'
 
@@ -137,7 +137,7 @@ def test_what_one_machine_exports_another_imports(
 @pytest.mark.parametrize(
     ("argv", "exit_code", "complaint"),
     [
-        (["show", "xyz"], 2, "xyz is no peer id and not the end of one that is known"),
+        (["show", "xyz"], 2, "xyz is neither a peer id nor the end of a known one"),
         (["forgive", NEW], 2, f"{NEW} is not known"),
         (["ban"], 2, "Missing argument 'PEER'"),
         (["import", "absent.json"], 1, "cannot read absent.json: No such file"),
@@ -158,7 +158,7 @@ def test_an_ending_that_several_share_is_not_enough(ask: Ask, home: Path, capsys
     other = GOOD.replace("KooWGood", "KooWGoad")
     ask("ban", other)
     assert run(["reputation", "show", "odGoo1", "--data-dir", str(home)]) == 2
-    assert "2 peer ids end with odGoo1; write more of it" in capsys.readouterr().err
+    assert "2 peer ids end with odGoo1; give more characters" in capsys.readouterr().err
 
 
 def test_a_ledger_that_cannot_be_kept_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,60 +36,63 @@ def test_a_short_peer_keeps_the_end_that_tells_it_apart() -> None:
                 relay_bytes_per_s=1e6,
             ),
             "serving blocks 0:4 of m: bfloat16 on cpu, 210 tok/s\n"
-            "          gives 13.5 MB of memory to weights, and up to 2.1 GB to a cache for 131,072 tokens\n"
-            "          relays up to 1.0 MB/s for peers behind routers, where it can be reached "
+            "          memory: 13.5 MB for weights, up to 2.1 GB for a KV cache of 131,072 tokens\n"
+            "          relays up to 1.0 MB/s for peers behind routers, if publicly reachable "
             "(--relay-rate)\n"
             "          others join with\n"
             "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
         ),
         (
             events.Ready(PEER, ADDRS, "", "", None, "", "", 0.0, 0),
-            "introducing peers to each other\n"
-            "          relays nothing for others (--relay-rate)\n"
+            "introducing peers to each other, without blocks\n"
+            "          relaying is off (--relay-rate)\n"
             "          others join with\n"
             "          --bootstrap /ip4/192.0.2.1/tcp/1/p2p/12D3",
         ),
         (
             events.SessionOpened(PEER, (0, 4), 1024, 2),
-            "12D3..Ag6gpz opened a session of 1,024 tokens; 2 open",
+            "12D3..Ag6gpz opened a session for up to 1,024 tokens; 2 open",
         ),
         (
             events.SessionClosed(PEER, 1000, "done", 1),
-            "12D3..Ag6gpz had 1,000 tokens computed (done); 1 open",
+            "session of 12D3..Ag6gpz closed after 1,000 tokens (done); 1 open",
         ),
-        (events.SessionRefused(PEER, "busy", "too much"), "12D3..Ag6gpz was refused a session: too much"),
+        (events.SessionRefused(PEER, "busy", "too much"), "refused a session of 12D3..Ag6gpz: too much"),
         (
             events.SessionClosed(PEER, 1, "\x1b[31mevil\n", 0),
-            r"12D3..Ag6gpz had 1 tokens computed (\x1b[31mevil); 0 open",
+            r"session of 12D3..Ag6gpz closed after 1 tokens (\x1b[31mevil); 0 open",
         ),
         (
             events.SessionRefused(PEER, "busy", "\x1b[31mevil\n"),
-            r"12D3..Ag6gpz was refused a session: \x1b[31mevil",
+            r"refused a session of 12D3..Ag6gpz: \x1b[31mevil",
         ),
-        (events.Verified(4, 2, 1, 0), "checked others: 4 hops audited: 2 passed, 1 failed, 1 inconclusive"),
+        (
+            events.Verified(4, 2, 1, 0),
+            "audited other peers: 4 hops audited: 2 passed, 1 failed, 1 inconclusive",
+        ),
         (
             events.Joined(3, (ADDRS[0],), (("/ip4/192.0.2.9/tcp/1/p2p/12D4", "Connection\nrefused"),)),
-            "connected to 3 peers; of 2 bootstrap peers 1 answered\n"
+            "connected to 3 peers; 1 of 2 bootstrap peers answered\n"
             "          answered: /ip4/192.0.2.1/tcp/1/p2p/12D3\n"
             "          did not answer: /ip4/192.0.2.9/tcp/1/p2p/12D4 (Connection refused)",
         ),
         (events.Joined(1, (), ()), "connected to 1 peer"),
         (
             events.Joined(0, (), ()),
-            "connected to 0 peers: no bootstrap peer is named, and none was found in the local network; "
-            "others may join this node",
+            "connected to 0 peers: no bootstrap peer is given, and none was found on the local network; "
+            "others can join this node",
         ),
         (
             events.Stopped(8040.0, 1, 34567, 2, 999, 100_000, 1_200_000, 3),
-            "was up for 2 h 14 min: 1 session, 34,567 tokens computed, 2 refused, 999 B sent, "
-            "100 kB received, 1.2 MB relayed for others, 3 audits of its work",
+            "stopped after 2 h 14 min: 1 session, 2 refused, 34,567 tokens computed, 999 B sent, "
+            "100 kB received, 1.2 MB relayed for others, audited 3 times",
         ),
         (
             events.Stopped(4 * 86400.0 + 7200, 0, 0, 0, 0, 0, 0, 1),
-            "was up for 4 days 2 h: 0 sessions, 0 tokens computed, 0 refused, 0 B sent, 0 B received, "
-            "0 B relayed for others, 1 audit of its work",
+            "stopped after 4 days 2 h: 0 sessions, 0 refused, 0 tokens computed, 0 B sent, 0 B received, "
+            "0 B relayed for others, audited 1 time",
         ),
-        (events.NodeLeaving(0), "said goodbye to the swarm"),
+        (events.NodeLeaving(0), "left the swarm"),
     ],
 )
 def test_every_event_has_its_line(event: events.Event, line: str) -> None:
@@ -114,7 +117,7 @@ def test_the_bill_lists_the_hops_and_the_network() -> None:
         "12D3..Ag6gpz  0:4     direct          4.50       0.05         0.95\n"
         "other         4:8     relayed         3.25       0.05         0.95\n"
         "network                               2.25\n"
-        "3 tokens after a prompt of 5: 40.0 tok/s, the first after 250 ms\n"
+        "3 tokens generated from a prompt of 5: 40.0 tok/s, first token after 250 ms\n"
         "no hop was audited"
     )
 
@@ -133,7 +136,7 @@ def test_the_bill_of_a_single_token_has_no_times_per_hop() -> None:
         "hop           blocks  connection  ms/token  integrity  reliability\n"
         "12D3..Ag6gpz  0:4     direct             -       0.05         0.95\n"
         "other         4:8     relayed            -       0.05         0.95\n"
-        "3 tokens after a prompt of 5: 0.0 tok/s, the first after 250 ms; 2 failovers\n"
+        "3 tokens generated from a prompt of 5: 0.0 tok/s, first token after 250 ms; 2 failovers\n"
         "no hop was audited"
     )
 

@@ -83,12 +83,15 @@ def test_the_table_goes_along_the_model() -> None:
 @pytest.mark.parametrize(
     ("ghosts", "headline"),
     [
-        ([(4, 8)], "tiny  ████░░░░  who announced 4:8 of its 8 blocks does not answer"),
-        ([(2, 6)], "tiny  ████░░··  nobody serves 6:8 of its 8 blocks; who announced 4:6 does not answer"),
+        ([(4, 8)], "tiny  ████░░░░  the peers that announced 4:8 of its 8 blocks do not answer"),
+        (
+            [(2, 6)],
+            "tiny  ████░░··  nobody serves 6:8 of its 8 blocks; the peers that announced 4:6 do not answer",
+        ),
         ([(0, 3)], "tiny  ████····  nobody serves 4:8 of its 8 blocks"),
         (
             [(4, 5), (7, 8)],
-            "tiny  ████░··░  nobody serves 5:7 of its 8 blocks; who announced 4:5, 7:8 does not",
+            "tiny  ████░··░  nobody serves 5:7 of its 8 blocks; the peers that announced 4:5, 7:8 do not",
         ),
     ],
 )
@@ -101,7 +104,7 @@ def test_blocks_of_who_does_not_answer_are_not_called_served(
     assert view.missing == [BlockSpan(4, 8)]
     announced = {block for start, stop in ghosts for block in range(max(start, 4), stop)}
     assert {block for gap in view.unknown for block in range(gap.start, gap.stop)} == announced
-    assert sum("not heard" in line for line in shown(view)) == len(ghosts)
+    assert sum("no answer" in line for line in shown(view)) == len(ghosts)
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
