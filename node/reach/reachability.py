@@ -105,6 +105,8 @@ def _classify_family(observations: Sequence[Observation], own_ips: Collection[st
     straight = all(ip in own_ips for ip in ips)
     reached = [each for each in observations if each.reached]
     addrs = tuple(dict.fromkeys(_tcp(each.seen_ip, port) for each in reached for port in each.reached))
+    # More than half of those who looked. If one were enough, a single liar could have us announce an address
+    # that nobody reaches; if all were needed, it could drive us behind relays.
     if len(reached) * 2 > len(observations):
         return Reachability("public" if straight else "mapped", _nat(observations, straight), ips, addrs)
     nat = "firewall" if straight else _nat(observations, straight)

@@ -125,6 +125,8 @@ class Auditor:
             if isinstance(error, Equivocation):
                 self._queue(_Job(error.peer_id, (), error.receipts))
             return
+        # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
+        # replaced them would know that nobody checks them.
         opened_with = set(session.opened_route.peer_ids)
         newcomers = [
             Hop(hop.peer_id, hop.span)
@@ -138,6 +140,8 @@ class Auditor:
 
     def _queue(self, job: _Job) -> None:
         try:
+            # Dropped rather than waited for: jobs hold the tensors of their sessions, and a client that
+            # generates faster than it audits would end up holding all of them.
             if self._waiting_bytes + job.size > MAX_WAITING_BYTES:
                 raise trio.WouldBlock
             self._jobs_in.send_nowait(job)
@@ -234,6 +238,8 @@ class Auditor:
         finding = await verifier.verify(deposition)
         if finding.verdict is not Verdict.FAIL:
             return finding, []
+        # Others come before a second look of our own: a fault of this computer would fail honest peers again
+        # and again. As long as nobody has passed here, a second peer that fails speaks against us.
         failed: list[_Opinion] = []
         async with aclosing(self._ask_others(deposition, others)) as opinions:
             async for opinion in opinions:
@@ -247,6 +253,7 @@ class Auditor:
             names = ", ".join(each.peer_id for each in failed)
             doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
             return Finding(Verdict.SUSPECT, doubt), []
+        # From weights that are loaded anew: a bit that flipped in our memory must not ban an honest peer.
         again = await verifier.confirm(deposition)
         if again.verdict is not Verdict.FAIL:
             return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
@@ -295,6 +302,7 @@ class Auditor:
             address = await self._member.proofs.publish(proof, contents)
         except P2PInferError as exc:
             logger.warning("the proof against %s could not be published: %s", proof.peer_id, exc)
+            # What convinced us does not depend on whether others can be told.
             self._ledger.ban(proof.peer_id, why, self._clock())
             return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
@@ -321,6 +329,8 @@ class Auditor:
                 return None
             why = finding.reason
             if finding.verdict is Verdict.PASS:
+                # A quick PASS does not refute a proof: what it misses may be the very lie, and who told of it
+                # would be taken for a liar.
                 if not self._verifier.is_thorough(finding):
                     return None
                 self._ledger.add_proof(

@@ -200,6 +200,8 @@ class HopStream:
                 raise PeerRefused("its replay log does not reach that far", self.peer_id, "no_replay")
             case "successor_unreachable":
                 raise PeerUnreachable("the hop before could not reach it", successor.peer_id)
+            # The error names the successor on the word of the hop before it. `Failover` asks before it
+            # believes that.
             case problem:
                 raise PeerVanished(f"the hop before lost it: {problem}", successor.peer_id)
 
@@ -213,6 +215,7 @@ class HopStream:
 
         async def ask(place: int, successor_s: float) -> None:
             answers[place] = await self._probe(within_s, successor_s)
+            # A hop that gives no sign of life itself is not waited for on behalf of its successor.
             if place == 0 and answers[0] is None:
                 nursery.cancel_scope.cancel()
 
@@ -261,6 +264,8 @@ class HopStream:
             with self._scope:
                 while True:
                     error = await self._read_to_the_end(listener)
+                    # The hop ends this stream when it has agreed to a move, and that may be read here before
+                    # the agreement is read on the other stream. Only then is it known if this end is a loss.
                     await self._settled.wait()
                     if self._read_from is self._frames:
                         raise error
@@ -270,6 +275,7 @@ class HopStream:
             self.error = exc
             listener.on_lost(self, exc)
         finally:
+            # However it ended: nobody is left waiting for an answer that cannot come any more.
             self.error = self.error or PeerVanished("the session is closed", self.peer_id)
             self.lost.set()
             self._window.close()
