@@ -40,19 +40,19 @@ LAYERS = (
 INTRODUCTION = """\
 # Configuration
 
-Every setting can be given in four ways, of which the last one counts: its default, `config.toml`, an
-environment variable, a flag. `p2pinfer COMMAND --print-config` prints what is in force and who said so, as a
-file that can be used.
+Each setting has four sources. A later source in this list overrides an earlier one: the default,
+`config.toml`, the environment, and flags. `p2pinfer COMMAND --print-config` prints the effective settings
+and the source of each. Its output is a valid `config.toml`.
 
-- The file is the one named by `--config` or `$P2PINFER_CONFIG`, else `config.toml` in the data directory,
-  else in the user's configuration folder (on Linux `~/.config/p2pinfer`).
-- The variable of `max_sessions` in `[serve]` is `P2PINFER_SERVE__MAX_SESSIONS`, that of `model` is
-  `P2PINFER_MODEL`. Lists are separated by commas or spaces, or written as a TOML array. An empty variable
-  says nothing.
-- Settings without a flag of their own are set by `--set serve.max_sessions=8`.
+- The file is the one given by `--config` or `$P2PINFER_CONFIG`. Otherwise it is `config.toml` in the data
+  directory, or else in the user's configuration folder (on Linux `~/.config/p2pinfer`).
+- The environment variable of `max_sessions` in `[serve]` is `P2PINFER_SERVE__MAX_SESSIONS`. That of `model`
+  is `P2PINFER_MODEL`. Separate list items by commas or spaces, or write a TOML array. An empty variable is
+  ignored.
+- Settings that have no flag are set by `--set`, for example `--set serve.max_sessions=8`.
 
-A key that does not exist or a value of the wrong type ends the command with a line that names it. Each
-command reads the sections it uses. `make docs` writes this file.
+An unknown key or a value of the wrong type ends the command with an error that names it. Each command reads
+only the sections that it uses. `make docs` writes this file.
 """
 
 
@@ -80,7 +80,7 @@ def comments(config: type[Any]) -> dict[str, str]:
 def default_of(name: str, value: object) -> str:
     """A default as one would write it. Folders depend on the system, so they are described."""
     if name in ("data_dir", "cache_dir"):
-        return "the system's place for it"
+        return "depends on the system"
     written = to_toml(value)
     return "not set" if written is None else f"`{written}`"
 

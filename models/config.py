@@ -20,10 +20,10 @@ class ComputeConfig:
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: the first GPU if there is one
     # "float32", "bfloat16", "float16"; auto: the checkpoint's, if the device is quick at it
     dtype: str = "auto"
-    threads: int = 0  # of torch, on a CPU; 0: a node tries what is quickest, else all cores it may use
+    threads: int = 0  # torch threads on a CPU; 0: a node measures the fastest number, a client uses all cores
     # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
     cache_bytes: int = 0
-    page_tokens: int = 64  # the cache is reserved in pages of this many tokens
+    page_tokens: int = 64  # tokens per page of the KV cache
 
     def __post_init__(self) -> None:
         check_target(self.dtype, self.device)

@@ -17,31 +17,31 @@ class ServeConfig:
     """Limits of a serving node. Each is reached by a test."""
 
     max_sessions: int = 512  # sessions open at once
-    max_sessions_per_client: int = 256  # of them, those of one client
-    client_share: float = 0.75  # what one client may hold of the cache and replay log that others leave
-    max_steps_in_flight: int = 16  # steps of one session received and not yet sent on
+    max_sessions_per_client: int = 256  # sessions open at once of one client
+    client_share: float = 0.75  # one client's limit, as a share of cache and replay log not held by others
+    max_steps_in_flight: int = 16  # steps of one session that are received but not yet sent on
     max_bytes_in_flight: int = 64 << 20  # hidden states of those steps, bytes
     max_chunk_tokens: int = 1024  # tokens in one step
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along
     client_batch_steps: int = 32  # decode steps of one client in one batch, while another one waits
     replay_bytes: int = 1 << 30  # host memory for the replay logs of all sessions, bytes
-    replay_bytes_per_session: int = 512 << 20  # of it; a longer session is replayed from further up
-    max_relinks: int = 64  # how often the client of one session may give this hop another successor
-    evidence_bytes: int = 256 << 20  # host memory for what receipts name, for whoever checks it, bytes
-    evidence_keep_s: float = 900.0  # how long after a session's last step that is kept
-    proof_bytes: int = 128 << 20  # host memory for fraud proofs, ours and others', bytes
-    proof_keep_s: float = 86400.0  # how long a proof is kept for those who have not seen it
+    replay_bytes_per_session: int = 512 << 20  # of one session, bytes; a longer one is replayed upstream
+    max_relinks: int = 64  # how often a client may replace this hop's successor in one session
+    evidence_bytes: int = 256 << 20  # host memory for evidence, kept for auditors, bytes
+    evidence_keep_s: float = 900.0  # how long evidence is kept after a session's last step, seconds
+    proof_bytes: int = 128 << 20  # host memory for fraud proofs, our own and those of other peers, bytes
+    proof_keep_s: float = 86400.0  # how long a proof is kept for peers that have not seen it, seconds
     lease_s: float = 300.0  # a session idle this long is closed, seconds
-    handshake_timeout_s: float = 10.0  # for a peer's first message, and for its predecessor's attachment
-    dial_timeout_s: float = 10.0  # for reaching a session's successor
-    frame_timeout_s: float = 10.0  # for a frame that has begun, and one more second for each
-    min_bytes_per_s: int = 16384  # bytes of it: who sends or reads more slowly is cut off
-    announce_interval_s: float = 60.0  # between announcements when nothing changes
-    announce_ttl_s: float = 120.0  # how long an announcement counts
-    announce_min_gap_s: float = 5.0  # between announcements when much changes
-    settle_s: float = 2.0  # how long a newcomer waits for the swarm's table before it picks a span
-    leave_timeout_s: float = 3.0  # for the farewell on the way out
-    drain_s: float = 8.0  # after that, until the sessions that run have been handed over
+    handshake_timeout_s: float = 10.0  # for a peer's first message or attachment, seconds
+    dial_timeout_s: float = 10.0  # for connecting to a session's successor, seconds
+    frame_timeout_s: float = 10.0  # for one frame, seconds; plus its size / min_bytes_per_s
+    min_bytes_per_s: int = 16384  # bytes/s; a peer that sends or reads a frame more slowly is disconnected
+    announce_interval_s: float = 60.0  # between announcements when nothing changes, seconds
+    announce_ttl_s: float = 120.0  # how long an announcement is valid, seconds
+    announce_min_gap_s: float = 5.0  # between announcements at least, seconds
+    settle_s: float = 2.0  # how long a starting node waits for announcements before it picks a span, seconds
+    leave_timeout_s: float = 3.0  # for telling the swarm that this node leaves, seconds
+    drain_s: float = 8.0  # after that, for handing over running sessions, seconds
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -68,15 +68,17 @@ class NodeConfig:
     """Settings of a node: what it serves, and where it keeps its files."""
 
     model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
-    blocks: str | None = None  # serve exactly these, A:B; None: those the swarm needs most
-    num_blocks: int | None = None  # serve at most this many; None: as many as fit
-    no_blocks: bool = False  # serve none: introduce peers to each other
+    blocks: str | None = None  # serve exactly these, A:B; not set: the blocks that the swarm needs most
+    num_blocks: int | None = None  # serve at most this many; not set: as many as fit
+    no_blocks: bool = False  # serve no blocks: only introduce peers to each other
     data_dir: Path = field(default_factory=data_folder)  # identity
     cache_dir: Path = field(default_factory=cache_folder)  # weights
     weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
-    bootstrap: tuple[str, ...] = ()  # multiaddrs to join by; empty: those of bootstrap_peers.txt
+    bootstrap: tuple[
+        str, ...
+    ] = ()  # multiaddrs of peers to join the swarm through; empty: bootstrap_peers.txt
     metrics_port: int | None = None  # TCP port for Prometheus; 0: any that is free; not set: no metrics
-    metrics_address: str = "127.0.0.1"  # where that port is; others than this machine's own have no password
+    metrics_address: str = "127.0.0.1"  # address of that port; there is no password, so keep it local
 
     def __post_init__(self) -> None:
         if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:

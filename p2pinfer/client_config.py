@@ -26,12 +26,12 @@ class ClientConfig:
     """Settings of a client's place in the swarm and of its routes."""
 
     policy: str = "risk-adjusted"  # a built-in routing policy's name, or module:Class
-    find_timeout_s: float = 6.0  # how long to wait for peers that together hold every block, seconds
-    wait_s: float = 60.0  # how long a text that has begun waits for a replacement of who failed, seconds
-    policy_timeout_s: float = 5.0  # how long a routing policy may think, seconds
-    busy_pause_s: float = 2.0  # how long a peer that refused for want of room is left alone, seconds
-    max_attempts: int = 8  # routes tried in a row before it pauses, or before its first token gives up
-    identity_file: Path | None = None  # a lasting name, by which this client can be followed; not set: none
+    find_timeout_s: float = 6.0  # how long to wait for peers that together serve every block, seconds
+    wait_s: float = 60.0  # how long a started text waits for a replacement of a failed peer, seconds
+    policy_timeout_s: float = 5.0  # time limit of a routing policy's choice, seconds
+    busy_pause_s: float = 2.0  # back-off after a peer refused for lack of capacity, seconds
+    max_attempts: int = 8  # routes tried in a row before a pause, or, before the first token, an error
+    identity_file: Path | None = None  # file of a permanent identity; not set: a new peer id at every start
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
@@ -51,22 +51,22 @@ class GenerationConfig:
     """Settings of a generation. None is as the model's generation_config.json says."""
 
     max_new_tokens: int | None = None  # tokens; where the model does not say, 128
-    temperature: float | None = None  # 0 takes the likeliest token, higher is more varied; else 0
-    top_p: float | None = None  # draw among the likeliest tokens that together have this probability; else 1
-    # draw among this many likeliest tokens; 0 means all; else 0, or 50 if it samples
+    temperature: float | None = None  # 0: greedy; higher: more varied; else 0
+    top_p: float | None = None  # sample from the likeliest tokens with this total probability; else 1
+    # sample from this many likeliest tokens; 0: all; else 0, or 50 if it samples
     top_k: int | None = None
-    min_p: float | None = None  # draw among those at least this part as likely as the likeliest; else 0
-    typical_p: float | None = None  # draw among the most typical tokens that together have this share; else 1
-    seed: int | None = None  # the same seed and prompt give the same text; None is fresh every time
-    # above 1 disfavours tokens that occurred, prompt included; else 1
+    min_p: float | None = None  # lowest probability relative to the likeliest token; else 0
+    typical_p: float | None = None  # locally typical sampling: total probability; else 1
+    seed: int | None = None  # the same seed and prompt repeat a text; not set: random
+    # above 1: repeated tokens are less likely, prompt included; else 1
     repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None  # no run of so many tokens comes twice; 0: any may; else 0
-    min_new_tokens: int | None = None  # tokens before which the text does not end by itself; else 0
+    no_repeat_ngram_size: int | None = None  # no sequence of this many tokens repeats; 0: off; else 0
+    min_new_tokens: int | None = None  # the text does not end before this many tokens; else 0
     # added to the logits of these token ids; -inf forbids one
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     stop: tuple[str, ...] = ()  # the text ends before the first of these; special tokens may be among them
     stop_ids: tuple[int, ...] = ()  # the text ends before the first of these tokens
-    show_special: bool = False  # special tokens are text, too
+    show_special: bool = False  # print special tokens too
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -94,15 +94,15 @@ def said(config: GenerationConfig, *names: str) -> dict[str, Any]:
 class SessionConfig:
     """Settings of a client's sessions."""
 
-    chunk_tokens: int = 256  # a longer prompt travels in chunks of at most this many tokens
+    chunk_tokens: int = 256  # longer prompts are sent in chunks of at most this many tokens
     chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
-    open_timeout_s: float = 15.0  # until every hop of a route has said yes
-    step_timeout_s: float = 60.0  # for one result; a hop that takes longer counts as dead
-    probe_after_s: float = 1.0  # after so long without a result, hops are asked for a sign of life
-    probe_timeout_s: float = 1.5  # a hop that gives none in this time counts as dead
-    repair_timeout_s: float = 5.0  # for one try to put others in place of a hop that failed
-    max_repairs: int = 8  # tries in a row
-    slow_step_s: float = 0.05  # a hop that takes so long for a token is replaced by one that would halve it
+    open_timeout_s: float = 15.0  # for opening a session on every hop of a route, seconds
+    step_timeout_s: float = 60.0  # for one result, seconds; a slower hop counts as failed
+    probe_after_s: float = 1.0  # without a result for this long, hops are pinged, seconds
+    probe_timeout_s: float = 1.5  # a hop that does not answer the ping in time counts as failed, seconds
+    repair_timeout_s: float = 5.0  # for one attempt to replace a failed hop, seconds
+    max_repairs: int = 8  # attempts in a row
+    slow_step_s: float = 0.05  # per token, seconds; a slower hop is replaced if another would halve it
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -115,17 +115,17 @@ class SessionConfig:
 class AuditConfig:
     """Settings of audits: how often, and what they may take."""
 
-    # share of the hops of sessions to audit, 0 to 1; none: more where less is known
+    # share of hops to audit, 0 to 1; not set: higher for less-known peers
     rate: float | None = None
-    logits_share: float = 0.1  # share of audits that look at the logits where blocks follow, 0 to 1
-    memory_bytes: int = 0  # for weights to audit with, bytes; 0: a quarter of what is free
-    download_bytes: int = 1 << 30  # weights that may be fetched for one audit; else others run the blocks
-    max_tokens: int = 4096  # of a longer session the beginning is run again
-    evidence_bytes: int = 32 << 20  # the tensors of one hop in one session; the first that fit are asked for
-    timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict
-    linger_s: float = 10.0  # how long a client that leaves waits for its audits
-    own_peers: tuple[str, ...] = ()  # peers of ours, which are no independent second opinion
-    remote: bool = True  # ask other peers to run a span again where it does not fit here, or to confirm
+    logits_share: float = 0.1  # share of audits of inner hops that also compare logits, 0 to 1
+    memory_bytes: int = 0  # memory for weights to audit with, bytes; 0: a quarter of free memory
+    download_bytes: int = 1 << 30  # download limit of one audit, bytes; beyond it, other peers run the blocks
+    max_tokens: int = 4096  # longer sessions are audited up to this many tokens
+    evidence_bytes: int = 32 << 20  # tensors to fetch for one audit, from the session's start, bytes
+    timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict, seconds
+    linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
+    own_peers: tuple[str, ...] = ()  # your own peers, which do not count as independent second opinions
+    remote: bool = True  # let other peers re-execute spans that do not fit here, and confirm failures
 
     def __post_init__(self) -> None:
         if self.rate is not None and not 0 <= self.rate <= 1:
@@ -144,12 +144,12 @@ class AuditConfig:
 class VerifyConfig:
     """Settings of a node's idle-time audits."""
 
-    enabled: bool = False  # check others' work when nobody wants anything of this node
-    share: float = 0.05  # of the time that may take, above 0 to 1
-    idle_s: float = 10.0  # how long nobody must have been served before
-    pause_s: float = 30.0  # between two rounds at least, seconds
-    texts: int = 3  # texts from one identity
-    max_new_tokens: int = 64  # of one text; fewer than 24 say little, fewer than 8 nothing
+    enabled: bool = False  # audit other peers while this node is idle
+    share: float = 0.05  # share of time for audits, above 0 to 1
+    idle_s: float = 10.0  # how long the node must have been idle, seconds
+    pause_s: float = 30.0  # minimum pause between two rounds, seconds
+    texts: int = 3  # texts generated under one identity
+    max_new_tokens: int = 64  # tokens of one text; fewer than 24 prove little, fewer than 8 nothing
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -51,10 +51,12 @@ class SharedConfig:
     """Settings that every command needs, set once for all."""
 
     model: str = "tiny-stories"  # a Hugging Face id, a folder, or the bundled tiny-stories
-    bootstrap: tuple[str, ...] = ()  # peers to dial first; empty: those of bootstrap_peers.txt
-    data_dir: Path = field(default_factory=data_folder)  # where identity and config.toml are kept
-    cache_dir: Path = field(default_factory=cache_folder)  # where downloaded models are kept
-    weights_bytes: int = 0  # disk that downloaded models may take there, bytes; 0: whatever is free
+    bootstrap: tuple[
+        str, ...
+    ] = ()  # multiaddrs of peers to join the swarm through; empty: bootstrap_peers.txt
+    data_dir: Path = field(default_factory=data_folder)  # folder of the identity, the ledger and config.toml
+    cache_dir: Path = field(default_factory=cache_folder)  # folder of downloaded models
+    weights_bytes: int = 0  # disk limit of downloaded models, bytes; 0: all free space
 
 
 _MAY_NAME_FILES = ("model", "host.allow", "host.deny")

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 class RoutingConfig:
     """Prices of the planner, all of them seconds per token or what turns into them."""
 
-    redo_s: float = 0.25  # s, price of a hop that fails: seconds of stall, spread over a session's tokens
-    integrity_weight_s: float = 0.03  # s, price of a hop that surely lies; about a hop's latency
-    trusted_integrity: float = 0.6  # 0..1, what trusted-only demands; five audits passed, none failed
-    explore_share: float = 0.1  # 0..1, share of sessions that go by what all peers are at best
-    probation_share: float = 0.9  # 0..1, the same, strangers aside: peers with an audit passed, none failed
-    min_reliability: float = 0.05  # 0..1, a peer that always failed costs this much, not infinity
+    redo_s: float = 0.25  # s, cost of a hop failure: stall, spread over a session's tokens
+    integrity_weight_s: float = 0.03  # s, cost of a hop whose output is surely wrong; about a hop's latency
+    trusted_integrity: float = 0.6  # 0..1, minimum for trusted-only; five audits passed, none failed
+    explore_share: float = 0.1  # 0..1, share of sessions routed by optimistic estimates of all peers
+    probation_share: float = 0.9  # 0..1, the same for newcomers with an audit passed and none failed
+    min_reliability: float = 0.05  # 0..1, lower bound of reliability, so that costs stay finite
     hop_overhead_s: float = 0.002  # s, to serialise, encrypt and queue at each hop
-    default_rtt_ms: float = 100.0  # ms, between two of whom nothing is known
+    default_rtt_ms: float = 100.0  # ms, between two peers without measurements
     max_coordinate_error: float = 0.7  # 0..1, less certain coordinates count as unknown
     bandwidth_bytes_per_s: float = 2.5e6  # bytes/s, a home uplink of 20 Mbit/s
-    relay_bandwidth_bytes_per_s: float = 0.5e6  # bytes/s, what a volunteer's relay lets through
-    relay_detour_s: float = 0.04  # s, what a relay adds one way where the edge was not measured
-    punch_failure: float = 0.3  # 0..1, how often two private peers end up relayed
+    relay_bandwidth_bytes_per_s: float = 0.5e6  # bytes/s, bandwidth of a volunteer's relay
+    relay_detour_s: float = 0.04  # s, one-way delay that a relay adds, if not measured
+    punch_failure: float = 0.3  # 0..1, share of private pairs for which hole punching fails
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,16 @@ class RelayConfig:
     more. One peer that wants more waits for itself, not for others.
     """
 
-    enabled: bool = True  # carry connections for peers behind routers, where this node can be reached
-    max_reservations: int = 256  # peers that others may reach through this node
-    max_reservations_per_ip: int = 16  # of them from one IP address
+    enabled: bool = True  # relay connections of peers behind routers, if this node is reachable
+    max_reservations: int = 256  # reservations at once: peers reachable through this node
+    max_reservations_per_ip: int = 16  # reservations from one IP address
     reservation_s: float = 3600.0  # how long a reservation lasts unless it is renewed, seconds
-    max_circuits: int = 128  # connections carried at once
-    max_circuits_per_peer: int = 16  # of them with any one peer at either end
-    max_circuit_bytes: int = 8 << 30  # of one connection, both directions together
-    max_circuit_s: float = 14_400.0  # how long one connection is carried, seconds
-    bytes_per_s: float = 1e6  # of the line, for all connections together; 0: carry none
-    bytes_per_s_per_peer: float = 500e3  # of all connections that one peer has asked for
+    max_circuits: int = 128  # relayed connections at once
+    max_circuits_per_peer: int = 16  # relayed connections with one peer at either end
+    max_circuit_bytes: int = 8 << 30  # of one relayed connection, both directions together, bytes
+    max_circuit_s: float = 14_400.0  # how long one connection is relayed, seconds
+    bytes_per_s: float = 1e6  # bandwidth of all relayed connections together; 0: do not relay
+    bytes_per_s_per_peer: float = 500e3  # bandwidth of all relayed connections that one peer opened
 
     def __post_init__(self) -> None:
         for each in fields(self):
