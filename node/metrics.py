@@ -51,7 +51,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Any]:
-        """For prometheus_client: a family of samples for every metric."""
+        """Give prometheus_client a family of samples for every metric."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         counts = self._host.counts

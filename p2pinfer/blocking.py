@@ -96,7 +96,7 @@ class BlockingClient:
         return BlockingGeneration(self._loop, self._loop.call(begin))
 
     def peers(self) -> list[PeerView]:
-        """Everybody known to serve the model."""
+        """Peers known to serve the model."""
         return self._loop.call(lambda client: client.peers())
 
     def close(self) -> None:

@@ -222,7 +222,7 @@ class Client:
 
     @property
     def member(self) -> SwarmMember:
-        """This client's place in the network: its host, its table."""
+        """Membership of this client in the swarm: its host, its table."""
         return self._member
 
     def generate(
@@ -303,7 +303,7 @@ class Client:
         return self._navigator.others_served()
 
     def peers(self) -> list[PeerView]:
-        """Everybody known to serve this client's model."""
+        """Peers known to serve this client's model."""
         return [
             PeerView(
                 announcement,

@@ -86,7 +86,7 @@ class GenerationConfig:
 
 
 def said(config: GenerationConfig, *names: str) -> dict[str, Any]:
-    """Those of the fields that are not left open."""
+    """Fields that are not left open."""
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 

@@ -197,7 +197,7 @@ def variable_of(key: str) -> str:
 
 
 def environment_without_settings() -> dict[str, str]:
-    """This process's environment less every P2PINFER_*, for a child that is told everything by flags."""
+    """Environment of this process less every P2PINFER_*, for a child that is told everything by flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
 
 

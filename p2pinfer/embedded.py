@@ -206,7 +206,7 @@ async def _start(home: Path, model: str, span: BlockSpan, meeting_point: Sequenc
 async def _wait_ready(
     nursery: trio.Nursery, nodes: Sequence[EmbeddedNode], on_ready: Callable[[int], None], timeout_s: float
 ) -> None:
-    """Until every node serves; keeps reading what they print for as long as `nursery` runs."""
+    """Wait until every node serves; reads what they print for as long as `nursery` runs."""
     ready: set[int] = set()
     changed = trio.Event()
 

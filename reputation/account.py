@@ -211,7 +211,7 @@ def vouched_for(account: Account, now: float) -> Account:
 
 
 def merged(ours: Account, theirs: Account) -> Account:
-    """Both records as one. Merging the same one twice changes nothing, so nothing is counted twice.
+    """Union of both records. Merging the same one twice changes nothing, so nothing is counted twice.
 
     Of each kind of evidence the record with more of it counts. The latest word of a user on bans holds.
     """

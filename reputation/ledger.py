@@ -88,7 +88,7 @@ class Ledger:
         return self.account(peer_id).is_newcomer(self.config)
 
     def audit_probability(self, peer_id: str, now: float) -> float:
-        """With what probability to audit the peer's work in a session; see `score.audit_probability`."""
+        """Probability with which to audit the peer in a session; see `score.audit_probability`."""
         self.advance(now)
         return audit_probability(self.account(peer_id), self.config)
 

@@ -53,7 +53,7 @@ def score_of(account: Account, heard: tuple[float, float], now: float, config: L
 
 
 def audit_probability(account: Account, config: LedgerConfig) -> float:
-    """With what probability to audit a peer's work in a session, on a coin it cannot see.
+    """Probability with which to audit a peer's work in a session, on a coin it cannot see.
 
     `min + (1 - integrity)^4`, of own audits only: praise by others lowers nobody's guard. Newcomers are
     audited more, and so is who was SUSPECT lately. With the square, audits of short sessions of a small

@@ -18,15 +18,15 @@ class ReputationView(Protocol):
 
 
 class ReadOnlyView:
-    """Another view's answers and nothing else, for code that should not reach a ledger's other methods."""
+    """View with another one's answers only, for code that should not reach a ledger's other methods."""
 
     def __init__(self, view: ReputationView) -> None:
         self._score, self._is_banned = view.score, view.is_banned
 
     def score(self, peer_id: str) -> Score:
-        """As the other view says."""
+        """See `ReputationView.score`."""
         return self._score(peer_id)
 
     def is_banned(self, peer_id: str) -> bool:
-        """As the other view says."""
+        """See `ReputationView.is_banned`."""
         return self._is_banned(peer_id)

@@ -153,7 +153,7 @@ class _Search:
     def _times_to_go(
         self, avoided: frozenset[int], *, to_end: bool = False, at_most_s: float = math.inf
     ) -> list[_Times]:
-        """For every block wanted, the least time to go from each peer that may run it.
+        """Least time to go from each peer that may run a block, for every block wanted.
 
         Args:
             to_end: Leave a peer only at the end of its span.

@@ -59,7 +59,7 @@ class Candidate:
         return self.announcement.span
 
     def hop(self, span: BlockSpan | None = None) -> Hop:
-        """This peer as a hop for `span`, or for all it serves."""
+        """Hop of this peer for `span`, or for all it serves."""
         return Hop(self.peer_id, span or self.span, self.announcement.addrs)
 
 

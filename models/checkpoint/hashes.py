@@ -86,7 +86,7 @@ def _note_of(path: Path, cache_dir: Path) -> Path:
 
 
 def _stamp(path: Path, stat: os.stat_result) -> dict[str, object]:
-    """By what a file is taken for the one that was hashed. The inode and its time are hard to keep up."""
+    """Size, times and inode by which a file is recognised. The inode and its time are hard to keep up."""
     return {
         "version": _VERSION,
         "path": str(path),

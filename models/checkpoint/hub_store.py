@@ -174,7 +174,7 @@ class HubStore:
     def _missing(
         self, folder: Path, wanted: Sequence[Published], progress: Progress | None
     ) -> list[Published]:
-        """Those that are not here as published; what is here with other contents is removed."""
+        """Files that are not here as published; what is here with other contents is removed."""
         here = [file for file in wanted if (folder / file.name).exists()]
         weights = [file for file in here if file.sha256 is not None]
         paths = [folder / file.name for file in weights]

@@ -166,7 +166,7 @@ class _Sight:
 
     @cached_property
     def mask(self) -> Tensor:
-        """To be added to the scores, (tokens * group, seen): 0 where a token sees a key, else -inf."""
+        """Mask to be added to the scores, (tokens * group, seen): 0 where a token sees a key, else -inf."""
         device = self._cache.device
         token = torch.arange(self._piece.position, self._stop, device=device)[:, None]
         key = torch.arange(self._start, self._stop, device=device)

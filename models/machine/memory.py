@@ -44,7 +44,7 @@ class FreeMemory:
     limited_by: str = ""
 
     def __str__(self) -> str:
-        """In words: `1.7 GiB are free (limited to 2.0 GiB by its control group)`."""
+        """Words for it: `1.7 GiB are free (limited to 2.0 GiB by its control group)`."""
         said = f"{self.bytes / 2**30:.1f} GiB are free"
         if self.limit_bytes is not None:
             said += f" (limited to {self.limit_bytes / 2**30:.1f} GiB by {self.limited_by})"

@@ -99,7 +99,7 @@ def _possible(scores: Tensor) -> Tensor:
 
 
 def _top_of_entropy(scores: Tensor, top_h: float) -> Tensor:
-    """As "Top-H Decoding" (arXiv 2509.02510), among the few likeliest, as transformers does."""
+    """Top-H filter ("Top-H Decoding", arXiv 2509.02510) among the few likeliest, as transformers has it."""
     best = scores.topk(min(_FEW_OF_ENTROPY, len(scores)))
     logs = best.values.log_softmax(0)
     terms = -logs.exp() * logs
@@ -131,7 +131,7 @@ def _near_the_best(scores: Tensor, min_p: float) -> Tensor:
 
 
 def _typical(scores: Tensor, mass: float) -> Tensor:
-    """Those whose surprise is nearest to the expected one, most typical first (Meister et al., 2022)."""
+    """Candidates whose surprise is nearest to the expected one, most typical first (Meister et al., 2022)."""
     logs = scores.log_softmax(0)
     entropy = -(logs * logs.exp()).sum()
     surprise = (-logs - entropy).abs()

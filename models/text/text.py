@@ -213,7 +213,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
-    """Those of generation_config, else of config, as transformers' generate has it; empty if neither says."""
+    """End tokens of generation_config, or of config, as in transformers' generate; empty if neither says."""
     for name in ("generation_config.json", "config.json"):
         match (read_json(folder / name) or {}).get("eos_token_id"):
             case int(token_id):

@@ -271,7 +271,7 @@ def run_sessions(
 
 @dataclass(frozen=True, slots=True)
 class _LogitEffect:
-    """By token, each (n,)."""
+    """Effects on the logits by token, each (n,)."""
 
     rho: Tensor
     flip_margin: Tensor

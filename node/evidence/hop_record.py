@@ -37,7 +37,7 @@ class HopRecord:
 
     @property
     def revision(self) -> str:
-        """Of which model."""
+        """Revision of the model."""
         return self.receipts[0].revision
 
     @property

@@ -83,7 +83,7 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
 
 
 class Host:
-    """This process as a peer among peers. Made by `open_host`."""
+    """Host of this process, a peer among peers. Made by `open_host`."""
 
     def __init__(
         self, identity: Identity, config: HostConfig, libp2p_host: IHost, gate: Gate, counts: Counts
@@ -122,7 +122,7 @@ class Host:
 
     @property
     def direct_addrs(self) -> tuple[str, ...]:
-        """Those of `addrs` that lead straight here."""
+        """Addresses among `addrs` that lead straight here."""
         outside = (f"{address}/p2p/{self.peer_id}" for address in (*self.announced, *self._outside))
         return tuple(dict.fromkeys((*outside, *(str(address) for address in self.libp2p.get_addrs()))))
 

@@ -54,7 +54,7 @@ class ReplayWindow:
         self._notify()
 
     def close(self) -> None:
-        """Nothing will be confirmed any more."""
+        """Let nobody wait any more: nothing will be confirmed."""
         self._over = True
         self._notify()
 

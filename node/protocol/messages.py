@@ -120,7 +120,7 @@ Receipts: TypeAlias = Annotated[
 
 
 class Step(_Message, frozen=True, tag="step"):
-    """To a hop: `tokens` hidden states for positions `position`, `position + 1`, ...
+    """Work for a hop: `tokens` hidden states for positions `position`, `position + 1`, ...
 
     A position below the cache's length rolls the cache back to it. A step of a higher `epoch` supersedes the
     queued steps of lower ones that begin at or after its position: they are dropped unread.
@@ -223,7 +223,7 @@ class Leaving(_Message, frozen=True, tag="leaving"):
 
 
 class End(_Message, frozen=True, tag="end"):
-    """Nothing follows on this stream."""
+    """Last message on a stream."""
 
 
 Message: TypeAlias = (

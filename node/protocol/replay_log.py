@@ -144,6 +144,6 @@ def _merged(entries: list[LoggedStep], start: int, stop: int, tokens: int) -> It
 
 
 def _rows(sent: LoggedStep, start: int, stop: int) -> bytes:
-    """Those rows of an entry that are for positions `start` to `stop - 1`."""
+    """Rows of an entry that are for positions `start` to `stop - 1`."""
     row = len(sent.payload) // sent.tokens
     return sent.payload[max(start - sent.position, 0) * row : max(stop - sent.position, 0) * row]

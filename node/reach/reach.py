@@ -416,7 +416,7 @@ def _reserve_ports() -> list[socket.socket]:
 
 
 def _global_addrs(addrs: Sequence[str]) -> tuple[str, ...]:
-    """Those of a peer's announced addresses that mean something to everybody, without the peer's id."""
+    """Announced addresses of a peer that mean something to everybody, without the peer's id."""
     found: list[str] = []
     for address in addrs:
         try:

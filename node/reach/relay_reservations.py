@@ -85,7 +85,7 @@ class RelayKeeper:
         return tuple(self._places)
 
     def look_again(self) -> None:
-        """There are new candidates, or none are needed any more."""
+        """Re-evaluate: there are new candidates, or none are needed any more."""
         self._news.fire()
 
     async def serve(self) -> None:

@@ -45,7 +45,7 @@ MAX_ADDRS: Final = 8  # of ours that a reservation names; a message has 4096 byt
 
 
 class Refused(Exception):
-    """We do not do what a peer asks, for the reason that the status says."""
+    """Refusal of what a peer asks, for the reason that the status says."""
 
     def __init__(self, status: Any) -> None:
         super().__init__(Status.Name(status))

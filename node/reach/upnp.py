@@ -55,7 +55,7 @@ class Mapping:
 
 
 class NoMapping(Exception):
-    """There is no router that maps, or it does not want to."""
+    """No router maps a port, or it refuses to."""
 
 
 @asynccontextmanager

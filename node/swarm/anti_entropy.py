@@ -42,7 +42,7 @@ class CatchUp:
         rng: random.Random | None = None,
         is_urgent: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Nobody is asked before `serve` runs.
+        """Set up; nobody is asked before `serve` runs.
 
         Args:
             revisions: Gives the models whose announcements matter here; none means all.

@@ -136,7 +136,7 @@ class Neighbourhood:
         kin: Kin | None = None,
         book: PeerBook | None = None,
     ) -> None:
-        """Nobody is dialled before `keep` runs.
+        """Set up; nobody is dialled before `keep` runs.
 
         Args:
             kin: Says who is of our own model among all those that we are connected to.

@@ -58,7 +58,7 @@ class TwinWatch:
 
     @property
     def uptime_s(self) -> float:
-        """For how long this process has run."""
+        """Seconds that this process has run."""
         return self._clock() - self._started_at
 
     @property

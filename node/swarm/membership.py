@@ -51,7 +51,7 @@ LAN_S: Final = 2.0  # how long peers in the local network have to answer, where 
 
 
 class SwarmMember:
-    """This process as a member of the swarm. Made by `open_swarm`.
+    """Membership of this process in a swarm. Made by `open_swarm`.
 
     Attributes:
         proofs: The fraud proofs that were heard of.
@@ -192,7 +192,7 @@ class SwarmMember:
         return self._neighbourhood.outcomes()
 
     async def reach_somebody(self, timeout_s: float) -> None:
-        """Like `wait_settled`, for those who can do nothing on their own. Who has connected may take longer.
+        """Wait as `wait_settled` does, for those who can do nothing alone. Who has connected may take longer.
 
         Raises:
             NotAdmitted: All those that there are to ask answered, and turned us away.

@@ -56,7 +56,7 @@ class PeerBook:
     """The peers that one data directory remembers. Reads its file at once when made."""
 
     def __init__(self, data_dir: Path | None = None, wall_clock_s: Callable[[], float] = time.time) -> None:
-        """Without `data_dir` nothing is kept."""
+        """Keep nothing without `data_dir`."""
         self._path = None if data_dir is None else data_dir / FILE_NAME
         self._clock = wall_clock_s
         self._peers = {peer.peer_id: peer for peer in self._read()}
@@ -134,7 +134,7 @@ class PeerBook:
 
 
 def _usable(peer_id: str, addrs: Sequence[str]) -> tuple[str, ...]:
-    """Those of the addresses that can be dialled and lead to this peer, with its id at the end."""
+    """Addresses that can be dialled and lead to this peer, with its id at the end."""
     usable: list[str] = []
     for address in addrs:
         for written in (address, f"{address}/p2p/{peer_id}"):

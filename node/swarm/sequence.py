@@ -31,7 +31,7 @@ class Sequence:
     """The sequence numbers of one identity. Reads and writes its file at once when made."""
 
     def __init__(self, data_dir: Path | None = None, wall_clock_s: Callable[[], float] = time.time) -> None:
-        """With `data_dir` numbers are reserved there; without, they are those of a passing identity."""
+        """Reserve numbers in `data_dir`; without it they are those of a temporary identity."""
         self._path = None if data_dir is None else data_dir / FILE_NAME
         self._last = min(max(self._read(), int(max(wall_clock_s(), 0.0) * 1000)), MAX_SEQUENCE - 1)
         self._reserved = self._last

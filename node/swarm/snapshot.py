@@ -145,7 +145,7 @@ def _tag(record: bytes) -> bytes:
 
 
 def without(records: list[tuple[bytes, float]], known: bytes) -> list[tuple[bytes, float]]:
-    """Those of the records that `known` has no tag of."""
+    """Records that `known` has no tag of."""
     has = {known[at : at + TAG_BYTES] for at in range(0, len(known), TAG_BYTES)}
     return [(record, age_s) for record, age_s in records if _tag(record) not in has]
 

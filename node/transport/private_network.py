@@ -46,11 +46,11 @@ class Guarded(ReadWriteCloser):
 
     @property
     def is_clear(self) -> bool:
-        """As of a `RawStream`."""
+        """See `RawStream.is_clear`."""
         return self.inner.is_clear
 
     def write_now(self, data: bytes) -> bool:
-        """As of a `RawStream`."""
+        """See `RawStream.write_now`."""
         return self.inner.is_clear and self.inner.write_now(self._sealed(data))
 
     def _sealed(self, data: bytes) -> bytes:

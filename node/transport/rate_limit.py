@@ -8,7 +8,7 @@ MAX_REMEMBERED = 4096
 
 
 class RateLimit:
-    """At most `at_once` in a moment, and `per_s` a second in the long run, for every key."""
+    """Token buckets: at most `at_once` in a moment, and `per_s` a second in the long run, for every key."""
 
     def __init__(self, per_s: float, at_once: int, max_remembered: int = MAX_REMEMBERED) -> None:
         self._per_s = per_s

@@ -27,7 +27,7 @@ class RawStream(ReadWriteCloser):
         self._progress = trio.lowlevel.ParkingLot()
 
     async def read(self, n: int | None = None) -> bytes:
-        """At most `n` bytes; does not suspend while some are left of what was received before.
+        """Read at most `n` bytes; does not suspend while some are left of what was received before.
 
         Raises:
             ConnectionClosedError: The connection has ended.

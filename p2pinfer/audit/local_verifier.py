@@ -92,7 +92,7 @@ class LocalVerifier(Verifier):
             return await trio.to_thread.run_sync(verify)
 
     def _verify(self, deposition: HopRecord, *, logits: bool, whole: bool = True) -> Finding:
-        """With `whole`, all of the model is loaded for it if that fits."""
+        """Judge a record; with `whole`, all of the model is loaded for it if that fits."""
 
         def check(history: History) -> Finding:
             loaded = self._reference_for(deposition.span, len(history.inputs), whole=whole)
@@ -102,7 +102,7 @@ class LocalVerifier(Verifier):
         return self._run(deposition, check)
 
     def _verify_anew(self, deposition: HopRecord) -> Finding:
-        """By norms alone, from the blocks in question."""
+        """Judge a record by norms alone, from the blocks in question."""
 
         def check(history: History) -> Finding:
             checkpoint = self._source.fetch(deposition.span, ends=False)

@@ -17,7 +17,7 @@ from p2pinfer.errors import P2PInferError
 def complete_value(
     metavar: str, ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """For the value of an option that `--help` calls `metavar`."""
+    """Complete the value of an option that `--help` calls `metavar`."""
     match metavar:
         case "FILE" | "PEER_OR_FILE":
             return [CompletionItem(incomplete, type="file")]

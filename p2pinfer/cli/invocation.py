@@ -196,7 +196,7 @@ def command(
 def group(
     name: str, *, examples: Sequence[str]
 ) -> Callable[[Callable[Concatenate[Invocation, ...], None]], click.Group]:
-    """As `command`, for one that has others below it; the function is for when none of them was given."""
+    """Like `command`, for one that has others below it; the function is for when none of them was given."""
 
     def decorate(function: Callable[Concatenate[Invocation, ...], None]) -> click.Group:
         made = _CommandGroup(name, invoke_without_command=True, **_parts_of(function))

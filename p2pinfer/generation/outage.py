@@ -50,7 +50,7 @@ class Outage:
         self._told = ""
 
     def note(self, failure: PeerError) -> None:
-        """Another route failed."""
+        """Note that another route failed."""
         self.failure = failure
         self._attempts += 1
 

@@ -158,7 +158,7 @@ class RoutePlanner:
         self._desk.tell(route, outcome)
 
     def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
-        """Those announced, without whoever could not be reached a moment ago if others have all it takes."""
+        """Announced peers, without those just found unreachable if the others have all it takes."""
         host, presence = self._member.host, self._member.presence
         announced = self._member.announcements(self._spec.revision)
         heard = [each for each in announced if not presence.is_silent(each)]

@@ -47,7 +47,7 @@ Recall = Callable[[int, int], Tensor]  # what went in at positions start to stop
 
 
 class NoReplay(PeerError):
-    """Nobody can tell any more what the session's past was."""
+    """Past of the session that nobody can tell any more."""
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Blocks of a running session for which somebody else is needed.
+    """Blocks of a running session that need another peer.
 
     Attributes:
         span: The blocks.
@@ -71,7 +71,7 @@ class Failover:
     def __init__(
         self, chain: Chain, faults: Faults, replanner: Replanner | None, config: SessionConfig
     ) -> None:
-        """Without a `replanner` nothing can be mended."""
+        """Mend nothing without a `replanner`."""
         self._chain = chain
         self._faults = faults
         self._replanner = replanner

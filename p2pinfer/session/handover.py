@@ -119,7 +119,7 @@ class Handovers:
             self.spare.filled = min(self.spare.filled, position)
 
     def break_off(self) -> Spare | None:
-        """Nobody takes over for now, since a hop failed; returns who was to, for the repair to use or end."""
+        """Stop handing over, since a hop failed; returns the spare, for the repair to use or end."""
         spare, self.spare = self.spare, None
         if self._warming is not None:
             self._warming.cancel()

@@ -115,7 +115,7 @@ class HopStream:
 
     @contextmanager
     def while_there(self, limit_s: float = math.inf) -> Generator[None]:
-        """Whatever runs inside ends when the hop is given up, or the time is.
+        """End what runs inside when the hop is given up, or the time is over.
 
         Raises:
             PeerVanished: It did.

@@ -124,7 +124,7 @@ class Session:
 
     @property
     def failed_peers(self) -> frozenset[str]:
-        """Everybody who failed this session, replaced or not."""
+        """Peers that failed this session, replaced or not."""
         return self._faults.shunned | {hop.peer_id for hop in self._faults.failed}
 
     # ------------------------------------------------------------------ steps

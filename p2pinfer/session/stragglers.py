@@ -30,7 +30,7 @@ class Stragglers:
         self._look_at = 0.0
 
     def note(self, bills: tuple[Bill, ...]) -> None:
-        """Another step was answered."""
+        """Note the timings of another step."""
         self._bills.append(bills)
 
     def forget(self) -> None:

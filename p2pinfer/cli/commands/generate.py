@@ -246,7 +246,7 @@ def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation)
 def _kept(
     generation: Generation, client: Client, call: Invocation, data_dir: Path, resumed: str | None
 ) -> Generator[None]:
-    """If the text is cut off, keep what it takes to go on and say how; else forget what was kept."""
+    """Keep what it takes to go on if the text is cut off, and say how; else forget what was kept."""
     from p2pinfer.generation.saved_state import drop_token, keep_token
 
     before = len(generation.result.token_ids)

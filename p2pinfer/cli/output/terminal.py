@@ -25,7 +25,7 @@ _mid_line = False  # whether what was last written to standard output goes on in
 
 
 class OutputClosed(Exception):
-    """Whoever read our standard output has gone."""
+    """Reader of our standard output has gone."""
 
 
 def occupy_streams() -> None:
