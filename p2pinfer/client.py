@@ -23,14 +23,9 @@ from p2pinfer.generation.outage import Patience, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.ends import Ends, load_ends
-from p2pinfer.models.compute.target import choose_target
+from p2pinfer.models.compute.ends import Ends
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
-from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
-from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
-from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.protocol.messages import CODECS, Codec
@@ -52,7 +47,9 @@ from .client_config import ClientConfig as ClientConfig
 from .errors import LocalError, PeerError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
+from .local_model import LocalModel, load_local_model
 from .options import GenerationOptions, addresses_of, check_prompt, suggesting
+from .served import joining_options
 from .swarm_view import PeerView as PeerView
 
 logger = logging.getLogger(__name__)
@@ -121,11 +118,13 @@ class Client:
         self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
         fallback = load_policy(DEFAULT_POLICY, config=routing_config)
         self._desk = PolicyRunner(self.policy, fallback, self._config.policy_timeout_s)
-        self._model = str(model)
+        self.model = str(model)  # as it was asked for
         self._bootstrap = addresses_of(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
         self._session_config = session_config or SessionConfig()
-        self._cache_dir = expand(cache_dir) if cache_dir else cache_folder()
+        self.cache_dir = (
+            expand(cache_dir) if cache_dir else cache_folder()
+        )  # of models and hashes of their files
         self._data_dir = expand(data_dir) if data_dir else data_folder()
         self._weights_bytes = weights_bytes
         self._progress = progress
@@ -138,9 +137,7 @@ class Client:
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
         self._source: ModelSource
-        self._ends: Ends
-        self._tokenizer: Tokenizer
-        self._defaults: GenerationDefaults
+        self._local: LocalModel
         self._member: SwarmMember
         self._navigator: RoutePlanner
         self._nursery: trio.Nursery
@@ -170,16 +167,17 @@ class Client:
                 self._desk,
                 self._config.busy_pause_s,
                 self._routing_config,
-                joining=self._joining(),
-                model=self._model,
+                joining=joining_options(self._bootstrap, self._host_config.swarm_key),
+                model=self.model,
             )
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._desk.keep_telling)
             stack.push_async_callback(self._desk.finish)
             self._auditor = self._new_auditor()
             self._nursery.start_soon(self._auditor.serve)
-            self._ends, self._tokenizer, self._defaults = await trio.to_thread.run_sync(
-                self._load_ends, abandon_on_cancel=True
+            compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
+            self._local = await trio.to_thread.run_sync(
+                load_local_model, self._source, compute, self._progress, abandon_on_cancel=True
             )
             self._token = trio.lowlevel.current_trio_token()
             self._is_open = True
@@ -241,10 +239,10 @@ class Client:
                 prompt is empty and the model has no token to begin with.
         """
         check_prompt(prompt)
-        if not hasattr(self, "_tokenizer"):
+        if not hasattr(self, "_local"):
             raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
-        return self._go_on(new_state(self.spec, self._tokenizer, prompt, asked, self._defaults))
+        return self._go_on(new_state(self.spec, self._local.tokenizer, prompt, asked, self._local.defaults))
 
     def resume(self, token: str, max_new_tokens: int | None = None) -> Generation:
         """Go on with a generation that could not, or that was left, from its `resume_token`.
@@ -267,8 +265,8 @@ class Client:
         return Generation(
             self,
             self.spec,
-            self._ends,
-            self._tokenizer,
+            self._local.ends,
+            self._local.tokenizer,
             state,
             patience=patience,
             on_wait=self._on_wait,
@@ -284,12 +282,6 @@ class Client:
 
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(begin)
-
-    def _joining(self) -> list[str]:
-        """The options by which this client has joined its swarm."""
-        words = [word for address in self._bootstrap for word in ("--bootstrap", address)]
-        key = self._host_config.swarm_key
-        return [*words, *(("--swarm-key", str(key)) if key is not None else ())]
 
     async def is_served(self, timeout_s: float) -> bool:
         """True if anybody serves this client's model; waits for news of that for so long."""
@@ -327,19 +319,9 @@ class Client:
                 self.ledger.vouch(peer_id)
 
     @property
-    def model(self) -> str:
-        """The model as it was asked for."""
-        return self._model
-
-    @property
-    def cache_dir(self) -> Path:
-        """Folder of models and of the hashes of their files."""
-        return self._cache_dir
-
-    @property
     def ends(self) -> Ends:
         """Embedding and head, which run here."""
-        return self._ends
+        return self._local.ends
 
     @property
     def spec(self) -> ModelSpec:
@@ -423,25 +405,8 @@ class Client:
 
     def _resolve(self) -> ModelSource:
         return resolve_model(
-            self._model,
-            cache_dir=self._cache_dir,
+            self.model,
+            cache_dir=self.cache_dir,
             weights_bytes=self._weights_bytes,
             progress=self._progress,
         )
-
-    def _load_ends(self) -> tuple[Ends, Tokenizer, GenerationDefaults]:
-        checkpoint = self._source.fetch(None, ends=True, progress=self._progress)
-        compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
-        folder = checkpoint.folder
-        defaults = read_generation_defaults(folder)
-        if defaults.left_out:
-            logger.warning(
-                "%s asks for %s, which p2pinfer leaves out: its text may differ from transformers'",
-                folder / GENERATION_FILE,
-                ", ".join(defaults.left_out),
-            )
-        device = choose_target(compute, checkpoint.spec.dtype).device
-        with refusals_named(
-            f"the ends of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
-        ):
-            return load_ends(checkpoint, compute), load_tokenizer(folder), defaults

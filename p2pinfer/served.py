@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
@@ -71,6 +72,12 @@ def describe_served(models: Sequence[ServedModel], joining: Sequence[str] = ()) 
     named = ", ".join(map(str, models[:MAX_NAMED]))
     more = f" and {len(models) - MAX_NAMED} more" if len(models) > MAX_NAMED else ""
     return f"this swarm serves {named}{more}; {_how_to_ask(models, joining)}"
+
+
+def joining_options(bootstrap: Sequence[str], swarm_key: str | Path | None) -> list[str]:
+    """Options by which a command joins the same swarm, as words of a command line."""
+    words = [word for address in bootstrap for word in ("--bootstrap", address)]
+    return [*words, *(("--swarm-key", str(swarm_key)) if swarm_key is not None else ())]
 
 
 def _how_to_ask(models: Sequence[ServedModel], joining: Sequence[str]) -> str:

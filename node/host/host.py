@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import trio
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerError, PeerRefused, PeerUnreachable
+from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerRefused, PeerUnreachable
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
@@ -37,7 +37,6 @@ from p2pinfer.node.transport.circuit_stream import HOP_PROTOCOL, dial_circuit
 from p2pinfer.node.transport.connection_gate import GATED, Gate, reason
 from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
-from p2pinfer.node.transport.multistream import negotiate
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.private_network import StrangerMet
 from p2pinfer.node.transport.yamux_stream import StreamRefused
@@ -45,13 +44,12 @@ from p2pinfer.routing.announcement import MAX_ADDRS
 
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
+from .peer_notices import PeerCallback, PeerNotices
+from .streams import Handler, answering, open_stream_on
 
-__all__ = ["Host", "HostConfig", "open_host"]
+__all__ = ["Handler", "Host", "HostConfig", "open_host"]
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[PeerStream], Awaitable[None]]
-PeerCallback = Callable[[str], None]
 
 
 @asynccontextmanager
@@ -104,7 +102,7 @@ class Host:
         self._relays: tuple[str, ...] = ()
         self._settle: Callable[[str], Awaitable[None]] | None = None
         self._on_unreachable: list[Callable[[PeerUnreachable], None]] = []
-        self._watcher = _Watcher(self._network)
+        self._watcher = PeerNotices(self._network)
         self._network.register_notifee(self._watcher)
 
     # ------------------------------------------------------------------ who there is
@@ -214,7 +212,7 @@ class Host:
         timeout_s = self._config.stream_timeout_s
         try:
             with trio.fail_after(timeout_s):
-                return await _open_stream(self._connection(peer_id), protocol, peer_id)
+                return await open_stream_on(self._connection(peer_id), protocol, peer_id)
         except trio.TooSlowError as exc:
             raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id) from exc
         except StreamRefused as exc:
@@ -229,26 +227,7 @@ class Host:
         The stream is closed when the handler returns, and reset when it raises. A `PeerError` is the peer's
         own doing; any other exception is a bug of ours, and logged as such. Neither touches anything else.
         """
-
-        async def handle(raw_stream: Any) -> None:
-            stream = PeerStream(raw_stream, str(raw_stream.muxed_conn.peer_id))
-            try:
-                await handler(stream)
-            except Exception as exc:
-                if _is_peers_fault(exc):
-                    logger.debug(
-                        "stream.failed protocol=%s peer=%s why=%s", protocol, stream.peer_id, innermost(exc)
-                    )
-                else:
-                    logger.exception("the handler of %s failed", protocol)
-                await stream.reset()
-            except BaseException:
-                await stream.reset()
-                raise
-            else:
-                await stream.aclose()
-
-        self.libp2p.set_stream_handler(TProtocol(protocol), handle)
+        self.libp2p.set_stream_handler(TProtocol(protocol), answering(protocol, handler))
 
     def stop_serving(self, protocol: str) -> None:
         """Refuse `protocol` from now on; streams that are open stay."""
@@ -391,50 +370,6 @@ class _Dial:
         self.error: PeerUnreachable | None = None
 
 
-class _Watcher(INotifee):
-    """Turns libp2p's notice of each connection into one of each peer."""
-
-    def __init__(self, network: Any) -> None:
-        self.on_connected: list[PeerCallback] = []
-        self.on_disconnected: list[PeerCallback] = []
-        self._network = network
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        if len(self._network.connections.get(conn.muxed_conn.peer_id, [])) == 1:
-            for callback in self.on_connected:
-                callback(str(conn.muxed_conn.peer_id))
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        if conn.muxed_conn.peer_id not in self._network.connections:
-            for callback in self.on_disconnected:
-                callback(str(conn.muxed_conn.peer_id))
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-
-async def _open_stream(connection: Any, protocol: str, peer_id: str) -> PeerStream:
-    stream = await connection.new_stream()
-    try:
-        await negotiate(stream.muxed_stream, protocol, peer_id)
-    except BaseException:
-        await PeerStream(stream, peer_id).reset()
-        raise
-    stream.set_protocol(TProtocol(protocol))
-    return PeerStream(stream, peer_id)
-
-
 def _check_named(named: str, peer_id: str) -> None:
     if named not in ("", peer_id):
         raise ValueError(f"that is peer {named}")
-
-
-def _is_peers_fault(exc: Exception) -> bool:
-    if isinstance(exc, ExceptionGroup):
-        return exc.split(PeerError)[1] is None
-    return isinstance(exc, PeerError)

@@ -23,7 +23,6 @@ from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.tcp import share_port
 from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 
@@ -35,14 +34,17 @@ from .reachability import (
     Reachability,
     classify,
     describe,
+    global_addrs,
     is_global,
     is_refuted,
+    tcp_address,
     with_announced,
 )
 from .relay_config import RelayConfig
+from .relay_departure import leave_relays
 from .relay_reservations import RelayCandidate, RelayKeeper
 from .relay_server import Relay, RelayUse
-from .temporary_listener import keep_open
+from .temporary_listener import keep_open, reserve_ports
 from .upnp import Mapping, NoMapping, open_mapping
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,6 @@ MAX_ASKED: Final = 32  # peers that are asked in one round, whatever they say
 LOOK_AGAIN_S: Final = 300.0  # between rounds when nothing happens
 SETTLE_S: Final = 0.2  # after a connection, for the others that come with it
 TOGETHER_S: Final = 0.3  # changes that come within this time are told of at once
-LEAVE_RELAY_S: Final = 1.0  # between looks whether a relayed peer can be reached as it is
-STRAIGHT_S: Final = 3.0  # for a dial to such a peer
 MAX_PUNCHED: Final = 256  # peers whose last attempt is remembered
 
 
@@ -100,7 +100,7 @@ class Reach:
         self._listeners: list[Callable[[], None]] = []
         self._punched = Recent[str, bool](MAX_PUNCHED)
         self._door_wanted = trio.Event()
-        self._reserved_ports = [] if host.listening else _reserve_ports()
+        self._reserved_ports = [] if host.listening else reserve_ports()
         self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
         self._puncher = Puncher(
             host,
@@ -154,7 +154,7 @@ class Reach:
                     nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
                 nursery.start_soon(self._keep_door)
-                nursery.start_soon(self._leave_relays)
+                nursery.start_soon(leave_relays, self._host, self._announcements)
                 await self._keep_looking()
         finally:
             for reserved in self._reserved_ports:
@@ -303,7 +303,7 @@ class Reach:
         if self.reachability.kind != "private":
             return []
         found = {
-            each.peer_id: RelayCandidate(each.peer_id, (_tcp(remote),))
+            each.peer_id: RelayCandidate(each.peer_id, (tcp_address(remote),))
             for each in self._seen.observations.values()
             if is_global(each.seen_ip) and each.local_port is not None
             if (remote := self._host.remote_address(each.peer_id)) is not None
@@ -313,36 +313,9 @@ class Reach:
             RelayCandidate(peer.peer_id, addrs)
             for peer in self._announcements()
             if peer.reachability in ("public", "mapped") and peer.peer_id not in {self._host.peer_id, *found}
-            if (addrs := _global_addrs(peer.addrs))
+            if (addrs := global_addrs(peer.addrs))
         ]
         return observers + random.sample(announced, len(announced))
-
-    async def _leave_relays(self) -> None:
-        """Dial peers that we have through a relay only, once they announce that they can be reached.
-
-        A router may take seconds to map a port, and who came through a relay before would stay there.
-        """
-        tried: dict[str, int] = {}  # by peer, the announcement that was of no use
-        while True:
-            await trio.sleep(LEAVE_RELAY_S)
-            relayed = {
-                peer for peer in self._host.connected_peers() if self._host.connection_kind(peer) == "relayed"
-            }
-            tried = {peer: sequence for peer, sequence in tried.items() if peer in relayed}
-            for peer in self._announcements() if relayed else ():
-                reachable = peer.reachability in ("public", "mapped") and peer.peer_id in relayed
-                if reachable and tried.get(peer.peer_id) != peer.sequence:
-                    tried[peer.peer_id] = peer.sequence
-                    await self._dial_straight(peer.peer_id, _global_addrs(peer.addrs))
-
-    async def _dial_straight(self, peer_id: str, addrs: Sequence[str]) -> None:
-        for address in addrs:
-            with trio.move_on_after(STRAIGHT_S):
-                try:
-                    await self._host.dial_from(peer_id, address, None, responding=False)
-                    return
-                except Exception as exc:  # whatever it is, it is this address's trouble
-                    logger.debug("reach.not_straight peer=%s address=%s why=%r", peer_id, address, exc)
 
     # ------------------------------------------------------------------ punching
 
@@ -354,7 +327,7 @@ class Reach:
         if seen.nat not in ("port-preserving", "firewall", "none"):
             return []
         sources = [(ip, self._source(":" in ip)) for ip in seen.outside_ips]
-        return [_tcp((ip, source[1])) for ip, source in sources if source is not None]
+        return [tcp_address((ip, source[1])) for ip, source in sources if source is not None]
 
     def _source(self, six: bool) -> tuple[str, int] | None:
         """The address and port to dial from."""
@@ -395,39 +368,3 @@ async def open_reach(
 
 async def _ignore(peer_id: str) -> None:
     await trio.sleep_forever()
-
-
-def _reserve_ports() -> list[socket.socket]:
-    """Ports that a host which does not listen can be met at, IPv4 and IPv6."""
-    reserved: list[socket.socket] = []
-    for family, wildcard in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError:  # this system has no IPv6
-            continue
-        share_port(sock)
-        try:
-            sock.bind((wildcard, 0))
-        except OSError:
-            sock.close()
-        else:
-            reserved.append(sock)
-    return reserved
-
-
-def _global_addrs(addrs: Sequence[str]) -> tuple[str, ...]:
-    """Announced addresses of a peer that mean something to everybody, without the peer's id."""
-    found: list[str] = []
-    for address in addrs:
-        try:
-            protocol, host, port, _ = parse_tcp(address)
-        except ValueError:  # through a relay, or nonsense
-            continue
-        if protocol in ("ip4", "ip6") and is_global(host):
-            found.append(f"/{protocol}/{host}/tcp/{port}")
-    return tuple(found)
-
-
-def _tcp(address: tuple[str, int]) -> str:
-    ip, port = address
-    return f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}"

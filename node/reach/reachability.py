@@ -154,3 +154,22 @@ def describe(reachability: Reachability) -> str:
         case _:
             return "not seen from outside the local network yet"
     return f"behind {behind}, outside {', '.join(reachability.outside_ips)}: peers reach this node by {way}"
+
+
+def global_addrs(addrs: Sequence[str]) -> tuple[str, ...]:
+    """Announced addresses of a peer that mean something to everybody, without the peer's id."""
+    found: list[str] = []
+    for address in addrs:
+        try:
+            protocol, host, port, _ = parse_tcp(address)
+        except ValueError:  # through a relay, or nonsense
+            continue
+        if protocol in ("ip4", "ip6") and is_global(host):
+            found.append(f"/{protocol}/{host}/tcp/{port}")
+    return tuple(found)
+
+
+def tcp_address(address: tuple[str, int]) -> str:
+    """Multiaddr of an IP address and a port."""
+    ip, port = address
+    return f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}"

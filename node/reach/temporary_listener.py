@@ -50,3 +50,21 @@ async def keep_open(
             while True:
                 accepted, _ = await listener.accept()
                 nursery.start_soon(let_in, accepted)
+
+
+def reserve_ports() -> list[socket.socket]:
+    """Ports that a host which does not listen can be met at, IPv4 and IPv6."""
+    reserved: list[socket.socket] = []
+    for family, wildcard in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # this system has no IPv6
+            continue
+        share_port(sock)
+        try:
+            sock.bind((wildcard, 0))
+        except OSError:
+            sock.close()
+        else:
+            reserved.append(sock)
+    return reserved

@@ -13,7 +13,7 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig, open_host
-from p2pinfer.node.reach import reach, reachability
+from p2pinfer.node.reach import reach, reachability, relay_departure
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
 from p2pinfer.node.reach.dialback import serve_dialback
 from p2pinfer.node.reach.reach import Reach, open_reach
@@ -286,7 +286,7 @@ def test_a_memory_of_punches_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_relayed_peer_that_turns_out_to_be_reachable_is_dialled(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "LEAVE_RELAY_S", 0.05)
+    monkeypatch.setattr(relay_departure, "LEAVE_RELAY_S", 0.05)
     relay, server = await start_host(), await start_host()
     Relay(relay, RelayConfig(), lambda stream: True).register()
     serve_circuits(server, lambda peer_id: trio.sleep_forever())
