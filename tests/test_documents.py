@@ -7,6 +7,7 @@ import dataclasses
 import re
 import runpy
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,10 @@ def test_the_glossary_has_each_word_once_and_names_what_is_there() -> None:
     for _, code in rows:
         name = code.strip("`")
         assert not name or ((ROOT / name).exists() if "/" in name else name in names), name
+
+
+def test_rooms_and_modules_stay_small() -> None:
+    rooms = Counter(path.rpartition("/")[0] for path in modules())
+    assert max(rooms.values()) <= 20, rooms.most_common(1)
+    lines = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert not {path: count for path, count in lines.items() if count > 400}
