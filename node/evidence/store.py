@@ -155,7 +155,7 @@ def serve_evidence(
     asks = RateLimit(ASKS_PER_S, ASKS_AT_ONCE)
 
     async def answer(stream: PeerStream) -> None:
-        if not asks.allows(stream.peer_id, clock()):
+        if not asks.take(stream.peer_id, clock()):
             raise ProtocolViolation("asks for evidence too often", stream.peer_id)
         host.counts.add("audits", "asked")
         with trio.move_on_after(_TIMEOUT_S):

@@ -353,7 +353,7 @@ class Host:
             raise error_type(f"peer {peer_id} cannot be reached: {tried}", peer_id)
 
     def _raise_if_turned_away(self, peer_id: str) -> None:
-        if self.gate.has_turned_us_away(peer_id):
+        if self.gate.take_turned_away(peer_id):
             raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
 
 

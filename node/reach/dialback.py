@@ -66,7 +66,7 @@ def serve_dialback(host: Host) -> None:
             if remote is None:
                 raise ProtocolViolation("asked through a relay to be dialled back", stream.peer_id)
             reached: list[int] = []
-            if asked.allows(remote[0], trio.current_time()):
+            if asked.take(remote[0], trio.current_time()):
                 async with under_way, trio.open_nursery() as nursery:
                     for port in dict.fromkeys(request.ports):
                         nursery.start_soon(_try, host, stream.peer_id, remote[0], port, reached)

@@ -229,7 +229,7 @@ class Gossip:
             if not self._is_news(announcement, revision is None):
                 raise ProtocolViolation("an announcement that was heard before")
             rate = self._introductions if revision is None else self._publishes
-            if not rate.allows(announcement.peer_id, trio.current_time()):
+            if not rate.take(announcement.peer_id, trio.current_time()):
                 raise ProtocolViolation(f"{announcement.peer_id} announces too often")
             self._note_told(announcement, revision is None)
             news = self._view.accept(announcement, message.data, told_by=forwarder)
@@ -241,7 +241,7 @@ class Gossip:
     def _take_notice(self, heard: Heard, revision: str | None) -> bool:
         if heard.notice.revision != revision:
             raise ProtocolViolation("a notice about another model than its topic's")
-        if not self._notices.allows(heard.author, trio.current_time()):
+        if not self._notices.take(heard.author, trio.current_time()):
             raise ProtocolViolation(f"{heard.author} accuses too often")
         return self.on_notice(heard)
 

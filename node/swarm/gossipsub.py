@@ -97,7 +97,7 @@ class GuardedPubsub(Pubsub):
             await super().push_msg(msg_forwarder, msg)
             return
         if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
-            if self._told.allows(str(msg_forwarder), trio.current_time()):
+            if self._told.take(str(msg_forwarder), trio.current_time()):
                 logger.info(
                     "%s passes on a record of %d bytes, %d are allowed; left out",
                     msg_forwarder,
@@ -105,7 +105,7 @@ class GuardedPubsub(Pubsub):
                     MAX_RECORD_BYTES,
                 )
             return
-        if not self._forwards.allows(str(msg_forwarder), trio.current_time()):
+        if not self._forwards.take(str(msg_forwarder), trio.current_time()):
             logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
             return
         try:

@@ -72,7 +72,7 @@ class TwinCalls:
         async def answer(stream: PeerStream) -> None:
             with trio.move_on_after(ANSWER_S):
                 asked = self._open(await receive_value(stream, MAX_RECORD_BYTES))
-                if not self._answers.allows("", trio.current_time()):
+                if not self._answers.take("", trio.current_time()):
                     raise ProtocolViolation("too many questions", stream.peer_id)
                 if asked.heard == self._twins.instance != asked.instance:
                     self._twins.meet(asked.instance, asked.uptime_s)

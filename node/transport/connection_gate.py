@@ -82,7 +82,7 @@ class Gate:
         if self.admits(peer_id):
             return True
         self._on_refusal("gated")
-        if self.may_tell(peer_id):
+        if self.take_turn_to_tell(peer_id):
             why = self._objection(peer_id, SCOPES[0])
             logger.warning("turned away a connection of peer %s: %s", peer_id, why)
         return False
@@ -92,16 +92,16 @@ class Gate:
         why = self._objection(peer_id, scope)
         if why:
             self._on_refusal("gated")
-            if self.may_tell(peer_id):
+            if self.take_turn_to_tell(peer_id):
                 logger.warning("refused peer %s, which is not admitted for %s: %s", peer_id, scope, why)
         return why
 
-    def may_tell(self, peer_id: str) -> bool:
-        """True if the log has room for one more refusal of this peer; if so, that was it."""
+    def take_turn_to_tell(self, peer_id: str) -> bool:
+        """Take room in the log for one more refusal of this peer; False if there is none."""
         if self._is_closed:
             return False
         now = time.monotonic()
-        return self._told.allows(peer_id, now) and self._told_of_all.allows("", now)
+        return self._told.take(peer_id, now) and self._told_of_all.take("", now)
 
     def _objection(self, peer_id: str, scope: Scope) -> str:
         if self._denied.has(peer_id, scope):
@@ -168,8 +168,8 @@ class Gate:
         """A peer said that it does not let us in."""
         self._turned_us_away[peer_id] = None
 
-    def has_turned_us_away(self, peer_id: str) -> bool:
-        """True if that was the last thing it said; asking forgets it."""
+    def take_turned_away(self, peer_id: str) -> bool:
+        """Take out what was noted: True if turning us away was the last thing it said."""
         has = peer_id in self._turned_us_away
         self._turned_us_away.pop(peer_id, None)
         return has
@@ -177,7 +177,7 @@ class Gate:
     def _judge(self, peer_id: str) -> int:
         if self._total >= self._max_streams or self._open[peer_id] >= self._max_streams_per_peer:
             return RESOURCE_LIMIT_EXCEEDED
-        return 0 if self._rate.allows(peer_id, trio.current_time()) else RATE_LIMITED
+        return 0 if self._rate.take(peer_id, trio.current_time()) else RATE_LIMITED
 
 
 def _look(files: Sequence[Path]) -> list[object]:

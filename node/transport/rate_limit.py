@@ -16,8 +16,8 @@ class RateLimit:
         # By key: what was left, and when. Who has been quiet longest starts afresh.
         self._buckets = Recent[str, tuple[float, float]](max_remembered)
 
-    def allows(self, key: str, now: float) -> bool:
-        """True if `key` may do it now; if so, it has done it."""
+    def take(self, key: str, now: float) -> bool:
+        """Take one token of `key`; False if it has none left."""
         left, since = self._buckets.get(key, (float(self._at_once), now))
         left = min(left + (now - since) * self._per_s, float(self._at_once))
         allowed = left >= 1

@@ -176,7 +176,7 @@ class Generation:
                 return
             if not self._transcript.token_ids:
                 raise error
-        elif self._way.excluded and outage.may_forgive():
+        elif self._way.excluded and outage.take_forgiveness():
             self._way.forgive()
             return
         if await outage.pause(error, changed, self._on_wait):

@@ -59,8 +59,8 @@ class Outage:
         """True if another route is to be tried at once."""
         return self._attempts < self._max_attempts
 
-    def may_forgive(self) -> bool:
-        """True if failed peers are to be tried again at once; True once a round."""
+    def take_forgiveness(self) -> bool:
+        """Take this round's chance to try failed peers again at once; False if it is used up."""
         forgives, self._forgave = not self._forgave, True
         return forgives
 

@@ -103,7 +103,7 @@ class Handovers:
     def note_pace(self, bills: tuple[Bill, ...]) -> None:
         """Look for somebody faster if these, of the last step, show that a hop has become slow."""
         self._slowness.note(bills)
-        slow = self._slowness.suspect(trio.current_time())
+        slow = self._slowness.take_slowest(trio.current_time())
         # Nothing queues up behind a handover: by the time it ended the timings would be of other hops.
         if slow is not None and self._replanner is not None and not self.busy.locked():
             place, seconds = slow

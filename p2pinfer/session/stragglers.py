@@ -37,8 +37,8 @@ class Stragglers:
         """The hops are others now."""
         self._bills.clear()
 
-    def suspect(self, now: float) -> tuple[int, float] | None:
-        """The slowest hop, by its place, and its seconds a step; None as long as no look is due."""
+    def take_slowest(self, now: float) -> tuple[int, float] | None:
+        """Take the look that is due: the slowest hop, by its place, and its seconds a step; else None."""
         if len(self._bills) < FEWEST_STEPS or now < self._look_at:
             return None
         spent_s = [median(bill.serve_us for bill in bills) / 1e6 for bills in zip(*self._bills, strict=True)]

@@ -66,12 +66,12 @@ async def test_every_reason_is_told_once_with_what_failed_last(
 
 async def test_a_round_is_so_many_routes_and_one_pardon(autojump_clock: trio.testing.MockClock) -> None:
     outage = Outage(Patience(wait_s=20.0, max_attempts=2), begun=True)
-    assert outage.may_forgive()
-    assert not outage.may_forgive()
+    assert outage.take_forgiveness()
+    assert not outage.take_forgiveness()
     outage.note(PeerVanished("gone"))
     assert outage.may_try_on
     outage.note(PeerVanished("gone"))
     assert not outage.may_try_on
     assert await outage.pause(GAP, trio.Event(), lambda _: None)
     assert outage.may_try_on
-    assert not outage.may_forgive()  # all are forgiven with the pause
+    assert not outage.take_forgiveness()  # all are forgiven with the pause

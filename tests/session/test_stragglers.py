@@ -18,16 +18,16 @@ def test_the_slowest_hop_is_named_once_it_was_slow_for_some_steps() -> None:
     slowness = Stragglers(0.05)
     for _ in range(FEWEST_STEPS - 1):
         slowness.note(bills(5, 80, 60))
-        assert slowness.suspect(0.0) is None
+        assert slowness.take_slowest(0.0) is None
     slowness.note(bills(5, 80, 60))
-    assert slowness.suspect(0.0) == (1, 0.08)
+    assert slowness.take_slowest(0.0) == (1, 0.08)
 
 
 def test_a_single_slow_step_is_nothing() -> None:
     slowness = Stragglers(0.05)
     for step in range(STEPS):
         slowness.note(bills(5, 4000 if step == 3 else 5))
-    assert slowness.suspect(0.0) is None
+    assert slowness.take_slowest(0.0) is None
 
 
 def test_steps_of_long_ago_and_of_other_hops_do_not_count() -> None:
@@ -36,17 +36,17 @@ def test_steps_of_long_ago_and_of_other_hops_do_not_count() -> None:
         slowness.note(bills(500))
     for _ in range(STEPS):
         slowness.note(bills(5))
-    assert slowness.suspect(0.0) is None
+    assert slowness.take_slowest(0.0) is None
     slowness.forget()
     slowness.note(bills(500, 5))
-    assert slowness.suspect(0.0) is None
+    assert slowness.take_slowest(0.0) is None
 
 
 def test_looks_become_ever_rarer() -> None:
     slowness = Stragglers(0.05)
     for _ in range(STEPS):
         slowness.note(bills(80))
-    looks: list[int] = [now for now in range(1000) if slowness.suspect(float(now))]
+    looks: list[int] = [now for now in range(1000) if slowness.take_slowest(float(now))]
     assert looks[:4] == [0, FIRST_PAUSE_S, 3 * FIRST_PAUSE_S, 7 * FIRST_PAUSE_S]
     assert looks[-1] - looks[-2] == LONGEST_PAUSE_S
 

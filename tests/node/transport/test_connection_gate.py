@@ -98,12 +98,12 @@ async def test_streams_a_second_are_limited_for_each_peer(autojump_clock: trio.t
 def test_who_turned_us_away_is_remembered_until_asked_and_not_without_end() -> None:
     gate = Gate(HostConfig())
     gate.note_turned_away(ANNA)
-    assert gate.has_turned_us_away(ANNA)
-    assert not gate.has_turned_us_away(ANNA)
+    assert gate.take_turned_away(ANNA)
+    assert not gate.take_turned_away(ANNA)
     gate.note_turned_away(ANNA)
     for number in range(MAX_REMEMBERED):
         gate.note_turned_away(f"peer {number}")
-    assert not gate.has_turned_us_away(ANNA)
+    assert not gate.take_turned_away(ANNA)
 
 
 def test_a_number_of_ours_has_a_reason_and_another_has_none() -> None:

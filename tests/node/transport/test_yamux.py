@@ -349,7 +349,7 @@ async def test_the_gate_decides_about_streams_and_hears_when_they_end() -> None:
         assert gate.streams == 1
         wire.frame(GO_AWAY, 0, 0, GATED)
         await settle()
-        assert gate.has_turned_us_away(str(connection.peer_id))
+        assert gate.take_turned_away(str(connection.peer_id))
         assert gate.streams == 0
 
 
