@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Unpack
@@ -152,8 +153,16 @@ class Client:
             )
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
-            self._source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
-            identity = await trio.to_thread.run_sync(self._own_identity)
+            resolve = partial(
+                resolve_model,
+                self.model,
+                cache_dir=self.cache_dir,
+                weights_bytes=self._weights_bytes,
+                progress=self._progress,
+            )
+            self._source = await trio.to_thread.run_sync(resolve, abandon_on_cancel=True)
+            given = self._config.identity_file if self._identity is None else self._identity
+            identity = await trio.to_thread.run_sync(client_identity, given)
             if self._keeps_ledger:
                 self.ledger = await stack.enter_async_context(kept_ledger(self._data_dir))
             self._member = await stack.enter_async_context(
@@ -173,7 +182,15 @@ class Client:
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._desk.keep_telling)
             stack.push_async_callback(self._desk.finish)
-            self._auditor = self._new_auditor()
+            self._auditor = Auditor(
+                self._member,
+                self._source.spec,
+                self.ledger,
+                self._verifier or LocalVerifier(self._source, self._audit_config),
+                self._audit_config,
+                host_config=self._host_config,
+                report=self._report,
+            )
             self._nursery.start_soon(self._auditor.serve)
             compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
             self._local = await trio.to_thread.run_sync(
@@ -185,27 +202,12 @@ class Client:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
             await self.audits_settled()
         self._is_open = False
         await self._stack.__aexit__(kind, error, traceback)
-
-    def _new_auditor(self) -> Auditor:
-        verifier = self._verifier or LocalVerifier(self._source, self._audit_config)
-        return Auditor(
-            self._member,
-            self._source.spec,
-            self.ledger,
-            verifier,
-            self._audit_config,
-            host_config=self._host_config,
-            report=self._report,
-        )
 
     @property
     def audits(self) -> AuditTally:
@@ -394,19 +396,3 @@ class Client:
             if dtypes == {codec}:
                 return codec
         return "float32"
-
-    # ------------------------------------------------------------------ loading
-
-    def _own_identity(self) -> Identity:
-        given = self._identity
-        if isinstance(given, Identity):
-            return given
-        return client_identity(self._config.identity_file if given is None else Path(given))
-
-    def _resolve(self) -> ModelSource:
-        return resolve_model(
-            self.model,
-            cache_dir=self.cache_dir,
-            weights_bytes=self._weights_bytes,
-            progress=self._progress,
-        )

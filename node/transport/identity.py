@@ -43,13 +43,15 @@ def new_identity() -> Identity:
     return _identity_of(create_new_key_pair())
 
 
-def client_identity(path: Path | None) -> Identity:
-    """A client's identity: the lasting one of a file, made on first use, or one that is kept nowhere.
+def client_identity(given: Identity | str | Path | None) -> Identity:
+    """Identity of a client: the one given, the lasting one of a file, made on first use, or a fresh one.
 
     Raises:
         LocalError: As `load_identity_file`.
     """
-    return new_identity() if path is None else load_identity_file(expand(path))
+    if isinstance(given, Identity):
+        return given
+    return new_identity() if given is None else load_identity_file(expand(given))
 
 
 def load_identity(data_dir: Path) -> Identity:
