@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from statistics import median
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import trio
@@ -33,9 +33,11 @@ from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Result, Step
 from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.hop_session import HopSession
+from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
-from p2pinfer.node.serve.worker import open_worker
+from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.transport.identity import new_identity, verify
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
@@ -48,12 +50,27 @@ LIMIT = 1 << 26
 class Echo:
     """Blocks that compute nothing."""
 
+    span = BlockSpan(0, 1)
+
     def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         return [chunk.hidden for chunk in chunks]
 
 
 class Lease:
     def release(self) -> None: ...
+
+
+class Spec(NamedTuple):
+    hidden_size: int
+
+
+class Served(NamedTuple):
+    """What a `ServedSpan` is, over no model."""
+
+    spec: Spec
+    runner: Echo
+    worker: Worker
+    pace: Pace
 
 
 class Silence(ReceiptSigner):
@@ -71,20 +88,19 @@ class Nothing(EvidenceStore):
 async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenerator[tuple[Any, FrameStream]]:
     opening = Open(SESSION, REVISION, 0, 1, 1 << 20, "bfloat16")
     ours, theirs = trio.testing.memory_stream_pair()
-    async with open_worker(Echo(), 4096) as worker, trio.open_nursery() as nursery:
+    async with open_worker(4096) as worker, trio.open_nursery() as nursery:
         hop = HopSession(
             opening,
             "client",
             FrameStream(ours, max_payload_bytes=LIMIT, peer_id="client"),
-            hidden_size=hidden,
+            served=cast(ServedSpan, Served(Spec(hidden), Echo(), worker, Pace(1.0))),
             lease=cast(CacheLease, Lease()),
             replay=None,
-            worker=worker,
             config=ServeConfig(max_chunk_tokens=4096),
-            notary=(ReceiptSigner if receipts else Silence)(opening, "bfloat16", identity.sign),
+            signer=(ReceiptSigner if receipts else Silence)(opening, "bfloat16", identity.sign),
             evidence=(EvidenceStore if receipts else Nothing)(64 << 20, 900),
         )
-        nursery.start_soon(hop.forward)
+        nursery.start_soon(hop.outbox.send_computed)
         yield hop, FrameStream(theirs, max_payload_bytes=LIMIT)
         nursery.cancel_scope.cancel()
 
@@ -101,7 +117,7 @@ async def walk(
         payload = encode_hidden(rows, "bfloat16")
         started = time.perf_counter()
         step = Step(number, 0, number, len(rows), 1)
-        hop.accept(step, bytearray(payload), hop.control)
+        hop.accept(step, bytearray(payload), hop.neighbours.control)
         message, got = await client.receive()
         spent.append(time.perf_counter() - started)
         assert isinstance(message, Result)
@@ -122,7 +138,7 @@ async def longest_pause(hop: Any, client: FrameStream, rows: Tensor, number: int
 
     payload = bytearray(encode_hidden(rows, "bfloat16"))
     async with trio.open_nursery() as nursery:
-        hop.accept(Step(number, 0, number, len(rows), 1), payload, hop.control)
+        hop.accept(Step(number, 0, number, len(rows), 1), payload, hop.neighbours.control)
         nursery.start_soon(tick)
         await client.receive()
         running = False

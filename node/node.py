@@ -34,9 +34,10 @@ from p2pinfer.node.reach.reachability import describe
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.serve.announcer import Offer
 from p2pinfer.node.serve.capacity import Capacity, check_room, measure_capacity, measure_speed
+from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.last_span import last_span, remember_span
 from p2pinfer.node.serve.pace import Pace
-from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
@@ -199,15 +200,13 @@ class _Node:
         threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
         pace = Pace(tokens_per_s, trio.current_time())
         worker_opening = open_worker(
-            runner,
             self._serve.max_batch_tokens,
             client_steps=self._serve.client_batch_steps,
             counts=member.host.counts,
-            on_step=lambda ran, seconds: _note_step(pace, span, ran, seconds),
         )
         async with worker_opening as worker:
             offer = Offer(member, source.spec, runner, pace, self._serve)
-            served = ServedSpan(source.spec, span, runner.dtype_name, runner.cache, worker)
+            served = ServedSpan(source.spec, runner, worker, pace)
             server = SpanServer(
                 member.host, served, self._serve, self._report, offer.touch, evidence=member.evidence
             )
@@ -311,11 +310,6 @@ def _fitting(capacity: Capacity) -> str:
     """Number of blocks that fit, and into what if a limit was reckoned with."""
     limited = f", since {capacity.memory}" if capacity.memory.limited_by else ""
     return f"{capacity.blocks} blocks fit{limited}"
-
-
-def _note_step(pace: Pace, served: BlockSpan, ran: BlockSpan, seconds: float) -> None:
-    if ran == served:
-        pace.add(seconds, trio.current_time())
 
 
 def _reached(member: SwarmMember) -> Reached:

@@ -81,7 +81,7 @@ class Blocks:
             hidden: (tokens, hidden_size), the blocks' dtype and device; left as it is.
             attention: Which tokens these are; its cache is extended.
         """
-        part = span or self.span
+        part = self.span if span is None else span
         rotation = self._rope.at(attention.positions, self.dtype)
         for index in range(part.start - self.span.start, part.stop - self.span.start):
             hidden = self._blocks[index].forward(index, hidden, rotation, attention)

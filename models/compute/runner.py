@@ -85,7 +85,7 @@ class SpanRunner:
         with torch.inference_mode():
             pieces = [Piece(chunk.lease, chunk.position, len(chunk.hidden)) for chunk in chunks]
             hidden = torch.cat([chunk.hidden.to("cpu", self.dtype) for chunk in chunks]).to(self.device)
-            output = self._forward(pieces, hidden, span or self.span).cpu()
+            output = self._forward(pieces, hidden, self.span if span is None else span).cpu()
         for lease, end in ends.items():
             lease.length = end
         return list(torch.split(output, [piece.tokens for piece in pieces]))

@@ -84,7 +84,9 @@ class EvidenceStore:
         A session's beginning is of use without its end, and its end is not without its beginning.
         """
         self.forget_expired(now)
-        held = self._groups.setdefault(group, _Group(now))
+        held = self._groups.get(group)
+        if held is None:
+            held = self._groups[group] = _Group(now)
         self._groups.move_to_end(group)
         held.touched_at = now
         # What is kept has to be an unbroken beginning, since an audit runs the steps from the first one on.

@@ -69,28 +69,25 @@ class ReplayWindow:
 
 
 class Link:
-    """The stream to a successor that let us attach. One task runs `watch`; `aclose` ends it."""
+    """The stream to a successor that let us attach. One task runs `watch`; `aclose` ends it.
+
+    Attributes:
+        send: Sends one step; raises PeerVanished if the successor is gone.
+    """
 
     def __init__(
-        self, frames: FrameStream, pass_on: Callable[[Filled], Awaitable[None]], *, is_relayed: bool = False
+        self, frames: FrameStream, send_back: Callable[[Filled], Awaitable[None]], *, is_relayed: bool = False
     ) -> None:
-        """`pass_on` is given what confirms a replay that began further up."""
+        """`send_back` is given what confirms a replay that began further up."""
         self.peer_id = frames.peer_id
         self.is_relayed = is_relayed
+        self.send: Callable[[Step, bytes], Awaitable[None]] = frames.send
         self._frames = frames
-        self._pass_on = pass_on
+        self._send_back = send_back
         self._window = ReplayWindow()
         self._awaited: dict[int, trio.Event] = {}
         self._probes = 0
         self.is_lost = False
-
-    async def send(self, step: Step, payload: bytes) -> None:
-        """Send one step.
-
-        Raises:
-            PeerVanished: The successor is gone.
-        """
-        await self._frames.send(step, payload)
 
     async def replay(self, pieces: Iterable[LoggedStep], *, hops: int, epoch: int, window: int) -> None:
         """Send what was logged, for `hops` hops to take in, no more than `window` steps ahead of them.
@@ -147,7 +144,7 @@ class Link:
                     case Filled() if self._window.is_open:
                         self._window.confirm()
                     case Filled():
-                        await self._pass_on(message)
+                        await self._send_back(message)
                     case End():
                         return
                     case _:

@@ -81,8 +81,9 @@ class ReplayLog:
         if not self._is_whole and position > 0:
             return
         self._is_whole = True
-        self.truncate(position)
-        assert position == self.tokens, f"a gap in the replay log: {self.tokens} then {position}"
+        if position != self.tokens:
+            self.truncate(position)
+            assert position == self.tokens, f"a gap in the replay log: {self.tokens} then {position}"
         self._bytes += len(payload)
         if self._bytes > self.reserved_bytes:
             self._is_whole = False

@@ -1,4 +1,4 @@
-"""Who may feed a session: the peers that its client has named, until one of them takes over.
+"""Predecessors of a session: the peers that its client has named, until one of them takes over.
 
 A client that replaces a hop names the new one to the hop behind it while the former still feeds it. Whoever
 was named last is the one that stays: with its first step that is no replay, the others are cut off. What they
@@ -25,7 +25,7 @@ class Predecessors:
         self._feeds: dict[str, trio.CancelScope] = {}  # of the chain streams that they have attached
 
     def expects(self, peer_id: str) -> bool:
-        """Whether this peer may attach and feed the session."""
+        """True if this peer may attach and feed the session."""
         return peer_id in self._expected
 
     def expect(self, peer_id: str) -> None:

@@ -28,10 +28,7 @@ class _Return:
     deviation_s: float = 0.0
     samples: int = 0
 
-    def arrive(self, now: float) -> None:
-        if self.left_at is None:
-            return
-        sample, self.left_at = now - self.left_at, None
+    def add(self, sample: float) -> None:
         self.samples += 1
         if self.samples == 1:
             self.mean_s, self.deviation_s = sample, sample / 2
@@ -48,12 +45,17 @@ class ReturnTimes(Generic[Key]):
 
     def leave(self, session: Key, now: float) -> None:
         """An output of this session is on its way."""
-        self._sessions.setdefault(session, _Return()).left_at = now
+        known = self._sessions.get(session)
+        if known is None:
+            known = self._sessions[session] = _Return()
+        known.left_at = now
 
     def arrive(self, session: Key, now: float) -> None:
         """A step of this session is here."""
-        if known := self._sessions.get(session):
-            known.arrive(now)
+        known = self._sessions.get(session)
+        if known is not None and known.left_at is not None:
+            sample, known.left_at = now - known.left_at, None
+            known.add(sample)
 
     def forget(self, session: Key) -> None:
         """The session is over, or does something else than decoding; harmless twice."""

@@ -1,4 +1,4 @@
-"""Answers sessions on this node's span: who gets in, who may feed whom, and how it ends.
+"""Server of a node's span: which sessions are let in, who may feed them, and how they end.
 
 A client opens one session stream to every hop of its route, all at once. Each hop reserves cache, dials its
 successor with a chain stream, and says `Opened` when that successor has let it attach; so when all hops have
@@ -12,15 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
 
 from p2pinfer.errors import CacheFull, PeerVanished, ProtocolViolation
-from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.cache import CacheLease, PagedCache
-from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
@@ -32,7 +30,6 @@ from p2pinfer.node.protocol.messages import (
     Alive,
     Attach,
     Attached,
-    End,
     Message,
     Move,
     Open,
@@ -40,34 +37,23 @@ from p2pinfer.node.protocol.messages import (
     Probe,
     Refused,
     SessionId,
-    Step,
     printable,
 )
 from p2pinfer.node.protocol.replay_log import ReplayBudget, ReplayLog
 from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.node.transport.peer_stream import PeerStream
 
-from .hop_session import HopSession, SessionRefusal
+from .forward import ServedSpan
+from .hop_session import HopSession
+from .lifetime import SessionRefusal
 from .quota import exceeds_share, left_of_share
 from .receipt_signer import ReceiptSigner
-from .session_control import SessionControl, ending
-from .worker import Worker
+from .session_control import SessionControl
 
 logger = logging.getLogger(__name__)
 
 _FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
 _FREED_S: Final = 0.25  # for a client's former sessions to be out, before it is told that there is no room
-
-
-@dataclass(frozen=True, slots=True)
-class ServedSpan:
-    """What this node computes, for admission to check against."""
-
-    spec: ModelSpec
-    span: BlockSpan
-    dtype: str
-    cache: PagedCache
-    worker: Worker
 
 
 class SpanServer:
@@ -97,7 +83,7 @@ class SpanServer:
 
     @property
     def sessions(self) -> int:
-        """How many sessions are open."""
+        """Number of open sessions."""
         return len(self._sessions)
 
     @property
@@ -125,7 +111,7 @@ class SpanServer:
         with trio.move_on_after(within_s):
             async with trio.open_nursery() as nursery:
                 for session in self._sessions.values():
-                    nursery.start_soon(session.say_leaving, within_s)
+                    nursery.start_soon(session.neighbours.say_leaving, within_s)
             while self._sessions:
                 await self._changed.wait()
 
@@ -167,7 +153,7 @@ class SpanServer:
             await self._turn_away(control, Refused("no_session", "you have no such session here"))
             return
         control.max_payload_bytes = self._largest_payload
-        await session.go_on_at(control)
+        await session.neighbours.go_on_at(control)
 
     async def _turn_away(self, control: FrameStream, refused: Refused) -> None:
         with trio.move_on_after(_FAREWELL_S):
@@ -199,8 +185,8 @@ class SpanServer:
             raise SessionRefusal(
                 "wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})"
             )
-        if not (served.span.start <= opening.start < opening.stop <= served.span.stop):
-            raise SessionRefusal("wrong_span", f"this node holds blocks {served.span}")
+        if not (served.runner.span.start <= opening.start < opening.stop <= served.runner.span.stop):
+            raise SessionRefusal("wrong_span", f"this node holds blocks {served.runner.span}")
         if opening.session in self._sessions:
             raise SessionRefusal("busy", "this session is already open")
         if len(self._sessions) >= config.max_sessions:
@@ -210,7 +196,6 @@ class SpanServer:
             raise SessionRefusal(
                 "busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit"
             )
-        hidden_size = served.spec.hidden_size
         lease = self._reserve_cache(opening, sum(session.reserved_tokens for session in theirs))
         try:
             replay = self._reserve_replay(opening, sum(session.reserved_replay_bytes for session in theirs))
@@ -221,12 +206,11 @@ class SpanServer:
             opening,
             client_id,
             control,
-            hidden_size=hidden_size,
+            served=served,
             lease=lease,
             replay=replay,
-            worker=served.worker,
             config=config,
-            notary=ReceiptSigner(opening, served.dtype, self._host.sign),
+            signer=ReceiptSigner(opening, served.runner.dtype_name, self._host.sign),
             evidence=self._evidence,
         )
         self._sessions[opening.session] = session
@@ -239,7 +223,7 @@ class SpanServer:
 
     def _reserve_cache(self, opening: Open, held: int) -> CacheLease:
         """`held` is what other sessions of the same client have reserved, in tokens."""
-        cache, share = self._served.cache, self._config.client_share
+        cache, share = self._served.runner.cache, self._config.client_share
         fits = left_of_share(held, cache.free_tokens, share) // cache.page_tokens * cache.page_tokens
         try:
             lease = cache.reserve(opening.max_tokens)
@@ -277,30 +261,32 @@ class SpanServer:
 
     async def _run(self, session: HopSession) -> None:
         """Everything between a session's admission and its end."""
+        lifetime, neighbours = session.lifetime, session.neighbours
         try:
             await SessionControl(session, self._host, self._config, self._opened(), self._notify).run()
         finally:
             session.close()
             del self._sessions[session.opening.session]
             self._notify()
-            reason = str(session.ended_by) if session.ended_by else "done"
-            if session.ended_by is not None:
-                self._host.counts.add("refusals", session.ended_by.code)
-            self._report(SessionClosed(session.client_id, session.tokens_computed, reason, self.sessions))
+            refusal = lifetime.ended_by
+            reason = "done" if refusal is None else str(refusal)
+            if refusal is not None:
+                self._host.counts.add("refusals", refusal.code)
+            tokens = session.outbox.tokens_computed
+            self._report(SessionClosed(session.client_id, tokens, reason, self.sessions))
             self._on_change()
         # The session is over, whether its client listens or not.
         with trio.move_on_after(_FAREWELL_S):
-            if session.ended_by is not None:
-                refusal = session.ended_by
+            if refusal is not None:
                 with suppress(PeerVanished):
-                    await session.refuse(refusal.code, str(refusal), refusal.about_peer)
-            await session.control.end()
-        session.leave()
+                    await neighbours.refuse(refusal.code, str(refusal), refusal.about_peer)
+            await neighbours.control.end()
+        neighbours.leave()
 
     def _opened(self) -> Opened:
         config = self._config
         return Opened(
-            self._served.dtype,
+            self._served.runner.dtype_name,
             config.max_chunk_tokens,
             config.max_steps_in_flight,
             config.max_bytes_in_flight,
@@ -321,24 +307,12 @@ class SpanServer:
                 await chain.end()
                 return
             chain.max_payload_bytes = self._largest_payload
-            with session.scope(), session.predecessors.feeding(stream.peer_id), ending(session):
+            lifetime, predecessors = session.lifetime, session.neighbours.predecessors
+            with lifetime.scope(), predecessors.feeding(stream.peer_id), lifetime.guard():
                 await chain.send(Attached())
-                await self._read_chain(session, chain)
+                await session.read(chain, partial(_answer_on_chain, chain), has_steps=True)
             with trio.CancelScope(shield=True), trio.move_on_after(_FAREWELL_S):
                 await chain.end()  # so that it is no broken stream to the predecessor
-
-    async def _read_chain(self, session: HopSession, chain: FrameStream) -> None:
-        while True:
-            message, payload = await chain.receive()
-            match message:
-                case Step():
-                    session.accept(message, payload, chain)
-                case Probe():
-                    await chain.send(Alive(message.number))
-                case End():
-                    return
-                case _:
-                    raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
 
     async def _await_session(self, session_id: SessionId, peer_id: str) -> HopSession | None:
         """The session of that id that expects the peer; the client's own word may still be on its way."""
@@ -346,7 +320,7 @@ class SpanServer:
             while True:
                 changed = self._changed
                 session = self._sessions.get(session_id)
-                if session is not None and session.predecessors.expects(peer_id):
+                if session is not None and session.neighbours.predecessors.expects(peer_id):
                     return session
                 await changed.wait()
         return None
@@ -368,8 +342,15 @@ class SpanServer:
         raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
 
 
+async def _answer_on_chain(chain: FrameStream, message: Message) -> None:
+    """Answer what a predecessor says beside its steps."""
+    if not isinstance(message, Probe):
+        raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
+    await chain.send(Alive(message.number))
+
+
 def _not_a_client(peer_id: str, why: str) -> str:
-    """What a client that the lists shut out is told. It may be of any version: how to ask stands in here."""
+    """Answer to a client that the lists shut out. It may be of any version: how to ask stands in here."""
     return (
         f"this node does not serve client {peer_id}: {why}; ask its operator to add that id, "
         "which a client keeps by --identity FILE and otherwise changes at every start"

@@ -20,10 +20,12 @@ import trio
 
 from p2pinfer.errors import CacheFull
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.span import BlockSpan
 
 from .capacity import time_steps
+from .forward import ForwardPass
 from .pace import Pace
-from .worker import Done, Job, Worker
+from .worker import BatchReport, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,21 @@ def quickest(seconds: Mapping[int, float], current: int) -> int:
     """The number of threads whose steps are shortest; the current one unless another is worth a change."""
     best = min(seconds, key=lambda number: seconds[number])
     return best if seconds[best] * GAIN < seconds[current] else current
+
+
+class _TimedStep(ForwardPass):
+    """A step that only its duration is wanted of."""
+
+    def __init__(
+        self, runner: SpanRunner, span: BlockSpan | None, chunk: Chunk, client: str, submitted_at: float
+    ) -> None:
+        super().__init__(runner, span, chunk, client, submitted_at)
+        self.delivered = trio.Event()
+        self.seconds = 0.0
+
+    def deliver(self, report: BatchReport) -> None:
+        self.seconds = report.compute_s
+        self.delivered.set()
 
 
 class Tuner:
@@ -136,16 +153,10 @@ class Tuner:
         return [max(each, 1e-9) for each in seconds[1:]]
 
     async def _step(self, chunk: Chunk) -> float:
-        finished = trio.Event()
-        results: list[Done] = []
-
-        def take(done: Done) -> None:
-            results.append(done)
-            finished.set()
-
-        self._worker.submit(Job(chunk, self._runner.span, lambda: False, take, self._worker.now))
-        await finished.wait()
-        return results[0].compute_s
+        step = _TimedStep(self._runner, None, chunk, "", self._worker.now)
+        self._worker.submit(step)
+        await step.delivered.wait()
+        return step.seconds
 
     @property
     def _width(self) -> int:

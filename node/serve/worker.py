@@ -1,14 +1,14 @@
-"""The one thread that owns the device, and the continuous batcher in it.
+"""Worker: the one thread that owns the device, and the continuous batcher in it.
 
-trio tasks submit jobs and go on; the thread takes every job that is ready, of all sessions, as one packed
-batch, and hands the outputs back to the event loop in one call per batch. While a batch computes, the next
-one collects, and before it begins it waits a moment for sessions that are due back (see `returns`). Jobs of
-one session run in the order they came, at most one of them in a batch. Prefill is bounded per batch and
+trio tasks submit work and go on. The thread takes all that is ready, of all sessions, as one batch, has it
+run itself, and lets it deliver its results in one turn of the event loop. While a batch computes, the next
+one collects, and before it begins it waits a moment for sessions that are due back (see `return_times`). Work
+of one session is done in the order it came, at most one piece in a batch. Prefill is bounded per batch and
 decode steps ride along, so a long prompt delays nobody by more than one chunk. Clients take turns (see
-`fair`), and while others wait, nobody has more than `client_steps` decode steps in a batch.
+`fair_queue`), and while others wait, nobody has more than `client_steps` decode steps in a batch.
 
-Only this thread touches tensors on the device and the lengths of leases; pages are reserved and given back
-in the event loop alone.
+What is computed is none of the batcher's business: see `Work`. Only this thread touches tensors on the device
+and the lengths of leases; pages are reserved and given back in the event loop alone.
 """
 
 from __future__ import annotations
@@ -18,18 +18,14 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import trio
-from torch import Tensor
 
-from p2pinfer.errors import P2PInferError
 from p2pinfer.models.compute.cache import CacheLease
-from p2pinfer.models.compute.runner import Chunk
-from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.transport.counters import Counts
 
 from .fair_queue import FairQueue
@@ -37,71 +33,98 @@ from .return_times import ReturnTimes
 
 logger = logging.getLogger(__name__)
 
-DECODE_TOKENS: Final = 16  # a step of at most this many tokens is never held back by a batch's token limit
 PATIENCE: Final = 1.0  # of the last decode batch's time: how long the next one may wait for sessions
 
 
-class Runner(Protocol):
-    """What the worker needs of a `SpanRunner`."""
+class BatchReport(NamedTuple):
+    """Times and size of a batch, in seconds of the worker's clock and in tokens."""
 
-    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]: ...
+    started_at: float
+    ran_s: float
+    compute_s: float  # the same, and what finishing took
+    tokens: int  # of the work that was run
+
+
+class Work(Protocol):
+    """Something to be done on the device, which knows how to do itself.
+
+    A piece of work is run with others of an equal `batch_key`, is finished, and is delivered, in this order.
+    What is not among what `run` returns was dropped, and is delivered without being finished. The attributes
+    stay as they are while it waits.
+
+    Attributes:
+        batch_key: What it has in common with all that it may share a batch with: the kind, the device's part.
+        session: Whose work is done in the order in which it came; what `Worker.release` is called with.
+        client: Who takes turns with others.
+        tokens: How much work it is.
+        is_decode: True if it is so little that no limit on a batch's tokens holds it back.
+        submitted_at: When it came, in seconds of the worker's clock.
+    """
+
+    @property
+    def batch_key(self) -> object: ...
+    @property
+    def session(self) -> Hashable: ...
+    @property
+    def client(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def is_decode(self) -> bool: ...
+    @property
+    def submitted_at(self) -> float: ...
+
+    def run(self, batch: Sequence[Any]) -> Sequence[Work]:
+        """Do a batch, whose first piece this is; in the worker's thread.
+
+        A batch that raises is run again piece by piece, so that only the guilty one fails.
+
+        Returns:
+            The pieces that were done; others are not wanted any more, or are not right.
+        """
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what `run` or `finish` raised; in the worker's thread."""
+        ...
+
+    def finish(self) -> None:
+        """Do what is left, like encoding a result; in the worker's thread, while the event loop wakes up."""
+        ...
+
+    def deliver(self, report: BatchReport) -> None:
+        """Hand the result to whom it is for; in the event loop. It must not raise."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What became of a job. Times are seconds, taken in the worker's thread."""
+class _Call:
+    """Something quick for the thread to call between batches."""
 
-    output: Tensor | None  # (tokens, hidden); None if the job was dropped or failed
-    error: Exception | None
-    queue_s: float
-    compute_s: float
-    batch_tokens: int
-    payload: bytes = b""  # the output as the job's `encode` has it travel
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """A chunk to compute. `is_stale` is asked once, just before computing: True drops it unread."""
-
-    chunk: Chunk
-    span: BlockSpan  # the blocks to run; only jobs of the same span share a batch
-    is_stale: Callable[[], bool]
-    on_done: Callable[[Done], None]  # called in the event loop
-    submitted_at: float  # seconds of the worker's clock
-    client: str = ""  # whose it is
-    check: Callable[[], None] | None = (
-        None  # what raises if the chunk must not be computed; may take its time
-    )
-    encode: Callable[[Tensor], bytes] | None = None  # the same for the output on its way out
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether this is a step rather than a piece of a prompt."""
-        return len(self.chunk.hidden) <= DECODE_TOKENS
+    function: Callable[[], None]
 
 
 class Worker:
-    """Computes jobs in batches, in a thread of its own. See `open_worker`."""
+    """Runs work in batches, in a thread of its own. See `open_worker`."""
 
     def __init__(
         self,
-        runner: Runner,
         max_batch_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
         *,
         client_steps: int = 32,
         counts: Counts | None = None,
-        on_step: Callable[[BlockSpan, float], None] | None = None,
     ) -> None:
-        self._runner = runner
         self._max_batch_tokens = max_batch_tokens
         self._client_steps = client_steps
         self._counts = counts or Counts()
-        self._on_step = on_step
         self._clock = clock
-        self._arrivals: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: FairQueue[Job] = FairQueue()
-        self._returns: ReturnTimes[CacheLease] = ReturnTimes()
+        self._arrivals: queue.SimpleQueue[Work | _Call | None] = queue.SimpleQueue()
+        self._newcomers: list[Work] = []  # what waits and is not in line yet
+        self._line: FairQueue[Work] = FairQueue()
+        self._waiting = 0  # in line, and newcomers
+        self._waiting_prefills = 0
+        self._returns: ReturnTimes[Hashable] = ReturnTimes()
         self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.Thread(target=self._work, name="p2pinfer-worker", daemon=True)
@@ -117,21 +140,21 @@ class Worker:
 
     @property
     def queued(self) -> int:
-        """How many jobs wait, at about this moment."""
-        return len(self._waiting) + self._arrivals.qsize()
+        """Pieces of work that wait, at about this moment."""
+        return self._waiting + self._arrivals.qsize()
 
     @property
     def now(self) -> float:
-        """Seconds of the clock that jobs are timed by."""
+        """Seconds of the clock that work is timed by."""
         return self._clock()
 
     def call(self, function: Callable[[], None]) -> None:
         """Have the worker's thread call something quick before what is submitted from here on."""
-        self._arrivals.put(function)
+        self._arrivals.put(_Call(function))
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; returns at once. Its `on_done` is called in any case, until the worker closes."""
-        self._arrivals.put(job)
+    def submit(self, work: Work) -> None:
+        """Queue work; returns at once. It is delivered in any case, until the worker closes."""
+        self._arrivals.put(work)
 
     def release(self, lease: CacheLease) -> None:
         """Give a session's cache back, after whatever of it is being computed at the moment.
@@ -143,12 +166,12 @@ class Worker:
             self._returns.forget(lease)
             self._token.run_sync_soon(lease.release)
 
-        self._arrivals.put(forget)
+        self.call(forget)
 
     async def released(self) -> None:
         """Wait until every cache that was given to `release` before now is back."""
         back = trio.Event()
-        self._arrivals.put(lambda: self._token.run_sync_soon(back.set))
+        self.call(lambda: self._token.run_sync_soon(back.set))
         await back.wait()
 
     def _work(self) -> None:
@@ -159,22 +182,25 @@ class Worker:
                     return
 
     def _collect(self, wait_s: float | None) -> bool:
-        """Move what has arrived to the waiting line, after a wait for the first of it; None waits for ever.
+        """Take in what has arrived, after a wait for the first of it; None waits for ever.
 
         Returns:
             False when the worker is to stop.
         """
+        arrivals = self._arrivals
         try:
-            while wait_s != 0 or not self._arrivals.empty():
-                arrival = self._arrivals.get(timeout=wait_s)
+            while wait_s != 0 or not arrivals.empty():
+                arrival = arrivals.get(timeout=wait_s)
                 wait_s = 0
                 if arrival is None:
                     return False
-                if isinstance(arrival, Job):
-                    self._waiting.add(arrival.client, len(arrival.chunk.hidden), arrival)
-                    self._returns.arrive(arrival.chunk.lease, arrival.submitted_at)
+                if isinstance(arrival, _Call):
+                    arrival.function()
                 else:
-                    arrival()
+                    self._newcomers.append(arrival)
+                    self._waiting += 1
+                    self._waiting_prefills += not arrival.is_decode
+                    self._returns.arrive(arrival.session, arrival.submitted_at)
         except queue.Empty:
             pass
         return True
@@ -186,7 +212,7 @@ class Worker:
             False when the worker is to stop.
         """
         started = self._clock()
-        while self._waiting and _all_decode(self._waiting):
+        while self._waiting and not self._waiting_prefills:
             now = self._clock()
             left_s = self._returns.wait_until(now, started + self._patience_s - now) - now
             if left_s <= 0:
@@ -195,148 +221,109 @@ class Worker:
                 return False
         return True
 
-    def _next_batch(self) -> list[Job]:
-        """The next jobs that fit together: one a lease, prefill bounded, and decode for each client."""
-        if not self._waiting:
-            return []
-        batch: list[Job] = []
-        taken: set[int] = set()
-        room = self._max_batch_tokens
-        most_steps = self._client_steps if len(self._waiting.clients()) > 1 else len(self._waiting)
-        steps = Counter[str]()
-        for job in self._waiting:
-            tokens, lease = len(job.chunk.hidden), id(job.chunk.lease)
-            if job.is_decode:
-                fits = steps[job.client] < most_steps
-            else:
-                fits = tokens <= room or room == self._max_batch_tokens
-            if fits and lease not in taken and not (batch and job.span != batch[0].span):
-                batch.append(job)
-                room -= 0 if job.is_decode else tokens
-                steps[job.client] += job.is_decode
-            taken.add(lease)
-        self._waiting.take(batch)
+    def _next_batch(self) -> list[Work]:
+        """The next pieces that fit together."""
+        newcomers = self._newcomers
+        if self._waiting == 1 and newcomers:
+            batch = (
+                newcomers  # whoever is alone needs no line: it would be empty again as if nothing had been
+            )
+        else:
+            for work in newcomers:
+                self._line.add(work.client, work.tokens, work)
+            batch = self._chosen() if self._waiting else []
+        self._newcomers = []
+        self._waiting -= len(batch)
+        for work in batch:
+            self._waiting_prefills -= not work.is_decode
         return batch
 
-    def _compute(self, batch: list[Job]) -> None:
-        started = self._clock()
-        stale: list[Job] = []
-        live: list[Job] = []
-        wrong: list[tuple[Job, Exception]] = []
-        for job in batch:
-            if job.is_stale():
-                stale.append(job)
-            elif (error := _complaint(job)) is not None:
-                wrong.append((job, error))
+    def _chosen(self) -> list[Work]:
+        """From the line: one piece a session, prefill bounded, and decode for each client."""
+        batch: list[Work] = []
+        taken: set[Hashable] = set()
+        room = self._max_batch_tokens
+        most_steps = self._client_steps if len(self._line.clients()) > 1 else self._waiting
+        steps = Counter[str]()
+        for work in self._line:
+            if work.is_decode:
+                fits = steps[work.client] < most_steps
             else:
-                live.append(job)
-        results = self._run(live)
+                fits = work.tokens <= room or room == self._max_batch_tokens
+            if fits and work.session not in taken and (not batch or work.batch_key == batch[0].batch_key):
+                batch.append(work)
+                room -= 0 if work.is_decode else work.tokens
+                steps[work.client] += work.is_decode
+            taken.add(work.session)
+        self._line.take(batch)
+        return batch
+
+    def _compute(self, batch: list[Work]) -> None:
+        started = self._clock()
+        done = self._run(batch)
         ran_s = self._clock() - started
-        self._wake_loop()  # a quarter of a millisecond, in which the outputs are encoded
-        payloads = [_encoded(job, output) for job, (output, _) in zip(live, results, strict=True)]
+        with suppress(trio.RunFinishedError):  # a quarter of a millisecond, in which results are finished
+            self._token.run_sync_soon(_nothing, idempotent=True)
+        tokens, all_decode = 0, True
+        for work in done:
+            tokens += work.tokens
+            all_decode &= work.is_decode
+            try:
+                work.finish()
+            except Exception as exc:  # as in `_run`
+                logger.exception("a step of %s tokens was computed and cannot be sent", work.tokens)
+                work.fail(exc)
         seconds = self._clock() - started
-        total = sum(len(job.chunk.hidden) for job in live)
-        self._count(live, total)
-        calls = [
-            (job, Done(output, error, started - job.submitted_at, seconds, total, payload))
-            for job, (output, error), payload in zip(live, results, payloads, strict=True)
-        ]
-        calls += [(job, Done(None, None, started - job.submitted_at, 0.0, 0)) for job in stale]
-        calls += [(job, Done(None, error, started - job.submitted_at, 0.0, 0)) for job, error in wrong]
+        if done:
+            self._counts.add_batch(len(done), tokens)
         try:
-            if self._on_step is not None and _is_one_step(results):
-                self._token.run_sync_soon(self._on_step, live[0].span, ran_s)
-            self._token.run_sync_soon(_deliver, calls)
+            self._token.run_sync_soon(_deliver, batch, BatchReport(started, ran_s, seconds, tokens))
         except trio.RunFinishedError:
-            logger.debug("the event loop ended before %s results", len(calls))
+            logger.debug("the event loop ended before %s results", len(batch))
         # While the event loop wakes up:
-        self._let_go(live, started + seconds)
-        if _all_decode(live):
+        self._let_go(done, started + seconds)
+        if all_decode:
             self._patience_s = PATIENCE * seconds
 
-    def _wake_loop(self) -> None:
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(_nothing, idempotent=True)
-
-    def _count(self, jobs: list[Job], tokens: int) -> None:
-        if jobs:
-            self._counts.add("batches")
-            self._counts.add("steps", by=len(jobs))
-            self._counts.add("tokens", by=tokens)
-
-    def _let_go(self, jobs: list[Job], now: float) -> None:
+    def _let_go(self, done: Sequence[Work], now: float) -> None:
         """Note who is to come back; who prefills, or has more steps here already, is not waited for."""
-        here = {id(job.chunk.lease) for job in self._waiting}
-        for job in jobs:
-            if job.is_decode and id(job.chunk.lease) not in here:
-                self._returns.leave(job.chunk.lease, now)
+        here = {work.session for work in self._line} if self._waiting else ()
+        for work in done:
+            if work.is_decode and work.session not in here:
+                self._returns.leave(work.session, now)
             else:
-                self._returns.forget(job.chunk.lease)
+                self._returns.forget(work.session)
 
-    def _run(self, jobs: list[Job]) -> list[tuple[Tensor | None, Exception | None]]:
-        """Each job's output or error. A batch that fails is run job by job: only the guilty one fails."""
-        if not jobs:
-            return []
+    def _run(self, batch: list[Work]) -> Sequence[Work]:
+        """Run a batch, or its pieces one by one if that fails; returns what was done or failed."""
         try:
-            outputs = self._runner.run([job.chunk for job in jobs], jobs[0].span)
-            return [(output, None) for output in outputs]
+            return batch[0].run(batch)
         except Exception as exc:  # whatever went wrong, the session must hear of it and the thread go on
-            if len(jobs) > 1:
-                return [result for job in jobs for result in self._run([job])]
-            logger.exception("a step of %s tokens failed", len(jobs[0].chunk.hidden))
-            return [(None, exc)]
-
-
-def _complaint(job: Job) -> Exception | None:
-    """What the job's own check has against it."""
-    try:
-        if job.check is not None:
-            job.check()
-    except P2PInferError as exc:
-        return exc
-    return None
-
-
-def _encoded(job: Job, output: Tensor | None) -> bytes:
-    return b"" if output is None or job.encode is None else job.encode(output)
-
-
-def _is_one_step(results: Sequence[tuple[Tensor | None, Exception | None]]) -> bool:
-    """Whether a batch was one token of one session, and came out."""
-    return len(results) == 1 and (output := results[0][0]) is not None and len(output) == 1
-
-
-def _all_decode(jobs: Iterable[Job]) -> bool:
-    return all(job.is_decode for job in jobs)
+            if len(batch) > 1:
+                return [each for work in batch for each in self._run([work])]
+            logger.exception("a step of %s tokens failed", batch[0].tokens)
+            batch[0].fail(exc)
+            return batch
 
 
 def _nothing() -> None: ...
 
 
-def _deliver(calls: list[tuple[Job, Done]]) -> None:
-    for job, done in calls:
-        job.on_done(done)
+def _deliver(batch: list[Work], report: BatchReport) -> None:
+    for work in batch:
+        work.deliver(report)
 
 
 @asynccontextmanager
 async def open_worker(
-    runner: Runner,
     max_batch_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
     *,
     client_steps: int = 32,
     counts: Counts | None = None,
-    on_step: Callable[[BlockSpan, float], None] | None = None,
 ) -> AsyncGenerator[Worker]:
-    """A running worker; on exit it finishes the batch at hand and its thread ends.
-
-    Args:
-        on_step: Called in the event loop with the blocks and the seconds of every step of one token that had
-            the device to itself.
-    """
-    worker = Worker(
-        runner, max_batch_tokens, clock, client_steps=client_steps, counts=counts, on_step=on_step
-    )
+    """Open a running worker; on exit it finishes the batch at hand and its thread ends."""
+    worker = Worker(max_batch_tokens, clock, client_steps=client_steps, counts=counts)
     worker.start()
     try:
         yield worker

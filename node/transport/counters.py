@@ -52,6 +52,13 @@ class Counts:
         """Count something. `label` must be one of few words of ours, never one that a peer chose."""
         self._counted[name, label] += by
 
+    def add_batch(self, steps: int, tokens: int) -> None:
+        """Count a batch, in one call: it is on the way of every token."""
+        counted = self._counted
+        counted["batches", ""] += 1
+        counted["steps", ""] += steps
+        counted["tokens", ""] += tokens
+
     def total(self, name: Name, label: str | None = None) -> int:
         """Count under a name, and under one label of it if that is given."""
         return sum(

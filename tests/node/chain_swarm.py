@@ -24,7 +24,9 @@ from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
-from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.forward import ServedSpan
+from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session, start_session
@@ -111,9 +113,9 @@ async def open_swarm(checkpoint: Checkpoint, *cuts: int, **limits: float) -> Asy
         for name, start, stop in zip("abcd", bounds, bounds[1:], strict=False):
             span = BlockSpan(start, stop)
             runner = open_runner(checkpoint, span, FLOAT32)
-            worker = open_worker(runner, config.max_batch_tokens)
+            worker = open_worker(config.max_batch_tokens)
             workers.append(worker)
-            served = ServedSpan(checkpoint.spec, span, "float32", runner.cache, await worker.__aenter__())
+            served = ServedSpan(checkpoint.spec, runner, await worker.__aenter__(), Pace(100.0))
             server = SpanServer(
                 swarm.network.host(name),
                 served,

@@ -19,7 +19,9 @@ from p2pinfer.node.events import Event
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.reach.reach import Reach, ReachStatus
 from p2pinfer.node.reach.reachability import Reachability
-from p2pinfer.node.serve.server import ServedSpan, SpanServer
+from p2pinfer.node.serve.forward import ServedSpan
+from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.worker import open_worker
 from p2pinfer.node.swarm.bootstrap import BootstrapOutcome, Neighbourhood
 from p2pinfer.node.swarm.gossip import Gossip
@@ -160,8 +162,8 @@ class MemorySwarm:
         """Let a new peer serve a span, and announce it."""
         config = config or ServeConfig()
         runner = open_runner(self.checkpoint, BlockSpan(start, stop), compute)
-        worker = await self._stack.enter_async_context(open_worker(runner, config.max_batch_tokens))
-        offered = ServedSpan(self.spec, runner.span, runner.dtype_name, runner.cache, worker)
+        worker = await self._stack.enter_async_context(open_worker(config.max_batch_tokens))
+        offered = ServedSpan(self.spec, runner, worker, Pace(tokens_per_s))
         host = self.network.host(peer_id)
         evidence = EvidenceStore(64 << 20, 900)
         serve_evidence(host, evidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -16,106 +17,207 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerRefused
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.cache import CacheLease
-from p2pinfer.models.compute.runner import Chunk
+from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Opened, Result, Step
-from p2pinfer.node.serve.hop_session import HopSession, SessionRefusal
+from p2pinfer.node.serve.forward import ServedSpan, StepWork
+from p2pinfer.node.serve.hop_session import HopSession
+from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
-from p2pinfer.node.serve.worker import Done, Job, Worker
+from p2pinfer.node.serve.worker import BatchReport, Worker
 from p2pinfer.routing.route import Hop, Route
 
 from ..chain_swarm import assert_close, hidden_states, local_output, open_swarm, refusal
 from ..memory import sign
 
 
-class Inbox:
-    """A worker that only collects."""
+class Echo:
+    """Blocks that compute nothing."""
+
+    span = BlockSpan(0, 1)
+
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
+        return [chunk.hidden for chunk in chunks]
+
+
+class Lease:
+    """What nobody asks anything."""
+
+
+class Collector:
+    """A worker that does what it is given when it is told to."""
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self.works: list[StepWork] = []
         self.released: list[object] = []
 
-    def submit(self, job: Job) -> None:
-        self.jobs.append(job)
+    def submit(self, work: StepWork) -> None:
+        self.works.append(work)
 
     def release(self, lease: object) -> None:
         self.released.append(lease)
 
+    def wanted(self) -> list[bool]:
+        """Of each piece, whether it would be computed."""
+        return [work.is_wanted() for work in self.works]
+
     def finish(self) -> None:
-        """Compute everything that is not stale: outputs are inputs."""
-        for job in self.jobs:
-            output = None if job.is_stale() else job.chunk.hidden
-            job.on_done(Done(output, None, 0.0, 0.0, 1))
-        self.jobs.clear()
+        """Compute everything that is wanted, piece by piece."""
+        for work in self.works:
+            done = work.run([work])
+            for each in done:
+                each.finish()
+            work.deliver(BatchReport(0.0, 0.0, 0.0, len(done)))
+        self.works.clear()
 
 
-def open_hop(worker: Inbox) -> tuple[HopSession, FrameStream]:
+@dataclass(frozen=True)
+class Spec:
+    hidden_size: int = 2
+
+
+def open_hop(worker: Collector, pace: Pace | None = None) -> tuple[HopSession, FrameStream]:
     ours, theirs = trio.testing.memory_stream_pair()
     opening = Open(b"s" * 16, "r", 0, 1, 64, "float32")
+    served = ServedSpan(
+        cast(ModelSpec, Spec()), cast(SpanRunner, Echo()), cast(Worker, worker), pace or Pace(1.0)
+    )
     session = HopSession(
         opening,
         "client",
         FrameStream(ours, max_payload_bytes=1000, peer_id="client"),
-        hidden_size=2,
-        lease=cast(CacheLease, object()),
+        served=served,
+        lease=cast(CacheLease, Lease()),
         replay=None,
-        worker=cast(Worker, worker),
         config=ServeConfig(max_steps_in_flight=16),
-        notary=ReceiptSigner(opening, "float32", partial(sign, "hop")),
+        signer=ReceiptSigner(opening, "float32", partial(sign, "hop")),
         evidence=EvidenceStore(1 << 20, 900),
     )
     return session, FrameStream(theirs, max_payload_bytes=1000)
 
 
 def send(session: HopSession, number: int, epoch: int, position: int, tokens: int) -> None:
-    session.accept(Step(number, epoch, position, tokens, 1), bytearray(8 * tokens), session.control)
+    step = Step(number, epoch, position, tokens, 1)
+    session.accept(step, bytearray(8 * tokens), session.neighbours.control)
 
 
 async def test_a_higher_epoch_drops_what_begins_at_or_after_it_and_nothing_before() -> None:
-    worker = Inbox()
+    worker = Collector()
     session, client = open_hop(worker)
     for number, position in enumerate([0, 4, 6, 8]):
         send(session, number, 0, position, 4 if number == 0 else 2)
     send(session, 4, 1, 6, 2)
-    assert [job.is_stale() for job in worker.jobs] == [False, False, True, True, False]
+    assert worker.wanted() == [True, True, False, False, True]
     send(session, 5, 2, 7, 1)
-    assert [job.is_stale() for job in worker.jobs] == [False, False, True, True, False, False]
+    assert worker.wanted() == [True, True, False, False, True, True]
     send(session, 6, 3, 2, 1)
-    assert [job.is_stale() for job in worker.jobs] == [False, True, True, True, True, True, False]
+    assert worker.wanted() == [True, False, False, False, False, False, True]
     worker.finish()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(session.forward)
+        nursery.start_soon(session.outbox.send_computed)
         answered = [(await client.receive())[0] for _ in range(2)]
         assert [message.number for message in answered if isinstance(message, Result)] == [0, 6]
         # With nothing in flight the roll-backs are history: the same positions count again.
         send(session, 7, 3, 3, 1)
-        assert not worker.jobs[0].is_stale()
+        assert worker.wanted() == [True]
         nursery.cancel_scope.cancel()
 
 
 async def test_results_for_a_closed_session_go_nowhere() -> None:
-    worker = Inbox()
+    worker = Collector()
     session, _ = open_hop(worker)
     send(session, 0, 0, 0, 1)
+    send(session, 1, 0, 1, 1)
+    done = worker.works[0].run([worker.works[0]])
     session.close()
     session.close()
-    assert worker.jobs[0].is_stale() and len(worker.released) == 1
-    worker.jobs[0].on_done(Done(torch.zeros(1, 2), None, 0.0, 0.0, 1))
+    assert worker.wanted() == [False, False] and len(worker.released) == 1
+    assert len(done) == 1
+    for work in worker.works:
+        work.deliver(BatchReport(0.0, 0.0, 0.0, 1))
+    assert session.lifetime.ended_by is None
 
 
-async def test_the_first_reason_to_end_counts_and_later_scopes_are_cancelled_too() -> None:
-    session, _ = open_hop(Inbox())
-    with session.scope():
-        session.end(SessionRefusal("protocol", "first"))
-        session.end(SessionRefusal("busy", "second"))
-        await trio.sleep_forever()
-    with session.scope():
-        await trio.sleep_forever()
-    assert str(session.ended_by) == "first"
+async def test_what_is_not_finite_ends_the_session_and_is_not_computed_nor_what_follows() -> None:
+    worker = Collector()
+    session, _ = open_hop(worker)
+    step = Step(0, 0, 0, 1, 1)
+    session.accept(step, bytearray(b"\0\0\xc0\x7f" * 2), session.neighbours.control)
+    send(session, 1, 0, 1, 1)
+    assert worker.wanted() == [False, False]
+    worker.finish()
+    ended_by = session.lifetime.ended_by
+    assert ended_by is not None and (ended_by.code, ended_by.about_peer) == ("wrong_input", "client")
+
+
+async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_pace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Not a prompt, not one that failed, not several at once, not a part of the blocks."""
+    noted: list[float] = []
+
+    class Noting(Pace):
+        def add(self, seconds: float, now: float) -> None:
+            noted.append(seconds)
+
+    worker = Collector()
+    session, _ = open_hop(worker, Noting(1.0))
+    for number, (position, tokens) in enumerate([(0, 3), (3, 1), (4, 1), (5, 1)]):
+        send(session, number, 0, position, tokens)
+    prompt, alone, with_another, dropped = worker.works
+    for work in (prompt, alone, with_another):
+        work.run([work])
+    part = StepWork(
+        replace(session._context, span=BlockSpan(0, 1)),  # pyright: ignore[reportPrivateUsage]
+        Step(4, 0, 6, 1, 1),
+        torch.zeros(1, 2),
+        bytearray(8),
+        session.neighbours.control,
+        0.0,
+    )
+    part.run([part])
+    for seconds, (work, tokens) in enumerate(
+        [(prompt, 3), (alone, 1), (with_another, 2), (dropped, 1), (part, 1)]
+    ):
+        work.deliver(BatchReport(0.0, seconds, seconds, tokens))
+    assert noted == [1]
+
+
+async def test_a_step_is_taken_from_who_is_expected_and_from_nobody_else() -> None:
+    worker = Collector()
+    session, _ = open_hop(worker)
+    control = session.neighbours.control
+    other, stranger = (
+        FrameStream(trio.testing.memory_stream_pair()[0], max_payload_bytes=0, peer_id=name)
+        for name in ("b", "mallory")
+    )
+    session.neighbours.expect("b")
+
+    def accept(number: int, feeder: FrameStream, replay: int = 0) -> None:
+        session.accept(Step(number, 0, number, 1, 1, replay=replay), bytearray(8), feeder)
+
+    def taken() -> list[int]:
+        return [work.step.number for work in worker.works]
+
+    accept(0, control)
+    accept(9, stranger)  # far too late a position, which would be a violation
+    accept(1, other, replay=1)
+    accept(2, control)
+    assert taken() == [0, 1, 2]
+    accept(3, other)  # which takes over
+    accept(9, control)
+    accept(4, other)
+    assert taken() == [0, 1, 2, 3, 4]
+    session.neighbours.expect("client")  # and back again
+    accept(5, other)
+    accept(6, control)
+    accept(9, other)
+    assert taken() == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 6), (2, 3, 7)])

@@ -116,7 +116,7 @@ async def open_tuner(
     computer, pace = Computer(runner, seconds), Pace(start)
     runner.set_threads(threads)
     tuned = Tuned(computer, pace)
-    async with open_worker(runner, 64, lambda: computer.now) as worker:
+    async with open_worker(64, lambda: computer.now) as worker:
         tuner = Tuner(runner, worker, pace, tuned.is_idle, threads=threads, cores=cores)
         yield tuner, tuned
 

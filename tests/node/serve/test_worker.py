@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
@@ -14,7 +15,8 @@ from p2pinfer.errors import WrongOutput
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.serve.worker import Done, Job, Worker, open_worker
+from p2pinfer.node.serve.forward import ForwardPass
+from p2pinfer.node.serve.worker import BatchReport, Worker, open_worker
 from p2pinfer.node.transport.counters import Counts
 
 
@@ -47,12 +49,41 @@ class Recorder:
         return [chunk.hidden + 1 for chunk in chunks]
 
 
-class Results:
-    """Collects what becomes of jobs."""
+class Pass(ForwardPass):
+    """A pass that says what became of it."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.done: list[tuple[str, Done]] = []
+    stale = False
+    wrong = False
+    note: Callable[[Pass, BatchReport], None]
+    encode: Callable[[Tensor], bytes] | None = None
+    sent = b""
+
+    def is_wanted(self) -> bool:
+        if self.wrong:
+            self.threads.add(threading.get_ident())
+            self.error = WrongOutput("not finite", "mallory")
+        return not (self.stale or self.wrong)
+
+    def finish(self) -> None:
+        if self.output is not None and self.encode is not None:
+            self.threads.add(threading.get_ident())
+            self.sent = self.encode(self.output)
+
+    def deliver(self, report: BatchReport) -> None:
+        self.note(self, report)
+
+    threads: set[int]
+
+
+class Results:
+    """Collects what becomes of passes."""
+
+    def __init__(self, worker: Worker, runner: Recorder) -> None:
+        self.done: list[tuple[str, Pass]] = []
+        self.reports: list[BatchReport] = []
+        self.threads: set[int] = set()
         self._worker = worker
+        self._runner = runner
         self._arrived = trio.Event()
 
     def submit(
@@ -62,20 +93,24 @@ class Results:
         lease: Lease | None = None,
         position: int = 0,
         stale: bool = False,
-        span: BlockSpan = BlockSpan(0, 4),
+        span: BlockSpan | None = None,
         submitted_at: float | None = None,
         client: str = "",
-        check: Callable[[], None] | None = None,
+        wrong: bool = False,
         encode: Callable[[Tensor], bytes] | None = None,
     ) -> None:
         chunk = Chunk(cast(CacheLease, lease or Lease()), position, torch.zeros(tokens, 2))
 
-        def note(done: Done) -> None:
+        def note(done: Pass, report: BatchReport) -> None:
             self.done.append((name, done))
+            self.reports.append(report)
             self._arrived.set()
 
         at = time.perf_counter() if submitted_at is None else submitted_at
-        self._worker.submit(Job(chunk, span, lambda: stale, note, at, client, check, encode))
+        work = Pass(self._runner, span, chunk, client, at)
+        work.stale, work.wrong, work.note, work.encode = stale, wrong, note, encode
+        work.threads = self.threads
+        self._worker.submit(work)
 
     async def wait(self, count: int) -> list[str]:
         with trio.fail_after(5):
@@ -93,8 +128,8 @@ async def held_up(runner: Recorder, results: Results) -> None:
 
 async def test_what_arrives_during_a_batch_becomes_the_next_one() -> None:
     runner = Recorder()
-    async with open_worker(runner, 100) as worker:
-        results = Results(worker)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for name in "abc":
             results.submit(name)
@@ -105,14 +140,16 @@ async def test_what_arrives_during_a_batch_becomes_the_next_one() -> None:
     assert all(
         torch.equal(done.output, torch.ones(1, 2)) for _, done in results.done if done.output is not None
     )
-    assert [done.batch_tokens for _, done in results.done] == [1, 3, 3, 3]
-    assert all(done.queue_s >= 0 and done.compute_s >= 0 for _, done in results.done)
+    assert [report.tokens for report in results.reports] == [1, 3, 3, 3]
+    for (_, done), report in zip(results.done, results.reports, strict=True):
+        assert done.submitted_at <= report.started_at
+        assert 0 <= report.ran_s <= report.compute_s
 
 
 async def test_jobs_of_one_session_run_in_order_one_to_a_batch() -> None:
     runner, lease = Recorder(), Lease()
-    async with open_worker(runner, 100) as worker:
-        results = Results(worker)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for name, tokens in (("a", 2), ("b", 3), ("c", 4)):
             results.submit(name, tokens, lease)
@@ -125,8 +162,8 @@ async def test_jobs_of_one_session_run_in_order_one_to_a_batch() -> None:
 
 async def test_prefill_is_bounded_per_batch_and_decode_rides_along() -> None:
     runner = Recorder()
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for name, tokens in (("long", 60), ("longer", 40), ("one", 1), ("two", 1)):
             results.submit(name, tokens)
@@ -137,8 +174,8 @@ async def test_prefill_is_bounded_per_batch_and_decode_rides_along() -> None:
 
 async def test_only_sessions_over_the_same_blocks_share_a_batch() -> None:
     runner = Recorder()
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for name, stop in (("a", 4), ("b", 3), ("c", 4)):
             results.submit(name, span=BlockSpan(0, stop))
@@ -150,16 +187,16 @@ async def test_only_sessions_over_the_same_blocks_share_a_batch() -> None:
 async def test_a_chunk_larger_than_a_batch_still_runs() -> None:
     runner = Recorder()
     runner.gate.release(1)
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         results.submit("huge", 1000)
         assert await results.wait(1) == ["huge"]
 
 
 async def test_a_stale_job_is_dropped_unread_and_reported_so() -> None:
     runner = Recorder()
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         results.submit("stale", stale=True)
         assert await results.wait(1) == ["stale"]
         assert results.done[0][1].output is None and results.done[0][1].error is None
@@ -171,8 +208,8 @@ async def test_a_stale_job_is_dropped_unread_and_reported_so() -> None:
 
 async def test_a_job_that_fails_takes_no_other_of_its_batch_along(caplog: pytest.LogCaptureFixture) -> None:
     runner = Recorder()
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         results.submit("bad", position=-1)
         results.submit("beside it")
@@ -189,8 +226,8 @@ async def test_a_job_that_fails_takes_no_other_of_its_batch_along(caplog: pytest
 
 async def test_a_lease_is_given_back_in_the_event_loop_after_what_is_computed() -> None:
     runner, lease = Recorder(), Lease()
-    async with open_worker(runner, 64) as worker:
-        results = Results(worker)
+    async with open_worker(64) as worker:
+        results = Results(worker, runner)
         results.submit("step", lease=lease)
         await trio.to_thread.run_sync(runner.at_work.wait)
         worker.release(cast(CacheLease, lease))
@@ -207,9 +244,9 @@ def test_results_after_the_event_loop_s_end_are_nobody_s() -> None:
     runner = Recorder()
 
     async def main() -> threading.Thread:
-        worker = Worker(runner, 64)
+        worker = Worker(64)
         worker.start()
-        Results(worker).submit("late")
+        Results(worker, runner).submit("late")
         await trio.to_thread.run_sync(runner.at_work.wait)
         return worker.stop()
 
@@ -246,8 +283,8 @@ async def walk_in_step(device: SlowDevice, results: Results, *sessions: Lease) -
 
 async def test_a_batch_waits_for_a_session_that_is_due_before_another_batch_would_end() -> None:
     device, here, away = SlowDevice(), Lease(), Lease()
-    async with open_worker(device, 64, clock=lambda: device.now) as worker:
-        results = Results(worker)
+    async with open_worker(64, clock=lambda: device.now) as worker:
+        results = Results(worker, device)
         await walk_in_step(device, results, here, away)
         device.gate.release(2)
         results.submit("here", lease=here, submitted_at=device.now + 100)
@@ -258,8 +295,8 @@ async def test_a_batch_waits_for_a_session_that_is_due_before_another_batch_woul
 
 async def test_a_batch_does_not_wait_for_a_session_that_is_overdue() -> None:
     device, here, away = SlowDevice(), Lease(), Lease()
-    async with open_worker(device, 64, clock=lambda: device.now) as worker:
-        results = Results(worker)
+    async with open_worker(64, clock=lambda: device.now) as worker:
+        results = Results(worker, device)
         await walk_in_step(device, results, here, away)
         device.now += 5000
         device.gate.release()
@@ -269,43 +306,30 @@ async def test_a_batch_does_not_wait_for_a_session_that_is_overdue() -> None:
 
 async def test_a_prompt_waits_for_nobody() -> None:
     device = SlowDevice()
-    async with open_worker(device, 64, clock=lambda: device.now) as worker:
-        results = Results(worker)
+    async with open_worker(64, clock=lambda: device.now) as worker:
+        results = Results(worker, device)
         await walk_in_step(device, results, Lease(), Lease())
         device.gate.release()
         results.submit("prompt", 40, submitted_at=device.now)
         assert (await results.wait(7))[-1] == "prompt"
 
 
-async def test_a_step_that_had_the_device_to_itself_is_told_with_what_it_took() -> None:
-    """Not a prompt, not one that failed, not several at once."""
+async def test_a_report_says_how_long_a_batch_ran_and_how_many_tokens_of_it() -> None:
     device = SlowDevice()
-    told: list[tuple[BlockSpan, float]] = []
-
-    def note(span: BlockSpan, seconds: float) -> None:
-        told.append((span, seconds))
-
-    async with open_worker(device, 64, lambda: device.now, on_step=note) as worker:
-        results = Results(worker)
+    async with open_worker(64, lambda: device.now) as worker:
+        results = Results(worker, device)
         device.gate.release(6)
         for count, (name, tokens, position) in enumerate((("prompt", 40, 0), ("wrong", 1, -1)), start=1):
             results.submit(name, tokens, position=position, submitted_at=device.now)
             await results.wait(count)
-        assert told == []
-        results.submit("step", span=BlockSpan(1, 3), submitted_at=device.now)
-        await results.wait(3)
-        assert told == [(BlockSpan(1, 3), 1000.0)]
-    device, before = SlowDevice(), len(told)
-    async with open_worker(device, 64, lambda: device.now, on_step=note) as worker:
-        results = Results(worker)
-        await walk_in_step(device, results, Lease(), Lease())
-    assert len(told) - before == 2, "of four batches, two of which were of two sessions"
+        assert results.reports == [BatchReport(0.0, 1000.0, 1000.0, 40), BatchReport(1000.0, 0.0, 0.0, 1)]
+        assert results.done[1][1].output is None
 
 
 async def test_a_client_with_a_long_line_of_prompts_does_not_keep_another_waiting() -> None:
     runner = Recorder()
-    async with open_worker(runner, 100) as worker:
-        results = Results(worker)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for number in range(8):
             results.submit(f"greedy {number}", tokens=100, client="greedy")
@@ -317,8 +341,8 @@ async def test_a_client_with_a_long_line_of_prompts_does_not_keep_another_waitin
 
 async def test_decode_steps_of_one_client_fill_no_batch_while_another_waits() -> None:
     runner, counts = Recorder(), Counts()
-    async with open_worker(runner, 100, client_steps=4, counts=counts) as worker:
-        results = Results(worker)
+    async with open_worker(100, client_steps=4, counts=counts) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         for number in range(10):
             results.submit(f"greedy {number}", client="greedy")
@@ -331,36 +355,111 @@ async def test_decode_steps_of_one_client_fill_no_batch_while_another_waits() ->
     assert (counts.total("batches"), counts.total("steps"), counts.total("tokens")) == (3, 12, 12)
 
 
-async def test_a_jobs_own_check_keeps_it_from_being_computed_and_its_output_is_encoded_here() -> None:
+async def test_what_is_not_right_is_not_computed_and_results_are_finished_in_the_workers_thread() -> None:
     runner = Recorder()
     runner.gate.release(10)
-    threads: set[int] = set()
 
-    def complain() -> None:
-        threads.add(threading.get_ident())
-        raise WrongOutput("not finite", "mallory")
-
-    def encode(output: Tensor) -> bytes:
-        threads.add(threading.get_ident())
-        return bytes(output.shape)
-
-    async with open_worker(runner, 100) as worker:
-        results = Results(worker)
-        results.submit("wrong", check=complain)
-        results.submit("right", tokens=3, check=lambda: None, encode=encode)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
+        results.submit("wrong", wrong=True)
+        results.submit("right", tokens=3, encode=lambda output: bytes(output.shape))
         await results.wait(2)
     done = dict(results.done)
     assert isinstance(done["wrong"].error, WrongOutput)
     assert done["wrong"].output is None
-    assert done["right"].payload == bytes([3, 2])
+    assert done["right"].sent == bytes([3, 2])
     assert [3] in runner.batches
-    assert threads == runner.threads
+    assert results.threads == runner.threads
+
+
+async def test_a_result_that_cannot_be_finished_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(output: Tensor) -> bytes:
+        raise RuntimeError("no such codec")
+
+    runner = Recorder()
+    runner.gate.release(10)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
+        results.submit("bad", encode=fail)
+        results.submit("good", encode=lambda _: b"encoded")
+        await results.wait(2)
+        results.submit("after", encode=lambda _: b"encoded")
+        await results.wait(3)
+    done = dict(results.done)
+    assert str(done["bad"].error) == "no such codec" and done["bad"].output is None
+    assert done["good"].sent == done["after"].sent == b"encoded"
+    assert "cannot be sent" in caplog.text
+
+
+@dataclass(eq=False)
+class Sum:
+    """Another kind of work, which the batcher has never heard of: it adds numbers, a batch in one go."""
+
+    number: int
+    session: object = field(default_factory=object)
+    client: str = "adder"
+    tokens: int = 1
+    is_decode: bool = True
+    submitted_at: float = 0.0
+    batch_key: object = "sum"
+    batches: list[list[int]] = field(default_factory=list[list[int]])
+    total: int = 0
+    finished: bool = False
+    error: Exception | None = None
+    delivered: trio.Event = field(default_factory=trio.Event)
+
+    def run(self, batch: Sequence[Sum]) -> list[Sum]:
+        if any(each.number < 0 for each in batch):
+            raise ValueError("a number below zero")
+        wanted = [each for each in batch if each.number]
+        self.batches.append([each.number for each in wanted])
+        for each in wanted:
+            each.total = sum(other.number for other in wanted)
+        return wanted
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    def finish(self) -> None:
+        self.finished = True
+
+    def deliver(self, report: BatchReport) -> None:
+        self.delivered.set()
+
+
+async def test_another_kind_of_work_is_batched_among_its_own_and_beside_passes() -> None:
+    """It takes its turn, shares no batch with passes, is dropped, fails alone and is delivered by itself."""
+    runner, batches, session = Recorder(), list[list[int]](), object()
+    sums = [Sum(number, batches=batches) for number in (1, 0, 20)]
+    later = Sum(300, session, batches=batches), Sum(4000, session, batches=batches)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
+        await held_up(runner, results)
+        results.submit("a")
+        for each in (*sums, *later):
+            worker.submit(each)
+        results.submit("b")
+        runner.gate.release(2)
+        await results.wait(3)
+        with trio.fail_after(5):
+            for each in (*sums, *later):
+                await each.delivered.wait()
+            bad, good = Sum(-1), Sum(7)
+            for each in (bad, good):
+                worker.submit(each)
+            for each in (bad, good):
+                await each.delivered.wait()
+    assert runner.batches == [[1], [1, 1]]
+    assert batches == [[1, 20, 300], [4000]]
+    assert [each.total for each in (*sums, *later)] == [321, 0, 321, 321, 4000]
+    assert [each.finished for each in sums] == [True, False, True]
+    assert isinstance(bad.error, ValueError) and (good.error, good.total) == (None, 7)
 
 
 async def test_what_waits_is_told() -> None:
     runner = Recorder()
-    async with open_worker(runner, 100) as worker:
-        results = Results(worker)
+    async with open_worker(100) as worker:
+        results = Results(worker, runner)
         await held_up(runner, results)
         assert worker.queued == 0
         for number in range(3):

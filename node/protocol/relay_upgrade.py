@@ -1,0 +1,61 @@
+"""Move of running streams from relays to direct connections: when it is tried, and what is noted of it.
+
+A stream that began on a relayed connection stays on it when a hole has been punched, since what is under way
+cannot change its connection. So another stream is opened on the direct connection, and whoever used the
+former one goes on there between two steps. How that is done without losing one differs: `p2pinfer.session`
+moves a client's streams, `node.serve` the links between hops.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from p2pinfer.node.host.host import Host
+
+logger = logging.getLogger(__name__)
+
+LOOK_S: Final = 0.25  # between looks whether a stream can leave its relay
+MOVE_S: Final = 5.0  # for one try, and until the next one
+
+
+class Relayed(Protocol):
+    """Something that goes over one connection to a peer, which may be a relayed one."""
+
+    @property
+    def peer_id(self) -> str: ...
+    @property
+    def is_relayed(self) -> bool: ...
+
+
+_Line = TypeVar("_Line", bound=Relayed)
+
+
+async def leave_relays(
+    host: Host, lines: Callable[[], Iterable[_Line]], move: Callable[[_Line], Awaitable[bool]]
+) -> None:
+    """Move what is relayed as soon as there is a direct connection, for as long as it runs.
+
+    Args:
+        lines: Those that there are at the moment.
+        move: One try with one of them. After False the next one waits for `MOVE_S`, or until it is replaced.
+    """
+    while True:
+        await trio.sleep(LOOK_S)
+        for line in [*lines()]:
+            is_direct = host.connection_kind(line.peer_id) == "direct"
+            if line.is_relayed and is_direct and not await move(line):
+                with trio.move_on_after(MOVE_S):
+                    while line in lines():
+                        await trio.sleep(LOOK_S)
+
+
+def note_moved(host: Host, peer_id: str, began_at: float) -> float:
+    """Count a move; returns for how many seconds, since `began_at`, no step could go out."""
+    pause_s = trio.current_time() - began_at
+    logger.debug("session.moved peer=%s pause_ms=%.0f", peer_id, pause_s * 1e3)
+    host.counts.add("upgrades")
+    return pause_s

@@ -1,0 +1,199 @@
+"""Forward passes as work for the batcher: adjacent tokens of a session, through a span of blocks.
+
+    HopSession.accept ──StepWork──> Worker ──run, finish: its thread──> deliver: event loop ──> the outbox
+
+Passes over the same blocks of one runner share a batch, whoever wants them. What is done to a step before and
+after, in the worker's thread because it may take its time, is the step's own: its values are checked, since
+what is not finite must not reach the cache, and its output is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+from torch import Tensor
+
+from p2pinfer.errors import WrongOutput
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.frames import FrameStream
+from p2pinfer.node.protocol.messages import Codec, Step
+from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
+
+from .inbox import Inbox
+from .lifetime import Lifetime, SessionRefusal
+from .pace import Pace
+from .worker import BatchReport, Worker
+
+DECODE_TOKENS: Final = 16  # a pass of at most this many tokens is a step, and no piece of a prompt
+
+
+class Runner(Protocol):
+    """Part of a `SpanRunner` that a pass needs."""
+
+    def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """Blocks that this node computes, the thread that does it, and the speed that it keeps."""
+
+    spec: ModelSpec
+    runner: SpanRunner
+    worker: Worker
+    pace: Pace
+
+
+class ForwardPass:
+    """Adjacent tokens of one session to be run; a base of what knows where its output goes.
+
+    Attributes:
+        output: (tokens, hidden_size) once it was run; None before, and if it was dropped or failed.
+        error: What went wrong.
+    """
+
+    __slots__ = (
+        "batch_key",
+        "chunk",
+        "client",
+        "error",
+        "is_decode",
+        "output",
+        "runner",
+        "session",
+        "span",
+        "submitted_at",
+        "tokens",
+    )
+
+    def __init__(
+        self, runner: Runner, span: BlockSpan | None, chunk: Chunk, client: str, submitted_at: float
+    ) -> None:
+        """A pass through `span`, None for all blocks of the runner, at a time of the worker's clock."""
+        self.runner = runner
+        self.span = span
+        self.chunk = chunk
+        self.client = client
+        self.submitted_at = submitted_at
+        self.session: CacheLease = chunk.lease
+        self.tokens: int = chunk.hidden.shape[0]
+        self.is_decode = self.tokens <= DECODE_TOKENS
+        self.batch_key = (runner, span)
+        self.output: Tensor | None = None
+        self.error: Exception | None = None
+
+    def run(self, batch: Sequence[ForwardPass]) -> Sequence[ForwardPass]:
+        """Run those of a batch that are wanted; returns them."""
+        wanted: list[ForwardPass] = []
+        chunks: list[Chunk] = []
+        for each in batch:
+            if each.is_wanted():
+                wanted.append(each)
+                chunks.append(each.chunk)
+        if wanted:
+            for each, output in zip(wanted, self.runner.run(chunks, self.span), strict=True):
+                each.output = output
+        return wanted
+
+    def is_wanted(self) -> bool:
+        """True if it is to be computed; asked in the worker's thread, just before it would be."""
+        return True
+
+    def finish(self) -> None:
+        """Prepare the output, in the worker's thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what went wrong."""
+        self.output = None
+        self.error = error
+
+    def deliver(self, report: BatchReport) -> None:
+        """Hand the output over, in the event loop."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """Properties that all steps of one session share on this hop."""
+
+    runner: Runner
+    span: BlockSpan | None  # None: all blocks of the runner
+    lease: CacheLease
+    client: str
+    codec: Codec
+    is_last: bool  # only what the client wants back is encoded
+    inbox: Inbox
+    lifetime: Lifetime
+    outbox: trio.MemorySendChannel[StepWork]
+    pace: Pace
+
+
+class StepWork(ForwardPass):
+    """A step of a session, from its arrival to the outbox.
+
+    Attributes:
+        received: Its hidden states as they came.
+        feeder: The stream that they came on.
+        sent: Of its output, what goes out, as it travels; empty until it is encoded.
+        report: What became of its batch, once it is delivered.
+    """
+
+    __slots__ = ("_context", "feeder", "received", "report", "sent", "step")
+
+    def __init__(
+        self,
+        context: StepContext,
+        step: Step,
+        hidden: Tensor,
+        received: bytearray,
+        feeder: FrameStream,
+        arrived_at: float,
+    ) -> None:
+        chunk = Chunk(context.lease, step.position, hidden)
+        super().__init__(context.runner, context.span, chunk, context.client, arrived_at)
+        self._context = context
+        self.step = step
+        self.received = received
+        self.feeder = feeder
+        self.sent = b""
+        self.report = BatchReport(arrived_at, 0.0, 0.0, 0)
+
+    def is_wanted(self) -> bool:
+        """True if the session goes on, no later step has superseded this one, and its values are finite."""
+        context = self._context
+        if context.lifetime.is_over or context.inbox.is_superseded(self.step):
+            return False
+        try:
+            check_finite(self.received, context.codec, self.feeder.peer_id)
+        except WrongOutput as exc:
+            context.inbox.is_spoilt = True  # before any step behind this one is asked
+            self.error = exc
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Encode what goes out."""
+        if (rows := self.output) is not None:
+            if self._context.is_last:
+                rows = rows[self.tokens - self.step.returns :]
+            self.sent = encode_hidden(rows, self._context.codec)
+
+    def deliver(self, report: BatchReport) -> None:
+        """Put the step into the outbox, dropped or not; what failed ends the session."""
+        context, error = self._context, self.error
+        if context.lifetime.is_over:
+            return
+        if isinstance(error, WrongOutput):
+            context.lifetime.end(SessionRefusal("wrong_input", str(error), error.peer_id))
+        elif error is not None:
+            context.lifetime.end(SessionRefusal("compute", f"step {self.step.number} failed: {error}"))
+        else:
+            self.report = report
+            if report.tokens == 1 and self.output is not None and self.span is None:
+                context.pace.add(report.ran_s, trio.current_time())  # it had the device to itself
+            context.outbox.send_nowait(self)  # never full: the inbox bounds what is in flight
