@@ -339,11 +339,11 @@ def _ready(
         spec.model,
         spec.revision,
         (runner.span.start, runner.span.stop),
-        runner.dtype_name,
+        str(runner.numerics),
         str(runner.device),
         tokens_per_s,
         runner.cache.capacity_tokens,
         runner.cache.budget_bytes,
-        len(runner.span) * spec.block_parameters * runner.dtype.itemsize,
+        len(runner.span) * spec.block_bytes(runner.numerics),
         relay.granted_bytes_per_s,
     )

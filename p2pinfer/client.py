@@ -29,7 +29,6 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.protocol.messages import CODECS, Codec
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import Identity, client_identity
 from p2pinfer.planning.ledger_sync import kept_ledger
@@ -349,8 +348,9 @@ class Client:
             NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-        route = await self._navigator.choose_route(tokens, excluded)
-        logger.debug("session.open route=%s", route)
+        plan = await self._navigator.plan_session(tokens, excluded)
+        route = plan.route
+        logger.debug("session.open route=%s codec=%s", route, plan.codec)
         auditor = self._auditor
         chosen = auditor.toss(route) if auditor else frozenset[str]()
 
@@ -364,7 +364,7 @@ class Client:
                 route,
                 self._source.spec,
                 max_tokens=tokens,
-                codec=self._codec_for(route),
+                codec=plan.codec,
                 config=self._session_config,
                 recall=recall,
                 replanner=self._navigator,
@@ -384,15 +384,3 @@ class Client:
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """Kind of this client's connection to a hop."""
         return self._member.host.connection_kind(peer_id) or "direct"
-
-    def _codec_for(self, route: Route) -> Codec:
-        """Codec of a route: the dtype of all hops, or float32, which loses nothing of any mix."""
-        dtypes = {
-            announcement.dtype
-            for announcement in self._member.announcements(self._source.spec.revision)
-            if announcement.peer_id in route.peer_ids
-        }
-        for codec in CODECS:
-            if dtypes == {codec}:
-                return codec
-        return "float32"

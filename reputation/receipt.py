@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from blake3 import blake3
 
 from p2pinfer.errors import Equivocation, ProtocolViolation
+from p2pinfer.models.numerics import Codec
 
 RECEIPT_VERSION: Final = 1
 MAX_RECEIPT_BYTES: Final = 1024
@@ -58,8 +59,8 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     tokens: _Count  # rows of the input
     returned: _Count  # rows of the output: the last ones; all of them but on a route's last hop
     epoch: _Count
-    dtype: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]  # what the hop computed in
-    codec: Literal["float32", "bfloat16", "float16"]
+    dtype: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]  # the hop's numerics, as text
+    codec: Codec
     input: _Digest
     output: _Digest
     nonce: _Id  # the hop's own, one for each chain

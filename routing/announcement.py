@@ -15,6 +15,7 @@ import msgspec
 
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.checkpoint.numbers import MAX_NUMBERS, revision_digest
+from p2pinfer.models.numerics import Numerics, parse_numerics
 from p2pinfer.models.span import BlockSpan
 
 from .coordinates import COORDINATE_LIMIT_MS, MAX_ERROR, Coordinate
@@ -39,7 +40,8 @@ class Announcement:
     Attributes:
         model: What the peer's operator calls the model; for people, never compared.
         revision: The model's content address, 32 lower-case hexadecimal digits; what is compared.
-        dtype: What the peer computes in, for example `bfloat16`.
+        dtype: What the peer holds weights as and computes in, as text: `bfloat16`, or `int8_bfloat16`.
+            It may be one that only other versions know; `numerics` has what is known.
         tokens_per_s: Decoded tokens a second, batch 1, through the whole of `span`.
         free_cache_tokens: Tokens of a new session that the peer's KV cache has room for.
         reachability: `public` and `mapped` peers can be dialled, `private` ones need a relay or a punch.
@@ -80,6 +82,11 @@ class Announcement:
     instance: bytes = b""
     uptime_s: float = 0.0
     twin: bytes = b""
+
+    @property
+    def numerics(self) -> Numerics | None:
+        """Numerics that `dtype` names; None if this version does not know them."""
+        return parse_numerics(self.dtype)
 
 
 # Patterns end in \Z, because $ lets a trailing line feed through to the terminal, and choices are patterns

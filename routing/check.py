@@ -80,6 +80,7 @@ _FAULTS = {
     Ineligibility.EXCLUDED: "the request excludes",
     Ineligibility.UNTRUSTED: "has not shown the integrity that the request demands",
     Ineligibility.BANNED: "is banned",
+    Ineligibility.UNCHECKABLE: "computes in what no audit here can run again",
     Ineligibility.ABSENT: "is leaving or holds another model",
 }
 

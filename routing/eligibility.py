@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from itertools import groupby
+from typing import Final
 
 from p2pinfer.errors import NoRoute
+from p2pinfer.models.numerics import reference_for
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView
 
 from .route import Candidate, RouteRequest
+
+_NAMED_DTYPES: Final = 3  # in a message, of what peers may say there
 
 
 class Ineligibility(IntEnum):
@@ -20,7 +24,8 @@ class Ineligibility(IntEnum):
     EXCLUDED = 2  # the request says so
     UNTRUSTED = 3  # its integrity is below what the request demands
     BANNED = 4  # the user says so, its audits do, or a proof
-    ABSENT = 5  # it is leaving, or holds another model
+    UNCHECKABLE = 5  # its numerics are unknown, or no audit here can run them again
+    ABSENT = 6  # it is leaving, or holds another model
 
 
 def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Ineligibility | None:
@@ -30,6 +35,8 @@ def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | 
         return Ineligibility.ABSENT
     if announcement.span.stop > request.num_blocks:
         return Ineligibility.ABSENT
+    if reference_for(announcement.numerics) is None:
+        return Ineligibility.UNCHECKABLE
     if view is not None and view.is_banned(candidate.peer_id):
         return Ineligibility.BANNED
     if view is not None and not view.score(candidate.peer_id).integrity >= request.min_integrity:
@@ -71,7 +78,15 @@ def no_route(candidates: Sequence[Candidate], request: RouteRequest, view: Reput
         if why is Ineligibility.FULL
     )
     most = max(free, default=0)
-    complaints = [_complaint(reason, gaps[reason], request, most) for reason in sorted(gaps, reverse=True)]
+    said = {
+        each.announcement.dtype
+        for each, (_, why) in zip(candidates, served, strict=True)
+        if why is Ineligibility.UNCHECKABLE
+    }
+    dtypes = sorted(said)[:_NAMED_DTYPES]
+    complaints = [
+        _complaint(reason, gaps[reason], request, most, dtypes) for reason in sorted(gaps, reverse=True)
+    ]
     return NoRoute(
         f"no route: {'; '.join(complaints)}",
         [(span.start, span.stop) for span in missing],
@@ -89,7 +104,13 @@ def _mildest_refusal(
     return min((reason for reason in reasons if reason is not None), default=Ineligibility.ABSENT)
 
 
-def _complaint(reason: Ineligibility, spans: Sequence[BlockSpan], request: RouteRequest, most: int) -> str:
+def _complaint(
+    reason: Ineligibility,
+    spans: Sequence[BlockSpan],
+    request: RouteRequest,
+    most: int,
+    dtypes: Sequence[str],
+) -> str:
     blocks = f"blocks {', '.join(map(str, spans))}"
     match reason:
         case Ineligibility.FULL:
@@ -106,5 +127,11 @@ def _complaint(reason: Ineligibility, spans: Sequence[BlockSpan], request: Route
             )
         case Ineligibility.BANNED:
             return f"{blocks} are served only by banned peers; `p2pinfer reputation` says why"
+        case Ineligibility.UNCHECKABLE:
+            return (
+                f"{blocks} are served only by peers that compute in {', '.join(dtypes)}, which this version "
+                "of p2pinfer cannot check; update it, or serve them yourself with "
+                f"`{request.serve_command} --blocks {spans[0]}`"
+            )
         case Ineligibility.ABSENT:
             return f"nobody serves {blocks}; `{request.serve_command} --blocks {spans[0]}` would"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from p2pinfer.generation.generation import Generation
 from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.protocol.messages import Codec
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
@@ -118,7 +119,7 @@ async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: Open
         assert [hop.connection for hop in generation.result.route] == ["direct", "direct"]
         (request,) = policy.requests
         assert (request.revision, request.num_blocks) == (swarm.spec.revision, 8)
-        assert (request.hidden_bytes_per_token, request.tokens) == (640, 10)
+        assert (request.hidden_bytes_per_token, request.tokens) == (1280, 10)
         assert request.coordinate == client.member.coordinate
         assert [(each.peer_id, each.relayed) for each in policy.candidates[0]] == [("a", False), ("b", False)]
         newcomer = client.ledger.score("nobody").reliability
@@ -353,6 +354,45 @@ async def test_hidden_states_travel_in_what_all_hops_compute_in_or_in_float32(
         swarm.announce("irrelevant", 0, 1, dtype="float16", tokens_per_s=0.01)
         assert await text_of(client.generate(PROMPT, max_new_tokens=2))
     assert codecs == [codec]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_what_travels_does_not_change_when_an_announcement_ends_before_the_session_opens(
+    dtype: Codec, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor when a hop is replaced by one that computes in something else."""
+    codecs: list[Codec] = []
+
+    class Slow(Recorder):
+        """While it chooses, a peer says goodbye."""
+
+        def choose_routes(
+            self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+        ) -> Sequence[Route]:
+            if not self.requests:
+                trio.from_thread.run_sync(partial(swarm.announce, "a", 0, 3, dtype=dtype, leaving=True))
+            return super().choose_routes(candidates, request, view)
+
+    def note(*args: Any, codec: Codec, **more: Any) -> AbstractAsyncContextManager[Session]:
+        codecs.append(codec)
+        return open_session(*args, codec=codec, **more)
+
+    monkeypatch.setattr(client_module, "open_session", note)
+    policy = Slow()
+    async with open_client(policy=policy) as (client, swarm):
+        for peer_id, span in (("a", (0, 3)), ("b", (3, 8))):
+            compute = ComputeConfig(device="cpu", dtype=dtype, threads=1, cache_bytes=1 << 22)
+            await swarm.serve(peer_id, *span, compute=compute)
+        generation = client.generate(PROMPT, max_new_tokens=4)
+        await anext(generation)
+        assert {peer.announcement.peer_id for peer in client.peers()} == {"b"}
+        await swarm.serve("c", 3, 8)  # in float32
+        await swarm.network.kill("b")
+        assert await text_of(generation)
+        assert generation.result.failovers == 1
+        assert [hop.peer_id for hop in generation.result.route] == ["a", "c"]
+    assert codecs == [dtype]
+    assert [request.hidden_bytes_per_token for request in policy.requests] == [640, 640]
 
 
 class Broken(RoutingPolicy):

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.models.numerics import CODECS, Numerics, plain
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.text_files import is_text
 
 from .defaults import complete_config, max_positions
 from .numbers import numbers_of, revision_digest, weights_digest
 from .rope_config import prompt_limit
-
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class ModelSpec:
     model: str  # for people: what was typed, the hub id, the folder's name
     revision: str  # 32 hex digits; equal on two peers only if weights and numbers are
     family: str  # the config's model_type
-    dtype: str  # the checkpoint's own
+    dtype: str  # of the checkpoint's files
     num_blocks: int
     hidden_size: int
     vocab_size: int
@@ -38,9 +37,18 @@ class ModelSpec:
     numbers: str = ""  # what the config says about the forward pass, as `numbers_of` spells it
     prompt_limit: int | None = None  # tokens of a prompt where that is less: see `rope_config.prompt_limit`
 
-    def kv_bytes_per_token_per_block(self, dtype: str | None = None) -> int:
+    @property
+    def numerics(self) -> Numerics:
+        """Numerics of a span that is held and computed as the checkpoint is stored."""
+        return plain(self.dtype)
+
+    def block_bytes(self, numerics: Numerics | None = None) -> int:
+        """Bytes of one block's weights in memory, norms and biases left out; as in the files unless given."""
+        return (numerics or self.numerics).weight_bytes(self.block_parameters)
+
+    def kv_bytes_per_token_per_block(self, numerics: Numerics | None = None) -> int:
         """Bytes of a cached token's keys and values in one block; in the checkpoint's dtype unless given."""
-        return 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype or self.dtype]
+        return 2 * self.kv_heads * self.head_dim * (numerics or self.numerics).bytes_per_value
 
     def check_span(self, span: BlockSpan) -> None:
         """Nothing, if the model has these blocks.
@@ -116,8 +124,8 @@ def model_spec(
     """
     complete = complete_config(model, config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or stored_dtype).removeprefix("torch.")
-    if dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{model} is stored as {dtype:.40}; p2pinfer reads {', '.join(DTYPE_BYTES)}")
+    if dtype not in CODECS:
+        raise CheckpointError(f"{model} is stored as {dtype:.40}; p2pinfer reads {', '.join(CODECS)}")
     weights, numbers = weights_digest(shard_sha256), numbers_of(config)
     return ModelSpec(
         model=model,

@@ -39,6 +39,7 @@ class Blocks:
 
     Attributes:
         spec: The model.
+        numerics: What its weights are stored as, and what it computes in.
         span: Which of its blocks these are.
         architecture: Their shape.
         windows: How far each of them sees, or None for all the way.
@@ -59,6 +60,7 @@ class Blocks:
         self.architecture = architecture
         self.windows = architecture.windows[span.start : span.stop]
         self.device = target.device
+        self.numerics = target.numerics
         self.dtype = target.dtype
         self.rounds_stepwise = False
         self._rope = rope

@@ -38,7 +38,7 @@ class SpanRunner:
         spec: The model.
         span: The blocks that it runs.
         dtype: What it computes in and returns.
-        dtype_name: The same, as announcements and wires write it.
+        numerics: What its weights are stored as and what it computes in, as announcements and receipts say.
         device: Where.
         cache: Where sessions reserve.
     """
@@ -48,7 +48,7 @@ class SpanRunner:
         self.spec = blocks.spec
         self.span = blocks.span
         self.dtype = blocks.dtype
-        self.dtype_name = str(blocks.dtype).removeprefix("torch.")
+        self.numerics = blocks.numerics
         self.device = blocks.device
         self.cache = cache
         self._blocks = blocks

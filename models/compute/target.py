@@ -1,4 +1,4 @@
-"""Device and dtype of loaded weights, as a `ComputeConfig` asks for them."""
+"""Device and numerics of loaded weights, as a `ComputeConfig` asks for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_on
+from p2pinfer.models.numerics import FLOAT32, Numerics, plain
 
 from .layers import can_pack
 
@@ -28,10 +29,15 @@ _CUDA_CACHE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A device and the dtype that is computed in there."""
+    """Device, and numerics of the weights there."""
 
     device: torch.device
-    dtype: torch.dtype
+    numerics: Numerics
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation."""
+        return DTYPES[self.numerics.compute]
 
     def place(self, stored: Tensor) -> Tensor:
         """The tensor as this target wants it; the same one if it is so already."""
@@ -53,10 +59,10 @@ def choose_target(config: ComputeConfig, stored: str) -> Target:
     """
     device = _device(config.device)
     if config.dtype != "auto":
-        return Target(device, DTYPES[config.dtype])
+        return Target(device, plain(config.dtype))
     # A CPU without kernels for a dtype would emulate it, slower than float32 by far.
     slow = device.type == "cpu" and not can_pack(device, DTYPES[stored])
-    return Target(device, torch.float32 if slow else DTYPES[stored])
+    return Target(device, FLOAT32 if slow else plain(stored))
 
 
 def _device(name: str) -> torch.device:

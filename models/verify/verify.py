@@ -25,6 +25,7 @@ from p2pinfer.models.compute.ends import Ends, load_ends
 from p2pinfer.models.compute.layers import padded_rows
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
@@ -48,13 +49,18 @@ class Reference:
 
     Attributes:
         exact: Runs it in float32.
-        rounded: Run it in bfloat16, with fused kernels and stepwise; they share weights and cache.
+        rounded: Run it in `numerics`, with fused kernels and stepwise; they share weights and cache.
         max_tokens: How long a session may be.
     """
 
     exact: SpanRunner
     rounded: Sequence[SpanRunner]
     max_tokens: int
+
+    @property
+    def numerics(self) -> Numerics:
+        """Numerics whose rounding is the unit: see `p2pinfer.models.numerics.reference_for`."""
+        return self.rounded[0].numerics
 
     @property
     def spec(self) -> ModelSpec:
@@ -87,19 +93,21 @@ def open_reference(
     span: BlockSpan,
     *,
     max_tokens: int,
+    numerics: Numerics = BFLOAT16,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Reference:
-    """Load a span, in float32 and in bfloat16.
+    """Load a span, in float32 and in `numerics`, whose rounding is what deviations are measured in.
 
-    It takes six bytes a weight, and as many for each key and value of `max_tokens`.
+    With bfloat16 it takes six bytes a weight, and as many for each key and value of `max_tokens`.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
+        ConfigError: Nothing here computes in `numerics`.
         SpanOutOfRange: The model has no such blocks.
     """
     exact, rounded = (
-        _open(checkpoint, span, dtype, max_tokens, device, progress) for dtype in ("float32", "bfloat16")
+        _open(checkpoint, span, each, max_tokens, device, progress) for each in (FLOAT32, numerics)
     )
     return Reference(exact, (rounded, rounded.stepwise()), max_tokens)
 
@@ -121,7 +129,7 @@ def open_tail(
     runner = None
     if span.stop < blocks:
         rest = BlockSpan(span.stop, blocks)
-        runner = _open(checkpoint, rest, "float32", max_tokens, device, progress)
+        runner = _open(checkpoint, rest, FLOAT32, max_tokens, device, progress)
     config = ComputeConfig(device=device, dtype="float32")
     return Tail(runner, load_ends(checkpoint, config, progress=progress))
 
@@ -352,14 +360,17 @@ def _describe(
 def _open(
     checkpoint: Checkpoint,
     span: BlockSpan,
-    dtype: str,
+    numerics: Numerics,
     max_tokens: int,
     device: str,
     progress: Progress | None,
 ) -> SpanRunner:
     pages = -(-max_tokens // _PAGE_TOKENS)
-    per_token = checkpoint.spec.kv_bytes_per_token_per_block(dtype) * len(span)
+    per_token = checkpoint.spec.kv_bytes_per_token_per_block(numerics) * len(span)
     config = ComputeConfig(
-        device=device, dtype=dtype, cache_bytes=pages * _PAGE_TOKENS * per_token, page_tokens=_PAGE_TOKENS
+        device=device,
+        dtype=str(numerics),
+        cache_bytes=pages * _PAGE_TOKENS * per_token,
+        page_tokens=_PAGE_TOKENS,
     )
     return open_runner(checkpoint, span, config, progress=progress)

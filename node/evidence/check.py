@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from p2pinfer.errors import WrongOutput
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.verify import Reference, Tail, measure_span
-from p2pinfer.node.protocol.messages import Codec
 from p2pinfer.node.protocol.tensors import dtype_of
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 

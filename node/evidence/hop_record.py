@@ -10,9 +10,9 @@ from typing import Final
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
+from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.messages import Codec
-from p2pinfer.node.protocol.tensors import decode_hidden, row_bytes
+from p2pinfer.node.protocol.tensors import decode_hidden
 from p2pinfer.reputation.receipt import Payload, Receipt
 
 MAX_TOKENS: Final = 1 << 16
@@ -39,6 +39,11 @@ class HopRecord:
     def revision(self) -> str:
         """Revision of the model."""
         return self.receipts[0].revision
+
+    @property
+    def numerics(self) -> Numerics | None:
+        """Numerics that the hop names; None if this version does not know them."""
+        return parse_numerics(self.receipts[0].dtype)
 
     @property
     def codec(self) -> Codec:

@@ -8,11 +8,12 @@ exists. Whatever fails is a `ProtocolViolation`.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numerics import Codec
 
 SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"  # client and hop: a session, its steps, its results
 CHAIN_PROTOCOL: Final = "/p2pinfer/chain/1.0.0"  # hop -> its successor: carries steps
@@ -40,8 +41,6 @@ PeerIdText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-Codec: TypeAlias = Literal["float32", "bfloat16", "float16"]
-CODECS: Final[tuple[Codec, ...]] = get_args(Codec)
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -75,7 +74,7 @@ class Open(_Message, frozen=True, tag="open"):
 class Opened(_Message, frozen=True, tag="opened"):
     """Hop to client: cache reserved, successor attached; steps may come, within these limits."""
 
-    dtype: Annotated[str, msgspec.Meta(max_length=16)]  # what the hop computes in
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]  # the hop's numerics, as text
     max_chunk_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1024  # tokens in one step
     max_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 16  # steps without a result
     max_bytes_in_flight: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = 64 << 20  # of their hidden states

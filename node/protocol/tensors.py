@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-
-from .messages import Codec
+from p2pinfer.models.numerics import Codec, row_bytes
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 
@@ -33,11 +32,6 @@ _HIGH_BYTES: Final[dict[Codec, tuple[int, ...]]] = {
 def dtype_of(codec: Codec) -> torch.dtype:
     """The torch dtype that a codec carries."""
     return _DTYPES[codec]
-
-
-def row_bytes(hidden_size: int, codec: Codec) -> int:
-    """Bytes of one token's hidden state on the wire."""
-    return hidden_size * _DTYPES[codec].itemsize
 
 
 def encode_hidden(hidden: Tensor, codec: Codec) -> bytes:

@@ -72,7 +72,7 @@ class Offer:
             model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
             revision=self._spec.revision,
             span=self._runner.span,
-            dtype=self._runner.dtype_name,
+            dtype=str(self._runner.numerics),
             tokens_per_s=self._pace.tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._member.sequence.next(),

@@ -47,7 +47,7 @@ def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
         LocalError: Not even one block fits.
     """
     target = choose_target(config, spec.dtype)
-    block_bytes = spec.block_parameters * target.dtype.itemsize
+    block_bytes = spec.block_bytes(target.numerics)
     free = free_on(target.device)
     blocks = min(int(free.bytes * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
     if blocks < 1:
@@ -70,7 +70,7 @@ def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
         OutOfMemory: They exceed what a limit or a card leaves.
     """
     target = choose_target(config, spec.dtype)
-    block_bytes = spec.block_parameters * target.dtype.itemsize
+    block_bytes = spec.block_bytes(target.numerics)
     free = free_on(target.device)
     if len(span) * block_bytes <= free.bytes:
         return

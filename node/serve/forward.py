@@ -20,9 +20,10 @@ from p2pinfer.errors import WrongOutput
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.messages import Codec, Step
+from p2pinfer.node.protocol.messages import Step
 from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
 
 from .inbox import Inbox

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numerics import Numerics
 from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.reputation.receipt import (
     NO_RECEIPT,
@@ -45,10 +46,10 @@ class ReceiptSigner:
         predecessor: The hop that they come from; None is the client. It may change while the session runs.
     """
 
-    def __init__(self, opening: Open, dtype: str, sign: Sign) -> None:
+    def __init__(self, opening: Open, numerics: Numerics, sign: Sign) -> None:
         self.predecessor = opening.predecessor
         self._opening = opening
-        self._dtype = dtype
+        self._dtype = str(numerics)
         self._sign = sign
         self._nonce = secrets.token_bytes(16)
         self._sequence = 0

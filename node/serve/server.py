@@ -19,6 +19,7 @@ import trio
 
 from p2pinfer.errors import CacheFull, PeerVanished, ProtocolViolation
 from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
@@ -40,7 +41,6 @@ from p2pinfer.node.protocol.messages import (
     printable,
 )
 from p2pinfer.node.protocol.replay_log import ReplayBudget, ReplayLog
-from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .forward import ServedSpan
@@ -210,7 +210,7 @@ class SpanServer:
             lease=lease,
             replay=replay,
             config=config,
-            signer=ReceiptSigner(opening, served.runner.dtype_name, self._host.sign),
+            signer=ReceiptSigner(opening, served.runner.numerics, self._host.sign),
             evidence=self._evidence,
         )
         self._sessions[opening.session] = session
@@ -286,7 +286,7 @@ class SpanServer:
     def _opened(self) -> Opened:
         config = self._config
         return Opened(
-            self._served.runner.dtype_name,
+            str(self._served.runner.numerics),
             config.max_chunk_tokens,
             config.max_steps_in_flight,
             config.max_bytes_in_flight,

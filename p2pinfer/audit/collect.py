@@ -14,10 +14,10 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.evidence.store import MAX_DIGESTS, fetch_evidence
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.reputation.proof import tensors_of
 from p2pinfer.reputation.receipt import MAX_RECEIPT_BYTES, Payload, Receipt, decode_receipt, open_receipt
 from p2pinfer.routing.route import Hop

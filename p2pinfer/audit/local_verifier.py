@@ -10,6 +10,7 @@ since norm and head cost little, behind others on a coin, since it takes four pr
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.compute.ends import Ends, load_ends
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
+from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, reference_for
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.verify import Reference, Tail, open_reference, tail_of
 from p2pinfer.node.evidence.check import check_span
@@ -34,7 +36,7 @@ from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_WEIGHT: Final = 6  # once in float32, once in bfloat16
+BYTES_PER_WEIGHT: Final = math.ceil(FLOAT32.bytes_per_weight + BFLOAT16.bytes_per_weight)  # held twice
 _ENDS_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
 
 
@@ -94,8 +96,8 @@ class LocalVerifier(Verifier):
     def _verify(self, deposition: HopRecord, *, logits: bool, whole: bool = True) -> Finding:
         """Judge a record; with `whole`, all of the model is loaded for it if that fits."""
 
-        def check(history: History) -> Finding:
-            loaded = self._reference_for(deposition.span, len(history.inputs), whole=whole)
+        def check(history: History, numerics: Numerics) -> Finding:
+            loaded = self._reference_for(deposition.span, len(history.inputs), numerics, whole=whole)
             tail = loaded.tail_behind(deposition.span, logits=logits)
             return _check(deposition, history, loaded.reference, tail)
 
@@ -104,19 +106,25 @@ class LocalVerifier(Verifier):
     def _verify_anew(self, deposition: HopRecord) -> Finding:
         """Judge a record by norms alone, from the blocks in question."""
 
-        def check(history: History) -> Finding:
+        def check(history: History, numerics: Numerics) -> Finding:
             checkpoint = self._source.fetch(deposition.span, ends=False)
-            reference = open_reference(checkpoint, deposition.span, max_tokens=len(history.inputs))
+            reference = open_reference(
+                checkpoint, deposition.span, max_tokens=len(history.inputs), numerics=numerics
+            )
             return _check(deposition, history, reference, None)
 
         return self._run(deposition, check)
 
-    def _run(self, deposition: HopRecord, check: Callable[[History], Finding]) -> Finding:
+    def _run(self, deposition: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
         started = time.thread_time()
         try:
             spec = self._source.spec
             if deposition.revision != spec.revision:
                 return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
+            numerics = reference_for(deposition.numerics)
+            if numerics is None:
+                named = deposition.receipts[0].dtype
+                return Finding(Verdict.INCONCLUSIVE, f"the receipts name {named}, which is not computed here")
             spec.check_span(deposition.span)  # whoever made a proof may have signed for any
             tokens = min(self._config.max_tokens, spec.max_positions)
             history = history_of(deposition, spec.hidden_size, max_tokens=tokens)
@@ -126,7 +134,7 @@ class LocalVerifier(Verifier):
                 return Finding(Verdict.INCONCLUSIVE, self._changed)
             if not self.can_hold(deposition.span):
                 return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
-            return check(history)
+            return check(history, numerics)
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except ModelChanged as exc:
@@ -140,13 +148,13 @@ class LocalVerifier(Verifier):
         finally:
             self.spent_s += time.thread_time() - started
 
-    def _reference_for(self, span: BlockSpan, tokens: int, *, whole: bool) -> _Loaded:
+    def _reference_for(self, span: BlockSpan, tokens: int, numerics: Numerics, *, whole: bool) -> _Loaded:
         loaded = self._loaded
         wanted, with_ends = self._wanted(span, whole=whole)
-        if loaded is None or not loaded.serves(wanted, tokens, ends=with_ends):
+        if loaded is None or not loaded.serves(wanted, tokens, numerics, ends=with_ends):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are
             tokens = max(tokens, min(1024, self._config.max_tokens))
-            self._loaded = loaded = self._load(wanted, tokens, ends=with_ends)
+            self._loaded = loaded = self._load(wanted, tokens, numerics, ends=with_ends)
         return loaded
 
     def _wanted(self, span: BlockSpan, *, whole: bool) -> tuple[BlockSpan, bool]:
@@ -159,12 +167,12 @@ class LocalVerifier(Verifier):
         with_ends = wanted.stop == spec.num_blocks and self._is_near(wanted, ends=True)
         return wanted, with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
 
-    def _load(self, span: BlockSpan, max_tokens: int, *, ends: bool) -> _Loaded:
+    def _load(self, span: BlockSpan, max_tokens: int, numerics: Numerics, *, ends: bool) -> _Loaded:
         logger.debug("audit.load blocks=%s ends=%s tokens=%d", span, ends, max_tokens)
         checkpoint = self._source.fetch(span, ends=ends)
         config = ComputeConfig(device="cpu", dtype="float32")
         return _Loaded(
-            open_reference(checkpoint, span, max_tokens=max_tokens),
+            open_reference(checkpoint, span, max_tokens=max_tokens, numerics=numerics),
             load_ends(checkpoint, config) if ends else None,
         )
 
@@ -184,9 +192,9 @@ class _Loaded:
     reference: Reference
     ends: Ends | None
 
-    def serves(self, span: BlockSpan, tokens: int, *, ends: bool) -> bool:
+    def serves(self, span: BlockSpan, tokens: int, numerics: Numerics, *, ends: bool) -> bool:
         covers = self.reference.span.covers(span) and (self.ends is not None or not ends)
-        return covers and tokens <= self.reference.max_tokens
+        return covers and self.reference.numerics == numerics and tokens <= self.reference.max_tokens
 
     def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
         """Blocks and head after the span, if they are at hand and asked for or cheap."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
+from p2pinfer.models.numerics import are_comparable
 from p2pinfer.models.verify.noise_floor import measure_floor
 from p2pinfer.models.verify.verify import check_rows, compare
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
@@ -27,6 +28,8 @@ def compare_elsewhere(deposition: HopRecord, one: HopRecord, other: HopRecord, h
     peers do. Where the two are further apart than honest peers can be, one of them lies, and nothing is known
     of the third.
     """
+    if not all(are_comparable(deposition.numerics, each.numerics) for each in (one, other)):
+        return Finding(Verdict.INCONCLUSIVE, "the receipts name numerics that cannot be compared")
     try:
         history = history_of(deposition, hidden_size)
         first, second = history_of(one, hidden_size).outputs, history_of(other, hidden_size).outputs

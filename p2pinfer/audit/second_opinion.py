@@ -18,9 +18,9 @@ import trio
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.numerics import are_comparable, row_bytes
 from p2pinfer.node.evidence.hop_record import History, HopRecord
 from p2pinfer.node.host.host import HostConfig, open_host
-from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
@@ -39,7 +39,7 @@ def choose_auditors(
     avoid: Sequence[str],
     rng: random.Random,
 ) -> list[Hop]:
-    """Peers that serve the span, those in other networks first, and among them at random.
+    """Peers that serve the span in comparable numerics: other networks first, then at random.
 
     Args:
         avoid: Peers that had to do with the session.
@@ -53,6 +53,7 @@ def choose_auditors(
         if each.peer_id not in avoid
         and each.peer_id != deposition.peer_id
         and each.span.covers(deposition.span)
+        and are_comparable(each.numerics, deposition.numerics)
         and not view.is_banned(each.peer_id)
     ]
     rng.shuffle(able)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -14,12 +15,13 @@ from p2pinfer.errors import NoRoute, PeerError, PeerRefused
 from p2pinfer.models.checkpoint.numbers import differences
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.numerics import LOSSLESS, Codec, common_codec, row_bytes
 from p2pinfer.models.span import BlockSpan, uncovered
-from p2pinfer.node.protocol.tensors import row_bytes
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import route_cost
+from p2pinfer.routing.eligibility import eligible
 from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.served import describe_served, served_models
@@ -31,6 +33,18 @@ from .policy_runner import PolicyRunner
 
 LEAST_TOKENS: Final = 64  # who has room for fewer has none
 _WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlan:
+    """Route and codec of a session that is to be opened, both from the same announcements.
+
+    Attributes:
+        codec: What travels: what all hops of the route compute in, or float32, which loses nothing.
+    """
+
+    route: Route
+    codec: Codec
 
 
 class RoutePlanner:
@@ -68,25 +82,46 @@ class RoutePlanner:
         self._resting = Cooldowns(busy_pause_s)
         self._paces = HopTimings()
 
-    async def choose_route(self, tokens: int, excluded: frozenset[str], gap: Gap | None = None) -> Route:
-        """The policy's first choice for all blocks, or for those of `gap`; of those that may have room.
+    async def plan_session(self, tokens: int, excluded: frozenset[str]) -> SessionPlan:
+        """The policy's first choice for all blocks, of peers that may have room, and what travels over it.
+
+        The choice depends on what an edge costs, that on what travels, and what travels on the choice. Where
+        the peers in question share a codec it is known beforehand. Else the choice is made at the size of
+        float32 first; if its hops share a smaller codec, it is made again among peers that have that one,
+        at its size. So the route that is taken was chosen at the size that it sends.
 
         Raises:
             NoRoute: There is none. Without those that had no room a moment ago, that means: later.
         """
-        resting = self._resting.peers(trio.current_time())
-        candidates, now = self._candidates(excluded | resting, gap), time.time()
+        excluded |= self._resting.peers(trio.current_time())
+        candidates = self._candidates(excluded, None)
+        request = self._request(tokens, excluded, candidates, LOSSLESS)
+        likely = _codec_of(eligible(candidates, request, self._ledger))
+        route = await self._choose(candidates, self._request(tokens, excluded, candidates, likely))
+        codec = _codec_of(each for each in candidates if each.peer_id in route.peer_ids)
+        if codec not in (likely, LOSSLESS):
+            alike = [each for each in candidates if _codec_of([each]) == codec]
+            with suppress(NoRoute):  # somebody's policy may change its mind
+                route = await self._choose(alike, self._request(tokens, excluded, alike, codec))
+        return SessionPlan(route, codec)
+
+    async def _choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> Route:
+        """The policy's first choice.
+
+        Raises:
+            NoRoute: There is none; it says what else would help.
+        """
+        now = time.time()
         self._ledger.advance(now)
         for candidate in candidates:
             if self._ledger.is_banned(candidate.peer_id):
                 ranges = ranges_of(candidate.announcement.addrs)
                 self._ledger.note_ranges(candidate.peer_id, ranges, now)
-        request = self._request(tokens, excluded | resting, candidates, gap)
         try:
             routes = await self._desk.choose_routes(candidates, request, self._ledger)
         except NoRoute as exc:
             more = filter(None, (self._lookalikes(), "" if candidates else self.others_served()))
-            raise NoRoute("; ".join((str(exc), *more)), exc.missing) from exc
+            raise NoRoute("; ".join((str(exc), *more)), exc.missing, is_full=exc.is_full) from exc
         return routes[0]
 
     def others_served(self) -> str:
@@ -113,7 +148,9 @@ class RoutePlanner:
         Raises:
             NoRoute: Nobody else serves them, as far as is known.
         """
-        return await self.choose_route(gap.tokens, gap.excluded, gap)
+        excluded = gap.excluded | self._resting.peers(trio.current_time())
+        candidates = self._candidates(excluded, gap)
+        return await self._choose(candidates, self._request(gap.tokens, excluded, candidates, gap.codec, gap))
 
     async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
         """Peer that the policy prefers to a hop so slow, if that saves half of its time or more.
@@ -125,7 +162,7 @@ class RoutePlanner:
         self._paces.note(hop.peer_id, len(hop.span), seconds, now)
         excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
         candidates = [self._paces.known(candidate, now) for candidate in self._candidates(excluded, gap)]
-        request = self._request(gap.tokens, excluded, candidates, gap)
+        request = self._request(gap.tokens, excluded, candidates, gap.codec, gap)
         route = (await self._desk.choose_routes(candidates, request, self._ledger))[0]
         if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
             return None
@@ -177,13 +214,18 @@ class RoutePlanner:
         ]
 
     def _request(
-        self, tokens: int, excluded: frozenset[str], candidates: Sequence[Candidate], gap: Gap | None
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        candidates: Sequence[Candidate],
+        codec: Codec,
+        gap: Gap | None = None,
     ) -> RouteRequest:
         spec = self._spec
         request = RouteRequest(
             spec.revision,
             spec.num_blocks,
-            row_bytes(spec.hidden_size, "bfloat16"),
+            row_bytes(spec.hidden_size, codec),
             tokens,
             excluded,
             self._member.coordinate,
@@ -196,3 +238,9 @@ class RoutePlanner:
         source = by_id.get(gap.before.peer_id) if gap.before else None
         sink = by_id.get(gap.after.peer_id) if gap.after else None
         return replace(request, span=gap.span, source=source, sink=sink)
+
+
+def _codec_of(candidates: Iterable[Candidate]) -> Codec:
+    """Codec of a session over all of them."""
+    numerics = (each.announcement.numerics for each in candidates)
+    return common_codec(each for each in numerics if each is not None)

@@ -19,6 +19,7 @@ import trio
 
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 
@@ -40,6 +41,7 @@ class Gap:
         excluded: Who failed the session, and who is part of it.
         before: Who sends to the first replacement; None is the client.
         after: Whom the last one sends to; None is the client.
+        codec: How hidden states travel in that session, whoever joins it.
     """
 
     span: BlockSpan
@@ -47,6 +49,7 @@ class Gap:
     excluded: frozenset[str]
     before: Hop | None
     after: Hop | None
+    codec: Codec
 
 
 class Replanner(Protocol):
@@ -115,6 +118,7 @@ class Failover:
             self._faults.shunned | {hop.peer_id for hop in self._chain.hops},
             before.hop if before else None,
             after.hop if after else None,
+            self._chain.terms.codec,
         )
 
     async def open_spare(

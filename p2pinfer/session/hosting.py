@@ -16,9 +16,9 @@ import trio
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.events import Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.numerics import Codec
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.protocol.messages import Codec
 from p2pinfer.routing.route import Route
 
 from .chain import Recall

@@ -17,6 +17,7 @@ from p2pinfer.errors import (
     ProtocolViolation,
     WrongOutput,
 )
+from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
@@ -48,6 +49,8 @@ async def open_hops(
             await frames.send(opening)
             match (await frames.receive())[0]:
                 case Opened() as opened:
+                    if reference_for(parse_numerics(opened.dtype)) is None:
+                        raise ProtocolViolation("computes in what no audit here can run again", hop.peer_id)
                     ready[index] = opened
                 case Refused() as refused:
                     raise refusal_error(refused, hop.peer_id, route)

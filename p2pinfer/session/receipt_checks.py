@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.reputation.receipt import (
     CheckSignature,
@@ -100,6 +101,11 @@ class ReceiptBook:
             said = (receipt.position, receipt.tokens, receipt.returned, receipt.epoch)
             if said != (step.position, step.tokens, returned, step.epoch):
                 raise ProtocolViolation(f"a receipt for another step than {step.number}", hop.peer_id)
+            # Or a hop could open in bfloat16 and sign for what no audit can run again.
+            if reference_for(parse_numerics(receipt.dtype)) is None:
+                raise ProtocolViolation(
+                    f"a receipt of step {step.number} that cannot be checked", hop.peer_id
+                )
         blamed = broken_link(receipts, digest_of(passed.sent), digest_of(passed.got))
         if blamed is not None:
             raise ProtocolViolation(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.protocol.messages import Codec
-from p2pinfer.node.protocol.tensors import row_bytes
+from p2pinfer.models.numerics import Codec, row_bytes
 
 
 @dataclass(frozen=True, slots=True)

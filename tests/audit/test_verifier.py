@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from functools import cache
 from pathlib import Path
@@ -14,18 +15,23 @@ from torch import Tensor
 from p2pinfer import models
 from p2pinfer.audit.local_verifier import BYTES_PER_WEIGHT, LocalVerifier
 from p2pinfer.audit.opinions import compare_elsewhere
+from p2pinfer.audit.second_opinion import choose_auditors
 from p2pinfer.client_config import AuditConfig
+from p2pinfer.errors import ConfigError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.ends import load_ends
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.numerics import Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.verify import Reference, open_reference, run_session
 from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
+from p2pinfer.routing.announcement import Announcement
 
 SPAN = BlockSpan(2, 4)
 
@@ -64,11 +70,11 @@ def bundled_revision() -> str:
 
 
 def deposition_of(
-    span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = ""
+    span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = "", dtype: str = "float32"
 ) -> HopRecord:
     receipt = Receipt(
         1, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0, tokens, tokens,
-        0, "float32", "float32", digest_of(given), digest_of(got), bytes(16),
+        0, dtype, "float32", digest_of(given), digest_of(got), bytes(16),
     )  # fmt: skip
     return HopRecord("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
 
@@ -140,6 +146,48 @@ async def test_receipts_of_another_model_prove_nothing(source: ModelSource) -> N
             Verdict.INCONCLUSIVE,
             "the receipts are of another model than is here",
         )
+
+
+@pytest.mark.parametrize("dtype", ["int8_bfloat16", "bfloat16_float32", "what_is_this"])
+async def test_receipts_that_name_what_is_not_computed_here_prove_nothing(
+    source: ModelSource, dtype: str
+) -> None:
+    """The very same outputs FAIL under numerics that a reference is for."""
+    payload = bytes(range(64)) * 240
+    verifier = LocalVerifier(source)
+    for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
+        finding = await verify(deposition_of(SPAN, payload, payload, 12, dtype=dtype))
+        assert (finding.verdict, finding.reason) == (
+            Verdict.INCONCLUSIVE,
+            f"the receipts name {dtype}, which is not computed here",
+        )
+        known = await verify(deposition_of(SPAN, payload, payload, 12, dtype="bfloat16"))
+        assert known.verdict is Verdict.FAIL
+
+
+def test_a_reference_for_what_is_not_computed_here_cannot_be_opened(tiny_stories: Path) -> None:
+    checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
+    with pytest.raises(ConfigError, match="no dtype is called 'int8_bfloat16'"):
+        open_reference(checkpoint, SPAN, max_tokens=64, numerics=Numerics("int8", "bfloat16"))
+
+
+def test_peers_of_other_numerics_are_no_second_opinion(honest: tuple[Tensor, list[Tensor]]) -> None:
+    """Neither asked, nor believed if their receipts say so."""
+    inputs, (exact, fused, _) = honest
+    accused = computed(inputs, exact)
+    dtypes = {"a": "bfloat16", "b": "int8_bfloat16", "c": "what_is_this", "d": "float32"}
+    announced = [
+        Announcement(peer_id, "m", accused.revision, BlockSpan(0, 8), dtype, 1.0, 4096, 1)
+        for peer_id, dtype in dtypes.items()
+    ]
+    asked = choose_auditors(announced, accused, Ledger(), (), random.Random(0))
+    assert {hop.peer_id for hop in asked} == {"a", "d"}
+    given, got = (each.contiguous().numpy().tobytes() for each in (inputs, fused))
+    foreign = deposition_of(SPAN, given, got, len(inputs), dtype="int8_bfloat16")
+    same = computed(inputs, fused)
+    assert compare_elsewhere(accused, same, same, 320).verdict is Verdict.PASS
+    for three in ((accused, same, foreign), (accused, foreign, same), (foreign, same, same)):
+        assert compare_elsewhere(*three, 320).verdict is Verdict.INCONCLUSIVE
 
 
 def write_anew(folder: Path) -> None:

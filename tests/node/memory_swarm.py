@@ -170,7 +170,7 @@ class MemorySwarm:
         server = SpanServer(host, offered, config, self.events.append, evidence=evidence)
         server.register()
         self.served[peer_id] = Served(runner, server)
-        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=runner.dtype_name)
+        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=str(runner.numerics))
         return self.served[peer_id]
 
     def announce(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from p2pinfer.errors import NoRoute
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.checkpoint.numbers import numbers_of, revision_digest
 from p2pinfer.models.checkpoint.spec import read_config
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.planning.policy_runner import PolicyRunner
 from p2pinfer.planning.route_planner import RoutePlanner
 from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
-from p2pinfer.routing.policy import RiskAdjusted
-from p2pinfer.routing.route import Hop, RouteOutcome
+from p2pinfer.routing.policy import RiskAdjusted, RoutingPolicy
+from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.session.failover import Gap
 
-from ..node.memory_swarm import open_memory_swarm
+from ..node.memory_swarm import MemorySwarm, open_memory_swarm
 
 
 async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(tiny_stories: Path) -> None:
@@ -30,7 +33,7 @@ async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(t
         await swarm.serve("a", 0, 3, tokens_per_s=100)
         await swarm.serve("b", 3, 8, tokens_per_s=100)
         a, b = Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))
-        gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None)
+        gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None, "float32")
         with pytest.raises(NoRoute):
             await navigator.better(replace(gap, tokens=1 << 30), b, 5.0)
         assert await navigator.better(gap, b, 5.0) is None  # there is nobody else
@@ -53,10 +56,10 @@ async def test_who_has_the_weights_but_another_config_is_told_apart_by_the_field
         ours = replace(swarm.spec, revision=revision, numbers=numbers)
         navigator = RoutePlanner(swarm.member("client"), ours, Ledger(), desk, busy_pause_s=2.0)
         with pytest.raises(NoRoute, match=r"would$") as nobody:
-            await navigator.choose_route(64, frozenset())
+            await navigator.plan_session(64, frozenset())
         await swarm.serve("theirs", 0, 8)
         with pytest.raises(NoRoute) as told:
-            await navigator.choose_route(64, frozenset())
+            await navigator.plan_session(64, frozenset())
     assert str(told.value) == (
         f"{nobody.value}; peers with the same weights compute with another config.json "
         "(theirs: rope_theta is 500000 here and 10000 there); make them agree"
@@ -79,11 +82,119 @@ async def test_who_could_not_be_reached_is_left_out_unless_nobody_else_has_its_b
         monkeypatch.setattr(member.presence, "is_silent", is_silent)
         await swarm.serve("fast", 0, 8, tokens_per_s=1000)
         await swarm.serve("slow", 0, 8, tokens_per_s=10)
-        assert (await navigator.choose_route(64, frozenset())).peer_ids == ("slow",)
-        assert (await navigator.choose_route(64, frozenset({"slow"}))).peer_ids == ("fast",)
+        assert (await navigator.plan_session(64, frozenset())).route.peer_ids == ("slow",)
+        assert (await navigator.plan_session(64, frozenset({"slow"}))).route.peer_ids == ("fast",)
         a = Hop("a", BlockSpan(0, 3))
-        gap = Gap(BlockSpan(3, 8), 64, frozenset({"a", "slow"}), a, None)
+        gap = Gap(BlockSpan(3, 8), 64, frozenset({"a", "slow"}), a, None, "float32")
         assert (await navigator.replacement(gap)).peer_ids == ("fast",)
         assert (await navigator.replacement(replace(gap, excluded=frozenset({"a"})))).peer_ids == ("slow",)
         silent.add("slow")  # it is us who lost the network
-        assert (await navigator.choose_route(64, frozenset())).peer_ids == ("fast",)
+        assert (await navigator.plan_session(64, frozenset())).route.peer_ids == ("fast",)
+
+
+class Told(RoutingPolicy):
+    """The default policy's choice, or what it is told; notes what every edge was said to carry."""
+
+    stand_in = False
+
+    def __init__(self, *choices: Route) -> None:
+        self.sizes: list[int] = []
+        self.peers: list[set[str]] = []
+        self._choices = list(choices)
+
+    def choose_routes(
+        self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+    ) -> Sequence[Route]:
+        self.sizes.append(request.hidden_bytes_per_token)
+        self.peers.append({each.peer_id for each in candidates})
+        if self._choices:
+            return [self._choices.pop(0)]
+        return RiskAdjusted().choose_routes(candidates, request, view)
+
+
+def planner_of(swarm: MemorySwarm, policy: RoutingPolicy) -> RoutePlanner:
+    desk = PolicyRunner(policy, RiskAdjusted(), timeout_s=5.0)
+    return RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "sizes", "codec"),
+    [
+        (("bfloat16", "bfloat16"), [640], "bfloat16"),
+        (("float16", "float16"), [640], "float16"),
+        (("float32", "float32"), [1280], "float32"),
+        (("float32", "bfloat16"), [1280], "float32"),
+        (("float16", "bfloat16"), [1280], "float32"),
+    ],
+)
+async def test_an_edge_costs_what_travels_over_it(
+    dtypes: tuple[str, str], sizes: list[int], codec: Codec, tiny_stories: Path
+) -> None:
+    """320 channels, of two bytes or of four."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        for peer_id, span, dtype in zip("ab", ((0, 3), (3, 8)), dtypes, strict=True):
+            swarm.announce(peer_id, *span, dtype=dtype)
+        # None of these can be used, so none of them has a say.
+        swarm.announce("full", 0, 8, dtype="float32", free_cache_tokens=0)
+        swarm.announce("foreign", 0, 8, dtype="int8_bfloat16")
+        swarm.announce("excluded", 0, 8, dtype="float16")
+        policy = Told()
+        plan = await planner_of(swarm, policy).plan_session(64, frozenset({"excluded"}))
+        assert (plan.route.peer_ids, plan.codec, policy.sizes) == (("a", "b"), codec, sizes)
+
+
+async def test_a_route_of_one_codec_among_peers_of_several_is_chosen_at_its_own_size(
+    tiny_stories: Path,
+) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        for peer_id, start, stop in (("a", 0, 3), ("b", 3, 8)):
+            swarm.announce(peer_id, start, stop, dtype="bfloat16", tokens_per_s=500)
+        swarm.announce("slow", 0, 8, dtype="float32", tokens_per_s=1)
+        policy = Told()
+        plan = await planner_of(swarm, policy).plan_session(64, frozenset())
+        assert (plan.route.peer_ids, plan.codec) == (("a", "b"), "bfloat16")
+        assert policy.sizes == [1280, 640]
+        assert policy.peers == [{"a", "b", "slow"}, {"a", "b"}]
+
+
+async def test_a_policy_that_changes_its_mind_keeps_its_first_route_and_that_ones_codec(
+    tiny_stories: Path,
+) -> None:
+    class Fickle(Told):
+        def choose_routes(
+            self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+        ) -> Sequence[Route]:
+            if self.sizes:
+                raise NoRoute("no more")
+            return super().choose_routes(candidates, request, view)
+
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        swarm.announce("quick", 0, 8, dtype="float16", tokens_per_s=500)
+        swarm.announce("slow", 0, 8, dtype="float32", tokens_per_s=1)
+        plan = await planner_of(swarm, Fickle()).plan_session(64, frozenset())
+        assert (plan.route.peer_ids, plan.codec) == (("quick",), "float16")
+
+
+@pytest.mark.parametrize(("codec", "size"), [("bfloat16", 640), ("float16", 640), ("float32", 1280)])
+async def test_replacements_are_chosen_at_the_size_of_their_sessions_codec(
+    codec: Codec, size: int, tiny_stories: Path
+) -> None:
+    """Whatever they compute in, and whoever else there is."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        swarm.announce("before", 0, 3, dtype="float32")
+        swarm.announce("spare", 3, 8, dtype="float32")
+        swarm.announce("slow", 3, 8, dtype="bfloat16")
+        policy = Told()
+        planner = planner_of(swarm, policy)
+        before, slow = Hop("before", BlockSpan(0, 3)), Hop("slow", BlockSpan(3, 8))
+        gap = Gap(slow.span, 64, frozenset({"before", "slow"}), before, None, codec)
+        assert (await planner.replacement(gap)).peer_ids == ("spare",)
+        assert await planner.better(gap, slow, 30.0) is not None
+        assert policy.sizes == [size, size]
+
+
+async def test_blocks_that_only_unknown_numerics_serve_have_no_route(tiny_stories: Path) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        swarm.announce("foreign", 0, 8, dtype="q4_k_m")
+        with pytest.raises(NoRoute, match="only by peers that compute in q4_k_m, which this version"):
+            await planner_of(swarm, RiskAdjusted()).plan_session(64, frozenset())

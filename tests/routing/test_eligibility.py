@@ -28,8 +28,10 @@ class View:
         return peer_id == "banned"
 
 
-def candidate(peer_id: str, start: int = 0, stop: int = 8, free: int = 100) -> Candidate:
-    return Candidate(Announcement(peer_id, "m", REVISION, BlockSpan(start, stop), "float32", 1.0, free, 1))
+def candidate(
+    peer_id: str, start: int = 0, stop: int = 8, free: int = 100, dtype: str = "float32"
+) -> Candidate:
+    return Candidate(Announcement(peer_id, "m", REVISION, BlockSpan(start, stop), dtype, 1.0, free, 1))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,13 @@ def candidate(peer_id: str, start: int = 0, stop: int = 8, free: int = 100) -> C
         (candidate("stranger"), Ineligibility.UNTRUSTED),
         (candidate("banned"), Ineligibility.BANNED),
         (candidate("peer", stop=9), Ineligibility.ABSENT),
+        (candidate("peer", dtype="bfloat16"), None),
+        (candidate("peer", dtype="float16"), None),
+        (candidate("peer", dtype="int8_bfloat16"), Ineligibility.UNCHECKABLE),
+        (candidate("peer", dtype="bfloat16_float32"), Ineligibility.UNCHECKABLE),
+        (candidate("peer", dtype="what_is_this"), Ineligibility.UNCHECKABLE),
+        (candidate("peer", dtype="int8_bfloat16", free=99), Ineligibility.UNCHECKABLE),
+        (candidate("peer", stop=9, dtype="int8_bfloat16"), Ineligibility.ABSENT),
     ],
 )
 def test_a_candidate_is_refused_for_a_reason(peer: Candidate, reason: Ineligibility | None) -> None:
@@ -101,3 +110,21 @@ def test_a_block_that_is_full_at_one_peer_and_banned_at_another_is_called_full()
 def test_an_empty_swarm_lacks_every_block_wanted() -> None:
     assert no_route([], REQUEST, None).missing == ((0, 8),)
     assert no_route([], replace(REQUEST, span=BlockSpan(2, 4)), None).missing == ((2, 4),)
+
+
+def test_blocks_that_nobody_serves_in_known_numerics_are_told_with_a_few_of_those_there_are() -> None:
+    peers = [
+        candidate("a", 0, 8, dtype="int4_bfloat16"),
+        candidate("b", 0, 8, dtype="int8_bfloat16"),
+        candidate("c", 0, 8, dtype="what_is_this"),
+        candidate("d", 0, 8, dtype="zzz"),
+        candidate("e", 0, 4),
+    ]
+    error = no_route(peers, REQUEST, View())
+    assert error.missing == ()
+    assert not error.is_full
+    assert str(error) == (
+        "no route: blocks 4:8 are served only by peers that compute in int4_bfloat16, int8_bfloat16, "
+        "what_is_this, which this version of p2pinfer cannot check; update it, or serve them yourself with "
+        "`p2pinfer node --blocks 4:8`"
+    )

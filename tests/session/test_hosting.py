@@ -10,9 +10,9 @@ import trio
 from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
-from p2pinfer.errors import PeerVanished
+from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.node.protocol.messages import Result
+from p2pinfer.node.protocol.messages import Opened, Result
 from p2pinfer.session.hop_stream import HopStream
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
@@ -48,6 +48,20 @@ def with_a_bug(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(session, "on_result", raise_it)
+
+
+@pytest.mark.parametrize("dtype", ["int8_bfloat16", "no_such_dtype", "\x1b[2J", ""])
+async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
+    swarm: MemorySwarm, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it has announced, and without a word of its own."""
+    server = swarm.served["b"].server
+    monkeypatch.setattr(server, "_opened", lambda: Opened(dtype))
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(ProtocolViolation, match=r"computes in what no audit here can run again") as told:
+            await start(swarm, nursery, [])
+    assert told.value.peer_id == "b"
+    await swarm.all_closed()
 
 
 async def test_the_others_go_on_with_the_right_output(

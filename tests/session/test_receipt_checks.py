@@ -13,6 +13,7 @@ import torch
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
@@ -39,7 +40,7 @@ class Chain:
         self._notaries = [
             ReceiptSigner(
                 Open(SESSION, REVISION, hop.span.start, hop.span.stop, 64, "float32"),
-                "float32",
+                FLOAT32,
                 partial(sign, hop.peer_id),
             )
             for hop in self.hops
@@ -80,6 +81,15 @@ def without(*gone: int) -> Tamper:
     return lambda receipts: [each for index, each in enumerate(receipts) if index not in gone]
 
 
+@pytest.mark.parametrize("dtype", ["int8_bfloat16", "bfloat16_float32", "no_such_dtype"])
+async def test_a_hop_whose_receipts_name_what_no_audit_can_run_again_is_to_blame(dtype: str) -> None:
+    ours = book()
+    ours.note(await Chain().passed(resigned(1, dtype=dtype)))
+    with pytest.raises(ProtocolViolation, match="cannot be checked") as caught:
+        await ours.check()
+    assert caught.value.peer_id == "b"
+
+
 async def test_honest_receipts_pass_and_are_kept_only_if_asked() -> None:
     for keep in (False, True):
         ours, chain = book(keep=keep), Chain()
@@ -107,6 +117,7 @@ async def test_honest_receipts_pass_and_are_kept_only_if_asked() -> None:
         (resigned(1, tokens=2), "b", "another step"),
         (resigned(1, returned=0), "b", "another step"),
         (resigned(2, epoch=1), "c", "another step"),
+        (resigned(1, dtype="bfloat16"), "b", "two chains"),
         (resigned(2, session=b"t" * 16), "c", "another session"),
         (resigned(0, input=bytes(32)), "a", "do not link"),
         (resigned(1, input=bytes(32)), "b", "do not link"),

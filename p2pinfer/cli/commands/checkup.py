@@ -132,7 +132,7 @@ def fits(cache_dir: Path, compute: ComputeConfig | None = None) -> list[Fit]:
     found: list[Fit] = []
     for model, blocks, parameters, stored in sizes:
         target: Target = choose_target(compute, stored)
-        size = parameters * target.dtype.itemsize
+        size = target.numerics.weight_bytes(parameters)
         found.append(
             Fit(model, min(blocks, int(free_on(target.device).bytes * WEIGHTS_SHARE / size)), blocks, size)
         )

@@ -13,6 +13,7 @@ import torch
 
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import INDEX, block_of, open_checkpoint
+from p2pinfer.models.numerics import FLOAT32
 
 safetensors_torch: Any = safetensors.torch  # its stubs are partly unknown
 
@@ -77,7 +78,7 @@ def test_the_spec_is_read_from_the_config(tiny_stories: Path) -> None:
     assert (spec.model, spec.family, spec.dtype) == ("tiny-stories", "llama", "bfloat16")
     assert (spec.num_blocks, spec.hidden_size, spec.vocab_size, spec.max_positions) == (8, 320, 4096, 1024)
     assert spec.kv_bytes_per_token_per_block() == 2 * 4 * 40 * 2
-    assert spec.kv_bytes_per_token_per_block("float32") == 2 * 4 * 40 * 4
+    assert spec.kv_bytes_per_token_per_block(FLOAT32) == 2 * 4 * 40 * 4
 
 
 def test_the_config_is_complete(tiny_stories: Path) -> None:

@@ -13,9 +13,10 @@ from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.target import Target
+from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 
-TARGET = Target(torch.device("cpu"), torch.float32)
+TARGET = Target(torch.device("cpu"), FLOAT32)
 
 
 class Bar:

@@ -17,6 +17,7 @@ from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.compute.target import Target
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 
 PROMPTS = (1, 15, 16, 70, 250)
@@ -26,7 +27,7 @@ class Model:
     """A whole tiny model, whose decode steps are the ones that a GPU would record."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        target = Target(torch.device("cpu"), torch.float32)
+        target = Target(torch.device("cpu"), FLOAT32)
         self.blocks: Blocks = load_blocks(checkpoint, BlockSpan(0, 4), target)
         shape = self.blocks.architecture
         self.cache = PagedCache(

@@ -243,7 +243,7 @@ def test_any_float_dtype_goes_in_and_the_runners_own_comes_out(runner: SpanRunne
     (narrow,) = runner.run([Chunk(lease, 0, hidden)])
     (wide,) = runner.run([Chunk(lease, 0, hidden.double())])
     assert narrow.dtype == wide.dtype == runner.dtype == torch.float32
-    assert runner.dtype_name == "float32"
+    assert str(runner.numerics) == "float32"
     torch.testing.assert_close(narrow, wide)
     lease.release()
 

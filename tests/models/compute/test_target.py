@@ -11,6 +11,7 @@ from p2pinfer.models.compute import target
 from p2pinfer.models.compute.target import Target, choose_target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory
+from p2pinfer.models.numerics import BFLOAT16, FLOAT16, FLOAT32
 
 CPU = torch.device("cpu")
 
@@ -40,21 +41,21 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_it_is_the_cpu_and_the_checkpoints_dtype_if_that_is_quick(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert choose_target(ComputeConfig(), "float32") == Target(CPU, torch.float32)
-    assert choose_target(ComputeConfig(), "float16") == Target(CPU, torch.float32)
-    assert choose_target(ComputeConfig(dtype="float16"), "float32") == Target(CPU, torch.float16)
-    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+    assert choose_target(ComputeConfig(), "float32") == Target(CPU, FLOAT32)
+    assert choose_target(ComputeConfig(), "float16") == Target(CPU, FLOAT32)
+    assert choose_target(ComputeConfig(dtype="float16"), "float32") == Target(CPU, FLOAT16)
+    for numerics, other in ((BFLOAT16, torch.float32), (FLOAT32, torch.bfloat16)):
 
         def can_pack(_device: torch.device, wanted: torch.dtype, slow: torch.dtype = other) -> bool:
             return wanted != slow
 
         monkeypatch.setattr(target, "can_pack", can_pack)
-        assert choose_target(ComputeConfig(), "bfloat16") == Target(CPU, dtype)
+        assert choose_target(ComputeConfig(), "bfloat16") == Target(CPU, numerics)
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_with_a_gpu_it_is_the_gpu_and_the_checkpoints_dtype() -> None:
-    assert choose_target(ComputeConfig(), "float16") == Target(torch.device("cuda"), torch.float16)
+    assert choose_target(ComputeConfig(), "float16") == Target(torch.device("cuda"), FLOAT16)
     assert choose_target(ComputeConfig(device="cuda:1"), "bfloat16").device == torch.device("cuda:1")
     assert choose_target(ComputeConfig(device="cpu"), "float32").device == CPU
     assert choose_target(ComputeConfig(), "float16").cache_budget() == 80 << 30
@@ -98,4 +99,4 @@ def test_an_automatic_cache_takes_a_quarter_of_free_memory_and_no_more_than_four
         return FreeMemory(available_gib << 30)
 
     monkeypatch.setattr(target, "free_on", free_on)
-    assert Target(CPU, torch.float32).cache_budget() == budget_gib << 30
+    assert Target(CPU, FLOAT32).cache_budget() == budget_gib << 30

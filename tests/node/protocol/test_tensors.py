@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-from p2pinfer.node.protocol.messages import Codec
-from p2pinfer.node.protocol.tensors import check_finite, decode_hidden, dtype_of, encode_hidden, row_bytes
+from p2pinfer.models.numerics import Codec, row_bytes
+from p2pinfer.node.protocol.tensors import check_finite, decode_hidden, dtype_of, encode_hidden
 
 codecs: st.SearchStrategy[Codec] = st.sampled_from(["float32", "bfloat16", "float16"])
 

@@ -20,6 +20,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
@@ -95,7 +96,7 @@ def open_hop(worker: Collector, pace: Pace | None = None) -> tuple[HopSession, F
         lease=cast(CacheLease, Lease()),
         replay=None,
         config=ServeConfig(max_steps_in_flight=16),
-        signer=ReceiptSigner(opening, "float32", partial(sign, "hop")),
+        signer=ReceiptSigner(opening, FLOAT32, partial(sign, "hop")),
         evidence=EvidenceStore(1 << 20, 900),
     )
     return session, FrameStream(theirs, max_payload_bytes=1000)

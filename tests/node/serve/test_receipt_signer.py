@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.node.serve.receipt_signer import INLINE_BYTES, ReceiptSigner
 from p2pinfer.reputation.receipt import NO_RECEIPT, digest_of, open_receipt
@@ -19,7 +20,7 @@ OPENING = Open(b"s" * 16, "r" * 32, 2, 5, 64, "bfloat16", predecessor="before")
 
 
 def notary(signer: str = "hop", opening: Open = OPENING) -> ReceiptSigner:
-    return ReceiptSigner(opening, "float32", partial(sign, signer))
+    return ReceiptSigner(opening, FLOAT32, partial(sign, signer))
 
 
 async def test_receipts_say_what_was_done_and_follow_each_other() -> None:
