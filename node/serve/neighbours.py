@@ -96,6 +96,8 @@ class Neighbours:
             PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
         """
         async with self.pausing:
+            # Asked with the lock held: a switch may have come while this step waited, and an epoch must not
+            # fall along a link. What is dropped here has no result, so the client sends it again.
             link = self.link
             if link is None or step.epoch < self._least_epoch:
                 return

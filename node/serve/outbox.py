@@ -65,6 +65,8 @@ class Outbox:
         async for work in self._exit:
             if work.output is not None:
                 await self._send(work)
+            # Steps that were dropped count as well, or a client that rolls back often would seem to exceed
+            # its limits.
             self._inbox.let_go(len(work.received))
 
     def close(self) -> None:
@@ -81,6 +83,7 @@ class Outbox:
         returned = step.returns if successor is None else step.tokens
         receipts = (*step.receipts, await self._attest(work, returned))
         bills = (*step.bills, _bill(work))
+        # Before it is sent: what a successor has and the log has not could not be replayed to another one.
         if self.replay is not None:
             self.replay.append(step.position, step.tokens, payload)
         if step.replay == 1 or (step.replay and successor is None):

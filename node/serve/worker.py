@@ -122,6 +122,7 @@ class Worker:
         self._arrivals: queue.SimpleQueue[Work | _Call | None] = queue.SimpleQueue()
         self._newcomers: list[Work] = []  # what waits and is not in line yet
         self._line: FairQueue[Work] = FairQueue()
+        # Counted, not asked of the line: `_gather` looks at every arrival, and the line may be long.
         self._waiting = 0  # in line, and newcomers
         self._waiting_prefills = 0
         self._returns: ReturnTimes[Hashable] = ReturnTimes()
@@ -212,6 +213,8 @@ class Worker:
             False when the worker is to stop.
         """
         started = self._clock()
+        # Waiting pays for decode steps alone. A batch with a prefill takes so long that those who are due
+        # would be back for the one after it in any case.
         while self._waiting and not self._waiting_prefills:
             now = self._clock()
             left_s = self._returns.wait_until(now, started + self._patience_s - now) - now
@@ -225,9 +228,8 @@ class Worker:
         """The next pieces that fit together."""
         newcomers = self._newcomers
         if self._waiting == 1 and newcomers:
-            batch = (
-                newcomers  # whoever is alone needs no line: it would be empty again as if nothing had been
-            )
+            # Whoever is alone needs no line: afterwards it would be as if nothing had been in it.
+            batch = newcomers
         else:
             for work in newcomers:
                 self._line.add(work.client, work.tokens, work)
@@ -243,17 +245,22 @@ class Worker:
         batch: list[Work] = []
         taken: set[Hashable] = set()
         room = self._max_batch_tokens
+        # A client has a limit only while others wait: alone it may fill the device.
         most_steps = self._client_steps if len(self._line.clients()) > 1 else self._waiting
         steps = Counter[str]()
         for work in self._line:
             if work.is_decode:
                 fits = steps[work.client] < most_steps
             else:
+                # The first prefill of a batch fits however long it is: it would wait for ever otherwise.
                 fits = work.tokens <= room or room == self._max_batch_tokens
             if fits and work.session not in taken and (not batch or work.batch_key == batch[0].batch_key):
                 batch.append(work)
+                # Decode steps take none of the room, so a long prompt delays them by one batch and no more.
                 room -= 0 if work.is_decode else work.tokens
                 steps[work.client] += work.is_decode
+            # Chosen or not: the work of a session runs in order, so nothing may overtake a piece of it that
+            # has to wait. Skipping the piece alone would compute on a cache that lacks positions.
             taken.add(work.session)
         self._line.take(batch)
         return batch
@@ -296,6 +303,9 @@ class Worker:
 
     def _run(self, batch: list[Work]) -> Sequence[Work]:
         """Run a batch, or its pieces one by one if that fails; returns what was done or failed."""
+        # One faulty piece fails all that are computed with it, so a batch that fails is taken apart: the
+        # sessions of the others go on. Running pieces one by one in the first place would give up what a
+        # batch gains.
         try:
             return batch[0].run(batch)
         except Exception as exc:  # whatever went wrong, the session must hear of it and the thread go on
