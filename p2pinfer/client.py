@@ -48,7 +48,7 @@ from .errors import LocalError, PeerError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
 from .local_model import LocalModel, load_local_model
-from .options import GenerationOptions, addresses_of, check_prompt, suggesting
+from .options import GenerationOptions, addresses_of, check_arguments, check_prompt, suggesting
 from .served import joining_options
 from .swarm_view import PeerView as PeerView
 
@@ -81,7 +81,8 @@ class Client:
 
     Raises:
         PolicyError: There is no such policy.
-        TypeError: There is no such argument; the message names the nearest.
+        TypeError: There is no such argument, or one is of another type; the message names the nearest, or
+            what it takes.
 
     Raises (on entering):
         LocalError: There is no trio loop, but that of asyncio, say; `connect` needs none.
@@ -235,11 +236,12 @@ class Client:
 
         Raises:
             PromptTooLong: The prompt does not fit the model.
-            TypeError: The prompt is not one text.
+            TypeError: The prompt is not one text, or `config` no `GenerationConfig`.
             ConfigError: An override is not a field of `GenerationConfig`, a value makes no sense, or the
                 prompt is empty and the model has no token to begin with.
         """
         check_prompt(prompt)
+        check_arguments(generation_config=config)
         if not hasattr(self, "_local"):
             raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
@@ -256,7 +258,9 @@ class Client:
 
         Raises:
             ConfigError: It is no resume token, or one of other weights.
+            TypeError: It is no text.
         """
+        check_arguments(token=token)
         GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
         return self._go_on(extend_state(decode_state(token), max_new_tokens, self.spec.max_positions))
 

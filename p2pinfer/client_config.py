@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from p2pinfer.models.config import check_target
+from p2pinfer.models.field_types import check_fields
 from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 
 from .errors import ConfigError
@@ -36,6 +37,7 @@ class ClientConfig:
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_target(self.dtype, self.device)
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
@@ -69,11 +71,9 @@ class GenerationConfig:
     show_special: bool = False  # print special tokens too
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
-        stop: object = self.stop
-        if isinstance(stop, str):  # whose characters would each be a stop
-            raise ConfigError(f"stop is the text {stop!r}; it must be a tuple of texts")
         if not all(is_text(text) for text in self.stop):
             raise ConfigError("a stop holds half of a surrogate pair, which is in no text; leave it out")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
@@ -105,6 +105,7 @@ class SessionConfig:
     slow_step_s: float = 0.05  # per token, seconds; a slower hop is replaced if another would halve it
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for each in fields(self):
             value = getattr(self, each.name)
             if value <= 0:
@@ -128,6 +129,7 @@ class AuditConfig:
     remote: bool = True  # let other peers re-execute spans that do not fit here, and confirm failures
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rate is not None and not 0 <= self.rate <= 1:
             raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
         if not 0 <= self.logits_share <= 1:
@@ -152,6 +154,7 @@ class VerifyConfig:
     max_new_tokens: int = 64  # tokens of one text; fewer than 24 prove little, fewer than 8 nothing
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
         if self.idle_s < 0 or self.pause_s < 0:

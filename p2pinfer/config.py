@@ -14,13 +14,15 @@ import math
 import os
 import re
 import tomllib
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
+
+from p2pinfer.models.field_types import describe_type as describe_type
+from p2pinfer.models.field_types import is_list, is_table, shown
 
 from . import text_files
 from .errors import ConfigError
@@ -261,17 +263,17 @@ def _reject(key: str, origin: str, known: Iterator[str] | Mapping[str, Any] | li
 
 def _set(setting: Setting, value: object, origin: str, is_text: bool) -> Setting:
     _check_text(setting, value, origin)
-    if is_text and isinstance(value, str) and (_is_list(setting.type) or _is_table(setting.type)):
+    if is_text and isinstance(value, str) and (is_list(setting.type) or is_table(setting.type)):
         value = _split(value, setting, origin)
-    if is_text and _is_table(setting.type):
+    if is_text and is_table(setting.type):
         value = _assignments(value, setting, origin)
     try:
         converted = msgspec.convert(value, setting.type, strict=not is_text, str_keys=True, dec_hook=_decode)
     except msgspec.ValidationError as exc:
         what = describe_type(setting.type)
-        raise ConfigError(f"{origin}: {setting.key} must be {what}, not {_shown(value)}") from exc
+        raise ConfigError(f"{origin}: {setting.key} must be {what}, not {shown(value)}") from exc
     if isinstance(converted, float) and not math.isfinite(converted):
-        raise ConfigError(f"{origin}: {setting.key} must be a finite number, not {_shown(value)}")
+        raise ConfigError(f"{origin}: {setting.key} must be a finite number, not {shown(value)}")
     return dataclasses.replace(setting, value=converted, origin=origin)
 
 
@@ -301,7 +303,7 @@ def _assignments(value: object, setting: Setting, origin: str) -> object:
         key, equals, text = part.partition("=")
         if not equals:
             raise ConfigError(
-                f"{origin}: {setting.key} must be {describe_type(setting.type)}, not {_shown(part)}"
+                f"{origin}: {setting.key} must be {describe_type(setting.type)}, not {shown(part)}"
             )
         table[key.strip()] = text.strip()
     return table
@@ -312,41 +314,6 @@ def _decode(kind: type[Any], value: object) -> object:
     if isinstance(value, str) and issubclass(kind, Path):
         return expand(value)
     raise msgspec.ValidationError(f"{value!r} is no {kind.__name__}")
-
-
-def describe_type(hint: Any) -> str:
-    """A type for people: `int` -> "a whole number"."""
-    names: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-    }
-    if hint in names:
-        return names[hint]
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(hint))
-    if get_origin(hint) in (types.UnionType, Union):
-        return " or ".join(describe_type(part) for part in get_args(hint) if part is not types.NoneType)
-    if _is_table(hint):
-        key, value = get_args(hint)
-        return f"pairs of {describe_type(key)} and {describe_type(value)}, written KEY=VALUE"
-    assert _is_list(hint), f"a setting of type {hint}"
-    return "a list of " + describe_type(get_args(hint)[0])
-
-
-def _is_list(hint: Any) -> bool:
-    return get_origin(hint) is tuple
-
-
-def _is_table(hint: Any) -> bool:
-    return get_origin(hint) is Mapping
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_toml(value: object) -> str | None:

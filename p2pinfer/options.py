@@ -6,23 +6,46 @@ Editors complete what a `TypedDict` lists; tests keep both lists equal to what t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar, cast
 
 from p2pinfer.generation.outage import Waiting
+from p2pinfer.models.field_types import shown
 from p2pinfer.models.progress import Progress
+from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.policy import RoutingPolicy
 
-from .client_config import AuditConfig, ClientConfig, SessionConfig
+from .client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
 from .events import Report
 from .suggestions import suggest
 
 if TYPE_CHECKING:
     from p2pinfer.audit.verifier import Verifier
+
+_KINDS: Final[Mapping[str, tuple[type[Any], ...]]] = {
+    "model": (str, Path),
+    "policy": (str, RoutingPolicy),
+    "config": (ClientConfig,),
+    "host_config": (HostConfig,),
+    "session_config": (SessionConfig,),
+    "routing_config": (RoutingConfig,),
+    "reputation": (Ledger,),
+    "cache_dir": (str, Path),
+    "data_dir": (str, Path),
+    "weights_bytes": (int,),
+    "on_wait": (),  # any function
+    "audit": (AuditConfig,),
+    "identity": (str, Path, Identity),
+    "on_event": (),
+    "generation_config": (GenerationConfig,),
+    "token": (str,),
+}
+_NEVER_NONE: Final = frozenset({"model", "weights_bytes", "on_wait", "token"})
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -66,7 +89,7 @@ class ClientOptions(TypedDict, total=False):
 
 
 def suggesting(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`function`, whose TypeError for a keyword that it does not take says which one is near."""
+    """`function`, whose TypeError for a wrong keyword names the nearest, for a wrong type what it takes."""
     signature = inspect.signature(function)
     known = [
         name
@@ -81,9 +104,33 @@ def suggesting(function: Callable[_P, _R]) -> Callable[_P, _R]:
         for name in kwargs.keys() - set(known):
             called = function.__qualname__.removesuffix(".__init__")
             raise TypeError(f"{called}() takes no argument {name!r}{suggest(name, known)}")
+        check_arguments(**{name: value for name, value in kwargs.items() if name in _KINDS})
         return function(*args, **kwargs)
 
     return call
+
+
+def check_arguments(**given: object) -> None:
+    """Nothing, if each of these arguments of `Client` and `generate` is of a type that it may have.
+
+    None is right for all that have a default of their own.
+
+    Raises:
+        TypeError: One is not; the message names it, and what it takes.
+    """
+    for name, value in given.items():
+        kinds = _KINDS[name]
+        if value is None and name not in _NEVER_NONE:
+            continue
+        if isinstance(value, kinds) or (not kinds and callable(value)):
+            continue
+        if not kinds:
+            raise TypeError(f"{name} is {shown(value)}; it takes a function")
+        takes = " or ".join(kind.__name__ for kind in kinds)
+        made = (
+            ", and this is a class: call it" if isinstance(value, type) and issubclass(value, kinds) else ""
+        )
+        raise TypeError(f"{name.removeprefix('generation_')} is {shown(value)}; it takes {takes}{made}")
 
 
 def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,6 +139,8 @@ def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         TypeError: It holds something else than text.
     """
+    if not isinstance(cast("object", bootstrap), Iterable):
+        raise TypeError(f"bootstrap is {shown(bootstrap)}; it takes multiaddrs as text")
     addresses = cast("tuple[object, ...]", (bootstrap,) if isinstance(bootstrap, str) else tuple(bootstrap))
     for address in addresses:
         if not isinstance(address, str):

@@ -169,7 +169,7 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
         ("[serve]\nlimit = '1'", r"serve\.limit must be a whole number, not '1'"),
         ("[serve]\nlimit = 1.5", r"serve\.limit must be a whole number, not 1\.5"),
         ("[serve]\nwait_s = nan", r"serve\.wait_s must be a finite number, not nan"),
-        ("[serve]\nlisten = '/a'", r"serve\.listen must be a list of text, not '/a'"),
+        ("[serve]\nlisten = '/a'", r"serve\.listen must be a list of texts, not '/a'"),
         ("[serve]\ncodec = 'other'", r"serve\.codec must be one of plain, packed, not 'other'"),
         ("data_dir = 1", r"data_dir must be a path, not 1"),
         ("limit", r"own\.toml: Expected '='"),
@@ -201,7 +201,7 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, text: str,
         ("P2PINFER_SERVE__SEED", "x", r"serve\.seed must be a whole number, not 'x'"),
         ("P2PINFER_SERVE__GENEROUS", "perhaps", r"serve\.generous must be true or false, not 'perhaps'"),
         ("P2PINFER_SERVE__LISTEN", "[1", r"serve\.listen is no TOML array"),
-        ("P2PINFER_SERVE__LISTEN", "[1]", r"serve\.listen must be a list of text"),
+        ("P2PINFER_SERVE__LISTEN", "[1]", r"serve\.listen must be a list of texts"),
     ],
 )
 def test_a_mistake_in_a_variable_is_named_with_the_variable(

@@ -89,3 +89,62 @@ def test_a_field_that_does_not_exist_is_told_the_nearest() -> None:
         generation_config(None, {"max_tokens": 3})
     with pytest.raises(p2pinfer.ConfigError, match="did you mean 'temperature'"):
         generation_config(None, {"temprature": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        # Not an error to any comparison, and no message that peers can read.
+        ("max_new_tokens", 5.0, r"max_new_tokens is 5\.0; it must be a whole number"),
+        ("max_new_tokens", "5", "max_new_tokens is '5'; it must be a whole number"),
+        ("max_new_tokens", True, "max_new_tokens is True; it must be a whole number"),
+        ("temperature", "hot", "temperature is 'hot'; it must be a number"),
+        ("seed", "a", "seed is 'a'; it must be a whole number"),
+        ("stop", "girl", "stop is 'girl'; it must be a list of texts"),
+        ("stop", ["girl", 3], r"stop is \['girl', 3\]; it must be a list of texts"),
+        ("stop_ids", 5, "stop_ids is 5; it must be a list of whole numbers"),
+        ("logit_bias", [1, 2], r"logit_bias is \[1, 2\]; it must be pairs of a whole number and a number"),
+        ("logit_bias", {"5": 1}, r"logit_bias is \{'5': 1\}; it must be pairs of a whole number"),
+        ("show_special", 1, "show_special is 1; it must be true or false"),
+    ],
+)
+def test_a_field_of_another_type_is_told_what_it_takes(field: str, value: object, complaint: str) -> None:
+    with pytest.raises(p2pinfer.ConfigError, match=complaint):
+        GenerationConfig(**cast("Any", {field: value}))
+
+
+def test_a_whole_number_is_a_number_and_a_list_may_stand_for_a_tuple() -> None:
+    config = GenerationConfig(temperature=1, stop=cast("Any", ["a"]), logit_bias={5: -1}, seed=None)
+    assert (config.temperature, list(config.stop), config.logit_bias) == (1, ["a"], {5: -1})
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"policy": p2pinfer.RoutingPolicy}, "takes str or RoutingPolicy, and this is a class: call it"),
+        ({"policy": 5}, "policy is 5; it takes str or RoutingPolicy"),
+        ({"model": None}, "model is None; it takes str or Path"),
+        ({"bootstrap": None}, "bootstrap is None; it takes multiaddrs as text"),
+        ({"bootstrap": 5}, "bootstrap is 5; it takes multiaddrs as text"),
+        ({"config": {"wait_s": 3}}, r"config is \{'wait_s': 3\}; it takes ClientConfig"),
+        ({"config": {}}, r"config is \{\}; it takes ClientConfig"),
+        ({"host_config": "x"}, "host_config is 'x'; it takes HostConfig"),
+        ({"data_dir": 3}, "data_dir is 3; it takes str or Path"),
+        ({"on_wait": "x"}, "on_wait is 'x'; it takes a function"),
+        ({"on_event": 1}, "on_event is 1; it takes a function"),
+    ],
+)
+@pytest.mark.parametrize("function", [client, connect])
+def test_an_argument_of_another_type_is_told_what_it_takes(
+    function: Any, given: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        function(**given)
+
+
+def test_a_generation_takes_no_dict_and_a_resume_token_is_text() -> None:
+    unopened = client()
+    with pytest.raises(TypeError, match=r"config is \{'seed': 1\}; it takes GenerationConfig"):
+        unopened.generate("Once", {"seed": 1})
+    with pytest.raises(TypeError, match="token is 5; it takes str"):
+        unopened.resume(5)

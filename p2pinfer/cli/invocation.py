@@ -20,6 +20,7 @@ from p2pinfer.errors import ConfigError
 from p2pinfer.folders import is_homeless
 from p2pinfer.models.config import DEVICES as DEVICES
 from p2pinfer.models.config import DTYPES as DTYPES
+from p2pinfer.node.transport.swarm_key import load_swarm_key
 from p2pinfer.text_files import is_text
 
 from .completing import complete_settings, complete_value
@@ -65,6 +66,9 @@ class Invocation:
         if self.print_config:
             write_out(settings.to_json() if self.json else settings.to_toml())
             raise click.exceptions.Exit(0)
+        for each in settings:
+            if each.key == "host.swarm_key" and each.value is not None:
+                load_swarm_key(cast(Path, each.value))  # here, since what follows takes seconds
         if settings["data_dir"].origin == "default" and is_homeless() and not self.quiet:
             note(
                 f"this user has no home directory: data is kept in {settings['data_dir'].value}; "

@@ -271,6 +271,12 @@ def test_neither_the_package_nor_the_command_line_imports_anything_heavy() -> No
         (["generate", "--set", "client.device=tpu", "x"], "no device is called 'tpu'"),
         (["generate", "--max-new-tokens", "0", "x"], "max_new_tokens is 0"),
         (["generate", "--resume", "p2pr1.AAAA"], "the resume token is cut short"),
+        (["generate", "--swarm-key", "nowhere.key", "x"], "the swarm key nowhere.key cannot be read"),
+        (
+            ["generate", "--stop-id", "x", "x"],
+            "--stop-id: generation.stop_ids must be a list of whole numbers",
+        ),
+        (["node", "--swarm-key", "nowhere.key"], "the swarm key nowhere.key cannot be read"),
     ],
 )
 def test_a_wrong_value_is_told_before_torch_is_imported(argv: list[str], complaint: str) -> None:

@@ -52,6 +52,7 @@ def doctor(call: Invocation) -> None:
     from p2pinfer.cli.running import run
     from p2pinfer.config import SharedConfig
     from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.node.swarm.bootstrap import bootstrap_peers
     from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import new_identity
 
@@ -84,6 +85,7 @@ def doctor(call: Invocation) -> None:
             found.extend(check_network(member))
             write_out(report_json(member, found) if call.json else report(found))
 
+    bootstrap_peers(shared.bootstrap, shared.data_dir)  # a wrong address is told before anything is measured
     tell("the hardware")
     run(main)
     if any(each.wrong for each in found):

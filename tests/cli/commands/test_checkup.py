@@ -134,5 +134,11 @@ def test_the_exit_code_says_whether_something_is_wrong(
     wrong = {each["name"]: each["advice"] for each in told["checks"] if each["wrong"]}
     assert told["wrong"] == sum(each["wrong"] for each in told["checks"])
     assert "do not answer" in wrong["connected peers"]
-    assert run([*asking, "--swarm-key", str(tmp_path / "nowhere.key")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    for wrongly, complaint in (
+        (("--swarm-key", str(tmp_path / "nowhere.key")), "cannot be read"),
+        (("--bootstrap", "192.0.2.7:4001"), "is not of the form"),
+    ):
+        assert run([*asking, *wrongly]) == 2
+        said = capsys.readouterr().err
+        assert complaint in said
+        assert "checking" not in said  # nor is anything measured for nothing
