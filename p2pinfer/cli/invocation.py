@@ -56,6 +56,11 @@ class Invocation:
     config_file: Path | None = None
     flags: dict[str, Flag] = field(default_factory=dict[str, Flag])
 
+    @property
+    def is_for_people(self) -> bool:
+        """Whether standard error may hold lines for a person: not with `-q`, nor among JSON log records."""
+        return not self.quiet and self.log_format == "text"
+
     def settings(self, *configs: type[Any]) -> Settings:
         """The settings of these layers. With `--print-config`, prints them and ends the command.
 

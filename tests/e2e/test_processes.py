@@ -54,6 +54,7 @@ SHAPE: dict[str, Any] = {
     "route": [{"peer_id": str, "blocks": [int], "connection": str, "integrity": float, "reliability": float}],
     "timings": {"first_token_s": float, "tokens_per_s": float, "per_hop_ms": [float]},
     "failovers": int,
+    "seed": type(None),  # it is greedy
     "audits": dict.fromkeys(("done", "passed", "failed", "suspect", "inconclusive"), int),
     "resume_token": str,
 }
@@ -144,8 +145,7 @@ def test_a_text_cut_off_by_ctrl_c_goes_on_in_another_process(swarm: Swarm, tmp_p
     (name,) = re.findall(r"--resume (\w+)", said)
     (tmp_path / "cut" / "tmp").rmdir()
     with command(tmp_path / "cut", "generate", *common, "--resume", name) as process:
-        after, said = process.communicate(timeout=PATIENCE_S)
+        after, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert "stopped after 300 tokens (--max-new-tokens)" in said
     assert before + after == whole
     assert len(before) < len(whole) - 1

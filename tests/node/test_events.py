@@ -8,6 +8,7 @@ import pytest
 
 from p2pinfer.node.events import (
     Event,
+    Joined,
     Loading,
     NodeLeaving,
     Reached,
@@ -16,6 +17,7 @@ from p2pinfer.node.events import (
     SessionOpened,
     SessionRefused,
     Starting,
+    Stopped,
     Verified,
     to_json,
 )
@@ -23,6 +25,7 @@ from p2pinfer.node.events import (
 EXAMPLES: list[Event] = [
     Starting("12D3", ("/ip4/127.0.0.1/tcp/1/p2p/12D3",), "tiny-stories", "ab"),
     Loading((0, 4), "asked for"),
+    Joined(2, ("/ip4/192.0.2.7/tcp/1",), (("/ip4/192.0.2.8/tcp/1", "Connection refused"),)),
     Reached("public", "none", ("/ip4/192.0.2.7/tcp/1/p2p/12D3",), ("12D3",), "reachable from the internet"),
     Ready(
         "12D3", ("/ip4/127.0.0.1/tcp/1/p2p/12D3",), "tiny-stories", "ab", (0, 4), "bfloat16", "cpu", 9.5, 64
@@ -33,6 +36,7 @@ EXAMPLES: list[Event] = [
     SessionRefused("12D3", "busy", "two lines\nof text"),
     Verified(4, 2, 1, 0),
     NodeLeaving(0),
+    Stopped(61.5, 2, 400, 1, 1000, 2000, 0, 1),
 ]
 
 
@@ -46,7 +50,7 @@ def test_an_event_is_one_object_on_one_line_that_names_itself(event: Event) -> N
 
 
 def test_a_ready_event_says_what_scripts_wait_for() -> None:
-    told = json.loads(to_json(EXAMPLES[3]))
+    told = json.loads(to_json(EXAMPLES[4]))
     assert told["event"] == "ready"
     assert {key: told[key] for key in ("peer_id", "addrs", "model", "revision", "blocks")} == {
         "peer_id": "12D3",

@@ -145,7 +145,7 @@ def naive_edge_s(swarm: Swarm, a: Candidate | None, b: Candidate | None) -> floa
         peer = a or b
         assert peer is not None
         rtt_ms, relayed, both_private = peer.rtt_ms, peer.relayed, False
-    seconds = 4096 / (1.0e6 if relayed else 2.5e6)
+    seconds = 4096 / (0.5e6 if relayed else 2.5e6)
     if rtt_ms is not None:
         return seconds + rtt_ms / 1000 / 2
     p = a.announcement.coordinate if a else asked.coordinate

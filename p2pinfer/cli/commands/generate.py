@@ -136,7 +136,7 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     settings = call.settings(
         GenerationConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig
     )
-    waiting = click.get_current_context().with_resource(WaitingLine(quiet=call.quiet))
+    waiting = click.get_current_context().with_resource(WaitingLine(quiet=not call.is_for_people))
     waiting.say("reading the prompt from standard input")
     text = prompt if resume is not None else take_prompt(prompt, quiet=call.quiet)
     waiting.pause()
@@ -269,7 +269,7 @@ def _kept(
                 if not call.quiet:
                     note(f"interrupted; to continue: {_command_to_resume(name, call)}")
         raise
-    if generation.is_cut and not (call.json or call.quiet):
+    if generation.is_cut and call.is_for_people and not call.json:
         _tell_of_the_cut(generation, call, data_dir)
     if resumed is not None:
         drop_token(resumed, data_dir)
