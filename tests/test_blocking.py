@@ -96,14 +96,9 @@ def test_a_model_that_is_not_there_ends_connecting_and_its_thread(tmp_path: Path
     assert threads() == before
 
 
-def test_a_failure_on_the_way_comes_out_of_the_iteration(
-    swarm: BlockingClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A client that sees another client and no node has nobody to ask."""
-    monkeypatch.setattr("p2pinfer.embedded.BOOTSTRAP_TIMEOUT_S", 5.0)
-    address = swarm._loop.call(lambda client: client.member.addrs)  # pyright: ignore[reportPrivateUsage]
+def test_a_failure_on_the_way_comes_out_of_the_iteration(tmp_path: Path) -> None:
     config = p2pinfer.ClientConfig(find_timeout_s=0.1, policy=f"{__name__}:Nobody")
-    lonely = p2pinfer.connect(bootstrap=address, policy=Nobody(), config=config, data_dir=tmp_path)
+    lonely = p2pinfer.connect(policy=Nobody(), config=config, data_dir=tmp_path)
     with lonely, pytest.raises(p2pinfer.NoRoute, match="nobody is good enough"):
         lonely.generate("Once").text()
     lonely.close()
@@ -113,9 +108,8 @@ def test_a_failure_on_the_way_comes_out_of_the_iteration(
         lonely.peers()
 
 
-def test_what_is_being_generated_ends_with_the_client(swarm: BlockingClient, tmp_path: Path) -> None:
-    address = swarm._loop.call(lambda client: client.member.addrs)  # pyright: ignore[reportPrivateUsage]
-    other = p2pinfer.connect(bootstrap=address, data_dir=tmp_path)
+def test_what_is_being_generated_ends_with_the_client(tmp_path: Path) -> None:
+    other = p2pinfer.connect(data_dir=tmp_path)
     generation = other.generate("Once upon a time", max_new_tokens=200)
     next(generation)
     other.close()

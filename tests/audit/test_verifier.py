@@ -184,7 +184,7 @@ def test_peers_of_other_numerics_are_no_second_opinion(honest: tuple[Tensor, lis
     assert {hop.peer_id for hop in asked} == {"a", "d"}
     given, got = (each.contiguous().numpy().tobytes() for each in (inputs, fused))
     foreign = deposition_of(SPAN, given, got, len(inputs), dtype="int8_bfloat16")
-    same = computed(inputs, fused)
+    same = computed(inputs, exact)
     assert compare_elsewhere(accused, same, same, 320).verdict is Verdict.PASS
     for three in ((accused, same, foreign), (accused, foreign, same), (foreign, same, same)):
         assert compare_elsewhere(*three, 320).verdict is Verdict.INCONCLUSIVE
