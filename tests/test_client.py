@@ -174,7 +174,8 @@ async def test_two_peers_that_die_together_are_one_failover(open_client: OpenCli
         assert await text_of(generation) == undisturbed
         assert generation.result.failovers == 1
         assert [hop.peer_id for hop in generation.result.route] == ["a", "d", "e"]
-        assert policy.requests[-1].excluded == {"a", "b", "c"}
+        # The second death is known before the first repair, or during it.
+        assert {"b", "c"} <= policy.requests[-1].excluded <= {"a", "b", "c"}
 
 
 async def test_a_peer_out_of_reach_counts_as_failed_and_one_that_refuses_does_not(
