@@ -124,13 +124,14 @@ def check_arguments(**given: object) -> None:
             continue
         if isinstance(value, kinds) or (not kinds and callable(value)):
             continue
+        said = shown(value)  # before it is narrowed
         if not kinds:
-            raise TypeError(f"{name} is {shown(value)}; it takes a function")
+            raise TypeError(f"{name} is {said}; it takes a function")
         takes = " or ".join(kind.__name__ for kind in kinds)
         made = (
             ", and this is a class: call it" if isinstance(value, type) and issubclass(value, kinds) else ""
         )
-        raise TypeError(f"{name.removeprefix('generation_')} is {shown(value)}; it takes {takes}{made}")
+        raise TypeError(f"{name.removeprefix('generation_')} is {said}; it takes {takes}{made}")
 
 
 def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
