@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import p2pinfer
+from p2pinfer.node.events import Ready
 
 STEP = 6
 
@@ -63,8 +64,8 @@ async def one_token(recorder: Recorder) -> None:
                 addrs: list[str] = []
 
                 def note(event: object, ready: trio.Event = ready, addrs: list[str] = addrs) -> None:
-                    if type(event).__name__ == "Ready":
-                        addrs.extend(event.addrs)  # type: ignore[attr-defined]
+                    if isinstance(event, Ready):
+                        addrs.extend(event.addrs)
                         ready.set()
 
                 config = p2pinfer.NodeConfig(
