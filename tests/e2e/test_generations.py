@@ -144,8 +144,9 @@ async def test_a_node_without_room_says_why(
         open_nodes(tiny_stories, tmp_path, [(0, 5), (5, 8)], serve=serve) as nodes,
         nodes.client(find_timeout_s=0.1) as client,
     ):
+        first = client.generate(PROMPT)  # held: one that nobody holds gives its room back
         if code == "busy":
-            await anext(client.generate(PROMPT))
+            await anext(first)
         with pytest.raises(NoRoute, match=message) as caught:
             await generate(client)
         assert isinstance(caught.value.__cause__, PeerRefused)
