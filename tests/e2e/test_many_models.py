@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import safetensors.torch
 
 from p2pinfer.config import environment_without_settings
+from p2pinfer.node.swarm.duplicate_identity import TOGETHER_S
 
 from .support import PATIENCE_S, NodeProcess
 
@@ -191,6 +193,7 @@ def test_a_copied_data_directory_ends_the_later_node(place: Place) -> None:
     first = place.start("first", "--blocks", "0:4")
     peer_id, address = first.ready()
     shutil.copytree(place.home / "first", place.home / "copy")
+    time.sleep(TOGETHER_S)  # of two that started closer together than this, chance says which one stops
     second = place.start("copy", "--blocks", "4:8", "--bootstrap", address)
     assert second.process.wait(timeout=PATIENCE_S) == 1
     assert f"another node already runs as {peer_id}" in second.said()
