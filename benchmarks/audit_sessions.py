@@ -19,7 +19,7 @@ import p2pinfer.models
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.compute import layers
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -99,7 +99,7 @@ def sample_sessions(
     sessions = [tokenizer.encode(opening)[: tokens // 2] for opening in openings]
     config = ComputeConfig(device="cpu", cache_bytes=1 << 30)
     runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
-    ends = load_ends(checkpoint, config)
+    ends = load_embedding_and_head(checkpoint, config)
     samplers = [Sampler(SamplingConfig(temperature=0.8, seed=seed)) for seed in numbers]
     leases = [runner.cache.reserve(tokens) for _ in sessions]
     while any(len(session) < tokens for session in sessions):
@@ -116,7 +116,7 @@ def sample_sessions(
 
 def embed(checkpoint: Checkpoint, sessions: Sequence[Sequence[int]]) -> Outputs:
     """What enters the first block, by session: (tokens, hidden_size) bfloat16."""
-    ends = load_ends(checkpoint, ComputeConfig(device="cpu", dtype="bfloat16"))
+    ends = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="bfloat16"))
     return [ends.embed(session) for session in sessions]
 
 

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, loggin
 
 import p2pinfer.models
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.layers import Linear
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
@@ -93,7 +93,7 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, dtype)
         config = ComputeConfig(device=device, dtype=dtype, cache_bytes=1 << 30)
         self.runner = open_runner(checkpoint, BlockSpan(0, self.spec.num_blocks), config)
-        self.ends = load_ends(checkpoint, config)
+        self.ends = load_embedding_and_head(checkpoint, config)
         auto_model: Any = AutoModelForCausalLM
         self.stock = auto_model.from_pretrained(checkpoint.folder, dtype=self.dtype).to(self.device)
         self.config: Any = self.stock.config

@@ -42,7 +42,7 @@ from p2pinfer.client_config import AuditConfig
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -238,7 +238,7 @@ def count_wrong(told: Sequence[Told]) -> list[int]:
     checkpoint = open_checkpoint(Path(p2pinfer.models.__path__[0], BUNDLED_MODEL), BUNDLED_MODEL)
     config = ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 28)
     runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
-    ends, tokenizer = load_ends(checkpoint, config), load_tokenizer(checkpoint.folder)
+    ends, tokenizer = load_embedding_and_head(checkpoint, config), load_tokenizer(checkpoint.folder)
     wrong: list[int] = []
     for each in told:
         ids = [*tokenizer.encode(each.prompt), *each.result.token_ids]

@@ -25,7 +25,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 
 BOAST = 2.0
 Run = Callable[[Sequence[Chunk], BlockSpan | None], list[Tensor]]
@@ -123,15 +123,15 @@ def install(cheat: str) -> None:
         return runner
 
     serving.open_runner = opened
-    serving.Pace = Boastful
+    serving.DecodeSpeed = Boastful
 
 
-class Boastful(Pace):
+class Boastful(DecodeSpeed):
     """What such a node says of its speed."""
 
     @property
     def tokens_per_s(self) -> float:
-        """See `Pace`."""
+        """See `DecodeSpeed`."""
         return BOAST * super().tokens_per_s
 
 

@@ -33,9 +33,9 @@ from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Result, Step
 from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.hop_session import HopSession
-from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.transport.identity import new_identity, verify
@@ -70,7 +70,7 @@ class Served(NamedTuple):
     spec: Spec
     runner: Echo
     worker: Worker
-    pace: Pace
+    speed: DecodeSpeed
 
 
 class Silence(ReceiptSigner):
@@ -93,7 +93,7 @@ async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenera
             opening,
             "client",
             FrameStream(ours, max_payload_bytes=LIMIT, peer_id="client"),
-            served=cast(ServedSpan, Served(Spec(hidden), Echo(), worker, Pace(1.0))),
+            served=cast(ServedSpan, Served(Spec(hidden), Echo(), worker, DecodeSpeed(1.0))),
             lease=cast(CacheLease, Lease()),
             replay=None,
             config=ServeConfig(max_chunk_tokens=4096),

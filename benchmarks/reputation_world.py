@@ -306,7 +306,7 @@ class World:
     def _opinions(self, client: Client, route: Route, index: int) -> list[str]:
         """What the peers give that are asked to run a span again."""
         hop = route.hops[index]
-        accused = _deposition(RIGHT, hop.peer_id, hop.span)
+        accused = _record(RIGHT, hop.peer_id, hop.span)
         known = [peer.candidate.announcement for peer in self.peers.values()]
         able = choose_auditors(known, accused, client.ledger, route.peer_ids, self.rng)
         return [self._opinion(self.peers[each.peer_id], self.peers[hop.peer_id]) for each in able[:2]]
@@ -417,12 +417,12 @@ def _is_signed(author: str, payload: bytes, signature: bytes) -> bool:
 def _elsewhere(output: str, one: str, other: str) -> Verdict:
     """What `compare_elsewhere` says of such outputs, over 32 tokens of noise."""
     span = STAGES[0]
-    depositions = (_deposition(each, str(number), span) for number, each in enumerate((output, one, other)))
-    return compare_elsewhere(*depositions, HIDDEN_SIZE).verdict
+    records = (_record(each, str(number), span) for number, each in enumerate((output, one, other)))
+    return compare_elsewhere(*records, HIDDEN_SIZE).verdict
 
 
 @cache
-def _deposition(output: str, peer_id: str, span: BlockSpan) -> HopRecord:
+def _record(output: str, peer_id: str, span: BlockSpan) -> HopRecord:
     source = torch.Generator().manual_seed(7)
     given = torch.randn(32, HIDDEN_SIZE, generator=source)
     returned = torch.tanh(given) * 3

@@ -32,11 +32,11 @@ from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
 from p2pinfer.node.reach.reachability import describe
 from p2pinfer.node.reach.relay_config import RelayConfig
-from p2pinfer.node.serve.announcer import Offer
+from p2pinfer.node.serve.announcer import Announcer
 from p2pinfer.node.serve.capacity import Capacity, check_room, measure_capacity, measure_speed
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.last_span import last_span, remember_span
-from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
@@ -149,7 +149,7 @@ class _Node:
             await trio.to_thread.run_sync(remember_ports, config.data_dir, member.host.listening)
             with member.reach.telling(lambda: self._report(_reached(member))):
                 async with self._open_metrics(member), open_nursery() as nursery:
-                    nursery.start_soon(member.twins.wait_taken, config.data_dir / KEY_FILE)
+                    nursery.start_soon(member.duplicates.wait_taken, config.data_dir / KEY_FILE)
                     nursery.start_soon(tell_joined, member, self._report)
                     try:
                         yield member
@@ -198,39 +198,41 @@ class _Node:
         gc.collect()  # cycles of sessions that are over would keep the blocks served before
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
-        pace = Pace(tokens_per_s, trio.current_time())
+        speed = DecodeSpeed(tokens_per_s, trio.current_time())
         worker_opening = open_worker(
             self._serve.max_batch_tokens,
             client_steps=self._serve.client_batch_steps,
             counts=member.host.counts,
         )
         async with worker_opening as worker:
-            offer = Offer(member, source.spec, runner, pace, self._serve)
-            served = ServedSpan(source.spec, runner, worker, pace)
+            announcer = Announcer(member, source.spec, runner, speed, self._serve)
+            served = ServedSpan(source.spec, runner, worker, speed)
             server = SpanServer(
-                member.host, served, self._serve, self._report, offer.touch, evidence=member.evidence
+                member.host, served, self._serve, self._report, announcer.touch, evidence=member.evidence
             )
             server.register()
             if self._metrics is not None:
                 _watch_span(self._metrics, server, runner, worker)
-            async with self._announced(offer, server):
+            async with self._announced(announcer, server):
                 remember_span(self._config.data_dir, source.spec.revision, span)
                 self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
-                    nursery.start_soon(offer.keep_fresh)
+                    nursery.start_soon(announcer.keep_fresh)
                     tuner = Tuner(
                         runner,
                         worker,
-                        pace,
+                        speed,
                         lambda: not server.sessions,
                         threads=threads,
                         cores=self._cores(runner),
                     )
-                    nursery.start_soon(tuner.keep_right, offer.touch)
-                    return await self._until_needed_elsewhere(source.spec, member, offer, server, may_move)
+                    nursery.start_soon(tuner.keep_right, announcer.touch)
+                    return await self._until_needed_elsewhere(
+                        source.spec, member, announcer, server, may_move
+                    )
 
     @asynccontextmanager
-    async def _announced(self, offer: Offer, server: SpanServer) -> AsyncGenerator[None]:
+    async def _announced(self, announcer: Announcer, server: SpanServer) -> AsyncGenerator[None]:
         """Announce a span; withdraw it when the block ends, after which no session is open.
 
         A block that ends without an error leaves for another span, which it does when nobody is served. Any
@@ -238,14 +240,14 @@ class _Node:
         """
         moving = False
         try:
-            await offer.announce()
+            await announcer.announce()
             yield
             moving = True
         finally:
             server.refuse_newcomers()
             with trio.CancelScope(shield=True):
                 with trio.move_on_after(self._serve.leave_timeout_s):
-                    await offer.withdraw()
+                    await announcer.withdraw()
                 if not moving:
                     self._report(NodeLeaving(server.sessions))
                     await server.drain(self._serve.drain_s)
@@ -253,7 +255,7 @@ class _Node:
             server.unregister()
 
     async def _until_needed_elsewhere(
-        self, spec: ModelSpec, member: SwarmMember, offer: Offer, server: SpanServer, may_move: bool
+        self, spec: ModelSpec, member: SwarmMember, announcer: Announcer, server: SpanServer, may_move: bool
     ) -> BlockSpan:
         if not may_move:
             await trio.sleep_forever()
@@ -263,7 +265,7 @@ class _Node:
             await trio.sleep(self._serve.announce_interval_s * random.uniform(0.5, 1.5))
             others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
             dwelt_s = trio.current_time() - since
-            better = should_move(offer.announcement(), others, spec.num_blocks, dwelt_s)
+            better = should_move(announcer.announcement(), others, spec.num_blocks, dwelt_s)
             if better is not None and not server.sessions:
                 server.refuse_newcomers()  # at once: the next one could come while we leave
                 return better
@@ -278,7 +280,7 @@ class _Node:
         )
 
     def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
-        checkpoint = source.fetch(span, ends=False, progress=self._progress)
+        checkpoint = source.fetch(span, embedding_and_head=False, progress=self._progress)
         device = choose_target(self._compute, checkpoint.spec.dtype).device
         with refusals_named(f"blocks {span}", device, _FEWER_BLOCKS):
             return open_runner(checkpoint, span, self._compute, progress=self._progress)

@@ -20,11 +20,11 @@ from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.generation import Generation, generation_config, new_state
-from p2pinfer.generation.outage import Patience, Waiting
+from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.ends import Ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
 from p2pinfer.node.concurrency.nurseries import open_nursery
@@ -38,7 +38,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
-from p2pinfer.session.chain import Recall
+from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
 
@@ -118,7 +118,7 @@ class Client:
         policy = policy or self._config.policy
         self.policy = load_policy(policy, config=routing_config) if isinstance(policy, str) else policy
         fallback = load_policy(DEFAULT_POLICY, config=routing_config)
-        self._desk = PolicyRunner(self.policy, fallback, self._config.policy_timeout_s)
+        self._policy_runner = PolicyRunner(self.policy, fallback, self._config.policy_timeout_s)
         self.model = str(model)  # as it was asked for
         self._bootstrap = addresses_of(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
@@ -140,7 +140,7 @@ class Client:
         self._source: ModelSource
         self._local: LocalModel
         self._member: SwarmMember
-        self._navigator: RoutePlanner
+        self._planner: RoutePlanner
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
         self._is_open = False
@@ -169,19 +169,19 @@ class Client:
                 open_swarm(identity, self._host_config, self._bootstrap, self._data_dir)
             )
             await self._member.join(self._source.spec.revision)
-            self._navigator = RoutePlanner(
+            self._planner = RoutePlanner(
                 self._member,
                 self.spec,
                 self.ledger,
-                self._desk,
+                self._policy_runner,
                 self._config.busy_pause_s,
                 self._routing_config,
                 joining=joining_options(self._bootstrap, self._host_config.swarm_key),
                 model=self.model,
             )
             self._nursery = await stack.enter_async_context(open_nursery())
-            self._nursery.start_soon(self._desk.keep_telling)
-            stack.push_async_callback(self._desk.finish)
+            self._nursery.start_soon(self._policy_runner.deliver_outcomes)
+            stack.push_async_callback(self._policy_runner.finish)
             self._auditor = Auditor(
                 self._member,
                 self._source.spec,
@@ -266,14 +266,14 @@ class Client:
 
     def _go_on(self, state: GenerationState) -> Generation:
         config = self._config
-        patience = Patience(config.find_timeout_s, config.wait_s, config.max_attempts)
+        retry_limits = RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts)
         return Generation(
             self,
             self.spec,
-            self._local.ends,
+            self._local.embedding_and_head,
             self._local.tokenizer,
             state,
-            patience=patience,
+            retry_limits=retry_limits,
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )
@@ -297,7 +297,7 @@ class Client:
 
     def others_served(self) -> str:
         """Other models that are served here, and how to ask for one; empty if there are none."""
-        return self._navigator.others_served()
+        return self._planner.others_served()
 
     def peers(self) -> list[PeerView]:
         """Peers known to serve this client's model."""
@@ -324,9 +324,9 @@ class Client:
                 self.ledger.vouch(peer_id)
 
     @property
-    def ends(self) -> Ends:
+    def ends(self) -> EmbeddingAndHead:
         """Embedding and head, which run here."""
-        return self._local.ends
+        return self._local.embedding_and_head
 
     @property
     def spec(self) -> ModelSpec:
@@ -341,18 +341,18 @@ class Client:
         return self._member.table_changed
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], recall: Recall | None = None
+        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
     ) -> Session:
         """A session for `tokens` positions on the policy's best route without the `excluded` peers.
 
         Args:
-            recall: What went in at past positions; with it the first hop can be replaced too.
+            replay_source: What went in at past positions; with it the first hop can be replaced too.
 
         Raises:
             NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-        plan = await self._navigator.plan_session(tokens, excluded)
+        plan = await self._planner.plan_session(tokens, excluded)
         route = plan.route
         logger.debug("session.open route=%s codec=%s", route, plan.codec)
         auditor = self._auditor
@@ -370,20 +370,20 @@ class Client:
                 max_tokens=tokens,
                 codec=plan.codec,
                 config=self._session_config,
-                recall=recall,
-                replanner=self._navigator,
-                shunned=excluded,
+                replay_source=replay_source,
+                replanner=self._planner,
+                excluded=excluded,
                 keep_steps=bool(chosen),
                 report=self._report,
             )
             return await start_session(self._nursery, opening, on_closed=closed)
         except PeerError as exc:
-            self._navigator.hop_failed(route, exc)
+            self._planner.hop_failed(route, exc)
             raise
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note how a route fared."""
-        self._navigator.route_ended(route, outcome)
+        self._planner.route_ended(route, outcome)
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"]:
         """Kind of this client's connection to a hop."""

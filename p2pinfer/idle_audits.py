@@ -61,7 +61,7 @@ OPENINGS: Final = (
 OpenClient = Callable[[RoutingPolicy, str, Sequence[str]], AbstractAsyncContextManager[Client]]
 
 
-class Patrol:
+class IdleAudits:
     """Checks others whenever a node has nothing to do.
 
     Args:
@@ -138,7 +138,7 @@ class Patrol:
         except ModelChanged as exc:
             logger.warning("%s", exc)
         except P2PInferError as exc:  # nobody there, say
-            logger.debug("patrol.failed why=%s", exc)
+            logger.debug("idle_audits.failed why=%s", exc)
         else:
             self._report(Verified(tally.done, tally.passed, tally.failed, tally.suspect))
         finally:
@@ -160,14 +160,14 @@ class Patrol:
         self._texts = [" ".join(words[beginning : beginning + rng.randint(4, 24)]), *self._texts[:7]]
 
 
-def open_patrol(
+def open_idle_audits(
     verify: VerifyConfig,
     audit: AuditConfig,
     shared: SharedConfig,
     host_config: HostConfig,
     report: Callable[[Event], None],
-) -> Patrol:
-    """The patrol of a node with these settings; what it learns goes to the ledger in `data_dir`."""
+) -> IdleAudits:
+    """The idle-time audits of a node with these settings; what it learns goes to the ledger in `data_dir`."""
     verifiers: list[Verifier] = []  # one, whose weights stay loaded from round to round
     sources: list[ModelSource] = []  # what it loads them from
 
@@ -205,7 +205,7 @@ def open_patrol(
                 )
             yield client
 
-    return Patrol(open_client, verify, report)
+    return IdleAudits(open_client, verify, report)
 
 
 def draw_length(most: int, rng: random.Random) -> int:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from p2pinfer.models.checkpoint.source import ModelSource
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.target import choose_target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import refusals_named
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class LocalModel:
     """Embedding and head, the tokenizer, and how the model's files ask for text to be generated."""
 
-    ends: Ends
+    embedding_and_head: EmbeddingAndHead
     tokenizer: Tokenizer
     defaults: GenerationDefaults
 
@@ -33,7 +33,7 @@ def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Prog
     Raises:
         LocalError: There is no memory for it.
     """
-    checkpoint = source.fetch(None, ends=True, progress=progress)
+    checkpoint = source.fetch(None, embedding_and_head=True, progress=progress)
     folder = checkpoint.folder
     defaults = read_generation_defaults(folder)
     if defaults.left_out:
@@ -44,6 +44,6 @@ def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Prog
         )
     device = choose_target(compute, checkpoint.spec.dtype).device
     with refusals_named(
-        f"the ends of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
+        f"embedding and head of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
     ):
-        return LocalModel(load_ends(checkpoint, compute), load_tokenizer(folder), defaults)
+        return LocalModel(load_embedding_and_head(checkpoint, compute), load_tokenizer(folder), defaults)

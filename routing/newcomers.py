@@ -84,7 +84,7 @@ def grouped_by_range(newcomers: Sequence[Candidate]) -> dict[str, list[Candidate
     return groups
 
 
-def route_at_best(
+def plan_optimistically(
     candidates: Sequence[Candidate],
     request: RouteRequest,
     view: ReputationView,
@@ -111,14 +111,14 @@ def route_at_best(
         if name not in spoilt:
             waiting.discard(rng.choice(group).peer_id)
     considered = [peer for peer in usable if peer.peer_id not in waiting]
-    return cheapest_routes(considered, request, _AtBest(view, strangers), config)[0]
+    return cheapest_routes(considered, request, _OptimisticView(view, strangers), config)[0]
 
 
 def _is_tried(score: Score, strangers: bool) -> bool:
     return score.is_newcomer and (strangers or not score.is_stranger)
 
 
-class _AtBest:
+class _OptimisticView:
     """A view in which every doubt goes in the peer's favour; not in a stranger's unless that is wanted."""
 
     def __init__(self, view: ReputationView, strangers: bool) -> None:

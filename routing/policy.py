@@ -27,7 +27,7 @@ from p2pinfer.reputation.view import ReadOnlyView, ReputationView
 from .check import check_routes
 from .config import RoutingConfig
 from .drawing import draw_routes
-from .newcomers import route_at_best
+from .newcomers import plan_optimistically
 from .planner import cheapest_routes
 from .route import Candidate, Route, RouteOutcome, RouteRequest
 
@@ -89,7 +89,9 @@ class RiskAdjusted(RoutingPolicy):
         if request.span is None and draw < max(config.explore_share, config.probation_share):
             with suppress(NoRoute):
                 strangers = draw < config.explore_share
-                attempt = route_at_best(candidates, request, view, config, self._rng, strangers=strangers)
+                attempt = plan_optimistically(
+                    candidates, request, view, config, self._rng, strangers=strangers
+                )
                 return list(dict.fromkeys([attempt, *routes]))
         return routes
 

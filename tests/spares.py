@@ -39,7 +39,7 @@ class Spares:
         self.bettered: set[str] = set()  # hops for which it has somebody better
         self.before_answering: Callable[[], Awaitable[None]] | None = None
 
-    async def replacement(self, gap: Gap) -> Route:
+    async def find_replacement(self, gap: Gap) -> Route:
         self.gaps.append(gap)
         await trio.lowlevel.checkpoint()
         if self.before_answering is not None:
@@ -54,10 +54,10 @@ class Spares:
             raise NoRoute("nobody is left", [(block, gap.span.stop)])
         return Route(tuple(hops))
 
-    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+    async def find_faster(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
         await trio.lowlevel.checkpoint()
         self.slow.append((hop.peer_id, seconds))
-        return await self.replacement(gap) if hop.peer_id in self.bettered else None
+        return await self.find_replacement(gap) if hop.peer_id in self.bettered else None
 
     def hop_failed(self, route: Route, error: PeerError) -> None:
         assert error.peer_id in route.peer_ids
@@ -82,7 +82,7 @@ async def running(
             max_tokens=TOTAL,
             codec="float32",
             config=config,
-            recall=None if inputs is None else (lambda start, stop: inputs[start:stop]),
+            replay_source=None if inputs is None else (lambda start, stop: inputs[start:stop]),
             replanner=spares,
         ),
     )

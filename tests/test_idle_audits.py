@@ -18,7 +18,7 @@ from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute
-from p2pinfer.idle_audits import LeastKnown, Patrol, VerifyConfig, draw_length, open_patrol
+from p2pinfer.idle_audits import IdleAudits, LeastKnown, VerifyConfig, draw_length, open_idle_audits
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, NodeLeaving, Ready, SessionClosed, SessionOpened, Verified
@@ -50,7 +50,7 @@ def candidate(peer_id: str, start: int, stop: int) -> Candidate:
 
 
 class Rounds:
-    """Counts the clients that a patrol opens; none of them gets to do anything."""
+    """Counts the clients that idle-time audits open; none of them gets to do anything."""
 
     def __init__(self) -> None:
         self.begun = self.ended = 0
@@ -74,25 +74,25 @@ async def test_rounds_wait_for_a_node_that_serves_and_is_idle_and_end_when_it_is
     nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:
     rounds = Rounds()
-    patrol = Patrol(rounds.open_client, VerifyConfig(idle_s=10, pause_s=30), rng=random.Random(1))
-    nursery.start_soon(patrol.serve)
+    idle_audits = IdleAudits(rounds.open_client, VerifyConfig(idle_s=10, pause_s=30), rng=random.Random(1))
+    nursery.start_soon(idle_audits.serve)
     await trio.sleep(100)
     assert rounds.begun == 0  # it does not serve yet
-    patrol.note(READY)
+    idle_audits.note(READY)
     await trio.sleep(5)
-    patrol.note(opened())
+    idle_audits.note(opened())
     await trio.sleep(100)
     assert rounds.begun == 0  # somebody is served
-    patrol.note(SessionClosed("a client", 10, "done", 0))
-    patrol.note(NodeLeaving(0))
+    idle_audits.note(SessionClosed("a client", 10, "done", 0))
+    idle_audits.note(NodeLeaving(0))
     await trio.sleep(9)
     assert rounds.begun == 0
     await trio.sleep(2)
     assert (rounds.begun, rounds.ended) == (1, 0)
-    patrol.note(opened())
+    idle_audits.note(opened())
     await trio.sleep(0.1)
     assert rounds.ended == 1
-    patrol.note(SessionClosed("a client", 10, "done", 0))
+    idle_audits.note(SessionClosed("a client", 10, "done", 0))
     await trio.sleep(12)
     assert rounds.begun == 1  # the pause
     await trio.sleep(50)
@@ -116,9 +116,9 @@ async def test_a_round_finds_who_cheats(
         told.append(event)
         done.set()
 
-    patrol = Patrol(join, AT_ONCE, report, random.Random(1))
-    patrol.note(READY)
-    nursery.start_soon(patrol.serve)
+    idle_audits = IdleAudits(join, AT_ONCE, report, random.Random(1))
+    idle_audits.note(READY)
+    nursery.start_soon(idle_audits.serve)
     await done.wait()
     assert told[0] == Verified(1, 0, 1, 0)
     assert ledger.is_banned("b")
@@ -145,9 +145,9 @@ async def test_where_there_is_nobody_a_round_comes_to_nothing(
     def report(event: Event) -> None:
         raise AssertionError("nothing was checked")
 
-    patrol = Patrol(join, AT_ONCE, report)
-    patrol.note(READY)
-    nursery.start_soon(patrol.serve)
+    idle_audits = IdleAudits(join, AT_ONCE, report)
+    idle_audits.note(READY)
+    nursery.start_soon(idle_audits.serve)
     await twice.wait()
 
 
@@ -202,11 +202,11 @@ async def test_a_nodes_patrol_joins_by_the_node_and_asks_it_for_no_opinion(
     monkeypatch.setattr("p2pinfer.idle_audits.Client", Joined)
     shared = SharedConfig(bootstrap=("/ip4/192.0.2.1/tcp/1/p2p/x",), cache_dir=tmp_path)  # type: ignore[arg-type]
     tell: Callable[[Event], None] = lambda _: None  # noqa: E731
-    patrol = open_patrol(AT_ONCE, AuditConfig(rate=0.1), shared, HostConfig(), tell)
-    patrol.note(READY)
+    idle_audits = open_idle_audits(AT_ONCE, AuditConfig(rate=0.1), shared, HostConfig(), tell)
+    idle_audits.note(READY)
     with trio.move_on_after(30):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(patrol.serve)
+            nursery.start_soon(idle_audits.serve)
             while len(seen) < 2:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
@@ -222,7 +222,7 @@ async def test_a_patrol_whose_folder_was_written_anew_checks_nobody_and_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Other:
-        """A client that finds another model in the folder than the patrol's verifier did."""
+        """A client that finds another model in the folder than their verifier did."""
 
         spec = replace(resolve_model(BUNDLED_MODEL, cache_dir=tmp_path).spec, revision="f" * 32)
 
@@ -238,11 +238,11 @@ async def test_a_patrol_whose_folder_was_written_anew_checks_nobody_and_says_so(
     monkeypatch.setattr("p2pinfer.idle_audits.Client", Other)
     heard: list[Event] = []
     shared = SharedConfig(cache_dir=tmp_path)
-    patrol = open_patrol(AT_ONCE, AuditConfig(), shared, HostConfig(), heard.append)
-    patrol.note(READY)
+    idle_audits = open_idle_audits(AT_ONCE, AuditConfig(), shared, HostConfig(), heard.append)
+    idle_audits.note(READY)
     with trio.move_on_after(30):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(patrol.serve)
+            nursery.start_soon(idle_audits.serve)
             while "nobody is checked until the node is started again" not in caplog.text:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 import p2pinfer.client
 import p2pinfer.node.node
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
@@ -23,8 +23,8 @@ from p2pinfer.models.text.text import load_tokenizer
 
 span = BlockSpan(0, 8)
 config = ComputeConfig(cache_bytes=1 << 20)
-checkpoint = resolve_model(BUNDLED_MODEL, cache_dir=Path(sys.argv[1])).fetch(span, ends=True)
-runner, ends = open_runner(checkpoint, span, config), load_ends(checkpoint, config)
+checkpoint = resolve_model(BUNDLED_MODEL, cache_dir=Path(sys.argv[1])).fetch(span, embedding_and_head=True)
+runner, ends = open_runner(checkpoint, span, config), load_embedding_and_head(checkpoint, config)
 ids = load_tokenizer(checkpoint.folder).encode("Once upon a time")
 hidden = runner.run([Chunk(runner.cache.reserve(len(ids)), 0, ends.embed(ids))])
 ends.logits(hidden[0])

@@ -212,7 +212,9 @@ print(*sorted({name.partition(".")[0] for name, module in sys.modules.items() if
     owners = packages_distributions()
     found = {canonicalize_name(owner) for name in imported for owner in owners.get(name, ())}
     assert {"torch", "trio", "aioquic"} <= found
-    undeclared = found - closure("p2pinfer") - {"p2pinfer", "libp2p", "coverage"}  # coverage is there when it is measured
+    undeclared = (
+        found - closure("p2pinfer") - {"p2pinfer", "libp2p", "coverage"}
+    )  # coverage is there when it is measured
     assert not undeclared
 
 

@@ -1,4 +1,4 @@
-"""The policies of docs/policies.md do what the document says, and so does the desk that asks them."""
+"""The policies of docs/policies.md do what the document says, and so does the runner that asks them."""
 
 from __future__ import annotations
 
@@ -159,24 +159,25 @@ class Hanging(RoutingPolicy):
 
 async def test_the_default_stands_in_unless_the_policy_forbids_it(caplog: pytest.LogCaptureFixture) -> None:
     peers, view = [candidate("a")], Ledger()
-    desk = PolicyRunner(Broken(), RiskAdjusted(), 5.0)
-    assert [route.peer_ids for route in await desk.choose_routes(peers, REQUEST, view)] == [("a",)]
+    policy_runner = PolicyRunner(Broken(), RiskAdjusted(), 5.0)
+    assert [route.peer_ids for route in await policy_runner.choose_routes(peers, REQUEST, view)] == [("a",)]
     assert "policy Broken raised ValueError: a slip; the policy RiskAdjusted chooses" in caplog.text
     caplog.clear()
-    await desk.choose_routes(peers, REQUEST, view)
+    await policy_runner.choose_routes(peers, REQUEST, view)
     assert not caplog.records, "it was said before"
-    desk = PolicyRunner(Unreplaced(), RiskAdjusted(), 5.0)
+    policy_runner = PolicyRunner(Unreplaced(), RiskAdjusted(), 5.0)
     for _ in range(2):
         with pytest.raises(PolicyError, match="policy Unreplaced raised ValueError: a slip"):
-            await desk.choose_routes(peers, REQUEST, view)
+            await policy_runner.choose_routes(peers, REQUEST, view)
 
 
 async def test_nothing_stands_in_for_a_policy_that_hung_if_it_forbids_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    desk = PolicyRunner(Hanging(), RiskAdjusted(), 5.0)
+    policy_runner = PolicyRunner(Hanging(), RiskAdjusted(), 5.0)
     with pytest.raises(PolicyError, match="took longer than 5 s"):
-        await desk.choose_routes([candidate("a")], REQUEST, Ledger())
+        await policy_runner.choose_routes([candidate("a")], REQUEST, Ledger())
     with pytest.raises(PolicyError, match="took too long before; nothing stands in for it"):
-        await desk.choose_routes([candidate("a")], REQUEST, Ledger())
-    desk.tell(Route((candidate("a").hop(),)), RouteOutcome(ok=True))  # it does not listen; nothing happens
+        await policy_runner.choose_routes([candidate("a")], REQUEST, Ledger())
+    # It does not listen, and nothing happens.
+    policy_runner.tell(Route((candidate("a").hop(),)), RouteOutcome(ok=True))

@@ -178,6 +178,6 @@ def refuse_pickles(where: str, file_name: str) -> str:
 
 
 def block_of(name: str) -> int | None:
-    """The block that a tensor belongs to by its name; None for the ends."""
+    """The block that a tensor belongs to by its name; None outside of all blocks."""
     match = _BLOCK.match(name)
     return int(match[1]) if match else None

@@ -146,12 +146,14 @@ class HubSource:
         self.spec: ModelSpec = model_spec(model, config, hashes, stored_dtype=listing.stored_dtype)
         self._config = complete_config(model, config)
 
-    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
         if span is not None:
             self.spec.check_span(span)
-        needed = self._needed(span, ends)
+        needed = self._needed(span, embedding_and_head)
         self._store.bring(self._folder, self._listing, needed, progress)
-        if ends:
+        if embedding_and_head:
             self._bring_words(progress)
         shards = open_shards(self._folder, needed, cache_dir=self._store.cache_dir, progress=progress)
         for name, shard in shards.items():
@@ -159,11 +161,11 @@ class HubSource:
                 raise ModelChanged(f"{shard.path} changed while it was opened; start again")
         return Checkpoint(self._texts, self.spec, shards, self._config)
 
-    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         files = self._listing.files
         return sum(
             files[shard].size
-            for shard in self._needed(span, ends)
+            for shard in self._needed(span, embedding_and_head)
             if not self._store.is_near(self._folder, files[shard])
         )
 
@@ -181,11 +183,11 @@ class HubSource:
                 raise
             logger.warning("%s; going on without %s", exc, ", ".join(absent))
 
-    def _needed(self, span: BlockSpan | None, ends: bool) -> dict[str, frozenset[str] | None]:
+    def _needed(self, span: BlockSpan | None, embedding_and_head: bool) -> dict[str, frozenset[str] | None]:
         return {
             shard: names
             for shard, names in self._layout.items()
-            if names is None or _serves(names, span, ends)
+            if names is None or _serves(names, span, embedding_and_head)
         }
 
 
@@ -206,9 +208,9 @@ def _shard_names(model: str, listing: Listing) -> list[str]:
     raise CheckpointError(f"{model} has neither {SINGLE_SHARD} nor {INDEX} at the hub: no weights to read")
 
 
-def _serves(names: Iterable[str], span: BlockSpan | None, ends: bool) -> bool:
+def _serves(names: Iterable[str], span: BlockSpan | None, embedding_and_head: bool) -> bool:
     """True if any of these tensors belongs to the span, or with `ends` to no block."""
     blocks = {block_of(name) for name in names}
     if span is not None and not blocks.isdisjoint(range(span.start, span.stop)):
         return True
-    return ends and None in blocks
+    return embedding_and_head and None in blocks

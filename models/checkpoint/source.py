@@ -28,7 +28,9 @@ class ModelSource(Protocol):
         """Spec of the model; its revision is known before a weight is."""
         ...
 
-    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
         """Bring the weights of `span` here; with `ends` also embedding, norm, head and tokenizer.
 
         Raises:
@@ -38,7 +40,7 @@ class ModelSource(Protocol):
         """
         ...
 
-    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         """Bytes that `fetch` would have to bring from elsewhere."""
         ...
 
@@ -89,10 +91,12 @@ class FolderSource:
     def spec(self) -> ModelSpec:
         return self._checkpoint.spec
 
-    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
         if span is not None:
             self.spec.check_span(span)
         return self._checkpoint
 
-    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         return 0

@@ -109,20 +109,22 @@ class _Reader:
         length = piece.position + piece.tokens
         # A window that holds the whole sequence is none.
         self._windows = [None if window is None or window >= length else window for window in windows]
-        self._sights = {window: _Sight(architecture, cache, piece, window) for window in set(self._windows)}
+        self._visible = {
+            window: _VisibleKeys(architecture, cache, piece, window) for window in set(self._windows)
+        }
         self._whole = piece.position == 0
 
     def read(self, block: int, queries: Tensor) -> Tensor:
         """(tokens, kv_heads, group, head_dim) -> the same shape."""
         window = self._windows[block]
-        sight = self._sights[window]
-        keys, values = sight.keys_values(block)
+        visible = self._visible[window]
+        keys, values = visible.keys_values(block)
         if self._tokens == 1:
             return self._read_rows(queries, keys, values, None)
         if self._whole and window is None and self._softcap is None and not self._stepwise:
             return _attend_causally(queries, keys, values, self._scale)
         rows = queries.transpose(0, 1).flatten(1, 2)[None]
-        output = self._read_rows(rows, keys, values, sight.mask)
+        output = self._read_rows(rows, keys, values, visible.mask)
         return output[0].view(len(rows[0]), len(queries), -1, rows.shape[-1]).transpose(0, 1)
 
     def _read_rows(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,7 +139,7 @@ class _Reader:
         return functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self._scale)
 
 
-class _Sight:
+class _VisibleKeys:
     """Keys that a piece's tokens see, through a window of so many tokens or without one."""
 
     def __init__(

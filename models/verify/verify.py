@@ -21,7 +21,7 @@ from torch import Tensor
 from p2pinfer.errors import WrongOutput
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.layers import padded_rows
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
@@ -79,12 +79,12 @@ class Tail:
 
     Attributes:
         runner: Holds the blocks after the span; None where it is the last one.
-        ends: Norm and head.
+        embedding_and_head: Norm and head.
         span: Those of the runner's blocks that follow; all of them if None.
     """
 
     runner: SpanRunner | None
-    ends: Ends
+    embedding_and_head: EmbeddingAndHead
     span: BlockSpan | None = None
 
 
@@ -131,10 +131,10 @@ def open_tail(
         rest = BlockSpan(span.stop, blocks)
         runner = _open(checkpoint, rest, FLOAT32, max_tokens, device, progress)
     config = ComputeConfig(device=device, dtype="float32")
-    return Tail(runner, load_ends(checkpoint, config, progress=progress))
+    return Tail(runner, load_embedding_and_head(checkpoint, config, progress=progress))
 
 
-def tail_of(reference: Reference, ends: Ends, start: int) -> Tail:
+def tail_of(reference: Reference, embedding_and_head: EmbeddingAndHead, start: int) -> Tail:
     """Tail of a span that ends before block `start`, with a reference's own blocks.
 
     Raises:
@@ -142,11 +142,11 @@ def tail_of(reference: Reference, ends: Ends, start: int) -> Tail:
     """
     stop = reference.spec.num_blocks
     if start == stop:
-        return Tail(None, ends)
+        return Tail(None, embedding_and_head)
     rest = BlockSpan(start, stop)
     if not reference.span.covers(rest):
         raise ValueError(f"blocks {rest} are not all among {reference.span}")
-    return Tail(reference.exact, ends, rest)
+    return Tail(reference.exact, embedding_and_head, rest)
 
 
 def check_rows(rows: Tensor, tokens: int, hidden_size: int, peer_id: str = "") -> Tensor:
@@ -305,20 +305,22 @@ def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: T
         return None
     else:
         runs = run_sessions(tail.runner, [*runs, outputs], tail.span)
-    changes, floors, margins = zip(*_compare_logits(tail.ends, runs), strict=True)
+    changes, floors, margins = zip(*_compare_logits(tail.embedding_and_head, runs), strict=True)
     change, least = torch.cat(changes), torch.cat(floors)
     least = least.clamp_min(max(_LEAST_LOGIT_FLOOR * float(least.median()), torch.finfo(torch.float32).tiny))
     return _LogitEffect(change / least, torch.cat(margins))
 
 
-def _compare_logits(ends: Ends, runs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _compare_logits(
+    embedding_and_head: EmbeddingAndHead, runs: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Piece by piece: the change of the likeliest tokens' logits, that by rounding, the margins of flips.
 
     `runs` are the exact one, the rounded ones, and the outputs.
     """
     for start in range(0, len(runs[0]), _LOGIT_TOKENS):
         rows = [run[start : start + _LOGIT_TOKENS] for run in runs]
-        right, *near, got = torch.split(ends.logits(torch.cat(rows)), len(rows[0]))
+        right, *near, got = torch.split(embedding_and_head.logits(torch.cat(rows)), len(rows[0]))
         count = min(_TOP_TOKENS, right.shape[-1])
         # Whatever either side thinks likely: a token may be pushed up from anywhere.
         top = torch.cat([right.topk(count).indices, got.topk(count).indices], -1)

@@ -6,7 +6,7 @@ import trio
 
 
 class FastLock:
-    """Held by one task at a time, in the order in which they came: `async with turn`.
+    """Held by one task at a time, in the order in which they came: `async with lock`.
 
     trio's own lock lets all other tasks run whenever it is taken, which is a tenth of a millisecond for a
     step that finds caches cold. This one suspends only if it is held: who needs a checkpoint has one inside.
@@ -18,7 +18,7 @@ class FastLock:
 
     async def __aenter__(self) -> None:
         if self.is_held:
-            await self._waiting.park()  # whoever ends the wait hands the turn over
+            await self._waiting.park()  # whoever ends the wait hands the lock over
         self.is_held = True
 
     async def __aexit__(self, *_: object) -> None:

@@ -32,17 +32,17 @@ class Pulse:
         await self.next.wait()
 
 
-class Errand:
+class AutoResetEvent:
     """Remembers that there is something to do until the one task that does it takes it up."""
 
     def __init__(self) -> None:
         self._due = trio.Event()
 
-    def call(self) -> None:
+    def set(self) -> None:
         """Have it done; once, however often this is called before it is taken up."""
         self._due.set()
 
-    async def take_up(self) -> None:
+    async def wait(self) -> None:
         """Wait until there is something to do. What is called for from here on is for the next time."""
         await self._due.wait()
         self._due = trio.Event()

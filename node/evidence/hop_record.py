@@ -22,7 +22,7 @@ MAX_TOKENS: Final = 1 << 16
 class HopRecord:
     """A hop's receipts of a session, in order, and payloads by digest.
 
-    Every payload has the digest that it stands under; who makes a deposition sees to that.
+    Every payload has the digest that it stands under; who makes a record sees to that.
     """
 
     peer_id: str
@@ -72,8 +72,8 @@ class History:
     positions: tuple[int, ...]
 
 
-def history_of(deposition: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
-    """Put a deposition together; of more than `max_tokens` positions the first, which depend on no later one.
+def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
+    """Put a record together; of more than `max_tokens` positions the first, which depend on no later one.
 
     A few receipts may name one payload many times, so what they come to has to be bounded.
 
@@ -81,27 +81,27 @@ def history_of(deposition: HopRecord, hidden_size: int, *, max_tokens: int = MAX
         ProtocolViolation: Payloads are missing or of another size, or positions were left out.
         WrongOutput: An output is not finite; no honest hop signs for that.
     """
-    row = row_bytes(hidden_size, deposition.codec)
+    row = row_bytes(hidden_size, record.codec)
     inputs, outputs = _Pieces(row, max_tokens), _Pieces(row, max_tokens)
     stop = 0
-    for receipt in deposition.receipts:
+    for receipt in record.receipts:
         if receipt.position > stop:
-            raise ProtocolViolation(f"nothing is known of position {stop}", deposition.peer_id)
+            raise ProtocolViolation(f"nothing is known of position {stop}", record.peer_id)
         stop = receipt.position + receipt.tokens
         for pieces, digest, rows in (
             (inputs, receipt.input, receipt.tokens),
             (outputs, receipt.output, receipt.returned),
         ):
             pieces.truncate(receipt.position)
-            content = memoryview(deposition.contents.get(digest, b"") if rows else b"")
+            content = memoryview(record.contents.get(digest, b"") if rows else b"")
             if len(content) != rows * row:
-                raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", deposition.peer_id)
+                raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", record.peer_id)
             pieces.add(stop - rows, stop, content)
     try:
-        given = inputs.decode(hidden_size, deposition.codec)
+        given = inputs.decode(hidden_size, record.codec)
     except WrongOutput as exc:
-        raise ProtocolViolation(f"an input that cannot be: {exc}", deposition.peer_id) from exc
-    got = outputs.decode(hidden_size, deposition.codec, deposition.peer_id)
+        raise ProtocolViolation(f"an input that cannot be: {exc}", record.peer_id) from exc
+    got = outputs.decode(hidden_size, record.codec, record.peer_id)
     return History(given, got, outputs.positions)
 
 

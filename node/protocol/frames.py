@@ -32,7 +32,7 @@ _LENGTHS: Final = struct.Struct(">II")
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class MinimumRate:
     """The slowest that a peer may send or take in a frame that has begun."""
 
     grace_s: float
@@ -52,8 +52,8 @@ def encode_header(message: Message, payload_bytes: int) -> bytes:
 class FrameStream:
     """Frames over a byte stream. One task may receive; any number may send, one whole frame at a time.
 
-    With a `pace`, a peer that sends or reads more slowly is cut off. How long it pauses between frames is for
-    others to judge.
+    A peer that sends or reads more slowly than `minimum_rate` is cut off. How long it pauses between frames
+    is for others to judge.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class FrameStream:
         *,
         max_payload_bytes: int,
         peer_id: str = "",
-        pace: Pace | None = None,
+        minimum_rate: MinimumRate | None = None,
     ) -> None:
         self.peer_id = peer_id
-        self._pace = pace
+        self._minimum_rate = minimum_rate
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream
         self._sending = FastLock()
@@ -81,7 +81,7 @@ class FrameStream:
         """Send one frame.
 
         Raises:
-            PeerVanished: The stream is gone, or the peer does not keep the pace. A cancelled send leaves half
+            PeerVanished: The stream is gone, or the peer is too slow. A cancelled send leaves half
                 a frame: close the stream then.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -89,7 +89,7 @@ class FrameStream:
         if not self._sending.is_held and self._send_at_once(frame):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
-        limit_s = self._pace.limit_s(len(frame)) if self._pace else math.inf
+        limit_s = self._minimum_rate.limit_s(len(frame)) if self._minimum_rate else math.inf
         async with self._sending:
             try:
                 with trio.fail_after(limit_s) if limit_s < math.inf else nullcontext():
@@ -118,7 +118,7 @@ class FrameStream:
         while (frame := self._cut()) is None:
             if began_at is None:
                 began_at = trio.current_time()
-            limit_s = self._pace.limit_s(self._frame_bytes) if self._pace else math.inf
+            limit_s = self._minimum_rate.limit_s(self._frame_bytes) if self._minimum_rate else math.inf
             await self._read_more(began_at + limit_s)
         return frame
 

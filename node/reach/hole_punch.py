@@ -56,7 +56,7 @@ ANSWER_S: Final = 10.0  # for the other side's messages
 BETWEEN_ROUNDS_S: Final = 1.0
 
 
-class Puncher:
+class HolePuncher:
     """Hole punching for one host, on either side.
 
     Args:

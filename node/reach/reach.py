@@ -18,7 +18,7 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
-from p2pinfer.node.concurrency.pulse import Errand, Pulse
+from p2pinfer.node.concurrency.pulse import AutoResetEvent, Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
@@ -28,7 +28,7 @@ from p2pinfer.routing.announcement import Announcement
 
 from .circuit import serve_circuits
 from .dialback import MAX_PORTS, ask, serve_dialback
-from .hole_punch import Puncher
+from .hole_punch import HolePuncher
 from .reachability import (
     Observation,
     Reachability,
@@ -96,13 +96,13 @@ class Reach:
         self._upnp = "not tried"
         self._mapping: Mapping | None = None
         self._news = Pulse()
-        self._changed = Errand()
+        self._changed = AutoResetEvent()
         self._listeners: list[Callable[[], None]] = []
         self._punched = Recent[str, bool](MAX_PUNCHED)
-        self._door_wanted = trio.Event()
+        self._listener_wanted = trio.Event()
         self._reserved_ports = [] if host.listening else reserve_ports()
         self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
-        self._puncher = Puncher(
+        self._puncher = HolePuncher(
             host,
             self._meeting_points,
             self._source,
@@ -153,7 +153,7 @@ class Reach:
                 if self._config.relays and self._host.listening:
                     nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
-                nursery.start_soon(self._keep_door)
+                nursery.start_soon(self._keep_listener)
                 nursery.start_soon(leave_relays, self._host, self._announcements)
                 await self._keep_looking()
         finally:
@@ -189,7 +189,7 @@ class Reach:
     async def _ask(self, peer_id: str) -> None:
         # A question has room for a few ports; those that are meant for the outside come first.
         ports = [parse_tcp(address)[2] for address in (*self._host.announced, *self._host.listening)]
-        if self._door_wanted.is_set():
+        if self._listener_wanted.is_set():
             ports += [reserved.getsockname()[1] for reserved in self._reserved_ports]
         if self._mapping:
             ports.append(self._mapping.port)
@@ -221,13 +221,13 @@ class Reach:
     async def _keep_telling(self) -> None:
         """Tell of changes, those that come together at once."""
         while True:
-            await self._changed.take_up()
+            await self._changed.wait()
             await trio.sleep(TOGETHER_S)
             for listener in list(self._listeners):
                 listener()
 
     def _note_change(self) -> None:
-        self._changed.call()
+        self._changed.set()
 
     def _look(self) -> None:
         self._news.fire()
@@ -239,7 +239,7 @@ class Reach:
 
     def _may_map(self) -> bool:
         """True if UPnP has still to be tried. For a client only once a peer cannot be met otherwise."""
-        wanted = bool(self._host.listening) or self._door_wanted.is_set()
+        wanted = bool(self._host.listening) or self._listener_wanted.is_set()
         return self._config.upnp and wanted and self._upnp == "not tried"
 
     async def _keep_mapping(self) -> None:
@@ -247,7 +247,7 @@ class Reach:
         while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
             await self._next_change()
         if not self._host.listening:
-            await self._door_wanted.wait()
+            await self._listener_wanted.wait()
         inside = self._source(False)
         if not (inside and self._may_map()):
             return
@@ -273,9 +273,9 @@ class Reach:
         with self.telling(changed.set):
             await changed.wait()
 
-    async def _keep_door(self) -> None:
+    async def _keep_listener(self) -> None:
         """Let peers in at a client's port once one of them cannot be met in another way."""
-        await self._door_wanted.wait()
+        await self._listener_wanted.wait()
         async with trio.open_nursery() as nursery:
             for reserved in self._reserved_ports:
                 ip, port, *_ = reserved.getsockname()
@@ -285,7 +285,7 @@ class Reach:
 
     def _let_in(self) -> bool:
         """Make ourselves as reachable as can be, now that somebody has to dial us."""
-        self._door_wanted.set()
+        self._listener_wanted.set()
         return self._is_reachable() or self.reachability.nat in ("firewall", "none")
 
     # ------------------------------------------------------------------ relays

@@ -30,7 +30,7 @@ CHECK_S: Final = 5.0  # between looks for relays while one is missing
 FIRST_RETRY_S: Final = 10.0  # before a relay that refused is asked again; doubles each time
 LAST_RETRY_S: Final = 600.0
 STEADY_S: Final = 30.0  # a place that lasted this long was an honest one
-MAX_TROUBLES: Final = 256
+MAX_FAILED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class _Place:
 
 
 @dataclass(slots=True)
-class _Trouble:
+class _Failures:
     times: int
     retry_at: float
 
@@ -74,7 +74,7 @@ class RelayKeeper:
         self._candidates = candidates
         self._on_change = on_change
         self._places: dict[str, _Place] = {}
-        self._troubles = Recent[str, _Trouble](MAX_TROUBLES)
+        self._failures = Recent[str, _Failures](MAX_FAILED)
         self._news = Pulse()
         self._told_of_clock = False
         host.when_disconnected(self._lose)
@@ -99,10 +99,10 @@ class RelayKeeper:
             for peer_id in [each for each, place in self._places.items() if self._is_due(place.renew_at)]:
                 await self._reserve(RelayCandidate(peer_id, self._places[peer_id].addrs))
             for candidate in candidates:
-                trouble = self._troubles.get(candidate.peer_id)
+                failure = self._failures.get(candidate.peer_id)
                 if len(self._places) >= self._wanted:
                     break
-                if candidate.peer_id not in self._places and (not trouble or self._is_due(trouble.retry_at)):
+                if candidate.peer_id not in self._places and (not failure or self._is_due(failure.retry_at)):
                     await self._reserve(candidate)
             with trio.move_on_at(self._next_look(candidates)):
                 await news.wait()
@@ -125,12 +125,12 @@ class RelayKeeper:
             granted = await reserve(self._host, peer_id)
         except PeerError as exc:
             logger.debug("relays.failed relay=%s why=%s", peer_id, exc)
-            self._note_trouble(peer_id)
+            self._note_failure(peer_id)
             self._lose(peer_id)
             return
         known = self._places.get(peer_id)
         if known is not None:  # it has lasted; until then, what it did before is held against it
-            self._troubles.pop(peer_id, None)
+            self._failures.pop(peer_id, None)
         renew_at = trio.current_time() + self._renew_after_s(peer_id, granted.expires_s)
         since = known.since if known else trio.current_time()
         self._places[peer_id] = _Place(candidate.addrs, since, renew_at)
@@ -153,11 +153,11 @@ class RelayKeeper:
             )
         return RENEW_S / 3
 
-    def _note_trouble(self, peer_id: str) -> None:
-        known = self._troubles.get(peer_id)
+    def _note_failure(self, peer_id: str) -> None:
+        known = self._failures.get(peer_id)
         times = known.times + 1 if known else 1
         delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 16), LAST_RETRY_S)
-        self._troubles[peer_id] = _Trouble(times, trio.current_time() + delay_s)
+        self._failures[peer_id] = _Failures(times, trio.current_time() + delay_s)
 
     def _lose(self, peer_id: str) -> None:
         place = self._places.pop(peer_id, None)
@@ -166,7 +166,7 @@ class RelayKeeper:
         lasted_s = trio.current_time() - place.since
         logger.info("relay %s is lost after %.0f s; looking for another", peer_id, lasted_s)
         if lasted_s < STEADY_S:  # who accepts and then drops is not asked again at once
-            self._note_trouble(peer_id)
+            self._note_failure(peer_id)
         self._publish()
         self.look_again()
 

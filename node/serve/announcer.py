@@ -15,7 +15,7 @@ from p2pinfer.node.protocol.messages import printable
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
 
-from .pace import Pace
+from .decode_speed import DecodeSpeed
 
 TOPIC_PER_S: Final = 10.0  # announcements of all of a model's peers together, when nothing changes
 
@@ -31,7 +31,7 @@ def announce_ttl_s(peers: int, config: ServeConfig) -> float:
     return min(config.announce_ttl_s * stretched, MAX_TTL_S)
 
 
-class Offer:
+class Announcer:
     """One served span as the swarm hears of it."""
 
     def __init__(
@@ -39,23 +39,23 @@ class Offer:
         member: SwarmMember,
         spec: ModelSpec,
         runner: SpanRunner,
-        pace: Pace,
+        speed: DecodeSpeed,
         config: ServeConfig,
     ) -> None:
         self._member = member
         self._spec = spec
         self._runner = runner
-        self._pace = pace
+        self._speed = speed
         self._config = config
         self._touched = trio.Event()
         self._moved = trio.Event()
         self._announced_free = -1
-        self._announced_pace = pace.tokens_per_s
+        self._announced_speed = speed.tokens_per_s
 
     def touch(self) -> None:
         """Something changed; worth an announcement if it is much."""
         free, total = self._runner.cache.free_tokens, self._runner.cache.capacity_tokens
-        if abs(free - self._announced_free) > total // 8 or self._pace.differs(self._announced_pace):
+        if abs(free - self._announced_free) > total // 8 or self._speed.differs(self._announced_speed):
             self._touched.set()
 
     def _move(self) -> None:
@@ -64,16 +64,16 @@ class Offer:
         self._touched.set()
 
     def announcement(self) -> Announcement:
-        """The offer as of this moment."""
+        """Announcement as of this moment."""
         announces_numbers = len(self._spec.numbers) <= MAX_NUMBERS
-        twins = self._member.twins
+        duplicates = self._member.duplicates
         return Announcement(
             peer_id=self._member.peer_id,
             model=printable(self._spec.model)[:MAX_NAME] or "?",  # a folder may be called anything
             revision=self._spec.revision,
             span=self._runner.span,
             dtype=str(self._runner.numerics),
-            tokens_per_s=self._pace.tokens_per_s,
+            tokens_per_s=self._speed.tokens_per_s,
             free_cache_tokens=self._runner.cache.free_tokens,
             sequence=self._member.sequence.next(),
             reachability=self._member.reach.reachability.kind,
@@ -84,9 +84,9 @@ class Offer:
             weights=self._spec.weights if announces_numbers else "",
             numbers=self._spec.numbers if announces_numbers else "",
             num_blocks=self._spec.num_blocks,
-            instance=twins.instance,
-            uptime_s=twins.uptime_s,
-            twin=twins.suspect,
+            instance=duplicates.instance,
+            uptime_s=duplicates.uptime_s,
+            twin=duplicates.suspect,
         )
 
     def _peers(self) -> int:
@@ -98,12 +98,12 @@ class Offer:
         await self._member.sequence.keep_reserved()
         announcement = self.announcement()
         self._announced_free = announcement.free_cache_tokens
-        self._announced_pace = announcement.tokens_per_s
+        self._announced_speed = announcement.tokens_per_s
         await self._member.announce(announcement)
 
     async def withdraw(self) -> None:
         """Say goodbye, unless another process goes on under our identity: it would be taken for gone."""
-        if self._member.twins.taken.is_set():
+        if self._member.duplicates.taken.is_set():
             return
         await self._member.announce(replace(self.announcement(), leaving=True))
 

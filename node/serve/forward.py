@@ -26,9 +26,9 @@ from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
 
+from .decode_speed import DecodeSpeed
 from .inbox import Inbox
 from .lifetime import Lifetime, SessionRefusal
-from .pace import Pace
 from .worker import BatchReport, Worker
 
 DECODE_TOKENS: Final = 16  # a pass of at most this many tokens is a step, and no piece of a prompt
@@ -47,7 +47,7 @@ class ServedSpan:
     spec: ModelSpec
     runner: SpanRunner
     worker: Worker
-    pace: Pace
+    speed: DecodeSpeed
 
 
 class ForwardPass:
@@ -131,7 +131,7 @@ class StepContext:
     inbox: Inbox
     lifetime: Lifetime
     outbox: trio.MemorySendChannel[StepWork]
-    pace: Pace
+    speed: DecodeSpeed
 
 
 class StepWork(ForwardPass):
@@ -172,7 +172,7 @@ class StepWork(ForwardPass):
         try:
             check_finite(self.received, context.codec, self.feeder.peer_id)
         except WrongOutput as exc:
-            context.inbox.is_spoilt = True  # before any step behind this one is asked
+            context.inbox.saw_nonfinite = True  # before any step behind this one is asked
             self.error = exc
             return False
         return True
@@ -196,5 +196,5 @@ class StepWork(ForwardPass):
         else:
             self.report = report
             if report.tokens == 1 and self.output is not None and self.span is None:
-                context.pace.add(report.ran_s, trio.current_time())  # it had the device to itself
+                context.speed.add(report.ran_s, trio.current_time())  # it had the device to itself
             context.outbox.send_nowait(self)  # never full: the inbox bounds what is in flight

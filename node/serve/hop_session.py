@@ -83,8 +83,8 @@ class HopSession:
             opening.successor is None,
             self.inbox,
             self.lifetime,
-            self.outbox.entrance,
-            served.pace,
+            self.outbox.sender,
+            served.speed,
         )
         self._is_closed = False
 

@@ -18,13 +18,13 @@ class Inbox:
     """Order and amount of one session's steps, which leave in the order in which they were taken in.
 
     Attributes:
-        is_spoilt: Set when a step's values were not finite. No step is wanted any more.
+        saw_nonfinite: Set when a step's values were not finite. No step is wanted any more.
         in_flight: How many steps were taken in and have not left.
     """
 
     def __init__(self, max_tokens: int, config: ServeConfig) -> None:
         """An inbox for positions below `max_tokens`."""
-        self.is_spoilt = False
+        self.saw_nonfinite = False
         self.in_flight = 0
         self._bytes_in_flight = 0
         self._max_tokens = max_tokens
@@ -52,8 +52,8 @@ class Inbox:
 
     def is_superseded(self, step: Step) -> bool:
         """True if a step in flight need not be computed any more; asked in the worker's thread."""
-        if self.is_spoilt or not self._roll_backs:
-            return self.is_spoilt
+        if self.saw_nonfinite or not self._roll_backs:
+            return self.saw_nonfinite
         return any(step.epoch < epoch and step.position >= position for epoch, position in self._roll_backs)
 
     def let_go(self, payload_bytes: int) -> None:

@@ -27,7 +27,7 @@ class Outbox:
     """Sends the steps of one session in the order in which they were computed.
 
     Attributes:
-        entrance: Where computed steps are put; it holds as many as may be in flight.
+        sender: Where computed steps are put; it holds as many as may be in flight.
         replay: What has gone to the successor; None on the last hop, which has nobody to replay to.
         tokens_computed: Of all steps that have come by here.
     """
@@ -53,7 +53,7 @@ class Outbox:
         self._lifetime = lifetime
         self._signer = signer
         self._evidence = evidence
-        self.entrance, self._exit = trio.open_memory_channel[StepWork](max_steps)
+        self.sender, self._receiver = trio.open_memory_channel[StepWork](max_steps)
 
     async def send_computed(self) -> None:
         """Send what is computed, in order, until cancelled.
@@ -62,7 +62,7 @@ class Outbox:
             PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
             ProtocolViolation: A step is not what its predecessor has signed for.
         """
-        async for work in self._exit:
+        async for work in self._receiver:
             if work.output is not None:
                 await self._send(work)
             # Steps that were dropped count as well, or a client that rolls back often would seem to exceed
@@ -71,7 +71,7 @@ class Outbox:
 
     def close(self) -> None:
         """Give the replay log back. Nothing may be put in any more."""
-        self.entrance.close()
+        self.sender.close()
         if self.replay is not None:
             self.replay.release()
 

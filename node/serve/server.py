@@ -24,7 +24,7 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.protocol.frames import FrameStream, Pace
+from p2pinfer.node.protocol.frames import FrameStream, MinimumRate
 from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
     SESSION_PROTOCOL,
@@ -79,7 +79,7 @@ class SpanServer:
         self._sessions: dict[SessionId, HopSession] = {}
         self._changed = trio.Event()  # set, and replaced, whenever a session begins, ends or expects another
         self._leaving = False
-        self._pace = Pace(config.frame_timeout_s, config.min_bytes_per_s)
+        self._minimum_rate = MinimumRate(config.frame_timeout_s, config.min_bytes_per_s)
 
     @property
     def sessions(self) -> int:
@@ -333,7 +333,9 @@ class SpanServer:
 
     def _frames(self, stream: PeerStream) -> FrameStream:
         """Frames without payloads: who has not been let in cannot make us hold megabytes a stream."""
-        return FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id, pace=self._pace)
+        return FrameStream(
+            stream, max_payload_bytes=0, peer_id=stream.peer_id, minimum_rate=self._minimum_rate
+        )
 
     async def _first_message(self, frames: FrameStream) -> Message:
         with trio.move_on_after(self._config.handshake_timeout_s):

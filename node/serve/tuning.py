@@ -23,8 +23,8 @@ from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.span import BlockSpan
 
 from .capacity import time_steps
+from .decode_speed import DecodeSpeed
 from .forward import ForwardPass
-from .pace import Pace
 from .worker import BatchReport, Worker
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,13 @@ class _TimedStep(ForwardPass):
 
 
 class Tuner:
-    """Looks after the pace and the threads of a span that is served, in moments when nobody uses it."""
+    """Looks after the speed and the threads of a span that is served, in moments when nobody uses it."""
 
     def __init__(
         self,
         runner: SpanRunner,
         worker: Worker,
-        pace: Pace,
+        speed: DecodeSpeed,
         is_idle: Callable[[], bool],
         *,
         threads: int,
@@ -99,18 +99,18 @@ class Tuner:
         """A tuner; with one core, or a number of threads that was asked for, it only measures."""
         self._runner = runner
         self._worker = worker
-        self._pace = pace
+        self._speed = speed
         self._is_idle = is_idle
         self._threads = threads
         self._numbers = sorted({threads, *candidates(cores)}) if cores > 1 else [threads]
-        self._reference = pace.tokens_per_s
+        self._reference = speed.tokens_per_s
         self._looked_at = trio.current_time()
 
     async def keep_right(self, changed: Callable[[], None]) -> None:
-        """Look again and again; `changed` is called when the pace may have."""
+        """Look again and again; `changed` is called when the speed may have."""
         while True:
             await trio.sleep(LOOK_S)
-            slower = self._pace.tokens_per_s < SLOWER * self._reference
+            slower = self._speed.tokens_per_s < SLOWER * self._reference
             due = trio.current_time() - self._looked_at >= REMEASURE_S
             if (slower or due) and self._is_idle():
                 with suppress(CacheFull):
@@ -133,8 +133,8 @@ class Tuner:
             logger.info("computing with %d threads instead of %d", best, self._threads)
         self._threads = best
         self._set_threads(best)
-        self._pace.restart(measured[best], trio.current_time())
-        self._reference = self._pace.tokens_per_s
+        self._speed.restart(measured[best], trio.current_time())
+        self._reference = self._speed.tokens_per_s
         self._looked_at = trio.current_time()
 
     async def _measure(self, threads: int) -> list[float] | None:

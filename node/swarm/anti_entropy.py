@@ -30,7 +30,7 @@ URGENT_S: Final = 8.0
 MUCH: Final = 0.02  # of a table: with as much news as that the next turn comes sooner
 
 
-class CatchUp:
+class AntiEntropy:
     """Compares this process's table with its neighbours'."""
 
     def __init__(
@@ -75,10 +75,10 @@ class CatchUp:
         try:
             news = await fetch_snapshot(self._host, self._view, peer_id, revision, self._proofs)
         except PeerError as exc:
-            logger.debug("catch_up.failed peer=%s why=%s", peer_id, exc)
+            logger.debug("anti_entropy.failed peer=%s why=%s", peer_id, exc)
             return 0.0
         if news:
-            logger.debug("catch_up.news peer=%s records=%d", peer_id, news)
+            logger.debug("anti_entropy.news peer=%s records=%d", peer_id, news)
         return news / max(1, len(self._view.records(revision)))
 
 

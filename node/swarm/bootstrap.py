@@ -41,7 +41,7 @@ LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
 STEADY_S: Final = 10.0  # a connection that lasted this long was a success
 MAX_FOUND: Final = 64  # peers of the local network that are remembered
-MAX_TROUBLES: Final = 256  # peers whose failures are remembered
+MAX_FAILED: Final = 256  # peers whose failures are remembered
 WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
 
 
@@ -92,7 +92,7 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
     return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
 
 
-class Kin(Protocol):
+class ModelPeers(Protocol):
     """Source of peers that gossip about the same model. `Gossip` is one."""
 
     @property
@@ -100,7 +100,7 @@ class Kin(Protocol):
         """The models that are of interest here."""
         ...
 
-    def fellows(self, revision: str) -> set[str]:
+    def topic_peers(self, revision: str) -> set[str]:
         """The peers that we gossip with about one of them."""
         ...
 
@@ -115,7 +115,7 @@ class BootstrapOutcome:
 
 
 @dataclass(slots=True)
-class _Trouble:
+class _Failures:
     """Reason why a peer was not reached or kept, how often in a row, and when to try again."""
 
     why: str  # empty once it has answered
@@ -133,13 +133,13 @@ class Neighbourhood:
         view: LiveTable,
         peers: Sequence[BootstrapPeer],
         proofs: ProofCarrier | None = None,
-        kin: Kin | None = None,
+        model_peers: ModelPeers | None = None,
         book: PeerBook | None = None,
     ) -> None:
         """Set up; nobody is dialled before `keep` runs.
 
         Args:
-            kin: Says who is of our own model among all those that we are connected to.
+            model_peers: Says who is of our own model among all those that we are connected to.
             book: Peers that were met in earlier runs; whom we meet is added.
         """
         self.settled = trio.Event()  # set once a neighbour's table was taken in
@@ -148,14 +148,14 @@ class Neighbourhood:
         self._host = host
         self._view = view
         self._proofs = proofs
-        self._kin = kin
+        self._model_peers = model_peers
         self._book = book or PeerBook()
         self._known = self._book.peers()  # of earlier runs
         self._peers = [peer for peer in peers if peer.peer_id != host.peer_id]
-        # Nobody can connect to itself; `TwinCalls` sees who it is.
+        # Nobody can connect to itself; `DuplicateCheck` sees who it is.
         self.ours = tuple(addr for peer in peers if peer.peer_id == host.peer_id for addr in peer.addrs)
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
-        self._troubles = Recent[str, _Trouble](MAX_TROUBLES)
+        self._failures = Recent[str, _Failures](MAX_FAILED)
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._warned = False
         self._is_closed = False
@@ -183,23 +183,23 @@ class Neighbourhood:
         connected = set(self._host.connected_peers())
         found: list[BootstrapOutcome] = []
         for peer in self._peers:
-            trouble = self._troubles.get(peer.peer_id)
+            failure = self._failures.get(peer.peer_id)
             if peer.peer_id in connected:
                 found.append(BootstrapOutcome(peer.addrs[0], True))
-            elif trouble is not None and trouble.why:
-                found.append(BootstrapOutcome(peer.addrs[0], False, trouble.why))
+            elif failure is not None and failure.why:
+                found.append(BootstrapOutcome(peer.addrs[0], False, failure.why))
             else:
                 found.append(BootstrapOutcome(peer.addrs[0], None))
         return found
 
     def describe_failures(self) -> str:
         """Peers that could not be reached and why, in one line; empty if all that were tried answered."""
-        return "; ".join(trouble.why for trouble in self._troubles.values() if trouble.why)
+        return "; ".join(failure.why for failure in self._failures.values() if failure.why)
 
     async def keep(self) -> None:
         """Dial until cancelled, and ask whoever answers what it knows."""
         async with open_nursery() as nursery:
-            nursery.start_soon(self._look_out_for_kin)
+            nursery.start_soon(self._watch_model_peers)
             await self._keep_dialling()
 
     async def _keep_dialling(self) -> None:
@@ -215,7 +215,7 @@ class Neighbourhood:
             connected = self._host.connected_peers()
             if connected and not self.settled.is_set():
                 await self._ask_quietly(random.choice(connected))
-            await self._dial(self._due_kin(connected))
+            await self._dial(self._due_model_peers(connected))
             connected = self._host.connected_peers()
             self._note_met(connected)
             if self._peers and not connected:
@@ -239,36 +239,38 @@ class Neighbourhood:
         missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
         return wanted + random.sample(others, min(missing, len(others)))
 
-    def _due_kin(self, connected: Sequence[str]) -> list[BootstrapPeer]:
+    def _due_model_peers(self, connected: Sequence[str]) -> list[BootstrapPeer]:
         """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
-        if self._kin is None:
+        if self._model_peers is None:
             return []
         due: dict[str, BootstrapPeer] = {}
-        for revision in self._kin.revisions:
-            kin = {peer.peer_id: peer for peer in self._view.live(revision)}
+        for revision in self._model_peers.revisions:
+            model_peers = {peer.peer_id: peer for peer in self._view.live(revision)}
             met = {self._host.peer_id, *connected}
-            missing = NEIGHBOURS - len((self._kin.fellows(revision) | kin.keys()).intersection(connected))
-            others = [peer for peer in kin.values() if peer.peer_id not in met and peer.addrs]
+            missing = NEIGHBOURS - len(
+                (self._model_peers.topic_peers(revision) | model_peers.keys()).intersection(connected)
+            )
+            others = [peer for peer in model_peers.values() if peer.peer_id not in met and peer.addrs]
             others = [peer for peer in others if self._is_due(peer.peer_id)]
             for peer in random.sample(others, max(0, min(missing, len(others)))):
                 due[peer.peer_id] = BootstrapPeer(peer.peer_id, peer.addrs)
         return list(due.values())
 
-    async def _look_out_for_kin(self) -> None:
+    async def _watch_model_peers(self) -> None:
         """Have them dialled as soon as they are heard of."""
         while True:
             changed = self._view.changed
-            if self._due_kin(self._host.connected_peers()):
+            if self._due_model_peers(self._host.connected_peers()):
                 self._wake()
             await changed.wait()
 
     def _is_due(self, peer_id: str) -> bool:
-        return peer_id not in self._troubles or self._troubles[peer_id].retry_at <= trio.current_time()
+        return peer_id not in self._failures or self._failures[peer_id].retry_at <= trio.current_time()
 
     def _next_look(self, connected: Sequence[str]) -> float:
         """Time when a missing bootstrap peer is due, or others may have turned up; may be in the past."""
         lacking = {peer.peer_id for peer in self._peers}.difference(connected)
-        dues = [self._troubles[peer_id].retry_at for peer_id in lacking if peer_id in self._troubles]
+        dues = [self._failures[peer_id].retry_at for peer_id in lacking if peer_id in self._failures]
         check_at: float = trio.current_time() + CHECK_INTERVAL_S
         return check_at if len(connected) >= NEIGHBOURS else min([check_at, *dues])
 
@@ -288,15 +290,15 @@ class Neighbourhood:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
             if isinstance(exc, NotAdmitted):
                 self._note_turned_away(peer.peer_id, exc)
-            self._note_trouble(peer.peer_id, str(exc), dialled_at)
+            self._note_failure(peer.peer_id, str(exc), dialled_at)
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
         await fetch_snapshot(self._host, self._view, peer_id, proofs=self._proofs)
         self.settled.set()
         self.decided.set()
-        if peer_id in self._troubles:
-            self._troubles[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
+        if peer_id in self._failures:
+            self._failures[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
 
     async def _ask_quietly(self, peer_id: str) -> None:
         try:
@@ -324,19 +326,19 @@ class Neighbourhood:
         reached_at = self._reached_at.pop(peer_id)
         lasted_s = trio.current_time() - reached_at
         if lasted_s < STEADY_S:
-            self._note_trouble(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
+            self._note_failure(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
         else:
-            self._troubles.pop(peer_id, None)
+            self._failures.pop(peer_id, None)
 
-    def _note_trouble(self, peer_id: str, why: str, tried_at: float) -> None:
+    def _note_failure(self, peer_id: str, why: str, tried_at: float) -> None:
         """Put the next try off, once for every try: who hangs up also leaves a question unanswered."""
-        known = self._troubles.get(peer_id)
+        known = self._failures.get(peer_id)
         now = trio.current_time()
         if known is None or known.noted_at < tried_at:
             times = known.times + 1 if known else 1
             delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 32), LAST_RETRY_S) * random.uniform(0.8, 1.2)
-            known = _Trouble(why, times, now, now + delay_s)
-        self._troubles[peer_id] = known
+            known = _Failures(why, times, now, now + delay_s)
+        self._failures[peer_id] = known
 
     def _note_turned_away(self, peer_id: str, error: NotAdmitted) -> None:
         """Say it at once: trying on is of no use before somebody changes a key or a list."""
@@ -348,7 +350,7 @@ class Neighbourhood:
 
     def _warn_once(self) -> None:
         if not self._warned and all(
-            peer.peer_id in self._troubles and self._troubles[peer.peer_id].times >= WARN_AFTER
+            peer.peer_id in self._failures and self._failures[peer.peer_id].times >= WARN_AFTER
             for peer in self._peers
         ):
             self._warned = True

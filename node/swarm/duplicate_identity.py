@@ -36,7 +36,7 @@ SUSPECTED_S: Final = 600.0  # how long an instance is named; after that somebody
 _Clock: TypeAlias = Callable[[], float]
 
 
-class TwinWatch:
+class DuplicateDetector:
     """One process's, for as long as it runs.
 
     Attributes:

@@ -97,7 +97,7 @@ class Gossip:
         """The models whose announcements we hear for our own sake."""
         return frozenset(self._joined - self._followed)
 
-    def fellows(self, revision: str) -> set[str]:
+    def topic_peers(self, revision: str) -> set[str]:
         """The peers that we gossip with about `revision`."""
         return {str(peer) for peer in self.pubsub.peer_topics.get(topic_of(revision), set())}
 

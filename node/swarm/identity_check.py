@@ -25,7 +25,7 @@ from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.announcement import INSTANCE_BYTES
 
-from .duplicate_identity import TwinWatch
+from .duplicate_identity import DuplicateDetector
 from .sequence import MAX_SEQUENCE, Sequence
 from .signed_records import MAX_RECORD_BYTES, open_record, seal
 
@@ -42,7 +42,7 @@ ANSWERS_AT_ONCE: Final = 16
 _Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
 
 
-class Living(msgspec.Struct, frozen=True, array_like=True):
+class LivenessProof(msgspec.Struct, frozen=True, array_like=True):
     """Proof that a process runs. Travels as the payload of a sealed record."""
 
     kind: Literal["here"]
@@ -53,16 +53,18 @@ class Living(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final[msgspec.msgpack.Decoder[Living]] = msgspec.msgpack.Decoder(Living)
+_decoder: Final[msgspec.msgpack.Decoder[LivenessProof]] = msgspec.msgpack.Decoder(LivenessProof)
 
 
-class TwinCalls:
+class DuplicateCheck:
     """The calls that one process makes and answers."""
 
-    def __init__(self, identity: Identity, config: HostConfig, twins: TwinWatch, sequence: Sequence) -> None:
+    def __init__(
+        self, identity: Identity, config: HostConfig, duplicates: DuplicateDetector, sequence: Sequence
+    ) -> None:
         self._identity = identity
         self._config = replace(config, listen=(), dial_timeout_s=ANSWER_S)
-        self._twins = twins
+        self._duplicates = duplicates
         self._sequence = sequence
         self._answers = RateLimit(ANSWERS_PER_S, ANSWERS_AT_ONCE)
 
@@ -74,10 +76,10 @@ class TwinCalls:
                 asked = self._open(await receive_value(stream, MAX_RECORD_BYTES))
                 if not self._answers.take("", trio.current_time()):
                     raise ProtocolViolation("too many questions", stream.peer_id)
-                if asked.heard == self._twins.instance != asked.instance:
-                    self._twins.meet(asked.instance, asked.uptime_s)
-                    self._sequence.outdone(asked.sequence)
-                await send_value(stream, self._living(asked.instance))
+                if asked.heard == self._duplicates.instance != asked.instance:
+                    self._duplicates.meet(asked.instance, asked.uptime_s)
+                    self._sequence.overtaken(asked.sequence)
+                await send_value(stream, self._liveness_proof(asked.instance))
 
         host.serve(TWIN_PROTOCOL, answer)
 
@@ -90,18 +92,18 @@ class TwinCalls:
             with trio.fail_after(CALL_S):
                 async with open_host(new_identity(), self._config) as host:
                     found = await self._ask(host, addrs, b"")
-                    if found.instance == self._twins.instance:
+                    if found.instance == self._duplicates.instance:
                         logger.info(
                             "one of the addresses with this node's id leads back to it; it is left out"
                         )
                         return True
-                    asked_s = self._twins.uptime_s  # a slow answer must not make us seem the older one
+                    asked_s = self._duplicates.uptime_s  # a slow answer must not make us seem the older one
                     found = await self._ask(host, addrs, found.instance)
         except (PeerError, trio.TooSlowError) as exc:
             logger.debug("twin.no_answer addrs=%s why=%s", addrs, exc)
             return False
-        self._sequence.outdone(found.sequence)
-        self._twins.meet(found.instance, found.uptime_s, addrs[0], own_uptime_s=asked_s)
+        self._sequence.overtaken(found.sequence)
+        self._duplicates.meet(found.instance, found.uptime_s, addrs[0], own_uptime_s=asked_s)
         return True
 
     async def keep_calling(self, addrs: SequenceOf[str]) -> None:
@@ -109,30 +111,30 @@ class TwinCalls:
         while not await self.call(addrs):
             await trio.sleep(AGAIN_S)
 
-    async def _ask(self, host: Host, addrs: SequenceOf[str], heard: bytes) -> Living:
+    async def _ask(self, host: Host, addrs: SequenceOf[str], heard: bytes) -> LivenessProof:
         async with aclosing(
             await host.open_stream(self._identity.peer_id, TWIN_PROTOCOL, addrs[:MAX_ADDRS])
         ) as stream:
-            await send_value(stream, self._living(heard))
+            await send_value(stream, self._liveness_proof(heard))
             found = self._open(await receive_value(stream, MAX_RECORD_BYTES))
-        if found.heard != self._twins.instance or not found.instance:
+        if found.heard != self._duplicates.instance or not found.instance:
             raise ProtocolViolation("an answer to another question", self._identity.peer_id)
         return found
 
-    def _living(self, heard: bytes) -> bytes:
-        twins = self._twins
-        said = Living("here", twins.instance, twins.uptime_s, heard, self._sequence.last)
+    def _liveness_proof(self, heard: bytes) -> bytes:
+        duplicates = self._duplicates
+        said = LivenessProof("here", duplicates.instance, duplicates.uptime_s, heard, self._sequence.last)
         return seal(self._identity, _encoder.encode(said))
 
-    def _open(self, record: bytes) -> Living:
+    def _open(self, record: bytes) -> LivenessProof:
         """Raises ProtocolViolation for anything that our own identity has not signed."""
         author, payload = open_record(record)
         if author != self._identity.peer_id:
             raise ProtocolViolation("another identity's word about a twin", author)
-        return decode_living(payload)
+        return decode_liveness_proof(payload)
 
 
-def decode_living(payload: bytes) -> Living:
+def decode_liveness_proof(payload: bytes) -> LivenessProof:
     """Raises ProtocolViolation for anything else."""
     try:
         return _decoder.decode(payload)

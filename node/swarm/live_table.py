@@ -13,7 +13,7 @@ from p2pinfer.node.transport.identity import Identity
 from p2pinfer.routing.announcement import Announcement, decode_announcement, encode_announcement
 from p2pinfer.routing.table import SwarmTable
 
-from .duplicate_identity import TwinWatch
+from .duplicate_identity import DuplicateDetector
 from .signed_records import open_record, seal
 
 logger = logging.getLogger(__name__)
@@ -26,17 +26,18 @@ class LiveTable:
         self,
         table: SwarmTable | None = None,
         clock: Callable[[], float] = trio.current_time,
-        twins: TwinWatch | None = None,
+        duplicates: DuplicateDetector | None = None,
     ) -> None:
-        """`twins` hears of what others pass on in our own name."""
+        """`duplicates` hears of what others pass on in our own name."""
         self._changed = Pulse()
         self._table = SwarmTable() if table is None else table  # an empty one is falsy
         self._clock = clock
         self.is_foreign: Callable[[str], bool] = lambda revision: (
             False
         )  # whether a model is no affair of ours
-        self.on_outdone: Callable[[int], None] = lambda sequence: None  # there is a later record in our name
-        self._twins = twins
+        # There is a later record in our name.
+        self.on_overtaken: Callable[[int], None] = lambda _: None
+        self._duplicates = duplicates
         self._latest_own = b""
 
     @property
@@ -100,9 +101,9 @@ class LiveTable:
         Args:
             told_by: Who handed it over.
         """
-        if self._twins is not None and announcement.peer_id == self._twins.peer_id:
-            self._twins.hear(announcement, age_s)
-            self.on_outdone(announcement.sequence)
+        if self._duplicates is not None and announcement.peer_id == self._duplicates.peer_id:
+            self._duplicates.hear(announcement, age_s)
+            self.on_overtaken(announcement.sequence)
         return self._accept(announcement, record, age_s, told_by)
 
     def _accept(

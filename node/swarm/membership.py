@@ -27,12 +27,12 @@ from p2pinfer.node.transport.identity import Identity
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 
-from .anti_entropy import CatchUp
+from .anti_entropy import AntiEntropy
 from .bootstrap import BootstrapOutcome, BootstrapPeer, Neighbourhood, bootstrap_peers
 from .connection_pruning import ConnectionPruning
-from .duplicate_identity import TwinWatch
+from .duplicate_identity import DuplicateDetector
 from .gossip import Gossip, open_gossip
-from .identity_check import TwinCalls
+from .identity_check import DuplicateCheck
 from .latency import Latency
 from .live_table import LiveTable
 from .mdns import keep_looking_around
@@ -70,7 +70,7 @@ class SwarmMember:
         proofs: ProofCarrier,
         evidence: EvidenceStore,
         *,
-        twins: TwinWatch | None = None,
+        duplicates: DuplicateDetector | None = None,
         sequence: Sequence | None = None,
         looks_around: bool = False,
     ) -> None:
@@ -84,11 +84,11 @@ class SwarmMember:
         self._neighbourhood = peers
         self._latency = latency
         self.reach = reach
-        self.twins = twins or TwinWatch(host.peer_id)
+        self.duplicates = duplicates or DuplicateDetector(host.peer_id)
         self.sequence = sequence or Sequence()
         self._looks_around = looks_around
         self._disputes: list[Callable[[], None]] = []
-        self.sequence.when_outdone(self.dispute)
+        self.sequence.when_overtaken(self.dispute)
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -259,9 +259,9 @@ async def _open_member(
     memory_dir: Path | None,
 ) -> AsyncGenerator[SwarmMember]:
     sequence, book = await trio.to_thread.run_sync(lambda: (Sequence(memory_dir), PeerBook(memory_dir)))
-    twins = TwinWatch(identity.peer_id)
-    view = LiveTable(twins=twins)
-    view.on_outdone = sequence.outdone
+    duplicates = DuplicateDetector(identity.peer_id)
+    view = LiveTable(duplicates=duplicates)
+    view.on_overtaken = sequence.overtaken
     with bare_errors():
         async with (
             open_host(identity, host_config) as host,
@@ -277,7 +277,7 @@ async def _open_member(
             await gossip.join_all_models()
             view.is_foreign = lambda revision: bool(ours := gossip.revisions) and revision not in ours
             neighbourhood = Neighbourhood(host, view, first_peers, proofs, gossip, book)
-            calls = TwinCalls(identity, host_config, twins, sequence)
+            calls = DuplicateCheck(identity, host_config, duplicates, sequence)
             calls.serve(host)
             advertised = [address for address in host.direct_addrs if not _is_loopback(address)]
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
@@ -289,8 +289,8 @@ async def _open_member(
             nursery.start_soon(latency.serve)
             nursery.start_soon(ConnectionPruning(host, reach.needs).keep)
             nursery.start_soon(
-                CatchUp(
-                    host, view, lambda: gossip.revisions, proofs, is_urgent=lambda: bool(twins.suspect)
+                AntiEntropy(
+                    host, view, lambda: gossip.revisions, proofs, is_urgent=lambda: bool(duplicates.suspect)
                 ).serve
             )
             nursery.start_soon(proofs.serve)
@@ -304,7 +304,7 @@ async def _open_member(
                 reach,
                 proofs,
                 evidence,
-                twins=twins,
+                duplicates=duplicates,
                 sequence=sequence,
                 looks_around=looks_around,
             )
@@ -314,7 +314,7 @@ async def _open_member(
                 member.dispute()
                 nursery.start_soon(calls.call, suspect.addrs)
 
-            twins.on_suspect = look_for_twin
+            duplicates.on_suspect = look_for_twin
             if neighbourhood.ours:
                 nursery.start_soon(calls.keep_calling, neighbourhood.ours)
             yield member

@@ -20,7 +20,7 @@ from typing import Annotated, Final
 import msgspec
 import trio
 
-from p2pinfer.node.concurrency.pulse import Errand
+from p2pinfer.node.concurrency.pulse import AutoResetEvent
 from p2pinfer.node.transport.addresses import split_peer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class PeerBook:
         self._path = None if data_dir is None else data_dir / FILE_NAME
         self._clock = wall_clock_s
         self._peers = {peer.peer_id: peer for peer in self._read()}
-        self._dirty = Errand()
+        self._dirty = AutoResetEvent()
         self._told = False
 
     def peers(self) -> list[KnownPeer]:
@@ -79,12 +79,12 @@ class PeerBook:
             return
         self._peers[peer_id] = KnownPeer(peer_id, addrs, reached, now)
         self._make_room()
-        self._dirty.call()
+        self._dirty.set()
 
     async def keep(self) -> None:
         """Write what changes, until cancelled."""
         while self._path is not None:
-            await self._dirty.take_up()
+            await self._dirty.wait()
             await trio.to_thread.run_sync(self._write, self._path, self._encoded())
             await trio.sleep(WRITE_PAUSE_S)
 

@@ -3,7 +3,7 @@
 Neighbours remember the last number for up to a quarter of an hour and listen to nothing below it. So numbers
 are reserved on disk, many at a time and before any of them is used: a node that is killed begins again above
 all that it may have announced. Where the disk has been lost, or holds the past, neighbours tell: a record in
-our name with a later number than ours (`outdone`) is one that we have signed once, and the next number lies
+our name with a later number than ours (`overtaken`) is one that we have signed once, and the next number lies
 above it. The wall clock only gives the first number; set back, it does no harm.
 """
 
@@ -48,7 +48,7 @@ class Sequence:
         self._last = min(self._last + 1, MAX_SEQUENCE)
         return self._last
 
-    def outdone(self, sequence: int) -> None:
+    def overtaken(self, sequence: int) -> None:
         """Somebody holds a record of ours with this number: go on above it, if that is not so anyhow."""
         if self._last < sequence < MAX_SEQUENCE:
             logger.info(
@@ -60,7 +60,7 @@ class Sequence:
             for listener in list(self._listeners):
                 listener()
 
-    def when_outdone(self, listener: Callable[[], None]) -> None:
+    def when_overtaken(self, listener: Callable[[], None]) -> None:
         """Have `listener` called after every leap."""
         self._listeners.append(listener)
 

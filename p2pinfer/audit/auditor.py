@@ -38,7 +38,7 @@ from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.receipt_checks import PassedStep
 from p2pinfer.session.session import Session
 
-from .collect import Gathered, gather_deposition
+from .collect import Collected, collect_record
 from .opinions import compare_elsewhere
 from .second_opinion import choose_auditors, run_elsewhere
 from .verifier import Verifier
@@ -187,10 +187,10 @@ class Auditor:
             return await self._accuse(proof, {}, "it signed twice")
         if self._ledger.is_banned(job.peer_id):
             return []
-        finding, gathered = Finding(Verdict.INCONCLUSIVE, "it took too long"), Gathered(None)
+        finding, collected = Finding(Verdict.INCONCLUSIVE, "it took too long"), Collected(None)
         others: list[_Opinion] = []
         with trio.move_on_after(self._config.timeout_s):
-            gathered = await gather_deposition(
+            collected = await collect_record(
                 self._member.host,
                 job.steps,
                 job.peer_id,
@@ -198,10 +198,10 @@ class Auditor:
                 max_bytes=self._config.evidence_bytes,
                 max_tokens=self._config.max_tokens,
             )
-            finding, others = await self._judge(gathered.deposition, job.others)
-        why = gathered.withheld or finding.reason
+            finding, others = await self._judge(collected.record, job.others)
+        why = collected.withheld or finding.reason
         published = await self._settle(
-            _Opinion(job.peer_id, gathered.deposition, finding), withheld=bool(gathered.withheld), why=why
+            _Opinion(job.peer_id, collected.record, finding), withheld=bool(collected.withheld), why=why
         )
         for other in others:
             published += await self._settle(other, why=other.finding.reason)
@@ -218,30 +218,28 @@ class Auditor:
         self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
         if finding.verdict is Verdict.PASS:
             self._has_passed = True
-        if finding.verdict is not Verdict.FAIL or opinion.deposition is None:
+        if finding.verdict is not Verdict.FAIL or opinion.record is None:
             return []
-        proof = Proof(1, peer_id, "output", opinion.deposition.signed)
-        return await self._accuse(proof, opinion.deposition.contents, finding.reason)
+        proof = Proof(1, peer_id, "output", opinion.record.signed)
+        return await self._accuse(proof, opinion.record.contents, finding.reason)
 
-    async def _judge(
-        self, deposition: HopRecord | None, others: Sequence[str]
-    ) -> tuple[Finding, list[_Opinion]]:
+    async def _judge(self, record: HopRecord | None, others: Sequence[str]) -> tuple[Finding, list[_Opinion]]:
         """The verdict; FAIL only if a second re-execution, independent of the first, says so too.
 
         Beside it come peers that were asked for a second opinion and found to fail themselves.
         """
-        if deposition is None:
+        if record is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
         verifier = self._verifier
-        if not verifier.can_hold(deposition.span):
-            return await self._judge_elsewhere(deposition, others), []
-        finding = await verifier.verify(deposition)
+        if not verifier.can_hold(record.span):
+            return await self._judge_elsewhere(record, others), []
+        finding = await verifier.verify(record)
         if finding.verdict is not Verdict.FAIL:
             return finding, []
         # Others come before a second look of our own: a fault of this computer would fail honest peers again
         # and again. As long as nobody has passed here, a second peer that fails speaks against us.
         failed: list[_Opinion] = []
-        async with aclosing(self._ask_others(deposition, others)) as opinions:
+        async with aclosing(self._ask_others(record, others)) as opinions:
             async for opinion in opinions:
                 other = await (verifier.verify_fully if finding.logits_checked else verifier.verify)(opinion)
                 if other.verdict is Verdict.PASS:
@@ -254,14 +252,14 @@ class Auditor:
             doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
             return Finding(Verdict.SUSPECT, doubt), []
         # From weights that are loaded anew: a bit that flipped in our memory must not ban an honest peer.
-        again = await verifier.confirm(deposition)
+        again = await verifier.confirm(record)
         if again.verdict is not Verdict.FAIL:
             return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
         return again, failed
 
-    async def _judge_elsewhere(self, deposition: HopRecord, others: Sequence[str]) -> Finding:
+    async def _judge_elsewhere(self, record: HopRecord, others: Sequence[str]) -> Finding:
         opinions: list[HopRecord] = []
-        async with aclosing(self._ask_others(deposition, others)) as asked:
+        async with aclosing(self._ask_others(record, others)) as asked:
             async for opinion in asked:
                 opinions.append(opinion)
                 if len(opinions) == 2:
@@ -269,24 +267,24 @@ class Auditor:
         if len(opinions) < 2:
             return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
         return await trio.to_thread.run_sync(
-            compare_elsewhere, deposition, opinions[0], opinions[1], self._spec.hidden_size
+            compare_elsewhere, record, opinions[0], opinions[1], self._spec.hidden_size
         )
 
-    async def _ask_others(self, deposition: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
+    async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
         """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
         if not self._config.remote:
             return
-        history = await trio.to_thread.run_sync(history_of, deposition, self._spec.hidden_size)
+        history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
         avoided = (*others, *self._config.own_peers)
         able = choose_auditors(
-            self._member.announcements(self._spec.revision), deposition, self._ledger, avoided, self._rng
+            self._member.announcements(self._spec.revision), record, self._ledger, avoided, self._rng
         )
         for hop in able[:SECOND_OPINIONS]:
             try:
                 opinion = await run_elsewhere(
                     hop,
                     self._spec,
-                    deposition,
+                    record,
                     history,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
@@ -323,8 +321,8 @@ class Auditor:
         notice, why = heard.notice, "two receipts for one step"
         if accusation.kind == "output":
             signed = accusation.signed
-            deposition = HopRecord(accusation.peer_id, signed, accusation.receipts, contents)
-            finding = await self._verifier.verify_fully(deposition)
+            record = HopRecord(accusation.peer_id, signed, accusation.receipts, contents)
+            finding = await self._verifier.verify_fully(record)
             if finding.verdict in (Verdict.INCONCLUSIVE, Verdict.SUSPECT):
                 return None
             why = finding.reason
@@ -348,7 +346,7 @@ class _Opinion:
     """Record of a peer's work, and the verdict on it."""
 
     peer_id: str
-    deposition: HopRecord | None
+    record: HopRecord | None
     finding: Finding
 
 

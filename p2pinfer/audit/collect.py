@@ -27,19 +27,19 @@ MAX_RECEIPTS_FETCHED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class Collected:
     """Evidence that could be collected of one hop.
 
     Attributes:
-        deposition: None if something is missing even so.
+        record: None if something is missing even so.
         withheld: Why the hop itself is to blame for evidence that it did not hand out; empty if it did.
     """
 
-    deposition: HopRecord | None
+    record: HopRecord | None
     withheld: str = ""
 
 
-async def gather_deposition(
+async def collect_record(
     host: Host,
     steps: Sequence[PassedStep],
     peer_id: str,
@@ -47,7 +47,7 @@ async def gather_deposition(
     *,
     max_bytes: int,
     max_tokens: int,
-) -> Gathered:
+) -> Collected:
     """Collect what `peer_id` did in the session of `steps`, whose receipts have been checked.
 
     Of a long session it is the beginning, which does not depend on what came after.
@@ -59,17 +59,17 @@ async def gather_deposition(
     places = [(each, _index_of(each, peer_id)) for each in steps]
     mine = [(each, index) for each, index in places if index is not None]
     if not mine:
-        return Gathered(None)
+        return Collected(None)
     hop = mine[0][0].hops[mine[0][1]]
     # Thousands of receipts take tens of milliseconds to read.
     known = await trio.to_thread.run_sync(_decode_all, [each.receipts[index] for each, index in mine])
     try:
         chain = await _whole_chain(host, hop, known)
     except PeerError as exc:
-        return Gathered(None, f"its receipts have gaps that it does not fill: {exc}")
+        return Collected(None, f"its receipts have gaps that it does not fill: {exc}")
     wanted = await trio.to_thread.run_sync(_plan, chain, mine, hidden_size, max_bytes, max_tokens)
     if not wanted.signed:
-        return Gathered(None)
+        return Collected(None)
     contents, withheld = wanted.contents, ""
     for source in (hop, *_neighbours(mine)):
         missing = [digest for digest in wanted.tensors if digest not in contents]
@@ -82,8 +82,8 @@ async def gather_deposition(
         if source is hop and any(digest not in contents for digest in wanted.tensors):
             withheld = withheld or "it withholds evidence that it committed to"
     if any(digest not in contents for digest in wanted.tensors):
-        return Gathered(None, withheld)
-    return Gathered(HopRecord(peer_id, wanted.signed, wanted.receipts, contents), withheld)
+        return Collected(None, withheld)
+    return Collected(HopRecord(peer_id, wanted.signed, wanted.receipts, contents), withheld)
 
 
 @dataclass(frozen=True, slots=True)

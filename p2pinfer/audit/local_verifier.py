@@ -22,7 +22,7 @@ import trio
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import CacheFull, LocalError, ModelChanged, ProtocolViolation, WrongOutput
 from p2pinfer.models.checkpoint.source import ModelSource
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, reference_for
@@ -37,7 +37,7 @@ from .verifier import Verifier
 logger = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT: Final = math.ceil(FLOAT32.bytes_per_weight + BFLOAT16.bytes_per_weight)  # held twice
-_ENDS_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
+_HEAD_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
 
 
 class LocalVerifier(Verifier):
@@ -65,75 +65,75 @@ class LocalVerifier(Verifier):
         """True if the blocks fit the budget of memory, and are here or nearly so."""
         return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
 
-    async def verify(self, deposition: HopRecord) -> Finding:
+    async def verify(self, record: HopRecord) -> Finding:
         """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
         logits = self._rng.random() < self._config.logits_share
-        return await self._in_turn(lambda: self._verify(deposition, logits=logits))
+        return await self._in_turn(lambda: self._verify(record, logits=logits))
 
-    async def verify_fully(self, deposition: HopRecord) -> Finding:
+    async def verify_fully(self, record: HopRecord) -> Finding:
         """The same, and the logits are looked at wherever they can be, if it does not FAIL without."""
-        finding = await self._in_turn(lambda: self._verify(deposition, logits=True, whole=False))
+        finding = await self._in_turn(lambda: self._verify(record, logits=True, whole=False))
         if finding.verdict is Verdict.FAIL or finding.logits_checked:
             return finding
-        return await self._in_turn(lambda: self._verify(deposition, logits=True))
+        return await self._in_turn(lambda: self._verify(record, logits=True))
 
     def is_thorough(self, finding: Finding) -> bool:
         """True if the logits were looked at: a small change that is well aimed shows only there."""
         return finding.logits_checked
 
-    async def confirm(self, deposition: HopRecord) -> Finding:
+    async def confirm(self, record: HopRecord) -> Finding:
         """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
-        finding = await self._in_turn(lambda: self._verify_anew(deposition))
+        finding = await self._in_turn(lambda: self._verify_anew(record))
         if finding.verdict is Verdict.FAIL:
             return finding
         self._loaded = None  # what it said is not confirmed
-        return await self.verify_fully(deposition)
+        return await self.verify_fully(record)
 
     async def _in_turn(self, verify: Callable[[], Finding]) -> Finding:
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
 
-    def _verify(self, deposition: HopRecord, *, logits: bool, whole: bool = True) -> Finding:
+    def _verify(self, record: HopRecord, *, logits: bool, whole: bool = True) -> Finding:
         """Judge a record; with `whole`, all of the model is loaded for it if that fits."""
 
         def check(history: History, numerics: Numerics) -> Finding:
-            loaded = self._reference_for(deposition.span, len(history.inputs), numerics, whole=whole)
-            tail = loaded.tail_behind(deposition.span, logits=logits)
-            return _check(deposition, history, loaded.reference, tail)
+            loaded = self._reference_for(record.span, len(history.inputs), numerics, whole=whole)
+            tail = loaded.tail_behind(record.span, logits=logits)
+            return _check(record, history, loaded.reference, tail)
 
-        return self._run(deposition, check)
+        return self._run(record, check)
 
-    def _verify_anew(self, deposition: HopRecord) -> Finding:
+    def _verify_anew(self, record: HopRecord) -> Finding:
         """Judge a record by norms alone, from the blocks in question."""
 
         def check(history: History, numerics: Numerics) -> Finding:
-            checkpoint = self._source.fetch(deposition.span, ends=False)
+            checkpoint = self._source.fetch(record.span, embedding_and_head=False)
             reference = open_reference(
-                checkpoint, deposition.span, max_tokens=len(history.inputs), numerics=numerics
+                checkpoint, record.span, max_tokens=len(history.inputs), numerics=numerics
             )
-            return _check(deposition, history, reference, None)
+            return _check(record, history, reference, None)
 
-        return self._run(deposition, check)
+        return self._run(record, check)
 
-    def _run(self, deposition: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
+    def _run(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
         started = time.thread_time()
         try:
             spec = self._source.spec
-            if deposition.revision != spec.revision:
+            if record.revision != spec.revision:
                 return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
-            numerics = reference_for(deposition.numerics)
+            numerics = reference_for(record.numerics)
             if numerics is None:
-                named = deposition.receipts[0].dtype
+                named = record.receipts[0].dtype
                 return Finding(Verdict.INCONCLUSIVE, f"the receipts name {named}, which is not computed here")
-            spec.check_span(deposition.span)  # whoever made a proof may have signed for any
+            spec.check_span(record.span)  # whoever made a proof may have signed for any
             tokens = min(self._config.max_tokens, spec.max_positions)
-            history = history_of(deposition, spec.hidden_size, max_tokens=tokens)
+            history = history_of(record, spec.hidden_size, max_tokens=tokens)
             if not len(history.inputs):
                 return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
             if self._changed:
                 return Finding(Verdict.INCONCLUSIVE, self._changed)
-            if not self.can_hold(deposition.span):
-                return Finding(Verdict.INCONCLUSIVE, f"blocks {deposition.span} do not fit the memory budget")
+            if not self.can_hold(record.span):
+                return Finding(Verdict.INCONCLUSIVE, f"blocks {record.span} do not fit the memory budget")
             return check(history, numerics)
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
@@ -150,34 +150,41 @@ class LocalVerifier(Verifier):
 
     def _reference_for(self, span: BlockSpan, tokens: int, numerics: Numerics, *, whole: bool) -> _Loaded:
         loaded = self._loaded
-        wanted, with_ends = self._wanted(span, whole=whole)
-        if loaded is None or not loaded.serves(wanted, tokens, numerics, ends=with_ends):
+        wanted, with_head = self._wanted(span, whole=whole)
+        if loaded is None or not loaded.serves(wanted, tokens, numerics, embedding_and_head=with_head):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are
             tokens = max(tokens, min(1024, self._config.max_tokens))
-            self._loaded = loaded = self._load(wanted, tokens, numerics, ends=with_ends)
+            self._loaded = loaded = self._load(wanted, tokens, numerics, embedding_and_head=with_head)
         return loaded
 
     def _wanted(self, span: BlockSpan, *, whole: bool) -> tuple[BlockSpan, bool]:
         """The blocks to load for a look at `span`, and whether norm and head are among it."""
         spec, budget = self._source.spec, self._budget()
-        ends_bytes = spec.vocab_size * spec.hidden_size * _ENDS_BYTES_PER_WEIGHT
+        head_bytes = spec.vocab_size * spec.hidden_size * _HEAD_BYTES_PER_WEIGHT
         everything = BlockSpan(0, spec.num_blocks)
-        fits = self._cost_of(spec.num_blocks) + ends_bytes <= budget
-        wanted = everything if whole and fits and self._is_near(everything, ends=True) else span
-        with_ends = wanted.stop == spec.num_blocks and self._is_near(wanted, ends=True)
-        return wanted, with_ends and self._cost_of(len(wanted)) + ends_bytes <= budget
+        fits = self._cost_of(spec.num_blocks) + head_bytes <= budget
+        wanted = everything if whole and fits and self._is_near(everything, embedding_and_head=True) else span
+        with_head = wanted.stop == spec.num_blocks and self._is_near(wanted, embedding_and_head=True)
+        return wanted, with_head and self._cost_of(len(wanted)) + head_bytes <= budget
 
-    def _load(self, span: BlockSpan, max_tokens: int, numerics: Numerics, *, ends: bool) -> _Loaded:
-        logger.debug("audit.load blocks=%s ends=%s tokens=%d", span, ends, max_tokens)
-        checkpoint = self._source.fetch(span, ends=ends)
+    def _load(
+        self, span: BlockSpan, max_tokens: int, numerics: Numerics, *, embedding_and_head: bool
+    ) -> _Loaded:
+        logger.debug(
+            "audit.load blocks=%s embedding_and_head=%s tokens=%d", span, embedding_and_head, max_tokens
+        )
+        checkpoint = self._source.fetch(span, embedding_and_head=embedding_and_head)
         config = ComputeConfig(device="cpu", dtype="float32")
         return _Loaded(
             open_reference(checkpoint, span, max_tokens=max_tokens, numerics=numerics),
-            load_ends(checkpoint, config) if ends else None,
+            load_embedding_and_head(checkpoint, config) if embedding_and_head else None,
         )
 
-    def _is_near(self, span: BlockSpan, *, ends: bool = False) -> bool:
-        return self._source.missing_bytes(span, ends=ends) <= self._config.download_bytes
+    def _is_near(self, span: BlockSpan, *, embedding_and_head: bool = False) -> bool:
+        return (
+            self._source.missing_bytes(span, embedding_and_head=embedding_and_head)
+            <= self._config.download_bytes
+        )
 
     def _cost_of(self, blocks: int) -> int:
         return blocks * self._source.spec.block_parameters * BYTES_PER_WEIGHT
@@ -190,27 +197,33 @@ class LocalVerifier(Verifier):
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     reference: Reference
-    ends: Ends | None
+    embedding_and_head: EmbeddingAndHead | None
 
-    def serves(self, span: BlockSpan, tokens: int, numerics: Numerics, *, ends: bool) -> bool:
-        covers = self.reference.span.covers(span) and (self.ends is not None or not ends)
+    def serves(self, span: BlockSpan, tokens: int, numerics: Numerics, *, embedding_and_head: bool) -> bool:
+        covers = self.reference.span.covers(span) and (
+            self.embedding_and_head is not None or not embedding_and_head
+        )
         return covers and self.reference.numerics == numerics and tokens <= self.reference.max_tokens
 
     def tail_behind(self, span: BlockSpan, *, logits: bool) -> Tail | None:
         """Blocks and head after the span, if they are at hand and asked for or cheap."""
         blocks = self.reference.spec.num_blocks
-        if self.ends is None or not (logits or span.stop == blocks):
+        if self.embedding_and_head is None or not (logits or span.stop == blocks):
             return None
-        return tail_of(self.reference, self.ends, span.stop) if self.reference.span.stop == blocks else None
+        return (
+            tail_of(self.reference, self.embedding_and_head, span.stop)
+            if self.reference.span.stop == blocks
+            else None
+        )
 
 
-def _check(deposition: HopRecord, history: History, reference: Reference, tail: Tail | None) -> Finding:
+def _check(record: HopRecord, history: History, reference: Reference, tail: Tail | None) -> Finding:
     return check_span(
         reference,
-        deposition.span,
+        record.span,
         history.inputs,
         history.outputs,
-        codec=deposition.codec,
+        codec=record.codec,
         positions=history.positions,
         tail=tail,
     )

@@ -20,7 +20,7 @@ _APART: Final = 32.0
 _COARSE: Final = Thresholds(chunk=8.0, suspect=4.0, shared=32.0, upper=16.0, token=64.0, first=500.0)
 
 
-def compare_elsewhere(deposition: HopRecord, one: HopRecord, other: HopRecord, hidden_size: int) -> Finding:
+def compare_elsewhere(record: HopRecord, one: HopRecord, other: HopRecord, hidden_size: int) -> Finding:
     """The verdict where the blocks fit nowhere here: two peers' outputs stand for the two re-executions.
 
     Neither is float32, so the unit is the distance of two honest roundings, and where those agree to the bit,
@@ -28,12 +28,12 @@ def compare_elsewhere(deposition: HopRecord, one: HopRecord, other: HopRecord, h
     peers do. Where the two are further apart than honest peers can be, one of them lies, and nothing is known
     of the third.
     """
-    if not all(are_comparable(deposition.numerics, each.numerics) for each in (one, other)):
+    if not all(are_comparable(record.numerics, each.numerics) for each in (one, other)):
         return Finding(Verdict.INCONCLUSIVE, "the receipts name numerics that cannot be compared")
     try:
-        history = history_of(deposition, hidden_size)
+        history = history_of(record, hidden_size)
         first, second = history_of(one, hidden_size).outputs, history_of(other, hidden_size).outputs
-        outputs = check_rows(history.outputs, len(history.positions), hidden_size, deposition.peer_id)
+        outputs = check_rows(history.outputs, len(history.positions), hidden_size, record.peer_id)
     except WrongOutput as exc:
         return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
     except ProtocolViolation as exc:

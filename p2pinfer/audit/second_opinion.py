@@ -27,14 +27,14 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session
 
-from .collect import gather_deposition
+from .collect import collect_record
 
 _IP = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/")
 
 
 def choose_auditors(
     announcements: Iterable[Announcement],
-    deposition: HopRecord,
+    record: HopRecord,
     view: ReputationView,
     avoid: Sequence[str],
     rng: random.Random,
@@ -45,20 +45,20 @@ def choose_auditors(
         avoid: Peers that had to do with the session.
     """
     known = list(announcements)
-    accused = next((each.addrs for each in known if each.peer_id == deposition.peer_id), ())
+    accused = next((each.addrs for each in known if each.peer_id == record.peer_id), ())
     networks = networks_of(accused)
     able = [
         each
         for each in known
         if each.peer_id not in avoid
-        and each.peer_id != deposition.peer_id
-        and each.span.covers(deposition.span)
-        and are_comparable(each.numerics, deposition.numerics)
+        and each.peer_id != record.peer_id
+        and each.span.covers(record.span)
+        and are_comparable(each.numerics, record.numerics)
         and not view.is_banned(each.peer_id)
     ]
     rng.shuffle(able)
     able.sort(key=lambda each: (bool(networks & networks_of(each.addrs)), -_trust(view, each.peer_id)))
-    return [Hop(each.peer_id, deposition.span, each.addrs) for each in able]
+    return [Hop(each.peer_id, record.span, each.addrs) for each in able]
 
 
 def networks_of(addrs: Iterable[str]) -> frozenset[str]:
@@ -79,7 +79,7 @@ def networks_of(addrs: Iterable[str]) -> frozenset[str]:
 async def run_elsewhere(
     hop: Hop,
     spec: ModelSpec,
-    deposition: HopRecord,
+    record: HopRecord,
     history: History,
     *,
     host_config: HostConfig,
@@ -98,7 +98,7 @@ async def run_elsewhere(
                     Route((hop,)),
                     spec,
                     max_tokens=len(history.inputs),
-                    codec=deposition.codec,
+                    codec=record.codec,
                     config=SessionConfig(),
                     keep_steps=True,
                 )
@@ -111,19 +111,19 @@ async def run_elsewhere(
                     if error is not None:
                         raise error
                 assert session.book is not None
-                gathered = await gather_deposition(
+                collected = await collect_record(
                     host,
                     session.book.kept,
                     hop.peer_id,
                     spec.hidden_size,
-                    max_bytes=2 * len(history.inputs) * row_bytes(spec.hidden_size, deposition.codec),
+                    max_bytes=2 * len(history.inputs) * row_bytes(spec.hidden_size, record.codec),
                     max_tokens=len(history.inputs),
                 )
     except trio.TooSlowError as exc:
         raise PeerError(f"no second opinion in {timeout_s:g} s", hop.peer_id) from exc
-    if gathered.deposition is None:
+    if collected.record is None:
         raise ProtocolViolation("a second opinion without its evidence", hop.peer_id)
-    return gathered.deposition
+    return collected.record
 
 
 def _trust(view: ReputationView, peer_id: str) -> float:

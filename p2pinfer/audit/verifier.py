@@ -21,20 +21,20 @@ class Verifier(ABC):
         return True
 
     @abstractmethod
-    async def verify(self, deposition: HopRecord) -> Finding:
+    async def verify(self, record: HopRecord) -> Finding:
         """The verdict on what the hop's receipts name. The payloads' digests have been checked.
 
         A FAIL bans the peer once `confirm` repeats it, so where in doubt the verdict is INCONCLUSIVE.
         """
 
-    async def verify_fully(self, deposition: HopRecord) -> Finding:
+    async def verify_fully(self, record: HopRecord) -> Finding:
         """The same with all means, for a proof that somebody else has published; `verify` by default."""
-        return await self.verify(deposition)
+        return await self.verify(record)
 
     def is_thorough(self, finding: Finding) -> bool:
         """True if a PASS of `verify_fully` refutes somebody else's FAIL; True by default."""
         return True
 
-    async def confirm(self, deposition: HopRecord) -> Finding:
+    async def confirm(self, record: HopRecord) -> Finding:
         """A verdict that does not rest on what `verify` keeps in memory; `verify` by default."""
-        return await self.verify(deposition)
+        return await self.verify(record)

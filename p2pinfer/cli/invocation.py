@@ -58,7 +58,7 @@ class Invocation:
 
     @property
     def is_for_people(self) -> bool:
-        """True where standard error may hold lines for a person: not with `-q`, nor among JSON log records."""
+        """True where standard error may hold lines for a person: no `-q`, no JSON log records."""
         return not self.quiet and self.log_format == "text"
 
     def settings(self, *configs: type[Any]) -> Settings:

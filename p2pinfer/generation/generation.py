@@ -22,7 +22,7 @@ from torch import Tensor
 from p2pinfer.client_config import GenerationConfig as GenerationConfig
 from p2pinfer.errors import NoRoute, PeerError, Unfinished
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.ends import Ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.text import Tokenizer
@@ -30,7 +30,7 @@ from p2pinfer.models.text.text import Tokenizer
 from .first_state import generation_config as generation_config
 from .first_state import new_state as new_state
 from .first_state import sampling_of
-from .outage import Outage, Patience, Waiting
+from .outage import Outage, RetryLimits, Waiting
 from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
 from .transcript import FinishReason, Transcript
@@ -91,13 +91,13 @@ class Generation:
 
     def __init__(
         self,
-        walker: SessionSource,
+        source: SessionSource,
         spec: ModelSpec,
-        ends: Ends,
+        embedding_and_head: EmbeddingAndHead,
         tokenizer: Tokenizer,
         state: GenerationState,
         *,
-        patience: Patience | None = None,
+        retry_limits: RetryLimits | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -111,17 +111,17 @@ class Generation:
         """
         check_state(state, spec)
         self._spec = spec
-        self._walker = walker
-        self._ends = ends
-        self._patience = patience or Patience()
+        self._source = source
+        self._embedding_and_head = embedding_and_head
+        self._retry_limits = retry_limits or RetryLimits()
         self._on_wait = on_wait
         self._sampler = Sampler(sampling_of(state))
         self._transcript = transcript = Transcript(tokenizer, state)
         self._process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
         self._tokens_before = len(state.token_ids)
-        self._way = RemoteBlocks(walker, ends, self._transcript)
+        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript)
         self._clock = _Clock()
-        self._dropped = weakref.finalize(self, on_dropped, self._way.aclose)
+        self._dropped = weakref.finalize(self, on_dropped, self._remote.aclose)
         self._dropped.atexit = False
 
     async def __aenter__(self) -> Generation:
@@ -158,11 +158,11 @@ class Generation:
     async def _next_id(self) -> int:
         outage: Outage | None = None
         while True:
-            changed = self._walker.table_changed
+            changed = self._source.table_changed
             try:
-                hidden = await self._way.last_hidden()
+                hidden = await self._remote.last_hidden()
             except (PeerError, NoRoute) as error:
-                outage = outage or Outage(self._patience, begun=bool(self._transcript.token_ids))
+                outage = outage or Outage(self._retry_limits, begun=bool(self._transcript.token_ids))
                 await self._get_over(error, outage, changed)
             else:
                 return await trio.to_thread.run_sync(self._draw, hidden)
@@ -170,17 +170,17 @@ class Generation:
     async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
         """Return when there is something to be tried; raise when it has been long enough."""
         if isinstance(error, PeerError):
-            await self._way.abandon(error)
+            await self._remote.abandon(error)
             outage.note(error)
             if outage.may_try_on:
                 return
             if not self._transcript.token_ids:
                 raise error
-        elif self._way.excluded and outage.take_forgiveness():
-            self._way.forgive()
+        elif self._remote.excluded and outage.take_forgiveness():
+            self._remote.forgive()
             return
         if await outage.pause(error, changed, self._on_wait):
-            self._way.forgive()
+            self._remote.forgive()
             return
         reason, cause = outage.describe(error), outage.failure or error
         missing = error.missing if isinstance(error, NoRoute) else ()
@@ -192,11 +192,11 @@ class Generation:
 
     def _draw(self, hidden: Tensor) -> int:
         ids = self._transcript.ids
-        return self._sampler.pick(self._process(self._ends.logits(hidden)[-1], ids), len(ids))
+        return self._sampler.pick(self._process(self._embedding_and_head.logits(hidden)[-1], ids), len(ids))
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
-        await self._way.aclose()
+        await self._remote.aclose()
         self._dropped.detach()
 
     @property
@@ -222,7 +222,7 @@ class Generation:
     @property
     def result(self) -> GenerationResult:
         """Result so far; whole once the iteration has ended."""
-        clock, transcript, way = self._clock, self._transcript, self._way
+        clock, transcript, remote = self._clock, self._transcript, self._remote
         first = clock.first_token or time.perf_counter()
         spent = (clock.last_token or first) - first
         return GenerationResult(
@@ -230,13 +230,13 @@ class Generation:
             tuple(transcript.token_ids),
             len(transcript.prompt_ids),
             transcript.finish_reason,
-            way.route,
+            remote.route,
             Timings(
                 first - (clock.started or first),
                 (len(transcript.token_ids) - self._tokens_before - 1) / spent if spent > 0 else 0.0,
-                way.per_hop_ms,
-                way.per_step_ms,
+                remote.per_hop_ms,
+                remote.per_step_ms,
             ),
-            way.failovers,
+            remote.failovers,
             self._sampler.seed if self._sampler.config.temperature else None,
         )

@@ -15,7 +15,7 @@ LAST_PAUSE_S: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryLimits:
     """Limits of a generation's waiting, and of its attempts."""
 
     find_s: float = 0.0  # for a first route, seconds
@@ -39,11 +39,11 @@ class Outage:
     than nobody. Between rounds there is a pause, which news ends early and which grows without it.
     """
 
-    def __init__(self, patience: Patience, *, begun: bool) -> None:
+    def __init__(self, retry_limits: RetryLimits, *, begun: bool) -> None:
         self.failure: PeerError | None = None  # the last one
         self._begun = begun
-        self._max_attempts = patience.max_attempts
-        self._deadline = trio.current_time() + (patience.wait_s if begun else patience.find_s)
+        self._max_attempts = retry_limits.max_attempts
+        self._deadline = trio.current_time() + (retry_limits.wait_s if begun else retry_limits.find_s)
         self._pause_s = FIRST_PAUSE_S
         self._attempts = 0  # that failed in this round
         self._forgave = False  # in this round

@@ -20,10 +20,10 @@ import trio
 from torch import Tensor
 
 from p2pinfer.errors import NoRoute, PeerError, PeerRefused
-from p2pinfer.models.compute.ends import Ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Route, RouteOutcome
-from p2pinfer.session.chain import Recall
+from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
 
 from .transcript import Transcript
@@ -51,10 +51,12 @@ class SessionSource(Protocol):
         """Set with the next piece of news about who serves what."""
         ...
 
-    async def open_session(self, tokens: int, excluded: frozenset[str], recall: Recall) -> Session:
+    async def open_session(
+        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+    ) -> Session:
         """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none.
 
-        `recall` gives what went in at past positions.
+        `replay_source` gives what went in at past positions.
         """
         ...
 
@@ -75,11 +77,13 @@ class RemoteBlocks:
         excluded: Who is left out of the next one.
     """
 
-    def __init__(self, walker: SessionSource, ends: Ends, transcript: Transcript) -> None:
+    def __init__(
+        self, source: SessionSource, embedding_and_head: EmbeddingAndHead, transcript: Transcript
+    ) -> None:
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
-        self._walker = walker
-        self._ends = ends
+        self._source = source
+        self._embedding_and_head = embedding_and_head
         self._transcript = transcript
         self._session: Session | None = None
         self._reserved = 0  # tokens that the session has room for
@@ -106,10 +110,10 @@ class RemoteBlocks:
             self._session = await self._open()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._note_route(self._session.route)
-            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
+            embedded = await trio.to_thread.run_sync(self._embedding_and_head.embed, ids)
             hidden = await self._session.prefill(embedded, 0)
         else:
-            hidden = await self._session.decode(self._ends.embed(ids[-1:]), len(ids) - 1)
+            hidden = await self._session.decode(self._embedding_and_head.embed(ids[-1:]), len(ids) - 1)
         self._note_route(self._session.route)
         return hidden
 
@@ -120,7 +124,7 @@ class RemoteBlocks:
         tokens = min(most, have + max(_AHEAD_TOKENS, have))
         while True:
             try:
-                session = await self._walker.open_session(tokens, self.excluded, self._recall)
+                session = await self._source.open_session(tokens, self.excluded, self._past_inputs)
             except NoRoute as error:
                 if not error.is_full or tokens == least:
                     raise
@@ -185,15 +189,15 @@ class RemoteBlocks:
                 self._session = None
                 await session.aclose()
 
-    def _recall(self, start: int, stop: int) -> Tensor:
+    def _past_inputs(self, start: int, stop: int) -> Tensor:
         """Hidden states that a session was given at past positions, (tokens, hidden_size)."""
-        return self._ends.embed(self._transcript.ids[start:stop])
+        return self._embedding_and_head.embed(self._transcript.ids[start:stop])
 
     def _note_route(self, route: Route) -> None:
         """Keep who takes part; hops may have been replaced."""
         if [(hop.peer_id, hop.span) for hop in route.hops] != [(hop.peer_id, hop.span) for hop in self.route]:
             self.route = tuple(
-                HopUsed(hop.peer_id, hop.span, self._walker.connection_kind(hop.peer_id))
+                HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id))
                 for hop in route.hops
             )
 
@@ -211,4 +215,4 @@ class RemoteBlocks:
         # Kept beyond the session: the result's timings are asked for when its hops are gone.
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
         self._failovers += self._session.failovers
-        self._walker.route_ended(self._session.route, outcome)
+        self._source.route_ended(self._session.route, outcome)

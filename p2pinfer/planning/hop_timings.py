@@ -17,15 +17,15 @@ class HopTimings:
 
     def __init__(self) -> None:
         # By peer: seconds a block, and until when it counts.
-        self._paces = Recent[str, tuple[float, float]](MAX_REMEMBERED)
+        self._per_block_s = Recent[str, tuple[float, float]](MAX_REMEMBERED)
 
     def note(self, peer_id: str, blocks: int, seconds: float, now: float) -> None:
         """A peer took so long for a step of one token through so many blocks, its queue included."""
-        self._paces[peer_id] = (seconds / blocks, now + KEEP_S)
+        self._per_block_s[peer_id] = (seconds / blocks, now + KEEP_S)
 
     def known(self, candidate: Candidate, now: float) -> Candidate:
         """The candidate with what was measured of it lately, if anything was."""
-        pace, until = self._paces.get(candidate.peer_id, (0.0, now))
+        per_block_s, until = self._per_block_s.get(candidate.peer_id, (0.0, now))
         if until <= now:
             return candidate
-        return replace(candidate, compute_ms=pace * len(candidate.span) * 1e3)
+        return replace(candidate, compute_ms=per_block_s * len(candidate.span) * 1e3)

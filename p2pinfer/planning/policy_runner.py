@@ -77,7 +77,7 @@ class PolicyRunner:
         except (trio.WouldBlock, trio.ClosedResourceError, trio.BrokenResourceError):
             logger.debug("policy.untold route=%s", route)
 
-    async def keep_telling(self) -> None:
+    async def deliver_outcomes(self) -> None:
         """Tell the policy what happens, until `finish`. A task of whoever owns this."""
         try:
             async for route, outcome in self._outcomes:

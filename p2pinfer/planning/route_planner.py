@@ -52,7 +52,7 @@ class RoutePlanner:
 
     Args:
         member: Its table says who there is.
-        ledger: Told how hops fared, as are the policy at `desk`, and the sessions to come.
+        ledger: Told how hops fared, as are the policy at `policy_runner`, and the sessions to come.
         busy_pause_s: How long a peer that refused for want of room is left alone.
         routing_config: What two routes are compared by.
         joining: The options by which this swarm is joined, as words of a command line, for what is advised.
@@ -64,7 +64,7 @@ class RoutePlanner:
         member: SwarmMember,
         spec: ModelSpec,
         ledger: Ledger,
-        desk: PolicyRunner,
+        policy_runner: PolicyRunner,
         busy_pause_s: float,
         routing_config: RoutingConfig | None = None,
         *,
@@ -74,13 +74,13 @@ class RoutePlanner:
         self._member = member
         self._spec = spec
         self._ledger = ledger
-        self._desk = desk
+        self._policy_runner = policy_runner
         self._routing_config = routing_config
         self._joining = tuple(joining)
         named = ("--model", model) if model not in ("", BUNDLED_MODEL) else ()
         self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
-        self._resting = Cooldowns(busy_pause_s)
-        self._paces = HopTimings()
+        self._cooldowns = Cooldowns(busy_pause_s)
+        self._hop_timings = HopTimings()
 
     async def plan_session(self, tokens: int, excluded: frozenset[str]) -> SessionPlan:
         """The policy's first choice for all blocks, of peers that may have room, and what travels over it.
@@ -93,7 +93,7 @@ class RoutePlanner:
         Raises:
             NoRoute: There is none. Without those that had no room a moment ago, that means: later.
         """
-        excluded |= self._resting.peers(trio.current_time())
+        excluded |= self._cooldowns.peers(trio.current_time())
         candidates = self._candidates(excluded, None)
         request = self._request(tokens, excluded, candidates, LOSSLESS)
         likely = _codec_of(eligible(candidates, request, self._ledger))
@@ -118,7 +118,7 @@ class RoutePlanner:
                 ranges = ranges_of(candidate.announcement.addrs)
                 self._ledger.note_ranges(candidate.peer_id, ranges, now)
         try:
-            routes = await self._desk.choose_routes(candidates, request, self._ledger)
+            routes = await self._policy_runner.choose_routes(candidates, request, self._ledger)
         except NoRoute as exc:
             more = filter(None, (self._lookalikes(), "" if candidates else self.others_served()))
             raise NoRoute("; ".join((str(exc), *more)), exc.missing, is_full=exc.is_full) from exc
@@ -142,28 +142,30 @@ class RoutePlanner:
             f"({found[0].peer_id}: {differing}); make them agree"
         )
 
-    async def replacement(self, gap: Gap) -> Route:
+    async def find_replacement(self, gap: Gap) -> Route:
         """The policy's best hops for blocks that a running session lost; does not wait for peers to appear.
 
         Raises:
             NoRoute: Nobody else serves them, as far as is known.
         """
-        excluded = gap.excluded | self._resting.peers(trio.current_time())
+        excluded = gap.excluded | self._cooldowns.peers(trio.current_time())
         candidates = self._candidates(excluded, gap)
         return await self._choose(candidates, self._request(gap.tokens, excluded, candidates, gap.codec, gap))
 
-    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+    async def find_faster(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
         """Peer that the policy prefers to a hop so slow, if that saves half of its time or more.
 
         Raises:
             NoRoute: The policy has nobody at all.
         """
         now = trio.current_time()
-        self._paces.note(hop.peer_id, len(hop.span), seconds, now)
-        excluded = (gap.excluded | self._resting.peers(now)) - {hop.peer_id}
-        candidates = [self._paces.known(candidate, now) for candidate in self._candidates(excluded, gap)]
+        self._hop_timings.note(hop.peer_id, len(hop.span), seconds, now)
+        excluded = (gap.excluded | self._cooldowns.peers(now)) - {hop.peer_id}
+        candidates = [
+            self._hop_timings.known(candidate, now) for candidate in self._candidates(excluded, gap)
+        ]
         request = self._request(gap.tokens, excluded, candidates, gap.codec, gap)
-        route = (await self._desk.choose_routes(candidates, request, self._ledger))[0]
+        route = (await self._policy_runner.choose_routes(candidates, request, self._ledger))[0]
         if hop.peer_id in route.peer_ids or all(each.peer_id != hop.peer_id for each in candidates):
             return None
         slow, other = (
@@ -177,22 +179,22 @@ class RoutePlanner:
         outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
         if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
             if error.is_passing and error.fits < LEAST_TOKENS:
-                self._resting.rest(error.peer_id, trio.current_time())
-            self._desk.tell(route, outcome)
+                self._cooldowns.rest(error.peer_id, trio.current_time())
+            self._policy_runner.tell(route, outcome)
         else:
             self.route_ended(route, outcome)
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
         for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):
-            self._paces.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
+            self._hop_timings.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
         now = time.time()  # the ledger outlives this process
         for hop in route.hops:
             if outcome.ok:
                 self._ledger.record_success(hop.peer_id, now)
             elif hop.peer_id == outcome.failed_peer:
                 self._ledger.record_failure(hop.peer_id, now, outcome.error or "")
-        self._desk.tell(route, outcome)
+        self._policy_runner.tell(route, outcome)
 
     def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
         """Announced peers, without those just found unreachable if the others have all it takes."""

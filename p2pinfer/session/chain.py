@@ -43,7 +43,8 @@ from .terms import SessionTerms
 
 logger = logging.getLogger(__name__)
 
-Recall = Callable[[int, int], Tensor]  # what went in at positions start to stop - 1, (tokens, hidden_size)
+# What went in at positions start to stop - 1, (tokens, hidden_size).
+ReplaySource = Callable[[int, int], Tensor]
 
 
 class NoReplay(PeerError):
@@ -51,7 +52,7 @@ class NoReplay(PeerError):
 
 
 @dataclass(slots=True)
-class Spare:
+class Replacement:
     """Hops that have opened the session and stand by to take the place of `replaced`."""
 
     hops: list[HopStream]
@@ -69,14 +70,14 @@ class Chain:
         terms: SessionTerms,
         config: SessionConfig,
         listener: Listener,
-        recall: Recall | None = None,
+        replay_source: ReplaySource | None = None,
     ) -> None:
-        """`recall` gives the input of past positions, in a thread; without it no first hop is replaced."""
+        """`replay_source` is called in a thread; without it the first hop is not replaced."""
         self.hops: list[HopStream] = []
         self.epoch = 0
         self.host = host
         self.terms = terms
-        self._recall = recall
+        self._replay_source = replay_source
         self._nursery = nursery
         self._config = config
         self._listener = listener
@@ -87,11 +88,11 @@ class Chain:
         return Route(tuple(each.hop for each in self.hops))
 
     @property
-    def agreed(self) -> FlowLimits:
+    def flow_limits(self) -> FlowLimits:
         """Negotiated flow limits of the chain."""
-        return self._agreed(self.hops)
+        return self._limits_of(self.hops)
 
-    def _agreed(self, hops: Sequence[HopStream]) -> FlowLimits:
+    def _limits_of(self, hops: Sequence[HopStream]) -> FlowLimits:
         """Half of what the hops take: steps that are sent again meet the first ones in the queue."""
         config = self._config
         limits = [
@@ -182,7 +183,9 @@ class Chain:
 
     # ------------------------------------------------------------------ replacing
 
-    async def open_spare(self, replaced: Sequence[HopStream], route: Route, within_s: float) -> Spare:
+    async def open_replacement(
+        self, replaced: Sequence[HopStream], route: Route, within_s: float
+    ) -> Replacement:
         """Open the session on the hops of `route`, which covers the span of `replaced`.
 
         Raises:
@@ -213,17 +216,17 @@ class Chain:
         except BaseException:
             await end_all(hops)
             raise
-        return Spare(hops, tuple(replaced))
+        return Replacement(hops, tuple(replaced))
 
-    async def fill(self, spare: Spare, stop: int) -> None:
-        """Bring the caches of `spare` up to position `stop` while the session goes on.
+    async def fill(self, replacement: Replacement, stop: int) -> None:
+        """Bring the caches of `replacement` up to position `stop` while the session goes on.
 
         Raises:
             PeerError: As `take_over` does.
         """
-        before, _ = self.neighbours(spare.replaced)
-        first, count = spare.hops[0], len(spare.hops)
-        start, spare.filled = spare.filled, stop
+        before, _ = self.neighbours(replacement.replaced)
+        first, count = replacement.hops[0], len(replacement.hops)
+        start, replacement.filled = replacement.filled, stop
         if before is not None:
             await before.relink(
                 first.hop,
@@ -232,32 +235,32 @@ class Chain:
                 replay=count,
                 epoch=self.epoch,
                 switch=False,
-                pace=self._agreed(spare.hops),
+                limits=self._limits_of(replacement.hops),
             )
         else:
-            await self._feed(spare.hops, start, stop, self.epoch)
+            await self._feed(replacement.hops, start, stop, self.epoch)
             await first.all_filled()
 
-    async def take_over(self, spare: Spare, stop: int) -> None:
-        """Give `spare` what it lacks of positions `0..stop` and let it take the place of what it replaces.
+    async def take_over(self, replacement: Replacement, stop: int) -> None:
+        """Give `replacement` what it lacks of positions `0..stop`, then put it in its place.
 
         Raises:
             PeerError: One of them or the hop before is gone; `NoReplay` if nobody can tell the positions.
         """
-        before, _ = self.neighbours(spare.replaced)
+        before, _ = self.neighbours(replacement.replaced)
         epoch = self.epoch + 1
         # Everything that can fail comes before `hops` and `epoch` change, so after an error the chain is what
         # it was, and the next attempt may use the same number again: an epoch must not fall along a link, but
         # may repeat. Changing them first would drop results of steps that the former hops still answer.
         if before is None:
-            await self._feed(spare.hops, spare.filled, stop, epoch)
+            await self._feed(replacement.hops, replacement.filled, stop, epoch)
         else:
-            await self._relink_over(before, spare, stop, epoch)
-        at = self.hops.index(spare.replaced[0])
-        self.hops[at : at + len(spare.replaced)] = spare.hops
+            await self._relink_over(before, replacement, stop, epoch)
+        at = self.hops.index(replacement.replaced[0])
+        self.hops[at : at + len(replacement.replaced)] = replacement.hops
         self.epoch = epoch
         # In the background: a dead hop would hold up the steps that wait, for the whole time limit.
-        self._nursery.start_soon(end_all, spare.replaced)
+        self._nursery.start_soon(end_all, replacement.replaced)
 
     async def reattach(self, hop: HopStream) -> None:
         """Make the edge into `hop` anew; both of its ends have kept what they have.
@@ -274,25 +277,25 @@ class Chain:
         await before.relink(hop.hop, 0, 0, replay=1, epoch=self.epoch + 1, switch=True)
         self.epoch += 1
 
-    async def _relink_over(self, before: HopStream, spare: Spare, stop: int, epoch: int) -> None:
+    async def _relink_over(self, before: HopStream, replacement: Replacement, stop: int, epoch: int) -> None:
         """Replay and switch; from further up if the hop before has not kept it all."""
-        fed = list(spare.hops)
+        fed = list(replacement.hops)
         relink = partial(before.relink, fed[0].hop, replay=len(fed), epoch=epoch, switch=True)
         try:
-            await relink(spare.filled, stop, pace=self._agreed(fed))
+            await relink(replacement.filled, stop, limits=self._limits_of(fed))
             return
         except PeerRefused as exc:
             logger.debug("chain.no_replay peer=%s why=%s", before.peer_id, exc)
         # The hop before switches first, with nothing to replay: a replay from further up runs through it and
         # goes on over its link. The other order would feed the hop that is being replaced. It is safe because
-        # the caller holds the turn, so that no step goes out until the caches behind the new link are whole.
+        # the caller holds the lock, so that no step goes out until the caches behind the new link are whole.
         await relink(0, 0)
         for target, source in pairwise(self.hops[self.hops.index(before) :: -1]):
             fed.insert(0, target)
-            pace = self._agreed(fed)
+            limits = self._limits_of(fed)
             try:
                 await source.relink(
-                    target.hop, 0, stop, replay=len(fed), epoch=epoch, switch=False, pace=pace
+                    target.hop, 0, stop, replay=len(fed), epoch=epoch, switch=False, limits=limits
                 )
                 return
             except PeerRefused as exc:
@@ -304,16 +307,16 @@ class Chain:
         """Replay from here through `hops`, as if this were the hop before them."""
         if start == stop:
             return
-        if self._recall is None:
+        if self._replay_source is None:
             raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)
-        pace = self._agreed(hops)
+        limits = self._limits_of(hops)
         # In a thread: embedding a long past would block the event loop for too long.
-        hidden = await trio.to_thread.run_sync(self._recall, start, stop)
-        for number, piece in enumerate(torch.split(hidden, pace.chunk_tokens)):
-            position = start + number * pace.chunk_tokens
+        hidden = await trio.to_thread.run_sync(self._replay_source, start, stop)
+        for number, piece in enumerate(torch.split(hidden, limits.chunk_tokens)):
+            position = start + number * limits.chunk_tokens
             step = Step(number, epoch, position, len(piece), 0, replay=len(hops))
             payload = encode_hidden(piece, self.terms.codec)
-            await hops[0].fill(step, payload, pace.chunks_in_flight)
+            await hops[0].fill(step, payload, limits.chunks_in_flight)
 
     # ------------------------------------------------------------------ opening
 

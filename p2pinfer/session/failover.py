@@ -23,7 +23,7 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
 
-from .chain import Chain, NoReplay, Spare
+from .chain import Chain, NoReplay, Replacement
 from .faults import Faults
 from .hop_stream import HopStream
 from .opening import end_all
@@ -55,11 +55,11 @@ class Gap:
 class Replanner(Protocol):
     """Source of replacements for hops: the client."""
 
-    async def replacement(self, gap: Gap) -> Route:
+    async def find_replacement(self, gap: Gap) -> Route:
         """Hops that cover the gap's span and are not among the excluded; NoRoute if there are none."""
         ...
 
-    async def better(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
+    async def find_faster(self, gap: Gap, hop: Hop, seconds: float) -> Route | None:
         """Hops to take over from one that takes so long for a step; None if it is best left alone."""
         ...
 
@@ -81,11 +81,11 @@ class Failover:
         self._config = config
         self._complaints: Counter[HopStream] = Counter()
 
-    async def mend(self, upto: int, spare: Spare | None = None) -> None:
+    async def mend(self, upto: int, replacement: Replacement | None = None) -> None:
         """Make the chain whole: positions `0..upto` in every cache, every hop linked to the next.
 
         Args:
-            spare: Hops that were to take over anyway; used if they fit, else closed.
+            replacement: Hops that were to take over anyway; used if they fit, else closed.
 
         Raises:
             PeerError: It cannot be done; the error is that of whoever failed first.
@@ -97,14 +97,14 @@ class Failover:
             raise first
         for _ in range(self._config.max_repairs):
             try:
-                await self._mend_something(self._replanner, upto, spare)
+                await self._mend_something(self._replanner, upto, replacement)
             # Whoever else took over would lack the same past. Only a new session, which prefills it, helps.
             except NoReplay:
                 break
             except PeerError as exc:
                 logger.debug("session.repair_failed peer=%s why=%s", exc.peer_id, exc)
             # Used or closed by the first attempt, whichever it was.
-            spare = None
+            replacement = None
             if self._faults.first is None:
                 return
         raise first
@@ -115,70 +115,70 @@ class Failover:
         return Gap(
             BlockSpan(replaced[0].hop.span.start, replaced[-1].hop.span.stop),
             self._chain.terms.max_tokens,
-            self._faults.shunned | {hop.peer_id for hop in self._chain.hops},
+            self._faults.excluded | {hop.peer_id for hop in self._chain.hops},
             before.hop if before else None,
             after.hop if after else None,
             self._chain.terms.codec,
         )
 
-    async def open_spare(
+    async def open_replacement(
         self, replaced: Sequence[HopStream], timeout_s: float, route: Route | None = None
-    ) -> Spare:
+    ) -> Replacement:
         """Find somebody for the blocks of adjacent hops, unless `route` says who, and open the session there.
 
         Raises:
             NoRoute: There is nobody.
-            PeerError: Those who were found cannot; they are shunned, and another try finds others.
+            PeerError: Those who were found cannot; they are excluded, and another try finds others.
         """
         assert self._replanner is not None
         if route is None:
-            route = await self._replanner.replacement(self.gap(replaced))
+            route = await self._replanner.find_replacement(self.gap(replaced))
         logger.debug("session.replace %s by %s", [hop.peer_id for hop in replaced], route)
         try:
-            return await self._chain.open_spare(replaced, route, timeout_s)
+            return await self._chain.open_replacement(replaced, route, timeout_s)
         except PeerError as exc:
             await self._blame(exc, route)
             raise
 
-    async def take_over(self, spare: Spare, upto: int) -> None:
-        """Let `spare` take the place of what it replaces, with positions `0..upto` in its caches.
+    async def take_over(self, replacement: Replacement, upto: int) -> None:
+        """Let `replacement` take the place of what it replaces, with positions `0..upto` in its caches.
 
         Raises:
             PeerError: It failed, and is closed, or a neighbour did.
         """
         chain = self._chain
-        before, after = chain.neighbours(spare.replaced)
-        involved = [*spare.hops, *([before] if before else [])]
+        before, after = chain.neighbours(replacement.replaced)
+        involved = [*replacement.hops, *([before] if before else [])]
         try:
-            await chain.attended(involved, partial(chain.take_over, spare, upto))
+            await chain.attended(involved, partial(chain.take_over, replacement, upto))
         except PeerError as exc:
             # A sign of life may fail to come in the very moment in which the take-over succeeds. Then the
-            # spare is the chain: ending it would end the session, and the fault is noted below like any
+            # replacement is the chain: ending it would end the session, and the fault is noted below like any
             # other.
-            if spare.hops[0] not in chain.hops:
-                await end_all(spare.hops)
+            if replacement.hops[0] not in chain.hops:
+                await end_all(replacement.hops)
                 # A past that nobody has kept is the fault of none of them.
                 if not isinstance(exc, NoReplay):
-                    await self._blame(exc, Route(tuple(hop.hop for hop in spare.hops)))
+                    await self._blame(exc, Route(tuple(hop.hop for hop in replacement.hops)))
                 raise
-        self._faults.note_replaced(spare.replaced)
+        self._faults.note_replaced(replacement.replaced)
         if after is not None:
             self._faults.note_joined(after)
         # `Session.on_lost` passes over hops that are not part of the chain, so one that was lost just before
         # it became a part is looked for here; nobody else would notice.
-        for hop in spare.hops:
+        for hop in replacement.hops:
             if hop.error is not None:  # since it took over
                 self._faults.note_failed(hop, hop.error)
 
-    async def _mend_something(self, replanner: Replanner, upto: int, spare: Spare | None) -> None:
+    async def _mend_something(self, replanner: Replanner, upto: int, replacement: Replacement | None) -> None:
         """Close the first gap; if there is none, make the first broken edge anew."""
         hops, failed = self._chain.hops, self._faults.failed
         # Hops before edges: an edge of a hop that is gone cannot be made anew, and whoever replaces the hop
         # brings both of its edges along.
         start = next((index for index, hop in enumerate(hops) if hop in failed), None)
         if start is None:
-            if spare is not None:
-                await end_all(spare.hops)
+            if replacement is not None:
+                await end_all(replacement.hops)
             await self._mend_edge(next(iter(self._faults.cut)))
             return
         # Adjacent failures are one gap: replaced one by one, each would have a dead hop as its
@@ -187,17 +187,17 @@ class Failover:
         while stop < len(hops) and hops[stop] in failed:
             stop += 1
         replaced = tuple(hops[start:stop])
-        if spare is not None and spare.replaced != replaced:
-            await end_all(spare.hops)
-            spare = None
+        if replacement is not None and replacement.replaced != replaced:
+            await end_all(replacement.hops)
+            replacement = None
         # Reported once, however many attempts the gap takes: every report costs the peer reliability.
         for hop in replaced:
-            if hop.peer_id not in self._faults.shunned:
-                self._faults.shun(hop.peer_id)
+            if hop.peer_id not in self._faults.excluded:
+                self._faults.exclude(hop.peer_id)
                 replanner.hop_failed(self._chain.route, _error_of(hop, failed[hop]))
-        if spare is None:
-            spare = await self.open_spare(replaced, self._config.repair_timeout_s)
-        await self.take_over(spare, upto)
+        if replacement is None:
+            replacement = await self.open_replacement(replaced, self._config.repair_timeout_s)
+        await self.take_over(replacement, upto)
 
     async def _mend_edge(self, hop: HopStream) -> None:
         before, _ = self._chain.neighbours([hop])
@@ -229,7 +229,7 @@ class Failover:
     async def _blame(self, error: PeerError, route: Route) -> None:
         """Decide who is not to be tried again after `route` could not take over."""
         if self._replanner is not None and error.peer_id in route.peer_ids:
-            self._faults.shun(error.peer_id)
+            self._faults.exclude(error.peer_id)
             self._replanner.hop_failed(route, error)
             return
         named = next((hop for hop in self._chain.hops if hop.peer_id == error.peer_id), None)
@@ -238,7 +238,7 @@ class Failover:
         # The hop that was named answers us, so it is one word against another. Others are tried for the
         # place, and nobody's record suffers.
         else:
-            self._faults.shun(*route.peer_ids)
+            self._faults.exclude(*route.peer_ids)
 
 
 def _error_of(hop: HopStream, error: PeerError) -> PeerError:

@@ -18,16 +18,16 @@ class Faults:
     Attributes:
         failed: The hops to be replaced and why, in the order in which they failed.
         cut: The hops that the one before them does not reach.
-        shunned: The peers that failed the session or left it; it does not use them again.
+        excluded: The peers that failed the session or left it; it does not use them again.
         fatal: Why nothing is to be mended any more; None while the session goes on.
     """
 
-    def __init__(self, shunned: frozenset[str], reporter: Reporter) -> None:
+    def __init__(self, excluded: frozenset[str], reporter: Reporter) -> None:
         self._failed: dict[HopStream, PeerError] = {}
         self._cut: dict[HopStream, PeerError] = {}
         self.failed: Mapping[HopStream, PeerError] = MappingProxyType(self._failed)
         self.cut: Mapping[HopStream, PeerError] = MappingProxyType(self._cut)
-        self.shunned = shunned
+        self.excluded = excluded
         self.fatal: Exception | None = None
         self._reporter = reporter
         self._noted = Pulse()
@@ -58,13 +58,13 @@ class Faults:
     def note_replaced(self, hops: Iterable[HopStream]) -> None:
         """Note that others have taken the place of these hops."""
         for hop in hops:
-            self.shun(hop.peer_id)
+            self.exclude(hop.peer_id)
             self._failed.pop(hop, None)
             self._cut.pop(hop, None)
 
-    def shun(self, *peer_ids: str) -> None:
+    def exclude(self, *peer_ids: str) -> None:
         """Use these peers no more in this session."""
-        self.shunned |= {*peer_ids}
+        self.excluded |= {*peer_ids}
 
     def give_up(self, error: Exception) -> None:
         """Let the session be over. The first reason given counts."""

@@ -19,7 +19,7 @@ from p2pinfer.errors import P2PInferError, PeerError, PeerVanished
 from p2pinfer.node.protocol.messages import Bill
 from p2pinfer.routing.route import Route
 
-from .chain import Chain, Spare
+from .chain import Chain, Replacement
 from .failover import Failover, Replanner
 from .faults import Faults
 from .hop_stream import HopStream
@@ -29,7 +29,7 @@ from .stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
-_SETTLED_TOKENS: Final = 32  # a spare that lacks no more than this is warm enough to take over
+_SETTLED_TOKENS: Final = 32  # a replacement that lacks no more than this is warm enough to take over
 _MAX_ROUNDS: Final = 6  # of catching up with a session that goes on
 
 
@@ -39,7 +39,7 @@ class Handovers:
     Attributes:
         done: How often a hop that still worked was replaced.
         busy: Held while somebody is to take over.
-        spare: Who is being fed for it. What a step rolls back, they have not got any more.
+        replacement: Who is being fed for it. What a step rolls back, they have not got any more.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Handovers:
         """`on_done` hears of every handover."""
         self.done = 0
         self.busy = trio.Lock()
-        self.spare: Spare | None = None
+        self.replacement: Replacement | None = None
         self._chain = chain
         self._failover = failover
         self._faults = faults
@@ -65,7 +65,7 @@ class Handovers:
         self._nursery = nursery
         self._config = config
         self._on_done = on_done
-        self._slowness = Stragglers(config.slow_step_s)
+        self._stragglers = Stragglers(config.slow_step_s)
         self._warming: trio.CancelScope | None = None
         self._improving = trio.CancelScope()
 
@@ -89,75 +89,78 @@ class Handovers:
             finally:
                 self._warming = None
                 # Neither taken over nor handed to a repair by `break_off`: nobody else would end it.
-                if self.spare is not None:
-                    spare, self.spare = self.spare, None
-                    await end_all(spare.hops)
+                if self.replacement is not None:
+                    replacement, self.replacement = self.replacement, None
+                    await end_all(replacement.hops)
         if hop in self._chain.hops:
             raise PeerVanished("a hop failed while another one was being replaced", peer_id)
 
-    def see_off(self, hop: HopStream) -> None:
+    def replace_leaving(self, hop: HopStream) -> None:
         """Have another one take over from a hop that is about to go."""
         if self._replanner is not None:
-            self._nursery.start_soon(self._see_off, hop)
+            self._nursery.start_soon(self._replace_leaving, hop)
 
-    def note_pace(self, bills: tuple[Bill, ...]) -> None:
+    def note_timings(self, bills: tuple[Bill, ...]) -> None:
         """Look for somebody faster if these, of the last step, show that a hop has become slow."""
-        self._slowness.note(bills)
-        slow = self._slowness.take_slowest(trio.current_time())
+        self._stragglers.note(bills)
+        slow = self._stragglers.take_slowest(trio.current_time())
         # Nothing queues up behind a handover: by the time it ended the timings would be of other hops.
         if slow is not None and self._replanner is not None and not self.busy.locked():
             place, seconds = slow
             self._nursery.start_soon(self._improve, self._replanner, self._chain.hops[place], seconds)
 
-    def forget_pace(self) -> None:
+    def forget_timings(self) -> None:
         """Begin anew: what was measured is of hops that are not there any more."""
-        self._slowness.forget()
+        self._stragglers.forget()
 
     def note_rolled_back(self, position: int) -> None:
-        """Note that a spare has not got what is sent from `position` on: it has to be replayed as well."""
-        if self.spare is not None:
-            self.spare.filled = min(self.spare.filled, position)
+        """Note that a replacement lacks what is sent from `position` on: it has to be replayed."""
+        if self.replacement is not None:
+            self.replacement.filled = min(self.replacement.filled, position)
 
-    def break_off(self) -> Spare | None:
-        """Stop handing over, since a hop failed; returns the spare, for the repair to use or end."""
-        spare, self.spare = self.spare, None
+    def break_off(self) -> Replacement | None:
+        """Stop handing over, since a hop failed; returns the replacement, for the repair to use or end."""
+        replacement, self.replacement = self.replacement, None
         if self._warming is not None:
             self._warming.cancel()
-        if spare is not None:
-            spare.filled = 0  # how far it was fed is not known
-        return spare
+        if replacement is not None:
+            replacement.filled = 0  # how far it was fed is not known
+        return replacement
 
     async def _hand_over(self, hop: HopStream, route: Route | None) -> None:
         chain, steps = self._chain, self._steps
-        spare = self.spare = await self._failover.open_spare([hop], self._config.open_timeout_s, route)
-        involved = [*spare.hops, *chain.neighbours([hop])[:1]]
+        replacement = self.replacement = await self._failover.open_replacement(
+            [hop], self._config.open_timeout_s, route
+        )
+        involved = [*replacement.hops, *chain.neighbours([hop])[:1]]
         living = [each for each in involved if each is not None]
         # Each round replays what came during the one before, so the rest shrinks while steps go on. A session
-        # that outruns its spare would never end this; what is left after some rounds is replayed in the pause
-        # below.
+        # that outruns its replacement would never end this; what is left after some rounds is replayed in the
+        # pause below.
         for _ in range(_MAX_ROUNDS):
-            if steps.length - spare.filled <= _SETTLED_TOKENS:
+            if steps.length - replacement.filled <= _SETTLED_TOKENS:
                 break
-            await chain.attended(living, partial(chain.fill, spare, steps.length))
+            await chain.attended(living, partial(chain.fill, replacement, steps.length))
         async with steps.quiescent():
-            # Looked at again: a repair goes before whoever waits here, and may have used or closed the spare.
+            # Looked at again: a repair goes before whoever waits here, and may have used or closed the
+            # replacement.
             if self._faults.fatal or self._faults.first or hop not in chain.hops:
                 return  # a failure came first
-            await self._failover.take_over(spare, steps.length)
-            self.spare = None
+            await self._failover.take_over(replacement, steps.length)
+            self.replacement = None
             self.done += 1
-            self.forget_pace()
+            self.forget_timings()
             self._on_done(hop)
 
-    async def _see_off(self, hop: HopStream) -> None:
-        async with self._steps.turn:  # not while it takes over
+    async def _replace_leaving(self, hop: HopStream) -> None:
+        async with self._steps.lock:  # not while it takes over
             self._improving.cancel()
         async with self.busy:
             for _ in range(self._config.max_repairs):
-                if not await self._try_to_see_off(hop):
+                if not await self._try_to_replace(hop):
                     break
 
-    async def _try_to_see_off(self, hop: HopStream) -> bool:
+    async def _try_to_replace(self, hop: HopStream) -> bool:
         """False if that is all that can be done."""
         try:
             await self.replace(hop.peer_id)
@@ -173,7 +176,7 @@ class Handovers:
         with trio.CancelScope() as self._improving:
             async with self.busy:
                 try:
-                    route = await replanner.better(self._failover.gap([hop]), hop.hop, seconds)
+                    route = await replanner.find_faster(self._failover.gap([hop]), hop.hop, seconds)
                     if route is None:
                         return
                     logger.info(

@@ -114,7 +114,7 @@ class HopStream:
         await self._frames.send(step, payload)
 
     @contextmanager
-    def while_there(self, limit_s: float = math.inf) -> Generator[None]:
+    def until_given_up(self, limit_s: float = math.inf) -> Generator[None]:
         """End what runs inside when the hop is given up, or the time is over.
 
         Raises:
@@ -172,19 +172,19 @@ class HopStream:
         replay: int,
         epoch: int,
         switch: bool,
-        pace: FlowLimits | None = None,
+        limits: FlowLimits | None = None,
     ) -> None:
-        """Have the hop link to `successor` and replay `[start, stop)` to it, at a pace; see `wire.Relink`.
+        """Have the hop link to `successor` and replay `[start, stop)` to it; see `messages.Relink`.
 
         Raises:
             PeerRefused: The hop's log does not hold that; the code is `no_replay`, and the link stands.
             PeerError: The hop, or by its word the successor, is gone.
         """
         target = Successor(successor.peer_id, tuple(successor.addrs))
-        pace = pace or FlowLimits(1, 1)
+        limits = limits or FlowLimits(1, 1)
         number, answer = self._ask()
         relink = Relink(
-            number, target, start, stop, replay, epoch, switch, pace.chunk_tokens, pace.chunks_in_flight
+            number, target, start, stop, replay, epoch, switch, limits.chunk_tokens, limits.chunks_in_flight
         )
         try:
             await self._frames.send(relink)

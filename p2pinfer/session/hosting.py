@@ -21,7 +21,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import Host
 from p2pinfer.routing.route import Route
 
-from .chain import Recall
+from .chain import ReplaySource
 from .failover import Replanner
 from .receipt_checks import ReceiptBook
 from .session import Session
@@ -39,9 +39,9 @@ async def open_session(
     max_tokens: int,
     codec: Codec,
     config: SessionConfig,
-    recall: Recall | None = None,
+    replay_source: ReplaySource | None = None,
     replanner: Replanner | None = None,
-    shunned: frozenset[str] = frozenset(),
+    excluded: frozenset[str] = frozenset(),
     check_receipts: bool = True,
     keep_steps: bool = False,
     report: Report | None = None,
@@ -50,9 +50,9 @@ async def open_session(
 
     Args:
         max_tokens: How many positions every hop is to reserve.
-        recall: What went in at past positions, called in a thread; with it the first hop can be replaced too.
+        replay_source: What went in at past positions, called in a thread; lets the first hop be replaced.
         replanner: Whom to ask for others when a hop fails; None lets the session end with it.
-        shunned: Peers that are not to be among those others.
+        excluded: Peers that are not to be among those others.
         check_receipts: Demand a receipt from every hop for every step.
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
         report: Called with the session's events.
@@ -71,16 +71,16 @@ async def open_session(
             route,
             terms,
             config,
-            recall=recall,
+            replay_source=replay_source,
             replanner=replanner,
-            shunned=shunned,
+            excluded=excluded,
             book=book,
             report=report,
         )
         await session.chain.open(route)
         session.reporter.started(session.chain.hops, max_tokens)
         try:
-            nursery.start_soon(session.repair.keep_whole)
+            nursery.start_soon(session.repair.keep_repaired)
             nursery.start_soon(session.keep_watch)
             nursery.start_soon(session.leave_relays)
             if book is not None:

@@ -78,14 +78,14 @@ class InFlight:
     """The steps that were sent and not answered; whoever sends and receives tells.
 
     Attributes:
-        turn: Held while a step goes out, and while hops change.
+        lock: Held while a step goes out, and while hops change.
         awaited: Steps without a result, oldest first.
         length: Positions whose results have come.
         progress_at: When something last came or went.
     """
 
     def __init__(self) -> None:
-        self.turn = FastLock()
+        self.lock = FastLock()
         self.awaited: deque[SentStep] = deque()
         self.length = 0
         self.progress_at = 0.0
@@ -188,14 +188,14 @@ class InFlight:
         """Let no step be in flight inside, nor begin.
 
         A repair comes first: the results that are waited for here may not come without it, and it needs the
-        turn that is held meanwhile.
+        lock that is held meanwhile.
         """
         while True:
-            async with self.turn:
+            async with self.lock:
                 while self.awaited and not self._repair_due:
                     self._calm = trio.Event()
                     await self._calm.wait()
-                # Else a repair is due: this lets go of the turn, which the repair needs, and asks for it
+                # Else a repair is due: this lets go of the lock, which the repair needs, and asks for it
                 # anew.
                 if not self.awaited:
                     yield
@@ -203,10 +203,10 @@ class InFlight:
 
     @asynccontextmanager
     async def repairing(self) -> AsyncGenerator[None]:
-        """Hold the turn, ahead of everybody who waits for steps in flight to come back."""
+        """Hold the lock, ahead of everybody who waits for steps in flight to come back."""
         self._repair_due = True
         self._calm.set()
-        async with self.turn:
+        async with self.lock:
             self._repair_due = False
             yield
 

@@ -46,7 +46,7 @@ class Repair:
         self._reporter = reporter
         self._push = push
 
-    async def keep_whole(self) -> None:
+    async def keep_repaired(self) -> None:
         """Repair the chain whenever something is broken; returns when the session is over."""
         faults = self._faults
         while faults.fatal is None:
@@ -63,11 +63,11 @@ class Repair:
             if not await self._is_mended():
                 return
             self.done += 1
-            self._handovers.forget_pace()
+            self._handovers.forget_timings()
             present = self._chain.route
             replaced = [each for each in former if each not in present.peer_ids]
             self._reporter.replaced(replaced, self._chain.hops, "failure")
-            # With the turn still held: a step that overtook these would begin behind a position nobody has.
+            # With the lock still held: a step that overtook these would begin behind a position nobody has.
             for each in self._steps.begin_anew(self._chain.epoch):
                 await self._push(each)
         logger.info("the chain is whole again after %.2f s: %s", trio.current_time() - began_at, present)

@@ -36,7 +36,7 @@ from p2pinfer.node.protocol.messages import Refused, Result
 from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
 from p2pinfer.routing.route import Route
 
-from .chain import Chain, Recall
+from .chain import Chain, ReplaySource
 from .failover import Failover, Replanner
 from .faults import Faults
 from .handover import Handovers
@@ -73,9 +73,9 @@ class Session:
         terms: SessionTerms,
         config: SessionConfig,
         *,
-        recall: Recall | None,
+        replay_source: ReplaySource | None,
         replanner: Replanner | None,
-        shunned: frozenset[str],
+        excluded: frozenset[str],
         book: ReceiptBook | None,
         report: Report | None,
     ) -> None:
@@ -83,12 +83,12 @@ class Session:
         self.book = book
         self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []
-        self.chain = Chain(host, nursery, terms, config, self, recall)
+        self.chain = Chain(host, nursery, terms, config, self, replay_source)
         self._terms = terms
         self._config = config
         self._steps = InFlight()
         self.reporter = Reporter(terms.session, report)
-        self._faults = Faults(shunned, self.reporter)
+        self._faults = Faults(excluded, self.reporter)
         self._failover = Failover(self.chain, self._faults, replanner, config)
         self.handovers = Handovers(
             self.chain,
@@ -125,7 +125,7 @@ class Session:
     @property
     def failed_peers(self) -> frozenset[str]:
         """Peers that failed this session, replaced or not."""
-        return self._faults.shunned | {hop.peer_id for hop in self._faults.failed}
+        return self._faults.excluded | {hop.peer_id for hop in self._faults.failed}
 
     # ------------------------------------------------------------------ steps
 
@@ -159,7 +159,7 @@ class Session:
         answer = await self._answered(await self._submit(hidden, position, len(hidden)))
         timing = StepTiming(time.perf_counter() - started, answer.result.bills)
         self.timings.append(timing)
-        self.handovers.note_pace(timing.bills)
+        self.handovers.note_timings(timing.bills)
         self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
         return self._decoded(answer)
 
@@ -172,11 +172,11 @@ class Session:
         Raises:
             PeerError: As for `decode`.
         """
-        agreed = self.chain.agreed
-        chunks = torch.split(hidden, agreed.chunk_tokens)
+        limits = self.chain.flow_limits
+        chunks = torch.split(hidden, limits.chunk_tokens)
         in_flight = deque[Pending]()
         for index, chunk in enumerate(chunks):
-            if len(in_flight) == agreed.chunks_in_flight:
+            if len(in_flight) == limits.chunks_in_flight:
                 await in_flight.popleft()
             is_last = index == len(chunks) - 1
             in_flight.append(await self.submit(chunk, position, returns=1 if is_last else 0))
@@ -193,7 +193,7 @@ class Session:
         Steps in flight that begin there or later are superseded: hops drop them unread where they can, their
         results are not taken, and whoever waits for one gets `Superseded`.
         """
-        async with self._steps.turn:
+        async with self._steps.lock:
             self.chain.begin_epoch()
             self.handovers.note_rolled_back(position)
             self._steps.drop_from(position, Superseded(f"rolled back to position {position}"))
@@ -239,9 +239,9 @@ class Session:
         return decode_hidden(answer.payload, tokens, spec.hidden_size, self._terms.codec, answer.peer_id)
 
     async def _submit(self, hidden: Tensor, position: int, returns: int) -> Promise:
-        # One holder of the turn from the number to the frame: steps leave in the order of their numbers, on
+        # One holder of the lock from the number to the frame: steps leave in the order of their numbers, on
         # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out.
-        async with self._steps.turn:
+        async with self._steps.lock:
             if self._faults.fatal is not None:
                 raise self._faults.fatal
             self.handovers.note_rolled_back(position)
@@ -258,7 +258,7 @@ class Session:
         if first.send_now(sent.step, sent.payload):
             return
         try:
-            with first.while_there(limit_s):
+            with first.until_given_up(limit_s):
                 await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
             # Noted, not raised: the step is registered, so the repair sends it, and its promise is kept.
@@ -307,7 +307,7 @@ class Session:
         """Have another one take over from a hop that is about to go."""
         logger.info("%s leaves in %.1f s", stream.peer_id, seconds)
         if stream in self.chain.hops:
-            self.handovers.see_off(stream)
+            self.handovers.replace_leaving(stream)
 
     # ------------------------------------------------------------------ tasks
 
@@ -362,9 +362,9 @@ class Session:
 
     async def end(self) -> None:
         """Tell every hop that the session is over, quickly; quiet about hops that are gone."""
-        # The spare too: it would keep its reservation until its lease ends.
-        spare = self.handovers.break_off()
-        await end_all([*self.chain.hops, *(spare.hops if spare else ())])
+        # The replacement too: it would keep its reservation until its lease ends.
+        replacement = self.handovers.break_off()
+        await end_all([*self.chain.hops, *(replacement.hops if replacement else ())])
 
     def note_ended(self, error: Exception | None) -> None:
         """Let nobody wait for a result any more; they get `error`, if the session broke on one."""

@@ -158,7 +158,7 @@ async def test_a_fail_that_others_do_not_confirm_bans_nobody(
 ) -> None:
     """Say our own memory is broken: then everybody seems to cheat."""
 
-    async def fail(self: LocalVerifier, deposition: HopRecord) -> Finding:
+    async def fail(self: LocalVerifier, record: HopRecord) -> Finding:
         return Finding(Verdict.FAIL, "it seems so")
 
     monkeypatch.setattr(LocalVerifier, "verify", fail)
@@ -256,18 +256,16 @@ async def test_what_can_be_looked_at_by_norms_alone_clears_nobody_of_a_proof(
     seen: list[HopRecord] = []
 
     class Note(Verifier):
-        async def verify(self, deposition: HopRecord) -> Finding:
-            seen.append(deposition)
+        async def verify(self, record: HopRecord) -> Finding:
+            seen.append(record)
             return Finding(Verdict.PASS, "")
 
     small = AuditConfig(rate=0.0, memory_bytes=4 * swarm.spec.block_parameters * BYTES_PER_WEIGHT)
     async with open_client(verifier=Note()) as accuser, open_client(audit=small) as client:
         await text_of(accuser.generate(PROMPT, max_new_tokens=16))
         await accuser.audits_settled()
-        deposition = next(each for each in seen if each.peer_id == "a")
-        address = await accuser.member.proofs.publish(
-            Proof(1, "a", "output", deposition.signed), deposition.contents
-        )
+        record = next(each for each in seen if each.peer_id == "a")
+        address = await accuser.member.proofs.publish(Proof(1, "a", "output", record.signed), record.contents)
         await accuser.member.proofs.handed_out(address)
         while not client.member.proofs.records():
             await trio.sleep(0.01)
@@ -348,25 +346,21 @@ async def test_a_proof_that_proves_nothing_costs_its_sender(
     seen: list[HopRecord] = []
 
     class Note(Verifier):
-        async def verify(self, deposition: HopRecord) -> Finding:
-            seen.append(deposition)
+        async def verify(self, record: HopRecord) -> Finding:
+            seen.append(record)
             return Finding(Verdict.PASS, "")
 
     async with open_client(verifier=Note()) as liar, open_client() as client:
         await text_of(liar.generate(PROMPT, max_new_tokens=16))
         await liar.audits_settled()
-        [deposition] = seen
-        address = await liar.member.proofs.publish(
-            Proof(1, "a", "output", deposition.signed), deposition.contents
-        )
+        [record] = seen
+        address = await liar.member.proofs.publish(Proof(1, "a", "output", record.signed), record.contents)
         with trio.fail_after(30):
             while client.ledger.account(liar.member.peer_id).proofs_false == 0:
                 await trio.sleep(0.01)
         assert not client.ledger.is_banned("a")
         assert client.ledger.proofs()[address.hex()].state == "false"
-        again = await liar.member.proofs.publish(
-            Proof(1, "a", "output", deposition.signed[:-1]), deposition.contents
-        )
+        again = await liar.member.proofs.publish(Proof(1, "a", "output", record.signed[:-1]), record.contents)
         assert again.hex() not in client.ledger.proofs()
 
 

@@ -21,7 +21,7 @@ from p2pinfer.errors import ConfigError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import Numerics
 from p2pinfer.models.progress import Progress
@@ -46,10 +46,12 @@ class Distant:
     def spec(self) -> ModelSpec:
         return self._source.spec
 
-    def fetch(self, span: BlockSpan | None, *, ends: bool, progress: Progress | None = None) -> Checkpoint:
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
         raise AssertionError(f"{span} was fetched")
 
-    def missing_bytes(self, span: BlockSpan | None, *, ends: bool) -> int:
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         return len(span or ()) << 30
 
 
@@ -61,7 +63,7 @@ def source(tmp_path: Path) -> ModelSource:
 def identity_over(span: BlockSpan, tokens: int = 12) -> HopRecord:
     """A hop that sends back what it got, and signs for it."""
     payload: Payload = bytes(range(64)) * (20 * tokens)  # float32, of 320 channels
-    return deposition_of(span, payload, payload, tokens)
+    return record_of(span, payload, payload, tokens)
 
 
 @cache
@@ -69,7 +71,7 @@ def bundled_revision() -> str:
     return open_checkpoint(Path(models.__path__[0]) / BUNDLED_MODEL, BUNDLED_MODEL).spec.revision
 
 
-def deposition_of(
+def record_of(
     span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = "", dtype: str = "float32"
 ) -> HopRecord:
     receipt = Receipt(
@@ -84,14 +86,14 @@ def honest(tiny_stories: Path) -> tuple[Tensor, list[Tensor]]:
     """What a span is given, and what it makes of it in float32 and, twice, in bfloat16; (40, 320) each."""
     checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
     reference = open_reference(checkpoint, BlockSpan(0, 4), max_tokens=64)
-    ends = load_ends(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    ends = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
     inputs = run_session(reference.exact, ends.embed(list(range(100, 140))), BlockSpan(0, SPAN.start))
     runners = (reference.exact, *reference.rounded)
     return inputs, [run_session(runner, inputs, SPAN) for runner in runners]
 
 
 def computed(inputs: Tensor, outputs: Tensor) -> HopRecord:
-    return deposition_of(SPAN, inputs.numpy().tobytes(), outputs.contiguous().numpy().tobytes(), len(inputs))
+    return record_of(SPAN, inputs.numpy().tobytes(), outputs.contiguous().numpy().tobytes(), len(inputs))
 
 
 async def test_weights_are_not_downloaded_for_the_sake_of_an_audit(source: ModelSource) -> None:
@@ -138,7 +140,7 @@ async def test_blocks_that_the_model_has_not_prove_nothing(source: ModelSource, 
 async def test_receipts_of_another_model_prove_nothing(source: ModelSource) -> None:
     """A client that came back to a folder that was written anew, say."""
     payload = bytes(range(64)) * 240
-    other = deposition_of(SPAN, payload, payload, 12, revision="f" * 32)
+    other = record_of(SPAN, payload, payload, 12, revision="f" * 32)
     verifier = LocalVerifier(source)
     for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
         finding = await verify(other)
@@ -156,12 +158,12 @@ async def test_receipts_that_name_what_is_not_computed_here_prove_nothing(
     payload = bytes(range(64)) * 240
     verifier = LocalVerifier(source)
     for verify in (verifier.verify, verifier.verify_fully, verifier.confirm):
-        finding = await verify(deposition_of(SPAN, payload, payload, 12, dtype=dtype))
+        finding = await verify(record_of(SPAN, payload, payload, 12, dtype=dtype))
         assert (finding.verdict, finding.reason) == (
             Verdict.INCONCLUSIVE,
             f"the receipts name {dtype}, which is not computed here",
         )
-        known = await verify(deposition_of(SPAN, payload, payload, 12, dtype="bfloat16"))
+        known = await verify(record_of(SPAN, payload, payload, 12, dtype="bfloat16"))
         assert known.verdict is Verdict.FAIL
 
 
@@ -183,7 +185,7 @@ def test_peers_of_other_numerics_are_no_second_opinion(honest: tuple[Tensor, lis
     asked = choose_auditors(announced, accused, Ledger(), (), random.Random(0))
     assert {hop.peer_id for hop in asked} == {"a", "d"}
     given, got = (each.contiguous().numpy().tobytes() for each in (inputs, fused))
-    foreign = deposition_of(SPAN, given, got, len(inputs), dtype="int8_bfloat16")
+    foreign = record_of(SPAN, given, got, len(inputs), dtype="int8_bfloat16")
     same = computed(inputs, exact)
     assert compare_elsewhere(accused, same, same, 320).verdict is Verdict.PASS
     for three in ((accused, same, foreign), (accused, foreign, same), (foreign, same, same)):

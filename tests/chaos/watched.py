@@ -26,7 +26,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
-from p2pinfer.session.chain import Recall, Spare
+from p2pinfer.session.chain import Replacement, ReplaySource
 from p2pinfer.session.session import Session
 
 from ..lab.pinned import can_be_dialled
@@ -93,14 +93,14 @@ class WatchedClient(Client):
         self._is_armed = self._moment == "inside a step"
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], recall: Recall | None = None
+        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
     ) -> Session:
-        session = await super().open_session(tokens, excluded, recall)
+        session = await super().open_session(tokens, excluded, replay_source)
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session
             watched._push = partial(self._push, watched._push)
-            watched.chain.open_spare = partial(self._open_spare, watched.chain.open_spare)
+            watched.chain.open_replacement = partial(self._open_replacement, watched.chain.open_replacement)
         return session
 
     async def _push(self, push: Any, sent: Any) -> None:
@@ -110,8 +110,8 @@ class WatchedClient(Client):
             self._is_armed = False
             say_and_wait("now")
 
-    async def _open_spare(self, open_spare: Any, *args: Any) -> Spare:
-        spare: Spare = await open_spare(*args)
+    async def _open_replacement(self, open_replacement: Any, *args: Any) -> Replacement:
+        spare: Replacement = await open_replacement(*args)
         say_and_wait("spare", peers=[hop.peer_id for hop in spare.hops])
         return spare
 

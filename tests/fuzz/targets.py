@@ -72,7 +72,7 @@ def targets() -> list[Target]:
         Target("receipt", tuple(receipts), _receipt),
         Target("chain", (pack(receipts[:3]), pack([receipts[0], receipts[3]])), _chain),
         Target("proof", (encode_proof(output_proof), encode_proof(equivocation)), _proof),
-        Target("deposition", (pack([encode_proof(output_proof), *contents]),), _deposition),
+        Target("record", (pack([encode_proof(output_proof), *contents]),), _hop_record),
         Target(
             "notice",
             (encode_notice(Notice("proof", _REVISION, bytes(32), PEER_ID, ("/ip4/1.2.3.4",))),),
@@ -137,7 +137,7 @@ def _proof(given: bytes) -> bool:
     return True
 
 
-def _deposition(given: bytes) -> bool:
+def _hop_record(given: bytes) -> bool:
     proof, *contents = _parts_of(given) or [None]
     if not all(isinstance(each, bytes) for each in (proof, *contents)):
         return False
@@ -145,8 +145,8 @@ def _deposition(given: bytes) -> bool:
         accusation = open_proof(decode_proof(proof), _signed_by)
         # Who signs for nonsense can sign for its digests too.
         held = dict(zip(accusation.contents, contents, strict=False))
-        deposition = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, held)
-        history = history_of(deposition, HIDDEN_SIZE)
+        record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, held)
+        history = history_of(record, HIDDEN_SIZE)
     except (ProtocolViolation, WrongOutput):
         return False
     assert history.inputs.isfinite().all() and history.outputs.isfinite().all()

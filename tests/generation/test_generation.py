@@ -24,17 +24,17 @@ from p2pinfer.errors import (
 )
 from p2pinfer.generation import remote_blocks
 from p2pinfer.generation.generation import Generation, GenerationConfig, Token, generation_config, new_state
-from p2pinfer.generation.outage import Patience, Waiting
+from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.remote_blocks import HopUsed
 from p2pinfer.generation.saved_state import decode_state
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.sampling import Sampler, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 from p2pinfer.routing.route import Route, RouteOutcome
-from p2pinfer.session.chain import Recall
+from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
 
@@ -44,8 +44,8 @@ PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
-def ends(checkpoint: Checkpoint) -> Ends:
-    return load_ends(checkpoint, FLOAT32)
+def ends(checkpoint: Checkpoint) -> EmbeddingAndHead:
+    return load_embedding_and_head(checkpoint, FLOAT32)
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def tokenizer(tiny_stories: Path) -> Tokenizer:
     return load_tokenizer(tiny_stories)
 
 
-def local_ids(checkpoint: Checkpoint, ends: Ends, prompt_ids: list[int], count: int, seed: int) -> list[int]:
+def local_ids(
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, prompt_ids: list[int], count: int, seed: int
+) -> list[int]:
     """What one machine generates: greedily, or with a seed above 0."""
     sampler = Sampler(SamplingConfig(temperature=1.0 if seed else 0.0, seed=seed))
     runner = open_runner(checkpoint, BlockSpan(0, 8), FLOAT32)
@@ -84,7 +86,9 @@ class Walk:
         """Have further routes from now on; the announcement that brings them is news."""
         self._routes += routes
 
-    async def open_session(self, tokens: int, excluded: frozenset[str], recall: Recall) -> Session:
+    async def open_session(
+        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+    ) -> Session:
         self.asked.append((tokens, excluded))
         if not self._routes:
             raise NoRoute("no route: nobody serves blocks 0:8", [(0, 8)])
@@ -110,27 +114,29 @@ class Walk:
 def start(
     walk: Walk,
     swarm: MemorySwarm,
-    ends: Ends,
+    ends: EmbeddingAndHead,
     tokenizer: Tokenizer,
     prompt: str = PROMPT,
     *,
-    patience: Patience | None = None,
+    retry_limits: RetryLimits | None = None,
     on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:
     options.setdefault("max_new_tokens", 10)
     state = new_state(swarm.spec, tokenizer, prompt, GenerationConfig(**options))
-    return Generation(walk, swarm.spec, ends, tokenizer, state, patience=patience, on_wait=on_wait)
+    return Generation(walk, swarm.spec, ends, tokenizer, state, retry_limits=retry_limits, on_wait=on_wait)
 
 
-def resume(walk: Walk, swarm: MemorySwarm, ends: Ends, tokenizer: Tokenizer, token: str | None) -> Generation:
+def resume(
+    walk: Walk, swarm: MemorySwarm, ends: EmbeddingAndHead, tokenizer: Tokenizer, token: str | None
+) -> Generation:
     """As another process would."""
     assert token is not None
     return Generation(walk, swarm.spec, ends, tokenizer, decode_state(token))
 
 
 async def test_a_generation_gives_what_one_machine_gives(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a", 0, 3)
@@ -176,7 +182,7 @@ async def test_a_generation_gives_what_one_machine_gives(
 
 @pytest.mark.parametrize("seed", [0, 7])
 async def test_a_hop_that_dies_changes_no_token(
-    seed: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    seed: int, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a", 0, 3)
@@ -204,7 +210,7 @@ async def test_a_hop_that_dies_changes_no_token(
 
 
 async def test_a_route_that_cannot_be_opened_is_no_failover(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -222,7 +228,7 @@ def _only(generation: Generation) -> tuple[int, str]:
 
 
 async def test_without_another_route_the_text_so_far_and_the_reason_are_kept(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -243,7 +249,7 @@ async def test_without_another_route_the_text_so_far_and_the_reason_are_kept(
 
 
 async def test_no_route_at_all_is_said_as_it_is(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         generation = start(Walk(swarm), swarm, ends, tokenizer)
@@ -253,11 +259,11 @@ async def test_no_route_at_all_is_said_as_it_is(
 
 
 async def test_after_so_many_failures_in_a_row_the_last_one_comes_out(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         walk = Walk(swarm, *(route_over(**{f"gone-{n}": (0, 8)}) for n in range(9)))
-        generation = start(walk, swarm, ends, tokenizer, patience=Patience(max_attempts=3))
+        generation = start(walk, swarm, ends, tokenizer, retry_limits=RetryLimits(max_attempts=3))
         with pytest.raises(PeerUnreachable) as caught:
             await anext(generation)
         assert caught.value.peer_id == "gone-2"
@@ -265,15 +271,15 @@ async def test_after_so_many_failures_in_a_row_the_last_one_comes_out(
 
 
 async def test_in_the_middle_of_a_text_so_many_failures_in_a_row_are_a_reason_to_pause(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     told: list[Waiting] = []
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
         gone = [route_over(**{f"gone-{n}": (0, 8)}) for n in range(4)]
         walk = Walk(swarm, route_over(a=(0, 8)), *gone, route_over(b=(0, 8)))
-        patience = Patience(wait_s=30.0, max_attempts=3)
-        generation = start(walk, swarm, ends, tokenizer, patience=patience, on_wait=told.append)
+        retry_limits = RetryLimits(wait_s=30.0, max_attempts=3)
+        generation = start(walk, swarm, ends, tokenizer, retry_limits=retry_limits, on_wait=told.append)
         await anext(generation)
         await swarm.network.kill("a")
         await swarm.serve("b")
@@ -293,7 +299,7 @@ async def test_in_the_middle_of_a_text_so_many_failures_in_a_row_are_a_reason_to
 
 @pytest.mark.parametrize("seed", [0, 7])
 async def test_a_text_waits_for_a_replacement_and_goes_on_as_if_nothing_had_happened(
-    seed: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    seed: int, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -310,7 +316,7 @@ async def test_a_text_waits_for_a_replacement_and_goes_on_as_if_nothing_had_happ
             swarm,
             ends,
             tokenizer,
-            patience=Patience(wait_s=30.0),
+            retry_limits=RetryLimits(wait_s=30.0),
             on_wait=note,
             temperature=1.0 if seed else 0.0,
             seed=seed,
@@ -342,7 +348,7 @@ async def test_a_text_waits_for_a_replacement_and_goes_on_as_if_nothing_had_happ
 )
 @pytest.mark.parametrize("cut", [0, 1, 9])
 async def test_a_resumed_text_is_the_one_that_an_undisturbed_run_gives(
-    options: dict[str, Any], cut: int, checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    options: dict[str, Any], cut: int, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     """Also where nobody gave a seed: the token has the one that was drawn."""
     async with open_memory_swarm(checkpoint) as swarm:
@@ -368,7 +374,7 @@ async def test_a_resumed_text_is_the_one_that_an_undisturbed_run_gives(
 
 
 async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -388,7 +394,7 @@ async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody
 
 
 async def test_a_pause_longer_than_the_lease_is_nobody_s_fault(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -409,7 +415,7 @@ async def test_a_pause_longer_than_the_lease_is_nobody_s_fault(
 
 
 async def test_a_peer_that_refuses_is_left_out(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         served = await swarm.serve("a")
@@ -420,7 +426,7 @@ async def test_a_peer_that_refuses_is_left_out(
         assert isinstance(caught.value.__cause__, PeerRefused)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, ends: Ends, ids: list[int]) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, ends: EmbeddingAndHead, ids: list[int]) -> None:
     """Let the head favour these tokens, one after the other."""
     coming = iter(ids)
 
@@ -442,7 +448,7 @@ def encode_as(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, ids: list[i
 
 
 async def test_an_end_of_text_ends_it_and_is_no_text(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (eos,) = tokenizer.eos_ids
     words = tokenizer.encode(" there was")[-2:]
@@ -457,7 +463,7 @@ async def test_an_end_of_text_ends_it_and_is_no_text(
 
 
 async def test_a_prompt_that_does_not_fit_is_refused_at_once(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         with pytest.raises(PromptTooLong, match="tokens long and tiny-stories takes 1024"):
@@ -476,7 +482,7 @@ def test_a_prompt_is_limited_where_its_length_would_turn_its_tokens(
 
 
 async def test_of_a_prompt_that_is_far_too_long_a_beginning_is_looked_at(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten megabytes are a second or more of tokenizing; a long text of few tokens is looked at whole."""
     looked_at: list[int] = []
@@ -497,7 +503,7 @@ async def test_of_a_prompt_that_is_far_too_long_a_beginning_is_looked_at(
 
 @pytest.mark.parametrize("options", [{"prompt": "caf\udce9"}, {"stop": ("\ud83d",)}])
 async def test_half_a_character_is_refused_where_it_is_given(
-    options: dict[str, Any], checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    options: dict[str, Any], checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         with pytest.raises(ConfigError, match="half of a surrogate pair"):
@@ -505,7 +511,7 @@ async def test_half_a_character_is_refused_where_it_is_given(
 
 
 async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_that(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bundled model's tokenizer puts one there; not all do."""
     async with open_memory_swarm(checkpoint) as swarm:
@@ -520,7 +526,7 @@ async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_
 
 
 async def test_a_long_prompt_leaves_room_for_what_fits(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode_as(monkeypatch, tokenizer, [5] * 1022)
     async with open_memory_swarm(checkpoint) as swarm:
@@ -535,7 +541,7 @@ async def test_a_long_prompt_leaves_room_for_what_fits(
 
 
 async def test_one_that_is_left_early_frees_what_the_hops_hold(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -553,7 +559,7 @@ async def test_one_that_is_left_early_frees_what_the_hops_hold(
 
 
 async def test_one_that_is_cancelled_frees_what_the_hops_hold(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
@@ -593,7 +599,7 @@ def test_single_fields_of_a_generation_can_be_replaced() -> None:
 
 
 async def test_a_text_begins_with_the_room_there_is_and_goes_on_when_there_is_more(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
         served = await swarm.serve("a")
@@ -612,7 +618,7 @@ async def test_a_text_begins_with_the_room_there_is_and_goes_on_when_there_is_mo
 
 
 async def test_a_text_that_finds_no_more_room_ends_with_a_token_to_go_on_from(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     """It holds nothing meanwhile: two that want to grow cannot wait for each other."""
     async with open_memory_swarm(checkpoint) as swarm:
@@ -622,7 +628,14 @@ async def test_a_text_that_finds_no_more_room_ends_with_a_token_to_go_on_from(
         free = cache.free_tokens
         walk = Walk(swarm, *[route_over(a=(0, 8))] * 9)
         generation = start(
-            walk, swarm, ends, tokenizer, max_new_tokens=200, temperature=1.0, seed=2, patience=Patience(0, 0)
+            walk,
+            swarm,
+            ends,
+            tokenizer,
+            max_new_tokens=200,
+            temperature=1.0,
+            seed=2,
+            retry_limits=RetryLimits(0, 0),
         )
         ids: list[int] = []
         with pytest.raises(Unfinished, match="does not fit, one of 128 would") as caught:
@@ -638,7 +651,7 @@ async def test_a_text_that_finds_no_more_room_ends_with_a_token_to_go_on_from(
 
 
 async def test_a_long_text_reserves_ahead_of_itself_and_not_to_its_end(
-    checkpoint: Checkpoint, ends: Ends, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_blocks, "_AHEAD_TOKENS", 10)
     async with open_memory_swarm(checkpoint) as swarm:

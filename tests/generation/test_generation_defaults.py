@@ -18,7 +18,7 @@ from p2pinfer.generation.first_state import new_state, sampling_of
 from p2pinfer.generation.generation import Generation
 from p2pinfer.generation.saved_state import GenerationState, decode_state
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
 from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import candidates
@@ -80,7 +80,7 @@ async def our_ids(folder: Path, state: GenerationState) -> list[int]:
         await swarm.serve("a")
         await swarm.serve("b")
         walk = Walk(swarm, route_over(a=(0, 8)), route_over(b=(0, 8)))
-        ends = load_ends(checkpoint, FLOAT32)
+        ends = load_embedding_and_head(checkpoint, FLOAT32)
         generation = Generation(walk, swarm.spec, ends, load_tokenizer(folder), state)
         ids: list[int] = []
         async for token in generation:
@@ -202,7 +202,7 @@ async def test_a_resumed_text_goes_on_by_the_same_rules(checkpoint: Checkpoint, 
     rules = LogitsRules(repetition_penalty=1.2, sequence_bias=(((300,), 3.0),))
     defaults = GenerationDefaults(SamplingConfig(temperature=0.9, top_k=30, min_p=0.02), rules, 12)
     tokenizer = load_tokenizer(tiny_stories)
-    ends = load_ends(checkpoint, FLOAT32)
+    ends = load_embedding_and_head(checkpoint, FLOAT32)
     async with open_memory_swarm(checkpoint) as swarm:
         await swarm.serve("a")
         state = new_state(swarm.spec, tokenizer, PROMPT, GenerationConfig(seed=11, stop_ids=(9,)), defaults)

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from p2pinfer.errors import NoRoute, PeerVanished
-from p2pinfer.generation.outage import LAST_PAUSE_S, Outage, Patience, Waiting
+from p2pinfer.generation.outage import LAST_PAUSE_S, Outage, RetryLimits, Waiting
 
 GAP = NoRoute("nobody serves blocks 5:8", [(5, 8)])
 
@@ -23,7 +23,7 @@ async def wait_out(outage: Outage, told: list[Waiting]) -> list[float]:
 async def test_it_looks_ever_more_slowly_until_its_time_is_up(autojump_clock: trio.testing.MockClock) -> None:
     told: list[Waiting] = []
     began = trio.current_time()
-    looked = await wait_out(Outage(Patience(wait_s=20.0), begun=True), told)
+    looked = await wait_out(Outage(RetryLimits(wait_s=20.0), begun=True), told)
     gaps = [after - before for before, after in zip([began, *looked], looked, strict=False)]
     assert gaps[:4] == pytest.approx([0.25, 0.5, 1.0, 2.0])
     assert max(gaps) <= LAST_PAUSE_S
@@ -32,7 +32,7 @@ async def test_it_looks_ever_more_slowly_until_its_time_is_up(autojump_clock: tr
 
 
 async def test_news_end_a_pause(autojump_clock: trio.testing.MockClock) -> None:
-    outage, changed = Outage(Patience(wait_s=20.0), begun=True), trio.Event()
+    outage, changed = Outage(RetryLimits(wait_s=20.0), begun=True), trio.Event()
     changed.set()
     began = trio.current_time()
     assert await outage.pause(GAP, changed, lambda _: None)
@@ -44,7 +44,7 @@ async def test_before_a_text_has_begun_it_is_shorter_and_silent(
 ) -> None:
     told: list[Waiting] = []
     began = trio.current_time()
-    await wait_out(Outage(Patience(find_s=2.0, wait_s=20.0), begun=False), told)
+    await wait_out(Outage(RetryLimits(find_s=2.0, wait_s=20.0), begun=False), told)
     assert trio.current_time() - began == pytest.approx(2.0)
     assert told == []
 
@@ -53,7 +53,7 @@ async def test_every_reason_is_told_once_with_what_failed_last(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     told: list[Waiting] = []
-    outage = Outage(Patience(wait_s=20.0), begun=True)
+    outage = Outage(RetryLimits(wait_s=20.0), begun=True)
     outage.note(PeerVanished("gone", "a"))
     for error in (GAP, GAP, NoRoute("all are full"), PeerVanished("it broke", "b")):
         assert await outage.pause(error, trio.Event(), told.append)
@@ -65,7 +65,7 @@ async def test_every_reason_is_told_once_with_what_failed_last(
 
 
 async def test_a_round_is_so_many_routes_and_one_pardon(autojump_clock: trio.testing.MockClock) -> None:
-    outage = Outage(Patience(wait_s=20.0, max_attempts=2), begun=True)
+    outage = Outage(RetryLimits(wait_s=20.0, max_attempts=2), begun=True)
     assert outage.take_forgiveness()
     assert not outage.take_forgiveness()
     outage.note(PeerVanished("gone"))

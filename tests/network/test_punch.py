@@ -12,7 +12,7 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.reach import hole_punch
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
-from p2pinfer.node.reach.hole_punch import PUNCH_PROTOCOL, Puncher
+from p2pinfer.node.reach.hole_punch import PUNCH_PROTOCOL, HolePuncher
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.reach.relay_server import Relay
 from p2pinfer.node.transport.addresses import parse_tcp
@@ -20,7 +20,7 @@ from p2pinfer.node.transport.delimited import receive_message, send_message
 
 from .support import DEAD, ECHO, StartHost, echo
 
-Side = tuple[Host, Puncher]
+Side = tuple[Host, HolePuncher]
 
 
 def everybody_knows(ip: str) -> bool:
@@ -41,19 +41,19 @@ def punching(
     let_in: bool = False,
     wait_s: float = 2.0,
     told: Callable[[str, bool], None] = lambda peer_id, direct: None,
-) -> Puncher:
+) -> HolePuncher:
     """A puncher that says it is to be met at `outside`, and dials from its host's own port."""
 
     def source(six: bool) -> tuple[str, int] | None:
         ports = [parse_tcp(address)[2] for address in host.listening]
         return ("127.0.0.1", ports[0]) if ports and not six else None
 
-    puncher = Puncher(host, lambda: outside, source, lambda: let_in, wait_s=wait_s, on_end=told)
+    puncher = HolePuncher(host, lambda: outside, source, lambda: let_in, wait_s=wait_s, on_end=told)
     puncher.register()
     return puncher
 
 
-async def behind(relay: Host, host: Host, puncher: Puncher) -> None:
+async def behind(relay: Host, host: Host, puncher: HolePuncher) -> None:
     """Have `host` be reached through `relay`, as far as anybody says."""
     serve_circuits(host, puncher.arrived)
     await host.connect(relay.peer_id, relay.addrs)

@@ -20,7 +20,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.host.length_prefix import receive_value, send_value
 from p2pinfer.node.swarm import bootstrap
-from p2pinfer.node.swarm.anti_entropy import FIRST_S, LAST_S, CatchUp, next_pause_s
+from p2pinfer.node.swarm.anti_entropy import FIRST_S, LAST_S, AntiEntropy, next_pause_s
 from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
 from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.proof_gossip import MAX_TOLD, Heard, Notice, ProofCarrier, encode_notice
@@ -144,7 +144,7 @@ async def test_what_gossip_lost_is_caught_up_with(start_host: StartHost, nursery
     old, other = await start_host(), await start_host()
     known, learned = LiveTable(), LiveTable()
     serve_snapshots(old, known)
-    catching_up = CatchUp(other, learned, lambda: [REVISION], rng=random.Random(1))
+    catching_up = AntiEntropy(other, learned, lambda: [REVISION], rng=random.Random(1))
     assert await catching_up.compare() == 1.0  # nobody is there yet: the next turn comes soon
     await other.connect(old.peer_id, old.addrs)
     lost, foreign = announce(known), announce(known, OTHER)
@@ -414,7 +414,7 @@ async def test_nobody_answering_is_said_once_with_the_reasons(
 ) -> None:
     monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 0.001)
     monkeypatch.setattr(bootstrap, "LAST_RETRY_S", 0.004)
-    monkeypatch.setattr(bootstrap, "MAX_TROUBLES", 1)
+    monkeypatch.setattr(bootstrap, "MAX_FAILED", 1)
     lonely = await start_host()
     dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
     attempts, attempted = trio.open_memory_channel[str](0)

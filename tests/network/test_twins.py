@@ -14,8 +14,8 @@ import trio
 from p2pinfer.errors import IdentityTaken
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import HostConfig
-from p2pinfer.node.swarm.duplicate_identity import TwinWatch
-from p2pinfer.node.swarm.identity_check import TwinCalls
+from p2pinfer.node.swarm.duplicate_identity import DuplicateDetector
+from p2pinfer.node.swarm.identity_check import DuplicateCheck
 from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.swarm.signed_records import seal
@@ -79,9 +79,9 @@ def offer(member: SwarmMember) -> Announcement:
         1000,
         member.sequence.next(),
         addrs=member.addrs,
-        instance=member.twins.instance,
-        uptime_s=member.twins.uptime_s,
-        twin=member.twins.suspect,
+        instance=member.duplicates.instance,
+        uptime_s=member.duplicates.uptime_s,
+        twin=member.duplicates.suspect,
     )
 
 
@@ -94,16 +94,16 @@ def view_of(member: SwarmMember) -> LiveTable:
 async def both_know(first: SwarmMember, second: SwarmMember, caplog: pytest.LogCaptureFixture) -> None:
     """The second has to stop, and the first has said so and goes on."""
     with pytest.raises(IdentityTaken, match=r"already runs as .*--data-dir DIR.*delete some/identity\.key"):
-        await second.twins.wait_taken("some/identity.key")
+        await second.duplicates.wait_taken("some/identity.key")
     while "has a copy of this node's identity" not in caplog.text:
         await trio.sleep(0.01)
-    assert not first.twins.taken.is_set()
+    assert not first.duplicates.taken.is_set()
     assert caplog.text.count("has a copy of this node's identity") == 1
 
 
 def has_run(member: SwarmMember) -> SwarmMember:
     """As if it had been started a minute and a half earlier."""
-    vars(member.twins)["_started_at"] -= 90.0
+    vars(member.duplicates)["_started_at"] -= 90.0
     return member
 
 
@@ -149,11 +149,11 @@ async def test_twins_at_two_ends_of_a_swarm_hear_of_each_other(
 async def test_twins_that_nobody_can_dial_hear_of_each_other_by_their_announcements(
     join: Join, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def in_vain(self: TwinCalls, addrs: object) -> bool:
+    async def in_vain(self: DuplicateCheck, addrs: object) -> bool:
         await trio.lowlevel.checkpoint()
         return False
 
-    monkeypatch.setattr(TwinCalls, "call", in_vain)
+    monkeypatch.setattr(DuplicateCheck, "call", in_vain)
     identity, meeting_point = new_identity(), await join()
     first = has_run(await join(*meeting_point.addrs, identity=identity))
     await both_know(first, await join(*meeting_point.addrs, identity=identity), caplog)
@@ -164,13 +164,13 @@ async def test_an_address_that_leads_back_to_a_node_is_no_twin(
 ) -> None:
     caplog.set_level(logging.INFO)
     alone = await join()
-    calls = TwinCalls(new_identity(), CONFIG, alone.twins, alone.sequence)
+    calls = DuplicateCheck(new_identity(), CONFIG, alone.duplicates, alone.sequence)
     assert not await calls.call(alone.addrs), "it has another identity: its answers prove nothing"
     identity = new_identity()
     member = await join(identity=identity)
-    assert await TwinCalls(identity, CONFIG, member.twins, member.sequence).call(member.addrs)
+    assert await DuplicateCheck(identity, CONFIG, member.duplicates, member.sequence).call(member.addrs)
     assert "leads back to it" in caplog.text
-    assert not member.twins.taken.is_set()
+    assert not member.duplicates.taken.is_set()
 
 
 async def test_records_of_before_a_restart_are_no_twin(join: Join, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,11 +190,11 @@ async def test_records_of_before_a_restart_are_no_twin(join: Join, caplog: pytes
         view_of(member).take(record)
     assert member.sequence.last >= last + 200, "neighbours listen to nothing below it"
     await trio.sleep(0.5)
-    assert not member.twins.taken.is_set()
+    assert not member.duplicates.taken.is_set()
     assert "copy of this node's identity" not in caplog.text
 
 
 async def test_of_two_that_started_together_one_stops_and_both_agree_on_which() -> None:
     identity = new_identity()
-    one, other = TwinWatch(identity.peer_id), TwinWatch(identity.peer_id)
+    one, other = DuplicateDetector(identity.peer_id), DuplicateDetector(identity.peer_id)
     assert one.meet(other.instance, 1.0) != other.meet(one.instance, 1.5)

@@ -24,8 +24,8 @@ from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
-from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.routing.route import Hop, Route
@@ -115,7 +115,7 @@ async def open_swarm(checkpoint: Checkpoint, *cuts: int, **limits: float) -> Asy
             runner = open_runner(checkpoint, span, FLOAT32)
             worker = open_worker(config.max_batch_tokens)
             workers.append(worker)
-            served = ServedSpan(checkpoint.spec, runner, await worker.__aenter__(), Pace(100.0))
+            served = ServedSpan(checkpoint.spec, runner, await worker.__aenter__(), DecodeSpeed(100.0))
             server = SpanServer(
                 swarm.network.host(name),
                 served,

@@ -19,8 +19,8 @@ from p2pinfer.node.events import Event
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.reach.reach import Reach, ReachStatus
 from p2pinfer.node.reach.reachability import Reachability
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
-from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.worker import open_worker
 from p2pinfer.node.swarm.bootstrap import BootstrapOutcome, Neighbourhood
@@ -163,7 +163,7 @@ class MemorySwarm:
         config = config or ServeConfig()
         runner = open_runner(self.checkpoint, BlockSpan(start, stop), compute)
         worker = await self._stack.enter_async_context(open_worker(config.max_batch_tokens))
-        offered = ServedSpan(self.spec, runner, worker, Pace(tokens_per_s))
+        offered = ServedSpan(self.spec, runner, worker, DecodeSpeed(tokens_per_s))
         host = self.network.host(peer_id)
         evidence = EvidenceStore(64 << 20, 900)
         serve_evidence(host, evidence)

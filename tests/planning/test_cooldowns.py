@@ -6,19 +6,19 @@ from p2pinfer.planning.cooldowns import MAX_REMEMBERED, Cooldowns
 
 
 def test_a_peer_rests_for_the_pause_and_is_then_asked_again() -> None:
-    resting = Cooldowns(2.0)
-    resting.rest("a", 10.0)
-    resting.rest("b", 11.0)
-    assert resting.peers(11.5) == {"a", "b"}
-    assert resting.peers(12.0) == {"b"}
-    resting.rest("b", 12.5)
-    assert resting.peers(13.5) == {"b"}
-    assert resting.peers(14.5) == frozenset()
+    cooldowns = Cooldowns(2.0)
+    cooldowns.rest("a", 10.0)
+    cooldowns.rest("b", 11.0)
+    assert cooldowns.peers(11.5) == {"a", "b"}
+    assert cooldowns.peers(12.0) == {"b"}
+    cooldowns.rest("b", 12.5)
+    assert cooldowns.peers(13.5) == {"b"}
+    assert cooldowns.peers(14.5) == frozenset()
 
 
 def test_the_first_of_too_many_is_forgotten() -> None:
-    resting = Cooldowns(100.0)
+    cooldowns = Cooldowns(100.0)
     for number in range(MAX_REMEMBERED + 1):
-        resting.rest(str(number), 0.0)
-    assert len(resting.peers(1.0)) == MAX_REMEMBERED
-    assert "0" not in resting.peers(1.0)
+        cooldowns.rest(str(number), 0.0)
+    assert len(cooldowns.peers(1.0)) == MAX_REMEMBERED
+    assert "0" not in cooldowns.peers(1.0)

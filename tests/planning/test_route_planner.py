@@ -28,38 +28,38 @@ from ..node.memory_swarm import MemorySwarm, open_memory_swarm
 
 async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(tiny_stories: Path) -> None:
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        desk = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
-        navigator = RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        planner = RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
         await swarm.serve("a", 0, 3, tokens_per_s=100)
         await swarm.serve("b", 3, 8, tokens_per_s=100)
         a, b = Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 8))
         gap = Gap(b.span, 64, frozenset({"a", "b"}), a, None, "float32")
         with pytest.raises(NoRoute):
-            await navigator.better(replace(gap, tokens=1 << 30), b, 5.0)
-        assert await navigator.better(gap, b, 5.0) is None  # there is nobody else
+            await planner.find_faster(replace(gap, tokens=1 << 30), b, 5.0)
+        assert await planner.find_faster(gap, b, 5.0) is None  # there is nobody else
         await swarm.serve("c", 3, 8, tokens_per_s=10)
-        assert await navigator.better(gap, b, 0.15) is None
-        route = await navigator.better(gap, b, 1.0)
+        assert await planner.find_faster(gap, b, 0.15) is None
+        route = await planner.find_faster(gap, b, 1.0)
         assert route is not None
         assert route.peer_ids == ("c",)
         # Sessions have shown that it is not as fast as it says.
-        navigator.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
-        assert await navigator.better(gap, b, 1.0) is None
+        planner.route_ended(route, RouteOutcome(ok=True, per_hop_ms=(900.0,)))
+        assert await planner.find_faster(gap, b, 1.0) is None
 
 
 async def test_who_has_the_weights_but_another_config_is_told_apart_by_the_field(tiny_stories: Path) -> None:
     config = read_config(tiny_stories)
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        desk = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
         numbers = numbers_of({**config, "rope_theta": 500_000})
         revision = revision_digest(swarm.spec.weights, numbers)
         ours = replace(swarm.spec, revision=revision, numbers=numbers)
-        navigator = RoutePlanner(swarm.member("client"), ours, Ledger(), desk, busy_pause_s=2.0)
+        planner = RoutePlanner(swarm.member("client"), ours, Ledger(), policy_runner, busy_pause_s=2.0)
         with pytest.raises(NoRoute, match=r"would$") as nobody:
-            await navigator.plan_session(64, frozenset())
+            await planner.plan_session(64, frozenset())
         await swarm.serve("theirs", 0, 8)
         with pytest.raises(NoRoute) as told:
-            await navigator.plan_session(64, frozenset())
+            await planner.plan_session(64, frozenset())
     assert str(told.value) == (
         f"{nobody.value}; peers with the same weights compute with another config.json "
         "(theirs: rope_theta is 500000 here and 10000 there); make them agree"
@@ -71,9 +71,9 @@ async def test_who_could_not_be_reached_is_left_out_unless_nobody_else_has_its_b
     tiny_stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        desk = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
         member = swarm.member("client")
-        navigator = RoutePlanner(member, swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+        planner = RoutePlanner(member, swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
         silent = {"fast"}
 
         def is_silent(announced: Announcement) -> bool:
@@ -82,14 +82,14 @@ async def test_who_could_not_be_reached_is_left_out_unless_nobody_else_has_its_b
         monkeypatch.setattr(member.presence, "is_silent", is_silent)
         await swarm.serve("fast", 0, 8, tokens_per_s=1000)
         await swarm.serve("slow", 0, 8, tokens_per_s=10)
-        assert (await navigator.plan_session(64, frozenset())).route.peer_ids == ("slow",)
-        assert (await navigator.plan_session(64, frozenset({"slow"}))).route.peer_ids == ("fast",)
+        assert (await planner.plan_session(64, frozenset())).route.peer_ids == ("slow",)
+        assert (await planner.plan_session(64, frozenset({"slow"}))).route.peer_ids == ("fast",)
         a = Hop("a", BlockSpan(0, 3))
         gap = Gap(BlockSpan(3, 8), 64, frozenset({"a", "slow"}), a, None, "float32")
-        assert (await navigator.replacement(gap)).peer_ids == ("fast",)
-        assert (await navigator.replacement(replace(gap, excluded=frozenset({"a"})))).peer_ids == ("slow",)
+        assert (await planner.find_replacement(gap)).peer_ids == ("fast",)
+        assert (await planner.find_replacement(replace(gap, excluded=frozenset({"a"})))).peer_ids == ("slow",)
         silent.add("slow")  # it is us who lost the network
-        assert (await navigator.plan_session(64, frozenset())).route.peer_ids == ("fast",)
+        assert (await planner.plan_session(64, frozenset())).route.peer_ids == ("fast",)
 
 
 class Told(RoutingPolicy):
@@ -113,8 +113,8 @@ class Told(RoutingPolicy):
 
 
 def planner_of(swarm: MemorySwarm, policy: RoutingPolicy) -> RoutePlanner:
-    desk = PolicyRunner(policy, RiskAdjusted(), timeout_s=5.0)
-    return RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+    policy_runner = PolicyRunner(policy, RiskAdjusted(), timeout_s=5.0)
+    return RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ async def test_replacements_are_chosen_at_the_size_of_their_sessions_codec(
         planner = planner_of(swarm, policy)
         before, slow = Hop("before", BlockSpan(0, 3)), Hop("slow", BlockSpan(3, 8))
         gap = Gap(slow.span, 64, frozenset({"before", "slow"}), before, None, codec)
-        assert (await planner.replacement(gap)).peer_ids == ("spare",)
-        assert await planner.better(gap, slow, 30.0) is not None
+        assert (await planner.find_replacement(gap)).peer_ids == ("spare",)
+        assert await planner.find_faster(gap, slow, 30.0) is not None
         assert policy.sizes == [size, size]
 
 

@@ -20,8 +20,8 @@ from p2pinfer.routing.newcomers import (
     NO_RANGE,
     address_range,
     grouped_by_range,
+    plan_optimistically,
     ranges_of,
-    route_at_best,
 )
 from p2pinfer.routing.policy import RiskAdjusted, ask_policy
 from p2pinfer.routing.route import Candidate, RouteRequest
@@ -196,7 +196,7 @@ def test_newcomers_that_must_wait_are_used_where_nobody_else_is() -> None:
     address = ("/ip4/203.0.113.1/tcp/1",)
     peers = [candidate("a", 0, 4, addrs=address), candidate("b", 4, 8, addrs=address)]
     with pytest.raises(NoRoute):
-        route_at_best(peers, REQUEST, View("a", "b"), RoutingConfig(), random.Random(1))
+        plan_optimistically(peers, REQUEST, View("a", "b"), RoutingConfig(), random.Random(1))
     assert chosen(peers, View("a", "b"), times=50) == {"a": 50, "b": 50}
 
 
@@ -212,7 +212,7 @@ def test_a_try_is_the_cheapest_route_if_all_are_at_their_best(swarm: Swarm) -> N
     costs = [route_cost(each, swarm.candidates, swarm.request, best) for each in every_route(swarm)]
     if not costs:
         return
-    found = route_at_best(swarm.candidates, swarm.request, doubtful, config, random.Random(1))
+    found = plan_optimistically(swarm.candidates, swarm.request, doubtful, config, random.Random(1))
     assert route_cost(found, swarm.candidates, swarm.request, best) == pytest.approx(min(costs))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from p2pinfer.errors import NoRoute, PeerError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.session.chain import Spare
+from p2pinfer.session.chain import Replacement
 
 from ..node.memory_swarm import open_memory_swarm, route_over
 from ..spares import OTHERS, PROMPT, TOTAL, WAY, Spares, close_to, decode_rest, running, serve
@@ -107,7 +107,7 @@ async def test_a_replacement_that_dies_while_it_is_fed_is_replaced_too(
             close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
             take_over = session.chain.take_over
 
-            async def take_over_and_die(spare: Spare, stop: int) -> None:
+            async def take_over_and_die(spare: Replacement, stop: int) -> None:
                 if spare.hops[0].peer_id == "d":
                     await swarm.network.kill("d")
                 await take_over(spare, stop)

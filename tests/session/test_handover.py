@@ -53,7 +53,7 @@ async def test_a_slow_hop_stays_where_nobody_is_better(
             await decode_rest(session, inputs, expected)
             spares.bettered = set(WAY)  # who turn out not to be there
             monkeypatch.setattr(
-                session.handovers, "_slowness", Stragglers(1e-9)
+                session.handovers, "_stragglers", Stragglers(1e-9)
             )  # it would look again after a while
             await decode_rest(session, inputs, expected)
             assert (session.handovers.done, session.route) == (0, route_over(**WAY))
@@ -152,7 +152,7 @@ async def test_who_was_to_take_over_is_let_go_when_a_failure_ends_the_session(
                 nursery.start_soon(fail, session)  # each waits for its turn
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(hand_over, session)
-                while session.handovers.spare is None:
+                while session.handovers.replacement is None:
                     await trio.sleep(0.01)
                 given_up.cancel()
                 await swarm.network.kill("b")

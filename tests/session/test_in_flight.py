@@ -116,7 +116,7 @@ async def test_quiet_begins_when_the_last_result_has_come_and_holds_steps_back()
             order.append("loud")
 
     async def send() -> None:
-        async with steps.turn:
+        async with steps.lock:
             order.append("send")
 
     async with trio.open_nursery() as nursery:

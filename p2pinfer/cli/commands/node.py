@@ -101,21 +101,21 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
 
     from p2pinfer.cli.output.progress import Bars
     from p2pinfer.cli.running import run
-    from p2pinfer.idle_audits import open_patrol
+    from p2pinfer.idle_audits import open_idle_audits
     from p2pinfer.node.concurrency.nurseries import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
 
     async def main() -> None:
         tell = _reporter(call)
-        patrol = open_patrol(verify, audit_config, shared, host_config, tell)
+        idle_audits = open_idle_audits(verify, audit_config, shared, host_config, tell)
 
         def report(event: Event) -> None:
             tell(event)
-            patrol.note(event)
+            idle_audits.note(event)
 
         async with open_nursery() as nursery:
             if verify.enabled:
-                nursery.start_soon(patrol.serve)
+                nursery.start_soon(idle_audits.serve)
             await run_node(
                 node_config,
                 host_config=host_config,

@@ -95,7 +95,7 @@ def test_the_model_is_known_before_a_weight_is_here(hub: HubServer, cache: Path,
 def test_only_the_shards_of_the_span_are_fetched(hub: HubServer, cache: Path) -> None:
     source = find(hub, cache)
     hub.fetched()
-    checkpoint = source.fetch(BlockSpan(1, 2), ends=False)
+    checkpoint = source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     assert hub.fetched() == ["model-1.safetensors"]
     assert checkpoint.names() == {"model.layers.1.weight"}
     assert float(checkpoint.read("model.layers.1.weight")[7]) == 1.0
@@ -107,17 +107,17 @@ def test_what_would_have_to_be_fetched_is_known_before(hub: HubServer, cache: Pa
     source = find(hub, cache)
     size = {name: len(content) for name, content in little_model().items()}
     first, second = BlockSpan(0, 1), BlockSpan(0, 2)
-    assert source.missing_bytes(second, ends=False) == size[SHARDS[0]] + size[SHARDS[1]]
-    assert source.missing_bytes(first, ends=True) == size[SHARDS[0]] + size[SHARDS[2]]
-    source.fetch(first, ends=False)
-    assert source.missing_bytes(first, ends=False) == 0
-    assert source.missing_bytes(second, ends=False) == size[SHARDS[1]]
+    assert source.missing_bytes(second, embedding_and_head=False) == size[SHARDS[0]] + size[SHARDS[1]]
+    assert source.missing_bytes(first, embedding_and_head=True) == size[SHARDS[0]] + size[SHARDS[2]]
+    source.fetch(first, embedding_and_head=False)
+    assert source.missing_bytes(first, embedding_and_head=False) == 0
+    assert source.missing_bytes(second, embedding_and_head=False) == size[SHARDS[1]]
 
 
 def test_the_ends_come_with_the_tokenizer(hub: HubServer, cache: Path) -> None:
     source = find(hub, cache)
     hub.fetched()
-    checkpoint = source.fetch(None, ends=True)
+    checkpoint = source.fetch(None, embedding_and_head=True)
     assert hub.fetched() == ["model-2.safetensors", "tokenizer.json"]
     assert "model.norm.weight" in checkpoint.names()
     assert (checkpoint.folder / "tokenizer.json").is_file()
@@ -133,26 +133,26 @@ def test_everything_that_is_said_about_tokens_comes_along(hub: HubServer, cache:
     hub.files |= dict.fromkeys(beside, b"{}") | {"chat_template.jinja": b"{{ messages }}"}
     source = find(hub, cache)
     hub.fetched()
-    checkpoint = source.fetch(None, ends=True)
+    checkpoint = source.fetch(None, embedding_and_head=True)
     expected = sorted([*beside, "chat_template.jinja", "tokenizer.json", "model-2.safetensors"])
     assert hub.fetched() == expected
     assert all((checkpoint.folder / name).is_file() for name in expected)
 
 
 def test_what_is_here_is_not_fetched_again(hub: HubServer, cache: Path) -> None:
-    find(hub, cache).fetch(BlockSpan(0, 2), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 2), embedding_and_head=False)
     hub.fetched()
-    find(hub, cache).fetch(BlockSpan(0, 3), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 3), embedding_and_head=False)
     assert hub.fetched() == ["model-2.safetensors"]
 
 
 def test_another_model_card_fetches_nothing_again(hub: HubServer, cache: Path) -> None:
     revision = find(hub, cache).spec.revision
-    find(hub, cache).fetch(BlockSpan(0, 3), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 3), embedding_and_head=False)
     hub.fetched()
     hub.commit, hub.files["README.md"] = "f" * 40, b"a better card"
     source = find(hub, cache)
-    source.fetch(BlockSpan(0, 3), ends=False)
+    source.fetch(BlockSpan(0, 3), embedding_and_head=False)
     assert (hub.fetched(), source.spec.revision) == ([], revision)
 
 
@@ -171,7 +171,7 @@ def test_a_single_file_is_fetched_whole(hub: HubServer, cache: Path) -> None:
     save: Any = safetensors.torch.save
     tensors = {f"model.layers.{i}.weight": torch.full((4,), float(i)) for i in range(3)}
     hub.files = {"config.json": hub.files["config.json"], "model.safetensors": save(tensors)}
-    checkpoint = find(hub, cache).fetch(BlockSpan(2, 3), ends=False)
+    checkpoint = find(hub, cache).fetch(BlockSpan(2, 3), embedding_and_head=False)
     assert hub.fetched() == ["config.json", "model.safetensors"]
     assert checkpoint.names() == tensors.keys()
 
@@ -185,7 +185,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
     hub: HubServer, cache: Path, pauses: list[float]
 ) -> None:
     hub.breaks["model-0.safetensors"] = [100_000, 0, 50_000]
-    find(hub, cache, pauses).fetch(BlockSpan(0, 1), ends=False)
+    find(hub, cache, pauses).fetch(BlockSpan(0, 1), embedding_and_head=False)
     ranges = [asked for path, asked in hub.requests if path.startswith("/large/")]
     assert ranges == ["bytes=0-", "bytes=100000-", "bytes=100000-", "bytes=150000-"]
     assert len(pauses) == 3
@@ -211,17 +211,17 @@ def test_an_interrupted_download_goes_on_the_next_time(hub: HubServer, cache: Pa
     source = find(hub, cache)
     hub.breaks["model-0.safetensors"] = [100_000] + [0] * 20  # so it cannot get further meanwhile
     with pytest.raises(Cancel):
-        source.fetch(BlockSpan(0, 1), ends=False, progress=Impatient())
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False, progress=Impatient())
     hub.breaks.clear()
     hub.requests.clear()
-    find(hub, cache).fetch(BlockSpan(0, 1), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert [asked for path, asked in hub.requests if path.startswith("/large/")] == ["bytes=100000-"]
 
 
 def test_a_server_without_ranges_starts_over(hub: HubServer, cache: Path) -> None:
     hub.knows_ranges = False
     hub.breaks["model-0.safetensors"] = [100_000]
-    checkpoint = find(hub, cache).fetch(BlockSpan(0, 1), ends=False)
+    checkpoint = find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert float(checkpoint.read("model.layers.0.weight").sum()) == 0.0
 
 
@@ -229,7 +229,7 @@ def test_a_part_that_is_too_long_is_begun_anew(hub: HubServer, cache: Path) -> N
     source = find(hub, cache)
     [folder] = [path.parent for path in cache.glob("hub/*/*/config.json")]
     (folder / "model-0.safetensors.part").write_bytes(bytes(500_000))
-    source.fetch(BlockSpan(0, 1), ends=False)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert ("/large/model-0.safetensors", "bytes=0-") in hub.requests
 
 
@@ -239,7 +239,7 @@ def test_a_passing_refusal_is_waited_out(
 ) -> None:
     source = find(hub, cache, pauses)
     hub.answers["/large/model-0.safetensors"] = [status] * 9
-    source.fetch(BlockSpan(0, 1), ends=False)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert len(pauses) == 9
 
 
@@ -247,10 +247,10 @@ def test_a_lasting_refusal_ends_in_one_line(hub: HubServer, cache: Path, pauses:
     source = find(hub, cache, pauses)
     hub.answers["/large/model-0.safetensors"] = [503] * 10
     with pytest.raises(ModelNotFound, match=r"answers 503 when asked for somebody/little; try again later$"):
-        source.fetch(BlockSpan(0, 1), ends=False)
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     hub.answers["/large/model-0.safetensors"] = [410]
     with pytest.raises(ModelNotFound, match="answers 410"):
-        source.fetch(BlockSpan(0, 1), ends=False)
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False)
 
 
 def test_a_shard_with_other_contents_is_removed_and_reported(hub: HubServer, cache: Path) -> None:
@@ -258,10 +258,10 @@ def test_a_shard_with_other_contents_is_removed_and_reported(hub: HubServer, cac
     hub.served["model-1.safetensors"] = right[:-1] + b"\x07"
     source = find(hub, cache)
     with pytest.raises(CheckpointError, match=r"model-1\.safetensors arrived with other contents"):
-        source.fetch(BlockSpan(1, 2), ends=False)
+        source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     assert list(cache.glob("**/model-1.safetensors*")) == list(cache.glob("**/model-1.safetensors.lock"))
     hub.served.clear()
-    source.fetch(BlockSpan(1, 2), ends=False)
+    source.fetch(BlockSpan(1, 2), embedding_and_head=False)
 
 
 def test_a_small_file_with_other_contents_is_reported_too(hub: HubServer, cache: Path) -> None:
@@ -274,19 +274,19 @@ def test_a_body_longer_or_shorter_than_published_is_refused(hub: HubServer, cach
     source = find(hub, cache)
     hub.served["model-1.safetensors"] = hub.files["model-1.safetensors"] + b"more"
     with pytest.raises(CheckpointError, match="sends more than the"):
-        source.fetch(BlockSpan(1, 2), ends=False)
+        source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     hub.served["model-0.safetensors"] = hub.files["model-0.safetensors"][:-1]
     with pytest.raises(CheckpointError, match="ends before the"):
-        source.fetch(BlockSpan(0, 1), ends=False)
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False)
 
 
 def test_a_file_that_changed_on_disk_is_fetched_again(hub: HubServer, cache: Path) -> None:
     source = find(hub, cache)
-    checkpoint = source.fetch(BlockSpan(1, 2), ends=False)
+    checkpoint = source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     hub.fetched()
     path = checkpoint.folder / "model-1.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
-    source.fetch(BlockSpan(1, 2), ends=False)
+    source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     assert hub.fetched() == ["model-1.safetensors"]
     assert path.read_bytes() == hub.files["model-1.safetensors"]
 
@@ -303,7 +303,7 @@ def test_two_that_want_the_same_shard_fetch_it_once(hub: HubServer, cache: Path)
     for thread in threads:
         thread.join()
     assert hub.fetched() == [*SHARDS, "tokenizer.json"]
-    assert len(sources[0].fetch(BlockSpan(0, 3), ends=True).names()) == 4
+    assert len(sources[0].fetch(BlockSpan(0, 3), embedding_and_head=True).names()) == 4
 
 
 def test_what_the_hubs_own_cache_holds_is_linked(hub: HubServer, cache: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_what_the_hubs_own_cache_holds_is_linked(hub: HubServer, cache: Path, tm
     (snapshot / "model-1.safetensors").write_bytes(b"damaged")
     source = find(hub, cache)
     hub.fetched()
-    checkpoint = source.fetch(BlockSpan(0, 2), ends=False)
+    checkpoint = source.fetch(BlockSpan(0, 2), embedding_and_head=False)
     assert hub.fetched() == ["model-1.safetensors"]
     assert (checkpoint.folder / "model-0.safetensors").is_symlink()
     assert len(checkpoint.names()) == 2
@@ -329,7 +329,7 @@ def test_where_links_are_not_possible_the_shard_is_fetched(
     snapshot.mkdir(parents=True)
     (snapshot / "model-0.safetensors").write_bytes(hub.files["model-0.safetensors"])
     monkeypatch.setattr(Path, "symlink_to", no_links)
-    find(hub, cache).fetch(BlockSpan(0, 1), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert "model-0.safetensors" in hub.fetched()
 
 
@@ -356,13 +356,13 @@ def test_an_answer_that_is_no_listing_is_one_line(hub: HubServer, cache: Path) -
 
 def test_with_no_network_what_was_fetched_keeps_working(hub: HubServer, cache: Path) -> None:
     spec = find(hub, cache).spec
-    find(hub, cache).fetch(BlockSpan(0, 1), ends=False)
+    find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=False)
     nowhere = "http://127.0.0.1:9"
     source = open_hub(MODEL, cache_dir=cache, endpoint=nowhere, pause=lambda _: None)
     assert source.spec == spec
-    source.fetch(BlockSpan(0, 1), ends=False)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     with pytest.raises(ModelNotFound, match=f"the hub at {nowhere} cannot be reached"):
-        source.fetch(BlockSpan(1, 2), ends=False)
+        source.fetch(BlockSpan(1, 2), embedding_and_head=False)
     with pytest.raises(ModelNotFound, match="cannot be reached for other/model; connect, or set HF_ENDPOINT"):
         open_hub("other/model", cache_dir=cache, endpoint=nowhere)
 
@@ -388,7 +388,7 @@ def test_the_environment_says_which_hub_and_whether_to_ask_it(hub: HubServer, ca
         "import sys; from pathlib import Path; from p2pinfer.models.checkpoint.source import resolve_model\n"
         "from p2pinfer.models.span import BlockSpan\n"
         "source = resolve_model(sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
-        "print(source.fetch(BlockSpan(0, 1), ends=False).spec.revision)"
+        "print(source.fetch(BlockSpan(0, 1), embedding_and_head=False).spec.revision)"
     )
     env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cache / "hf"), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", code, MODEL, str(cache)]
@@ -448,7 +448,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     hub.fetched()
     monkeypatch.setattr(shutil, "disk_usage", nearly_full)
     with pytest.raises(CheckpointError, match=r"needs 0\.0 GB more in .* make room"):
-        source.fetch(BlockSpan(0, 1), ends=False)
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert hub.fetched() == []
 
 
@@ -457,9 +457,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(hub: HubServer, cache: Path)
     [folder] = [path.parent for path in cache.glob("hub/*/*/config.json")]
     (folder / "model-0.safetensors.part").mkdir()
     with pytest.raises(ModelNotFound, match=r"cannot be stored in .*: .*Is a directory"):
-        source.fetch(BlockSpan(0, 1), ends=False)
+        source.fetch(BlockSpan(0, 1), embedding_and_head=False)
 
 
 def test_a_span_that_the_model_lacks_is_refused(hub: HubServer, cache: Path) -> None:
     with pytest.raises(SpanOutOfRange):
-        find(hub, cache).fetch(BlockSpan(2, 4), ends=False)
+        find(hub, cache).fetch(BlockSpan(2, 4), embedding_and_head=False)

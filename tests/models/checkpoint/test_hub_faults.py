@@ -34,7 +34,7 @@ from p2pinfer.models.span import BlockSpan
 shutil.disk_usage = lambda _: namedtuple("Usage", "total used free")(0, 0, 1 << 60)
 try:
     source = open_hub(sys.argv[1], cache_dir=Path(sys.argv[2]), endpoint=sys.argv[3])
-    source.fetch(BlockSpan(0, int(sys.argv[4])), ends=False)
+    source.fetch(BlockSpan(0, int(sys.argv[4])), embedding_and_head=False)
     print("fetched")
 except P2PInferError as exc:
     print(f"{type(exc).__name__}: {exc}")
@@ -108,7 +108,7 @@ def test_a_part_that_was_damaged_is_fetched_anew(
     [folder] = [path.parent for path in tmp_path.glob("hub/*/*/config.json")]
     (folder / "model-0.safetensors.part").write_bytes(bytes(1000))
     caplog.set_level(logging.INFO)
-    source.fetch(BlockSpan(0, 1), ends=False)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert (folder / "model-0.safetensors").read_bytes() == hub.files["model-0.safetensors"]
     assert "is damaged; fetching it anew" in caplog.text
 
@@ -116,7 +116,7 @@ def test_a_part_that_was_damaged_is_fetched_anew(
 def test_weights_take_no_more_disk_than_allowed(hub: HubServer, tmp_path: Path) -> None:
     def fetch(weights_bytes: int) -> None:
         source = open_hub(MODEL, cache_dir=tmp_path, weights_bytes=weights_bytes, endpoint=hub.endpoint)
-        source.fetch(BlockSpan(0, 2), ends=False)
+        source.fetch(BlockSpan(0, 2), embedding_and_head=False)
 
     with pytest.raises(
         CheckpointError, match=r"of the 0\.0 GB that weights_bytes allows; raise it, or remove"

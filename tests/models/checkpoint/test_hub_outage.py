@@ -90,12 +90,12 @@ def test_an_outage_costs_a_warning_when_everything_is_here(
     hub: HubServer, cache: Path, outage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = find(hub, cache).spec
-    find(hub, cache).fetch(EVERYTHING, ends=True)
+    find(hub, cache).fetch(EVERYTHING, embedding_and_head=True)
     told = OUTAGES[outage][3]
     hub.outage = OUTAGES[outage][:3]
     source = find(hub, cache)
     assert source.spec == spec
-    assert len(source.fetch(EVERYTHING, ends=True).names()) == 4
+    assert len(source.fetch(EVERYTHING, embedding_and_head=True).names()) == 4
     [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
     pattern = f"{told}.*; somebody/little is used as it was fetched before$"
     assert re.search(pattern, warning.getMessage()), warning.getMessage()
@@ -135,7 +135,7 @@ def test_a_model_that_is_whole_in_the_hubs_own_cache_is_used_where_it_lies(
         hub.outage = OUTAGES[outage][:3]
     source = open_hub(MODEL, cache_dir=cache, endpoint=endpoint)
     assert (source.spec.model, source.spec.revision) == (MODEL, revision)
-    checkpoint = source.fetch(EVERYTHING, ends=True)
+    checkpoint = source.fetch(EVERYTHING, embedding_and_head=True)
     assert checkpoint.folder == snapshot
     assert float(checkpoint.read("model.layers.2.weight")[7]) == 2.0
     assert not list(cache.glob("**/*.safetensors")), "it was copied"
@@ -150,13 +150,13 @@ def test_a_model_that_is_whole_in_the_hubs_own_cache_is_used_where_it_lies(
 def test_offline_nothing_is_asked(
     hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    find(hub, cache).fetch(BlockSpan(0, 1), ends=True)
+    find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=True)
     hub.requests.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     source = find(hub, cache)
-    source.fetch(BlockSpan(0, 1), ends=True)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=True)
     with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE forbids to fetch it"):
-        source.fetch(EVERYTHING, ends=False)
+        source.fetch(EVERYTHING, embedding_and_head=False)
     with pytest.raises(ModelNotFound, match=r"other/model is not here, and HF_HUB_OFFLINE forbids"):
         find(hub, cache, "other/model")
     assert hub.requests == []
@@ -178,8 +178,8 @@ def test_weights_of_another_commit_in_the_hubs_own_cache_are_not_fetched_again(
     fill_hf_cache(hub, hf_cache)
     hub.commit, hub.files["README.md"] = "e" * 40, b"a better card"
     source = find(hub, cache)
-    assert source.missing_bytes(EVERYTHING, ends=True) == 0
-    checkpoint = source.fetch(EVERYTHING, ends=True)
+    assert source.missing_bytes(EVERYTHING, embedding_and_head=True) == 0
+    checkpoint = source.fetch(EVERYTHING, embedding_and_head=True)
     assert hub.fetched() == []
     assert all((checkpoint.folder / name).is_symlink() for name in (*SHARDS, "tokenizer.json"))
 
@@ -199,13 +199,13 @@ def test_a_file_of_the_hubs_own_cache_that_cannot_be_used_is_fetched(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_file", refuse)
         source = find(hub, cache)
-        assert source.missing_bytes(EVERYTHING, ends=True) > 0
+        assert source.missing_bytes(EVERYTHING, embedding_and_head=True) > 0
     blobs = hf_cache / "models--somebody--little" / "blobs"
     damaged = blobs / hashlib.sha256(hub.files[SHARDS[0]]).hexdigest()
     damaged.unlink()
     damaged.mkdir()
     hub.requests.clear()
-    source.fetch(EVERYTHING, ends=True)
+    source.fetch(EVERYTHING, embedding_and_head=True)
     assert hub.fetched() == [SHARDS[0]]
 
 
@@ -218,18 +218,18 @@ def test_a_socks_proxy_without_its_package_costs_a_warning_at_most(
     caplog: pytest.LogCaptureFixture,
     offline: bool,
 ) -> None:
-    find(hub, cache).fetch(BlockSpan(0, 1), ends=True)
+    find(hub, cache).fetch(BlockSpan(0, 1), embedding_and_head=True)
     huggingface_hub.close_session()
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     source = find(hub, cache)
-    source.fetch(BlockSpan(0, 1), ends=True)
+    source.fetch(BlockSpan(0, 1), embedding_and_head=True)
     assert ("needs a package that is not installed" in caplog.text) is not offline
     told = (
         "HF_HUB_OFFLINE forbids" if offline else "needs a package that is not installed.*pip install socksio"
     )
     with pytest.raises(ModelNotFound, match=told):
-        source.fetch(EVERYTHING, ends=False)
+        source.fetch(EVERYTHING, embedding_and_head=False)
     with pytest.raises(ModelNotFound, match=told):
         find(hub, cache, "other/model")
 
@@ -238,14 +238,14 @@ def test_what_is_said_about_tokens_is_gone_without_if_it_cannot_be_had(
     hub: HubServer, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a cache that another version filled leaves it."""
-    folder = find(hub, cache).fetch(EVERYTHING, ends=True).folder
+    folder = find(hub, cache).fetch(EVERYTHING, embedding_and_head=True).folder
     (folder / "special_tokens_map.json").unlink()
     hub.outage = OUTAGES["rate limit"][:3]
-    assert find(hub, cache).fetch(EVERYTHING, ends=True).folder == folder
+    assert find(hub, cache).fetch(EVERYTHING, embedding_and_head=True).folder == folder
     assert "going on without special_tokens_map.json" in caplog.text
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelNotFound, match="answers 429"):
-        find(hub, cache).fetch(EVERYTHING, ends=True)
+        find(hub, cache).fetch(EVERYTHING, embedding_and_head=True)
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, cache: Path) -> None:
@@ -253,14 +253,14 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, cache: Path) -
     older = {**hub.files, "config.json": changed, "tokenizer.json": b"[1]"}
     hub.revisions = {"v1.0": ("a" * 40, older), "refs/pr/7": ("a" * 40, older)}
     newest = find(hub, cache)
-    folder = newest.fetch(EVERYTHING, ends=True).folder
+    folder = newest.fetch(EVERYTHING, embedding_and_head=True).folder
     hub.requests.clear()
     for name in ("v1.0", "refs/pr/7", "a" * 40):
         pinned = find(hub, cache, f"{MODEL}@{name}")
         assert pinned.spec.model == f"{MODEL}@{name}"
         assert pinned.spec.revision != newest.spec.revision
         assert pinned.spec.weights == newest.spec.weights
-        checkpoint = pinned.fetch(EVERYTHING, ends=True)
+        checkpoint = pinned.fetch(EVERYTHING, embedding_and_head=True)
         assert (checkpoint.folder / "tokenizer.json").read_bytes() == b"[1]"
     assert (folder / "tokenizer.json").read_bytes() == b"{}", "the other revision's was overwritten"
     assert not {name for name in hub.fetched() if name in SHARDS}, "the same weights came twice"
@@ -268,9 +268,9 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, cache: Path) -
 
 
 def test_a_commit_that_is_known_is_not_asked_for_again(hub: HubServer, cache: Path) -> None:
-    find(hub, cache, f"{MODEL}@{COMMIT}").fetch(EVERYTHING, ends=True)
+    find(hub, cache, f"{MODEL}@{COMMIT}").fetch(EVERYTHING, embedding_and_head=True)
     hub.requests.clear()
-    find(hub, cache, f"{MODEL}@{COMMIT}").fetch(EVERYTHING, ends=True)
+    find(hub, cache, f"{MODEL}@{COMMIT}").fetch(EVERYTHING, embedding_and_head=True)
     assert hub.requests == []
 
 

@@ -17,7 +17,7 @@ from p2pinfer.errors import CheckpointError, ModelChanged
 from p2pinfer.models.checkpoint.checkpoint import INDEX, Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.shard_header import open_header, read_header
 from p2pinfer.models.checkpoint.source import resolve_model
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -146,9 +146,11 @@ def test_a_change_that_no_metadata_shows_is_noticed_before_it_is_computed_with(
     before = forge_stamp(folder, cache_dir, lambda: write_changed(folder, larger))
     source = resolve_model(str(folder), cache_dir=cache_dir)
     assert source.spec.revision == before, "this test forges nothing"
-    open_runner(source.fetch(BlockSpan(0, 3), ends=False), BlockSpan(0, 3), CONFIG)  # these are as they were
+    open_runner(
+        source.fetch(BlockSpan(0, 3), embedding_and_head=False), BlockSpan(0, 3), CONFIG
+    )  # these are as they were
     with pytest.raises(ModelChanged):
-        open_runner(source.fetch(BlockSpan(2, 5), ends=False), BlockSpan(2, 5), CONFIG)
+        open_runner(source.fetch(BlockSpan(2, 5), embedding_and_head=False), BlockSpan(2, 5), CONFIG)
     assert resolve_model(str(folder), cache_dir=cache_dir).spec.revision != before  # the next start knows
 
 
@@ -156,10 +158,10 @@ def test_a_node_that_moves_to_other_blocks_loads_what_it_announced_or_nothing(
     folder: Path, tmp_path: Path
 ) -> None:
     source = resolve_model(str(folder), cache_dir=tmp_path / "cache")
-    open_runner(source.fetch(BlockSpan(2, 5), ends=False), BlockSpan(2, 5), CONFIG)
+    open_runner(source.fetch(BlockSpan(2, 5), embedding_and_head=False), BlockSpan(2, 5), CONFIG)
     write_changed(folder, larger)
     with pytest.raises(ModelChanged, match="start p2pinfer again"):
-        open_runner(source.fetch(BlockSpan(1, 4), ends=False), BlockSpan(1, 4), CONFIG)
+        open_runner(source.fetch(BlockSpan(1, 4), embedding_and_head=False), BlockSpan(1, 4), CONFIG)
 
 
 def test_the_ends_are_held_to_it_too(folder: Path, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_the_ends_are_held_to_it_too(folder: Path, tmp_path: Path) -> None:
         file.seek(stored.start + stored.nbytes // 2)
         file.write(b"\0\1\2\3")
     with pytest.raises(ModelChanged, match=r"model\.embed_tokens\.weight is not used"):
-        load_ends(source.fetch(None, ends=True), CONFIG)
+        load_embedding_and_head(source.fetch(None, embedding_and_head=True), CONFIG)
 
 
 def test_a_config_or_index_that_is_replaced_changes_nothing_that_was_opened(
@@ -181,9 +183,9 @@ def test_a_config_or_index_that_is_replaced_changes_nothing_that_was_opened(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
     (folder / INDEX).write_text("{}")
-    checkpoint = source.fetch(BlockSpan(0, 8), ends=True)
+    checkpoint = source.fetch(BlockSpan(0, 8), embedding_and_head=True)
     assert checkpoint.config["rope_parameters"]["rope_theta"] == 10_000
-    assert load_ends(checkpoint, CONFIG).spec.revision == source.spec.revision
+    assert load_embedding_and_head(checkpoint, CONFIG).spec.revision == source.spec.revision
 
 
 @pytest.mark.parametrize(

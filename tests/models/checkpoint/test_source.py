@@ -15,7 +15,7 @@ def test_the_bundled_model_is_found_by_its_name(tiny_stories: Path, tmp_path: Pa
     source = resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
     assert (source.spec.model, source.spec.num_blocks) == ("tiny-stories", 8)
     assert source.spec.revision == "3ce048eef7cf5724119918f197959a44"
-    assert source.fetch(None, ends=True).folder.samefile(tiny_stories)
+    assert source.fetch(None, embedding_and_head=True).folder.samefile(tiny_stories)
 
 
 def test_a_folder_is_known_by_its_own_name_and_has_the_same_revision(
@@ -29,14 +29,14 @@ def test_a_folder_is_known_by_its_own_name_and_has_the_same_revision(
 
 def test_a_folder_is_fetched_whole(tmp_path: Path) -> None:
     source = resolve_model(BUNDLED_MODEL, cache_dir=tmp_path)
-    checkpoint = source.fetch(BlockSpan(2, 4), ends=False)
+    checkpoint = source.fetch(BlockSpan(2, 4), embedding_and_head=False)
     assert checkpoint.block_names(3)
-    assert source.fetch(None, ends=True).names() == checkpoint.names()
+    assert source.fetch(None, embedding_and_head=True).names() == checkpoint.names()
 
 
 def test_a_span_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpanOutOfRange, match="0:8"):
-        resolve_model(BUNDLED_MODEL, cache_dir=tmp_path).fetch(BlockSpan(4, 9), ends=False)
+        resolve_model(BUNDLED_MODEL, cache_dir=tmp_path).fetch(BlockSpan(4, 9), embedding_and_head=False)
 
 
 @pytest.mark.parametrize(

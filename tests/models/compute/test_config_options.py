@@ -27,7 +27,7 @@ from p2pinfer.models.checkpoint.defaults import complete_config
 from p2pinfer.models.checkpoint.not_computed import NOT_COMPUTED
 from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.compute.activations import ACTIVATIONS
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
@@ -237,7 +237,7 @@ def by_us(folder: Path, *, as_on_a_gpu: bool = False) -> Run:
     checkpoint = open_checkpoint(folder, "m")
     config = ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 20, page_tokens=16)
     ends, runner = (
-        load_ends(checkpoint, config),
+        load_embedding_and_head(checkpoint, config),
         open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config),
     )
     if as_on_a_gpu:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def generate(checkpoint: Checkpoint, config: ComputeConfig, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations, all sessions stepping together, the last prompt of them in two chunks."""
     runner = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config)
-    ends = load_ends(checkpoint, config)
+    ends = load_embedding_and_head(checkpoint, config)
     leases = [runner.cache.reserve(len(prompt) + NEW_TOKENS) for prompt in prompts]
     embedded = [ends.embed(prompt) for prompt in prompts]
     runner.run([Chunk(leases[-1], 0, embedded[-1][:20])])
@@ -86,7 +86,7 @@ def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_clear(
     ids = prompt + continuation(oracle(tiny_stories), prompt)
     clear = clear_choices(*(logits_of(oracle(tiny_stories, dtype), ids) for dtype in DTYPES))
     runner = open_runner(checkpoint, BlockSpan(0, 8), config)
-    ends = load_ends(checkpoint, config)
+    ends = load_embedding_and_head(checkpoint, config)
     lease = runner.cache.reserve(len(ids))
     hidden = ends.embed(ids)
     outputs = [runner.run([Chunk(lease, 0, hidden[:10])])[0]]

@@ -12,7 +12,7 @@ from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.compute.attention import Piece
 from p2pinfer.models.compute.blocks import Blocks, load_blocks
 from p2pinfer.models.compute.cache import CacheLease, PagedCache
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.compute.target import Target
@@ -49,7 +49,7 @@ class Model:
         self.decoder = PagedDecoder(self.blocks, self.cache)
         self.plain = SpanRunner(self.blocks, self.cache)
         self.static = SpanRunner(self.blocks, self.cache, self.decoder)
-        self.ends: Ends = load_ends(checkpoint, ComputeConfig(dtype="float32"))
+        self.ends: EmbeddingAndHead = load_embedding_and_head(checkpoint, ComputeConfig(dtype="float32"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from p2pinfer.errors import SpanOutOfRange
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.compute.cache import CacheLease
-from p2pinfer.models.compute.ends import Ends, load_ends
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -41,7 +41,7 @@ class Chain:
     ) -> None:
         spans = [BlockSpan(*pair) for pair in pairwise(boundaries)]
         self.runners = [open_runner(checkpoint, span, config) for span in spans]
-        self.ends: Ends = load_ends(checkpoint, config)
+        self.ends: EmbeddingAndHead = load_embedding_and_head(checkpoint, config)
 
     def reserve(self, max_tokens: int) -> list[CacheLease]:
         return [runner.cache.reserve(max_tokens) for runner in self.runners]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -29,7 +29,9 @@ def run_in_pieces(runner: SpanRunner, hidden: Tensor) -> Tensor:
 def test_in_float32_both_ways_agree_for_every_family(family_checkpoint: Checkpoint) -> None:
     config = ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 22)
     runner = open_runner(family_checkpoint, BlockSpan(0, 4), config)
-    hidden = load_ends(family_checkpoint, config).embed([3 + (7 * index) % 190 for index in range(90)])
+    hidden = load_embedding_and_head(family_checkpoint, config).embed(
+        [3 + (7 * index) % 190 for index in range(90)]
+    )
     fused, plain = (run_in_pieces(each, hidden) for each in (runner, runner.stepwise()))
     assert torch.allclose(fused, plain, atol=2e-4, rtol=1e-3)
 
@@ -44,7 +46,7 @@ def test_in_bfloat16_it_rounds_as_transformers_eager_attention_does(
     model = oracle(tiny_stories, torch.bfloat16)
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
-    hidden = load_ends(checkpoint, config).embed(ids)
+    hidden = load_embedding_and_head(checkpoint, config).embed(ids)
 
     def distance(each: SpanRunner) -> float:
         lease = each.cache.reserve(len(ids))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -61,7 +61,7 @@ def inputs(checkpoint: Checkpoint) -> list[Tensor]:
     tokenizer = load_tokenizer(checkpoint.folder)
     config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
     before = open_runner(checkpoint, BlockSpan(0, SPAN.start), config)
-    ends = load_ends(checkpoint, config)
+    ends = load_embedding_and_head(checkpoint, config)
     return [run_session(before, ends.embed(tokenizer.encode(story)[:97])) for story in STORIES]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from p2pinfer.errors import WrongOutput
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -46,7 +46,7 @@ def inputs(checkpoint: Checkpoint) -> Tensor:
     assert len(ids) == 97
     config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
     before = open_runner(checkpoint, BlockSpan(0, SPAN.start), config)
-    return run_session(before, load_ends(checkpoint, config).embed(ids))
+    return run_session(before, load_embedding_and_head(checkpoint, config).embed(ids))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_a_text_that_repeats_itself_rounds_alike(
     config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
     before = open_runner(checkpoint, BlockSpan(0, SPAN.start), config)
     runner = open_runner(checkpoint, SPAN, config)
-    ends = load_ends(checkpoint, config)
+    ends = load_embedding_and_head(checkpoint, config)
     for token_id in (300, 1042, 2222, 3901):
         repeated = run_session(before, ends.embed([token_id] * 65))
         outputs = run_session(runner, repeated)

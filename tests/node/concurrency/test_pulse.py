@@ -2,7 +2,7 @@ import pytest
 import trio
 import trio.testing
 
-from p2pinfer.node.concurrency.pulse import Errand, Pulse
+from p2pinfer.node.concurrency.pulse import AutoResetEvent, Pulse
 
 
 async def test_a_pulse_wakes_all_who_wait_and_nobody_who_comes_later(autojump_clock: trio.abc.Clock) -> None:
@@ -34,21 +34,21 @@ async def test_what_fires_between_a_look_and_the_wait_is_not_missed(autojump_clo
 
 
 async def test_an_errand_called_before_anybody_waits_is_taken_up_once(autojump_clock: trio.abc.Clock) -> None:
-    errand = Errand()
-    errand.call()
-    errand.call()
+    event = AutoResetEvent()
+    event.set()
+    event.set()
     with trio.fail_after(1):
-        await errand.take_up()
+        await event.wait()
     with pytest.raises(trio.TooSlowError), trio.fail_after(1):
-        await errand.take_up()
+        await event.wait()
 
 
 async def test_what_is_called_for_during_the_work_is_for_the_next_time(
     autojump_clock: trio.abc.Clock,
 ) -> None:
-    errand = Errand()
-    errand.call()
-    await errand.take_up()
-    errand.call()  # while its doer is at work
+    event = AutoResetEvent()
+    event.set()
+    await event.wait()
+    event.set()  # while its doer is at work
     with trio.fail_after(1):
-        await errand.take_up()
+        await event.wait()

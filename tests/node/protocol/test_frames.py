@@ -3,7 +3,7 @@ import trio
 import trio.testing
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
-from p2pinfer.node.protocol.frames import FrameStream, Pace, encode_header
+from p2pinfer.node.protocol.frames import FrameStream, MinimumRate, encode_header
 from p2pinfer.node.protocol.messages import Attached, End, Step
 
 
@@ -90,9 +90,9 @@ async def test_end_is_said_once_and_quietly_when_the_peer_is_gone() -> None:
         await ours.receive()
 
 
-# ---------------------------------------------------------------------- the pace
+# ---------------------------------------------------------------------- the rate
 
-PACE = Pace(grace_s=10.0, bytes_per_s=100.0)
+RATE = MinimumRate(grace_s=10.0, bytes_per_s=100.0)
 
 
 async def test_a_frame_that_comes_a_byte_at_a_time_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
@@ -108,8 +108,8 @@ async def test_a_frame_that_comes_a_byte_at_a_time_is_cut_off(autojump_clock: tr
         nursery.start_soon(drip)
         began_at = trio.current_time()
         with pytest.raises(ProtocolViolation, match="too slowly"):
-            await FrameStream(theirs, max_payload_bytes=10, peer_id="mallory", pace=PACE).receive()
-        assert trio.current_time() - began_at < 4 + PACE.limit_s(len(frame)) + 0.1
+            await FrameStream(theirs, max_payload_bytes=10, peer_id="mallory", minimum_rate=RATE).receive()
+        assert trio.current_time() - began_at < 4 + RATE.limit_s(len(frame)) + 0.1
         nursery.cancel_scope.cancel()
 
 
@@ -117,7 +117,7 @@ async def test_a_pause_between_frames_may_be_as_long_as_it_likes(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
-    frames = FrameStream(theirs, max_payload_bytes=10, pace=PACE)
+    frames = FrameStream(theirs, max_payload_bytes=10, minimum_rate=RATE)
 
     async def pause() -> None:
         await trio.sleep(1000)
@@ -140,13 +140,13 @@ async def test_a_large_frame_may_take_its_time(autojump_clock: trio.testing.Mock
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trickle)
-        received = await FrameStream(theirs, max_payload_bytes=2000, pace=PACE).receive()
+        received = await FrameStream(theirs, max_payload_bytes=2000, minimum_rate=RATE).receive()
     assert received == (step, bytearray(2000))
 
 
 async def test_a_reader_that_takes_nothing_in_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
     ours, theirs = trio.testing.lockstep_stream_pair()
-    frames = FrameStream(ours, max_payload_bytes=10, peer_id="mallory", pace=PACE)
+    frames = FrameStream(ours, max_payload_bytes=10, peer_id="mallory", minimum_rate=RATE)
     began_at = trio.current_time()
     with pytest.raises(PeerVanished, match="took no frame in within 10 s") as caught:
         await frames.send(Attached())

@@ -34,7 +34,7 @@ TABLES = {
     "Receipt": ("Session and chain frames", 0),
     "_Ports": ("Dial-back", 0),
     "_Seen": ("Dial-back", 1),
-    "Living": ("Twins", 0),
+    "LivenessProof": ("Twins", 0),
     "_Ask": ("Evidence", 0),
     "_Answer": ("Evidence", 1),
     "Proof": ("Fraud proofs", 0),

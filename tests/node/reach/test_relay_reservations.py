@@ -180,11 +180,11 @@ async def test_once_nobody_is_needed_the_places_are_let_go(
 async def test_troubles_of_many_strangers_are_forgotten(
     keeper: RelayKeeper, around: Relays, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "_troubles", Recent[str, object](3))
+    monkeypatch.setattr(keeper, "_failures", Recent[str, object](3))
     await trio.sleep(1)
     around.refusing = {str(n) for n in range(10)}
     around.candidates = [RelayCandidate(str(n), ("/ip4/11.0.0.1/tcp/1",)) for n in range(10)]
     for name in keeper.relays:
         around.lose(name)
     await trio.sleep(1)
-    assert len(keeper._troubles) == 3  # pyright: ignore[reportPrivateUsage]
+    assert len(keeper._failures) == 3  # pyright: ignore[reportPrivateUsage]

@@ -14,8 +14,8 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.serve.announcer import TOPIC_PER_S, Offer, announce_interval_s, announce_ttl_s
-from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.announcer import TOPIC_PER_S, Announcer, announce_interval_s, announce_ttl_s
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.routing.announcement import MAX_TTL_S, decode_announcement, encode_announcement
 
 from ..memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
@@ -29,18 +29,20 @@ def runner(checkpoint: Checkpoint) -> SpanRunner:
 
 
 @asynccontextmanager
-async def open_offer(checkpoint: Checkpoint, runner: SpanRunner) -> AsyncGenerator[tuple[Offer, MemorySwarm]]:
+async def open_announcer(
+    checkpoint: Checkpoint, runner: SpanRunner
+) -> AsyncGenerator[tuple[Announcer, MemorySwarm]]:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
         config = ServeConfig(announce_interval_s=INTERVAL_S, announce_min_gap_s=GAP_S, announce_ttl_s=99.0)
-        yield Offer(swarm.member("a"), checkpoint.spec, runner, Pace(12.5), config), swarm
+        yield Announcer(swarm.member("a"), checkpoint.spec, runner, DecodeSpeed(12.5), config), swarm
 
 
 async def test_an_announcement_says_what_is_so_at_the_moment(
     checkpoint: Checkpoint, runner: SpanRunner
 ) -> None:
-    async with open_offer(checkpoint, runner) as (offer, swarm):
+    async with open_announcer(checkpoint, runner) as (announcer, swarm):
         runner.cache.reserve(64)
-        said = offer.announcement()
+        said = announcer.announcement()
         assert (said.peer_id, said.addrs) == ("a", ("/memory/a",))
         assert (said.model, said.revision) == ("tiny-stories", swarm.spec.revision)
         assert (said.span, said.dtype, said.tokens_per_s) == (BlockSpan(2, 4), "float32", 12.5)
@@ -57,8 +59,10 @@ async def test_whatever_a_model_and_a_network_are_called_peers_accept_it(
     async with open_memory_swarm(checkpoint) as swarm:
         member = swarm.member("a")
         monkeypatch.setattr(member.host, "addrs", tuple(f"/ip4/10.0.0.{n}/tcp/1" for n in range(40)))
-        offer = Offer(member, replace(checkpoint.spec, model=name), runner, Pace(1.0), ServeConfig())
-        announcement = decode_announcement(encode_announcement(offer.announcement()))
+        announcer = Announcer(
+            member, replace(checkpoint.spec, model=name), runner, DecodeSpeed(1.0), ServeConfig()
+        )
+        announcement = decode_announcement(encode_announcement(announcer.announcement()))
     assert announcement.model == told
     assert announcement.addrs == member.addrs[:16]
 
@@ -68,10 +72,10 @@ async def test_each_announcement_outdoes_the_one_before_whatever_the_wall_clock_
 ) -> None:
     sequences: list[int] = []
     monkeypatch.setattr("time.time", lambda: 1000.0)
-    async with open_offer(checkpoint, runner) as (offer, _):
+    async with open_announcer(checkpoint, runner) as (announcer, _):
         for wall_clock in (1000.0, 1000.0, 2.0, 2000.0):
             monkeypatch.setattr("time.time", lambda now=wall_clock: now)
-            sequences.append(offer.announcement().sequence)
+            sequences.append(announcer.announcement().sequence)
     assert sequences == list(range(sequences[0], sequences[0] + 4))
 
 
@@ -80,14 +84,14 @@ async def test_what_others_hold_in_a_node_s_name_has_it_announce_above_that_at_o
 ) -> None:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm, trio.open_nursery() as nursery:
         member = swarm.member("a")
-        offer = Offer(
-            member, checkpoint.spec, runner, Pace(12.5), ServeConfig(announce_interval_s=INTERVAL_S)
+        announcer = Announcer(
+            member, checkpoint.spec, runner, DecodeSpeed(12.5), ServeConfig(announce_interval_s=INTERVAL_S)
         )
-        await offer.announce()
-        nursery.start_soon(offer.keep_fresh)
+        await announcer.announce()
+        nursery.start_soon(announcer.keep_fresh)
         await trio.testing.wait_all_tasks_blocked()
         held = member.sequence.last + 10**9
-        member.sequence.outdone(held)
+        member.sequence.overtaken(held)
         while len(swarm.gossip.announced) < 2:  # the count is kept on disk by a thread first
             await trio.lowlevel.checkpoint()
         assert [said.sequence for said in swarm.gossip.announced][1:] == [held + 1]
@@ -99,25 +103,25 @@ async def test_an_announcement_says_what_process_makes_it_and_whom_it_suspects(
 ) -> None:
     async with open_memory_swarm(checkpoint, limit_s=3600) as swarm:
         member = swarm.member("a")
-        offer = Offer(member, checkpoint.spec, runner, Pace(12.5), ServeConfig())
+        announcer = Announcer(member, checkpoint.spec, runner, DecodeSpeed(12.5), ServeConfig())
         mock_clock.jump(30.0)
-        said = offer.announcement()
-        assert (said.instance, said.uptime_s, said.twin) == (member.twins.instance, 30.0, b"")
+        said = announcer.announcement()
+        assert (said.instance, said.uptime_s, said.twin) == (member.duplicates.instance, 30.0, b"")
         assert (said.num_blocks, len(said.instance)) == (checkpoint.spec.num_blocks, 8)
-        member.twins.name(b"somebody")
-        assert offer.announcement().twin == b"somebody"
-        member.twins.taken.set()
-        await offer.withdraw()
+        member.duplicates.name(b"somebody")
+        assert announcer.announcement().twin == b"somebody"
+        member.duplicates.taken.set()
+        await announcer.withdraw()
         assert swarm.gossip.announced == [], "the other one goes on under this identity"
 
 
 async def test_it_is_repeated_once_an_interval_when_nothing_changes(
     checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
 ) -> None:
-    async with open_offer(checkpoint, runner) as (offer, swarm), trio.open_nursery() as nursery:
-        await offer.announce()
-        nursery.start_soon(offer.keep_fresh)
-        offer.touch()  # nothing has changed
+    async with open_announcer(checkpoint, runner) as (announcer, swarm), trio.open_nursery() as nursery:
+        await announcer.announce()
+        nursery.start_soon(announcer.keep_fresh)
+        announcer.touch()  # nothing has changed
         for announced in (1, 2, 3):
             await trio.testing.wait_all_tasks_blocked()
             assert len(swarm.gossip.announced) == announced
@@ -130,13 +134,13 @@ async def test_it_is_repeated_once_an_interval_when_nothing_changes(
 async def test_a_change_is_told_soon_but_never_too_soon_and_a_small_one_waits(
     checkpoint: Checkpoint, runner: SpanRunner, mock_clock: trio.testing.MockClock
 ) -> None:
-    async with open_offer(checkpoint, runner) as (offer, swarm), trio.open_nursery() as nursery:
-        await offer.announce()
-        nursery.start_soon(offer.keep_fresh)
+    async with open_announcer(checkpoint, runner) as (announcer, swarm), trio.open_nursery() as nursery:
+        await announcer.announce()
+        nursery.start_soon(announcer.keep_fresh)
         small, much = runner.cache.capacity_tokens // 64, runner.cache.capacity_tokens // 4
         lease = runner.cache.reserve(much)
         free = runner.cache.free_tokens
-        offer.touch()
+        announcer.touch()
         await trio.testing.wait_all_tasks_blocked()
         assert len(swarm.gossip.announced) == 1
         mock_clock.jump(GAP_S)
@@ -145,21 +149,21 @@ async def test_a_change_is_told_soon_but_never_too_soon_and_a_small_one_waits(
         assert swarm.gossip.announced[-1].free_cache_tokens == free
         mock_clock.jump(GAP_S)
         runner.cache.reserve(small)
-        offer.touch()
+        announcer.touch()
         await trio.testing.wait_all_tasks_blocked()
         assert len(swarm.gossip.announced) == 2
         lease.release()
-        offer.touch()
+        announcer.touch()
         await trio.testing.wait_all_tasks_blocked()
         assert len(swarm.gossip.announced) == 3
         nursery.cancel_scope.cancel()
 
 
 async def test_a_goodbye_takes_the_offer_back(checkpoint: Checkpoint, runner: SpanRunner) -> None:
-    async with open_offer(checkpoint, runner) as (offer, swarm):
-        await offer.announce()
+    async with open_announcer(checkpoint, runner) as (announcer, swarm):
+        await announcer.announce()
         assert len(swarm.view.live(swarm.spec.revision)) == 1
-        await offer.withdraw()
+        await announcer.withdraw()
         assert swarm.view.live(swarm.spec.revision) == []
         assert swarm.gossip.announced[-1].leaving
 

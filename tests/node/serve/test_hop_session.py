@@ -26,9 +26,9 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Opened, Result, Step
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan, StepWork
 from p2pinfer.node.serve.hop_session import HopSession
-from p2pinfer.node.serve.pace import Pace
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
 from p2pinfer.node.serve.worker import BatchReport, Worker
 from p2pinfer.routing.route import Hop, Route
@@ -82,11 +82,11 @@ class Spec:
     hidden_size: int = 2
 
 
-def open_hop(worker: Collector, pace: Pace | None = None) -> tuple[HopSession, FrameStream]:
+def open_hop(worker: Collector, speed: DecodeSpeed | None = None) -> tuple[HopSession, FrameStream]:
     ours, theirs = trio.testing.memory_stream_pair()
     opening = Open(b"s" * 16, "r", 0, 1, 64, "float32")
     served = ServedSpan(
-        cast(ModelSpec, Spec()), cast(SpanRunner, Echo()), cast(Worker, worker), pace or Pace(1.0)
+        cast(ModelSpec, Spec()), cast(SpanRunner, Echo()), cast(Worker, worker), speed or DecodeSpeed(1.0)
     )
     session = HopSession(
         opening,
@@ -162,7 +162,7 @@ async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_pace(
     """Not a prompt, not one that failed, not several at once, not a part of the blocks."""
     noted: list[float] = []
 
-    class Noting(Pace):
+    class Noting(DecodeSpeed):
         def add(self, seconds: float, now: float) -> None:
             noted.append(seconds)
 

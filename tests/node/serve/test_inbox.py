@@ -109,5 +109,5 @@ def test_nothing_is_wanted_of_a_spoilt_session() -> None:
     inbox = Inbox(MAX_TOKENS, CONFIG)
     step = Step(0, 0, 0, 1, 0)
     inbox.take(step, ROW, "a")
-    inbox.is_spoilt = True
+    inbox.saw_nonfinite = True
     assert inbox.is_superseded(step)

@@ -15,7 +15,7 @@ from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.serve import tuning
-from p2pinfer.node.serve.pace import Pace
+from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.tuning import REMEASURE_S, Tuner, candidates, find_threads, quickest
 from p2pinfer.node.serve.worker import open_worker
 
@@ -95,9 +95,9 @@ class Computer:
 class Tuned:
     """A tuner over such a computer, and whether somebody is being served."""
 
-    def __init__(self, computer: Computer, pace: Pace) -> None:
+    def __init__(self, computer: Computer, speed: DecodeSpeed) -> None:
         self.computer = computer
-        self.pace = pace
+        self.speed = speed
         self.sessions = 0
         self.changes = 0
         self.leases: list[CacheLease] = []
@@ -113,11 +113,11 @@ class Tuned:
 async def open_tuner(
     runner: SpanRunner, seconds: dict[int, float], *, threads: int, cores: int, start: float
 ) -> AsyncGenerator[tuple[Tuner, Tuned]]:
-    computer, pace = Computer(runner, seconds), Pace(start)
+    computer, speed = Computer(runner, seconds), DecodeSpeed(start)
     runner.set_threads(threads)
-    tuned = Tuned(computer, pace)
+    tuned = Tuned(computer, speed)
     async with open_worker(64, lambda: computer.now) as worker:
-        tuner = Tuner(runner, worker, pace, tuned.is_idle, threads=threads, cores=cores)
+        tuner = Tuner(runner, worker, speed, tuned.is_idle, threads=threads, cores=cores)
         yield tuner, tuned
 
 
@@ -125,7 +125,7 @@ async def test_a_node_that_has_become_slow_tries_other_numbers(runner: SpanRunne
     async with open_tuner(runner, {1: 0.007, 2: 0.05}, threads=2, cores=2, start=150.0) as (tuner, tuned):
         await tuner.look()
     assert runner.threads == 1
-    assert tuned.pace.tokens_per_s == pytest.approx(1 / 0.007)
+    assert tuned.speed.tokens_per_s == pytest.approx(1 / 0.007)
     assert runner.cache.free_tokens == runner.cache.capacity_tokens
 
 
@@ -133,7 +133,7 @@ async def test_a_number_that_was_asked_for_stays_and_is_measured(runner: SpanRun
     async with open_tuner(runner, {1: 0.007, 3: 0.05}, threads=3, cores=1, start=150.0) as (tuner, tuned):
         await tuner.look()
     assert set(tuned.computer.ran) == {3}
-    assert tuned.pace.tokens_per_s == pytest.approx(20)
+    assert tuned.speed.tokens_per_s == pytest.approx(20)
 
 
 async def test_who_comes_meanwhile_finds_everything_as_it_was(runner: SpanRunner) -> None:
@@ -142,7 +142,7 @@ async def test_who_comes_meanwhile_finds_everything_as_it_was(runner: SpanRunner
         await tuner.look()
         assert tuned.computer.ran == []
     assert runner.threads == 2
-    assert tuned.pace.tokens_per_s == 150.0
+    assert tuned.speed.tokens_per_s == 150.0
     assert runner.cache.free_tokens == runner.cache.capacity_tokens
 
 

@@ -7,7 +7,7 @@ import trio
 
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.swarm.duplicate_identity import TwinWatch
+from p2pinfer.node.swarm.duplicate_identity import DuplicateDetector
 from p2pinfer.node.swarm.live_table import LiveTable, open_announcement
 from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity, new_identity
@@ -138,17 +138,17 @@ async def test_a_view_keeps_time_by_trio_s_clock_and_a_table_of_its_own(identity
 async def test_what_others_hold_in_our_name_goes_to_the_watch_and_to_the_count(
     identity: Identity, clock: Clock
 ) -> None:
-    watch = TwinWatch(identity.peer_id, clock)
-    view, outdone, suspects = LiveTable(clock=clock, twins=watch), list[int](), list[Announcement]()
-    view.on_outdone, watch.on_suspect = outdone.append, suspects.append
+    watch = DuplicateDetector(identity.peer_id, clock)
+    view, overtaken, suspects = LiveTable(clock=clock, duplicates=watch), list[int](), list[Announcement]()
+    view.on_overtaken, watch.on_suspect = overtaken.append, suspects.append
     view.publish(identity, replace(offer(identity, 5), instance=watch.instance))
-    assert (outdone, suspects) == ([], [])
+    assert (overtaken, suspects) == ([], [])
     other = replace(offer(identity, 9), instance=b"somebody")
     view.take(seal(identity, encode_announcement(other)))
-    assert (outdone, suspects) == ([9], [other])
+    assert (overtaken, suspects) == ([9], [other])
     assert watch.suspect == b"somebody"
     view.take(seal(new := new_identity(), encode_announcement(replace(offer(new, 20), instance=b"them"))))
-    assert (outdone, suspects) == ([9], [other]), "others' records are no affair of theirs"
+    assert (overtaken, suspects) == ([9], [other]), "others' records are no affair of theirs"
 
 
 async def test_of_foreign_models_a_few_peers_are_kept(view: LiveTable) -> None:

@@ -50,12 +50,12 @@ def test_a_damaged_file_is_none(tmp_path: Path, content: bytes) -> None:
 def test_a_neighbour_s_memory_is_gone_beyond(tmp_path: Path) -> None:
     restored = at(1.0, tmp_path)
     leaps: list[int] = []
-    restored.when_outdone(lambda: leaps.append(restored.last))
-    restored.outdone(50_000)
+    restored.when_overtaken(lambda: leaps.append(restored.last))
+    restored.overtaken(50_000)
     assert restored.next() == 50_001
-    restored.outdone(50_001)  # our own, come back
-    restored.outdone(7)
-    restored.outdone(MAX_SEQUENCE)  # nothing could follow it
+    restored.overtaken(50_001)  # our own, come back
+    restored.overtaken(7)
+    restored.overtaken(MAX_SEQUENCE)  # nothing could follow it
     assert restored.next() == 50_002
     assert leaps == [50_000]
 

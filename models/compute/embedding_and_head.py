@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
-class Ends:
+class EmbeddingAndHead:
     """Embedding, final norm and head, which a client runs itself.
 
     A head that is tied to the embedding is still held twice on a CPU: packed for the product, which halves
@@ -32,7 +32,7 @@ class Ends:
     def __init__(self, checkpoint: Checkpoint, target: Target, progress: Progress) -> None:
         architecture = describe_architecture(checkpoint.config)
         shape = checkpoint.spec.vocab_size, checkpoint.spec.hidden_size
-        names = end_names(checkpoint)
+        names = embedding_and_head_names(checkpoint)
         weights = Weights(checkpoint, "", names, target, progress)
         self.spec = checkpoint.spec
         self.device = target.device
@@ -67,7 +67,9 @@ class Ends:
             return logits.cpu()
 
 
-def load_ends(checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progress | None = None) -> Ends:
+def load_embedding_and_head(
+    checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progress | None = None
+) -> EmbeddingAndHead:
     """Read the embedding, the final norm and the head.
 
     Raises:
@@ -76,15 +78,15 @@ def load_ends(checkpoint: Checkpoint, config: ComputeConfig, *, progress: Progre
     """
     target = choose_target(config, checkpoint.spec.dtype)
     progress = progress or Silent()
-    progress.start("loading the ends", checkpoint.bytes_of(end_names(checkpoint)))
+    progress.start("loading embedding and head", checkpoint.bytes_of(embedding_and_head_names(checkpoint)))
     try:
-        return Ends(checkpoint, target, progress)
+        return EmbeddingAndHead(checkpoint, target, progress)
     finally:
         progress.done()
 
 
-def end_names(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors that the ends are made of.
+def embedding_and_head_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors of embedding, final norm and head.
 
     A config that ties the head to the embedding is believed only as far as the file agrees: where it holds
     both, each is used, and where it holds one, that is both. transformers 5 does the same.

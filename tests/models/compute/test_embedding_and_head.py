@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pinfer.models.compute.ends import load_ends
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
 
 from ..bounds import bound_of_product
@@ -24,7 +24,7 @@ def test_ends_are_those_of_transformers(
     family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel], dtype: str
 ) -> None:
     """Embedding scales, offset norms, tied heads and soft caps included."""
-    ends = load_ends(family_checkpoint, ComputeConfig(device="cpu", dtype=dtype))
+    ends = load_embedding_and_head(family_checkpoint, ComputeConfig(device="cpu", dtype=dtype))
     model: Any = oracle(family_checkpoint.folder, getattr(torch, dtype))
     ids = [3, 77, 198]
     embedded = ends.embed(ids)
@@ -83,7 +83,7 @@ def test_the_files_own_head_counts_whatever_the_config_says_of_it(
         check_ends(folder)
         return
     with pytest.raises(CheckpointError, match="lacks the tensor"):  # transformers would make it up
-        load_ends(open_checkpoint(folder, "m"), ComputeConfig(device="cpu", dtype="float32"))
+        load_embedding_and_head(open_checkpoint(folder, "m"), ComputeConfig(device="cpu", dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_head_that_is_not_tied_as_the_config_says_is_told(
     if change is not None:
         change(tensors)
     FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    load_ends(open_checkpoint(folder, "mine"), ComputeConfig(device="cpu", dtype="float32"))
+    load_embedding_and_head(open_checkpoint(folder, "mine"), ComputeConfig(device="cpu", dtype="float32"))
     said = [record.message for record in caplog.records if "another head" in record.message]
     assert len(said) == warned
     assert all(message.startswith("the config of mine ties the head") for message in said)
@@ -135,7 +135,7 @@ def check_ends(folder: Path) -> None:
     """The ends are those of transformers, loaded from the same files."""
     auto: Any = AutoModelForCausalLM
     model: Any = auto.from_pretrained(folder, dtype=torch.float32)
-    ends = load_ends(open_checkpoint(folder, "m"), ComputeConfig(device="cpu", dtype="float32"))
+    ends = load_embedding_and_head(open_checkpoint(folder, "m"), ComputeConfig(device="cpu", dtype="float32"))
     hidden = ends.embed([3, 77, 198])
     with torch.inference_mode():
         torch.testing.assert_close(
@@ -154,4 +154,4 @@ def test_a_head_that_is_missing_is_named(tmp_path: Path, write_checkpoint: Calla
         config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
     )
     with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
-        load_ends(open_checkpoint(folder, "mine"), ComputeConfig())
+        load_embedding_and_head(open_checkpoint(folder, "mine"), ComputeConfig())

@@ -22,11 +22,11 @@ LEAST_STEPS: Final = 8  # before these are in, a few later steps do not outweigh
 MATERIAL: Final = 1.25  # what is announced is corrected when it is so many times off
 
 
-class Pace:
+class DecodeSpeed:
     """The tokens per second of a span, from the seconds that its latest steps took."""
 
     def __init__(self, tokens_per_s: float, now: float = 0.0) -> None:
-        """A pace that was measured at the start, on a clock in seconds."""
+        """A speed that was measured at the start, on a clock in seconds."""
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
         self._tokens_per_s = bounded(tokens_per_s)
         self._now = now
@@ -52,9 +52,9 @@ class Pace:
             self.add(each, now)
 
     def differs(self, announced: float) -> bool:
-        """True if the pace is so far from what was announced that others should know."""
-        pace = self.tokens_per_s
-        return not announced / MATERIAL <= pace <= announced * MATERIAL
+        """True if the speed is so far from what was announced that others should know."""
+        speed = self.tokens_per_s
+        return not announced / MATERIAL <= speed <= announced * MATERIAL
 
 
 def bounded(tokens_per_s: float) -> float:

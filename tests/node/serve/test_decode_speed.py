@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pinfer.node.serve.decode_speed import LEAST, LEAST_STEPS, MOST, WINDOW_S, DecodeSpeed, bounded
+
+
+def speed_of(start: float, steps: list[float], *, every_s: float = 0.1) -> DecodeSpeed:
+    speed = DecodeSpeed(start)
+    for index, seconds in enumerate(steps):
+        speed.add(seconds, index * every_s)
+    return speed
+
+
+def test_what_was_measured_at_the_start_gives_way_to_what_steps_take() -> None:
+    """At the start the computer was busy and 21 came out; it gives 152."""
+    assert speed_of(21, []).tokens_per_s == 21
+    assert speed_of(21, [1 / 152] * (LEAST_STEPS - 1)).tokens_per_s == 21
+    assert speed_of(21, [1 / 152] * LEAST_STEPS).tokens_per_s == pytest.approx(152)
+    assert speed_of(286, [1 / 110] * 20).tokens_per_s == pytest.approx(110)
+
+
+def test_a_few_steps_that_something_came_between_change_little() -> None:
+    assert speed_of(100, [0.01] * 40 + [3.0] * 15).tokens_per_s == pytest.approx(100)
+
+
+def test_a_change_that_lasts_is_followed() -> None:
+    assert speed_of(100, [0.01] * 64 + [0.05] * 40).tokens_per_s == pytest.approx(20)
+
+
+def test_steps_of_a_while_ago_count_for_nothing_beside_later_ones() -> None:
+    speed = speed_of(100, [0.01] * 64)
+    for step in range(LEAST_STEPS):
+        speed.add(0.05, 6.3 + WINDOW_S + 1 + step)
+    assert speed.tokens_per_s == pytest.approx(20)
+
+
+def test_after_a_change_only_what_was_measured_since_counts() -> None:
+    speed = speed_of(100, [0.05] * 64)
+    speed.restart([0.005] * 8, 10.0)
+    assert speed.tokens_per_s == pytest.approx(200)
+
+
+def test_only_a_material_difference_is_told() -> None:
+    speed = speed_of(100, [0.01] * 10)
+    assert not speed.differs(100)
+    assert not speed.differs(85)
+    assert not speed.differs(120)
+    assert speed.differs(50)
+    assert speed.differs(200)
+
+
+ANYTHING = st.one_of(st.floats(), st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e-300]))
+
+
+@given(start=ANYTHING, steps=st.lists(ANYTHING, max_size=100), now=st.floats(0, 1e6))
+def test_whatever_a_clock_says_the_speed_can_be_announced(
+    start: float, steps: list[float], now: float
+) -> None:
+    speed = DecodeSpeed(start, now)
+    for seconds in steps:
+        speed.add(seconds, now)
+        assert LEAST <= speed.tokens_per_s <= MOST
+    speed.restart(steps, now)
+    assert LEAST <= speed.tokens_per_s <= MOST
+    assert LEAST <= bounded(start) <= MOST
