@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import shlex
 import socket
 import sys
@@ -25,6 +24,7 @@ import msgspec
 import psutil
 
 from p2pinfer.errors import DataDirInUse
+from p2pinfer.folders import make_private, write_private
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def hold_data_dir(data_dir: Path) -> Generator[None]:
     Raises:
         DataDirInUse: Another node uses it; the message says which one.
     """
-    lock = filelock.FileLock(data_dir / LOCK_FILE)
+    lock = filelock.FileLock(data_dir / LOCK_FILE, mode=0o600)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        make_private(data_dir)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         holder = read_holder(data_dir)
@@ -103,10 +103,5 @@ def _write_holder(data_dir: Path) -> None:
     name = program.parent.name if program.name == "__main__.py" else program.name  # by python -m, or a script
     command = shlex.join([name or "python", *sys.argv[1:]])[:_COMMAND_CHARS]
     holder = Holder(os.getpid(), socket.gethostname(), time.time(), command)
-    draft = data_dir / f".{HOLDER_FILE}.{secrets.token_hex(4)}"
     with suppress(OSError):  # the lock is what counts
-        try:
-            draft.write_text(json.dumps(asdict(holder)), encoding="utf-8")
-            draft.replace(data_dir / HOLDER_FILE)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_private(data_dir / HOLDER_FILE, json.dumps(asdict(holder)).encode())

@@ -24,6 +24,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from p2pinfer.errors import LocalError
+from p2pinfer.folders import create_private, make_private
 
 from .account import NEWCOMER, Account
 from .attestation import Attestation
@@ -176,9 +177,9 @@ def open_store(path: Path, config: LedgerConfig | None = None) -> LedgerStore:
         LocalError: The file cannot be made, read or written, or a later version of p2pinfer made it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         # Of two processes that find the file damaged or absent, one acts and the other finds it done.
-        with FileLock(f"{path}.lock", timeout=BUSY_TIMEOUT_S):
+        with FileLock(f"{path}.lock", timeout=BUSY_TIMEOUT_S, mode=0o600):
             try:
                 connection = _connect(path)
             except sqlite3.DatabaseError as exc:
@@ -209,6 +210,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         sqlite3.DatabaseError: The file is damaged; its subclass OperationalError: it cannot be used now.
         LocalError: It is of a later version.
     """
+    create_private(path)  # SQLite gives what lies beside it the same permissions
     connection = sqlite3.connect(path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 from p2pinfer.errors import AddressUnusable
+from p2pinfer.folders import write_private
 from p2pinfer.node.transport.addresses import check_listen, parse_tcp, without_missing_ipv6
 
 logger = logging.getLogger(__name__)
@@ -42,14 +42,8 @@ def remember_ports(data_dir: Path, listening: Sequence[str]) -> None:
     ports = {**_read(path), **{_place(address): parse_tcp(address)[2] for address in listening}}
     if ports == _read(path):
         return
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(json.dumps(ports), encoding="ascii")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_private(path, json.dumps(ports).encode("ascii"))
     except OSError as exc:
         logger.warning("cannot note in %s where this node listens: %s", path, os.strerror(exc.errno or 0))
 

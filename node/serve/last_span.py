@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any, Final, cast
 
+from p2pinfer.folders import write_private
 from p2pinfer.models.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -20,15 +20,9 @@ _MAX_BYTES: Final = 1 << 12
 def remember_span(data_dir: Path, revision: str, span: BlockSpan) -> None:
     """Note it for `last_span`. What cannot be written is said and does no harm."""
     path = data_dir / FILE_NAME
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     content = json.dumps({"revision": revision, "start": span.start, "stop": span.stop})
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(content, encoding="ascii")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_private(path, content.encode("ascii"))
     except OSError as exc:
         logger.warning("cannot note the served blocks in %s: %s", path, os.strerror(exc.errno or 0))
 

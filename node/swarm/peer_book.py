@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Annotated, Final
 import msgspec
 import trio
 
+from p2pinfer.folders import write_private
 from p2pinfer.node.concurrency.pulse import AutoResetEvent
 from p2pinfer.node.transport.addresses import split_peer
 
@@ -99,17 +98,8 @@ class PeerBook:
         return msgspec.json.encode(noted)
 
     def _write(self, path: Path, encoded: bytes) -> None:
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with draft.open("wb") as file:
-                    file.write(encoded)
-                    file.flush()
-                    os.fsync(file.fileno())
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_private(path, encoded, durable=True)
         except OSError as exc:
             if not self._told:
                 self._told = True

@@ -10,14 +10,14 @@ above it. The wall clock only gives the first number; set back, it does no harm.
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import trio
+
+from p2pinfer.folders import write_private
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +73,8 @@ class Sequence:
         self._reserved = min(self._last + RESERVED, MAX_SEQUENCE)
         if self._path is None:
             return
-        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with draft.open("w", encoding="ascii") as file:
-                    file.write(f"{self._reserved}\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                draft.replace(self._path)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_private(self._path, f"{self._reserved}\n".encode("ascii"), durable=True)
         except OSError as exc:
             logger.warning(
                 "cannot note in %s how far this node's announcements are counted: %s",

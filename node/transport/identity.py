@@ -128,7 +128,7 @@ def _identity_of(key_pair: KeyPair) -> Identity:
 
 def _create(path: Path) -> None:
     """Write a new key so that no reader ever sees half of one, and the first of two writers wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
-import secrets
 import zlib
 from pathlib import Path
 from typing import Annotated, Final
@@ -27,6 +25,7 @@ import msgspec
 from blake3 import blake3
 
 from p2pinfer.errors import ConfigError, LocalError
+from p2pinfer.folders import make_private, write_private
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.sampling_config import LogitsRules
 
@@ -139,17 +138,10 @@ def keep_token(token: str, data_dir: Path) -> str:
     """
     folder = _folder(data_dir)
     name = blake3(token.encode()).hexdigest()[:8]
-    draft = folder / f".{name}.{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(folder / name)
-        finally:
-            draft.unlink(missing_ok=True)
+        make_private(data_dir)
+        make_private(folder)
+        write_private(folder / name, token.encode(), durable=True)
         _drop_oldest(folder, but=name)
     except OSError as exc:
         raise LocalError(f"cannot keep a resume token in {folder}: {exc.strerror or exc}") from exc
