@@ -2,21 +2,24 @@
 
 Whoever knows a digest may have the bytes: the digests of a session are known to its client and its hops, and
 to those whom one of them tells. The asker hashes what comes before anything else sees it. Request and answer
-are each one MessagePack value behind a big-endian u32 length; the contents follow the answer.
+are each one MessagePack value behind a big-endian u32 length; the contents follow the answer. A digest is 32
+bytes and its content megabytes, so answers are limited (`Answers`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Final
 
 import msgspec
 import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.host.answers import Allowance, AnswerLimits, Answers
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.rate_limit import RateLimit
@@ -27,6 +30,12 @@ MAX_DIGESTS: Final = 256  # asked for at once
 MAX_CONTENT_BYTES: Final = 1 << 25  # of one answer
 ASKS_PER_S: Final = 4.0  # of one peer
 ASKS_AT_ONCE: Final = 64
+# An audit asks for 32 MB at most (audit.evidence_bytes), most of them for less than one; a proof is as large.
+LIMITS: Final = AnswerLimits(
+    peer=Allowance(turns=4, burst_bytes=2 * MAX_CONTENT_BYTES, bytes_per_s=2 << 20),
+    address_range=Allowance(turns=8, burst_bytes=4 * MAX_CONTENT_BYTES, bytes_per_s=4 << 20),
+    everybody=Allowance(turns=32, burst_bytes=4 * MAX_CONTENT_BYTES, bytes_per_s=8 << 20),
+)
 _MAX_REQUEST_BYTES: Final = 16_384
 _MAX_ANSWER_BYTES: Final = 4_096
 _TIMEOUT_S: Final = 30.0
@@ -155,23 +164,34 @@ def serve_evidence(
 ) -> None:
     """Answer whoever asks for what the `stores` hold, from now on."""
     asks = RateLimit(ASKS_PER_S, ASKS_AT_ONCE)
+    answers = Answers(LIMITS)
 
     async def answer(stream: PeerStream) -> None:
         if not asks.take(stream.peer_id, clock()):
             raise ProtocolViolation("asks for evidence too often", stream.peer_id)
         host.counts.add("audits", "asked")
-        with trio.move_on_after(_TIMEOUT_S):
+        with answers.turn(stream) as answer, trio.move_on_after(_TIMEOUT_S):
             digests = decode_ask(await _receive_value(stream, bytearray(), _MAX_REQUEST_BYTES))
-            contents = contents_for(stores, digests, clock())
-            sizes = tuple(None if content is None else len(content) for content in contents)
+            sizes = tuple(
+                None if content is None else len(content)
+                for content in contents_for(stores, digests, clock())
+            )
             head = _encoder.encode(_Answer(sizes))
-            await stream.send_all(len(head).to_bytes(4, "big") + head)
-            for content in contents:
-                if content:
-                    await stream.send_all(content)
+            head = len(head).to_bytes(4, "big") + head
+            asked = [(digest, size) for digest, size in zip(digests, sizes, strict=False) if size]
+            total = sum(size for _, size in asked)
+            await answer.send(len(head) + total, chain([head], contents(asked)))
             # After the last byte: a peer that hung up half-way has not been given them.
             for store in stores:
-                store.note_sent(stream.peer_id, digests[: len(contents)])
+                store.note_sent(stream.peer_id, digests[: len(sizes)])
+
+    def contents(asked: Sequence[tuple[bytes, int]]) -> Iterator[Payload]:
+        """One after the other: what the store has dropped meanwhile must not be held for a slow reader."""
+        for digest, size in asked:
+            content = _find(stores, digest, clock())
+            if content is None or len(content) != size:
+                raise PeerVanished("took so long that its evidence is not kept any more")
+            yield content
 
     host.serve(EVIDENCE_PROTOCOL, answer)
 
@@ -221,14 +241,18 @@ def contents_for(
     contents: list[Payload | None] = []
     left = MAX_CONTENT_BYTES
     for digest in digests:
-        found = (store.get(digest, now) for store in stores)
-        content = next((each for each in found if each is not None), None)
+        content = _find(stores, digest, now)
         left -= len(content or b"")
         # A prefix, since sizes go by position. The asker asks again for the rest.
         if left < 0:
             break
         contents.append(content)
     return contents
+
+
+def _find(stores: Sequence[EvidenceStore], digest: bytes, now: float) -> Payload | None:
+    found = (store.get(digest, now) for store in stores)
+    return next((each for each in found if each is not None), None)
 
 
 def decode_ask(encoded: bytes) -> tuple[bytes, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
@@ -12,8 +14,13 @@ async def send_value(stream: trio.abc.SendStream, content: bytes) -> None:
     await stream.send_all(len(content).to_bytes(4, "big") + content)
 
 
-async def receive_value(stream: trio.abc.ReceiveStream, limit: int) -> bytes:
+async def receive_value(
+    stream: trio.abc.ReceiveStream, limit: int, on_progress: Callable[[int], None] = lambda size: None
+) -> bytes:
     """The next value, of `limit` bytes at most; whatever follows it is dropped.
+
+    Args:
+        on_progress: Called with the number of bytes that have come, whenever some have.
 
     Raises:
         PeerVanished: The stream ended before it was complete.
@@ -26,6 +33,7 @@ async def receive_value(stream: trio.abc.ReceiveStream, limit: int) -> bytes:
         if not received:
             raise PeerVanished("the stream ended in the middle of a message")
         buffer += received
+        on_progress(len(buffer))
         if size == 4 and len(buffer) >= 4:
             size = 4 + int.from_bytes(buffer[:4], "big")
             if size > limit + 4:

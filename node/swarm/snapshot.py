@@ -2,9 +2,11 @@
 
 Whoever asks names the records it has, by eight bytes each, and is sent the others: a newcomer all of them, so
 that it need not wait for gossip. It hands over the latest of its own, which gossip may have lost. Notices of
-fraud proofs are among the answer. Request and response are each one MessagePack value behind a big-endian u32
-length; see docs/wire.md. Every record is checked as one from gossip would be. How old it is, is the
-neighbour's word: it may make a record seem younger than it is, by one lifetime at most.
+fraud proofs are among the answer. An answer may be a million times as large as its question, so there are few
+at a time, and those who ask much get the rest later (`Answers`). Request and response are each one
+MessagePack value behind a big-endian u32 length; see docs/wire.md. Every record is checked as one from gossip
+would be. How old it is, is the neighbour's word: it may make a record seem younger than it is, by one
+lifetime at most.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing
 from itertools import islice
 from typing import Annotated, Final
@@ -21,6 +23,14 @@ import msgspec
 import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.host.answers import (
+    GRACE_S,
+    LEAST_BYTES_PER_S,
+    PIECE_BYTES,
+    Allowance,
+    AnswerLimits,
+    Answers,
+)
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
 from p2pinfer.node.transport.peer_stream import PeerStream
@@ -37,7 +47,19 @@ MAX_RESPONSE_BYTES: Final = 1 << 21
 TAG_BYTES: Final = 8  # that stand for a record the asker has
 MAX_TAGS: Final = 4096  # as many records as a table holds
 MAX_REQUEST_BYTES: Final = 1 << 16
-_TIMEOUT_S: Final = 10.0
+_ARRAY_BYTES: Final = 3  # before the entries of a response
+_ENTRY_BYTES: Final = (
+    13  # of one, beside its record: an array's byte, up to three of a length, nine of a number
+)
+# A newcomer takes a table once, of 2 MB at most, and a few kilobytes a minute from then on. A bootstrap node
+# gives whole tables to a dozen newcomers a second, of 100 peers each.
+LIMITS: Final = AnswerLimits(
+    peer=Allowance(turns=2, burst_bytes=2 * MAX_RESPONSE_BYTES, bytes_per_s=32 << 10),
+    address_range=Allowance(turns=8, burst_bytes=4 * MAX_RESPONSE_BYTES, bytes_per_s=256 << 10),
+    everybody=Allowance(turns=64, burst_bytes=4 * MAX_RESPONSE_BYTES, bytes_per_s=1 << 20),
+)
+_QUESTION_S: Final = 10.0  # for a request to come
+_PACED_S: Final = 2.0  # that an answer may wait for its budgets; what is beyond that is left out
 
 
 class _Request(msgspec.Struct, frozen=True, array_like=True):
@@ -61,17 +83,26 @@ _responses: Final[msgspec.msgpack.Decoder[list[_Entry]]] = msgspec.msgpack.Decod
 def serve_snapshots(host: Host, view: LiveTable, proofs: ProofCarrier | None = None) -> None:
     """Answer whoever asks for our table, and for notices of the proofs that we hold, from now on."""
 
+    answers = Answers(LIMITS)
+
     async def answer(stream: PeerStream) -> None:
-        with trio.move_on_after(_TIMEOUT_S):
-            request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
+        with answers.turn(stream) as answer:
+            with trio.move_on_after(_QUESTION_S) as patience:
+                request = decode_request(await receive_value(stream, MAX_REQUEST_BYTES))
+            if patience.cancelled_caught:
+                raise PeerVanished("asked for a snapshot and did not say of what", stream.peer_id)
             if request.own:
                 _take_own(view, stream.peer_id, request.own)
-            records = _records(view, proofs, request.revision)
-            # What we remember of the asker, expired or not: it may have lost count of its announcements.
-            said = {record for record, _ in records}
-            of_asker = [each for each in view.records_of(stream.peer_id) if each[0] not in said]
-            records = without([*of_asker, *records], request.known)
-            await send_value(stream, encode_response(records))
+            records = without(_of_interest(stream.peer_id, request.revision), request.known)
+            fitting = _fitting(records, min(MAX_RESPONSE_BYTES, answer.bytes_within(_PACED_S)))
+            size = _encoded_size(fitting)
+            await answer.send(4 + size, (size.to_bytes(4, "big"), *_encoded(fitting)))
+
+    def _of_interest(peer_id: str, revision: str | None) -> list[tuple[bytes, float]]:
+        records = _records(view, proofs, revision)
+        # What we remember of the asker, expired or not: it may have lost count of its announcements.
+        said = {record for record, _ in records}
+        return [*(each for each in view.records_of(peer_id) if each[0] not in said), *records]
 
     host.serve(SNAPSHOT_PROTOCOL, answer)
 
@@ -93,13 +124,20 @@ async def fetch_snapshot(
         PeerError: The peer is gone, does not answer in time, or answers nonsense.
     """
     try:
-        with trio.fail_after(_TIMEOUT_S):
+        with trio.fail_after(GRACE_S) as patience:
+            latest = patience.deadline
+
+            def be_patient(received: int) -> None:
+                patience.deadline = (
+                    latest + received / LEAST_BYTES_PER_S
+                )  # a thin line takes a minute for 1 MB
+
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
                 known = tags(_records(view, proofs, revision))
                 await send_value(stream, _encoder.encode(_Request(revision, known, view.latest_own())))
-                entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES))
+                entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES, be_patient))
     except trio.TooSlowError as exc:
-        raise PeerVanished(f"no snapshot in {_TIMEOUT_S:g} s", peer_id) from exc
+        raise PeerVanished(f"no snapshot in {GRACE_S:g} s, or a very slow one", peer_id) from exc
     except ProtocolViolation as exc:
         exc.peer_id = peer_id
         raise
@@ -146,20 +184,47 @@ def _tag(record: bytes) -> bytes:
 
 def without(records: list[tuple[bytes, float]], known: bytes) -> list[tuple[bytes, float]]:
     """Records that `known` has no tag of."""
+    if not known:
+        return records
     has = {known[at : at + TAG_BYTES] for at in range(0, len(known), TAG_BYTES)}
     return [(record, age_s) for record, age_s in records if _tag(record) not in has]
 
 
-def encode_response(records: list[tuple[bytes, float]]) -> bytes:
-    """The youngest records that fit a response."""
+def encode_response(records: Sequence[tuple[bytes, float]]) -> bytes:
+    """The first records, as many as fit a response."""
+    return b"".join(_encoded(_fitting(records, MAX_RESPONSE_BYTES)))
+
+
+def _fitting(records: Sequence[tuple[bytes, float]], max_bytes: int) -> list[_Entry]:
     entries: list[_Entry] = []
-    left = MAX_RESPONSE_BYTES - 16
+    left = max_bytes - _ARRAY_BYTES
     for record, age_s in records[:MAX_RECORDS]:
-        left -= len(record) + 16
+        left -= len(record) + _ENTRY_BYTES
         if left < 0:
             break
         entries.append(_Entry(record, max(age_s, 0.0)))
-    return _encoder.encode(entries)
+    return entries
+
+
+def _encoded(entries: Sequence[_Entry]) -> Iterator[bytes]:
+    """MessagePack of `entries` in pieces, each made when it is asked for.
+
+    Like `_encoder.encode(entries)`, which would hold all of it for as long as the asker does not read.
+    """
+    # array 16 stores an array of up to 65535 elements: 0xdc, a big-endian u16. -- MessagePack, array format
+    piece = bytearray(b"\xdc" + len(entries).to_bytes(2, "big"))
+    for entry in entries:
+        piece += _encoder.encode(entry)
+        if len(piece) >= PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
+    yield bytes(piece)
+
+
+def _encoded_size(entries: Sequence[_Entry]) -> int:
+    return _ARRAY_BYTES + sum(
+        _ENTRY_BYTES - (len(entry.record) < 256) + len(entry.record) for entry in entries
+    )
 
 
 def decode_request(encoded: bytes) -> _Request:

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import psutil
 
@@ -17,6 +18,7 @@ from .identity import is_peer_id
 _TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(?:/p2p/([^/\s]+))?/?\Z", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", re.ASCII)
 CIRCUIT = "/p2p-circuit"
+_RELAY = re.compile(r"/p2p/([^/]+)/p2p-circuit")
 
 
 def parse_tcp(address: str) -> tuple[str, str, int, str]:
@@ -76,6 +78,45 @@ def split_peer(address: str) -> tuple[str, str]:
     if not peer_id:
         raise ValueError(f"{address!r} does not end in /p2p/<peer id>")
     return f"/{protocol}/{host}/tcp/{port}", peer_id
+
+
+@lru_cache(maxsize=4096)  # 20 us a time otherwise
+def line_of(ip: str) -> str:
+    """The addresses that one line may have: an IPv4 address, or the /56 of an IPv6 address.
+
+    A provider gives an IPv6 customer a /56, /60 or /64, and each device picks its addresses there.
+    """
+    return _network(ip, 32, 56)
+
+
+@lru_cache(maxsize=4096)
+def range_of(ip: str) -> str:
+    """The addresses that one customer may have at most: the /24 of an IPv4 address, the /48 of IPv6."""
+    return _network(ip, 24, 48)
+
+
+def range_of_connection(remote: tuple[str, int] | None, addresses: Sequence[object]) -> str:
+    """The address range that a connection counts for: the peer's, or the relay that carries it.
+
+    Args:
+        remote: IP address and port of the peer; None through a relay.
+        addresses: Multiaddrs of the connection, of which a relayed one's names the relay.
+    """
+    if remote is not None:
+        return range_of(remote[0])
+    relay = next((found[1] for each in addresses if (found := _RELAY.search(str(each)))), "")
+    return f"relay {relay}"
+
+
+def _network(ip: str, ipv4_bits: int, ipv6_bits: int) -> str:
+    try:
+        address = ipaddress.ip_address(ip.partition("%")[0])
+    except ValueError:  # a pair of Unix sockets, or a test's
+        return ip
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    bits = ipv4_bits if address.version == 4 else ipv6_bits
+    return str(ipaddress.ip_network(f"{address}/{bits}", strict=False))
 
 
 def check_listen(addresses: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from p2pinfer.errors import PeerVanished
 from p2pinfer.node.concurrency.shield import shielded
 
+from .addresses import range_of_connection
 from .yamux_stream import YamuxStream
 
 RECEIVE_BYTES = 1 << 18  # what is handed out at once to those who do not say how much they want
@@ -48,6 +49,12 @@ class PeerStream(trio.abc.Stream):
     def remote_address(self) -> tuple[str, int] | None:
         """The IP address and port that the peer's connection comes from; None through a relay."""
         return self.muxed.get_remote_address()
+
+    @property
+    def address_range(self) -> str:
+        """The addresses that limits count together with the peer's: see `addresses.range_of_connection`."""
+        connection = self.muxed.muxed_conn
+        return range_of_connection(self.remote_address, connection.get_transport_addresses())
 
     @property
     def is_inbound(self) -> bool:

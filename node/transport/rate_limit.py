@@ -16,10 +16,22 @@ class RateLimit:
         # By key: what was left, and when. Who has been quiet longest starts afresh.
         self._buckets = Recent[str, tuple[float, float]](max_remembered)
 
-    def take(self, key: str, now: float) -> bool:
-        """Take one token of `key`; False if it has none left."""
+    def left(self, key: str, now: float) -> float:
+        """Tokens that `key` has."""
         left, since = self._buckets.get(key, (float(self._at_once), now))
-        left = min(left + (now - since) * self._per_s, float(self._at_once))
-        allowed = left >= 1
-        self._buckets[key] = (left - allowed, now)
+        return min(left + (now - since) * self._per_s, float(self._at_once))
+
+    def take(self, key: str, now: float, amount: float = 1) -> bool:
+        """Take tokens of `key`; False, with nothing taken, if it has not so many."""
+        left = self.left(key, now)
+        allowed = left >= amount
+        self._buckets[key] = (left - amount * allowed, now)
         return allowed
+
+    def spend(self, key: str, now: float, amount: float) -> None:
+        """Take tokens of `key` whether or not it has them: what is missing is waited for the next time."""
+        self._buckets[key] = (self.left(key, now) - amount, now)
+
+    def wait_s(self, key: str, now: float, amount: float = 1) -> float:
+        """Seconds until `key` has so many tokens, which may not be more than there are at once."""
+        return max(0.0, (min(amount, self._at_once) - self.left(key, now)) / self._per_s)

@@ -213,7 +213,7 @@ async def test_a_peer_that_answers_nonsense_is_named(
 async def test_a_peer_that_does_not_answer_is_given_up(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.swarm.snapshot._TIMEOUT_S", 0.1)
+    monkeypatch.setattr("p2pinfer.node.swarm.snapshot.GRACE_S", 0.1)
     silent, newcomer = await start_host(), await start_host()
 
     async def say_nothing(stream: PeerStream) -> None:

@@ -31,10 +31,17 @@ class MemoryStream(trio.abc.Stream):
     """One end of a pipe to `peer_id`, with what `PeerStream` adds to a trio stream."""
 
     def __init__(
-        self, pipe: trio.abc.Stream, peer_id: str, frozen: dict[str, trio.Event], *, is_relayed: bool = False
+        self,
+        pipe: trio.abc.Stream,
+        peer_id: str,
+        frozen: dict[str, trio.Event],
+        *,
+        is_relayed: bool = False,
+        address_range: str = "",
     ) -> None:
         """What is sent to or received from a `frozen` peer waits until it is thawed."""
         self.peer_id = peer_id
+        self.address_range = address_range or peer_id
         self.is_relayed = is_relayed
         self._pipe = pipe
         self._frozen = frozen
@@ -88,6 +95,7 @@ class MemoryNetwork:
         self.hosts: dict[str, MemoryHost] = {}
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
         self.frozen: dict[str, trio.Event] = {}
+        self.ranges: dict[str, str] = {}  # address ranges of peers; a peer that is not here has its own
 
     def host(self, peer_id: str) -> Host:
         self.hosts[peer_id] = MemoryHost(self, peer_id)
@@ -159,7 +167,9 @@ class MemoryHost:
         stream = MemoryStream(ours, peer_id, self._network.frozen, is_relayed=is_relayed)
         self._network.streams.append((self.peer_id, peer_id, stream))
         answer = there.handlers[protocol]
-        self._network.nursery.start_soon(_answer, answer, MemoryStream(theirs, self.peer_id, {}))
+        address_range = self._network.ranges.get(self.peer_id, "")
+        far_end = MemoryStream(theirs, self.peer_id, {}, address_range=address_range)
+        self._network.nursery.start_soon(_answer, answer, far_end)
         return cast(PeerStream, stream)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+import msgspec
 import pytest
 import trio
 from hypothesis import given
@@ -15,6 +16,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.evidence.store import (
     ASKS_AT_ONCE,
     EVIDENCE_PROTOCOL,
+    LIMITS,
     MAX_CONTENT_BYTES,
     MAX_DIGESTS,
     EvidenceStore,
@@ -136,6 +138,42 @@ async def test_who_asks_too_often_is_cut_off() -> None:
         with pytest.raises(PeerError):
             await fetch_evidence(client, "hop", [bytes(32)])
         assert await fetch_evidence(network.host("another"), "hop", [bytes(32)]) == {}
+
+
+async def test_megabytes_are_handed_out_in_a_burst_and_then_at_a_rate(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A digest is 32 bytes long, and may be asked for again and again."""
+    async with open_nursery() as nursery:
+        network, store = MemoryNetwork(nursery), EvidenceStore(64 << 20, keep_s=1000)
+        serve_evidence(network.host("hop"), store)
+        store.add(SESSION, pairs(bytes(8 << 20)), trio.current_time())
+        client, times = network.host("client"), [trio.current_time()]
+        for _ in range(20):
+            await fetch_evidence(client, "hop", [digest_of(bytes(8 << 20))])
+            times.append(trio.current_time())
+        burst = LIMITS.peer.burst_bytes // (8 << 20)
+        assert times[burst] - times[0] < 0.1
+        assert times[-1] - times[0] == pytest.approx(
+            (20 - burst) * (8 << 20) / LIMITS.peer.bytes_per_s, abs=1
+        )
+
+
+async def test_what_the_store_has_dropped_is_not_held_for_a_slow_reader() -> None:
+    async with open_nursery() as nursery:
+        network, store = MemoryNetwork(nursery), EvidenceStore(4 << 20, keep_s=1000)
+        serve_evidence(network.host("hop"), store)
+        store.add(b"old", pairs(bytes(1 << 20), b"x" * 100_000), 0)
+        stream = await network.host("client").open_stream("hop", EVIDENCE_PROTOCOL)
+        ask = msgspec.msgpack.encode([[digest_of(bytes(1 << 20)), digest_of(b"x" * 100_000)]])
+        await stream.send_all(len(ask).to_bytes(4, "big") + ask)
+        received = len(await stream.receive_some(1))
+        for number in range(4):
+            store.add(b"new%d" % number, pairs(bytes([number + 1]) * (1 << 20)), 0)
+        with suppress(PeerError):
+            while received < (1 << 20) + 100_000 and (more := await stream.receive_some(1 << 16)):
+                received += len(more)
+        assert received < (1 << 20) + 1000  # the rest of what was being sent, and none of what came after it
 
 
 def answering(head: bytes, content: bytes = b"") -> Callable[[PeerStream], Awaitable[None]]:
