@@ -28,11 +28,11 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proofs import ProofDecision
 from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
+from p2pinfer.routing.address_ranges import ranges_of
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.coordinates import Coordinate, distance_ms
 from p2pinfer.routing.cost import route_cost
-from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.policy import Fastest, RiskAdjusted, RoutingPolicy, ask_policy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 
@@ -229,8 +229,8 @@ class World:
             if self._free[peer_id] > 0
         ]
         for candidate in candidates:
-            if client.ledger.is_banned(candidate.peer_id):
-                client.ledger.note_ranges(candidate.peer_id, ranges_of(candidate.announcement.addrs), now)
+            if candidate.found_in and client.ledger.is_banned(candidate.peer_id):
+                client.ledger.note_ranges(candidate.peer_id, candidate.found_in, now)
         return ask_policy(client.policy, candidates, self._request(client), client.ledger)[0]
 
     def _session(self, client: Client, now: float, tally: Tally) -> None:
@@ -392,7 +392,8 @@ class World:
     def _seen_by(self, client: Client, candidate: Candidate) -> Candidate:
         place = candidate.announcement.coordinate
         assert place is not None
-        return Candidate(candidate.announcement, rtt_ms=distance_ms(client.place, place))
+        found_in = ranges_of(candidate.announcement.addrs)  # nobody announces what is not its own
+        return Candidate(candidate.announcement, distance_ms(client.place, place), found_in=found_in)
 
     def _request(self, client: Client) -> RouteRequest:
         spoilt = client.ledger.spoilt_ranges(self.round * ROUND_S)

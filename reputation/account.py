@@ -56,8 +56,9 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         passed, failed, suspected, inconclusive, withheld: Audits ever, by verdict.
         sessions, failures: Sessions ever, and those the peer ended.
         proofs_verified, proofs_false: What came of the fraud proofs that this peer sent us.
+        proofs_useful: Those of the verified ones that were about peers observed here.
         forgiven_at: Bans from before do not count.
-        ranges: Of the addresses that it announced when it had been banned.
+        ranges: Of the addresses where it was found, once it had been banned.
     """
 
     alpha: _Pseudo = 1.0
@@ -75,6 +76,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     failures: _Tally = 0
     proofs_verified: _Tally = 0
     proofs_false: _Tally = 0
+    proofs_useful: _Tally = 0
     first_seen: _Time = 0.0
     last_seen: _Time = 0.0
     last_audit: _Time = 0.0
@@ -101,6 +103,19 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """The posterior mean of own audits."""
         return self.alpha / (self.alpha + self.beta)
 
+    @property
+    def is_met(self) -> bool:
+        """True if this process or its user has something to say of the peer that nobody told them."""
+        observed = self.sessions or self.passed or self.failed or self.suspected or self.inconclusive
+        by_user = self.vouched or self.forgiven_at or (self.ban is not None and self.ban.by != "proof")
+        return bool(observed or by_user)
+
+    @property
+    def latest(self) -> float:
+        """The latest time in the record."""
+        banned_at = 0.0 if self.ban is None else self.ban.at
+        return max(self.as_of, self.last_seen, self.last_audit, self.forgiven_at, banned_at)
+
     def is_newcomer(self, config: LedgerConfig) -> bool:
         """True if there were too few audits to tell, and none of them failed."""
         return self.failed == 0 and not self.vouched and self.passed < config.newcomer_audits
@@ -118,13 +133,19 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 NEWCOMER = Account()
 
 
-def after_session(account: Account, ok: bool, now: float, why: str, config: LedgerConfig) -> Account:
-    """The peer stayed until a session was done, or ended it."""
+def after_session(
+    account: Account, ok: bool, now: float, why: str, config: LedgerConfig, share: float = 1.0
+) -> Account:
+    """The peer stayed until a session was done, or ended it.
+
+    Args:
+        share: Of the fault, as far as it is known to be the peer's.
+    """
     account = seen(account, now)
     now = max(now, account.as_of)  # time does not run backwards
     left = _left(now - account.as_of, config)
-    good, bad = account.good * left + ok, account.bad * left + (not ok)
-    scale = min(1.0, config.max_evidence / (good + bad))
+    good, bad = account.good * left + ok * share, account.bad * left + (not ok) * share
+    scale = min(1.0, config.max_evidence / (good + bad)) if good + bad else 1.0
     account = _changed(
         account,
         good=good * scale,
@@ -176,11 +197,19 @@ def after_withholding(account: Account, now: float, why: str, config: LedgerConf
     return _changed(account, withheld=account.withheld + 1, inconclusive=account.inconclusive + 1)
 
 
-def after_proof(account: Account, verified: bool, now: float) -> Account:
-    """A fraud proof that the peer sent was checked."""
+def after_proof(account: Account, verified: bool, now: float, *, useful: bool = True) -> Account:
+    """A fraud proof that the peer sent was checked.
+
+    Args:
+        useful: Whether it was about a peer that was observed here.
+    """
     account = seen(account, now)
     if verified:
-        return _changed(account, proofs_verified=account.proofs_verified + 1)
+        return _changed(
+            account,
+            proofs_verified=account.proofs_verified + 1,
+            proofs_useful=account.proofs_useful + useful,
+        )
     account = _changed(account, proofs_false=account.proofs_false + 1)
     return noted(account, now, "sent a fraud proof that proves nothing")
 
@@ -194,7 +223,7 @@ def banned(account: Account, now: float, by: Literal["user", "audits", "proof"],
 
 
 def located(account: Account, ranges: tuple[str, ...]) -> Account:
-    """A banned peer announces addresses of these ranges."""
+    """A banned peer was found at addresses of these ranges."""
     return account if account.ban is None else _changed(account, ranges=ranges)
 
 
@@ -227,6 +256,7 @@ def merged(ours: Account, theirs: Account) -> Account:
         **_fields(sessions, "good", "bad", "as_of", "sessions", "failures"),
         proofs_verified=max(ours.proofs_verified, theirs.proofs_verified),
         proofs_false=max(ours.proofs_false, theirs.proofs_false),
+        proofs_useful=max(ours.proofs_useful, theirs.proofs_useful),
         first_seen=min(seen_first, default=0.0),
         last_seen=max(ours.last_seen, theirs.last_seen),
         forgiven_at=forgiven_at,

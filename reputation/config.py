@@ -23,8 +23,14 @@ class LedgerConfig:
     attestation_ttl_s: float = 7 * 86400.0  # seconds for which an attestation counts
     max_attesters: int = 256  # of whom an attestation is kept
     proofs_per_hour: float = 6.0  # of one sender in good standing
-    max_proofs_per_hour: float = 60.0  # of all strangers together; half as many again of known senders
+    # of all strangers together, about peers met here and as many about others; half as many of known senders
+    max_proofs_per_hour: float = 60.0
     least_proofs_per_hour: float = 6.0  # of all strangers together, however many of theirs were false
     spoilt_h: float = 168.0  # hours for which newcomers from a banned peer's address range are not tried
     max_proofs: int = 10_000  # content addresses remembered
-    max_peers: int = 20_000  # peers remembered; beyond that the longest unseen are forgotten
+    max_peers: int = (
+        20_000  # peers met here that are remembered; beyond that the longest unseen are forgotten
+    )
+    max_told_bans: int = 10_000  # peers banned on a proof and never met; beyond that no more are taken
+    told_ban_h: float = 720.0  # hours after which such a ban may go for a younger one
+    max_senders: int = 2_000  # peers known only by proofs that they sent

@@ -20,7 +20,7 @@ from .account import Account, AuditResult
 from .attestation import Attestation, Verify, open_attestation, own_attestation
 from .config import LedgerConfig
 from .explain import explain as explain_peer
-from .proofs import ProofDecision, ProofNote, ProofState, decide
+from .proofs import ProofDecision, ProofGate, ProofNote, ProofState
 from .records import Records
 from .score import Score, audit_probability, score_of
 from .store import FILE_NAME, Change, open_store
@@ -36,8 +36,9 @@ __all__ = ["Ledger", "LedgerConfig", "open_ledger"]
 class Ledger:
     """Every peer's record; a `ReputationView`. In memory, unless made by `Ledger.open`.
 
-    Its time is that of the latest event it was told of, in seconds of any clock that only runs forward; a
-    ledger that is kept needs the wall clock. Safe to use from several threads.
+    Its time is that of the latest event it was told of, in seconds of any clock; a ledger that is kept needs
+    the wall clock. Where that was ahead and is put right, the ledger is as well. Safe to use from several
+    threads.
 
     Args:
         banned: Peers the user wants nothing to do with.
@@ -53,6 +54,7 @@ class Ledger:
     ) -> None:
         self.config = config or LedgerConfig()
         self._records = Records(self.config)
+        self._proofs = ProofGate(self._records, self.config)
         for peer_id in banned:
             self.ban(peer_id)
         for peer_id in vouched:
@@ -116,9 +118,14 @@ class Ledger:
             peer_id, partial(accounts.after_session, ok=True, now=now, why="", config=self.config), now
         )
 
-    def record_failure(self, peer_id: str, now: float, why: str = "") -> None:
-        """The peer refused, vanished, broke protocol, or sent no receipt or a broken one."""
-        change = partial(accounts.after_session, ok=False, now=now, why=why, config=self.config)
+    def record_failure(self, peer_id: str, now: float, why: str = "", *, share: float = 1.0) -> None:
+        """The peer refused, vanished, broke protocol, or sent no receipt or a broken one.
+
+        Args:
+            share: Of the fault, as far as it is known to be the peer's, 0..1: a half where one neighbour's
+                word stands against the other's.
+        """
+        change = partial(accounts.after_session, ok=False, now=now, why=why, config=self.config, share=share)
         self._records.change(peer_id, change, now)
 
     def record_audit(
@@ -179,43 +186,39 @@ class Ledger:
         self._records.change(peer_id, partial(accounts.merged, theirs=accounts.not_after(record, now)), now)
 
     def note_ranges(self, peer_id: str, ranges: Iterable[str], now: float) -> None:
-        """A banned peer announces addresses of these ranges. Of one that is not banned nothing is kept."""
+        """A banned peer was found at addresses of these ranges. Of one that is not banned nothing is kept.
+
+        Only ranges in which somebody has seen it count: anybody may announce any address.
+        """
         account, known = self.account(peer_id), tuple(sorted(ranges))[: accounts.MAX_RANGES]
         if account.ban is not None and account.ranges != known:
             self._records.change(peer_id, partial(accounts.located, ranges=known), now)
 
     def spoilt_ranges(self, now: float) -> frozenset[str]:
         """Address ranges of peers that were banned not long ago: who is new there may be the same again."""
-        since = now - self.config.spoilt_h * 3600
         with self._records.lock:
-            return frozenset(
-                each
-                for account in self._records.accounts.values()
-                if account.ban is not None and account.ban.at >= since
-                for each in account.ranges
-            )
+            self.advance(now)
+            return self._records.roster.spoilt.since(now - self.config.spoilt_h * 3600)
 
     # ------------------------------------------------------------------ fraud proofs
 
     def weigh_proof(self, address: str, accused: str, sender: str, now: float) -> ProofDecision:
-        """Decide if a proof that `sender` tells of is worth fetching, and note it as seen if it is.
+        """Decide if a proof that `sender` tells of is worth fetching, and note it as heard of if it is.
 
         Args:
             address: The proof's content address.
         """
         with self._records.lock:
-            decision = decide(
-                address,
-                accused,
-                sender,
-                now,
-                proofs=self._records.proofs,
-                accounts=self._records.accounts,
-                config=self.config,
-            )
+            self.advance(now)
+            decision = self._proofs.hear(address, accused, sender, now)
             if decision is ProofDecision.FETCH:
-                self._records.note_proof(address, ProofNote(accused, sender, "seen", now))
+                self._records.note_heard(address, ProofNote(accused, sender, "seen", now))
             return decision
+
+    def may_examine(self, address: str, accused: str, sender: str, now: float) -> bool:
+        """True if a proof that is here may be run again; others may have been checked since it was told."""
+        with self._records.lock:
+            return self._proofs.weigh(address, accused, sender, now) is ProofDecision.FETCH
 
     def add_proof(
         self,
@@ -241,7 +244,11 @@ class Ledger:
             state: ProofState = "verified" if verified else "false"
             self._records.note_proof(address, ProofNote(accused, sender, state, now))
             if sender:
-                self._records.change(sender, partial(accounts.after_proof, verified=verified, now=now), now)
+                useful = self.account(accused).is_met
+                change = partial(accounts.after_proof, verified=verified, now=now, useful=useful)
+                self._records.change(sender, change, now)
+                if useful and verified:
+                    self._proofs.found_useful(sender)
             if verified:
                 reason = f"a fraud proof was checked and holds: {why or address}"
                 if not self.is_banned(accused):
@@ -251,7 +258,7 @@ class Ledger:
     def proofs(self) -> dict[str, ProofNote]:
         """The proofs heard of, by content address."""
         with self._records.lock:
-            return dict(self._records.proofs)
+            return {**self._records.unchecked, **self._records.proofs}
 
     # ------------------------------------------------------------------ attestations
 

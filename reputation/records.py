@@ -9,41 +9,51 @@ kept, and tried again with the next flush.
 Others read while an event is noted, and some without the lock: a peer's record is replaced, never taken out
 and put back, since in between one that is banned would be a stranger.
 
-Memory is bounded: beyond the limits of `LedgerConfig` the longest unseen peer goes, the oldest proof, and who
-weighs least of those that attest.
+Memory is bounded: beyond the limits of `LedgerConfig` a peer goes (roster.py says which), the oldest proof,
+and who weighs least of those that attest. Who goes here is deleted in the file, unless another process has
+met it since.
+
+Time is what the last event says. A clock that was ahead and is put right goes back, and takes with it every
+time that only the wrong clock can have given: else those would be recent for as long as the clock was off.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from p2pinfer.errors import LocalError
+from p2pinfer.recent import Recent
 
-from .account import NEWCOMER, Account
+from .account import Account, not_after
 from .attestation import Attestation, attested_evidence, weight
 from .config import LedgerConfig
 from .proofs import ProofNote
+from .roster import CLOCK_SLACK_S, Roster
 from .store import Change, Changes, LedgerStore
 
 _MAX_UNWRITTEN: Final = 100_000  # changes kept while the file cannot be written; beyond that the oldest go
+_MAX_UNCHECKED: Final = 1024  # proofs that were heard of and not checked yet
 
 
 class Records:
     """Accounts, attestations and notes of proofs. Hold `lock` to read several things as of one moment.
 
     Attributes:
-        accounts: By peer id, the one met last at the end. One of them may be read without the lock.
+        roster: The accounts. One of them may be read without the lock.
         attestations: The latest of each author.
-        proofs: By content address.
-        now: The latest time that anything was told of.
+        proofs: Those that were checked, by content address.
+        unchecked: Those that were only heard of. They are in no file: of them there is no end.
+        now: The time of the latest event.
     """
 
     def __init__(self, config: LedgerConfig) -> None:
-        self.accounts: OrderedDict[str, Account] = OrderedDict()
+        self.roster = Roster(config)
         self.attestations: dict[str, Attestation] = {}
         self.proofs: dict[str, ProofNote] = {}
+        self.unchecked = Recent[str, ProofNote](_MAX_UNCHECKED)
         self.now = 0.0
         self.lock = threading.RLock()  # of all in this class but `_writing`
         self._config = config
@@ -67,9 +77,14 @@ class Records:
 
     # ------------------------------------------------------------------ what they say
 
+    @property
+    def accounts(self) -> Mapping[str, Account]:
+        """Accounts by peer id, the one met last at the end."""
+        return self.roster.accounts
+
     def account(self, peer_id: str) -> Account:
         """The peer's record; a stranger's is empty."""
-        return self.accounts.get(peer_id, NEWCOMER)
+        return self.roster.get(peer_id)
 
     def attested(self, peer_id: str) -> tuple[float, float]:
         """Good and bad audits that the peer is credited with on the word of others."""
@@ -92,23 +107,53 @@ class Records:
     # ------------------------------------------------------------------ what changes them
 
     def advance(self, now: float) -> None:
-        """Let time pass."""
-        self.now = max(self.now, now)
+        """Let time pass. It goes back where the clock that gave the latest time was ahead by much."""
+        if now >= self.now:
+            self.now = now
+        elif self.now - now > CLOCK_SLACK_S:
+            with self.lock:
+                self.now = now
+                self._set_back(now)
 
     def change(self, peer_id: str, change: Change, now: float) -> None:
-        """Something happened to do with the peer."""
+        """Something happened to do with the peer. What comes late does not turn time back for others."""
         with self.lock:
-            self.advance(now)
-            _put_last(self.accounts, peer_id, change(self.account(peer_id)))
-            if self._store is not None:
-                self._changes.accounts.append((peer_id, change))
-            self._attested = None if self.attestations else {}
-            if len(self.accounts) > self._config.max_peers:
-                self._forget_one()
+            self.now = max(self.now, now)
+            if self.account(peer_id).latest > now + CLOCK_SLACK_S:
+                self._change(peer_id, partial(not_after, now=now))
+            self._change(peer_id, change)
+
+    def _change(self, peer_id: str, change: Change) -> None:
+        self.roster.put(peer_id, change(self.account(peer_id)))
+        if self._store is not None:
+            self._changes.accounts.append((peer_id, change))
+        self._note_dropped()
+        self._attested = None if self.attestations else {}
+
+    def _note_dropped(self) -> None:
+        """Have those deleted in the file that lost their place."""
+        dropped = self.roster.take_dropped()
+        if self._store is not None:
+            self._changes.forgotten |= dropped
+
+    def _set_back(self, now: float) -> None:
+        """Take `now` for every time that lies ahead of it."""
+        for peer_id in self.roster.ahead_of(now):
+            self._change(peer_id, partial(not_after, now=now))
+        self.attestations = {
+            author: said for author, said in self.attestations.items() if said.made_at <= now + CLOCK_SLACK_S
+        }
+        self._attested = None
+
+    def note_heard(self, address: str, note: ProofNote) -> None:
+        """Somebody told of a proof that may be fetched."""
+        with self.lock:
+            self.unchecked[address] = note
 
     def note_proof(self, address: str, note: ProofNote) -> None:
-        """Something became of a proof."""
+        """A proof was checked."""
         with self.lock:
+            self.unchecked.pop(address, None)
             self.proofs.pop(address, None)
             self.proofs[address] = note
             if self._store is not None:
@@ -182,21 +227,14 @@ class Records:
         """
         self.close()
         with self.lock:
-            self.accounts.clear()
+            self.roster = Roster(self._config)
             self.attestations.clear()
             self.proofs.clear()
+            self.unchecked.clear()
             self._changes = Changes()
             self._attested = {}
 
     # ------------------------------------------------------------------ inside
-
-    def _forget_one(self) -> None:
-        """Forget the longest unseen peer; who is banned or vouched for goes last."""
-        for peer_id, account in self.accounts.items():
-            if account.ban is None and not account.vouched:
-                del self.accounts[peer_id]
-                return
-        del self.accounts[next(iter(self.accounts))]
 
     def _drop_attesters(self) -> None:
         """Drop the expired, and beyond the limit who weighs least, the longest unheard first."""
@@ -212,22 +250,26 @@ class Records:
         contents = self._store.read()
         if contents is None:
             return
-        accounts = OrderedDict(contents.accounts)
+        roster = Roster(self._config, contents.accounts.items())
         with self.lock:
             for peer_id, change in self._changes.accounts:
-                _put_last(accounts, peer_id, change(accounts.get(peer_id, NEWCOMER)))
-            self.accounts = accounts
+                roster.put(peer_id, change(roster.get(peer_id)))
+            self.roster = roster
             self.attestations = {**contents.attestations, **self._changes.attestations}
             self.proofs = {**contents.proofs, **self._changes.proofs}
             self._attested = None
-            self.now = max([self.now, *(each.as_of for each in self.accounts.values())])
+            self._note_dropped()
+            if not self.now:  # nobody has told the time yet
+                self.now = max((each.latest for each in self.accounts.values()), default=0.0)
+            self._set_back(self.now)
 
     def _replace(self, peer_id: str, account: Account) -> None:
         """Put in what the file says now; what came meanwhile is applied to it again."""
         for other, change in self._changes.accounts:
             if other == peer_id:
                 account = change(account)
-        _put_last(self.accounts, peer_id, account)
+        self.roster.put(peer_id, account)
+        self._note_dropped()
         self._attested = None
 
     def _put_back(self, changes: Changes) -> None:
@@ -236,9 +278,5 @@ class Records:
             [*changes.accounts, *later.accounts][-_MAX_UNWRITTEN:],
             {**changes.attestations, **later.attestations},
             {**changes.proofs, **later.proofs},
+            {**changes.forgotten, **later.forgotten},
         )
-
-
-def _put_last(accounts: OrderedDict[str, Account], peer_id: str, account: Account) -> None:
-    accounts[peer_id] = account
-    accounts.move_to_end(peer_id)

@@ -34,7 +34,7 @@ from .proofs import ProofNote
 logger = logging.getLogger(__name__)
 
 FILE_NAME: Final = "ledger.sqlite"
-FORMAT: Final = 1  # PRAGMA user_version
+FORMAT: Final = 2  # PRAGMA user_version; 1 had no `proofs_useful`, and its accounts are read as they are
 BUSY_TIMEOUT_S: Final = 10.0  # how long to wait for another process's transaction
 
 _SCHEMA: Final = """
@@ -56,9 +56,10 @@ class Changes:
     accounts: list[tuple[str, Change]] = field(default_factory=list[tuple[str, Change]])
     attestations: dict[str, Attestation] = field(default_factory=dict[str, Attestation])
     proofs: dict[str, ProofNote] = field(default_factory=dict[str, ProofNote])
+    forgotten: dict[str, float] = field(default_factory=dict[str, float])  # peers, last seen then or before
 
     def __bool__(self) -> bool:
-        return bool(self.accounts or self.attestations or self.proofs)
+        return bool(self.accounts or self.attestations or self.proofs or self.forgotten)
 
 
 @dataclass(slots=True)
@@ -112,8 +113,10 @@ class LedgerStore:
             run = self._connection.executemany
             run(
                 "INSERT OR REPLACE INTO peers VALUES (?, ?, ?)",
-                [(peer_id, record.last_seen, _encode(record)) for peer_id, record in records.items()],
+                [(peer_id, record.latest, _encode(record)) for peer_id, record in records.items()],
             )
+            # Another process may have met one since; then it stays.
+            run("DELETE FROM peers WHERE peer_id = ? AND seen <= ?", list(changes.forgotten.items()))
             # A later attestation replaces an earlier one, whoever comes last.
             run(
                 "INSERT INTO attestations VALUES (?, ?, ?) ON CONFLICT (author) DO UPDATE SET"
@@ -139,11 +142,9 @@ class LedgerStore:
         return dict(_decoded(row, Account)).get(peer_id, NEWCOMER)
 
     def _make_room(self) -> None:
-        """Keep the bounds: the longest unseen peers go, but whoever is banned or vouched for goes last."""
+        """Keep the bounds of all but peers: of those the roster says who goes."""
         config, run = self._config, self._connection.execute
-        kept = "json_extract(record, '$.ban') IS NOT NULL OR json_extract(record, '$.vouched') IS NOT NULL"
         for table, key, order, most in (
-            ("peers", "peer_id", f"({kept}), seen", config.max_peers),
             ("attestations", "author", "made_at", config.max_attesters),
             ("proofs", "address", "at", config.max_proofs),
         ):
@@ -222,7 +223,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         if version > FORMAT:
             raise LocalError(f"a later version of p2pinfer wrote the ledger {path}; use that one")
         if version < FORMAT:
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+            made = _SCHEMA if version == 0 else ""
+            connection.executescript(f"BEGIN; {made} PRAGMA user_version = {FORMAT}; COMMIT;")
         _check_tables(connection)
     except BaseException:
         connection.close()

@@ -12,70 +12,46 @@ audited in every session until they are no newcomers, so whoever lies then is fo
 its second; and without it, the audits that make a peer known took a hundred sessions and more.
 
 An identity is a key pair and costs nothing. What costs something is an address: in each such session only one
-newcomer of an address range (/24 of IPv4, /48 of IPv6, a DNS name as it is) is considered, so a thousand keys
-on one line have one line's chances. A peer that announces several ranges counts in the most crowded of them:
-an invented address beside the true one, by which it must be reached, gains nothing. Peers behind a relay
-share its range, and those without any address one range together. A range with a banned peer in it waits, and
-goes on waiting for a week when that peer is gone, unless it was a relay's. Proof of work was considered: it
-taxes a phone much and a data centre little. A payment or a chain of vouchers would need somebody whom all
-trust. So standing is paid for in audited work, which a new key has to do over again.
+newcomer of an address range is considered (address_ranges.py), so a thousand keys on one line have one line's
+chances. Anybody can announce any address. So a range counts where the peer was found, by dialling it or by a
+connection that came from it; what it announces counts against it alone. Until a peer was found, the most
+crowded of the ranges that it announces is its own: an invented address beside the true one, by which it must
+be reached, gains nothing. Peers behind a relay share its range, those without any address one range together,
+and who announces nothing but names waits until they are resolved. A range in which a banned peer was found
+waits, and goes on waiting for a week when that peer is gone. Proof of work was considered: it taxes a phone
+much and a data centre little. A payment or a chain of vouchers would need somebody whom all trust. So
+standing is paid for in audited work, which a new key has to do over again.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from p2pinfer.reputation.score import Score
 from p2pinfer.reputation.view import ReputationView
 
+from .address_ranges import (
+    NO_RANGE,
+    address_range,
+    allocation_of,
+    is_allocation,
+    is_everywhere,
+    name_in,
+    ranges_of,
+)
 from .config import RoutingConfig
 from .eligibility import eligible
 from .planner import cheapest_routes
 from .route import Candidate, Route, RouteRequest
 
-NO_RANGE = "none"
-_LOCAL = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"),
-            *("127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10", "::/48"),
-        ),
-    )
-)
-_FIRST_PARTS = re.compile(r"\A/(ip4|ip6|dns|dns4|dns6|dnsaddr)/([^/]+)")
-
-
-def ranges_of(addresses: Iterable[str]) -> frozenset[str]:
-    """The ranges by which a peer can be told again: of addresses that are its own, and mean it everywhere."""
-    own = (address for address in addresses if "/p2p-circuit" not in address)
-    return frozenset(each for each in map(address_range, own) if not _is_everywhere(each))
-
-
-def address_range(address: str) -> str:
-    """Range that a multiaddr belongs to: `/ip4/192.0.2.77/tcp/4001` is one of 192.0.2.0/24.
-
-    It is the first address in it that counts, which of a relayed one is the relay's.
-    """
-    parts = _FIRST_PARTS.match(address)
-    if parts is None:
-        return NO_RANGE
-    if parts[1].startswith("dns"):
-        return parts[2].lower()
-    try:
-        prefix = 24 if parts[1] == "ip4" else 48
-        return str(ipaddress.ip_network(f"{parts[2]}/{prefix}", strict=False))
-    except ValueError:
-        return NO_RANGE
+__all__ = ["NO_RANGE", "address_range", "grouped_by_range", "ranges_of", "plan_optimistically"]
 
 
 def grouped_by_range(newcomers: Sequence[Candidate]) -> dict[str, list[Candidate]]:
-    """Newcomers by address range, each once: in the most crowded of the ranges it announces."""
-    ranges = {peer.peer_id: _ranges(peer) for peer in newcomers}
+    """Newcomers by address range, each once: in the most crowded of those it may be in."""
+    ranges = {peer.peer_id: {allocation_of(each) for each in _ranges(peer)} for peer in newcomers}
     crowd = Counter(each for announced in ranges.values() for each in announced)
     groups: dict[str, list[Candidate]] = {}
     for peer in newcomers:
@@ -104,12 +80,16 @@ def plan_optimistically(
     usable = eligible(candidates, request, view)  # by what is known: a floor on integrity means just that
     newcomers = [peer for peer in usable if _is_tried(view.score(peer.peer_id), strangers)]
     spoilt = request.spoilt_ranges | {
-        each for peer in candidates if view.is_banned(peer.peer_id) for each in _ranges(peer) - {NO_RANGE}
+        each
+        for peer in candidates
+        if view.is_banned(peer.peer_id)
+        for each in peer.found_in or ()
+        if not is_allocation(each)
     }
     waiting = {peer.peer_id for peer in newcomers}
-    for name, group in grouped_by_range(newcomers).items():
-        if name not in spoilt:
-            waiting.discard(rng.choice(group).peer_id)
+    clean = [peer for peer in newcomers if not _may_be_in(spoilt, peer) and not _is_only_named(peer)]
+    for group in grouped_by_range(clean).values():
+        waiting.discard(rng.choice(group).peer_id)
     considered = [peer for peer in usable if peer.peer_id not in waiting]
     return cheapest_routes(considered, request, _OptimisticView(view, strangers), config)[0]
 
@@ -136,17 +116,20 @@ class _OptimisticView:
         return self._view.is_banned(peer_id)
 
 
-def _ranges(peer: Candidate) -> set[str]:
-    ranges = {address_range(address) for address in peer.announcement.addrs} or {NO_RANGE}
-    return {each for each in ranges if not _is_everywhere(each)} or ranges
+def _ranges(peer: Candidate) -> frozenset[str]:
+    """Ranges that a peer was found in; else those that it says, local ones only if it has no others."""
+    if peer.found_in:
+        return peer.found_in
+    ranges = frozenset(map(address_range, peer.announcement.addrs)) | peer.named_in or {NO_RANGE}
+    return frozenset(each for each in ranges if not is_everywhere(each)) or frozenset(ranges)
 
 
-def _is_everywhere(name: str) -> bool:
-    """True if the range is in many networks: every second home is 192.168.1.0/24."""
-    if name == NO_RANGE:
-        return True
-    try:
-        network = ipaddress.ip_network(name)
-    except ValueError:
-        return False
-    return any(network.version == local.version and network.overlaps(local) for local in _LOCAL)
+def _may_be_in(spoilt: frozenset[str], peer: Candidate) -> bool:
+    """True if the peer is in one of the ranges, or as long as it was not found says so."""
+    return any(each in spoilt or allocation_of(each) in spoilt for each in _ranges(peer))
+
+
+def _is_only_named(peer: Candidate) -> bool:
+    """True if all that is known of where the peer is are names."""
+    addrs = peer.announcement.addrs
+    return not peer.found_in and not peer.named_in and bool(addrs) and all(map(name_in, addrs))

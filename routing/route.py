@@ -43,12 +43,17 @@ class Candidate:
         relayed: Our connection to the peer goes through a relay.
         compute_ms: Measured time of one token through the peer's whole span. Where it is known it
             counts, and the announced `tokens_per_s` does not.
+        found_in: Address ranges in which a connection with the peer was had; empty if those are in many
+            networks, None if there was no connection yet.
+        named_in: Those that the names among its addresses resolve to, as far as they were looked up.
     """
 
     announcement: Announcement
     rtt_ms: float | None = None
     relayed: bool = False
     compute_ms: float | None = None
+    found_in: frozenset[str] | None = None
+    named_in: frozenset[str] = frozenset()
 
     @property
     def peer_id(self) -> str:

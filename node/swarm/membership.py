@@ -41,6 +41,7 @@ from .presence import Presence
 from .proof_gossip import ProofCarrier
 from .sequence import Sequence
 from .snapshot import fetch_snapshot, serve_snapshots
+from .whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class SwarmMember:
         proofs: The fraud proofs that were heard of.
         evidence: What was committed to in sessions here, for whoever asks.
         presence: Who of those announced was heard, or was silent.
+        whereabouts: Where they were found.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class SwarmMember:
         self.evidence = evidence
         self.peer_id = host.peer_id
         self.presence = Presence(host, view)
+        self.whereabouts = Whereabouts(host, view.everybody)
         self._view = view
         self._gossip = gossip
         self._neighbourhood = peers
@@ -309,6 +312,8 @@ async def _open_member(
                 looks_around=looks_around,
             )
             member.presence.watch()
+            member.whereabouts.watch()
+            nursery.start_soon(member.whereabouts.serve)
 
             def look_for_twin(suspect: Announcement) -> None:
                 member.dispute()

@@ -22,7 +22,6 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import route_cost
 from p2pinfer.routing.eligibility import eligible
-from p2pinfer.routing.newcomers import ranges_of
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.served import describe_served, served_models
 from p2pinfer.session.failover import Gap
@@ -114,9 +113,8 @@ class RoutePlanner:
         now = time.time()
         self._ledger.advance(now)
         for candidate in candidates:
-            if self._ledger.is_banned(candidate.peer_id):
-                ranges = ranges_of(candidate.announcement.addrs)
-                self._ledger.note_ranges(candidate.peer_id, ranges, now)
+            if candidate.found_in and self._ledger.is_banned(candidate.peer_id):
+                self._ledger.note_ranges(candidate.peer_id, candidate.found_in, now)
         try:
             routes = await self._policy_runner.choose_routes(candidates, request, self._ledger)
         except NoRoute as exc:
@@ -198,7 +196,7 @@ class RoutePlanner:
 
     def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
         """Announced peers, without those just found unreachable if the others have all it takes."""
-        host, presence = self._member.host, self._member.presence
+        host, presence, whereabouts = self._member.host, self._member.presence, self._member.whereabouts
         announced = self._member.announcements(self._spec.revision)
         heard = [each for each in announced if not presence.is_silent(each)]
         wanted = gap.span if gap else BlockSpan(0, self._spec.num_blocks)
@@ -211,6 +209,8 @@ class RoutePlanner:
                 announcement,
                 self._member.rtt_ms(announcement.peer_id),
                 relayed=host.connection_kind(announcement.peer_id) == "relayed",
+                found_in=whereabouts.found_in(announcement.peer_id),
+                named_in=whereabouts.named_in(announcement),
             )
             for announcement in heard
         ]

@@ -91,6 +91,7 @@ class MemoryNetwork:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
         self.ping_s = 0.01
+        self.addresses: dict[str, str] = {}  # IP addresses of peers, of those that have one
         self.relayed: set[tuple[str, str]] = set()  # who has a connection through a relay only, to whom
         self.hosts: dict[str, MemoryHost] = {}
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
@@ -150,6 +151,10 @@ class MemoryHost:
         if peer_id not in self._network.hosts:
             return None
         return "relayed" if (self.peer_id, peer_id) in self._network.relayed else "direct"
+
+    def remote_address(self, peer_id: str) -> tuple[str, int] | None:
+        ip = self._network.addresses.get(peer_id)
+        return (ip, 4001) if ip is not None and self.connection_kind(peer_id) == "direct" else None
 
     async def ping(self, peer_id: str) -> float:
         await trio.lowlevel.checkpoint()

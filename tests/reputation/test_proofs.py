@@ -64,12 +64,68 @@ def test_a_sender_has_an_allowance_by_the_hour() -> None:
     assert ledger.weigh_proof("p9", "c9", "keen", HOUR_S + 2.5) is ProofDecision.FETCH
 
 
+def meet(ledger: Ledger, *peer_ids: str) -> None:
+    for peer_id in peer_ids:
+        ledger.record_success(peer_id, 0.0)
+
+
+def checked(ledger: Ledger, address: str, accused: str, sender: str, now: float, *, verified: bool) -> bool:
+    """Fetch and check a proof if that is allowed; whether it was."""
+    if ledger.weigh_proof(address, accused, sender, now) is not ProofDecision.FETCH:
+        return False
+    ledger.add_proof(address, accused, now, verified=verified, sender=sender)
+    return True
+
+
 def test_a_flood_of_strangers_leaves_room_for_who_proved_something() -> None:
     ledger = Ledger(LedgerConfig(max_proofs_per_hour=10))
+    meet(ledger, "cheat")
     ledger.add_proof("true", "cheat", 1.0, verified=True, sender="witness")
-    said = [ledger.weigh_proof(f"p{n}", f"c{n}", f"stranger{n}", 2.0) for n in range(20)]
-    assert said.count(ProofDecision.FETCH) == 10
+    flood = [checked(ledger, f"p{n}", f"c{n}", f"stranger{n}", 2.0, verified=True) for n in range(20)]
+    assert sum(flood) == 10
     assert ledger.weigh_proof("p", "c", "witness", 3.0) is ProofDecision.FETCH
+
+
+def test_who_accuses_its_own_keys_does_not_become_a_known_sender_by_it() -> None:
+    ledger = Ledger(LedgerConfig(max_proofs_per_hour=10))
+    flood = [checked(ledger, f"p{n}", f"own{n}", f"sender{n % 3}", 1.0, verified=True) for n in range(60)]
+    assert sum(flood) == 10
+    assert ledger.account("sender0").proofs_verified and not ledger.account("sender0").proofs_useful
+
+
+def test_proofs_about_peers_that_were_met_are_not_kept_out_by_those_about_strangers() -> None:
+    """Nor the other way round, and of a sender only what was of no use counts."""
+    ledger = Ledger(LedgerConfig(max_proofs_per_hour=10))
+    meet(ledger, *(f"met{n}" for n in range(30)))
+    for number in range(20):
+        checked(ledger, f"s{number}", f"own{number}", f"stranger{number}", 1.0, verified=True)
+    assert ledger.weigh_proof("no", "another", "new", 1.0) is ProofDecision.TOO_MANY
+    assert all(checked(ledger, f"m{n}", f"met{n}", "witness", 1.0, verified=True) for n in range(20))
+
+
+def test_seventy_notices_of_nothing_lock_nobody_out() -> None:
+    ledger = Ledger()
+    for number in range(70):
+        ledger.weigh_proof(f"nothing{number}", f"nobody{number}", f"stranger{number}", 1.0 + number)
+    assert ledger.weigh_proof("true", "cheat", "another stranger", 80.0) is ProofDecision.FETCH
+    assert ledger.may_examine("true", "cheat", "another stranger", 90.0)
+
+
+def test_notices_of_nothing_take_no_place_of_proofs_that_were_checked() -> None:
+    ledger = Ledger(LedgerConfig(max_proofs=3))
+    ledger.add_proof("true", "cheat", 1.0, verified=True, sender="witness")
+    for number in range(2000):
+        ledger.weigh_proof(f"nothing{number}", f"nobody{number}", f"stranger{number}", 2.0)
+    assert ledger.proofs()["true"].state == "verified" and len(ledger.proofs()) < 1100
+
+
+def test_what_was_checked_by_a_clock_that_was_ahead_uses_up_no_allowance() -> None:
+    year_s = 365 * 86400.0
+    ledger = Ledger(LedgerConfig(max_proofs_per_hour=10))
+    for number in range(10):
+        checked(ledger, f"p{number}", f"own{number}", f"stranger{number}", year_s, verified=True)
+    assert ledger.weigh_proof("p", "c", "sender", year_s) is ProofDecision.TOO_MANY
+    assert ledger.weigh_proof("p", "c", "sender", 1.0) is ProofDecision.FETCH
 
 
 def test_a_flood_of_false_proofs_shrinks_what_strangers_are_granted_for_an_hour() -> None:
@@ -94,12 +150,13 @@ def test_true_proofs_keep_the_strangers_allowance_large() -> None:
 
 def test_known_senders_have_an_allowance_too() -> None:
     ledger = Ledger(LedgerConfig(max_proofs_per_hour=4))
+    meet(ledger, *(f"cheat{number}" for number in range(4)))
     for number in range(4):
         ledger.add_proof(
             f"t{number}", f"cheat{number}", -2 * HOUR_S, verified=True, sender=f"witness{number}"
         )
-    said = [ledger.weigh_proof(f"p{n}", f"c{n}", f"witness{n}", 1.0) for n in range(4)]
-    assert said.count(ProofDecision.FETCH) == 2
+    said = [checked(ledger, f"p{n}", f"c{n}", f"witness{n}", 1.0, verified=False) for n in range(4)]
+    assert said.count(True) == 2
 
 
 def test_only_so_many_addresses_are_remembered() -> None:

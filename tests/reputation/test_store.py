@@ -154,11 +154,26 @@ def test_a_record_that_cannot_be_read_is_left_out(path: Path, caplog: pytest.Log
 def test_a_later_versions_file_is_left_alone(path: Path) -> None:
     Ledger.open(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
     with pytest.raises(LocalError, match="a later version of p2pinfer wrote the ledger"):
         Ledger.open(path)
     assert path.exists()
+
+
+def test_an_earlier_versions_file_is_read_and_closed_to_that_version(path: Path) -> None:
+    ledger = Ledger.open(path)
+    ledger.ban("bad", now=1.0)
+    ledger.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    ledger = Ledger.open(path)
+    assert ledger.is_banned("bad")
+    ledger.close()
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+    connection.close()
 
 
 def test_bounds_hold_in_the_file_too(path: Path) -> None:

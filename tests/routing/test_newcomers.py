@@ -13,16 +13,18 @@ from p2pinfer.errors import NoRoute
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.score import Score
+from p2pinfer.routing.address_ranges import (
+    NO_RANGE,
+    address_range,
+    allocation_of,
+    name_in,
+    ranges_of,
+    ranges_of_ip,
+)
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import route_cost
-from p2pinfer.routing.newcomers import (
-    NO_RANGE,
-    address_range,
-    grouped_by_range,
-    plan_optimistically,
-    ranges_of,
-)
+from p2pinfer.routing.newcomers import grouped_by_range, plan_optimistically
 from p2pinfer.routing.policy import RiskAdjusted, ask_policy
 from p2pinfer.routing.route import Candidate, RouteRequest
 
@@ -33,12 +35,18 @@ REQUEST = RouteRequest(REVISION, num_blocks=8, hidden_bytes_per_token=64, tokens
 
 
 def candidate(
-    peer_id: str, start: int = 0, stop: int = 8, tokens_per_s: float = 10.0, addrs: tuple[str, ...] = ()
+    peer_id: str,
+    start: int = 0,
+    stop: int = 8,
+    tokens_per_s: float = 10.0,
+    addrs: tuple[str, ...] = (),
+    *,
+    found_at: str = "",
 ) -> Candidate:
     said = Announcement(
         peer_id, "m", REVISION, BlockSpan(start, stop), "float32", tokens_per_s, 100, 1, addrs=addrs
     )
-    return Candidate(said)
+    return Candidate(said, found_in=ranges_of_ip(found_at) if found_at else None)
 
 
 class View:
@@ -78,7 +86,9 @@ def chosen(
         ("/ip4/192.0.2.77/tcp/4001", "192.0.2.0/24"),
         ("/ip4/192.0.2.9/tcp/1/p2p/Qm/p2p-circuit/p2p/12D3", "192.0.2.0/24"),
         ("/ip6/2001:db8:1:2::3/tcp/1", "2001:db8:1::/48"),
-        ("/dns4/Node.Example/tcp/1", "node.example"),
+        ("/ip6/2002:c000:22d::7/tcp/1", "192.0.2.0/24"),  # 6to4: whoever has the one has the other
+        ("/ip6/::ffff:192.0.2.9/tcp/1", "192.0.2.0/24"),
+        ("/dns4/Node.Example/tcp/1", NO_RANGE),
         ("/ip4/999.0.0.1/tcp/1", NO_RANGE),
         ("/onion3/abc:1", NO_RANGE),
     ],
@@ -140,9 +150,7 @@ def test_a_range_goes_on_waiting_when_its_banned_peer_is_gone() -> None:
 def test_a_home_network_says_nothing_where_a_peer_has_another_address() -> None:
     """192.168.1.0/24 is in every second home: a cheat in one must not keep the others waiting."""
     home = "/ip4/192.168.1.5/tcp/1"
-    assert ranges_of([home, "/ip4/127.0.0.1/tcp/1", "/ip6/fe80::1/tcp/1", "/dns4/a.example/tcp/1"]) == {
-        "a.example"
-    }
+    assert not ranges_of([home, "/ip4/127.0.0.1/tcp/1", "/ip6/fe80::1/tcp/1", "/dns4/a.example/tcp/1"])
     peers = [candidate(f"p{n}", addrs=(home, f"/ip4/192.0.{n}.1/tcp/1")) for n in range(3)]
     groups = grouped_by_range([*peers, candidate("lan", addrs=(home,))])
     assert sorted(groups) == ["192.0.0.0/24", "192.0.1.0/24", "192.0.2.0/24", "192.168.1.0/24"]
@@ -166,10 +174,106 @@ def test_a_thousand_keys_on_one_line_have_one_lines_chances() -> None:
 
 def test_a_range_with_a_banned_peer_waits() -> None:
     address = ("/ip4/203.0.113.1/tcp/1",)
-    new, bad = candidate("new", tokens_per_s=50.0, addrs=address), candidate("banned", addrs=address)
+    new = candidate("new", tokens_per_s=50.0, addrs=address)
+    bad = candidate("banned", addrs=address, found_at="203.0.113.7")
     proven = candidate("proven", tokens_per_s=40.0)
     assert chosen([proven, new], View("new"), times=400)["new"] > 20
     assert chosen([proven, new, bad], View("new"), times=400) == {"proven": 400}
+
+
+def test_a_banned_peer_spoils_no_range_by_announcing_it() -> None:
+    """Two throw-away keys with sixteen addresses each took the newcomers' share from 12 % to nothing."""
+    newcomers = [
+        candidate(f"new{n}", tokens_per_s=50.0, addrs=(f"/ip4/203.0.{n}.9/tcp/1",)) for n in range(32)
+    ]
+    addrs = [tuple(f"/ip4/203.0.{16 * j + n}.1/tcp/1" for n in range(16)) for j in range(2)]
+    bad = [candidate(f"banned{j}", addrs=addrs[j], found_at="198.51.100.1") for j in range(2)]
+    peers = [candidate("proven", tokens_per_s=40.0), *newcomers]
+    view = View(*(f"new{n}" for n in range(32)))
+    before, after = (chosen(each, view, times=400)["proven"] for each in (peers, [*peers, *bad]))
+    assert before == after < 400
+
+
+def test_names_are_no_starts_until_they_are_resolved_and_then_count_as_what_they_resolve_to() -> None:
+    crowd = [
+        candidate(f"s{n}", tokens_per_s=50.0, addrs=(f"/dns4/n{n}.example.net/tcp/1",)) for n in range(20)
+    ]
+    proven = candidate("proven", tokens_per_s=40.0)
+    names = View(*(peer.peer_id for peer in crowd))
+    assert chosen([proven, *crowd], names, times=400) == {"proven": 400}
+    resolved = [replace(peer, named_in=ranges_of_ip("192.0.2.66")) for peer in crowd]
+    assert list(grouped_by_range(resolved)) == ["192.0.2.0/24"]
+    assert chosen([proven, *resolved], names, times=400)["proven"] < 400
+    spoilt = replace(REQUEST, spoilt_ranges=ranges_of_ip("192.0.2.1"))
+    assert chosen([proven, *resolved], names, request=spoilt, times=400) == {"proven": 400}
+
+
+def test_what_a_name_of_a_banned_peer_resolves_to_is_not_spoilt() -> None:
+    """It is its own word, as an address is."""
+    bad = candidate("banned", addrs=("/dns4/evil.example/tcp/1",))
+    bad = replace(bad, named_in=ranges_of_ip("203.0.113.7"))
+    new = candidate("new", tokens_per_s=50.0, addrs=("/ip4/203.0.113.1/tcp/1",))
+    assert chosen([candidate("proven", tokens_per_s=40.0), new, bad], View("new"), times=400)["new"] > 20
+
+
+def test_where_a_peer_was_found_counts_and_not_what_it_announces() -> None:
+    clean = ("/ip4/198.51.100.1/tcp/1",)
+    new = candidate("new", tokens_per_s=50.0, addrs=clean, found_at="203.0.113.9")
+    proven = candidate("proven", tokens_per_s=40.0)
+    waiting = replace(REQUEST, spoilt_ranges=ranges_of_ip("203.0.113.1"))
+    assert chosen([proven, new], View("new"), request=waiting, times=400) == {"proven": 400}
+    elsewhere = replace(REQUEST, spoilt_ranges=ranges_of(clean))
+    assert chosen([proven, new], View("new"), request=elsewhere, times=400)["new"] > 20
+
+
+def test_a_clean_address_beside_one_in_a_spoilt_range_gains_nothing() -> None:
+    addrs = ("/ip4/9.9.9.9/tcp/1", "/ip4/203.0.113.1/tcp/1")
+    new = candidate("new", tokens_per_s=50.0, addrs=addrs)
+    waiting = replace(REQUEST, spoilt_ranges=ranges_of_ip("203.0.113.7"))
+    proven = candidate("proven", tokens_per_s=40.0)
+    assert chosen([proven, new], View("new"), request=waiting, times=400) == {"proven": 400}
+
+
+@pytest.mark.parametrize(
+    ("address", "most"),
+    [
+        ("/ip4/192.0.2.66/tcp/40{0:02}", 1),
+        ("/dns4/n{0}.example.net/tcp/1", 0),
+        ("/ip6/2001:db8:7:1::{0:x}/tcp/1", 1),  # of one /64
+        ("/ip6/2001:db8:7:{0:x}00::1/tcp/1", 1),  # the /56 of a /48
+        ("/ip6/2001:db8:{0:x}::1/tcp/1", 2),  # the /48 of a /32
+    ],
+    ids=["one IPv4 address", "names", "a /64", "a /48", "a /32"],
+)
+def test_twenty_keys_of_one_customer_have_one_start(address: str, most: int) -> None:
+    """And who has an allocation of many customers' size has two."""
+    now, lied = 1e9, 0
+    ledger, policy = Ledger(vouched=["proven"]), RiskAdjusted(rng=random.Random(2))
+    peers = [candidate("proven", tokens_per_s=100.0)]
+    peers += [candidate(f"s{n}", tokens_per_s=130.0, addrs=(address.format(n),)) for n in range(20)]
+    for _ in range(300):
+        request = replace(REQUEST, spoilt_ranges=ledger.spoilt_ranges(now))
+        [hop] = ask_policy(policy, peers, request, ledger)[0].peer_ids
+        if hop != "proven":
+            lied += 1
+            ledger.ban(hop, "its audits", now)
+            ledger.note_ranges(hop, ranges_of([address.format(int(hop[1:]))]), now)
+    assert lied == most
+
+
+def test_customers_of_one_provider_take_turns() -> None:
+    peers = [candidate(f"s{n}", found_at=f"2001:db8:{n:x}::1") for n in range(9)]
+    assert list(grouped_by_range(peers)) == ["2001:db8::/32"]
+    assert (
+        allocation_of("2001:db8:7::/48") == "2001:db8::/32"
+        and allocation_of("192.0.2.0/24") == "192.0.2.0/24"
+    )
+
+
+def test_a_name_is_found_in_a_peers_own_addresses_only() -> None:
+    assert name_in("/dns4/Node.Example/tcp/1") == "node.example"
+    assert name_in("/ip4/192.0.2.1/tcp/1") == ""
+    assert name_in("/dns4/relay.example/tcp/1/p2p/Qm/p2p-circuit") == ""
 
 
 @pytest.mark.parametrize(
