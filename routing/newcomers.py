@@ -46,7 +46,7 @@ from .eligibility import eligible
 from .planner import cheapest_routes
 from .route import Candidate, Route, RouteRequest
 
-__all__ = ["NO_RANGE", "address_range", "grouped_by_range", "ranges_of", "plan_optimistically"]
+__all__ = ["NO_RANGE", "address_range", "grouped_by_range", "plan_optimistically", "ranges_of"]
 
 
 def grouped_by_range(newcomers: Sequence[Candidate]) -> dict[str, list[Candidate]]:
@@ -132,4 +132,4 @@ def _may_be_in(spoilt: frozenset[str], peer: Candidate) -> bool:
 def _is_only_named(peer: Candidate) -> bool:
     """True if all that is known of where the peer is are names."""
     addrs = peer.announcement.addrs
-    return not peer.found_in and not peer.named_in and bool(addrs) and all(map(name_in, addrs))
+    return peer.found_in is None and not peer.named_in and bool(addrs) and all(map(name_in, addrs))

@@ -16,7 +16,7 @@ import trio
 
 from p2pinfer.node.host.host import Host
 from p2pinfer.recent import Recent
-from p2pinfer.routing.address_ranges import name_in, ranges_of_ip
+from p2pinfer.routing.address_ranges import ip_range, name_in, ranges_of_ip
 from p2pinfer.routing.announcement import Announcement
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class Whereabouts:
                 ips = await self._resolve(name)
             except (OSError, UnicodeError) as exc:
                 logger.debug("whereabouts.no_such_name name=%s why=%s", name, exc)
-        ranges = frozenset(each for ip in ips[:MAX_ADDRS] for each in ranges_of_ip(ip))
+        # Local ones as well: in a private network a name may stand for nothing else.
+        ranges = frozenset(each for ip in ips[:MAX_ADDRS] for each in (ip_range(ip), *ranges_of_ip(ip)))
         self._named[name] = self._clock(), ranges
 
     def _note(self, peer_id: str) -> None:

@@ -208,6 +208,15 @@ def test_names_are_no_starts_until_they_are_resolved_and_then_count_as_what_they
     assert chosen([proven, *resolved], names, request=spoilt, times=400) == {"proven": 400}
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_names_of_a_private_network_are_tried(connected: bool) -> None:
+    new = candidate("new", tokens_per_s=50.0, addrs=("/dns4/node-1/tcp/4001",))
+    proven = candidate("proven", tokens_per_s=40.0)
+    found_in, named_in = frozenset[str](), frozenset({"172.18.0.0/24"})
+    new = replace(new, found_in=found_in) if connected else replace(new, named_in=named_in)
+    assert chosen([proven, new], View("new"), times=400)["new"] > 20
+
+
 def test_what_a_name_of_a_banned_peer_resolves_to_is_not_spoilt() -> None:
     """It is its own word, as an address is."""
     bad = candidate("banned", addrs=("/dns4/evil.example/tcp/1",))

@@ -80,7 +80,7 @@ async def test_names_are_looked_up_a_few_at_a_time_and_again_when_the_answer_is_
     await whereabouts.look_up()
     assert len(asked) == 12
     assert whereabouts.named_in(peers[0]) == frozenset()
-    assert whereabouts.named_in(peers[1]) == {"192.0.2.0/24"}
+    assert whereabouts.named_in(peers[1]) == {"192.0.2.0/24", "10.0.0.0/24"}
     assert whereabouts.found_in("p1") is None
     now += LASTS_S
     await whereabouts.look_up()
