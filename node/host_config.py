@@ -19,7 +19,8 @@ class HostConfig:
     dial_stagger_s: float = 0.1  # between the first tries of a peer's addresses, seconds
     stream_timeout_s: float = 10.0  # for opening a stream to a connected peer, seconds
     handshake_timeout_s: float = 10.0  # for encrypting a connection or negotiating a stream, seconds
-    user_timeout_s: float = 2.8  # without acknowledgement of sent data, a connection is dead, seconds
+    # without acknowledgement of sent data, a connection is dead, seconds; longer on thin lines and far away
+    user_timeout_s: float = 5.0
     relay_head_start_s: float = 0.5  # a peer's direct addresses are tried this long before relays, seconds
     relays: int = 2  # relays to reserve if this machine is not reachable; 0: none
     punch: bool = True  # upgrade relayed connections to direct ones by hole punching

@@ -1,4 +1,4 @@
-"""Nurseries inside context managers, whose users see no exception groups."""
+"""Nurseries inside context managers, whose users see no exception groups; the reason inside a group."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ async def _hold(
             scope.shield = True
             task_status.started(entered)
             await ended.wait()
+
+
+def innermost(exc: BaseException) -> str:
+    """The reason at the bottom, which libp2p and trio wrap up to four times."""
+    if exc.__cause__ is not None:
+        return innermost(exc.__cause__)
+    if isinstance(exc, ExceptionGroup):
+        return innermost(cast("ExceptionGroup[Exception]", exc).exceptions[0])
+    return str(exc) or type(exc).__name__
 
 
 def _only(error: BaseException) -> BaseException:

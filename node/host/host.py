@@ -6,10 +6,11 @@ All addresses of a peer are raced; libp2p tries one of them, and then refuses th
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Final, Literal, cast
 
 import trio
 from libp2p.abc import IHost
@@ -20,10 +21,9 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerRefused, PeerUnreachable
-from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.nurseries import innermost, open_nursery
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.transport.address_race import innermost, race
 from p2pinfer.node.transport.addresses import (
     CIRCUIT,
     check_announced,
@@ -39,17 +39,25 @@ from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.private_network import StrangerMet
+from p2pinfer.node.transport.tcp import on_round_trip
 from p2pinfer.node.transport.yamux_stream import StreamRefused
 from p2pinfer.routing.announcement import MAX_ADDRS
 
+from .address_race import race
+from .dial import Dial, check_named
 from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .peer_notices import PeerCallback, PeerNotices
+from .round_trips import RoundTrips
 from .streams import Handler, answering, open_stream_on
 
 __all__ = ["Handler", "Host", "HostConfig", "open_host"]
 
 logger = logging.getLogger(__name__)
+
+_STALE_S: Final = 3.0  # a connection that is silent for so much longer than another of the peer's is not used
+_STREAM_ROUND_TRIPS: Final = 4  # that a stream's opening may take, of which it needs one
+_DIAL_ROUND_TRIPS: Final = 10  # that a dial may take, of which it needs six, and relays eight
 
 
 @asynccontextmanager
@@ -97,7 +105,8 @@ class Host:
         self.gate = gate
         self._config = config
         self._network: Any = libp2p_host.get_network()
-        self._dials: dict[str, _Dial] = {}
+        self._dials: dict[str, Dial] = {}
+        self._round_trips = RoundTrips()
         self._outside: tuple[str, ...] = ()
         self._relays: tuple[str, ...] = ()
         self._settle: Callable[[str], Awaitable[None]] | None = None
@@ -210,11 +219,12 @@ class Host:
         """
         await self.connect(peer_id, addrs)
         timeout_s = self._config.stream_timeout_s
+        connection = self._connection(peer_id)
+        self._note_round_trip(peer_id, connection)
         try:
-            with trio.fail_after(timeout_s):
-                return await open_stream_on(self._connection(peer_id), protocol, peer_id)
-        except trio.TooSlowError as exc:
-            raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id) from exc
+            with self.within(timeout_s, [peer_id], _STREAM_ROUND_TRIPS):
+                return await open_stream_on(connection, protocol, peer_id)
+            raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id)
         except StreamRefused as exc:
             raise PeerRefused(f"peer {peer_id} opens no more streams: {exc}", peer_id, "busy") from exc
         except BaseLibp2pError as exc:
@@ -277,9 +287,24 @@ class Host:
             raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
         try:
             with trio.fail_after(self._config.stream_timeout_s):
-                return cast(float, await connection.muxed_conn.ping())
+                rtt_s = cast(float, await connection.muxed_conn.ping())
         except (BaseLibp2pError, trio.TooSlowError) as exc:
             raise PeerUnreachable(f"peer {peer_id} does not answer a ping", peer_id) from exc
+        self._note_round_trip(peer_id, connection)
+        return rtt_s
+
+    def within(
+        self, base_s: float, peer_ids: Iterable[str], round_trips: float
+    ) -> AbstractContextManager[trio.CancelScope]:
+        """Cancel what runs inside after `base_s` and so many round trips to the farthest of the peers.
+
+        It counts those that are known, and from then on those that are found out meanwhile.
+        """
+        return self._round_trips.within(base_s, peer_ids, round_trips)
+
+    def _note_round_trip(self, peer_id: str, connection: Any) -> None:
+        if connection is not None and connection.muxed_conn.rtt_s:
+            self._round_trips.note(peer_id, connection.muxed_conn.rtt_s)
 
     def rtt_s(self, peer_id: str) -> float | None:
         """The round trip as last measured: when the peer connected, and every half minute since."""
@@ -287,19 +312,19 @@ class Host:
         return None if connection is None else connection.muxed_conn.rtt_s or None
 
     def _connection(self, peer_id: str) -> Any:
-        """The live connection to use for `peer_id`: a direct one if possible, else the oldest; or None."""
+        """The live connection to use for `peer_id`: a direct one if possible, see `_freshest`; or None."""
         peer = libp2p_id(peer_id)
         return None if peer is None else self._connection_to(peer)
 
     def _connection_to(self, peer: ID) -> Any:
         connections = self._network.connections.get(peer, [])
         live = [each for each in connections if not (each.is_closed or each.muxed_conn.is_closed)]
-        direct = (each for each in live if each.get_connection_type() != ConnectionType.RELAYED)
-        return next(direct, live[0] if live else None)
+        direct = [each for each in live if each.get_connection_type() != ConnectionType.RELAYED]
+        return _freshest(direct or live)
 
     async def _dial_for_all(self, peer_id: str, addrs: Sequence[str]) -> None:
         """Dial, while others who want the same peer wait for the outcome."""
-        dial = self._dials[peer_id] = _Dial(frozenset(addrs))
+        dial = self._dials[peer_id] = Dial(frozenset(addrs))
         try:
             await self._dial(peer_id, list(dict.fromkeys(addrs)))
         except PeerUnreachable as exc:
@@ -317,19 +342,20 @@ class Host:
         target = ID.from_base58(peer_id)
 
         async def attempt(address: str) -> None:
+            on_round_trip.set(partial(self._round_trips.note, peer_id))
             if is_circuit(address):
                 relay_addr, relay_id, named = parse_circuit(address)
-                _check_named(named, peer_id)
+                check_named(named, peer_id)
                 stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr])
                 await dial_circuit(self._network, stream, relay_addr, peer_id)
             else:
                 protocol, host, port, named = parse_tcp(address)
-                _check_named(named, peer_id)
+                check_named(named, peer_id)
                 await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
 
         self._network.unblock_peer(target)
         errors: dict[str, Exception] = {}
-        with trio.move_on_after(self._config.dial_timeout_s):
+        with self.within(self._config.dial_timeout_s, [peer_id], _DIAL_ROUND_TRIPS):
             await race(
                 [address for address in addrs if not is_circuit(address)],
                 attempt,
@@ -357,19 +383,11 @@ class Host:
             raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
 
 
+def _freshest(connections: Sequence[Any]) -> Any:
+    """The oldest, unless nothing comes on it any more: the peer's address has changed, say. None of none."""
+    heard_at = max((each.muxed_conn.heard_at for each in connections), default=0.0) - _STALE_S
+    return next((each for each in connections if each.muxed_conn.heard_at >= heard_at), None)
+
+
 def _is_stranger(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, StrangerMet) or _is_stranger(error.__cause__))
-
-
-class _Dial:
-    """A dial under way, and how it ended."""
-
-    def __init__(self, addrs: frozenset[str]) -> None:
-        self.addrs = addrs
-        self.done = trio.Event()
-        self.error: PeerUnreachable | None = None
-
-
-def _check_named(named: str, peer_id: str) -> None:
-    if named not in ("", peer_id):
-        raise ValueError(f"that is peer {named}")

@@ -34,7 +34,6 @@ from p2pinfer.node.transport.connection_gate import GATED, Gate
 from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.noise import NoiseHandshake, NoiseSession
-from p2pinfer.node.transport.private_network import Guarded
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.node.transport.swarm_key import load_swarm_key
 from p2pinfer.node.transport.tcp import TunedTCP
@@ -43,6 +42,7 @@ from p2pinfer.node.transport.yamux_frames import GO_AWAY, HEADER
 
 logger = logging.getLogger(__name__)
 
+HANDSHAKE_SPAN = 4  # a whole handshake may take so many times the limit for a peer's first word
 ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
 
 
@@ -56,7 +56,15 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
     strangers = _Strangers(counts)
     host = new_host(
         key_pair=identity.key_pair,
-        transports=[TunedTCP(config.user_timeout_s, key, strangers, config.max_connections_per_address)],
+        transports=[
+            TunedTCP(
+                config.user_timeout_s,
+                key,
+                strangers,
+                config.max_connections_per_address,
+                first_word_s=config.handshake_timeout_s,
+            )
+        ],
         sec_opt={NOISE: NoiseHandshake(identity.key_pair, strangers)},
         addrs_factory=_Advertised(),
         connection_config=ConnectionConfig(
@@ -66,8 +74,10 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
             min_connections=0,
             low_watermark=0,
             grace_period=0.0,  # else a peer that dials and dials has any number of connections for 20 s
-            inbound_upgrade_timeout=config.handshake_timeout_s,
-            outbound_upgrade_timeout=config.handshake_timeout_s,
+            # Five round trips, and nothing is measured yet; who says nothing at all is dropped before.
+            # Whoever dials has a limit of its own, which follows the round trip (`RoundTrips`).
+            inbound_upgrade_timeout=HANDSHAKE_SPAN * config.handshake_timeout_s,
+            outbound_upgrade_timeout=HANDSHAKE_SPAN * config.handshake_timeout_s,
             inbound_stream_protocol_negotiation_timeout=config.handshake_timeout_s,
         ),
     )
@@ -97,8 +107,7 @@ async def run_libp2p_host(
 
 def raw_stream_of(connection: Any) -> Any:
     """The `RawStream` under a connection of the swarm: below yamux, Noise and libp2p's wrappers."""
-    stream = connection.muxed_conn.secured_conn.messages.stream
-    return stream.inner if isinstance(stream, Guarded) else stream
+    return connection.muxed_conn.secured_conn.raw
 
 
 class _Muxer(MuxerMultistream):

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from libp2p.custom_types import TProtocol
 
 from p2pinfer.errors import PeerError
-from p2pinfer.node.transport.address_race import innermost
+from p2pinfer.node.concurrency.nurseries import innermost
 from p2pinfer.node.transport.multistream import negotiate
 from p2pinfer.node.transport.peer_stream import PeerStream
 

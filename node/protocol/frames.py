@@ -21,6 +21,7 @@ import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.fast_lock import FastLock
+from p2pinfer.node.transport.line_rate import NO_LINE, Line
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.receipt import Payload
 
@@ -72,6 +73,36 @@ class FrameStream:
         self._buffer = bytearray()
         self._frame_bytes = 0  # of the frame that comes, as far as it is known
         self._ended = False
+
+    @property
+    def line(self) -> Line:
+        """State of the line to the peer; nothing where there is none."""
+        return self._stream.line if isinstance(self._stream, PeerStream) else NO_LINE
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that were handed over so far; it grows while a long frame goes out."""
+        return self._stream.muxed.bytes_sent if isinstance(self._stream, PeerStream) else 0
+
+    @property
+    def can_ping(self) -> bool:
+        """True if the peer can be asked for a sign of life ahead of what it is being sent."""
+        return isinstance(self._stream, PeerStream)
+
+    async def is_answered(self, within_s: float) -> bool:
+        """True if the peer answers on the connection within so long; False also if the connection is gone.
+
+        The question overtakes frames under way, and the answer comes from the peer's event loop, so neither a
+        long prompt nor a busy device delays it. `within_s` is for a line that takes no time.
+        """
+        assert isinstance(self._stream, PeerStream)
+        try:
+            with trio.move_on_after(self.line.patience_s(within_s)):
+                await self._stream.ping()
+                return True
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        return False
 
     def send_now(self, message: Message, payload: Payload = b"") -> bool:
         """Send one frame if that takes no waiting; False, with nothing sent, if it does or cannot be done."""

@@ -12,6 +12,7 @@ import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.transport.line_rate import Line
 
 from .frames import FrameStream
 from .messages import Alive, End, Filled, Probe, Step
@@ -112,8 +113,19 @@ class Link:
         """
         await self._window.drain()
 
+    @property
+    def line(self) -> Line:
+        """State of the line to the successor."""
+        return self._frames.line
+
+    async def is_there(self, within_s: float) -> bool:
+        """True if the successor shows a sign of life in about that time, whatever is on its way to it."""
+        if not self._frames.can_ping:
+            return await self.probe(within_s)
+        return not self.is_lost and await self._frames.is_answered(within_s) and not self.is_lost
+
     async def probe(self, within_s: float) -> bool:
-        """True if the successor answers within so many seconds."""
+        """True if the successor answers within so many seconds that it has read all that was sent."""
         number = self._probes
         self._probes += 1
         answered = self._awaited[number] = trio.Event()

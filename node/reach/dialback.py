@@ -20,6 +20,7 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
+from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.rate_limit import RateLimit
 
@@ -31,6 +32,7 @@ DIALBACK_PROTOCOL: Final = "/p2pinfer/dialback/1.0.0"
 MAX_PORTS: Final = 4
 DIAL_S: Final = 2.0  # for one dial back; a dropped SYN is sent again after one second
 ANSWER_S: Final = 4.0  # for the whole of an answer
+ROUND_TRIPS: Final = 8  # that a dial may take beside that: who is far away is no less reachable
 MAX_BYTES: Final = 1024
 ASKS_PER_S: Final = 0.2  # of one IP address; each costs us a few packets and a handshake
 ASKS_AT_ONCE: Final = 8
@@ -60,7 +62,8 @@ def serve_dialback(host: Host) -> None:
     under_way = trio.CapacityLimiter(MAX_UNDER_WAY)
 
     async def answer(stream: PeerStream) -> None:
-        with trio.move_on_after(ANSWER_S):
+        far_s = ROUND_TRIPS * min(stream.line.rtt_s, MAX_RTT_S)
+        with trio.move_on_after(ANSWER_S + 2 * far_s):
             request = decode_request(await receive_value(stream, MAX_BYTES))
             remote = stream.remote_address
             if remote is None:
@@ -69,7 +72,9 @@ def serve_dialback(host: Host) -> None:
             if asked.take(remote[0], trio.current_time()):
                 async with under_way, trio.open_nursery() as nursery:
                     for port in dict.fromkeys(request.ports):
-                        nursery.start_soon(_try, host, stream.peer_id, remote[0], port, reached)
+                        nursery.start_soon(
+                            _try, host, stream.peer_id, remote[0], port, reached, DIAL_S + far_s
+                        )
             await send_value(stream, _encoder.encode(_Seen(*remote, tuple(reached))))
 
     host.serve(DIALBACK_PROTOCOL, answer)
@@ -85,15 +90,15 @@ async def ask(host: Host, peer_id: str, ports: tuple[int, ...]) -> Observation:
         PeerError: The peer is gone, does not speak this, or answers nonsense.
     """
     try:
-        with trio.fail_after(ANSWER_S + DIAL_S):
+        with host.within(ANSWER_S + DIAL_S, [peer_id], 3 * ROUND_TRIPS) as patience:
             async with aclosing(await host.open_stream(peer_id, DIALBACK_PROTOCOL)) as stream:
                 if stream.is_relayed:
                     raise PeerVanished("there is no direct connection", peer_id)
-                local_port = None if stream.is_inbound else host.local_port(peer_id)
+                local_port = None if stream.is_inbound else stream.local_port
                 await send_value(stream, _encoder.encode(_Ports(ports[:MAX_PORTS])))
                 answer = decode_response(await receive_value(stream, MAX_BYTES))
-    except trio.TooSlowError as exc:
-        raise PeerVanished("no answer to where it sees us", peer_id) from exc
+        if patience.cancelled_caught:
+            raise PeerVanished("no answer to where it sees us", peer_id)
     except ProtocolViolation as exc:
         exc.peer_id = peer_id
         raise
@@ -120,11 +125,11 @@ def _decode(decoder: Any, encoded: bytes) -> Any:
         raise ProtocolViolation("malformed dial-back message") from exc
 
 
-async def _try(host: Host, peer_id: str, ip: str, port: int, reached: list[int]) -> None:
-    """Note `port` if `peer_id` itself answers there."""
+async def _try(host: Host, peer_id: str, ip: str, port: int, reached: list[int], within_s: float) -> None:
+    """Note `port` if `peer_id` itself answers there in time."""
     network: Any = host.libp2p.get_network()
     address = Multiaddr(f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}")
-    with trio.move_on_after(DIAL_S):
+    with trio.move_on_after(within_s):
         raw = None
         try:
             raw = await network.transport_manager.transport_for_dialing(address).dial(address)

@@ -36,8 +36,8 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError
 
 from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
+from p2pinfer.node.concurrency.nurseries import innermost
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.transport.address_race import innermost
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.delimited import receive_message, send_message
 from p2pinfer.node.transport.peer_stream import PeerStream
@@ -52,6 +52,7 @@ ROUNDS: Final = 3
 ROUND_S: Final = 4.0  # how long both dial in one round
 DIAL_S: Final = 2.5  # for one dial: the SYN goes out twice
 AGAIN_S: Final = 0.03  # after a refusal, about
+ROUND_TRIPS: Final = 6  # that a dial takes, beside these times
 ANSWER_S: Final = 10.0  # for the other side's messages
 BETWEEN_ROUNDS_S: Final = 1.0
 
@@ -116,7 +117,7 @@ class HolePuncher:
             finally:
                 self._begun.pop(peer_id, None)
                 self._let_go(peer_id)
-        with trio.move_on_after(ROUND_S):  # the peer's own is under way
+        with trio.move_on_after(ROUND_S + self._far_s(peer_id)):  # the peer's own is under way
             await self._until_direct(peer_id)
         return True
 
@@ -137,7 +138,7 @@ class HolePuncher:
                     return False
                 await send_message(stream, HolePunch(type=HolePunch.SYNC))
             logger.debug("punch.start peer=%s rtt_ms=%.0f addrs=%s", peer_id, rtt_s * 1e3, theirs)
-            with trio.move_on_after(ROUND_S):
+            with trio.move_on_after(ROUND_S + self._far_s(peer_id)):
                 if not self._outside():
                     await self._call(peer_id, theirs)
                     return True
@@ -169,7 +170,7 @@ class HolePuncher:
                 sync = await receive_message(stream, HolePunch)
             if sync.type != HolePunch.SYNC:
                 raise ProtocolViolation("no SYNC after CONNECT", peer_id)
-            with trio.move_on_after(ROUND_S):
+            with trio.move_on_after(ROUND_S + self._far_s(peer_id)):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._dial_all, peer_id, theirs, False)
                     await self._until_direct(peer_id)
@@ -205,7 +206,7 @@ class HolePuncher:
     async def _dial(
         self, peer_id: str, address: str, source: tuple[str, int] | None, responding: bool
     ) -> None:
-        with trio.move_on_after(DIAL_S):
+        with trio.move_on_after(DIAL_S + self._far_s(peer_id)):
             try:
                 await self._host.dial_from(peer_id, address, source, responding=responding)
             except Exception as exc:  # whatever it is, it is this address's trouble
@@ -214,6 +215,10 @@ class HolePuncher:
     async def _until_direct(self, peer_id: str) -> None:
         while not self._is_direct(peer_id):
             await trio.sleep(0.02)
+
+    def _far_s(self, peer_id: str) -> float:
+        """Seconds that a dial takes for the distance, by what the relayed connection has shown of it."""
+        return ROUND_TRIPS * (self._host.rtt_s(peer_id) or 0.0)
 
     def _is_direct(self, peer_id: str) -> bool:
         return self._host.connection_kind(peer_id) == "direct"

@@ -16,7 +16,8 @@ from .reachability import global_addrs
 logger = logging.getLogger(__name__)
 
 LEAVE_RELAY_S: Final = 1.0  # between looks whether a relayed peer can be reached as it is
-STRAIGHT_S: Final = 3.0  # for a dial to such a peer
+STRAIGHT_S: Final = 3.0  # for a dial to such a peer, and so many round trips
+ROUND_TRIPS: Final = 8
 
 
 async def leave_relays(host: Host, announcements: Callable[[], Sequence[Announcement]]) -> None:
@@ -38,7 +39,7 @@ async def leave_relays(host: Host, announcements: Callable[[], Sequence[Announce
 
 async def _dial_straight(host: Host, peer_id: str, addrs: Sequence[str]) -> None:
     for address in addrs:
-        with trio.move_on_after(STRAIGHT_S):
+        with host.within(STRAIGHT_S, [peer_id], ROUND_TRIPS):
             try:
                 await host.dial_from(peer_id, address, None, responding=False)
                 return

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Final
 
 import trio
 
@@ -45,6 +46,11 @@ from .hop_session import HopSession
 from .lifetime import SessionRefusal
 
 logger = logging.getLogger(__name__)
+
+
+_ROUND_TRIPS: Final = (
+    16  # that linking to a successor may take: a dial, perhaps by a relay, and an attachment
+)
 
 
 class SessionControl:
@@ -154,8 +160,10 @@ class SessionControl:
     def _reaching(self, peer_id: str) -> Generator[None]:
         """Take what goes wrong inside, or too long, for a successor that cannot be reached."""
         try:
-            with trio.fail_after(self._config.dial_timeout_s):
+            with self._host.within(self._config.dial_timeout_s, [peer_id], _ROUND_TRIPS) as patience:
                 yield
+            if patience.cancelled_caught:
+                raise trio.TooSlowError
         except (PeerError, trio.TooSlowError) as exc:
             # What happened at which address is for our own log: a client could scan our network with it.
             logger.debug("session.no_successor peer=%s why=%s", peer_id, exc)
@@ -197,7 +205,7 @@ class SessionControl:
         neighbours = self._neighbours
         async with neighbours.pausing:
             began_at = trio.current_time()
-            if neighbours.link is not link or not await link.probe(MOVE_S):
+            if neighbours.link is not link or not await link.probe(link.line.patience_s(MOVE_S)):
                 return False
             with self._reaching(link.peer_id):
                 neighbours.link = await self._attach(stream)
@@ -283,7 +291,9 @@ class SessionControl:
         try:
             answers: bool | None = None
             if self._session.opening.successor is not None and asks_successor:
-                answers = neighbours.link is not None and await neighbours.link.probe(probe.within_ms / 1e3)
+                answers = neighbours.link is not None and await neighbours.link.is_there(
+                    probe.within_ms / 1e3
+                )
             with self._guard():
                 await neighbours.control.send(Alive(probe.number, answers))
         finally:

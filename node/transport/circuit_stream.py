@@ -22,11 +22,13 @@ from p2pinfer.errors import PeerRefused, PeerVanished, ProtocolViolation
 from .delimited import receive_message, send_message
 from .peer_stream import PeerStream
 from .raw_stream import RawStream
+from .tcp import on_round_trip
 
 HOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/hop"
 HANDSHAKE_S: Final = 10.0  # for the relay's answer, and for the other peer's first message
 READ_BYTES: Final = 1 << 17
 SEND_BYTES: Final = 1 << 16
+WAITED_S: Final = 0.02  # a write that took longer had to wait for the line, and not for other tasks
 
 
 class CircuitStream(RawStream):
@@ -47,14 +49,21 @@ class CircuitStream(RawStream):
 
     async def _send_some(self, outbox: bytearray) -> None:
         muxed = self._stream.muxed
-        before = muxed.bytes_sent
+        before, began_at = muxed.bytes_sent, trio.current_time()
         try:
             await muxed.write(bytes(outbox[:SEND_BYTES]))
         except BaseLibp2pError as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the circuit broke: {exc}", transport="circuit") from exc
         finally:  # what a cancelled write has counted as sent is on its way
-            del outbox[: muxed.bytes_sent - before]
+            sent, waited_s = muxed.bytes_sent - before, trio.current_time() - began_at
+            del outbox[:sent]
+            if waited_s > WAITED_S:
+                self.rate.note(sent, waited_s)
+
+    @property
+    def queued_bytes(self) -> int:
+        return len(self._outbox) + self._stream.line.queued_bytes
 
     def _send_now(self, outbox: bytearray) -> None:
         if self._stream.muxed.write_now(bytes(outbox)):
@@ -85,8 +94,11 @@ async def dial_circuit(network: Any, stream: PeerStream, relay_addr: str, peer_i
     try:
         with trio.fail_after(HANDSHAKE_S):
             target = PeerId(id=ID.from_base58(peer_id).to_bytes())
+            asked_at = trio.current_time()
             await send_message(stream, HopMessage(type=HopMessage.CONNECT, peer=target))
             check_status(await receive_message(stream, HopMessage), relay_id)
+        if (heard := on_round_trip.get()) is not None:
+            heard(trio.current_time() - asked_at)
         raw = circuit_connection(stream, initiator=True, address=f"{relay_addr}/p2p-circuit")
         await network.upgrade_outbound_raw_conn(raw, ID.from_base58(peer_id))
     except trio.TooSlowError as exc:

@@ -102,6 +102,12 @@ class NoiseSession(SecureSession):
         """True if nothing waits to be sent, so that `write_now` will do."""
         return self.messages.stream.is_clear
 
+    @property
+    def raw(self) -> RawStream:
+        """The bytes below, whether a socket or a relay carries them."""
+        stream = self.messages.stream
+        return stream.inner if isinstance(stream, Guarded) else stream
+
     def write_now(self, data: bytes) -> bool:
         """Write `data` if it fits one message and nobody is before it; False, with nothing written, if not.
 

@@ -15,6 +15,7 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.node.concurrency.shield import shielded
 
 from .addresses import range_of_connection
+from .line_rate import Line
 from .yamux_stream import YamuxStream
 
 RECEIVE_BYTES = 1 << 18  # what is handed out at once to those who do not say how much they want
@@ -57,9 +58,30 @@ class PeerStream(trio.abc.Stream):
         return range_of_connection(self.remote_address, connection.get_transport_addresses())
 
     @property
+    def local_port(self) -> int | None:
+        """The port that the stream's connection leaves from; None through a relay."""
+        return self.muxed.local_port
+
+    @property
     def is_inbound(self) -> bool:
         """True if the peer made the connection."""
         return not self.muxed.muxed_conn.is_initiator
+
+    @property
+    def line(self) -> Line:
+        """State of the line that the stream runs over."""
+        return self.muxed.line
+
+    async def ping(self) -> float:
+        """The seconds until the peer answered on the stream's connection, ahead of whatever is being sent.
+
+        Raises:
+            PeerVanished: The connection is gone.
+        """
+        try:
+            return await self.muxed.ping()
+        except BaseLibp2pError as exc:
+            raise self._lost("while being asked for a sign of life", exc) from exc
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`.

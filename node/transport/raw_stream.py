@@ -13,12 +13,23 @@ from abc import abstractmethod
 import trio
 from libp2p.io.abc import ReadWriteCloser
 
+from .line_rate import LineRate
+
 
 class RawStream(ReadWriteCloser):
-    """Reads and writes as described above, over two hooks."""
+    """Reads and writes as described above, over two hooks.
+
+    Attributes:
+        rate: How fast it takes what is written, measured while writers wait.
+        rtt_s: Round trip as it was told; 0 if it was not.
+        local_port: The port that a socket leaves from; None if there is no socket.
+    """
 
     def __init__(self) -> None:
         self.closed = trio.Event()
+        self.rate = LineRate()
+        self.rtt_s = 0.0
+        self.local_port: int | None = None
         self._received: bytes = b""
         self._read = 0  # how much of it was handed out
         self._outbox = bytearray()
@@ -65,6 +76,20 @@ class RawStream(ReadWriteCloser):
     def is_clear(self) -> bool:
         """True if nothing waits to be sent, so that `write_now` will do."""
         return not (self._outbox or self._sending)
+
+    @property
+    def has_heard(self) -> bool:
+        """True if the other end has said anything yet."""
+        return bool(self._received)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that were written and that the other end has not acknowledged, as far as that is known."""
+        return len(self._outbox)
+
+    def expect_round_trip(self, rtt_s: float) -> None:
+        """Hear how long an acknowledgement takes on this connection; limits may follow it."""
+        self.rtt_s = rtt_s
 
     def write_now(self, data: bytes) -> bool:
         """Write `data` if nobody is before it; False, with nothing written, if somebody is.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import socket
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import trio
@@ -16,15 +20,32 @@ from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
-from .address_race import innermost
+from p2pinfer.node.concurrency.nurseries import innermost
+
 from .addresses import parse_tcp
+from .line_rate import MAX_RTT_S
 from .private_network import Guarded
 from .raw_stream import RawStream
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 READ_BYTES = 1 << 17
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
+THIN_BYTES_PER_S = 128 << 10  # a line below this queues and drops what it cannot carry
+THIN_TIMEOUT_S = 15.0  # without an acknowledgement, before a connection over such a line is dead
+THIN_LASTS_S = 60.0  # how long one measurement counts
+ROUND_TRIPS = 6  # without an acknowledgement, before a connection of long round trips is dead
+FIRST_UNSENT_BYTES = 32 << 10  # that the kernel takes ahead of the line, while its rate is not known
+UNSENT_S = 0.1  # what it takes ahead afterwards, in time
+MIN_UNSENT_BYTES, MAX_UNSENT_BYTES = 8 << 10, 256 << 10
+
+# Called in the task that dials, with the seconds that its connection took: libp2p's swarm lies between the
+# two.
+on_round_trip: ContextVar[Callable[[float], None] | None] = ContextVar("on_round_trip", default=None)
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -43,10 +64,17 @@ def tune(stream: trio.SocketStream, user_timeout_s: float) -> None:
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_COUNT),
         ("TCP_USER_TIMEOUT", int(user_timeout_s * 1000)),
+        # Else the kernel takes megabytes, and what is urgent waits behind them: on a line of 30 KB/s, a
+        # minute.
+        ("TCP_NOTSENT_LOWAT", FIRST_UNSENT_BYTES),
     ):
-        option = getattr(socket, name, None)  # macOS and Windows lack some
-        if option is not None:
-            set_option(socket.IPPROTO_TCP, option, value)
+        _set_tcp(stream, name, value)
+
+
+def _set_tcp(sock: Any, name: str, value: int) -> None:
+    option = getattr(socket, name, None)  # macOS and Windows lack some
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def share_port(sock: Any) -> None:
@@ -56,6 +84,35 @@ def share_port(sock: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
+class Uplink:
+    """The line that all connections of a host share, as far as they find it thin.
+
+    A prompt that fills a line of 30 KB/s makes the router drop packets of every connection, and 3 s without
+    an acknowledgement say nothing there. Whichever connection measures that gives all of them more time.
+    """
+
+    def __init__(self) -> None:
+        self._thin_until = -math.inf
+        self._streams = weakref.WeakSet[TcpStream]()
+
+    @property
+    def is_thin(self) -> bool:
+        """True if a connection has met a low rate of late."""
+        return trio.current_time() < self._thin_until
+
+    def add(self, stream: TcpStream) -> None:
+        """Let a connection know when the line turns out to be thin."""
+        self._streams.add(stream)
+
+    def note(self, bytes_per_s: float) -> None:
+        """Note the rate that a connection has measured."""
+        if 0 < bytes_per_s < THIN_BYTES_PER_S:
+            was_thin, self._thin_until = self.is_thin, trio.current_time() + THIN_LASTS_S
+            if not was_thin:
+                for stream in list(self._streams):
+                    stream.expect_round_trip(stream.rtt_s)
+
+
 class TcpStream(RawStream):
     """A TCP connection under Noise.
 
@@ -63,9 +120,16 @@ class TcpStream(RawStream):
     lets others run when it does not: either way what has come would wait for one more turn of the event loop.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        """Takes the socket out of `stream`."""
+    def __init__(
+        self, stream: trio.SocketStream, user_timeout_s: float = math.inf, uplink: Uplink | None = None
+    ) -> None:
+        """Takes the socket out of `stream`, which was tuned with the same `user_timeout_s`."""
         super().__init__()
+        self._user_timeout_s = user_timeout_s
+        self._uplink = uplink or Uplink()
+        self._uplink.add(self)
+        self._timeout_ms = 0  # as it was set for the round trips
+        self._unsent_bytes = FIRST_UNSENT_BYTES
         taken = stream.socket
         # Said rather than asked for: macOS no longer tells of a connection that is gone already.
         self.socket = socket.socket(taken.family, taken.type, taken.proto, taken.detach())
@@ -89,14 +153,47 @@ class TcpStream(RawStream):
 
     async def _send_some(self, outbox: bytearray) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        waits_since: float | None = None
         try:
             while (sent := _ready(self.socket.send, outbox)) is None:
+                waits_since = waits_since or trio.current_time()
                 await trio.lowlevel.wait_writable(self.socket)
         except (OSError, trio.ClosedResourceError) as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         del outbox[:sent]
+        if waits_since is not None:
+            self.rate.note(sent, trio.current_time() - waits_since)
+            self._uplink.note(self.rate.bytes_per_s)
+            self._limit_unsent()
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    @property
+    def queued_bytes(self) -> int:
+        return len(self._outbox) + _unacknowledged(self.socket)
+
+    def expect_round_trip(self, rtt_s: float) -> None:
+        self.rtt_s = rtt_s
+        if self._user_timeout_s == math.inf or self.socket.fileno() == -1:
+            return
+        least_s = max(self._user_timeout_s, THIN_TIMEOUT_S if self._uplink.is_thin else 0.0)
+        timeout_ms = int(1000 * max(least_s, ROUND_TRIPS * min(rtt_s, MAX_RTT_S)))
+        is_worth_it = not 0.8 * timeout_ms <= self._timeout_ms <= 1.2 * timeout_ms
+        if is_worth_it:
+            self._timeout_ms = timeout_ms
+            _set_tcp(self.socket, "TCP_USER_TIMEOUT", timeout_ms)
+
+    def _limit_unsent(self) -> None:
+        """Let the kernel take about `UNSENT_S` ahead of the line."""
+        wanted = min(max(int(self.rate.bytes_per_s * UNSENT_S), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)
+        is_tuned = self._user_timeout_s < math.inf
+        if (
+            is_tuned
+            and self.rate.bytes_per_s
+            and not self._unsent_bytes / 2 < wanted < self._unsent_bytes * 2
+        ):
+            self._unsent_bytes = wanted
+            _set_tcp(self.socket, "TCP_NOTSENT_LOWAT", wanted)
 
     def _send_now(self, outbox: bytearray) -> None:
         with suppress(OSError):  # it would block, or is broken, which the next `write` will see
@@ -122,6 +219,17 @@ def _ready(ask: Callable[[A], T], argument: A) -> T | None:
         return None
 
 
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes that the kernel has taken and the other end has not acknowledged; 0 where that is not told."""
+    if sys.platform == "win32" or sock.fileno() == -1:
+        return 0
+    try:  # SIOCOUTQ, which has the number of TIOCOUTQ
+        answer: bytes = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:  # not Linux
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
+
+
 def _name(ask: Callable[[], Any]) -> tuple[str, int] | None:
     try:
         name = ask()
@@ -139,6 +247,7 @@ class TunedTCP(TCP):
         key: That of the private swarm that every peer must be of.
         on_stranger: Called with the address of whoever connects and is not, and with how it showed.
         max_per_address: Connections accepted from one IP address at once.
+        first_word_s: How long who connects may say nothing.
     """
 
     def __init__(
@@ -147,8 +256,11 @@ class TunedTCP(TCP):
         key: bytes | None = None,
         on_stranger: Callable[[str, str], None] = lambda address, why: None,
         max_per_address: int = 1 << 20,
+        first_word_s: float = math.inf,
     ) -> None:
         super().__init__()
+        self._first_word_s = first_word_s
+        self._uplink = Uplink()
         self._user_timeout_s = user_timeout_s
         self._key = key
         self._on_stranger = on_stranger
@@ -158,17 +270,19 @@ class TunedTCP(TCP):
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect to `/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>`; libp2p's logs every refusal as an error."""
         _, host, port, _ = parse_tcp(str(maddr))
+        began_at = trio.current_time()
         try:
             stream = await trio.open_tcp_stream(host, port)
         except OSError as exc:
             raise OpenConnectionError(innermost(exc)) from exc
         tune(stream, self._user_timeout_s)
-        return RawConnection(self._dialled(TcpStream(stream)), True)
+        return RawConnection(self._dialled(stream, trio.current_time() - began_at), True)
 
     async def dial_with_source(self, maddr: Multiaddr, source: tuple[str, int]) -> IRawConnection:
         """Connect to an IP address from a given local one, as hole punching needs."""
         _, host, port, _ = parse_tcp(str(maddr))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        began_at = trio.current_time()
         with trio.socket.socket(family, socket.SOCK_STREAM) as connecting:
             try:
                 share_port(connecting)
@@ -178,9 +292,14 @@ class TunedTCP(TCP):
                 raise OpenConnectionError(innermost(exc)) from exc
             stream = trio.SocketStream(connecting.dup())
         tune(stream, self._user_timeout_s)
-        return RawConnection(self._dialled(TcpStream(stream)), True)
+        return RawConnection(self._dialled(stream, trio.current_time() - began_at), True)
 
-    def _dialled(self, stream: TcpStream) -> Guarded:
+    def _dialled(self, socket_stream: trio.SocketStream, took_s: float) -> Guarded:
+        """A connection that took so long to make, which is the first that is known of its round trip."""
+        stream = TcpStream(socket_stream, self._user_timeout_s, self._uplink)
+        stream.expect_round_trip(took_s)
+        if (heard := on_round_trip.get()) is not None:
+            heard(took_s)
         return Guarded(stream, self._key, lambda address, why: None)  # who dials sees the error
 
     def guarded(self, stream: TcpStream) -> Guarded:
@@ -196,7 +315,7 @@ class TunedTCP(TCP):
 
         async def handle(accepted: Any) -> None:
             tune(accepted.stream, self._user_timeout_s)
-            stream = TcpStream(accepted.stream)
+            stream = TcpStream(accepted.stream, self._user_timeout_s, self._uplink)
             guarded = self.guarded(stream)
             with self._counted(stream) as is_welcome:
                 if not is_welcome:
@@ -204,6 +323,7 @@ class TunedTCP(TCP):
                     return
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when, stream.closed, nursery.cancel_scope)
+                    nursery.start_soon(_drop_if_silent, stream, self._first_word_s)
                     await handler_function(guarded)
                     nursery.cancel_scope.cancel()
 
@@ -228,6 +348,12 @@ class TunedTCP(TCP):
             self._accepted[address] -= 1
             if not self._accepted[address]:
                 del self._accepted[address]
+
+
+async def _drop_if_silent(stream: TcpStream, within_s: float) -> None:
+    await trio.sleep(within_s)
+    if not stream.has_heard:
+        await stream.close()
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:

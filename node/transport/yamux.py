@@ -11,10 +11,14 @@ What a peer may have under way on a stream is bounded by the window we granted; 
 grant again when half of the window has been read, and a bigger one when that took less than two round trips.
 
 Frames of streams are written by the task that sends: encrypting and queueing happen without a suspension, in
-one order (`TcpStream.write` promises that), so no lock is needed and a cancelled sender cannot tear a frame.
-Frames that answer something (a window update, a pong) are collected and written by a task of their own,
-because neither the receiving task nor a reader that has taken its bytes may wait for the socket. That task
-also sends what the socket did not take of a frame that was to go at once.
+one order (`TcpStream.write` promises that), so a cancelled sender cannot tear a frame. Frames that answer
+something (a window update, a pong) are collected and written by a task of their own, because neither the
+receiving task nor a reader that has taken its bytes may wait for the socket. That task also sends what the
+socket did not take of a frame that was to go at once.
+
+What is urgent overtakes. A frame that was encrypted cannot be overtaken, nor can what the kernel has taken.
+So at most one frame of data is on its way to the kernel (`send_lock`), frames take the line a tenth of a
+second, and the kernel holds about as much (`tcp.py`). Frames without data need no lock.
 """
 
 from __future__ import annotations
@@ -28,10 +32,12 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError, MuxedStreamReset
 from multiaddr import Multiaddr
 
+from p2pinfer.node.concurrency.fast_lock import FastLock
 from p2pinfer.node.concurrency.shield import shielded
 
 from .connection_gate import GATED, RESOURCE_LIMIT_EXCEEDED, Gate
 from .counters import Traffic
+from .line_rate import Line
 from .noise import NoiseSession
 from .yamux_frames import (
     ACK,
@@ -48,7 +54,9 @@ from .yamux_frames import (
     RST,
     SYN,
     WINDOW_UPDATE,
+    GoneAway,
     YamuxViolation,
+    frame_bytes,
 )
 from .yamux_stream import Carrier, YamuxStream
 
@@ -77,6 +85,8 @@ class YamuxConnection(Carrier):
         self.secured_conn = conn
         self.event_started = trio.Event()
         self.rtt_s = 0.0  # measured; 0 until the first pong
+        self.send_lock = FastLock()
+        self.heard_at = trio.current_time()  # when the peer last sent anything
         self._max_streams = max_streams
         self._streams: dict[int, YamuxStream] = {}
         self._theirs = 0  # how many of them the peer opened
@@ -169,11 +179,7 @@ class YamuxConnection(Carrier):
     # ------------------------------------------------------------------ for the host
 
     async def ping(self) -> float:
-        """The seconds of one round trip; updates `rtt_s`.
-
-        Raises:
-            MuxedConnUnavailable: The connection has ended.
-        """
+        """See `Carrier.ping`; updates `rtt_s`."""
         if self._closed.is_set():
             raise MuxedConnUnavailable("the connection is closed")
         nonce = self._next_ping
@@ -189,9 +195,23 @@ class YamuxConnection(Carrier):
             raise MuxedConnUnavailable("the connection is closed")
         rtt_s = trio.current_time() - sent_at
         self.rtt_s = (self.rtt_s + rtt_s) / 2 if self.rtt_s else rtt_s
+        self.secured_conn.raw.expect_round_trip(self.rtt_s)
         return rtt_s
 
     # ------------------------------------------------------------------ for the streams: see Carrier
+
+    @property
+    def line(self) -> Line:
+        raw = self.secured_conn.raw
+        return Line(self.rtt_s, raw.rate.bytes_per_s, raw.queued_bytes)
+
+    @property
+    def local_port(self) -> int | None:
+        return self.secured_conn.raw.local_port
+
+    @property
+    def frame_bytes(self) -> int:
+        return frame_bytes(self.secured_conn.raw.rate.bytes_per_s, self.rtt_s)
 
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         self._traffic.sent += len(header) + len(payload)  # they are taken before the first suspension
@@ -260,12 +280,13 @@ class YamuxConnection(Carrier):
             while True:
                 message = await self.secured_conn.read()
                 self._traffic.received += len(message)
+                self.heard_at = trio.current_time()
                 self._feed(message)
         except YamuxViolation as exc:
             logger.debug("connection.violation peer=%s why=%s", self.peer_id, exc)
             with trio.move_on_after(1):
                 await self.send(HEADER.pack(0, GO_AWAY, 0, 0, PROTOCOL_ERROR))
-        except _GoneAway as exc:
+        except GoneAway as exc:
             logger.debug("connection.gone_away peer=%s code=%s", self.peer_id, exc)
             if self._gate is not None and exc.code == GATED:
                 self._gate.note_turned_away(str(self.peer_id))
@@ -310,7 +331,7 @@ class YamuxConnection(Carrier):
             elif length in self._pings:
                 self._pings[length].set()
         elif kind == GO_AWAY:
-            raise _GoneAway(length)
+            raise GoneAway(length)
         else:
             raise YamuxViolation(f"a frame of type {kind}")
 
@@ -377,11 +398,3 @@ class YamuxConnection(Carrier):
                 await self.secured_conn.close()
             except (BaseLibp2pError, OSError) as exc:
                 logger.debug("connection.close_failed peer=%s why=%r", self.peer_id, exc)
-
-
-class _GoneAway(Exception):
-    """The peer said goodbye, with this code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"{code:#x}")
-        self.code = code

@@ -22,6 +22,27 @@ SMALL_BYTES = 1024  # pieces up to this are put together while nobody reads them
 MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
 MAX_STREAM_ID = (1 << 32) - 1
 
+# A frame of data is as long as a line takes in a tenth of a second, since what is urgent waits for its end.
+FRAME_S = 0.1
+MIN_FRAME_BYTES = 4 << 10
+FIRST_FRAME_BYTES = 16 << 10  # while the rate is not known
+NEAR_S = 0.01  # round trips below this are of a local network, which is taken for fast
+
+
+def frame_bytes(bytes_per_s: float, rtt_s: float) -> int:
+    """Most payload of a frame on a line of this rate and round trip, each 0 if it is not known."""
+    if bytes_per_s:
+        return min(max(int(bytes_per_s * FRAME_S), MIN_FRAME_BYTES), MAX_PAYLOAD)
+    return MAX_PAYLOAD if 0 < rtt_s < NEAR_S else FIRST_FRAME_BYTES
+
 
 class YamuxViolation(BaseLibp2pError):
     """The peer sent what the protocol forbids."""
+
+
+class GoneAway(Exception):
+    """The peer said goodbye, with this code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{code:#x}")
+        self.code = code

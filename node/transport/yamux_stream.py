@@ -9,13 +9,15 @@ import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
+from p2pinfer.node.concurrency.fast_lock import FastLock
+
 from .connection_gate import reason
+from .line_rate import Line
 from .yamux_frames import (
     DATA,
     FIN,
     HEADER,
     INITIAL_WINDOW,
-    MAX_PAYLOAD,
     MAX_WINDOW,
     RST,
     SMALL_BYTES,
@@ -33,9 +35,34 @@ class Carrier(IMuxedConn):
 
     Attributes:
         rtt_s: The round trip as measured; 0 until it was.
+        send_lock: Held while a frame of data goes out. Frames without data go before those that wait for it.
     """
 
     rtt_s: float
+    send_lock: FastLock
+
+    @property
+    @abstractmethod
+    def line(self) -> Line:
+        """State of the line, as measured."""
+
+    @property
+    @abstractmethod
+    def local_port(self) -> int | None:
+        """The port that a direct connection leaves from; None through a relay."""
+
+    @property
+    @abstractmethod
+    def frame_bytes(self) -> int:
+        """The most that a frame of data is to carry."""
+
+    @abstractmethod
+    async def ping(self) -> float:
+        """The seconds of one round trip.
+
+        Raises:
+            MuxedConnUnavailable: The connection has ended.
+        """
 
     @abstractmethod
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
@@ -115,6 +142,20 @@ class YamuxStream(IMuxedStream):
             self._grant()
         return taken
 
+    @property
+    def line(self) -> Line:
+        """State of the connection's line."""
+        return self._connection.line
+
+    @property
+    def local_port(self) -> int | None:
+        """See `Carrier.local_port`."""
+        return self._connection.local_port
+
+    async def ping(self) -> float:
+        """See `Carrier.ping`."""
+        return await self._connection.ping()
+
     def has_input(self) -> bool:
         """True if `read` would return at once."""
         return bool(self._inbox) or self._lost or self._end_received
@@ -129,17 +170,20 @@ class YamuxStream(IMuxedStream):
         view = memoryview(data)
         await self.wait_writable()
         while view:
-            size = min(self._credit, MAX_PAYLOAD, len(view))
-            self._credit -= size
-            self.bytes_sent += size
-            await self._connection.send(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
+            # One frame of one stream at a time: the others' come in between, and what is urgent before them.
+            async with self._connection.send_lock:
+                self._check_writable()  # it may have ended while others had their turn
+                size = min(self._credit, self._connection.frame_bytes, len(view))
+                self._credit -= size
+                self.bytes_sent += size
+                await self._connection.send(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
             view = view[size:]
             if view:
                 await self.wait_writable()
 
     def write_now(self, data: bytes) -> bool:
         """Send `data` in one frame if that takes no waiting; False, with nothing sent, if it does."""
-        if self._lost or self._end_sent or len(data) > min(self._credit, MAX_PAYLOAD):
+        if self._lost or self._end_sent or len(data) > min(self._credit, self._connection.frame_bytes):
             return False
         if not self._connection.send_now(HEADER.pack(0, DATA, 0, self.stream_id, len(data)), data):
             return False
@@ -154,10 +198,7 @@ class YamuxStream(IMuxedStream):
             MuxedStreamClosed, MuxedStreamReset: As for `write`.
         """
         while True:
-            if self._lost:
-                raise self._reset_error()
-            if self._end_sent:
-                raise MuxedStreamClosed("the stream is closed for sending")
+            self._check_writable()
             if self._credit:
                 return
             await self._writers.park()
@@ -239,6 +280,12 @@ class YamuxStream(IMuxedStream):
         self._writers.unpark_all()
 
     # ------------------------------------------------------------------ private
+
+    def _check_writable(self) -> None:
+        if self._lost:
+            raise self._reset_error()
+        if self._end_sent:
+            raise MuxedStreamClosed("the stream is closed for sending")
 
     def _reset_error(self) -> MuxedStreamReset:
         why = reason(self.reset_code)

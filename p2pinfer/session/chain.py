@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -38,7 +39,7 @@ from p2pinfer.routing.route import Hop, Route
 
 from .flow_limits import FlowLimits, agree
 from .hop_stream import HopStream, Listener
-from .opening import end_all, open_hops
+from .opening import OPENING_ROUND_TRIPS, end_all, open_hops
 from .terms import SessionTerms
 
 logger = logging.getLogger(__name__)
@@ -130,14 +131,16 @@ class Chain:
 
     # ------------------------------------------------------------------ who is there
 
-    async def probe(self, within_s: float) -> tuple[list[HopStream], list[HopStream]]:
+    async def probe(
+        self, within_s: float, *, ask_successors: bool = True
+    ) -> tuple[list[HopStream], list[HopStream]]:
         """The hops that do not answer, and those that answer us but not the hop before them."""
         hops = list(self.hops)
         silent: list[HopStream] = []
         cut: list[HopStream] = []
 
         async def probe(index: int, hop: HopStream) -> None:
-            alive = await hop.probe(within_s)
+            alive = await hop.probe(within_s, ask_successor=ask_successors)
             if alive is None:
                 silent.append(hop)
             elif alive.successor is False and index + 1 < len(hops):
@@ -209,7 +212,7 @@ class Chain:
         # opened, and `Opened` comes only when the replacement has attached to the hop after. No `switch` yet:
         # the link stands by for the replay, and steps go on over the former one.
         try:
-            with trio.move_on_after(within_s) as patience:
+            with self._patience(whole, within_s) as patience:
                 await _together(open_them, link_up)
             if patience.cancelled_caught:
                 raise PeerUnreachable(f"was not linked to within {within_s:g} s", route.hops[0].peer_id)
@@ -319,6 +322,10 @@ class Chain:
             await hops[0].fill(step, payload, limits.chunks_in_flight)
 
     # ------------------------------------------------------------------ opening
+
+    def _patience(self, route: Route, within_s: float) -> AbstractContextManager[trio.CancelScope]:
+        """A limit for opening a session on the hops of a route, wherever they turn out to be."""
+        return self.host.within(within_s, route.peer_ids, OPENING_ROUND_TRIPS)
 
     async def _open_hops(self, openings: Sequence[Open], route: Route, within_s: float) -> list[HopStream]:
         hops = {hop.span.start: hop for hop in route.hops}

@@ -43,6 +43,7 @@ from p2pinfer.node.protocol.messages import (
     Step,
     Successor,
 )
+from p2pinfer.node.transport.line_rate import Line
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.routing.route import Hop
 
@@ -100,6 +101,16 @@ class HopStream:
         self._uses: list[trio.CancelScope] = []
         self._given_up = False
         self._scope = trio.CancelScope()
+
+    @property
+    def line(self) -> Line:
+        """State of the line to the hop."""
+        return self._frames.line
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent to the hop on its present stream; it grows while a step goes out."""
+        return self._frames.sent_bytes
 
     def send_now(self, step: Step, payload: Payload) -> bool:
         """Send a step if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
@@ -206,15 +217,21 @@ class HopStream:
                 raise PeerVanished(f"the hop before lost it: {problem}", successor.peer_id)
 
     async def probe(self, within_s: float, *, ask_successor: bool = True) -> Alive | None:
-        """The hop's sign of life; None if there was none.
+        """The hop's sign of life; None if there was none. `within_s` is for a line that takes no time.
 
         With `ask_successor` it also tells of its successor, which has most of that time. It is asked for both
         at once and answers one after the other: who has to wait for its successor is not taken for dead.
         """
         answers: list[Alive | None] = [None, None]
+        limit_s = self.line.patience_s(within_s)
 
         async def ask(place: int, successor_s: float) -> None:
-            answers[place] = await self._probe(within_s, successor_s)
+            if place == 0 and self._frames.can_ping:
+                # On the stream the question would wait behind the very prompt that takes so long.
+                is_there = not self.lost.is_set() and await self._frames.is_answered(within_s)
+                answers[place] = Alive(0) if is_there else None
+            else:
+                answers[place] = await self._probe(limit_s, successor_s)
             # A hop that gives no sign of life itself is not waited for on behalf of its successor.
             if place == 0 and answers[0] is None:
                 nursery.cancel_scope.cancel()

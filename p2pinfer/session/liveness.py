@@ -2,10 +2,16 @@
 
 A hop that is busy is not a hop that is dead: its event loop answers whatever its device computes, and says
 whether its successor answers. A result that comes meanwhile is as good as an answer.
+
+Nor is a hop dead that is being sent a long prompt over a thin line. It is asked on its connection, ahead of
+the prompt, and has as long as its line takes (`Line.patience_s`). Only the question for its successor goes
+behind the prompt, since the hop has to answer that one itself; so it is asked when what is under way has had
+its time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -17,7 +23,7 @@ from .chain import Chain
 from .hop_stream import HopStream
 from .in_flight import InFlight
 
-_SLOWEST_BYTES_PER_S: Final = 1 << 20  # what a link carries at least; bytes under way excuse silence
+_USUAL_BYTES_PER_S: Final = 1 << 20  # what a link carries at least, if nothing was measured
 
 
 async def keep_watch(
@@ -37,17 +43,21 @@ async def keep_watch(
         on_silent: Hears of a hop that gave none.
         on_cut: Hears of a hop that answers, but not the one before it.
     """
+    looked_at = -math.inf
     while True:
         await steps.any_awaited()
-        due_at = steps.progress_at + after_s + steps.bytes_under_way / _SLOWEST_BYTES_PER_S
+        due_at = max(steps.progress_at, looked_at) + after_s
         if trio.current_time() < due_at:
             await trio.sleep_until(due_at)
             continue
         asked_at, epoch = trio.current_time(), chain.epoch
-        silent, cut = await chain.probe(within_s)
+        rate = chain.hops[0].line.bytes_per_s or _USUAL_BYTES_PER_S
+        under_way_s = steps.bytes_under_way / rate
+        is_overdue = steps.progress_at + after_s + under_way_s <= asked_at
+        silent, cut = await chain.probe(within_s, ask_successors=is_overdue)
         if steps.progress_at < asked_at and chain.epoch == epoch:
             for hop in silent:
                 on_silent(hop, PeerVanished("it shows no sign of life", hop.peer_id))
             for hop in cut:
                 on_cut(hop, PeerVanished("the hop before does not reach it", hop.peer_id))
-        steps.progress_at = trio.current_time()
+        looked_at = trio.current_time()

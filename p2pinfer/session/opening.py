@@ -6,6 +6,7 @@ What a hop refuses is an error that names whom to leave out of the next route.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import trio
 
@@ -25,11 +26,17 @@ from p2pinfer.routing.route import Hop, Route
 
 from .hop_stream import HopStream
 
+# To the farthest hop, for all of an opening. Two hops may be twice as far from each other as each is from us,
+# and the first dials the second: eight round trips of theirs at most, and three of ours.
+OPENING_ROUND_TRIPS: Final = 20
+
 
 async def open_hops(
     host: Host, openings: Sequence[tuple[Hop, Open]], route: Route, *, max_payload_bytes: int, within_s: float
 ) -> list[HopStream]:
     """Open a session on every hop at once. `route` is what they are to be part of.
+
+    `within_s` is the limit where round trips take no time; it grows by `OPENING_ROUND_TRIPS` of them.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
@@ -63,7 +70,7 @@ async def open_hops(
             scope.cancel()
 
     try:
-        with trio.move_on_after(within_s):
+        with host.within(within_s, route.peer_ids, OPENING_ROUND_TRIPS):
             async with trio.open_nursery() as nursery:
                 for index, (hop, opening) in enumerate(openings):
                     nursery.start_soon(open_hop, index, hop, opening, nursery.cancel_scope)

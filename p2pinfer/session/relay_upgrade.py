@@ -40,8 +40,8 @@ async def leave_relays(
     """
 
     async def move(hop: HopStream) -> bool:
-        with trio.move_on_after(relay_upgrade.MOVE_S):
-            await _move(host, session, hop, hops, quiet, on_left)
+        with trio.move_on_after(hop.line.patience_s(relay_upgrade.MOVE_S)) as patience:
+            await _move(host, session, hop, hops, quiet, on_left, patience)
         return not hop.is_relayed
 
     await relay_upgrade.leave_relays(host, hops, move)
@@ -54,6 +54,7 @@ async def _move(
     hops: Callable[[], list[HopStream]],
     quiet: Callable[[], AbstractAsyncContextManager[None]],
     on_left: Callable[[HopStream, float], None],
+    patience: trio.CancelScope,
 ) -> None:
     try:
         stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL)
@@ -62,6 +63,8 @@ async def _move(
             async with quiet():
                 if hop in hops() and not stream.is_relayed:
                     began_at = trio.current_time()
+                    # A limit of its own: who stops here, when the hop may have moved, has lost the session.
+                    patience.deadline = began_at + frames.line.patience_s(relay_upgrade.MOVE_S)
                     await hop.move(session, frames)
                     on_left(hop, relay_upgrade.note_moved(host, hop.peer_id, began_at))
         finally:

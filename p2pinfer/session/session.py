@@ -24,7 +24,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from statistics import median
 
-import torch
 import trio
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from p2pinfer.routing.route import Route
 from .chain import Chain, ReplaySource
 from .failover import Failover, Replanner
 from .faults import Faults
+from .flow_limits import ChunkSizes
 from .handover import Handovers
 from .hop_stream import HopStream
 from .in_flight import Answer, InFlight, Promise, SentStep
@@ -173,14 +173,18 @@ class Session:
             PeerError: As for `decode`.
         """
         limits = self.chain.flow_limits
-        chunks = torch.split(hidden, limits.chunk_tokens)
+        sizes = ChunkSizes(limits, self._terms.row_bytes)
         in_flight = deque[Pending]()
-        for index, chunk in enumerate(chunks):
+        done = 0
+        while done < len(hidden):
             if len(in_flight) == limits.chunks_in_flight:
+                full_at = trio.current_time()
                 await in_flight.popleft()
-            is_last = index == len(chunks) - 1
-            in_flight.append(await self.submit(chunk, position, returns=1 if is_last else 0))
-            position += len(chunk)
+                sizes.note_stall(trio.current_time() - full_at, self.chain.hops[0].line)
+            chunk = hidden[done : done + sizes.next_tokens(self.chain.hops[0].line)]
+            is_last = done + len(chunk) == len(hidden)
+            in_flight.append(await self.submit(chunk, position + done, returns=1 if is_last else 0))
+            done += len(chunk)
         # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is
         # left behind that nobody waits for.
         while len(in_flight) > 1:
@@ -221,14 +225,21 @@ class Session:
         """Result of a step, whatever has to be repaired for it."""
         limit_s = self._config.step_timeout_s
         while not promise.is_settled:
+            before = self._progress
             with trio.move_on_after(limit_s) as patience:
                 await promise.wait()
             # With a fault noted a repair is under way, which has limits of its own. Raising here would end a
-            # session that is about to be mended.
-            if patience.cancelled_caught and self._faults.first is None:
+            # session that is about to be mended. Nor is it time while a long prompt goes out.
+            if patience.cancelled_caught and self._faults.first is None and self._progress == before:
                 # Any hop may have kept it to itself: nobody is named.
                 raise PeerVanished(f"no answer in {limit_s:g} s")
         return await promise.wait()
+
+    @property
+    def _progress(self) -> tuple[object, ...]:
+        """Changes whenever something has come back or gone out."""
+        first = self.chain.hops[0]
+        return self._steps.progress_at, first, first.sent_bytes
 
     async def _output_of(self, promise: Promise) -> Tensor:
         return self._decoded(await self._answered(promise))
@@ -258,7 +269,7 @@ class Session:
         if first.send_now(sent.step, sent.payload):
             return
         try:
-            with first.until_given_up(limit_s):
+            with first.until_given_up(limit_s + 2 * first.line.seconds_for(len(sent.payload))):
                 await first.send(sent.step, sent.payload)
         except PeerVanished as exc:
             # Noted, not raised: the step is registered, so the repair sends it, and its promise is kept.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, cast
 
@@ -155,6 +156,11 @@ class MemoryHost:
     def remote_address(self, peer_id: str) -> tuple[str, int] | None:
         ip = self._network.addresses.get(peer_id)
         return (ip, 4001) if ip is not None and self.connection_kind(peer_id) == "direct" else None
+
+    def within(
+        self, base_s: float, peer_ids: Iterable[str], round_trips: float
+    ) -> AbstractContextManager[trio.CancelScope]:
+        return trio.move_on_after(base_s)
 
     async def ping(self, peer_id: str) -> float:
         await trio.lowlevel.checkpoint()

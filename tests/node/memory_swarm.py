@@ -103,6 +103,7 @@ class MemoryNeighbourhood:
 
     def __init__(self) -> None:
         self.has_peers = True
+        self.peer_ids: tuple[str, ...] = ()
         self.settled = trio.Event()
         self.settled.set()
         self.decided = self.settled

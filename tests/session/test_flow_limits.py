@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.node.protocol.messages import Opened
-from p2pinfer.session.flow_limits import FlowLimits, agree
+from p2pinfer.node.transport.line_rate import NO_LINE, Line
+from p2pinfer.session.flow_limits import FIRST_BYTES, LEAST_TOKENS, ChunkSizes, FlowLimits, agree
 
 
 def test_hops_that_allow_more_change_nothing() -> None:
@@ -43,3 +44,37 @@ def test_no_limit_is_exceeded_but_by_a_single_token(
     under_way = agreed.chunk_tokens * agreed.chunks_in_flight
     most = min(hop.max_bytes_in_flight for hop in hops)
     assert under_way * row_bytes <= most or under_way == 1
+
+
+ROW = 1280  # bytes of one token
+
+
+def test_a_chunk_is_as_long_as_a_thin_line_takes_for_a_quarter_of_a_second() -> None:
+    sizes = ChunkSizes(FlowLimits(256, 8), ROW)
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24  # 1 Mbit/s
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=31_250)) == 6
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=1_000)) == LEAST_TOKENS
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=100e6)) == 256
+
+
+def test_an_unknown_line_begins_with_a_short_chunk_unless_it_is_local() -> None:
+    sizes = ChunkSizes(FlowLimits(256, 8), ROW)
+    assert sizes.next_tokens(Line(rtt_s=0.05)) == FIRST_BYTES // ROW
+    assert sizes.next_tokens(Line(rtt_s=0.001)) == sizes.next_tokens(NO_LINE) == 256
+
+
+def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
+    sizes, line = ChunkSizes(FlowLimits(256, 8), ROW), Line(1.6, bytes_per_s=125_000)
+    sizes.note_stall(0.2, line)
+    assert sizes.next_tokens(line) == 24
+    sizes.note_stall(1.0, line)
+    assert sizes.next_tokens(line) == 48
+    for _ in range(10):
+        sizes.note_stall(1.0, line)
+    assert sizes.next_tokens(line) == 256
+
+
+def test_a_chunk_is_never_more_than_was_agreed_nor_nothing() -> None:
+    line = Line(0.05, bytes_per_s=1)
+    assert ChunkSizes(FlowLimits(2, 1), ROW).next_tokens(line) == 2
+    assert ChunkSizes(FlowLimits(256, 8), 1 << 24).next_tokens(Line(0.05)) == LEAST_TOKENS

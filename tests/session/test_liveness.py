@@ -21,9 +21,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> li
     calls: list[None] = []
     method = getattr(owner, name)
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         calls.append(None)
-        return method(*args)
+        return method(*args, **named)
 
     monkeypatch.setattr(owner, name, counted)
     return calls

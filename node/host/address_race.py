@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import cast
 
 import trio
 
@@ -50,12 +49,3 @@ async def race(
             for failed in fates:
                 await failed.wait()
         await start(detours)
-
-
-def innermost(exc: BaseException) -> str:
-    """The reason at the bottom, which libp2p and trio wrap up to four times."""
-    if exc.__cause__ is not None:
-        return innermost(exc.__cause__)
-    if isinstance(exc, ExceptionGroup):
-        return innermost(cast("ExceptionGroup[Exception]", exc).exceptions[0])
-    return str(exc) or type(exc).__name__

@@ -5,7 +5,8 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from p2pinfer.node.transport.address_race import innermost, race
+from p2pinfer.node.concurrency.nurseries import innermost
+from p2pinfer.node.host.address_race import race
 
 
 async def test_addresses_are_tried_in_order_until_one_answers(autojump_clock: trio.testing.MockClock) -> None:

@@ -1,0 +1,60 @@
+"""What is measured of a line, and how much patience follows."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pinfer.node.transport.line_rate import (
+    MAX_QUEUE_S,
+    MAX_RTT_S,
+    ROUND_TRIPS,
+    SAMPLE_BYTES,
+    Line,
+    LineRate,
+)
+from p2pinfer.node.transport.yamux_frames import (
+    FIRST_FRAME_BYTES,
+    MAX_PAYLOAD,
+    MIN_FRAME_BYTES,
+    frame_bytes,
+)
+
+
+def test_a_rate_is_known_once_enough_bytes_have_waited_and_follows_the_line() -> None:
+    rate = LineRate()
+    rate.note(SAMPLE_BYTES - 1, 0.5)
+    assert rate.bytes_per_s == 0
+    rate.note(1, 0.5)
+    assert rate.bytes_per_s == SAMPLE_BYTES
+    for _ in range(10):
+        rate.note(SAMPLE_BYTES, 0.01)
+    assert rate.bytes_per_s == pytest.approx(SAMPLE_BYTES * 100, rel=0.01)
+
+
+def test_bytes_that_never_waited_say_nothing() -> None:
+    rate = LineRate()
+    rate.note(10 * SAMPLE_BYTES, 0.0)
+    assert rate.bytes_per_s == 0
+
+
+def test_patience_follows_round_trips_and_what_is_queued() -> None:
+    assert Line().patience_s(1.5) == 1.5
+    assert Line(rtt_s=1.6).patience_s(1.5) == pytest.approx(1.5 + ROUND_TRIPS * 1.6)
+    assert Line(bytes_per_s=31_250, queued_bytes=62_500).patience_s(1.5) == pytest.approx(3.5)
+    assert Line(queued_bytes=62_500).patience_s(1.5) == 1.5
+
+
+def test_a_peer_that_answers_late_or_reads_slowly_gains_bounded_patience() -> None:
+    most_s = 1.5 + ROUND_TRIPS * MAX_RTT_S + MAX_QUEUE_S
+    assert Line(rtt_s=1e6, bytes_per_s=1e-3, queued_bytes=1 << 30).patience_s(1.5) == most_s
+
+
+def test_a_frame_takes_a_tenth_of_a_second_of_the_line() -> None:
+    assert frame_bytes(100_000, 0.05) == 10_000
+    assert frame_bytes(1_000, 0.05) == MIN_FRAME_BYTES
+    assert frame_bytes(1e9, 0.05) == MAX_PAYLOAD
+
+
+def test_a_line_of_unknown_rate_has_short_frames_unless_it_is_local() -> None:
+    assert frame_bytes(0, 0.05) == frame_bytes(0, 0) == FIRST_FRAME_BYTES
+    assert frame_bytes(0, 0.001) == MAX_PAYLOAD
