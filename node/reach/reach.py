@@ -11,7 +11,7 @@ import random
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -29,8 +29,8 @@ from p2pinfer.routing.announcement import Announcement
 from .circuit import serve_circuits
 from .dialback import MAX_PORTS, ask, serve_dialback
 from .hole_punch import HolePuncher
+from .observers import Observers
 from .reachability import (
-    Observation,
     Reachability,
     classify,
     describe,
@@ -46,12 +46,10 @@ from .relay_reservations import RelayCandidate, RelayKeeper
 from .relay_server import Relay, RelayUse
 from .temporary_listener import keep_open, reserve_ports
 from .upnp import Mapping, NoMapping, open_mapping
+from .wake import drop_silent
 
 logger = logging.getLogger(__name__)
 
-MAX_OBSERVERS: Final = 4  # peers outside the local network that are asked at a time
-MAX_ASKED: Final = 32  # peers that are asked in one round, whatever they say
-LOOK_AGAIN_S: Final = 300.0  # between rounds when nothing happens
 SETTLE_S: Final = 0.2  # after a connection, for the others that come with it
 TOGETHER_S: Final = 0.3  # changes that come within this time are told of at once
 MAX_PUNCHED: Final = 256  # peers whose last attempt is remembered
@@ -69,14 +67,6 @@ class ReachStatus:
     carried: RelayUse | None  # what we carry for others; None: we do not
 
 
-@dataclass(slots=True)
-class _Seen:
-    """State of the reachability at one moment."""
-
-    observations: dict[str, Observation] = field(default_factory=dict[str, Observation])
-    asked: set[str] = field(default_factory=set[str])
-
-
 class Reach:
     """Reachability of one host. Made by `open_reach`."""
 
@@ -92,15 +82,18 @@ class Reach:
         self._host = host
         self._config = config
         self._announcements = announcements
-        self._seen = _Seen()
+        self._observers = Observers()
         self._upnp = "not tried"
         self._mapping: Mapping | None = None
         self._news = Pulse()
+        self._map_again = Pulse()
+        self._check_connections = AutoResetEvent()
         self._changed = AutoResetEvent()
         self._listeners: list[Callable[[], None]] = []
         self._punched = Recent[str, bool](MAX_PUNCHED)
         self._listener_wanted = trio.Event()
         self._reserved_ports = [] if host.listening else reserve_ports()
+        host.when_disconnected(self._note_loss)  # before the keeper forgets that it was a relay
         self._keeper = RelayKeeper(host, config.relays, self._relay_candidates, self._note_change)
         self._puncher = HolePuncher(
             host,
@@ -112,7 +105,6 @@ class Reach:
         )
         self._relay = Relay(host, relay_config, self._may_relay) if relay_config else None
         host.when_connected(lambda _: self._look())
-        host.when_disconnected(self._note_loss)
 
     @property
     def status(self) -> ReachStatus:
@@ -153,6 +145,7 @@ class Reach:
                 if self._config.relays and self._host.listening:
                     nursery.start_soon(self._keeper.serve)
                 nursery.start_soon(self._keep_mapping)
+                nursery.start_soon(self._keep_checking)
                 nursery.start_soon(self._keep_listener)
                 nursery.start_soon(leave_relays, self._host, self._announcements)
                 await self._keep_looking()
@@ -163,28 +156,42 @@ class Reach:
     # ------------------------------------------------------------------ what we are
 
     async def _keep_looking(self) -> None:
-        """Ask whoever connects, and everybody again from time to time."""
+        """Ask whoever connects, and everybody again when something has changed, and from time to time."""
         while True:
             news = self._news.next
             await trio.sleep(SETTLE_S)
+            if trio.current_time() >= self._observers.next_round_at():
+                if self._observers.is_hurried:
+                    self._check_connections.set()
+                self._observers.begin_round(trio.current_time())
             await self._ask_around()
-            with trio.move_on_after(LOOK_AGAIN_S) as patience:
+            with trio.move_on_at(self._observers.next_round_at()):
                 await news.wait()
-            if patience.cancelled_caught:
-                self._seen = _Seen()
 
     async def _ask_around(self) -> None:
-        outside = [each for each in self._seen.observations.values() if is_global(each.seen_ip)]
-        wanted = MAX_OBSERVERS - len(outside)
-        fresh = [peer for peer in self._host.connected_peers() if peer not in self._seen.asked]
-        fresh = [peer for peer in fresh if self._host.connection_kind(peer) == "direct"]
-        if wanted > 0 and fresh and len(self._seen.asked) < MAX_ASKED:
+        direct = [
+            peer for peer in self._host.connected_peers() if self._host.connection_kind(peer) == "direct"
+        ]
+        fresh, wanted = self._observers.choose(direct, trio.current_time())
+        if wanted:
             async with trio.open_nursery() as nursery:
                 for peer_id in random.sample(fresh, min(wanted, len(fresh))):
-                    self._seen.asked.add(peer_id)
+                    self._observers.note_asked(peer_id)
                     nursery.start_soon(self._ask, peer_id)
             self._conclude()
             self._look()  # there may be more
+
+    async def _keep_checking(self) -> None:
+        """End connections that are dead, where one was: those that nobody uses would look open for long."""
+        while True:
+            await self._check_connections.wait()
+            await drop_silent(self._host)
+
+    def look_anew(self) -> None:
+        """Ask again at once how we are seen: our line, our router or this machine may be another one."""
+        self._observers.hurry(trio.current_time())
+        self._map_again.fire()
+        self._look()
 
     async def _ask(self, peer_id: str) -> None:
         # A question has room for a few ports; those that are meant for the outside come first.
@@ -194,20 +201,20 @@ class Reach:
         if self._mapping:
             ports.append(self._mapping.port)
         try:
-            self._seen.observations[peer_id] = await ask(
-                self._host, peer_id, tuple(dict.fromkeys(ports))[:MAX_PORTS]
-            )
+            observation = await ask(self._host, peer_id, tuple(dict.fromkeys(ports))[:MAX_PORTS])
         except PeerError as exc:
             logger.debug("reach.unseen peer=%s why=%s", peer_id, exc)
+        else:
+            self._observers.note(observation, self.reachability, trio.current_time())
 
     def _conclude(self) -> None:
         own = {*machine_addresses("ip4"), *machine_addresses("ip6")}
-        seen = classify(self._seen.observations.values(), own)
+        seen = classify(self._observers.observations.values(), own)
         before, now = self.reachability, with_announced(seen, self._host.announced)
         self.reachability = now
         if now.kind != "unknown" and (now.kind != "private" or not self._may_map()):
             self.known.set()
-        if (now.kind, now.nat, now.addrs) != (before.kind, before.nat, before.addrs):
+        if now.essence != before.essence:
             logger.info("%s", describe(now))
             if is_refuted(seen, self._host.announced):
                 logger.warning(
@@ -233,7 +240,12 @@ class Reach:
         self._news.fire()
 
     def _note_loss(self, peer_id: str) -> None:
-        self._seen.asked.discard(peer_id)  # when it comes again, it may see us elsewhere
+        self._observers.forget(peer_id)
+        # It may have gone of its own accord. But a router that has another address breaks every connection,
+        # and nobody says so.
+        if self._observers.is_observer(peer_id) or peer_id in self._keeper.relays:
+            self._observers.hurry(trio.current_time())
+            self._look()
 
     # ------------------------------------------------------------------ the router
 
@@ -243,19 +255,27 @@ class Reach:
         return self._config.upnp and wanted and self._upnp == "not tried"
 
     async def _keep_mapping(self) -> None:
-        """Once we turn out to be behind a router, ask it for a port, and see if that helps."""
-        while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
-            await self._next_change()
-        if not self._host.listening:
-            await self._listener_wanted.wait()
-        inside = self._source(False)
-        if not (inside and self._may_map()):
-            return
+        """Ask for a port of each router that we turn out to be behind: a laptop moves from one to another."""
+        while self._config.upnp:
+            while not (self.reachability.kind == "private" and self.reachability.nat != "firewall"):
+                await self._next_change()
+            if not self._host.listening:
+                await self._listener_wanted.wait()
+            inside = self._source(False)
+            if not (inside and self._may_map()):
+                return
+            before = self.reachability.outside_ips
+            await self._map(inside[1])
+            while self.reachability.outside_ips == before:
+                await self._next_change()
+            self._upnp = "not tried"
+
+    async def _map(self, inside: int) -> None:
+        """Hold a port of the router's, and see if that helps; returns if there is none."""
         try:
-            async with open_mapping(inside[1]) as mapping:
-                self._mapping = mapping
-                self._upnp = f"the router maps its port {mapping.port} at {mapping.ip} to this node"
-                self._seen = _Seen()
+            async with open_mapping(inside, self._note_mapping, self._map_again) as mapping:
+                self._note_mapping(mapping)
+                self._observers.begin_round(trio.current_time())
                 await self._ask_around()
                 if self.reachability.kind == "private":
                     self._upnp += ", but that is not seen from outside: there is another router behind it"
@@ -267,6 +287,15 @@ class Reach:
             self.known.set()
         finally:
             self._mapping = None
+
+    def _note_mapping(self, mapping: Mapping) -> None:
+        """Take in what the router says; that its address is another one, peers are asked about at once."""
+        if self._mapping is not None and self._mapping.ip != mapping.ip:
+            logger.info("the router's address is %s now, and was %s", mapping.ip, self._mapping.ip)
+            self._observers.hurry(trio.current_time())
+            self._look()
+        self._mapping = mapping
+        self._upnp = f"the router maps its port {mapping.port} at {mapping.ip} to this node"
 
     async def _next_change(self) -> None:
         changed = trio.Event()
@@ -280,7 +309,7 @@ class Reach:
             for reserved in self._reserved_ports:
                 ip, port, *_ = reserved.getsockname()
                 await nursery.start(keep_open, self._host, ip, port)
-            self._seen = _Seen()
+            self._observers.hurry(trio.current_time())
             self._look()
 
     def _let_in(self) -> bool:
@@ -304,7 +333,7 @@ class Reach:
             return []
         found = {
             each.peer_id: RelayCandidate(each.peer_id, (tcp_address(remote),))
-            for each in self._seen.observations.values()
+            for each in self._observers.observations.values()
             if is_global(each.seen_ip) and each.local_port is not None
             if (remote := self._host.remote_address(each.peer_id)) is not None
         }

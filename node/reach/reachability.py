@@ -53,6 +53,11 @@ class Reachability:
     observers: tuple[str, ...] = ()
     promised: bool = False
 
+    @property
+    def essence(self) -> tuple[object, ...]:
+        """The part of it that peers are told, or that they meet us by."""
+        return self.kind, self.nat, self.addrs, frozenset(self.outside_ips)
+
 
 def classify(observations: Iterable[Observation], own_ips: Collection[str]) -> Reachability:
     """NAT type by the majority of the observations: a single peer may err, or lie.

@@ -1,4 +1,4 @@
-"""Port mapping on the router by UPnP: requested, renewed, and given back.
+"""Port mapping on the router by UPnP: requested, renewed, and given back; and the router's address, watched.
 
 libp2p's own (0.8.1) maps without a lease, so that a crash leaves the port open for good, never renews, and
 does not announce the address. miniupnpc, which comes with it, does the talking; it blocks, so it runs in
@@ -8,14 +8,16 @@ threads.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, cast
 
 import trio
 
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.concurrency.shield import shielded
 
 try:
@@ -30,6 +32,8 @@ LEASE_S: Final = 1200  # a node that crashes leaves its port open for so long at
 FOREVER_S: Final = 0  # what routers that know no leases insist on
 PORTS_TRIED: Final = 4
 GOODBYE_S: Final = 3.0
+LOOK_S: Final = 5.0  # between looks at the router's address, which costs it one small answer
+REMAP_S: Final = 30.0  # before a port that the router does not list is asked for again
 
 
 class Gateway(Protocol):
@@ -42,6 +46,7 @@ class Gateway(Protocol):
         self, port: int, protocol: str, host: str, inside: int, why: str, remote: str, lease_s: int
     ) -> bool: ...
     def deleteportmapping(self, port: int, protocol: str) -> bool: ...
+    def getspecificportmapping(self, port: int, protocol: str) -> object | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,15 @@ class NoMapping(Exception):
 
 
 @asynccontextmanager
-async def open_mapping(inside: int) -> AsyncGenerator[Mapping]:
+async def open_mapping(
+    inside: int, on_change: Callable[[Mapping], None], look_now: Pulse
+) -> AsyncGenerator[Mapping]:
     """A mapping for the TCP port `inside`, renewed until the block ends and then removed.
+
+    Args:
+        inside: The port of ours that it leads to.
+        on_change: Called with the mapping whenever the router has another address.
+        look_now: Fired when the router may have been restarted.
 
     Raises:
         NoMapping: The message says why there is none.
@@ -69,7 +81,7 @@ async def open_mapping(inside: int) -> AsyncGenerator[Mapping]:
     mapping = await trio.to_thread.run_sync(add, gateway, inside)
     try:
         async with open_nursery() as nursery:
-            nursery.start_soon(_renew, gateway, mapping)
+            nursery.start_soon(_keep, gateway, mapping, on_change, look_now)
             yield mapping
     finally:
         with shielded(GOODBYE_S):
@@ -127,13 +139,38 @@ def remove(gateway: Gateway, mapping: Mapping) -> None:
         logger.debug("upnp.remove_failed port=%d why=%s", mapping.port, exc)
 
 
-async def _renew(gateway: Gateway, mapping: Mapping) -> None:
-    while mapping.lease_s:
-        await trio.sleep(mapping.lease_s / 2)
+async def _keep(
+    gateway: Gateway, mapping: Mapping, on_change: Callable[[Mapping], None], look_now: Pulse
+) -> None:
+    """Renew the mapping in time, make it anew when the router has forgotten it, and watch its address."""
+    renewed_at, is_told = trio.current_time(), False
+    while True:
+        with trio.move_on_after(min(LOOK_S, mapping.lease_s / 2 or LOOK_S)):
+            await look_now.wait()
         try:
-            await trio.to_thread.run_sync(_map, gateway, mapping.port, mapping.inside, mapping.lease_s)
+            ip, is_kept = await trio.to_thread.run_sync(_look, gateway, mapping)
+            due_at = renewed_at + (REMAP_S if not is_kept else mapping.lease_s / 2 or math.inf)
+            if ip != mapping.ip or trio.current_time() >= due_at:
+                await trio.to_thread.run_sync(_map, gateway, mapping.port, mapping.inside, mapping.lease_s)
+                renewed_at = trio.current_time()
+            is_told = False
         except Exception as exc:
-            logger.warning("the router did not renew port %d: %s; trying again", mapping.port, exc)
+            # A router that restarts is silent for a minute, and may come back with another port for
+            # questions.
+            if not is_told:
+                logger.warning("the router did not renew port %d: %s; trying again", mapping.port, exc)
+            is_told = True
+            with suppress(NoMapping):
+                gateway = await trio.to_thread.run_sync(discover, abandon_on_cancel=True)
+            continue
+        if ip != mapping.ip:
+            mapping = replace(mapping, ip=ip)
+            on_change(mapping)
+
+
+def _look(gateway: Gateway, mapping: Mapping) -> tuple[str, bool]:
+    """The router's address, and if it still maps our port. Blocks."""
+    return gateway.externalipaddress(), gateway.getspecificportmapping(mapping.port, "TCP") is not None
 
 
 def _map(gateway: Gateway, port: int, inside: int, lease_s: int) -> None:

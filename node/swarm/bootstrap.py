@@ -178,6 +178,11 @@ class Neighbourhood:
         """True if there is anybody to begin with."""
         return bool(self._peers or self._known)
 
+    @property
+    def peer_ids(self) -> tuple[str, ...]:
+        """The bootstrap peers."""
+        return tuple(peer.peer_id for peer in self._peers)
+
     def outcomes(self) -> list[BootstrapOutcome]:
         """Outcome of every bootstrap peer."""
         connected = set(self._host.connected_peers())

@@ -23,6 +23,7 @@ from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.reach.reach import Reach, open_reach
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.reach.wake import drop_silent, watch_for_sleep
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
@@ -48,6 +49,10 @@ logger = logging.getLogger(__name__)
 LOOKED_AT: Final = 3  # peers of one model that are tried, to hear of the others
 LOOK_S: Final = 5.0  # for each of them
 SLOW_S: Final = 8.0  # how long a peer that we are connected to has to hand its table over
+REJOIN_S: Final = 30.0  # how long neighbours are waited for after a sleep
+REJOIN_LOOK_S: Final = 0.1
+MESH_S: Final = 1.5  # until gossip reaches those who were met again
+SETTLE_ROUND_TRIPS: Final = 12  # to the farthest first peer, for connecting and its table
 LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
 
@@ -149,6 +154,21 @@ class SwarmMember:
         for callback in list(self._disputes):
             callback()
 
+    async def wake_up(self, slept_s: float) -> None:
+        """Take up everything again after this computer or process has slept: the swarm takes us for gone."""
+        logger.info(
+            "this process slept for %.0f s: connections are checked, and the swarm is told that we are here",
+            slept_s,
+        )
+        self.reach.look_anew()
+        self.dispute()  # what the first neighbour that we meet again gets to know
+        await drop_silent(self.host)
+        with trio.move_on_after(REJOIN_S):
+            while not self.host.connected_peers():
+                await trio.sleep(REJOIN_LOOK_S)
+        await trio.sleep(MESH_S)
+        self.dispute()  # what gossip carries to everybody
+
     async def keep_to(self, peer_ids: SequenceOf[str]) -> None:
         """Have to do with these peers alone from now on, and hang up on all others."""
         self._neighbourhood.close()
@@ -182,7 +202,8 @@ class SwarmMember:
     async def wait_settled(self, timeout_s: float) -> bool:
         """Wait until a neighbour's table was taken in; False if nobody is there, lets us in, or is quick."""
         if self._neighbourhood.has_peers or self._looks_around:
-            with trio.move_on_after(timeout_s if self._neighbourhood.has_peers else min(timeout_s, LAN_S)):
+            limit_s = timeout_s if self._neighbourhood.has_peers else min(timeout_s, LAN_S)
+            with self.host.within(limit_s, self._neighbourhood.peer_ids, SETTLE_ROUND_TRIPS):
                 await self._neighbourhood.decided.wait()
         return self._neighbourhood.settled.is_set()
 
@@ -322,6 +343,7 @@ async def _open_member(
             duplicates.on_suspect = look_for_twin
             if neighbourhood.ours:
                 nursery.start_soon(calls.keep_calling, neighbourhood.ours)
+            nursery.start_soon(watch_for_sleep, member.wake_up)
             yield member
 
 

@@ -122,6 +122,11 @@ class Command:
             time.sleep(LOOK_EVERY_S)
         return self.exit_code
 
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        self._look()
+        return self.exit_code
+
     def signal(self, signum: signal.Signals) -> None:
         """Send it a signal, unless it has ended."""
         self._look()

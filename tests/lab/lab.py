@@ -93,6 +93,7 @@ class Lab:
         self.home = home  # a temporary folder for what the hosts write
         self.wan: Wan
         self.processes: list[subprocess.Popen[Any]] = []  # killed at the end
+        self.addresses: dict[str, str] = {}  # of sites that have another than the scenario's
 
     # ------------------------------------------------------------------ processes
 
@@ -175,6 +176,24 @@ class Lab:
     def link_up(self, site: str) -> None:
         """Undo `link_down`. A translating router has forgotten its mappings meanwhile."""
         self.corner.sh(line_up(self.scenario, self.scenario.site(site)))
+
+    def change_address(self, name: str) -> str:
+        """Give a site another public IPv4 address, as some carriers do every night; returns it."""
+        site = self.scenario.site(name)
+        former = self.addresses.get(site.name, self.scenario.public_ipv4(site.name))
+        prefix, _, last = former.rpartition(".")
+        address = self.addresses[site.name] = f"{prefix}.{int(last) + 1}"
+        ip = f"ip -n {site.edge}"
+        self.corner.sh(
+            [
+                f"{ip} address add {address}/32 dev wan0",
+                f"{ip} address del {former}/32 dev wan0",
+                f"{ip} route replace default dev wan0",
+            ]
+        )
+        if site.routers:  # translations to the former address go with it
+            self.flush_nat(site.edge)
+        return address
 
     def flush_nat(self, router: str) -> None:
         """Let a router forget every flow, as if it had been restarted."""

@@ -13,7 +13,7 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig, open_host
-from p2pinfer.node.reach import reach, reachability, relay_departure
+from p2pinfer.node.reach import observers, reach, reachability, relay_departure
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
 from p2pinfer.node.reach.dialback import serve_dialback
 from p2pinfer.node.reach.reach import Reach, open_reach
@@ -42,7 +42,7 @@ def known_everywhere(ip: str) -> bool:
 @pytest.fixture(autouse=True)
 def internet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loopback is the internet, and hosts are behind a router unless a test says otherwise."""
-    for module in (reach, reachability):
+    for module in (reach, reachability, observers):
         monkeypatch.setattr(module, "is_global", known_everywhere)
     monkeypatch.setattr(reach, "SETTLE_S", 0.01)
     monkeypatch.setattr(reach, "TOGETHER_S", 0.01)
@@ -119,7 +119,7 @@ async def test_a_host_that_a_forwarded_port_leads_to_is_mapped(start_host: Start
 async def test_a_host_behind_a_router_is_carried_by_two_relays_and_replaces_one_that_dies(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
 ) -> None:
-    monkeypatch.setattr(reach, "MAX_OBSERVERS", 3)
+    monkeypatch.setattr(observers, "MAX_OBSERVERS", 3)
     ends: list[trio.CancelScope] = []
     relays: list[tuple[str, Sequence[str]]] = []
 
@@ -158,7 +158,7 @@ async def test_a_port_of_the_routers_is_asked_for_and_announced(
         removed = trio.Event()
 
         @asynccontextmanager
-        async def mapping(inside: int) -> AsyncGenerator[Mapping]:
+        async def mapping(inside: int, *_: object) -> AsyncGenerator[Mapping]:
             try:
                 yield Mapping("127.0.0.1", real, inside, 60)
             finally:
@@ -181,7 +181,7 @@ async def test_a_router_that_does_not_help_is_said_not_to(
     serve_dialback(observer)
 
     @asynccontextmanager
-    async def mapping(inside: int) -> AsyncGenerator[Mapping]:
+    async def mapping(inside: int, *_: object) -> AsyncGenerator[Mapping]:
         if refused:
             raise NoMapping("no router answers to UPnP")
         yield Mapping("100.64.0.2", 2, inside, 60)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.reach import upnp
-from p2pinfer.node.reach.upnp import NoMapping, open_mapping
+from p2pinfer.node.reach.upnp import Mapping, NoMapping, open_mapping
 
 
 class Router:
@@ -28,6 +32,8 @@ class Router:
         self.refusing = False
         self.mapped: dict[int, tuple[int, int]] = {}
         self.calls = 0
+        self.looks = 0
+        self.ip = "11.0.0.1"
 
     def discover(self) -> int:
         if self.silent:
@@ -39,7 +45,7 @@ class Router:
             raise Exception("No UPnP device discovered")
 
     def externalipaddress(self) -> str:
-        return "11.0.0.1"
+        return self.ip
 
     def addportmapping(
         self, port: int, protocol: str, host: str, inside: int, why: str, remote: str, lease_s: int
@@ -55,10 +61,20 @@ class Router:
         self.mapped[port] = inside, lease_s
         return True
 
+    def getspecificportmapping(self, port: int, protocol: str) -> object | None:
+        self.looks += 1
+        return self.mapped.get(port)
+
     def deleteportmapping(self, port: int, protocol: str) -> bool:
         if self.mapped.pop(port, None) is None:
             raise Exception("NoSuchEntryInArray")
         return True
+
+
+def mapped(
+    inside: int, on_change: Callable[[Mapping], None] = lambda mapping: None, look_now: Pulse | None = None
+) -> AbstractAsyncContextManager[Mapping]:
+    return open_mapping(inside, on_change, look_now or Pulse())
 
 
 def use(router: Router, monkeypatch: pytest.MonkeyPatch) -> Router:
@@ -68,7 +84,7 @@ def use(router: Router, monkeypatch: pytest.MonkeyPatch) -> Router:
 
 async def test_a_port_is_mapped_for_a_while_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     router = use(Router(), monkeypatch)
-    async with open_mapping(4001) as mapping:
+    async with mapped(4001) as mapping:
         assert (mapping.ip, mapping.port) == ("11.0.0.1", 4001)
         assert router.mapped == {4001: (4001, upnp.LEASE_S)}
     assert router.mapped == {}
@@ -76,7 +92,7 @@ async def test_a_port_is_mapped_for_a_while_and_given_back(monkeypatch: pytest.M
 
 async def test_a_taken_port_gives_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
     router = use(Router(taken=(4001,)), monkeypatch)
-    async with open_mapping(4001) as mapping:
+    async with mapped(4001) as mapping:
         assert mapping.port != 4001
         assert router.mapped[mapping.port][0] == 4001
 
@@ -85,7 +101,7 @@ async def test_a_router_that_knows_no_leases_maps_for_good_and_is_cleaned_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     router = use(Router(permanent_only=True), monkeypatch)
-    async with open_mapping(4001) as mapping:
+    async with mapped(4001) as mapping:
         assert router.mapped == {4001: (4001, 0)}
         assert mapping.lease_s == 0
     assert router.mapped == {}
@@ -97,7 +113,7 @@ async def test_no_router_or_an_unwilling_one_is_no_mapping(
 ) -> None:
     use(router, monkeypatch)
     with pytest.raises(NoMapping, match="router"):
-        async with open_mapping(4001):
+        async with mapped(4001):
             pass
 
 
@@ -107,7 +123,7 @@ async def test_a_lease_is_renewed_and_a_refusal_is_told(
     router = use(Router(), monkeypatch)
     monkeypatch.setattr(upnp, "LEASE_S", 0.02)
     with caplog.at_level(logging.WARNING, "p2pinfer"), trio.fail_after(10):
-        async with open_mapping(4001):
+        async with mapped(4001):
             while router.calls < 3:
                 await trio.sleep(0.005)
             router.refusing = True
@@ -117,7 +133,7 @@ async def test_a_lease_is_renewed_and_a_refusal_is_told(
 
 async def test_a_router_that_has_forgotten_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     router = use(Router(), monkeypatch)
-    async with open_mapping(4001):
+    async with mapped(4001):
         router.mapped.clear()
 
 
@@ -130,5 +146,53 @@ def test_what_miniupnpc_offers_is_what_is_used() -> None:
 async def test_without_miniupnpc_there_is_no_mapping_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upnp, "miniupnpc", None)
     with pytest.raises(NoMapping, match=r"lacks miniupnpc.*forward the port by hand"):
-        async with open_mapping(4001):
+        async with mapped(4001):
             pass
+
+
+async def test_a_router_with_another_address_is_noticed_and_maps_the_port_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router, told = use(Router(), monkeypatch), list[Mapping]()
+    monkeypatch.setattr(upnp, "LOOK_S", 0.01)
+    with trio.fail_after(10):
+        async with mapped(4001, told.append):
+            router.ip = "11.0.0.77"
+            router.mapped.clear()  # it was restarted
+            while not told:
+                await trio.sleep(0.005)
+            assert (told[0].ip, told[0].port) == ("11.0.0.77", 4001)
+            assert router.mapped == {4001: (4001, upnp.LEASE_S)}
+
+
+async def test_a_router_is_looked_at_at_once_when_something_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, look_now = use(Router(), monkeypatch), Pulse()
+    monkeypatch.setattr(upnp, "LOOK_S", 1000.0)
+    monkeypatch.setattr(upnp, "REMAP_S", 0.0)
+    with trio.fail_after(10):
+        async with mapped(4001, look_now=look_now):
+            await trio.testing.wait_all_tasks_blocked()
+            router.mapped.clear()
+            while not router.mapped:
+                look_now.fire()
+                await trio.sleep(0.005)
+
+
+async def test_a_router_that_comes_back_elsewhere_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart it may listen for questions at another port: the former one refuses."""
+    first, second = Router(), Router()
+    second.ip = "11.0.0.78"
+    routers = [second, first]
+    monkeypatch.setattr(upnp, "miniupnpc", SimpleNamespace(UPnP=lambda: routers.pop() if routers else second))
+    monkeypatch.setattr(upnp, "LOOK_S", 0.01)
+    told = list[Mapping]()
+
+    def gone() -> str:
+        raise OSError("connection refused")
+
+    with trio.fail_after(10):
+        async with mapped(4001, told.append):
+            monkeypatch.setattr(first, "externalipaddress", gone)
+            while not told:
+                await trio.sleep(0.005)
+    assert told[0].ip == "11.0.0.78"
