@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz docs lab lab-shell clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz docs lab lab-lines lab-moves lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,12 @@ bench-gpu: $(TESTABLE)  ## the same on an NVIDIA GPU
 
 lab: $(TESTABLE)  ## every pair of routers in a simulated internet, RUNS=5 times; writes docs/nat.md's tables
 	$(BIN)/python -m tests.lab pairs --runs $(or $(RUNS),5)
+
+lab-lines: $(TESTABLE)  ## prompts over thin, long and lossy lines; writes the table of docs/reliability.md
+	$(BIN)/python -m tests.lab lines
+
+lab-moves: $(TESTABLE)  ## homes that get other addresses in the middle of texts; writes the table of docs/nat.md
+	$(BIN)/python -m tests.lab moves
 
 lab-shell: $(TESTABLE)  ## a shell in a host of a simulated internet; SCENARIO=... HOST=... choose it
 	@$(BIN)/python -m tests.lab shell $(or $(SCENARIO),volunteers) $(or $(HOST),n1)

@@ -105,7 +105,7 @@ class Host:
         self.gate = gate
         self._config = config
         self._network: Any = libp2p_host.get_network()
-        self._dials: dict[str, Dial] = {}
+        self.dials: dict[str, Dial] = {}  # under way, by peer
         self._round_trips = RoundTrips()
         self._outside: tuple[str, ...] = ()
         self._relays: tuple[str, ...] = ()
@@ -259,10 +259,11 @@ class Host:
         if not self.gate.admits(peer_id):
             raise NotAdmitted(f"peer {peer_id} is on our deny list, or not on our allow list", peer_id)
         while self._connection(peer_id) is None:
-            ongoing = self._dials.get(peer_id)
+            ongoing = self.dials.get(peer_id)
             if ongoing is None:
                 await self._dial_for_all(peer_id, addrs)
                 continue
+            ongoing.add(addrs)
             await ongoing.done.wait()
             if ongoing.error is not None and ongoing.addrs.issuperset(addrs):
                 raise type(ongoing.error)(str(ongoing.error), peer_id) from ongoing.error
@@ -324,19 +325,19 @@ class Host:
 
     async def _dial_for_all(self, peer_id: str, addrs: Sequence[str]) -> None:
         """Dial, while others who want the same peer wait for the outcome."""
-        dial = self._dials[peer_id] = Dial(frozenset(addrs))
+        dial = self.dials[peer_id] = Dial(frozenset(addrs))
         try:
-            await self._dial(peer_id, list(dict.fromkeys(addrs)))
+            await self._dial(peer_id, list(dict.fromkeys(addrs)), dial.more)
         except PeerUnreachable as exc:
             dial.error = exc
             for callback in self._on_unreachable if addrs else ():
                 callback(exc)
             raise
         finally:
-            del self._dials[peer_id]
+            del self.dials[peer_id]
             dial.done.set()
 
-    async def _dial(self, peer_id: str, addrs: Sequence[str]) -> None:
+    async def _dial(self, peer_id: str, addrs: Sequence[str], more: trio.MemoryReceiveChannel[str]) -> None:
         if not addrs:
             raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
         target = ID.from_base58(peer_id)
@@ -363,6 +364,7 @@ class Host:
                 errors,
                 detours=[address for address in addrs if is_circuit(address)],
                 head_start_s=self._config.relay_head_start_s,
+                more=more,
             )
         kind = self.connection_kind(peer_id)
         if kind == "relayed" and self._settle is not None:

@@ -104,6 +104,11 @@ class FrameStream:
             pass
         return False
 
+    async def hang_up(self) -> None:
+        """End the connection below, if there is one, since nothing comes on it any more."""
+        if isinstance(self._stream, PeerStream):
+            await self._stream.hang_up()
+
     def send_now(self, message: Message, payload: Payload = b"") -> bool:
         """Send one frame if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
         return not self._sending.is_held and self._send_at_once(_frame(message, payload))

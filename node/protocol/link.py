@@ -122,7 +122,11 @@ class Link:
         """True if the successor shows a sign of life in about that time, whatever is on its way to it."""
         if not self._frames.can_ping:
             return await self.probe(within_s)
-        return not self.is_lost and await self._frames.is_answered(within_s) and not self.is_lost
+        if self.is_lost or await self._frames.is_answered(within_s):
+            return not self.is_lost
+        # Else who links us to that peer again, at another address perhaps, would do so on this connection.
+        await self._frames.hang_up()
+        return False
 
     async def probe(self, within_s: float) -> bool:
         """True if the successor answers within so many seconds that it has read all that was sent."""

@@ -32,6 +32,7 @@ from .anti_entropy import AntiEntropy
 from .bootstrap import BootstrapOutcome, BootstrapPeer, Neighbourhood, bootstrap_peers
 from .connection_pruning import ConnectionPruning
 from .duplicate_identity import DuplicateDetector
+from .fresh_addresses import keep_dials_fresh
 from .gossip import Gossip, open_gossip
 from .identity_check import DuplicateCheck
 from .latency import Latency
@@ -344,6 +345,7 @@ async def _open_member(
             if neighbourhood.ours:
                 nursery.start_soon(calls.keep_calling, neighbourhood.ours)
             nursery.start_soon(watch_for_sleep, member.wake_up)
+            nursery.start_soon(keep_dials_fresh, host, view)
             yield member
 
 

@@ -83,6 +83,11 @@ class PeerStream(trio.abc.Stream):
         except BaseLibp2pError as exc:
             raise self._lost("while being asked for a sign of life", exc) from exc
 
+    async def hang_up(self) -> None:
+        """End the stream's connection, on which the peer answers no more. The next stream makes another."""
+        with shielded(1):
+            await self.muxed.muxed_conn.close()
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`.
 

@@ -255,6 +255,10 @@ class HopStream:
             del self._answers[number]
         return answer.alive
 
+    async def hang_up(self) -> None:
+        """End the connection to the hop, on which nothing comes: its address or ours may have changed."""
+        await self._frames.hang_up()
+
     async def move(self, session: bytes, frames: FrameStream) -> None:
         """Go on with the session on another stream to the hop, which no step must be under way to.
 

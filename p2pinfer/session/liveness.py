@@ -58,6 +58,7 @@ async def keep_watch(
         if steps.progress_at < asked_at and chain.epoch == epoch:
             for hop in silent:
                 on_silent(hop, PeerVanished("it shows no sign of life", hop.peer_id))
+                await hop.hang_up()  # or whoever looks for it again would do so on this connection
             for hop in cut:
                 on_cut(hop, PeerVanished("the hop before does not reach it", hop.peer_id))
         looked_at = trio.current_time()

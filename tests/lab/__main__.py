@@ -12,13 +12,15 @@ import os
 import subprocess
 import sys
 
+from . import moves as address_changes
+from . import thin_lines
 from .commands import open_commands
 from .lab import Lab, lacks, open_lab
 from .namespaces import ROOT, environ, why_not
 from .pairs import Run, measure
 from .scenario import Scenario
 from .scenarios import KINDS, SCENARIOS, named
-from .table import DOCUMENT, keep, load, shortcomings, write
+from .table import DOCUMENT, keep, load, put_between, shortcomings, write
 
 
 def main() -> int:
@@ -36,13 +38,17 @@ def main() -> int:
     pairs.add_argument("--runs", type=int, default=5)
     pairs.add_argument("--add", action="store_true", help="what is missing to the runs that were kept")
     pairs.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
+    lines = commands.add_parser("lines", help="prompts over thin lines, and the table of docs/reliability.md")
+    lines.add_argument("cells", nargs="*", help="MBIT,MS,PERCENT,TOKENS; nothing is written")
+    moves = commands.add_parser("moves", help="homes that get other addresses, and the table of docs/nat.md")
+    moves.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
     asked = parser.parse_args()
     if asked.command == "list":
         print("\n".join(f"{name:12} {scenario.says}" for name, scenario in SCENARIOS.items()))
         return 0
     try:
-        scenario = named("all-pairs" if asked.command == "pairs" else asked.scenario)
-        if asked.command != "pairs":
+        scenario = named(asked.scenario if asked.command in ("shell", "run") else "all-pairs")
+        if asked.command in ("shell", "run"):
             scenario.site(asked.host)
     except KeyError as exc:
         print(exc.args[0], file=sys.stderr)
@@ -53,6 +59,10 @@ def main() -> int:
     if asked.command == "pairs":
         before = load() if asked.add else []
         return measure_pairs(scenario, asked.runs, tuple(filter(None, asked.kinds.split(","))), before)
+    if asked.command == "lines":
+        return measure_thin_lines([cell.split(",") for cell in asked.cells])
+    if asked.command == "moves":
+        return measure_address_changes(scenario, tuple(filter(None, asked.kinds.split(","))))
     argv = [os.environ.get("SHELL", "/bin/sh")] if asked.command == "shell" else asked.argv
     with open_lab(scenario) as lab:
         if asked.command == "shell":
@@ -79,6 +89,30 @@ def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...], before:
     short = shortcomings(done)
     print("\n".join(short), file=sys.stderr)
     return 1 if short else 0
+
+
+def measure_thin_lines(cells: list[list[str]]) -> int:
+    """Send prompts over thin lines, and write the table unless cells were chosen; the exit code."""
+    chosen = [(float(mbit), float(ms), float(loss), int(tokens)) for mbit, ms, loss, tokens in cells]
+    done: list[thin_lines.Prefill] = []
+    for run in thin_lines.measure_lines(chosen or thin_lines.CELLS):
+        print(thin_lines.describe(run), flush=True)
+        done.append(run)
+    if not chosen:
+        put_between(thin_lines.DOCUMENT, thin_lines.BEGIN, thin_lines.END, thin_lines.render(done))
+    return 1 if any(run.why for run in done) else 0
+
+
+def measure_address_changes(scenario: Scenario, kinds: tuple[str, ...]) -> int:
+    """Change addresses in the middle of texts; write the table unless kinds were chosen. The exit code."""
+    done: list[address_changes.Move] = []
+    with open_lab(scenario) as lab, open_commands(lab) as opened:
+        for move in address_changes.measure_moves(opened, kinds or address_changes.KINDS):
+            print(address_changes.describe(move), flush=True)
+            done.append(move)
+    if not kinds:
+        put_between(DOCUMENT, address_changes.BEGIN, address_changes.END, address_changes.render(done))
+    return 0 if all(move.is_right for move in done) else 1
 
 
 def introduction(scenario: Scenario, lab: Lab, here: str) -> str:

@@ -23,6 +23,8 @@ from .scenarios import site_name
 
 Mover = Literal["client", "hop", "relay"]
 
+BEGIN: Final = "<!-- make lab-moves writes from here -->"
+END: Final = "<!-- moves to here -->"
 KINDS: Final = ("public", "port-preserving", "symmetric", "UPnP")
 TOKENS: Final = 240
 BEGUN_BYTES: Final = 60  # of the text, when the address changes
@@ -188,7 +190,7 @@ def _generate(
         host,
         "generate",
         *relays,
-        *("--max-new-tokens", str(tokens), "--policy", POLICY, "--temperature", "0", "--set", "audit.rate=0"),
+        *("--max-new-tokens", str(tokens), "--policy", POLICY, "--temperature", "0", "--audit-rate", "0"),
         *(
             "--set",
             f"client.find_timeout_s={find_s}",
