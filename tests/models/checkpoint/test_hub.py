@@ -295,7 +295,7 @@ def test_two_that_want_the_same_shard_fetch_it_once(hub: HubServer, cache: Path)
     sources = [find(hub, cache) for _ in range(2)]
     hub.fetched()
     threads = [
-        threading.Thread(target=source.fetch, args=(BlockSpan(0, 3),), kwargs={"ends": True})
+        threading.Thread(target=source.fetch, args=(BlockSpan(0, 3),), kwargs={"embedding_and_head": True})
         for source in sources
     ]
     for thread in threads:
