@@ -47,7 +47,7 @@ from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
-from p2pinfer.models.verify.verify import run_session
+from p2pinfer.models.verify.sessions import run_session
 from p2pinfer.node.host_config import HostConfig
 
 SPANS = ("0:3", "3:5", "5:8")

@@ -25,8 +25,9 @@ from p2pinfer.models.span import BlockSpan
 from .attention import Attention
 from .families import Architecture, describe_architecture
 from .layers import Norm
-from .mlp import load_mlp
+from .mlp import ExpertMlp, load_mlp
 from .rope import Rope, Rotation, rotate
+from .routing import ExpertChoice
 from .target import Target
 from .weights import Weights
 
@@ -75,6 +76,14 @@ class Blocks:
         plain.rounds_stepwise = True
         plain._blocks = [block.stepwise() for block in self._blocks]
         return plain
+
+    def choosing(self, choice: ExpertChoice) -> Blocks:
+        """The same blocks on the same weights, where `choice` decides which experts a token goes to."""
+        other = copy(self)
+        other._blocks = [
+            block.choosing(self.span.start + index, choice) for index, block in enumerate(self._blocks)
+        ]
+        return other
 
     def forward(self, hidden: Tensor, attention: Attention, span: BlockSpan | None = None) -> Tensor:
         """Hidden states after the span, or after the part of it that `span` names.
@@ -162,6 +171,12 @@ class _Block:
             if isinstance(part, Norm):
                 setattr(plain, name, part.stepwise())
         return plain
+
+    def choosing(self, number: int, choice: ExpertChoice) -> _Block:
+        other = copy(self)
+        if isinstance(self._mlp, ExpertMlp):
+            other._mlp = self._mlp.choosing(number, choice)
+        return other
 
     def forward(self, index: int, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         heads = self._qkv(self._attention_norm(hidden)).view(len(hidden), *self._head_shape)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .families import Architecture, ExpertNames
+from .routing import ExpertChoice
 from .weights import Weights
 
 
@@ -29,6 +34,7 @@ class ExpertMlp:
     def __init__(self, architecture: Architecture, weights: Weights, names: ExpertNames) -> None:
         count = architecture.num_experts
         self._chosen = architecture.experts_per_token
+        self._choose: Callable[[Tensor, int], Tensor] = _likeliest
         self._router = weights.linear((names.router,), architecture.hidden_size, (count,))
         self._experts = [
             GatedMlp(
@@ -37,15 +43,27 @@ class ExpertMlp:
             for prefix in map(names.expert.format, range(count))
         ]
 
+    def choosing(self, block: int, choice: ExpertChoice) -> ExpertMlp:
+        """The same layer on the same weights, which is that of `block`; `choice` decides on the experts."""
+        other = copy(self)
+        other._choose = partial(choice.choose, block)
+        return other
+
     def __call__(self, rows: Tensor) -> Tensor:
-        odds = self._router(rows).float().softmax(-1)
-        odds, chosen = odds.topk(self._chosen, dim=-1)
+        scores = self._router(rows).float()
+        chosen = self._choose(scores, self._chosen)
+        odds = scores.softmax(-1).gather(-1, chosen)
         odds = (odds / odds.sum(-1, keepdim=True)).to(rows.dtype)
         output = torch.zeros_like(rows)
         for index in sorted({int(expert) for expert in chosen.flatten()}):
             token, rank = torch.where(chosen == index)
             output.index_add_(0, token, self._experts[index](rows[token]) * odds[token, rank, None])
         return output
+
+
+def _likeliest(scores: Tensor, count: int) -> Tensor:
+    """(tokens, count): the experts that the router likes best, the best one first."""
+    return scores.topk(count, dim=-1).indices
 
 
 def load_mlp(architecture: Architecture, weights: Weights) -> GatedMlp | ExpertMlp:

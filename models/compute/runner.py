@@ -19,6 +19,7 @@ from .attention import PackedAttention, Piece
 from .blocks import Blocks, load_blocks
 from .cache import CacheLease, PagedCache
 from .paged_decode import PagedDecoder
+from .routing import ExpertChoice
 from .target import choose_target
 
 
@@ -59,6 +60,15 @@ class SpanRunner:
     def stepwise(self) -> SpanRunner:
         """A runner of the same weights that shares this one's cache, and rounds as `Blocks.stepwise` does."""
         return SpanRunner(self._blocks.stepwise(), self.cache)
+
+    def choosing(self, choice: ExpertChoice) -> SpanRunner:
+        """A runner of the same weights that shares this one's cache, and leaves experts to `choice`."""
+        return SpanRunner(self._blocks.choosing(choice), self.cache)
+
+    @property
+    def has_experts(self) -> bool:
+        """True if its blocks choose among experts."""
+        return self._blocks.architecture.family.experts is not None
 
     def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         """Run the span over all chunks as one batch, and extend their sessions by them.

@@ -7,6 +7,10 @@ The unit is the rounding of bfloat16: a ratio of 1 is what computing in bfloat16
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+HIGH_RHO: Final = 1.3  # the ratio above which a token is counted as high
+LOST_LEAD: Final = 0.02  # the lead above which a token that lost it is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +23,13 @@ class LogitDeviation:
         max_rho: The same, of the worst token.
         flip_margin: Of the tokens whose likeliest successor is another one, the largest lead (a difference
             of probabilities) that the published model gives to its own; 0 if there is none.
+        lost_leads: How many of them lost a lead of more than `LOST_LEAD`.
     """
 
     median_rho: float
     max_rho: float
     flip_margin: float
+    lost_leads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,13 @@ class ChunkDeviation:
         logits: What it does to the logits; None where the blocks after the span were not to be had.
         alike: As `shared`, of the rounding itself, on average over the rounded runs: near 1 where a text
             repeats itself, since equal tokens round alike.
+        high: How many of the tokens have a ratio above `HIGH_RHO`.
+        undecided: Tokens that are left out of all figures, for there were more admissible choices of experts
+            than could be tried.
+        clouded: Whether such a token precedes the last of these, so that what it left in the caches may be
+            why a token deviates.
+        swayed: As `shared`, of what other choices of experts for tokens that are not seen do to these.
+        rerouted: Tokens that took other experts than the reference, all of them admissible.
     """
 
     start: int
@@ -52,6 +65,11 @@ class ChunkDeviation:
     shared: float
     logits: LogitDeviation | None = None
     alike: float = 0.0
+    high: int = 0
+    undecided: int = 0
+    clouded: bool = False
+    swayed: float = 0.0
+    rerouted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

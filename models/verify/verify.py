@@ -11,8 +11,9 @@ compare codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,22 +23,21 @@ from p2pinfer.errors import WrongOutput
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
-from p2pinfer.models.compute.layers import padded_rows
-from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
+from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
-from .deviation import ChunkDeviation, Deviation, LogitDeviation
+from .deviation import HIGH_RHO, ChunkDeviation, Deviation, LogitDeviation
+from .experts import Paths, RoutingLog, Run, draw_unseen, explain, router_noise
+from .logits import LogitEffect, measure_effect
 from .noise_floor import NoiseFloor, measure_floor, shared_part
+from .sessions import run_session, run_sessions
 
 CHUNK_TOKENS = 32
-_PIECE_TOKENS = 512  # run at once
-_LOGIT_TOKENS = 64  # whose logits are held at once
-_TOP_TOKENS = 20
-_LEAST_LOGIT_FLOOR = 0.3  # of its median, as the least divisor
 _UPPER = 0.9
+_DRAWS = 6  # of choices for tokens that are not seen
 # Trained models reach 1e5. Far from overflow even when squared, divided and summed up.
 _ABSURD = 1e8
 _PAGE_TOKENS = 64
@@ -197,7 +197,7 @@ def measure_span(
     """
     at = _check_positions(positions, len(inputs))
     outputs = check_rows(outputs, len(at), reference.spec.hidden_size, peer_id)
-    floor = rerun(reference, span, inputs, wire_dtype)
+    floor = rerun(reference, span, inputs, wire_dtype).explaining(outputs, at)
     deviation = compare(floor, outputs, at)
     if tail is None or is_enough(deviation):
         return deviation
@@ -206,6 +206,8 @@ def measure_span(
 
 def rerun(reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: torch.dtype) -> NoiseFloor:
     """Run `span` over a session, in float32 and as an honest peer might.
+
+    The floor keeps the reference, which serves to run the session again where experts were chosen otherwise.
 
     Raises:
         ValueError: The inputs cannot be run.
@@ -218,11 +220,78 @@ def rerun(reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: tor
     except WrongOutput as exc:
         raise ValueError(f"the inputs cannot be: {exc}") from exc
     with torch.inference_mode():
-        exact = run_session(reference.exact, inputs, span)
-        rounded = [run_session(runner, inputs, span).to(wire_dtype).float() for runner in reference.rounded]
+        return _Rerun(reference, span, inputs, wire_dtype).floor()
+
+
+class _Rerun:
+    """Runs of one session, under any choices of experts."""
+
+    def __init__(
+        self, reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: torch.dtype
+    ) -> None:
+        self._reference = reference
+        self._span = span
+        self._inputs = inputs
+        self._wire_dtype = wire_dtype
+
+    def floor(self) -> NoiseFloor:
+        floor, exact, rounded = self._measure({})
+        if not self._reference.exact.has_experts:
+            return floor
+
+        def explain_outputs(outputs: Tensor, positions: Sequence[int]) -> NoiseFloor:
+            with torch.inference_mode():
+                return self._explain(floor, exact, rounded, outputs, positions)
+
+        return replace(floor, explain=explain_outputs)
+
+    def _measure(self, paths: Paths) -> tuple[NoiseFloor, RoutingLog, list[RoutingLog]]:
+        carried = torch.zeros_like(self._inputs)
+        log = RoutingLog(paths)
+        exact = run_session(self._reference.exact.choosing(log), self._inputs, self._span, carried)
+        rounded: list[Tensor] = []
+        logs: list[RoutingLog] = []
+        for runner in self._reference.rounded:
+            # Along the exact run's choices: a near tie that they decide otherwise is no measure of rounding.
+            logs.append(RoutingLog(follow=log))
+            output = run_session(runner.choosing(logs[-1]), self._inputs, self._span)
+            rounded.append(output.to(self._wire_dtype).float())
         if not all(each.isfinite().all() for each in (exact, *rounded)):
             raise ValueError("the inputs make the span itself overflow")
-        return measure_floor(inputs, exact, rounded)
+        return measure_floor(self._inputs, exact, rounded, carried), log, logs
+
+    def _explain(
+        self,
+        floor: NoiseFloor,
+        exact: RoutingLog,
+        rounded: Sequence[RoutingLog],
+        outputs: Tensor,
+        positions: Sequence[int],
+    ) -> NoiseFloor:
+        where = torch.tensor(positions, dtype=torch.long)
+
+        def ratios(along: NoiseFloor) -> Tensor:
+            return along.deviations(outputs, where).square().sum(-1).sqrt()
+
+        def run(paths: Paths) -> Run:
+            output, log = self._run(paths)
+            return Run(ratios(replace(floor, exact=output)), log)
+
+        noise = router_noise(exact, rounded)
+        unseen = sorted(set(range(positions[-1] if positions else 0)) - set(positions))
+        rng = random.Random(0)
+        drawn = [draw_unseen(exact, unseen, noise, rng) for _ in range(_DRAWS if unseen else 0)]
+        floor = replace(floor, drawn=[self._run(paths)[0] for paths in drawn if paths])
+        found = explain(run, Run(ratios(floor), exact), positions, noise)
+        if found.paths:
+            # What the drawn choices do beside those that explain the outputs.
+            beside = [self._run({**found.paths, **paths})[0] for paths in drawn if paths]
+            floor = replace(self._measure(found.paths)[0], drawn=beside)
+        return replace(floor, rerouted=frozenset(found.paths), undecided=found.undecided)
+
+    def _run(self, paths: Paths) -> tuple[Tensor, RoutingLog]:
+        log = RoutingLog(paths)
+        return run_session(self._reference.exact.choosing(log), self._inputs, self._span), log
 
 
 def compare(
@@ -231,62 +300,16 @@ def compare(
     """Deviation of checked outputs from a session that was run again; see `measure_span`."""
     at = list(positions)
     where = torch.tensor(at, dtype=torch.long)
+    floor = floor.explaining(outputs, at)
     with torch.inference_mode():
         deviations = floor.deviations(outputs, where)
         effect = _measure_logits(tail, floor, outputs, where) if tail and at else None
-    first = float(deviations[0].square().sum().sqrt()) if at and at[0] == 0 else None
+    first = float(deviations[0].norm()) if at and at[0] == 0 and 0 not in floor.undecided else None
     chunks = tuple(
-        _describe(at[part], deviations[part], floor.alike(where[part]), effect.part(part) if effect else None)
-        for part in _chunks(0 if first is None else 1, len(at))
+        _describe(floor, at[part], deviations[part], effect.part(part) if effect else None)
+        for part in split_chunks(1 if at[:1] == [0] else 0, len(at))
     )
     return Deviation(chunks, first)
-
-
-def run_session(runner: SpanRunner, hidden: Tensor, span: BlockSpan | None = None) -> Tensor:
-    """(tokens, hidden_size) in, the same out in float32, in a session of its own.
-
-    The end is filled up as products fill up theirs, which changes nothing before it: oneDNN makes kernels
-    for every number of rows that it has not seen, those of stepwise attention too, and 40 tokens through 3
-    blocks took 25 ms with that, 15 without.
-    """
-    tokens = len(hidden)
-    hidden = torch.cat([hidden, hidden[-1:].expand(padded_rows(tokens) - tokens, -1)])
-    lease = runner.cache.reserve(len(hidden))
-    try:
-        outputs: list[Tensor] = []
-        for piece in torch.split(hidden, _PIECE_TOKENS):
-            outputs += [each.float() for each in runner.run([Chunk(lease, lease.length, piece)], span)]
-        return torch.cat(outputs)[:tokens]
-    finally:
-        lease.release()
-
-
-def run_sessions(
-    runner: SpanRunner, sessions: Sequence[Tensor], span: BlockSpan | None = None
-) -> list[Tensor]:
-    """`run_session` of several of one length; as one batch, which is quicker, where the cache has room."""
-    tokens, count, page = len(sessions[0]), len(sessions), runner.cache.page_tokens
-    if tokens * count > _PIECE_TOKENS or -(-tokens // page) * page * count > runner.cache.free_tokens:
-        return [run_session(runner, each, span) for each in sessions]
-    leases = [runner.cache.reserve(tokens) for _ in sessions]
-    try:
-        chunks = [Chunk(lease, 0, each) for lease, each in zip(leases, sessions, strict=True)]
-        return [each.float() for each in runner.run(chunks, span)]
-    finally:
-        for lease in leases:
-            lease.release()
-
-
-@dataclass(frozen=True, slots=True)
-class _LogitEffect:
-    """Effects on the logits by token, each (n,)."""
-
-    rho: Tensor
-    flip_margin: Tensor
-
-    def part(self, part: slice) -> LogitDeviation:
-        rho = self.rho[part]
-        return LogitDeviation(float(rho.median()), float(rho.max()), float(self.flip_margin[part].max()))
 
 
 def _check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
@@ -296,7 +319,7 @@ def _check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
     return at
 
 
-def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: Tensor) -> _LogitEffect | None:
+def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: Tensor) -> LogitEffect | None:
     """Effect of `outputs` on the logits; None where the blocks of the tail lack some of their inputs."""
     runs = [floor.exact, *floor.rounded]
     if tail.runner is None:
@@ -305,34 +328,10 @@ def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: T
         return None
     else:
         runs = run_sessions(tail.runner, [*runs, outputs], tail.span)
-    changes, floors, margins = zip(*_compare_logits(tail.embedding_and_head, runs), strict=True)
-    change, least = torch.cat(changes), torch.cat(floors)
-    least = least.clamp_min(max(_LEAST_LOGIT_FLOOR * float(least.median()), torch.finfo(torch.float32).tiny))
-    return _LogitEffect(change / least, torch.cat(margins))
+    return measure_effect(tail.embedding_and_head, runs)
 
 
-def _compare_logits(
-    embedding_and_head: EmbeddingAndHead, runs: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Piece by piece: the change of the likeliest tokens' logits, that by rounding, the margins of flips.
-
-    `runs` are the exact one, the rounded ones, and the outputs.
-    """
-    for start in range(0, len(runs[0]), _LOGIT_TOKENS):
-        rows = [run[start : start + _LOGIT_TOKENS] for run in runs]
-        right, *near, got = torch.split(embedding_and_head.logits(torch.cat(rows)), len(rows[0]))
-        count = min(_TOP_TOKENS, right.shape[-1])
-        # Whatever either side thinks likely: a token may be pushed up from anywhere.
-        top = torch.cat([right.topk(count).indices, got.topk(count).indices], -1)
-        reference = right.gather(-1, top)
-        change, *rounding = ((each.gather(-1, top) - reference).abs().amax(-1) for each in (got, *near))
-        best = right.softmax(-1).topk(2)
-        flipped = got.argmax(-1) != best.indices[:, 0]
-        usual = torch.stack(rounding).square().mean(0).sqrt()
-        yield change, usual, (best.values[:, 0] - best.values[:, 1]) * flipped
-
-
-def _chunks(start: int, stop: int) -> list[slice]:
+def split_chunks(start: int, stop: int) -> list[slice]:
     """`start:stop` in parts of about `CHUNK_TOKENS`, as even as can be."""
     count = stop - start
     if count < 1:
@@ -343,19 +342,27 @@ def _chunks(start: int, stop: int) -> list[slice]:
 
 
 def _describe(
-    positions: Sequence[int], deviations: Tensor, alike: float, logits: LogitDeviation | None
+    floor: NoiseFloor, positions: Sequence[int], deviations: Tensor, logits: LogitDeviation | None
 ) -> ChunkDeviation:
+    decided = torch.tensor([position not in floor.undecided for position in positions])
+    looked_at = torch.tensor(positions)[decided]
+    deviations = deviations[decided]
     rho = deviations.square().sum(-1).sqrt()
     return ChunkDeviation(
         positions[0],
         positions[-1] + 1,
         len(rho),
-        float(rho.quantile(0.5)),
-        float(rho.quantile(_UPPER)),
-        float(rho.max()),
+        float(rho.quantile(0.5)) if len(rho) else 0.0,
+        float(rho.quantile(_UPPER)) if len(rho) else 0.0,
+        float(rho.max()) if len(rho) else 0.0,
         shared_part(deviations),
         logits,
-        alike,
+        floor.alike(looked_at),
+        high=int((rho > HIGH_RHO).sum()),
+        undecided=len(positions) - len(rho),
+        clouded=any(token <= positions[-1] for token in floor.undecided),
+        swayed=floor.swayed(looked_at),
+        rerouted=len(floor.rerouted.intersection(positions)),
     )
 
 

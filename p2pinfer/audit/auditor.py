@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # audits; what comes on top is not checked
 MAX_WAITING_BYTES = 256 << 20  # that their sessions sent and got
-SECOND_OPINIONS = 3  # peers that are tried for one
+SECOND_OPINIONS = 4  # peers that are tried for up to three of them
 HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fetch it
 
 
@@ -259,16 +259,19 @@ class Auditor:
 
     async def _judge_elsewhere(self, record: HopRecord, others: Sequence[str]) -> Finding:
         opinions: list[HopRecord] = []
+        finding = Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
         async with aclosing(self._ask_others(record, others)) as asked:
             async for opinion in asked:
                 opinions.append(opinion)
-                if len(opinions) == 2:
+                if len(opinions) < 2:
+                    continue
+                one, other, third = *opinions[:2], opinions[2] if len(opinions) > 2 else None
+                finding = await trio.to_thread.run_sync(
+                    compare_elsewhere, record, one, other, self._spec.hidden_size, third
+                )
+                if third or finding.verdict is not Verdict.INCONCLUSIVE:
                     break
-        if len(opinions) < 2:
-            return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
-        return await trio.to_thread.run_sync(
-            compare_elsewhere, record, opinions[0], opinions[1], self._spec.hidden_size
-        )
+        return finding
 
     async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
         """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from p2pinfer import models
@@ -22,11 +24,13 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify.verify import Reference, open_reference, run_session
+from p2pinfer.models.verify.sessions import run_session
+from p2pinfer.models.verify.verify import Reference, open_reference
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
@@ -247,15 +251,55 @@ async def test_steps_of_nothing_prove_nothing(source: ModelSource) -> None:
     assert compare_elsewhere(nothing, nothing, nothing, 320).verdict is Verdict.INCONCLUSIVE
 
 
-def test_two_peers_that_agree_decide_where_the_blocks_do_not_fit(
+def test_two_peers_that_agree_pass_a_third_and_blame_nobody(honest: tuple[Tensor, list[Tensor]]) -> None:
+    """To the bit or but for rounding; who of two that differ is right is not known."""
+    inputs, runs = honest
+    lie = computed(inputs, inputs)
+    for right, one, other in product([computed(inputs, run) for run in runs], repeat=3):
+        assert compare_elsewhere(right, one, other, 320).verdict is Verdict.PASS
+        assert compare_elsewhere(lie, one, other, 320).verdict is Verdict.INCONCLUSIVE
+
+
+def test_whom_three_peers_contradict_in_one_voice_is_suspect_and_no_more(
     honest: tuple[Tensor, list[Tensor]],
 ) -> None:
-    inputs, (exact, fused, stepwise) = honest
-    right, same, other = computed(inputs, exact), computed(inputs, fused), computed(inputs, stepwise)
-    lie = computed(inputs, inputs)
-    for one, two in ((same, other), (right, right), (right, other)):
-        assert compare_elsewhere(right, one, two, 320).verdict is Verdict.PASS
-        assert compare_elsewhere(lie, one, two, 320).verdict is Verdict.FAIL
+    inputs, runs = honest
+    first, second, third = (computed(inputs, run) for run in runs)
+    for lie in (inputs, runs[0] * 0.5, torch.zeros_like(inputs)):
+        accused = computed(inputs, lie)
+        assert compare_elsewhere(accused, first, second, 320, third).verdict is Verdict.SUSPECT
+        assert compare_elsewhere(accused, first, first, 320, first).verdict is Verdict.SUSPECT
+        # Somebody who agrees with it, or with nobody, leaves it open.
+        assert compare_elsewhere(accused, first, second, 320, accused).verdict is Verdict.INCONCLUSIVE
+        other_lie = computed(inputs, inputs.flip(0))
+        assert compare_elsewhere(accused, first, second, 320, other_lie).verdict is Verdict.INCONCLUSIVE
+        assert compare_elsewhere(first, accused, second, 320, third).verdict is Verdict.PASS
+
+
+def test_a_peer_that_computes_in_another_dtype_is_none_to_suspect(
+    checkpoint: Checkpoint, honest: tuple[Tensor, list[Tensor]]
+) -> None:
+    """Three opinions that agree to the bit are the usual case, and no measure of rounding."""
+    inputs, (_, fused, _) = honest
+    for dtype in ("float32", "float16", "bfloat16"):
+        config = ComputeConfig(device="cpu", dtype=dtype, cache_bytes=1 << 24)
+        outputs = run_session(open_runner(checkpoint, SPAN, config), inputs).bfloat16().float()
+        same = computed(inputs, fused)
+        finding = compare_elsewhere(computed(inputs, outputs), same, same, 320, same)
+        assert finding.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e9])
+def test_an_opinion_that_is_no_number_blames_nobody_else(
+    honest: tuple[Tensor, list[Tensor]], value: float
+) -> None:
+    inputs, (exact, fused, _) = honest
+    bad = exact.clone()
+    bad[3, 5] = value
+    right, useless, same = (computed(inputs, run) for run in (exact, bad, fused))
+    assert compare_elsewhere(right, useless, same, 320).verdict is Verdict.INCONCLUSIVE
+    assert compare_elsewhere(right, same, useless, 320).verdict is Verdict.INCONCLUSIVE
+    assert compare_elsewhere(useless, same, same, 320).verdict is Verdict.FAIL, "everybody can see that"
 
 
 @pytest.mark.parametrize("lies_first", [True, False])
@@ -266,10 +310,10 @@ def test_two_peers_that_contradict_each_other_decide_nothing(
     one, other = computed(inputs, inputs), computed(inputs, fused)
     if not lies_first:
         one, other = other, one
-    for suspect in (exact, inputs):
-        finding = compare_elsewhere(computed(inputs, suspect), one, other, 320)
-        assert finding.verdict is Verdict.INCONCLUSIVE
-        assert "contradict" in finding.reason
+    finding = compare_elsewhere(computed(inputs, exact), one, other, 320)
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert "contradict" in finding.reason
+    assert compare_elsewhere(computed(inputs, inputs * 2), one, other, 320).verdict is Verdict.INCONCLUSIVE
 
 
 async def test_somebody_elses_proof_is_checked_without_the_rest_of_the_model(

@@ -14,8 +14,9 @@ from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
-from p2pinfer.models.verify import verify
+from p2pinfer.models.verify import sessions, verify
 from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation
+from p2pinfer.models.verify.sessions import run_session, run_sessions
 from p2pinfer.models.verify.verify import (
     Reference,
     check_rows,
@@ -23,8 +24,6 @@ from p2pinfer.models.verify.verify import (
     open_reference,
     open_tail,
     rerun,
-    run_session,
-    run_sessions,
 )
 from p2pinfer.reputation.verdict import Verdict, judge
 
@@ -125,7 +124,7 @@ def test_a_long_session_runs_in_pieces_and_comes_to_the_same(
     reference: Reference, inputs: Tensor, honest: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_session(reference.exact, inputs, SPAN)
-    monkeypatch.setattr(verify, "_PIECE_TOKENS", 20)
+    monkeypatch.setattr(sessions, "PIECE_TOKENS", 20)
     torch.testing.assert_close(run_session(reference.exact, inputs, SPAN), whole, atol=1e-4, rtol=1e-4)
     pieces = measure_span(reference, SPAN, inputs, honest, wire_dtype=BF16)
     assert judge(pieces).verdict is Verdict.PASS
@@ -264,7 +263,7 @@ def test_inputs_that_cannot_be_run_are_an_error(reference: Reference, inputs: Te
     ("count", "sizes"), [(1, [1]), (8, [8]), (31, [31]), (47, [47]), (49, [24, 25]), (96, [32, 32, 32])]
 )
 def test_chunks_are_even_and_none_is_a_small_rest(count: int, sizes: list[int]) -> None:
-    parts = verify._chunks(1, 1 + count)  # pyright: ignore[reportPrivateUsage]
+    parts = verify.split_chunks(1, 1 + count)
     assert [part.stop - part.start for part in parts] == sizes
     assert parts[0].start == 1
     assert parts[-1].stop == 1 + count

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify.verify import Reference, open_reference, run_session
+from p2pinfer.models.verify.sessions import run_session
+from p2pinfer.models.verify.verify import Reference, open_reference
 from p2pinfer.node.evidence.check import check_span
-from p2pinfer.reputation.verdict import Thresholds, Verdict
+from p2pinfer.reputation.verdict import Limit, Thresholds, Verdict
 
 SPAN = BlockSpan(2, 4)
 
@@ -56,6 +57,6 @@ def test_other_limits_can_be_set(reference: Reference, inputs: Tensor) -> None:
     assert usual is not None
     half = max(chunk.median_rho for chunk in usual.chunks) / 2
     # A limit widens by what it lies above 1 for few tokens that round alike; one below 1 gets narrower.
-    strict = Thresholds(chunk=half, suspect=half)
+    strict = Thresholds(chunk=Limit(half, half))
     finding = check_span(reference, SPAN, inputs, outputs, codec="bfloat16", thresholds=strict)
     assert finding.verdict is Verdict.FAIL
