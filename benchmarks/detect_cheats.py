@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from audit_sessions import MODELS, Outputs, alone, embed, inputs_at, open_model, open_span, sample_sessions
 from cheats import DRIFTS, WEIGHTS, Aim, run_altered, run_parts, skipped, swapped, tampered, with_noise
+from small_lies import PartInt8, keep_cache_in_int8
 from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
@@ -89,6 +90,14 @@ def dishonest_outputs(
     for name, alter in {**WEIGHTS, **DRIFTS}.items():
         yield name, run_altered(checkpoint, span, alter, inputs)
     yield INT8_IN_FLOAT32, run_altered(checkpoint, span, WEIGHTS["int8, groups of 32"], inputs, "float32")
+    with_int8_cache = open_span(checkpoint, span, "bfloat16", "cpu")
+    keep_cache_in_int8(with_int8_cache)
+    yield "int8 KV caches", alone(with_int8_cache, inputs)
+    part = PartInt8(checkpoint, span, 1 << 30)
+    yield (
+        "int8 for 15 tokens in 32",
+        [part.alone(good, each) for good, each in zip(honest, inputs, strict=True)],
+    )
     yield "identity", list(inputs)
     yield "replay", [*honest[1:], honest[0]]
     yield "noise of 1 % in the output", [with_noise(each, 1e-2, seed) for seed, each in enumerate(honest)]

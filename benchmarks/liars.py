@@ -2,6 +2,9 @@
 
     python benchmarks/liars.py                                     # int8 weights, and a skipped block
     python benchmarks/liars.py --cheat tamper noise:0.2 --generations 200
+    python benchmarks/liars.py --cheat - - next                    # the last hop's; - is an honest node
+    python benchmarks/liars.py --cheat - half-int8 kv-int8         # small lies, see small_lies.py
+    python benchmarks/liars.py --cheat skip --new-tokens 4         # short answers only
 
 The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
 the cheats are and how often they happen. One client makes short generations, one after the other, with the
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -114,7 +118,7 @@ async def open_nodes(
     async with trio.open_nursery() as nursery:
         for index in range(2 * len(SPANS)):
             span = SPANS[index % len(SPANS)]
-            cheat = cheats[index] if index < len(cheats) else ""
+            cheat = cheats[index].strip("-") if index < len(cheats) else ""
             start = [str(Path(__file__).with_name("lying_node.py")), cheat] if cheat else ["-m", "p2pinfer"]
             folder = home / str(index)
             folder.mkdir()
@@ -206,6 +210,7 @@ async def generate_all(
 ) -> list[Told]:
     cheats = {node.peer_id: node.cheat for node in nodes if node.cheat}
     told: list[Told] = []
+    used_by: Counter[str] = Counter()
     banned: set[str] = set()
     for number in range(count):
         opening = OPENINGS[number % len(OPENINGS)]
@@ -214,11 +219,13 @@ async def generate_all(
         used: set[str] = set()
         async for _ in generation:
             used |= {hop.peer_id for hop in generation.result.route}
+        used_by.update(used)
         told.append(Told(generation.result, prompt, tuple(cheats[each] for each in used & {*cheats})))
         for each in {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)} - banned:
             banned.add(each)
             why = client.ledger.account(each).ban
-            print(f"after {number + 1}: {cheats.get(each, 'HONEST')} banned: {why}", file=sys.stderr)
+            who, times = cheats.get(each, "HONEST"), used_by[each]
+            print(f"after {number + 1}, {times} of its sessions: {who} banned: {why}", file=sys.stderr)
     await client.audits_settled()
     return told
 
@@ -250,6 +257,7 @@ def count_wrong(told: Sequence[Told]) -> list[int]:
 
 
 async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: float | None) -> dict[str, Any]:
+    liars = sum(bool(cheat.strip("-")) for cheat in cheats)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         verifier = new_verifier(home / "cache")
@@ -264,7 +272,7 @@ async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: floa
             with trio.fail_after(60):
                 while len(client.peers()) < len(nodes):
                     await trio.sleep(0.1)
-            async with open_bystander(home / "early", len(cheats), client.member.addrs) as early:
+            async with open_bystander(home / "early", liars, client.member.addrs) as early:
                 before = [node.cpu_s() for node in nodes]
                 client_before, started = time.process_time(), time.perf_counter()
                 told = await generate_all(client, nodes, count, new_tokens)
@@ -275,7 +283,7 @@ async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: floa
             opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
             opinions_s = opinions * await price_of_opinion(client, nodes)
             addrs = nodes[-1].addrs
-            async with open_bystander(home / "late", len(cheats), addrs) as late:
+            async with open_bystander(home / "late", liars, addrs) as late:
                 others.append(await late.ask())
         return summary(client, nodes, told, verifier, spent, opinions_s, client_s, seconds, others)
 

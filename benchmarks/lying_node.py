@@ -3,6 +3,7 @@
     python benchmarks/lying_node.py int8 node --blocks 3:5 --bootstrap ...
     python benchmarks/lying_node.py skip:0.2 node ...        # lies in a fifth of its sessions
     python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
+    python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
 
 Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
 the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from cheats import WEIGHTS, AlteredCheckpoint, skipped, swapped, with_noise
+from small_lies import NextLikeliest, PartInt8, keep_cache_in_int8
 from torch import Tensor
 
 import p2pinfer.node.node as serving
@@ -76,6 +78,17 @@ NAMES: Mapping[str, str] = {
 }
 
 
+def lie_called(name: str, checkpoint: Checkpoint, span: BlockSpan) -> Lie:
+    """The lie of this name, for a node of these blocks."""
+    match name:
+        case "next":
+            return NextLikeliest(checkpoint)
+        case "half-int8":
+            return PartInt8(checkpoint, span)
+        case _:
+            return OUTPUTS[name]
+
+
 class Liar:
     """Decides by session whether to lie, and sticks to it."""
 
@@ -114,7 +127,13 @@ def install(cheat: str) -> None:
         if name in NAMES:
             return open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[NAMES[name]]), span, *rest, **options)
         runner = open_runner(checkpoint, span, *rest, **options)
-        liar, honest = Liar(OUTPUTS[name], float(share), int(honest_sessions)), runner.run
+        if name == "kv-int8":
+            keep_cache_in_int8(runner)
+            return runner
+        liar, honest = (
+            Liar(lie_called(name, checkpoint, span), float(share), int(honest_sessions)),
+            runner.run,
+        )
 
         def run(chunks: Sequence[Chunk], part: BlockSpan | None = None) -> list[Tensor]:
             return liar.run(honest, chunks, part or runner.span)

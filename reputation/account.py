@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from .config import LedgerConfig
+from .small_lies import Sample, SmallLies
 
 MAX_REASON = 240  # characters of a note
 MAX_NOTES = 8
@@ -52,6 +53,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     Attributes:
         alpha, beta: The Beta posterior of own audits; both 1 for a newcomer.
         suspicion: Running mean of SUSPECT verdicts, 0..1.
+        small_lies: What its audits come to together, see `small_lies`.
         good, bad: Sessions that went well and failed, each worth what is left of it at `as_of`.
         passed, failed, suspected, inconclusive, withheld: Audits ever, by verdict.
         sessions, failures: Sessions ever, and those the peer ended.
@@ -64,6 +66,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     alpha: _Pseudo = 1.0
     beta: _Pseudo = 1.0
     suspicion: _Share = 0.0
+    small_lies: SmallLies = SmallLies()
     good: _Count = 0.0
     bad: _Count = 0.0
     as_of: _Time = 0.0
@@ -191,6 +194,19 @@ def after_audit(account: Account, result: AuditResult, now: float, why: str, con
     return account
 
 
+def after_small_lies(account: Account, sample: Sample, now: float, config: LedgerConfig) -> Account:
+    """An audit was measured, whatever its verdict: what all of them come to may be too much."""
+    state = account.small_lies.after(sample)
+    account = _changed(account, small_lies=state)
+    if state.is_guilty and not account.vouched:
+        why = "small deviations in many sessions add up to more than honest peers' ever do"
+        account = _changed(
+            account, beta=min(account.beta + config.fail_weight, 1e6), failed=account.failed + 1
+        )
+        account = banned(account, now, "audits", why)
+    return account
+
+
 def after_withholding(account: Account, now: float, why: str, config: LedgerConfig) -> Account:
     """The peer did not hand out evidence that it had committed to: its reliability suffers."""
     account = after_session(account, False, now, why or "withheld the evidence of an audit", config)
@@ -251,7 +267,9 @@ def merged(ours: Account, theirs: Account) -> Account:
     notes = sorted({*ours.notes, *theirs.notes}, key=lambda note: (note.at, note.text))
     seen_first = [at for at in (ours.first_seen, theirs.first_seen) if at]
     return Account(
-        **_fields(audits, "alpha", "beta", "suspicion", "passed", "failed", "suspected", "last_audit"),
+        **_fields(
+            audits, "alpha", "beta", "suspicion", "small_lies", "passed", "failed", "suspected", "last_audit"
+        ),
         **_fields(audits, "inconclusive", "withheld"),
         **_fields(sessions, "good", "bad", "as_of", "sessions", "failures"),
         proofs_verified=max(ours.proofs_verified, theirs.proofs_verified),

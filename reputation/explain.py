@@ -21,6 +21,11 @@ def explain(account: Account, score: Score, heard: tuple[float, float], config: 
             f"Of its latest audits, {account.suspicion:.0%} were suspect, which proves nothing; "
             f"it is audited more often."
         )
+    if account.small_lies.suspicion > 0.01 and not account.ban:
+        lines.append(
+            f"Its small deviations come to {account.small_lies.suspicion:.0%} of what bans a peer; "
+            f"it is audited more often."
+        )
     lines += [_sessions(account, score.reliability)]
     good, bad = heard
     if good + bad >= 0.05:

@@ -23,6 +23,7 @@ from .explain import explain as explain_peer
 from .proofs import ProofDecision, ProofGate, ProofNote, ProofState
 from .records import Records
 from .score import Score, audit_probability, score_of
+from .small_lies import Sample
 from .store import FILE_NAME, Change, open_store
 
 if TYPE_CHECKING:
@@ -161,6 +162,14 @@ class Ledger:
         self._records.change(peer_id, change, now)
         if self.is_banned(peer_id) and not was_banned:
             logger.warning("%s is banned: %s", peer_id, why or "its audits failed")
+
+    def record_small_lies(self, peer_id: str, sample: Sample, now: float) -> None:
+        """An audit was measured: beside its verdict, what all audits of the peer come to together."""
+        change = partial(accounts.after_small_lies, sample=sample, now=now, config=self.config)
+        was_banned = self.is_banned(peer_id)
+        self._records.change(peer_id, change, now)
+        if self.is_banned(peer_id) and not was_banned:
+            logger.warning("%s is banned: small deviations of many sessions add up", peer_id)
 
     def advance(self, now: float) -> None:
         """Let time pass without an event; the past counts less after it."""

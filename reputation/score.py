@@ -56,13 +56,14 @@ def audit_probability(account: Account, config: LedgerConfig) -> float:
     """Probability with which to audit a peer's work in a session, on a coin it cannot see.
 
     `min + (1 - integrity)^4`, of own audits only: praise by others lowers nobody's guard. Newcomers are
-    audited more, and so is who was SUSPECT lately. With the square, audits of short sessions of a small
-    model came to more than 2 % of what serving them costs (`benchmarks/liars.py`).
+    audited more, and so is who was SUSPECT lately or deviates a little too often. With the square, audits of
+    short sessions of a small model came to more than 2 % of what serving them costs (`benchmarks/liars.py`).
     """
     if account.vouched:
         return config.min_audit_probability
     doubt = 1.0 - quantile(config.quantile, account.alpha, account.beta)
     probability = config.min_audit_probability + doubt**4 + account.suspicion
+    probability += account.small_lies.suspicion
     if account.is_newcomer(config):
         probability = max(probability, config.newcomer_audit_probability)
     return min(probability, 1.0)

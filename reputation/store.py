@@ -34,7 +34,7 @@ from .proofs import ProofNote
 logger = logging.getLogger(__name__)
 
 FILE_NAME: Final = "ledger.sqlite"
-FORMAT: Final = 2  # PRAGMA user_version; 1 had no `proofs_useful`, and its accounts are read as they are
+FORMAT: Final = 2  # PRAGMA user_version; accounts of 1 lack fields and are read as they are
 BUSY_TIMEOUT_S: Final = 10.0  # how long to wait for another process's transaction
 
 _SCHEMA: Final = """

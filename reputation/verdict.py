@@ -102,7 +102,9 @@ def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding
     def finding(verdict: Verdict, reason: str) -> Finding:
         return Finding(verdict, reason, deviation, seen)
 
-    figures = [(limit.judge(value), what, value, limit) for what, value, limit in _figures(deviation, limits)]
+    figures = [
+        (limit.judge(value), what, value, limit) for what, value, limit in judged_figures(deviation, limits)
+    ]
     for worst in (Verdict.FAIL, Verdict.SUSPECT):
         for verdict, what, value, limit in figures:
             if verdict is worst:
@@ -123,6 +125,16 @@ def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding
     return finding(Verdict.PASS, reason if seen else f"{reason}; their effect on the logits was not checked")
 
 
+def judged_figures(deviation: Deviation, limits: Thresholds) -> Iterator[tuple[str, float, Limit]]:
+    """Name, value and limit of each figure that is judged."""
+    if deviation.first_rho is not None:
+        yield "the first token", deviation.first_rho, limits.first
+    for chunk in deviation.chunks:
+        if _says_something(chunk, limits):
+            for what, value, limit in _figures_of(chunk, limits):
+                yield f"{what} tokens {chunk.start}-{chunk.stop - 1}", value, limit
+
+
 def independent_tokens(chunk: ChunkDeviation, thresholds: Thresholds | None = None) -> float:
     """Number of tokens that round in their own way: in a text that repeats itself, few.
 
@@ -137,16 +149,6 @@ def _says_something(chunk: ChunkDeviation, limits: Thresholds) -> bool:
     """True if enough of its tokens took experts that leave no doubt."""
     whole = chunk.tokens + chunk.undecided
     return chunk.undecided + chunk.rerouted <= limits.most_rerouted * whole
-
-
-def _figures(deviation: Deviation, limits: Thresholds) -> Iterator[tuple[str, float, Limit]]:
-    """Name, value and limit of each figure that is judged."""
-    if deviation.first_rho is not None:
-        yield "the first token", deviation.first_rho, limits.first
-    for chunk in deviation.chunks:
-        if _says_something(chunk, limits):
-            for what, value, limit in _figures_of(chunk, limits):
-                yield f"{what} tokens {chunk.start}-{chunk.stop - 1}", value, limit
 
 
 def _figures_of(chunk: ChunkDeviation, limits: Thresholds) -> Iterator[tuple[str, float, Limit]]:

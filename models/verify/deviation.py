@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-HIGH_RHO: Final = 1.3  # the ratio above which a token is counted as high
+HIGH_RHO: Final = 1.5  # the ratio above which a token is counted as high
 LOST_LEAD: Final = 0.02  # the lead above which a token that lost it is counted
 
 

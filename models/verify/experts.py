@@ -175,7 +175,11 @@ def draw_unseen(
     drawn: dict[int, Path] = {}
     for block in log.blocks:
         scores, chosen = log.scores(block), log.chosen(block)
-        for token in unseen:
+        if chosen.shape[-1] == scores.shape[-1]:
+            continue  # every token goes to all experts
+        gap = scores.topk(chosen.shape[-1] + 1, dim=-1).values[:, -2:].diff(dim=-1)[:, 0].abs()
+        tied = gap <= TIED * noise[block]
+        for token in (each for each in unseen if tied[each]):
             swaps = _swaps(scores[token], chosen[token], TIED * float(noise[block][token]))
             # One swap a token: what follows of it is decided by the run.
             if swaps and token not in drawn and rng.random() < 0.5:
@@ -290,10 +294,12 @@ class _Search:
 
 def _swaps(scores: Tensor, chosen: Tensor, reach: float) -> list[tuple[int, ...]]:
     """Choices that differ from `chosen` in one expert, by no more than `reach` of the scores."""
-    experts = set(chosen.tolist())
+    outside = torch.ones(len(scores), dtype=torch.bool)
+    outside[chosen] = False
+    others = outside.nonzero()[:, 0]
+    near = (scores[chosen][:, None] - scores[others]).abs() <= reach
+    experts, better = chosen.tolist(), others.tolist()
     return [
-        tuple(sorted((experts - {worse}) | {better}))
-        for worse in experts
-        for better in set(range(len(scores))) - experts
-        if abs(float(scores[worse] - scores[better])) <= reach
+        tuple(sorted({*experts[:worse], *experts[worse + 1 :], better[other]}))
+        for worse, other in near.nonzero().tolist()
     ]

@@ -33,6 +33,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Accusation, Proof
 from p2pinfer.reputation.proofs import ProofDecision
 from p2pinfer.reputation.receipt import Payload
+from p2pinfer.reputation.small_lies import sample_of
 from p2pinfer.reputation.verdict import Finding, Verdict
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.receipt_checks import PassedStep
@@ -216,6 +217,8 @@ class Auditor:
         if self._report is not None:
             self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
         self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
+        if finding.deviation is not None and finding.verdict is not Verdict.FAIL:
+            self._ledger.record_small_lies(peer_id, sample_of(finding.deviation), self._clock())
         if finding.verdict is Verdict.PASS:
             self._has_passed = True
         if finding.verdict is not Verdict.FAIL or opinion.record is None:

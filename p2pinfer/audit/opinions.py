@@ -66,7 +66,11 @@ def compare_elsewhere(
         others = [_outputs_of(each, hidden_size) for each in opinions]
     except (WrongOutput, ProtocolViolation) as exc:
         return Finding(Verdict.INCONCLUSIVE, f"another peer's opinion is of no use: {exc}")
-    blocks = len(record.span)
+    return judge_by_opinions(audited, others, len(record.span))
+
+
+def judge_by_opinions(audited: History, others: Sequence[History], blocks: int) -> Finding:
+    """The verdict on outputs of so many blocks, by those of two or three other peers for the same inputs."""
     own = [_relate(audited, each, blocks) for each in others]
     theirs = [_relate(*pair, blocks) for pair in combinations(others, 2)]
     if own.count(_Pair.AGREE) >= 2:

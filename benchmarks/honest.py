@@ -1,0 +1,319 @@
+"""Honest peers of many kinds, judged by verifiers of many kinds: nobody may FAIL.
+
+    python benchmarks/honest.py                              # this processor, and as two older ones
+    python benchmarks/honest.py --isa ALL AVX2 --sources tiny-stories experts
+    python benchmarks/honest.py --isa ALL --device cpu cuda  # peers on a GPU beside
+
+A processor computes as an older one would where ONEDNN_MAX_CPU_ISA says so. Each kind runs every span in
+every mode: own kernels, and transformers' eager and SDPA; in bfloat16, float16 and float32; prompts, steps,
+batches. Then each kind judges what all of them gave. It does so as a client that holds the blocks, of all
+tokens and of the last ones alone, and as one that does not, with two and with three opinions of others. A
+check is one chunk of about 32 tokens. Among the texts are a word that repeats itself and random tokens;
+`experts` is a mixture with random weights and routers that are as decisive as trained ones.
+
+With no failure among n checks the rate is below 1 - 0.05^(1/n) with a confidence of 95 %, as far as checks
+are independent, which those of one session are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from audit_sessions import (
+    Outputs,
+    StockBlocks,
+    embed,
+    honest_modes,
+    inputs_at,
+    open_model,
+    run_mode,
+    sample_sessions,
+)
+from calibrate_audit import bound
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from p2pinfer.audit.opinions import judge_by_opinions
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.deviation import Deviation
+from p2pinfer.models.verify.verify import Tail, compare, open_reference, rerun
+from p2pinfer.node.evidence.hop_record import History
+from p2pinfer.reputation.small_lies import Sample, SmallLies, sample_of
+from p2pinfer.reputation.verdict import Thresholds, Verdict, judge, judged_figures
+
+SOURCES = (BUNDLED_MODEL, "smollm2", "experts")
+SPANS = {
+    BUNDLED_MODEL: ("0:1", "5:6", "3:5", "0:4", "4:8", "0:8"),
+    "smollm2": ("14:15", "0:4", "22:30"),
+    "experts": ("0:1", "2:4", "0:3", "3:6"),
+}
+TOKENS = 129
+LAST = 37  # tokens that a last hop is asked for
+OPINIONS_PER_SESSION = 24
+
+
+def write_experts(folder: Path) -> None:
+    """A Mixtral of random weights with routers that mostly have a clear favourite."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=2000,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    model: Any = MixtralForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "gate.weight" in name:
+                weight.mul_(8)
+            elif weight.dim() >= 2 and "embed" not in name:
+                weight.mul_(2)
+        model.model.embed_tokens.weight.mul_(20)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+@cache
+def open_source(source: str, folder: Path) -> Checkpoint:
+    """The model of a source; `folder` is where the mixture was written."""
+    return open_checkpoint(folder / source, source) if source == "experts" else open_model(source)
+
+
+def texts_of(source: str, checkpoint: Checkpoint, count: int, first: int) -> list[list[int]]:
+    """Usual texts, if the model is trained, and odd ones."""
+    rng, words = random.Random(first), checkpoint.spec.vocab_size
+    usual = [[rng.randrange(words) for _ in range(TOKENS)] for _ in range(count)]
+    if source != "experts":
+        usual = sample_sessions(checkpoint, count, TOKENS, first=first)
+    one, other = rng.randrange(words), rng.randrange(words)
+    odd = [
+        [one] * TOKENS,
+        [one, other] * (TOKENS // 2) + [one],
+        [rng.randrange(words) for _ in range(TOKENS)],
+    ]
+    return [*usual, *odd]
+
+
+def write_inputs(source: str, folder: Path, count: int, first: int) -> None:
+    """What enters every span, the same for all kinds of processors."""
+    checkpoint = open_source(source, folder)
+    sessions = embed(checkpoint, texts_of(source, checkpoint, count, first))
+    spans = [BlockSpan.parse(text) for text in SPANS[source]]
+    inputs = inputs_at(checkpoint, sessions, [span.start for span in spans])
+    for span in spans:
+        save_file({"inputs": torch.stack(inputs[span.start])}, folder / f"in_{name_of(source, span)}")
+
+
+def write_outputs(source: str, folder: Path, kind: str, devices: Sequence[str]) -> None:
+    """What every mode gives on this kind of processor, as it would travel in bfloat16."""
+    checkpoint = open_source(source, folder)
+    stock = {
+        f"{device} {str(dtype).removeprefix('torch.')} {attention}": StockBlocks(
+            checkpoint.folder, dtype, device, attention
+        )
+        for device in devices
+        for dtype, attention in ((torch.bfloat16, "eager"), (torch.bfloat16, "sdpa"))
+    }
+    for span in map(BlockSpan.parse, SPANS[source]):
+        print(f"{kind} {source} {span}", file=sys.stderr)
+        inputs = list(load_file(folder / f"in_{name_of(source, span)}")["inputs"])
+        outputs: dict[str, Outputs] = {
+            mode.name: run_mode(mode, checkpoint, span, inputs)
+            for device in devices
+            for mode in honest_modes(device)
+        }
+        outputs |= {name: blocks.run(span, inputs) for name, blocks in stock.items()}
+        kept = {name: torch.stack(each).to(torch.bfloat16) for name, each in outputs.items()}
+        save_file(kept, folder / f"out_{kind}_{name_of(source, span)}")
+
+
+class Count:
+    """What a verifier found."""
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.worst: dict[str, float] = {}  # largest part of what FAILs, by figure
+        self.means: dict[str, list[float]] = {}  # by peer and span, x of the two tests of small lies
+        self.failures: list[str] = []
+
+    def add(self, client: str, who: str, deviation: Deviation) -> None:
+        for chunk in deviation.chunks:
+            alone = Deviation((chunk,), deviation.first_rho if chunk is deviation.chunks[0] else None)
+            finding = judge(alone)
+            self.verdicts[f"{client} {finding.verdict.value}"] += 1
+            if finding.verdict is Verdict.FAIL:
+                self.failures.append(f"{client}: {who}: {finding.reason}")
+            for what, value, limit in judged_figures(alone, Thresholds()):
+                part = (value - 1) / (limit.fails - 1) if limit.fails > 1 else value / limit.fails
+                name = what.split(" tokens ")[0]
+                self.worst[name] = max(self.worst.get(name, 0.0), part)
+
+    def add_sample(self, who: str, sample: Sample) -> None:
+        """One session of a peer: what the tests of small lies make of it."""
+        for test, bets in (
+            ("high", SmallLies().after(sample).high),
+            ("lost", SmallLies().after(sample).lost),
+        ):
+            if bets.rounds:
+                # wealth = stake (1 + bet (x - mean)), with a stake of a half
+                self.means.setdefault(f"{test} {who}", []).append((bets.wealth * 2 - 1) / 10 + 0.05)
+
+
+def judge_all(source: str, folder: Path, kinds: Sequence[str]) -> Count:
+    """Judge the outputs of all kinds of peers with this kind of processor."""
+    checkpoint, count, rng = open_source(source, folder), Count(), random.Random(0)
+    head = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    for span in map(BlockSpan.parse, SPANS[source]):
+        print(f"judging {source} {span}", file=sys.stderr)
+        inputs = load_file(folder / f"in_{name_of(source, span)}")["inputs"].float()
+        peers = {
+            f"{kind}, {mode}": outputs.float()
+            for kind in kinds
+            for mode, outputs in load_file(folder / f"out_{kind}_{name_of(source, span)}").items()
+        }
+        reference = open_reference(checkpoint, span, max_tokens=TOKENS)
+        is_last = span.stop == checkpoint.spec.num_blocks
+        tail = Tail(None, head) if is_last and source != "experts" else None
+        for number, given in enumerate(inputs):
+            # Every attempt at other experts is a run: a third of the peers, in turn, will do.
+            looked_at = peers if source != "experts" else dict(islice(peers.items(), number % 3, None, 3))
+            floor = rerun(reference, span, given, torch.bfloat16)
+            for name, outputs in looked_at.items():
+                who = f"{source} {span} text {number} {name}"
+                whole = compare(floor, outputs[number], range(TOKENS), tail)
+                count.add("all tokens", who, whole)
+                count.add_sample(f"{source} {span} {name}", sample_of(whole))
+                count.add(
+                    "last tokens", who, compare(floor, outputs[number][-LAST:], range(TOKENS - LAST, TOKENS))
+                )
+            ask_others(count, rng, span, given, {name: each[number] for name, each in peers.items()})
+    return count
+
+
+def ask_others(
+    count: Count, rng: random.Random, span: BlockSpan, given: Tensor, peers: dict[str, Tensor]
+) -> None:
+    """Judge some peers by the outputs of two and of three others, which may be of its own kind."""
+    names = sorted(peers)
+    for _ in range(OPINIONS_PER_SESSION):
+        audited, *others = (rng.choice(names) for _ in range(4))
+        histories = [History(given, peers[each], tuple(range(TOKENS))) for each in (audited, *others)]
+        for many in (2, 3):
+            finding = judge_by_opinions(histories[0], histories[1 : 1 + many], len(span))
+            count.verdicts[f"{many} opinions {finding.verdict.value}"] += TOKENS // 32
+            if finding.verdict is not Verdict.PASS:
+                count.failures.append(
+                    f"{many} opinions: {span} {audited} by {others[:many]}: {finding.reason}"
+                )
+
+
+def name_of(source: str, span: BlockSpan) -> str:
+    return f"{source}_{span.start}_{span.stop}.safetensors"
+
+
+def in_process(kind: str, folder: Path, *words: str) -> str:
+    """Run a part of this with a processor that computes as `kind` does."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": kind}
+    command = [sys.executable, __file__, "--folder", str(folder), "--kind", kind, *words]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def report(judges: dict[str, dict[str, Any]]) -> None:
+    """The table, the worst figures and the bound."""
+    verdicts = ("pass", "suspect", "inconclusive", "fail")
+    clients = ("all tokens", "last tokens", "2 opinions", "3 opinions")
+    print("| client | checks | " + " | ".join(verdicts) + " |\n|" + "---|" * 6)
+    total: Counter[str] = Counter()
+    for told in judges.values():
+        total.update(told["verdicts"])
+    for client in clients:
+        counts = [total[f"{client} {verdict}"] for verdict in verdicts]
+        print(f"| {client} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
+    checks, failed = sum(total.values()), sum(total[f"{client} fail"] for client in clients)
+    print(f"{failed} of {checks} checks failed: below {bound(failed, checks):.4%} at 95 %, one-sided")
+    worst: dict[str, float] = {}
+    means: dict[str, float] = {}
+    for told in judges.values():
+        for what, part in told["worst"].items():
+            worst[what] = max(worst.get(what, 0.0), part)
+        for who, each in told["means"].items():
+            means[who] = max(means.get(who, 0.0), sum(each) / len(each))
+    print("largest part of the room up to FAIL:", {what: round(part, 2) for what, part in worst.items()})
+    print(
+        "largest mean of x:", sorted(((round(each, 3), who) for who, each in means.items()), reverse=True)[:5]
+    )
+    for kind, told in judges.items():
+        for line in told["failures"][:40]:
+            print(f"judged by {kind}: {line}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--isa", nargs="+", default=["ALL", "AVX512_CORE", "AVX2"])
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
+    parser.add_argument("--device", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
+    parser.add_argument("--sessions", type=int, default=2, help="usual texts beside the three odd ones")
+    parser.add_argument("--first", type=int, default=40, help="number of the first text; others are new")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("run", "judge"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sources: Iterator[str] = iter(options.sources)
+    if options.step == "run":
+        for source in sources:
+            write_outputs(source, options.folder, options.kind, options.device)
+    elif options.step == "judge":
+        total = Count()
+        for source in sources:
+            found = judge_all(source, options.folder, options.isa)
+            total.verdicts += found.verdicts
+            total.failures += found.failures
+            total.means |= found.means
+            total.worst = {
+                what: max(found.worst.get(what, 0.0), total.worst.get(what, 0.0))
+                for what in {**found.worst, **total.worst}
+            }
+        print(json.dumps(vars(total)))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            write_experts(folder / "experts")
+            for source in sources:
+                write_inputs(source, folder, options.sessions, options.first)
+            words = ["--sources", *options.sources, "--isa", *options.isa, "--device", *options.device]
+            for kind in options.isa:
+                in_process(kind, folder, "--step", "run", *words)
+            report(
+                {
+                    kind: json.loads(in_process(kind, folder, "--step", "judge", *words))
+                    for kind in options.isa
+                }
+            )
+
+
+if __name__ == "__main__":
+    main()
