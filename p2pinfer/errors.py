@@ -78,6 +78,17 @@ class PeerUnreachable(PeerError):
     """No address of the peer answered."""
 
 
+class NotDialled(PeerUnreachable):
+    """The peer was not dialled: its addresses are a stranger's word.
+
+    `is_passing` says that there were too many such dials at the moment.
+    """
+
+    def __init__(self, message: str, peer_id: str = "", *, is_passing: bool = False) -> None:
+        super().__init__(message, peer_id)
+        self.is_passing = is_passing
+
+
 class NotAdmitted(PeerUnreachable):
     """The peer is of another swarm than we are, or one of us is not on the other's list."""
 

@@ -216,7 +216,9 @@ async def fetch_evidence(
     ask = _encoder.encode(_Ask(tuple(digests)))
     try:
         with trio.fail_after(_TIMEOUT_S):
-            async with aclosing(await host.open_stream(peer_id, EVIDENCE_PROTOCOL, addrs)) as stream:
+            async with aclosing(
+                await host.open_stream(peer_id, EVIDENCE_PROTOCOL, addrs, hearsay=True)
+            ) as stream:
                 await stream.send_all(len(ask).to_bytes(4, "big") + ask)
                 buffer = bytearray()
                 sizes = decode_answer(await _receive_value(stream, buffer, _MAX_ANSWER_BYTES))

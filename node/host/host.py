@@ -20,8 +20,8 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from p2pinfer.errors import AddressUnusable, NotAdmitted, PeerRefused, PeerUnreachable
-from p2pinfer.node.concurrency.nurseries import innermost, open_nursery
+from p2pinfer.errors import AddressUnusable, NotAdmitted, NotDialled, PeerRefused, PeerUnreachable
+from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import (
@@ -38,24 +38,24 @@ from p2pinfer.node.transport.connection_gate import GATED, Gate, reason
 from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.private_network import StrangerMet
 from p2pinfer.node.transport.tcp import on_round_trip
 from p2pinfer.node.transport.yamux_stream import StreamRefused
 from p2pinfer.routing.announcement import MAX_ADDRS
 
 from .address_race import race
 from .dial import Dial, check_named
-from .libp2p_host import new_libp2p_host, raw_stream_of, run_libp2p_host
+from .dial_failure import dial_failure
+from .libp2p_host import freshest, new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
 from .peer_notices import PeerCallback, PeerNotices
 from .round_trips import RoundTrips
+from .stranger_dials import StrangerDials
 from .streams import Handler, answering, open_stream_on
 
 __all__ = ["Handler", "Host", "HostConfig", "open_host"]
 
 logger = logging.getLogger(__name__)
 
-_STALE_S: Final = 3.0  # a connection that is silent for so much longer than another of the peer's is not used
 _STREAM_ROUND_TRIPS: Final = 4  # that a stream's opening may take, of which it needs one
 _DIAL_ROUND_TRIPS: Final = 10  # that a dial may take, of which it needs six, and relays eight
 
@@ -84,6 +84,7 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
             if str(address) not in network.listeners:
                 raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
         host = Host(identity, config, raw, gate, counts)
+        host.stranger_dials.note_own(host.direct_addrs)
         nursery.start_soon(gate.follow_files, host.hang_up_on_unwanted)
         yield host
 
@@ -103,6 +104,7 @@ class Host:
         self.libp2p = libp2p_host
         self.counts = counts
         self.gate = gate
+        self.stranger_dials = StrangerDials()
         self._config = config
         self._network: Any = libp2p_host.get_network()
         self.dials: dict[str, Dial] = {}  # under way, by peer
@@ -113,6 +115,7 @@ class Host:
         self._on_unreachable: list[Callable[[PeerUnreachable], None]] = []
         self._watcher = PeerNotices(self._network)
         self._network.register_notifee(self._watcher)
+        self.when_connected(lambda peer_id: self.stranger_dials.note_seen(self.remote_address(peer_id)))
 
     # ------------------------------------------------------------------ who there is
 
@@ -184,13 +187,16 @@ class Host:
         """Connect to `address`, from a given local one if two dial each other at once.
 
         Args:
+            source: None: any. Then the address is dialled as a stranger's word is.
             responding: Leave the first word of the handshake to the peer.
 
         Raises:
             BaseLibp2pError: There was no connection, or not with `peer_id`.
+            NotDialled: The address may not be dialled at the moment.
         """
         dial = self._network.dial_addr_as_responder if responding else self._network.dial_addr
-        await dial(Multiaddr(address), ID.from_base58(peer_id), source)
+        dial_tcp = partial(_dial_with, dial, ID.from_base58(peer_id), (source,))
+        await self.stranger_dials.dial(peer_id, address, dial_tcp, hearsay=source is None)
 
     def when_connected(self, callback: PeerCallback) -> None:
         """Have `callback` called with the id of every peer that connects, or is connected to, from now on."""
@@ -206,18 +212,21 @@ class Host:
 
     # ------------------------------------------------------------------ streams
 
-    async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
+    async def open_stream(
+        self, peer_id: str, protocol: str, addrs: Sequence[str] = (), *, hearsay: bool = False
+    ) -> PeerStream:
         """A new stream to `peer_id` that speaks `protocol`; connects first if need be.
 
         Args:
             addrs: Multiaddrs to reach the peer at, best first, with or without `/p2p/<peer_id>`.
+            hearsay: The addresses are a stranger's word: `StrangerDials` says what may be dialled.
 
         Raises:
             PeerUnreachable: No address answered, or the connection was lost meanwhile.
             NotAdmitted: The peer does not let us in, or we do not deal with it.
             PeerRefused: The peer does not speak `protocol`, or opens no more streams for us (code "busy").
         """
-        await self.connect(peer_id, addrs)
+        await self.connect(peer_id, addrs, hearsay=hearsay)
         timeout_s = self._config.stream_timeout_s
         connection = self._connection(peer_id)
         self._note_round_trip(peer_id, connection)
@@ -245,7 +254,7 @@ class Host:
 
     # ------------------------------------------------------------------ connections
 
-    async def connect(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
+    async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
         """Make sure there is a live connection to `peer_id`. Callers at the same time share one dial.
 
         Raises:
@@ -261,7 +270,7 @@ class Host:
         while self._connection(peer_id) is None:
             ongoing = self.dials.get(peer_id)
             if ongoing is None:
-                await self._dial_for_all(peer_id, addrs)
+                await self._dial_for_all(peer_id, addrs, hearsay)
                 continue
             ongoing.add(addrs)
             await ongoing.done.wait()
@@ -313,7 +322,7 @@ class Host:
         return None if connection is None else connection.muxed_conn.rtt_s or None
 
     def _connection(self, peer_id: str) -> Any:
-        """The live connection to use for `peer_id`: a direct one if possible, see `_freshest`; or None."""
+        """The live connection to use for `peer_id`: a direct one if possible, see `freshest`; or None."""
         peer = libp2p_id(peer_id)
         return None if peer is None else self._connection_to(peer)
 
@@ -321,48 +330,54 @@ class Host:
         connections = self._network.connections.get(peer, [])
         live = [each for each in connections if not (each.is_closed or each.muxed_conn.is_closed)]
         direct = [each for each in live if each.get_connection_type() != ConnectionType.RELAYED]
-        return _freshest(direct or live)
+        return freshest(direct or live)
 
-    async def _dial_for_all(self, peer_id: str, addrs: Sequence[str]) -> None:
+    async def _dial_for_all(self, peer_id: str, addrs: Sequence[str], hearsay: bool) -> None:
         """Dial, while others who want the same peer wait for the outcome."""
         dial = self.dials[peer_id] = Dial(frozenset(addrs))
         try:
-            await self._dial(peer_id, list(dict.fromkeys(addrs)), dial.more)
+            await self._dial(peer_id, list(dict.fromkeys(addrs)), dial.more, hearsay)
         except PeerUnreachable as exc:
             dial.error = exc
-            for callback in self._on_unreachable if addrs else ():
+            for callback in self._on_unreachable if addrs and not isinstance(exc, NotDialled) else ():
                 callback(exc)
             raise
         finally:
             del self.dials[peer_id]
             dial.done.set()
 
-    async def _dial(self, peer_id: str, addrs: Sequence[str], more: trio.MemoryReceiveChannel[str]) -> None:
+    async def _dial(
+        self, peer_id: str, addrs: Sequence[str], more: trio.MemoryReceiveChannel[str], hearsay: bool
+    ) -> None:
         if not addrs:
             raise PeerUnreachable(f"no address of peer {peer_id} is known", peer_id)
         target = ID.from_base58(peer_id)
+        usable, errors = self.stranger_dials.choose(peer_id, addrs) if hearsay else (addrs, {})
+        late: list[str] = []
+        dial_tcp = partial(_dial_with, self._network.dial_addr, target, ())
 
         async def attempt(address: str) -> None:
             on_round_trip.set(partial(self._round_trips.note, peer_id))
+            told = hearsay or address not in addrs  # what comes to be known meanwhile is others' word
+            if told and address not in usable:
+                self.stranger_dials.check_late(peer_id, address, late)
             if is_circuit(address):
                 relay_addr, relay_id, named = parse_circuit(address)
                 check_named(named, peer_id)
-                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr])
+                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr], hearsay=told)
                 await dial_circuit(self._network, stream, relay_addr, peer_id)
             else:
-                protocol, host, port, named = parse_tcp(address)
-                check_named(named, peer_id)
-                await self._network.dial_addr(Multiaddr(f"/{protocol}/{host}/tcp/{port}"), target)
+                check_named(parse_tcp(address)[3], peer_id)
+                await self.stranger_dials.dial(peer_id, address, dial_tcp, hearsay=told)
 
         self._network.unblock_peer(target)
-        errors: dict[str, Exception] = {}
         with self.within(self._config.dial_timeout_s, [peer_id], _DIAL_ROUND_TRIPS):
             await race(
-                [address for address in addrs if not is_circuit(address)],
+                [address for address in usable if not is_circuit(address)],
                 attempt,
                 self._config.dial_stagger_s,
                 errors,
-                detours=[address for address in addrs if is_circuit(address)],
+                detours=[address for address in usable if is_circuit(address)],
                 head_start_s=self._config.relay_head_start_s,
                 more=more,
             )
@@ -371,25 +386,12 @@ class Host:
             await self._settle(peer_id)
         elif kind is None:
             self._raise_if_turned_away(peer_id)
-            silent = f"no answer within {self._config.dial_timeout_s:g} s"
-            tried = "; ".join(
-                f"{address}: {innermost(errors[address]) if address in errors else silent}"
-                for address in addrs
-            )
-            strangers = any(_is_stranger(error) for error in errors.values())
-            error_type = NotAdmitted if strangers else PeerUnreachable
-            raise error_type(f"peer {peer_id} cannot be reached: {tried}", peer_id)
+            raise dial_failure(peer_id, addrs, errors, self._config.dial_timeout_s)
 
     def _raise_if_turned_away(self, peer_id: str) -> None:
         if self.gate.take_turned_away(peer_id):
             raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
 
 
-def _freshest(connections: Sequence[Any]) -> Any:
-    """The oldest, unless nothing comes on it any more: the peer's address has changed, say. None of none."""
-    heard_at = max((each.muxed_conn.heard_at for each in connections), default=0.0) - _STALE_S
-    return next((each for each in connections if each.muxed_conn.heard_at >= heard_at), None)
-
-
-def _is_stranger(error: BaseException | None) -> bool:
-    return error is not None and (isinstance(error, StrangerMet) or _is_stranger(error.__cause__))
+async def _dial_with(dial: Any, target: ID, source: tuple[Any, ...], address: str) -> None:
+    await dial(Multiaddr(address), target, *source)

@@ -43,6 +43,7 @@ from p2pinfer.node.transport.yamux_frames import GO_AWAY, HEADER
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_SPAN = 4  # a whole handshake may take so many times the limit for a peer's first word
+_STALE_S = 3.0  # a connection that is silent for so much longer than another of the peer's is not used
 ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
 
 
@@ -108,6 +109,12 @@ async def run_libp2p_host(
 def raw_stream_of(connection: Any) -> Any:
     """The `RawStream` under a connection of the swarm: below yamux, Noise and libp2p's wrappers."""
     return connection.muxed_conn.secured_conn.raw
+
+
+def freshest(connections: Sequence[Any]) -> Any:
+    """The oldest, unless nothing comes on it any more: the peer's address has changed, say. None of none."""
+    heard_at = max((each.muxed_conn.heard_at for each in connections), default=0.0) - _STALE_S
+    return next((each for each in connections if each.muxed_conn.heard_at >= heard_at), None)
 
 
 class _Muxer(MuxerMultistream):

@@ -19,6 +19,9 @@ Two peers that look for each other may each come through a relay, and each would
 dial from the same ports, and whoever speaks first in one would wait to be spoken to in the other. So one of
 them counts, that of the higher peer id, and the other is dropped.
 
+Where a peer says it can be met may be a victim's address. So few addresses are dialled, after each refusal a
+little later than after the one before, and a host is dialled in few rounds only, whoever names it.
+
 The relayed connection stays: what runs on it goes on, streams opened from then on are direct (`Host`).
 """
 
@@ -41,17 +44,23 @@ from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.delimited import receive_message, send_message
 from p2pinfer.node.transport.peer_stream import PeerStream
+from p2pinfer.node.transport.rate_limit import RateLimit
 
 from .reachability import is_global
 
 logger = logging.getLogger(__name__)
 
 PUNCH_PROTOCOL: Final = "/libp2p/dcutr"
-MAX_ADDRS: Final = 8  # of a peer's that are dialled
+MAX_ADDRS: Final = 8  # of a peer's that are looked at
+MAX_HOSTS: Final = 2  # that are dialled, at one port each: one host for each family
 ROUNDS: Final = 3
 ROUND_S: Final = 4.0  # how long both dial in one round
 DIAL_S: Final = 2.5  # for one dial: the SYN goes out twice
-AGAIN_S: Final = 0.03  # after a refusal, about
+AGAIN_S: Final = 0.03  # after a refusal, about; then ever later
+AGAIN_GROWTH: Final = 1.2
+LAST_AGAIN_S: Final = 0.5
+ROUNDS_PER_S: Final = 1 / 120  # towards one host, whoever says that it is there
+ROUNDS_AT_ONCE: Final = 3
 ROUND_TRIPS: Final = 6  # that a dial takes, beside these times
 ANSWER_S: Final = 10.0  # for the other side's messages
 BETWEEN_ROUNDS_S: Final = 1.0
@@ -85,6 +94,7 @@ class HolePuncher:
         self._on_end = on_end
         self._over: dict[str, trio.Event] = {}  # by peer that we wait for to punch
         self._begun: dict[str, trio.CancelScope] = {}  # by peer, an attempt of ours
+        self._rounds = RateLimit(ROUNDS_PER_S, ROUNDS_AT_ONCE)
 
     def register(self) -> None:
         """Answer peers that want to punch, and have whoever connects through a relay wait for them."""
@@ -132,7 +142,7 @@ class HolePuncher:
             with trio.fail_after(ANSWER_S):
                 sent_at = trio.current_time()
                 await send_message(stream, self._connect())
-                theirs = _addresses(await receive_message(stream, HolePunch))
+                theirs = self._permitted(_addresses(await receive_message(stream, HolePunch)))
                 rtt_s = trio.current_time() - sent_at
                 if not theirs:
                     return False
@@ -162,7 +172,7 @@ class HolePuncher:
             self._begun[peer_id].cancel()
         try:
             with trio.fail_after(ANSWER_S):
-                theirs = _addresses(await receive_message(stream, HolePunch))
+                theirs = self._permitted(_addresses(await receive_message(stream, HolePunch)))
                 hopeless = not theirs and not self._let_in()
                 await send_message(stream, self._connect())
                 if hopeless:
@@ -199,9 +209,11 @@ class HolePuncher:
     async def _keep_dialling(
         self, peer_id: str, address: str, source: tuple[str, int], responding: bool
     ) -> None:
+        pause_s = AGAIN_S
         while not self._is_direct(peer_id):
             await self._dial(peer_id, address, source, responding)
-            await trio.sleep(AGAIN_S * random.uniform(0.5, 1.5))
+            await trio.sleep(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(pause_s * AGAIN_GROWTH, LAST_AGAIN_S)
 
     async def _dial(
         self, peer_id: str, address: str, source: tuple[str, int] | None, responding: bool
@@ -222,6 +234,12 @@ class HolePuncher:
 
     def _is_direct(self, peer_id: str) -> bool:
         return self._host.connection_kind(peer_id) == "direct"
+
+    def _permitted(self, addrs: Sequence[str]) -> list[str]:
+        """Those of a peer's addresses that may be dialled in another round."""
+        by_host = {parse_tcp(address)[1]: address for address in reversed(addrs)}
+        hosts = list(dict.fromkeys(parse_tcp(address)[1] for address in addrs))[:MAX_HOSTS]
+        return [by_host[host] for host in hosts if self._rounds.take(host, trio.current_time())]
 
     def _connect(self) -> HolePunch:
         addrs = [Multiaddr(address).to_bytes() for address in self._outside()[:MAX_ADDRS]]

@@ -119,7 +119,7 @@ class RelayKeeper:
     async def _reserve(self, candidate: RelayCandidate) -> None:
         peer_id = candidate.peer_id
         try:
-            await self._host.connect(peer_id, candidate.addrs)
+            await self._host.connect(peer_id, candidate.addrs, hearsay=True)
             if self._host.connection_kind(peer_id) != "direct":
                 raise PeerRefused(f"relay {peer_id} is itself behind a relay", peer_id)
             granted = await reserve(self._host, peer_id)

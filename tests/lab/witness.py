@@ -37,11 +37,11 @@ def _asked_for(descriptor: int) -> None:
     connect: Any = Host.connect
     contacted: set[str] = set()
 
-    async def noted(self: Host, peer_id: str, addrs: Sequence[str] = ()) -> None:
+    async def noted(self: Host, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
         if peer_id not in contacted:
             contacted.add(peer_id)
             _write(descriptor, peer_id, "contact")
-        await connect(self, peer_id, addrs)
+        await connect(self, peer_id, addrs, hearsay=hearsay)
 
     Host.connect = noted  # type: ignore[method-assign]
 

@@ -212,3 +212,32 @@ async def test_who_says_something_else_than_sync_is_cut_off(
     await reserve(server, relay.peer_id)
     await client.connect(server.peer_id, way(relay))
     await cut_off.wait()
+
+
+async def test_a_victim_that_peers_name_is_dialled_a_few_times_and_then_left_alone(
+    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes through a relay may say that it is to be met anywhere."""
+    victim = [f"/ip4/11.0.0.1/tcp/{port}" for port in range(1, 9)]
+    relay, server = await start_relay(start_host), await start_host()
+    dialled: list[str] = []
+    ends: list[tuple[str, bool]] = []
+
+    async def refuse(peer_id: str, address: str, *_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        dialled.append(address)
+        raise OSError("refused")
+
+    monkeypatch.setattr(server, "dial_from", refuse)
+    await behind(
+        relay, server, punching(server, [DEAD], told=lambda peer, direct: ends.append((peer, direct)))
+    )
+    for count in range(3):
+        attacker = await start_host(HostConfig(listen=()))
+        punching(attacker, victim, wait_s=0.0)
+        await attacker.connect(server.peer_id, way(relay))
+        while len(ends) <= count:
+            await trio.sleep(0.01)
+    rounds = hole_punch.ROUNDS_AT_ONCE
+    assert set(dialled) == {victim[0]}
+    assert rounds <= len(dialled) < 15 * rounds * hole_punch.ROUND_S

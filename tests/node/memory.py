@@ -98,6 +98,8 @@ class MemoryNetwork:
         self.streams: list[tuple[str, str, MemoryStream]] = []  # (from, to, the opener's end)
         self.frozen: dict[str, trio.Event] = {}
         self.ranges: dict[str, str] = {}  # address ranges of peers; a peer that is not here has its own
+        self.swallowing: dict[str, float] = {}  # by peer, seconds for which it answers no dial
+        self.dialled: list[tuple[str, str, tuple[str, ...]]] = []  # (from, to, addresses)
 
     def host(self, peer_id: str) -> Host:
         self.hosts[peer_id] = MemoryHost(self, peer_id)
@@ -146,10 +148,11 @@ class MemoryHost:
         del self.handlers[protocol]
 
     def connected_peers(self) -> list[str]:
-        return [peer_id for peer_id in self._network.hosts if peer_id != self.peer_id]
+        absent = {self.peer_id, *self._network.swallowing}
+        return [peer_id for peer_id in self._network.hosts if peer_id not in absent]
 
     def connection_kind(self, peer_id: str) -> Literal["direct", "relayed"] | None:
-        if peer_id not in self._network.hosts:
+        if peer_id not in self._network.hosts or peer_id in self._network.swallowing:
             return None
         return "relayed" if (self.peer_id, peer_id) in self._network.relayed else "direct"
 
@@ -162,14 +165,30 @@ class MemoryHost:
     ) -> AbstractContextManager[trio.CancelScope]:
         return trio.move_on_after(base_s)
 
+    def rtt_s(self, peer_id: str) -> float | None:
+        return None
+
     async def ping(self, peer_id: str) -> float:
         await trio.lowlevel.checkpoint()
         if peer_id not in self._network.hosts:
             raise PeerUnreachable(f"peer {peer_id} is not connected", peer_id)
         return self._network.ping_s
 
-    async def open_stream(self, peer_id: str, protocol: str, addrs: Sequence[str] = ()) -> PeerStream:
+    async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
         await trio.lowlevel.checkpoint()
+        self._network.dialled.append((self.peer_id, peer_id, tuple(addrs)))
+        if peer_id in self._network.swallowing:
+            await trio.sleep(self._network.swallowing[peer_id])
+        if peer_id not in self._network.hosts:
+            raise PeerUnreachable(f"peer {peer_id} cannot be reached", peer_id)
+        self._network.swallowing.pop(peer_id, None)
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, addrs: Sequence[str] = (), *, hearsay: bool = False
+    ) -> PeerStream:
+        await trio.lowlevel.checkpoint()
+        if self.connection_kind(peer_id) is None:
+            self._network.dialled.append((self.peer_id, peer_id, tuple(addrs)))
         there = self._network.hosts.get(peer_id)
         if there is None or protocol not in there.handlers:
             raise PeerUnreachable(f"peer {peer_id} cannot be reached", peer_id)

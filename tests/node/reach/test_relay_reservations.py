@@ -41,7 +41,7 @@ class Relays:
     def be_reached_through(self, addrs: Sequence[str]) -> None:
         self.told = addrs
 
-    async def connect(self, peer_id: str, addrs: Sequence[str]) -> None:
+    async def connect(self, peer_id: str, addrs: Sequence[str], *, hearsay: bool) -> None:
         await trio.lowlevel.checkpoint()
         if peer_id in self.dead:
             raise PeerUnreachable("it is off", peer_id)
