@@ -40,9 +40,12 @@ from p2pinfer.node.serve.last_span import last_span, remember_span
 from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
+from p2pinfer.node.swarm.census import take_census
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
+from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.config import PlacementConfig
 from p2pinfer.routing.placement import choose_span, should_move
 
 from .account import stopped, tell_joined
@@ -180,7 +183,7 @@ class _Node:
         most = min(capacity.blocks, self._config.num_blocks or capacity.blocks)
         spec = source.spec
         # A node that was killed comes back to what it announced itself, until that expires.
-        others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
+        others = await take_census(member, spec.revision, spec.num_blocks, capacity.tokens_per_s_per_block)
         last = last_span(self._config.data_dir, spec.revision, spec.num_blocks)
         span = choose_span(others, spec.num_blocks, most, capacity.tokens_per_s_per_block, last)
         reason = f"{_fitting(capacity)}; the swarm is weakest here"
@@ -208,7 +211,13 @@ class _Node:
             announcer = Announcer(member, source.spec, runner, speed, self._serve)
             served = ServedSpan(source.spec, runner, worker, speed)
             server = SpanServer(
-                member.host, served, self._serve, self._report, announcer.touch, evidence=member.evidence
+                member.host,
+                served,
+                self._serve,
+                self._report,
+                announcer.touch,
+                evidence=member.evidence,
+                find_addrs=lambda peer, client: member.addresses_of(peer, source.spec.revision, client),
             )
             server.register()
             if self._metrics is not None:
@@ -263,9 +272,13 @@ class _Node:
         while True:
             # At times of its own: two nodes that looked at the same moment could make the same move.
             await trio.sleep(self._serve.announce_interval_s * random.uniform(0.5, 1.5))
-            others = [peer for peer in member.announcements(spec.revision) if peer.peer_id != member.peer_id]
             dwelt_s = trio.current_time() - since
-            better = should_move(announcer.announcement(), others, spec.num_blocks, dwelt_s)
+            own = announcer.announcement()
+            others: list[Announcement] = []
+            if dwelt_s >= PlacementConfig().min_dwell_s:  # before that it stays anyway, and calls on nobody
+                speed = own.tokens_per_s * len(own.span)
+                others = await take_census(member, spec.revision, spec.num_blocks, speed)
+            better = should_move(own, others, spec.num_blocks, dwelt_s)
             if better is not None and not server.sessions:
                 server.refuse_newcomers()  # at once: the next one could come while we leave
                 return better

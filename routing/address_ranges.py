@@ -63,6 +63,11 @@ def ranges_of(addresses: Iterable[str]) -> frozenset[str]:
     return frozenset(each for ip in ips for each in ranges_of_ip(ip))
 
 
+def crowded_range(addresses: Iterable[str]) -> str:
+    """Range of a peer's first address that is in one network only; empty if none is."""
+    return next((each for each in map(address_range, addresses) if not is_everywhere(each)), "")
+
+
 def name_in(address: str) -> str:
     """Name that a peer's own multiaddr begins with; empty if it has none, or leads through a relay."""
     parts = _FIRST_PARTS.match(address)

@@ -32,6 +32,8 @@ class TableConfig:
     max_foreign_revisions: int = 64  # models that we neither serve nor ask for, of which a few peers are kept
     max_foreign_entries: int = 8  # announcements of one such model
     max_record_bytes: int = 16384  # bytes, one signed record
+    max_met: int = 2048  # peers met whose entries no stranger's can push out
+    max_met_per_range: int = 64  # of those, peers met in one address range, a /24 of IPv4 or a /48 of IPv6
     remember_s: float = 600.0  # s after expiry in which an old record cannot bring a ghost back
 
 

@@ -48,7 +48,7 @@ from .hop_session import HopSession
 from .lifetime import SessionRefusal
 from .quota import exceeds_share, left_of_share
 from .receipt_signer import ReceiptSigner
-from .session_control import SessionControl
+from .session_control import FindAddrs, SessionControl
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,19 @@ class SpanServer:
         on_change: Callable[[], None] = lambda: None,
         *,
         evidence: EvidenceStore,
+        find_addrs: FindAddrs | None = None,
     ) -> None:
+        """Set up; nobody is answered before `register`.
+
+        Args:
+            find_addrs: Gives the addresses at which a successor is dialled that is not connected, by its id
+                and the id of the client that names it; None: there are none.
+        """
         self._host = host
         self._served = served
         self._config = config
         self._report = report
+        self._find_addrs = find_addrs or _know_nobody
         self._on_change = on_change
         self._replay_budget = ReplayBudget(config.replay_bytes)
         self._evidence = evidence  # it outlives a span: who moved still answers for what it did
@@ -263,7 +271,10 @@ class SpanServer:
         """Everything between a session's admission and its end."""
         lifetime, neighbours = session.lifetime, session.neighbours
         try:
-            await SessionControl(session, self._host, self._config, self._opened(), self._notify).run()
+            control = SessionControl(
+                session, self._host, self._config, self._opened(), self._notify, self._find_addrs
+            )
+            await control.run()
         finally:
             session.close()
             del self._sessions[session.opening.session]
@@ -349,6 +360,10 @@ async def _answer_on_chain(chain: FrameStream, message: Message) -> None:
     if not isinstance(message, Probe):
         raise ProtocolViolation(f"{type(message).__name__} on a chain stream", chain.peer_id)
     await chain.send(Alive(message.number))
+
+
+async def _know_nobody(peer_id: str, client_id: str) -> tuple[str, ...]:
+    return ()
 
 
 def _not_a_client(peer_id: str, why: str) -> str:

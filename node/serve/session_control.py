@@ -13,9 +13,9 @@ the other connection, and what follows goes there: a round trip on each of the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -47,6 +47,8 @@ from .lifetime import SessionRefusal
 
 logger = logging.getLogger(__name__)
 
+FindAddrs: TypeAlias = Callable[[str, str], Awaitable[Sequence[str]]]  # of a peer that a client names
+
 
 _ROUND_TRIPS: Final = (
     16  # that linking to a successor may take: a dial, perhaps by a relay, and an attachment
@@ -63,14 +65,21 @@ class SessionControl:
         config: ServeConfig,
         opened: Opened,
         on_expect: Callable[[], None],
+        find_addrs: FindAddrs,
     ) -> None:
-        """`on_expect` is called when the session has come to expect another predecessor."""
+        """Set up; nothing happens before `run`.
+
+        Args:
+            on_expect: Called when the session has come to expect another predecessor.
+            find_addrs: Gives the addresses at which a successor is dialled.
+        """
         self._session = session
         self._neighbours = session.neighbours
         self._host = host
         self._config = config
         self._opened = opened
         self._on_expect = on_expect
+        self._find_addrs = find_addrs
         self._relinking = trio.CancelScope()
         self._relinks = 0
         # What is being answered: whether we are there, whether our successor is.
@@ -138,7 +147,12 @@ class SessionControl:
         with self._reaching(successor.peer_id):
             if not self._host.gate.admits(successor.peer_id, "nodes"):
                 raise NotAdmitted("it is not admitted as a node", successor.peer_id)
-            stream = await self._host.open_stream(successor.peer_id, CHAIN_PROTOCOL, successor.addrs)
+            # The client says who comes next, and the peer itself where it is: `successor.addrs` could lead
+            # anywhere.
+            addrs: Sequence[str] = ()
+            if self._host.connection_kind(successor.peer_id) is None:
+                addrs = await self._find_addrs(successor.peer_id, self._session.client_id)
+            stream = await self._host.open_stream(successor.peer_id, CHAIN_PROTOCOL, addrs, hearsay=True)
             return await self._attach(stream)
 
     async def _attach(self, stream: PeerStream) -> Link:

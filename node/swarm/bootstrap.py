@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
-from p2pinfer.errors import ConfigError, NotAdmitted, PeerError
+from p2pinfer.errors import ConfigError, NotAdmitted, NotDialled, PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import split_peer
+from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
+from p2pinfer.routing.hearsay import in_turns
 from p2pinfer.text_files import read_text
 
 from .live_table import LiveTable
@@ -42,15 +44,18 @@ CHECK_INTERVAL_S: Final = 5.0
 STEADY_S: Final = 10.0  # a connection that lasted this long was a success
 MAX_FOUND: Final = 64  # peers of the local network that are remembered
 MAX_FAILED: Final = 256  # peers whose failures are remembered
+TRIES_PER_S: Final = 0.25  # of peers that others told of and that are not found, on average
+CONFIRMED_BY: Final = 3  # neighbours that are asked for all they know, to see what several say
 WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
 
 
 @dataclass(frozen=True, slots=True)
 class BootstrapPeer:
-    """Somebody to begin with."""
+    """Somebody to begin with. `hearsay`: its addresses are nobody's word but a stranger's."""
 
     peer_id: str
     addrs: tuple[str, ...]
+    hearsay: bool = False
 
 
 def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer, ...]:
@@ -157,6 +162,11 @@ class Neighbourhood:
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
         self._failures = Recent[str, _Failures](MAX_FAILED)
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
+        self._asked = 0  # neighbours, for their tables
+        self._rng = random.Random()
+        self._tries = RateLimit(
+            TRIES_PER_S, NEIGHBOURS
+        )  # of peers that others told of; in vain, as it ends up
         self._warned = False
         self._is_closed = False
         self._lost = Pulse()  # a peer was lost, or found in the local network
@@ -232,17 +242,12 @@ class Neighbourhood:
         """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
         wanted = [peer for peer in self._peers if peer.peer_id not in connected]
         known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
-        met = [BootstrapPeer(peer.peer_id, peer.addrs) for peer in self._known]
+        met = [BootstrapPeer(peer.peer_id, peer.addrs, hearsay=not peer.reached) for peer in self._known]
         near = [peer for peer in (*self._found.values(), *met) if peer.peer_id not in known]
-        others = [
-            BootstrapPeer(peer.peer_id, peer.addrs)
-            for peer in self._view.everybody()
-            if peer.peer_id not in known and peer.addrs and self._is_due(peer.peer_id)
-        ]
         wanted = [peer for peer in wanted if self._is_due(peer.peer_id)]
         wanted += [peer for peer in near if self._is_due(peer.peer_id)][:NEIGHBOURS]
         missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
-        return wanted + random.sample(others, min(missing, len(others)))
+        return wanted + self._strangers(None, known, missing)
 
     def _due_model_peers(self, connected: Sequence[str]) -> list[BootstrapPeer]:
         """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
@@ -255,11 +260,20 @@ class Neighbourhood:
             missing = NEIGHBOURS - len(
                 (self._model_peers.topic_peers(revision) | model_peers.keys()).intersection(connected)
             )
-            others = [peer for peer in model_peers.values() if peer.peer_id not in met and peer.addrs]
-            others = [peer for peer in others if self._is_due(peer.peer_id)]
-            for peer in random.sample(others, max(0, min(missing, len(others)))):
-                due[peer.peer_id] = BootstrapPeer(peer.peer_id, peer.addrs)
+            due |= {peer.peer_id: peer for peer in self._strangers(revision, met, missing)}
         return list(due.values())
+
+    def _strangers(self, revision: str | None, left_out: Collection[str], most: int) -> list[BootstrapPeer]:
+        """Peers of a model, or of any, that others told of, to be dialled now; those met before first."""
+        most = min(most, int(self._tries.left("", trio.current_time())))
+        if most <= 0:
+            return []
+        due = [
+            BootstrapPeer(peer.peer_id, peer.addrs, hearsay=True)
+            for peer in in_turns(self._view.hearsay(revision), self._rng)
+            if peer.peer_id not in left_out and peer.addrs and self._is_due(peer.peer_id)
+        ]
+        return sorted(due, key=lambda peer: not self._view.has_met(peer.peer_id))[:most]
 
     async def _watch_model_peers(self) -> None:
         """Have them dialled as soon as they are heard of."""
@@ -286,8 +300,11 @@ class Neighbourhood:
 
     async def _dial_one(self, peer: BootstrapPeer) -> None:
         dialled_at = trio.current_time()
+        if peer.hearsay:
+            self._tries.take("", dialled_at)
         try:
-            await self._host.connect(peer.peer_id, peer.addrs)
+            await self._host.connect(peer.peer_id, peer.addrs, hearsay=peer.hearsay)
+            self._give_back(peer)
             self._reached_at[peer.peer_id] = trio.current_time()
             await self._ask(peer.peer_id)
             self._book.note(peer.peer_id, peer.addrs, reached=True)
@@ -295,11 +312,22 @@ class Neighbourhood:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
             if isinstance(exc, NotAdmitted):
                 self._note_turned_away(peer.peer_id, exc)
+            if isinstance(exc, NotDialled):
+                self._give_back(peer)
             self._note_failure(peer.peer_id, str(exc), dialled_at)
+
+    def _give_back(self, peer: BootstrapPeer) -> None:
+        """Let another stranger be tried in place of one that was found, or not dialled."""
+        if peer.hearsay:
+            self._tries.give_back("")
 
     async def _ask(self, peer_id: str) -> None:
         """Take in what a connected peer knows."""
-        await fetch_snapshot(self._host, self._view, peer_id, proofs=self._proofs)
+        news = await fetch_snapshot(
+            self._host, self._view, peer_id, proofs=self._proofs, confirm=self._asked < CONFIRMED_BY
+        )
+        self._asked += 1
+        logger.debug("bootstrap.asked peer=%s news=%d", peer_id, news)
         self.settled.set()
         self.decided.set()
         if peer_id in self._failures:

@@ -10,7 +10,9 @@ import trio
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.transport.identity import Identity
+from p2pinfer.routing.address_ranges import ip_range, is_everywhere
 from p2pinfer.routing.announcement import Announcement, decode_announcement, encode_announcement
+from p2pinfer.routing.hearsay import Hearsay
 from p2pinfer.routing.table import SwarmTable
 
 from .duplicate_identity import DuplicateDetector
@@ -56,6 +58,7 @@ class LiveTable:
     def publish(self, identity: Identity, announcement: Announcement) -> bytes:
         """Take in our own announcement; returns it sealed, for others."""
         record = self._latest_own = seal(identity, encode_announcement(announcement))
+        self._table.met.note(identity.peer_id, "")
         self._accept(announcement, record)
         return record
 
@@ -71,6 +74,33 @@ class LiveTable:
         """All live announcements, whatever their model."""
         return [peer for revision in self._table.revisions(self._clock()) for peer in self.live(revision)]
 
+    def hearsay(self, revision: str | None = None) -> list[Hearsay]:
+        """The peers that serve `revision`, or any model, with how we came to know of each."""
+        now = self._clock()
+        revisions = self._table.revisions(now) if revision is None else (revision,)
+        return [heard for each in revisions for heard in self._table.hearsay(each, now)]
+
+    def teller(self, peer_id: str) -> str:
+        """The peer that told us of another first; empty if none did."""
+        return self._table.teller(peer_id)
+
+    def addrs_of(self, peer_id: str) -> tuple[str, ...]:
+        """Addresses that a peer announced last, of whatever model; empty if it is not known."""
+        return self._table.addrs_of(peer_id, self._clock())
+
+    def has_met(self, peer_id: str) -> bool:
+        """True if the peer has proved its key to this process."""
+        return peer_id in self._table.met
+
+    def note_met(self, peer_id: str, ip: str) -> None:
+        """A peer proved its key over a connection to this IP address; empty: over one that has none."""
+        found = ip_range(ip)
+        self._table.met.note(peer_id, "" if is_everywhere(found) else found)
+
+    def note_failed(self, peer_id: str) -> None:
+        """No address of a peer answered."""
+        self._table.met.note_failed(peer_id)
+
     def records(self, revision: str | None = None) -> list[tuple[bytes, float]]:
         """Sealed records with their ages in seconds, youngest first."""
         now = self._clock()
@@ -80,6 +110,10 @@ class LiveTable:
     def records_of(self, peer_id: str) -> list[tuple[bytes, float]]:
         """All that is remembered of one peer, with ages in seconds, expired or not."""
         return self._table.records_of(peer_id, self._clock())
+
+    def well_known(self, revision: str | None = None) -> list[tuple[bytes, float]]:
+        """Sealed records, with ages, of peers that we have met or that several have told of."""
+        return self._table.well_known(self._clock(), revision)
 
     def models(self) -> dict[str, list[Announcement]]:
         """The live announcements that are known, by revision: of foreign models a few of each."""

@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Generator
 from collections.abc import Sequence as SequenceOf
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +25,10 @@ from p2pinfer.node.reach.reach import Reach, open_reach
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.reach.wake import drop_silent, watch_for_sleep
 from p2pinfer.node.transport.identity import Identity
+from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
+from p2pinfer.routing.hearsay import Hearsay, in_turns
 
 from .anti_entropy import AntiEntropy
 from .bootstrap import BootstrapOutcome, BootstrapPeer, Neighbourhood, bootstrap_peers
@@ -38,7 +40,7 @@ from .identity_check import DuplicateCheck
 from .latency import Latency
 from .live_table import LiveTable
 from .mdns import keep_looking_around
-from .peer_book import PeerBook
+from .peer_book import CLIENT_FILE_NAME, PeerBook
 from .presence import Presence
 from .proof_gossip import ProofCarrier
 from .sequence import Sequence
@@ -54,6 +56,9 @@ REJOIN_S: Final = 30.0  # how long neighbours are waited for after a sleep
 REJOIN_LOOK_S: Final = 0.1
 MESH_S: Final = 1.5  # until gossip reaches those who were met again
 SETTLE_ROUND_TRIPS: Final = 12  # to the farthest first peer, for connecting and its table
+INTRODUCTION_S: Final = 3.0  # for a client to hand over what it knows of a hop's successor
+INTRODUCTION_EVERY_S: Final = 30.0  # by one client, on average: a table is kilobytes
+INTRODUCTIONS_AT_ONCE: Final = 4
 LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
 
@@ -96,7 +101,9 @@ class SwarmMember:
         self.duplicates = duplicates or DuplicateDetector(host.peer_id)
         self.sequence = sequence or Sequence()
         self._looks_around = looks_around
+        self._rng = random.Random()
         self._disputes: list[Callable[[], None]] = []
+        self._introductions = RateLimit(1 / INTRODUCTION_EVERY_S, INTRODUCTIONS_AT_ONCE)
         self.sequence.when_overtaken(self.dispute)
 
     @property
@@ -121,6 +128,28 @@ class SwarmMember:
     def announcements(self, revision: str) -> list[Announcement]:
         """Announcements of `revision`, our own included; without peers that the lists exclude."""
         return [peer for peer in self._view.live(revision) if self._deals_with(peer.peer_id)]
+
+    def hearsay(self, revision: str) -> list[Hearsay]:
+        """The peers of `announcements`, with how we came to know of each."""
+        return [each for each in self._view.hearsay(revision) if self._deals_with(each.announcement.peer_id)]
+
+    def has_met(self, peer_id: str) -> bool:
+        """True if the peer has proved its key to this process."""
+        return self._view.has_met(peer_id)
+
+    async def addresses_of(self, peer_id: str, revision: str, asker: str) -> tuple[str, ...]:
+        """Addresses that a peer has signed for itself; empty if nobody knows any.
+
+        Args:
+            revision: What it is said to serve.
+            asker: The connected peer that names it; its table is asked if ours lacks the peer.
+        """
+        addrs = self._view.addrs_of(peer_id)
+        if not addrs and self._introductions.take(asker, trio.current_time()):
+            with trio.move_on_after(INTRODUCTION_S), suppress(PeerError):
+                await fetch_snapshot(self.host, self._view, asker, revision, self.proofs)
+            addrs = self._view.addrs_of(peer_id)
+        return addrs
 
     def _deals_with(self, peer_id: str) -> bool:
         return peer_id == self.peer_id or self.host.gate.admits(peer_id, "nodes")
@@ -178,11 +207,10 @@ class SwarmMember:
 
     async def look_into(self, revision: str) -> None:
         """Take in what peers of a model that was not joined know of it, if any of them answers."""
-        known = self.announcements(revision)
-        for peer in random.sample(known, min(len(known), LOOKED_AT)):
+        for peer in in_turns(self.hearsay(revision), self._rng)[:LOOKED_AT]:
             try:
                 with trio.fail_after(LOOK_S):
-                    await self.host.connect(peer.peer_id, peer.addrs)
+                    await self.host.connect(peer.peer_id, peer.addrs, hearsay=True)
                     await fetch_snapshot(self.host, self._view, peer.peer_id, revision, self.proofs)
                 return
             except (PeerError, trio.TooSlowError) as exc:
@@ -252,8 +280,8 @@ async def open_swarm(
     Args:
         relay_config: What may be spent on carrying others' connections; None: nothing.
         serve_config: Says how much of what receipts and fraud proofs name is kept for others.
-        remembers: Keep in `data_dir` how far our announcements are counted and which peers were met, as fits
-            a node with an identity of its own.
+        remembers: Keep in `data_dir` how far our announcements are counted, as fits a node with an identity
+            of its own. Which peers were met is kept there by all.
 
     Raises:
         ConfigError: A bootstrap address is malformed.
@@ -268,7 +296,8 @@ async def open_swarm(
             first_peers,
             relay_config,
             serve_config or ServeConfig(),
-            data_dir if remembers else None,
+            data_dir,
+            remembers,
         )
     ) as member:
         yield member
@@ -281,9 +310,10 @@ async def _open_member(
     first_peers: SequenceOf[BootstrapPeer],
     relay_config: RelayConfig | None,
     serve: ServeConfig,
-    memory_dir: Path | None,
+    data_dir: Path,
+    remembers: bool,
 ) -> AsyncGenerator[SwarmMember]:
-    sequence, book = await trio.to_thread.run_sync(lambda: (Sequence(memory_dir), PeerBook(memory_dir)))
+    sequence, book = await trio.to_thread.run_sync(_memories, data_dir, remembers, first_peers)
     duplicates = DuplicateDetector(identity.peer_id)
     view = LiveTable(duplicates=duplicates)
     view.on_overtaken = sequence.overtaken
@@ -294,6 +324,7 @@ async def _open_member(
             open_reach(host, host_config, relay_config, view.everybody) as reach,
             open_nursery() as nursery,
         ):
+            host.stranger_dials.teller = view.teller
             latency = Latency(host, view.everybody)
             evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
             kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
@@ -347,6 +378,21 @@ async def _open_member(
             nursery.start_soon(watch_for_sleep, member.wake_up)
             nursery.start_soon(keep_dials_fresh, host, view)
             yield member
+
+
+def _memories(
+    data_dir: Path, remembers: bool, first_peers: SequenceOf[BootstrapPeer]
+) -> tuple[Sequence, PeerBook]:
+    """A node's count of its announcements, and the peers met in earlier runs.
+
+    A client remembers the latter too, since those it is told to begin with may be others today. But it is
+    used for one swarm and then for another: only what was met together with one of those still counts.
+    """
+    if remembers:
+        return Sequence(data_dir), PeerBook(data_dir)
+    book = PeerBook(data_dir, file_name=CLIENT_FILE_NAME) if first_peers else PeerBook()
+    book.keep_if_met([peer.peer_id for peer in first_peers])
+    return Sequence(), book
 
 
 def _is_loopback(address: str) -> bool:

@@ -25,6 +25,7 @@ from p2pinfer.node.transport.addresses import split_peer
 logger = logging.getLogger(__name__)
 
 FILE_NAME: Final = "peers.json"
+CLIENT_FILE_NAME: Final = "client_peers.json"
 MAX_REACHED: Final = 32  # peers that we have reached
 MAX_HEARD: Final = 16  # peers that have only come to us
 MAX_ADDRS: Final = 8  # of one peer
@@ -54,9 +55,15 @@ class _Noted(msgspec.Struct, frozen=True):
 class PeerBook:
     """The peers that one data directory remembers. Reads its file at once when made."""
 
-    def __init__(self, data_dir: Path | None = None, wall_clock_s: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        data_dir: Path | None = None,
+        wall_clock_s: Callable[[], float] = time.time,
+        *,
+        file_name: str = FILE_NAME,
+    ) -> None:
         """Keep nothing without `data_dir`."""
-        self._path = None if data_dir is None else data_dir / FILE_NAME
+        self._path = None if data_dir is None else data_dir / file_name
         self._clock = wall_clock_s
         self._peers = {peer.peer_id: peer for peer in self._read()}
         self._dirty = AutoResetEvent()
@@ -65,6 +72,11 @@ class PeerBook:
     def peers(self) -> list[KnownPeer]:
         """Peers to try, the likeliest to answer first."""
         return sorted(self._peers.values(), key=lambda peer: (not peer.reached, -peer.met_at))
+
+    def keep_if_met(self, peer_ids: Sequence[str]) -> None:
+        """Forget all peers unless one of these is among them: they were met in another swarm."""
+        if self._peers.keys().isdisjoint(peer_ids):
+            self._peers.clear()
 
     def note(self, peer_id: str, addrs: Sequence[str], *, reached: bool) -> None:
         """A peer is there. Whether we reached it, or it came to us and says to be reached at `addrs`."""

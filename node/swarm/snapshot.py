@@ -113,12 +113,15 @@ async def fetch_snapshot(
     peer_id: str,
     revision: str | None = None,
     proofs: ProofCarrier | None = None,
+    *,
+    confirm: bool = False,
 ) -> int:
     """Take in what we lack of a connected peer's table; returns how many of its announcements were news.
 
     Args:
         revision: Of the model asked about; None is every one.
         proofs: Hears the notices of proofs that came with it, `MAX_TOLD` at most.
+        confirm: Ask also for what only one neighbour has told of, to see if this one does.
 
     Raises:
         PeerError: The peer is gone, does not answer in time, or answers nonsense.
@@ -133,7 +136,7 @@ async def fetch_snapshot(
                 )  # a thin line takes a minute for 1 MB
 
             async with aclosing(await host.open_stream(peer_id, SNAPSHOT_PROTOCOL)) as stream:
-                known = tags(_records(view, proofs, revision))
+                known = tags(view.well_known(revision) if confirm else _records(view, proofs, revision))
                 await send_value(stream, _encoder.encode(_Request(revision, known, view.latest_own())))
                 entries = decode_response(await receive_value(stream, MAX_RESPONSE_BYTES, be_patient))
     except trio.TooSlowError as exc:

@@ -11,6 +11,7 @@ import trio
 from p2pinfer.errors import PeerUnreachable
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, open_host
+from p2pinfer.node.host.stranger_dials import StrangerDials
 from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.membership import open_swarm
 from p2pinfer.node.swarm.presence import RETRY_S, SILENT_S, Presence
@@ -73,6 +74,8 @@ async def test_a_member_of_a_swarm_hears_of_the_dials_of_its_host(tmp_path: Path
 async def test_silence_counts_for_a_minute_and_is_not_asked_again_at_once(start_host: StartHost) -> None:
     now = 1000.0
     view, looker = LiveTable(), await start_host()
+    looker.stranger_dials = StrangerDials(clock=lambda: now)
+    looker.stranger_dials.note_own(looker.addrs)
     watch = Presence(looker, view, lambda: now)
     watch.watch()
     ghost = announced(new_identity().peer_id, (DEAD,))

@@ -370,11 +370,11 @@ async def test_a_bootstrap_peer_that_accepts_and_hangs_up_is_dialled_ever_more_s
     tried, attempts = trio.open_memory_channel[None](100)
     connect = newcomer.connect
 
-    async def count(peer_id: str, addrs: Sequence[str] = ()) -> None:
+    async def count(peer_id: str, addrs: Sequence[str] = (), **more: bool) -> None:
         if addrs:  # not for a stream
             tried_at.append(trio.current_time())
             tried.send_nowait(None)
-        await connect(peer_id, addrs)
+        await connect(peer_id, addrs, **more)
 
     monkeypatch.setattr(newcomer, "connect", count)
     neighbourhood = Neighbourhood(newcomer, LiveTable(), [as_bootstrap(introducer)])
@@ -420,9 +420,9 @@ async def test_nobody_answering_is_said_once_with_the_reasons(
     attempts, attempted = trio.open_memory_channel[str](0)
     connect = lonely.connect
 
-    async def count(peer_id: str, addrs: Sequence[str] = ()) -> None:
+    async def count(peer_id: str, addrs: Sequence[str] = (), **more: bool) -> None:
         await attempts.send(peer_id)
-        await connect(peer_id, addrs)
+        await connect(peer_id, addrs, **more)
 
     monkeypatch.setattr(lonely, "connect", count)
     with caplog.at_level(logging.WARNING, "p2pinfer"):

@@ -22,6 +22,7 @@ from p2pinfer.node.reach.reachability import Reachability
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.server import SpanServer
+from p2pinfer.node.serve.session_control import FindAddrs
 from p2pinfer.node.serve.worker import open_worker
 from p2pinfer.node.swarm.bootstrap import BootstrapOutcome, Neighbourhood
 from p2pinfer.node.swarm.gossip import Gossip
@@ -159,6 +160,7 @@ class MemorySwarm:
         compute: ComputeConfig = FLOAT32,
         tokens_per_s: float = 100.0,
         config: ServeConfig | None = None,
+        find_addrs: FindAddrs | None = None,
     ) -> Served:
         """Let a new peer serve a span, and announce it."""
         config = config or ServeConfig()
@@ -168,7 +170,9 @@ class MemorySwarm:
         host = self.network.host(peer_id)
         evidence = EvidenceStore(64 << 20, 900)
         serve_evidence(host, evidence)
-        server = SpanServer(host, offered, config, self.events.append, evidence=evidence)
+        server = SpanServer(
+            host, offered, config, self.events.append, evidence=evidence, find_addrs=find_addrs
+        )
         server.register()
         self.served[peer_id] = Served(runner, server)
         self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=str(runner.numerics))
@@ -184,6 +188,7 @@ class MemorySwarm:
         dtype: str = "float32",
         free_cache_tokens: int = 4096,
         leaving: bool = False,
+        told_by: str = "",
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -201,7 +206,7 @@ class MemorySwarm:
             weights=self.spec.weights,
             numbers=self.spec.numbers,
         )
-        self.view.accept(announcement, b"record")
+        self.view.accept(announcement, b"record", told_by=told_by)
         return announcement
 
     async def all_closed(self) -> None:

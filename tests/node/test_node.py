@@ -88,6 +88,8 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
         *,
         serve: ServeConfig = QUICK,
         others: tuple[tuple[int, int], ...] = (),
+        invented: tuple[tuple[int, int], ...] = (),
+        boast: tuple[int, int] | None = None,
         ghost: tuple[int, int] | None = None,
         **options: Any,
     ) -> AsyncGenerator[Node]:
@@ -99,7 +101,13 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
             monkeypatch.setattr(node_module, "open_swarm", join)
             for index, (start, stop) in enumerate(others):
+                swarm.network.host(f"other-{index}")
                 swarm.announce(f"other-{index}", start, stop)
+            if boast is not None:
+                swarm.network.host("boast")
+                swarm.announce("boast", *boast, tokens_per_s=1e6)
+            for index, (start, stop) in enumerate(invented):
+                swarm.announce(f"invented-{index}", start, stop, tokens_per_s=1e6)
             if ghost is not None:  # what the node itself announced before it was killed
                 swarm.announce(load_identity(tmp_path).peer_id, *ghost)
             node = Node(swarm)
@@ -245,6 +253,24 @@ async def test_a_node_takes_no_more_blocks_than_fit(
     room_for(monkeypatch, 5)
     async with open_node(num_blocks=num_blocks) as node:
         assert (await node.wait_for(Ready)).blocks == (0, 5)
+
+
+@pytest.mark.parametrize("invented", [((0, 4),), ((0, 4),) * 40, ((0, 1), (1, 4), (0, 8))])
+async def test_invented_peers_send_no_node_away_from_blocks_that_nobody_serves(
+    invented: tuple[tuple[int, int], ...], open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(monkeypatch, 4)
+    async with open_node(others=((4, 8),), invented=invented) as node:
+        assert (await node.wait_for(Ready)).blocks == (0, 4)
+
+
+async def test_a_peer_that_answers_counts_as_no_faster_than_the_node_itself(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may claim what it likes: with three at the other blocks, these are the weaker ones."""
+    room_for(monkeypatch, 4)
+    async with open_node(others=((4, 8),) * 3, boast=(0, 4)) as node:
+        assert (await node.wait_for(Ready)).blocks == (0, 4)
 
 
 async def test_a_node_moves_to_where_it_is_needed_once_nobody_uses_it(

@@ -1,5 +1,5 @@
 from dataclasses import dataclass, replace
-from math import nan
+from math import inf, nan
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -138,14 +138,102 @@ def test_revisions_are_those_that_somebody_serves() -> None:
     assert table.revisions(10.0) == {A: 2}
 
 
-def test_when_a_revision_is_full_whoever_expires_first_goes() -> None:
-    table = SwarmTable(TableConfig(max_entries_per_revision=2))
-    table.accept(announcement("long", ttl_s=300.0), b"", now=0.0)
-    table.accept(announcement("short", ttl_s=50.0), b"", now=0.0)
-    assert table.accept(announcement("mid", ttl_s=100.0), b"", now=0.0)
-    assert peers(table, 0.0) == ["long", "mid"]
-    assert not table.accept(announcement("shorter", ttl_s=20.0), b"", now=0.0)
-    assert peers(table, 0.0) == ["long", "mid"]
+def invented(number: int, sequence: int = 1, addrs: tuple[str, ...] = ()) -> Announcement:
+    return replace(announcement(f"x{number}", sequence, ttl_s=300.0), addrs=addrs)
+
+
+def test_a_full_table_lets_nobody_push_others_out_by_the_lifetime_it_claims() -> None:
+    table = SwarmTable(TableConfig(max_entries_per_revision=3))
+    for number in range(3):
+        assert table.accept(announcement(f"p{number}", ttl_s=50.0), b"", now=0.0, told_by="one")
+    for number in range(10):
+        assert not table.accept(invented(number), b"", now=1.0, told_by="one")
+    assert peers(table, 1.0) == ["p0", "p1", "p2"]
+
+
+def test_room_in_a_full_table_is_shared_by_those_who_told_of_it() -> None:
+    """Whoever has told of the most gives way: to a peer told of by another, not to more of its own."""
+    table = SwarmTable(TableConfig(max_entries_per_revision=100))
+    for number in range(1000):
+        table.accept(invented(number), b"", now=0.0, told_by="evil")
+    for number in range(60):
+        assert table.accept(announcement(f"p{number}"), b"", now=1.0, told_by="one") == (number < 50)
+    assert sum(peer.startswith("p") for peer in peers(table, 1.0)) == 50
+    assert not table.accept(invented(2000), b"", now=2.0, told_by="evil")
+    assert table.accept(announcement("q"), b"", now=2.0, told_by="another")
+    assert table.teller("q") == "another"
+
+
+def test_room_of_one_teller_is_shared_by_address_range() -> None:
+    """A neighbour that was deceived hands on what it was told, with the honest among it."""
+    table = SwarmTable(TableConfig(max_entries_per_revision=10))
+    for number in range(9):
+        told = invented(number, addrs=(f"/ip4/198.51.100.{number}/tcp/1",))
+        assert table.accept(told, b"", now=0.0, told_by="one")
+    for number in range(5):
+        told = replace(announcement(f"p{number}"), addrs=(f"/ip4/11.0.{number}.1/tcp/1",))
+        assert table.accept(told, b"", now=1.0, told_by="one")
+    assert sum(peer.startswith("p") for peer in peers(table, 1.0)) == 5
+
+
+def test_no_stranger_takes_the_place_of_a_peer_that_was_met() -> None:
+    table = SwarmTable(TableConfig(max_entries_per_revision=4, max_entries=4))
+    for number in range(3):
+        table.met.note(f"p{number}", f"range {number}")
+        table.accept(announcement(f"p{number}", ttl_s=10.0), b"", now=0.0, told_by="evil")
+    for number in range(1000):
+        table.accept(invented(number), b"", now=1.0, told_by=f"evil {number}")
+    assert [peer for peer in peers(table, 1.0) if peer.startswith("p")] == ["p0", "p1", "p2"]
+    assert len(table) == 4
+
+
+def test_a_peer_that_was_met_always_finds_room() -> None:
+    table = SwarmTable(TableConfig(max_entries_per_revision=4))
+    for number in range(4):
+        table.accept(invented(number), b"", now=0.0, told_by=f"{number}")
+    table.met.note("p", "range")
+    assert table.accept(announcement("p"), b"", now=1.0, told_by="one")
+
+
+def test_what_was_tried_in_vain_goes_first() -> None:
+    table = SwarmTable(TableConfig(max_entries_per_revision=3))
+    for number in range(2):
+        table.accept(announcement(f"p{number}"), b"", now=0.0, told_by="one")
+    table.accept(invented(0), b"", now=0.0, told_by="another")
+    table.met.note_failed("x0")
+    assert table.accept(announcement("p2"), b"", now=1.0, told_by="one")
+    assert peers(table, 1.0) == ["p0", "p1", "p2"]
+    assert not table.accept(invented(0, sequence=2), b"", now=2.0, told_by="another")
+
+
+def test_a_neighbour_is_told_first_of_peers_that_were_met() -> None:
+    table = SwarmTable()
+    table.accept(announcement("p"), b"met", now=0.0)
+    table.accept(announcement("q"), b"younger", now=1.0)
+    table.met.note("p", "")
+    assert [record for record, _ in table.records(2.0, A)] == [b"met", b"younger"]
+    assert [record for record, _ in table.records(2.0)] == [b"met", b"younger"]
+
+
+def test_of_peers_that_were_not_met_those_who_told_of_them_take_turns() -> None:
+    table = SwarmTable()
+    for number in range(3):
+        table.accept(announcement(f"p{number}"), b"p%d" % number, now=float(number), told_by="one")
+    for number in range(30):
+        table.accept(invented(number), b"x%d" % number, now=3.0 + number, told_by="evil")
+    records = [record for record, _ in table.records(40.0, A)]
+    assert records[:7] == [b"x29", b"p2", b"x28", b"p1", b"x27", b"p0", b"x26"]
+
+
+def test_how_a_peer_came_to_be_known_outlives_its_announcements() -> None:
+    table = SwarmTable()
+    table.accept(announcement("p"), b"", now=0.0, told_by="one")
+    assert not table.accept(announcement("p"), b"", now=1.0, told_by="two")
+    table.accept(announcement("q"), b"", now=1.0, told_by="two")
+    table.accept(announcement("p", sequence=2), b"", now=2.0, told_by="three")
+    heard = {each.announcement.peer_id: each for each in table.hearsay(A, 3.0)}
+    assert (heard["p"].teller, heard["p"].number, heard["p"].tellers) == ("one", 1, 3)
+    assert (heard["q"].teller, heard["q"].number, heard["q"].tellers) == ("two", 2, 1)
 
 
 def test_of_a_foreign_model_the_latest_few_are_kept() -> None:
@@ -213,6 +301,7 @@ def test_an_oversized_record_is_refused() -> None:
 class Heard:
     announcement: Announcement
     made_at: float
+    number: int  # of the first word of its peer and model
 
     @property
     def expires_at(self) -> float:
@@ -230,6 +319,7 @@ class TableAgainstModel(RuleBasedStateMachine):
         self.table = SwarmTable(self.config)
         self.model: list[Heard] = []
         self.now = 0.0
+        self.heard = 0
 
     @rule(pause_s=st.sampled_from([0.0, 1.0, 20.0, 200.0]))
     def wait(self, pause_s: float) -> None:
@@ -256,21 +346,32 @@ class TableAgainstModel(RuleBasedStateMachine):
 
     def accept_in_model(self, offered: Announcement, age_s: float) -> bool:
         self.model = [heard for heard in self.model if heard.expires_at + self.config.remember_s > self.now]
-        newest = Heard(offered, self.now - age_s)
+        self.heard += 1
+        newest = Heard(offered, self.now - age_s, self.heard)
         same = [heard for heard in self.model if key(heard) == key(newest)]
+        if same:
+            newest = replace(newest, number=same[0].number)
         if newest.expires_at <= self.now or any(
             old.announcement.sequence >= offered.sequence for old in same
         ):
             return False
         self.model = [heard for heard in self.model if heard not in same] + [newest]
         self.drop([heard for heard in self.model if key(heard)[1] == offered.peer_id], 2)
-        self.drop([heard for heard in self.model if key(heard)[0] == offered.revision], 3)
-        self.drop(self.model, 5)
+        self.drop([heard for heard in self.model if key(heard)[0] == offered.revision], 3, self.now)
+        self.drop(self.model, 5, self.now)
         return newest in self.model
 
-    def drop(self, among: list[Heard], most: int) -> None:
-        if len(among) > most:
-            self.model.remove(min(among, key=lambda heard: (heard.expires_at, key(heard))))
+    def drop(self, among: list[Heard], most: int, now: float = inf) -> None:
+        """Of those that have run out by `now` the first to do so, else the last that was told of."""
+        if len(among) <= most:
+            return
+        past = [
+            heard for heard in among if heard.expires_at <= now or heard.announcement.leaving or now == inf
+        ]
+        if past:
+            self.model.remove(min(past, key=lambda heard: (heard.expires_at, key(heard))))
+        else:
+            self.model.remove(max(among, key=lambda heard: heard.number))
 
     @invariant()
     def agrees(self) -> None:

@@ -105,3 +105,13 @@ async def test_a_disk_that_cannot_be_written_is_said_once(
         book.note(new_identity().peer_id, [ADDRESS], reached=True)
         await kept(book)
     assert caplog.text.count("which peers were met") == 1
+
+
+def test_peers_of_another_swarm_are_forgotten(tmp_path: Path) -> None:
+    book = PeerBook(tmp_path, file_name="client_peers.json")
+    alice, bob = new_identity().peer_id, new_identity().peer_id
+    book.note(alice, [ADDRESS], reached=True)
+    book.keep_if_met([bob, alice])
+    assert [peer.peer_id for peer in book.peers()] == [alice]
+    book.keep_if_met([bob])
+    assert book.peers() == []

@@ -1,0 +1,95 @@
+"""How often a process that looks for neighbours tries peers that others told of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import trio
+import trio.testing
+
+from p2pinfer.errors import PeerUnreachable
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.swarm.bootstrap import NEIGHBOURS, TRIES_PER_S, BootstrapPeer, Neighbourhood
+from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.routing.announcement import Announcement
+
+REVISION = "ab" * 16
+MINUTE_S = 60.0
+
+
+class LonelyHost:
+    """Has one neighbour, which tells nothing, and finds those who are `there`."""
+
+    peer_id = "me"
+
+    def __init__(self, *there: str) -> None:
+        self.there = there
+        self.connected = ["neighbour"]
+        self.tried: list[str] = []
+
+    def connected_peers(self) -> list[str]:
+        return list(self.connected)
+
+    def when_disconnected(self, callback: Callable[[str], None]) -> None:
+        """Nobody is lost."""
+
+    async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
+        await trio.sleep(0.05)
+        self.tried.append(peer_id)
+        if peer_id not in self.there:
+            raise PeerUnreachable("connection refused", peer_id)
+        self.connected.append(peer_id)
+
+    async def open_stream(self, peer_id: str, *_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PeerUnreachable("it tells nothing", peer_id)
+
+
+class Models:
+    """One model is of interest, and nobody gossips about it."""
+
+    revisions = frozenset({REVISION})
+
+    def topic_peers(self, revision: str) -> set[str]:
+        return set()
+
+
+def announce(view: LiveTable, peer_id: str, sequence: int) -> None:
+    addrs = ("/ip4/11.0.0.1/tcp/9",)
+    said = Announcement(
+        peer_id, "m", REVISION, BlockSpan(0, 8), "float32", 9.0, 99, sequence, addrs=addrs, ttl_s=300.0
+    )
+    view.accept(said, b"record", told_by="neighbour")
+
+
+async def test_peers_that_do_not_exist_are_tried_now_and_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """However many are announced, and however often: all of them may be at one victim."""
+    host, view = LonelyHost(), LiveTable()
+    neighbourhood = Neighbourhood(cast(Host, host), view, [], model_peers=Models())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        for sequence in range(int(MINUTE_S)):
+            for number in range(40):
+                announce(view, f"x{number}", sequence)
+            await trio.sleep(1.0)
+        nursery.cancel_scope.cancel()
+    assert NEIGHBOURS < len(host.tried) <= NEIGHBOURS + MINUTE_S * TRIES_PER_S
+
+
+async def test_peers_that_are_there_become_neighbours_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    there = [f"p{number}" for number in range(40)]
+    host, view = LonelyHost(*there), LiveTable()
+    for each in there:
+        announce(view, each, 1)
+    neighbourhood = Neighbourhood(
+        cast(Host, host), view, [BootstrapPeer("neighbour", ())], model_peers=Models()
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        await trio.sleep(1.0)
+        nursery.cancel_scope.cancel()
+    assert len(host.connected) > NEIGHBOURS
