@@ -27,6 +27,7 @@ from p2pinfer.models.machine.cores import usable_cores
 from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.census import take_census
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
@@ -40,7 +41,6 @@ from p2pinfer.node.serve.last_span import last_span, remember_span
 from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
-from p2pinfer.node.swarm.census import take_census
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity

@@ -32,8 +32,10 @@ from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import Identity, client_identity
 from p2pinfer.planning.ledger_sync import kept_ledger
+from p2pinfer.planning.opening_race import OpeningRace
 from p2pinfer.planning.policy_runner import PolicyRunner
-from p2pinfer.planning.route_planner import RoutePlanner
+from p2pinfer.planning.reachable_routes import ReachableRoutes
+from p2pinfer.planning.route_planner import RoutePlanner, SessionPlan
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
@@ -44,7 +46,7 @@ from p2pinfer.session.session import Session
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig
 from .client_config import ClientConfig as ClientConfig
-from .errors import LocalError, PeerError
+from .errors import LocalError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
 from .local_model import LocalModel, load_local_model
@@ -141,6 +143,8 @@ class Client:
         self._local: LocalModel
         self._member: SwarmMember
         self._planner: RoutePlanner
+        self._routes: ReachableRoutes
+        self._race: OpeningRace
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
         self._is_open = False
@@ -179,6 +183,8 @@ class Client:
                 joining=joining_options(self._bootstrap, self._host_config.swarm_key),
                 model=self.model,
             )
+            self._routes = ReachableRoutes(self._planner, self._member, self.spec)
+            self._race = OpeningRace(self._routes, self.ledger)
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._policy_runner.deliver_outcomes)
             stack.push_async_callback(self._policy_runner.finish)
@@ -343,7 +349,7 @@ class Client:
     async def open_session(
         self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
     ) -> Session:
-        """A session for `tokens` positions on the policy's best route without the `excluded` peers.
+        """A session for `tokens` positions on the policy's best route that is there, without the `excluded`.
 
         Args:
             replay_source: What went in at past positions; with it the first hop can be replaced too.
@@ -352,34 +358,37 @@ class Client:
             NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-        plan = await self._planner.plan_session(tokens, excluded)
-        route = plan.route
+
+        async def open_on(plan: SessionPlan) -> Session:
+            return await self._open_on(plan, tokens, excluded, replay_source)
+
+        return await self._race.open(tokens, excluded, open_on)
+
+    async def _open_on(
+        self, plan: SessionPlan, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None
+    ) -> Session:
+        route, auditor = plan.route, self._auditor
         logger.debug("session.open route=%s codec=%s", route, plan.codec)
-        auditor = self._auditor
         chosen = auditor.toss(route) if auditor else frozenset[str]()
 
         def closed(session: Session) -> None:
             if auditor is not None:
                 auditor.session_closed(session, chosen)
 
-        try:
-            opening = open_session(
-                self._member.host,
-                route,
-                self._source.spec,
-                max_tokens=tokens,
-                codec=plan.codec,
-                config=self._session_config,
-                replay_source=replay_source,
-                replanner=self._planner,
-                excluded=excluded,
-                keep_steps=bool(chosen),
-                report=self._report,
-            )
-            return await start_session(self._nursery, opening, on_closed=closed)
-        except PeerError as exc:
-            self._planner.hop_failed(route, exc)
-            raise
+        opening = open_session(
+            self._member.host,
+            route,
+            self._source.spec,
+            max_tokens=tokens,
+            codec=plan.codec,
+            config=self._session_config,
+            replay_source=replay_source,
+            replanner=self._routes,
+            excluded=excluded,
+            keep_steps=bool(chosen),
+            report=self._report,
+        )
+        return await start_session(self._nursery, opening, on_closed=closed)
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note how a route fared."""

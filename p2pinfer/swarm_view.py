@@ -11,6 +11,7 @@ import trio
 from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.hearsay import in_turns
 
 from .errors import PeerError
 from .served import served_models
@@ -110,7 +111,7 @@ async def look_at_all(member: SwarmMember, usual: Model) -> AllModels:
 
 async def look_at(member: SwarmMember, spec: Model) -> SwarmView:
     """List the announcements of a model, which of their peers answer, and how far they are."""
-    await member.presence.call(member.announcements(spec.revision), CALL_S)
+    await member.presence.call(in_turns(member.hearsay(spec.revision)), CALL_S)
     rtts_ms: dict[str, float] = {}
 
     async def ping(peer_id: str) -> None:

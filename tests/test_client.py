@@ -24,8 +24,10 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity
+from p2pinfer.planning import opening_race
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.config import RoutingConfig
@@ -633,3 +635,26 @@ async def test_entering_can_be_cancelled_while_weights_are_fetched(
 def test_nobody_finds_a_way_with_nothing(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClientConfig(**options)
+
+
+async def test_invented_peers_are_no_attempts(open_client: OpenClient) -> None:
+    config = ClientConfig(dtype="float32", max_attempts=1)
+    async with open_client(config=config) as (client, swarm):
+        for number in range(40):
+            swarm.announce(f"invented-{number}", tokens_per_s=1e6)
+        await swarm.serve("real", tokens_per_s=1.0)
+        assert await text_of(client.generate(PROMPT, max_new_tokens=5)) == ", there was a little"
+
+
+async def test_peers_that_swallow_what_they_are_asked_are_no_attempts(
+    open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening_race, "FIRST_HEDGE_S", 0.05)
+    config = ClientConfig(dtype="float32", max_attempts=1)
+    async with open_client(config=config) as (client, swarm):
+        for number in range(12):
+            host = swarm.network.host(f"silent-{number}")
+            host.serve(SESSION_PROTOCOL, lambda stream: trio.sleep_forever())
+            swarm.announce(f"silent-{number}", tokens_per_s=1e6)
+        await swarm.serve("real", tokens_per_s=1.0)
+        assert await text_of(client.generate(PROMPT, max_new_tokens=5)) == ", there was a little"

@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.hearsay import in_turns
-
-from .membership import SwarmMember
 
 CALLS: Final = 8  # peers called on at a time
 ROUNDS: Final = 4

@@ -1,0 +1,133 @@
+"""Routes among many peers that were invented, or are slow to answer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from p2pinfer.errors import NoRoute
+from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.planning.policy_runner import PolicyRunner
+from p2pinfer.planning.reachable_routes import ReachableRoutes
+from p2pinfer.planning.route_planner import RoutePlanner
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.routing.policy import RiskAdjusted
+from p2pinfer.routing.route import Hop
+from p2pinfer.session.failover import Gap
+
+from ..node.memory_swarm import MemorySwarm, open_memory_swarm
+
+NOBODY: frozenset[str] = frozenset()
+
+
+def routes_of(swarm: MemorySwarm) -> ReachableRoutes:
+    desk = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+    member = swarm.member("client")
+    planner = RoutePlanner(member, swarm.spec, Ledger(), desk, busy_pause_s=2.0)
+    return ReachableRoutes(planner, member, swarm.spec)
+
+
+def there(swarm: MemorySwarm, peer_id: str, start: int = 0, stop: int = 8, *, after_s: float = 0.0) -> None:
+    """A peer that answers after a while, and claims little."""
+    swarm.network.host(peer_id)
+    swarm.announce(peer_id, start, stop, tokens_per_s=1.0)
+    swarm.network.swallowing[peer_id] = after_s
+
+
+def invent(
+    swarm: MemorySwarm, count: int, start: int = 0, stop: int = 8, *, silent: bool, name: str = "x"
+) -> None:
+    """Peers that claim much and refuse connections, or swallow them."""
+    for number in range(count):
+        swarm.announce(f"{name}{number}", start, stop, tokens_per_s=1e6, free_cache_tokens=1 << 20)
+        if silent:
+            swarm.network.swallowing[f"{name}{number}"] = math.inf
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refusing", "silent"])
+@pytest.mark.parametrize(("count", "within_s"), [(40, 4.0), pytest.param(1000, 20.0, marks=pytest.mark.slow)])
+async def test_a_real_route_is_found_among_invented_peers(
+    count: int, within_s: float, silent: bool, tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Also where the real peer was told of last, by the same neighbour, and looks worse than all others."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        invent(swarm, count, silent=silent)
+        there(swarm, "real")
+        began_at = trio.current_time()
+        plan = await routes_of(swarm).plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("real",)
+        assert trio.current_time() - began_at < within_s
+        assert len(swarm.network.dialled) <= count + 1, "nobody is tried twice"
+
+
+async def test_each_part_of_a_route_is_found(
+    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        invent(swarm, 20, 0, 4, silent=True, name="x")
+        invent(swarm, 20, 4, 8, silent=False, name="y")
+        invent(swarm, 20, 0, 8, silent=True, name="z")
+        there(swarm, "a", 0, 5)
+        there(swarm, "b", 4, 8)
+        plan = await routes_of(swarm).plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("a", "b")
+
+
+async def test_what_another_neighbour_told_of_is_tried_among_the_first(
+    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        invent(swarm, 200, silent=True)
+        swarm.network.host("real")
+        swarm.network.swallowing["real"] = 0.0
+        swarm.announce("real", tokens_per_s=1.0, told_by="another")
+        began_at = trio.current_time()
+        plan = await routes_of(swarm).plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("real",)
+        assert trio.current_time() - began_at < 2.0
+
+
+async def test_a_peer_that_is_slow_to_answer_is_waited_for_if_there_is_nobody_else(
+    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A satellite in between, say."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        there(swarm, "far", after_s=8.0)
+        invent(swarm, 5, silent=False)
+        plan = await routes_of(swarm).plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("far",)
+
+
+async def test_where_nobody_answers_there_is_no_route_and_the_reason_is_said(
+    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        invent(swarm, 12, silent=False)
+        with pytest.raises(NoRoute, match=r"the last peer that was tried: peer x\d+ cannot be reached"):
+            await routes_of(swarm).plan_session(64, NOBODY)
+
+
+async def test_connected_peers_are_asked_without_a_dial(tiny_stories: Path) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        swarm.network.host("real")
+        swarm.announce("real")
+        plan = await routes_of(swarm).plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("real",)
+        assert swarm.network.dialled == []
+
+
+async def test_a_replacement_answers_too(tiny_stories: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        swarm.network.host("before")
+        swarm.announce("before", 0, 3)
+        invent(swarm, 30, 3, 8, silent=True)
+        there(swarm, "spare", 3, 8)
+        gap = Gap(BlockSpan(3, 8), 64, frozenset({"before"}), Hop("before", BlockSpan(0, 3)), None, "float32")
+        began_at = trio.current_time()
+        assert (await routes_of(swarm).find_replacement(gap)).peer_ids == ("spare",)
+        assert trio.current_time() - began_at < 4.0
