@@ -22,6 +22,7 @@ from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.generation import Generation, generation_config, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
+from p2pinfer.generation.speculation import speculation_by
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
@@ -271,15 +272,15 @@ class Client:
         return self._go_on(extend_state(decode_state(token), max_new_tokens, self.spec.max_positions))
 
     def _go_on(self, state: GenerationState) -> Generation:
-        config = self._config
-        retry_limits = RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts)
+        config, local = self._config, self._local
         return Generation(
             self,
             self.spec,
-            self._local.embedding_and_head,
-            self._local.tokenizer,
+            local.embedding_and_head,
+            local.tokenizer,
             state,
-            retry_limits=retry_limits,
+            retry_limits=RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts),
+            speculation=speculation_by(config.speculate),
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )

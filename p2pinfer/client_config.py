@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .text_files import is_text
 
 DRAWN_BY: Final = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+MAX_DEPTH: Final = 32  # guesses in one trip
 RULED_BY: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
@@ -33,6 +34,8 @@ class ClientConfig:
     busy_pause_s: float = 2.0  # back-off after a peer refused for lack of capacity, seconds
     max_attempts: int = 8  # routes tried in a row before a pause, or, before the first token, an error
     identity_file: Path | None = None  # file of a permanent identity; not set: a new peer id at every start
+    # guesses sent along with a token: auto: as many as pay, off, or a number from 1 to 32
+    speculate: str = "auto"
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
@@ -41,6 +44,10 @@ class ClientConfig:
         check_target(self.dtype, self.device)
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
+        if self.speculate not in ("auto", "off") and not (
+            self.speculate.isascii() and self.speculate.isdigit() and 1 <= int(self.speculate) <= MAX_DEPTH
+        ):
+            raise ValueError(f"speculate is {self.speculate!r}; it takes auto, off, or 1 to {MAX_DEPTH}")
         for name in ("find_timeout_s", "policy_timeout_s", "busy_pause_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")

@@ -17,6 +17,7 @@ from .swarm_view import AllModels, PeerView, SwarmView
 if TYPE_CHECKING:  # they import torch, which a look at a swarm does without
     from p2pinfer.audit.auditor import AuditTally
     from p2pinfer.generation.generation import GenerationResult
+    from p2pinfer.generation.speculation import SpeculationStats
     from p2pinfer.reputation.ledger import Ledger
 
 
@@ -63,11 +64,20 @@ class HopDocument(msgspec.Struct, frozen=True):
 
 
 class TimingsDocument(msgspec.Struct, frozen=True):
-    """Times of a generation; `per_hop_ms` is each hop's median per decode step."""
+    """Times of a generation; `per_hop_ms` is each hop's median per decoded position."""
 
     first_token_s: float
     tokens_per_s: float
     per_hop_ms: tuple[float, ...]
+
+
+class SpeculationDocument(msgspec.Struct, frozen=True):
+    """Result of speculative decoding; see `p2pinfer.generation.speculation.SpeculationStats`."""
+
+    tokens_per_trip: float
+    drafted: int
+    accepted: int
+    by_depth: tuple[tuple[int, int], ...]  # guesses looked at, and right
 
 
 class AuditsDocument(msgspec.Struct, frozen=True):
@@ -93,6 +103,7 @@ class ResultDocument(msgspec.Struct, frozen=True):
     seed: int | None  # None: it is greedy
     audits: AuditsDocument
     resume_token: str | None = None
+    speculation: SpeculationDocument | None = None  # None: it was off
 
 
 def swarm_document(view: SwarmView) -> SwarmDocument:
@@ -153,7 +164,15 @@ def result_document(
         result.seed,
         AuditsDocument(audits.done, audits.passed, audits.failed, audits.suspect, audits.inconclusive),
         resume_token,
+        _speculation(result.speculation),
     )
+
+
+def _speculation(stats: SpeculationStats | None) -> SpeculationDocument | None:
+    if stats is None:
+        return None
+    per_trip = round(stats.tokens_per_trip, 3)
+    return SpeculationDocument(per_trip, stats.drafted, stats.accepted, stats.by_depth)
 
 
 def to_json(document: SwarmDocument | ResultDocument) -> str:

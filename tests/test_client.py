@@ -15,7 +15,6 @@ import trio.testing
 
 from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
 from p2pinfer.generation.generation import Generation
 from p2pinfer.generation.outage import Waiting
@@ -25,8 +24,6 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
-from p2pinfer.node.swarm.membership import SwarmMember
-from p2pinfer.node.transport.identity import Identity
 from p2pinfer.planning import opening_race
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
@@ -37,7 +34,8 @@ from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteReq
 from p2pinfer.session.hosting import open_session
 from p2pinfer.session.session import Session
 
-from .node.memory_swarm import MemorySwarm, open_memory_swarm
+from .memory_client import open_memory_client
+from .node.memory_swarm import MemorySwarm
 
 PROMPT = "Once upon a time"
 SOON = ClientConfig(find_timeout_s=0.05, policy_timeout_s=0.05, dtype="float32")
@@ -51,18 +49,8 @@ def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     @asynccontextmanager
     async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
-        async with open_memory_swarm(checkpoint) as swarm:
-
-            @asynccontextmanager
-            async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
-                yield swarm.member(identity.peer_id)
-
-            monkeypatch.setattr(client_module, "open_swarm", join)
-            options.setdefault("config", ClientConfig(dtype="float32"))
-            options.setdefault("audit", AuditConfig(rate=0.0))
-            options.setdefault("session_config", SessionConfig(slow_step_s=60.0))  # machines may be busy
-            async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
-                yield client, swarm
+        async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as opened:
+            yield opened
 
     return opened
 

@@ -11,6 +11,7 @@ import msgspec
 from p2pinfer.audit.auditor import AuditTally
 from p2pinfer.generation.generation import GenerationResult, Timings
 from p2pinfer.generation.remote_blocks import HopUsed
+from p2pinfer.generation.speculation import SpeculationStats
 from p2pinfer.json_documents import (
     AllModelsDocument,
     ResultDocument,
@@ -93,7 +94,9 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
     ledger = Ledger()
     route = (HopUsed("peer", BlockSpan(0, 8), "relayed"),)
     timings = Timings(0.5, 20.0, (1.5,), 3.0)
-    result = GenerationResult("déjà ✓", (1, 2), 3, "length", route, timings, 1, seed=7)
+    result = GenerationResult(
+        "déjà ✓", (1, 2), 3, "length", route, timings, 1, 7, SpeculationStats(1.5, 4, 1, ((2, 1),))
+    )
     line = to_json(result_document(result, ledger, AuditTally(done=1, passed=1), "token"))
     assert line.isascii()
     score = ledger.score("peer")
@@ -116,6 +119,7 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
         "seed": 7,
         "audits": {"done": 1, "passed": 1, "failed": 0, "suspect": 0, "inconclusive": 0},
         "resume_token": "token",
+        "speculation": {"tokens_per_trip": 1.5, "drafted": 4, "accepted": 1, "by_depth": [[2, 1]]},
     }
     assert to_json(msgspec.json.decode(line, type=ResultDocument)) == line
 

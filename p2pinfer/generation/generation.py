@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from .first_state import sampling_of
 from .outage import Outage, RetryLimits, Waiting
 from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
+from .speculation import Speculation, SpeculationStats
 from .transcript import FinishReason, Transcript
 
 
@@ -46,12 +48,12 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Time that a generation took. `per_hop_ms` is each hop's median per decode step, its queue included."""
+    """Time that a generation took. `per_hop_ms`: each hop's median per decoded position, with its queue."""
 
     first_token_s: float
     tokens_per_s: float  # after the first token
     per_hop_ms: tuple[float, ...]
-    per_step_ms: float  # median decode step as the client saw it, network and all hops included
+    per_step_ms: float  # the same as the client saw it, network and all hops included
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class GenerationResult:
     timings: Timings
     failovers: int
     seed: int | None = None  # what its draws depend on; None if it is greedy
+    speculation: SpeculationStats | None = None  # None: it was off
 
 
 @dataclass(slots=True)
@@ -98,12 +101,14 @@ class Generation:
         state: GenerationState,
         *,
         retry_limits: RetryLimits | None = None,
+        speculation: Speculation | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
         """Go on from `state`: that of `new_state`, or of a token.
 
         Args:
+            speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -120,6 +125,9 @@ class Generation:
         self._process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
         self._tokens_before = len(state.token_ids)
         self._remote = RemoteBlocks(source, embedding_and_head, self._transcript)
+        self._speculation = speculation
+        self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
+        self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
         self._clock = _Clock()
         self._dropped = weakref.finalize(self, on_dropped, self._remote.aclose)
         self._dropped.atexit = False
@@ -147,6 +155,8 @@ class Generation:
         try:
             token_id = await self._next_id()
         except BaseException:
+            self._rows.clear()  # the one that was in work is lost, and the others are of no use without it
+            self._guesses = ()
             await self.aclose()
             raise
         self._clock.tick()
@@ -157,15 +167,19 @@ class Generation:
 
     async def _next_id(self) -> int:
         outage: Outage | None = None
-        while True:
+        while not self._rows:
             changed = self._source.table_changed
             try:
-                hidden = await self._remote.last_hidden()
+                trip = await self._remote.hidden_after(self._guesses)
             except (PeerError, NoRoute) as error:
                 outage = outage or Outage(self._retry_limits, begun=bool(self._transcript.token_ids))
                 await self._get_over(error, outage, changed)
             else:
-                return await trio.to_thread.run_sync(self._draw, hidden)
+                self._rows.extend(trip.hidden[i : i + 1] for i in range(len(trip.hidden)))
+                self._guesses = self._guesses[: len(self._rows) - 1]
+                if self._speculation is not None and trip.seconds is not None:
+                    self._speculation.note_trip(len(self._rows), trip.seconds)
+        return await trio.to_thread.run_sync(self._draw, self._rows.popleft())
 
     async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
         """Return when there is something to be tried; raise when it has been long enough."""
@@ -191,8 +205,27 @@ class Generation:
         raise NoRoute(reason, missing) from cause
 
     def _draw(self, hidden: Tensor) -> int:
+        """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
         ids = self._transcript.ids
-        return self._sampler.pick(self._process(self._embedding_and_head.logits(hidden)[-1], ids), len(ids))
+        logits = self._embedding_and_head.logits(hidden)[-1]
+        token_id = self._sampler.pick(self._process(logits, ids), len(ids))
+        if self._speculation is not None:
+            self._speculate((*ids, token_id), self._speculation)
+        return token_id
+
+    def _speculate(self, ids: tuple[int, ...], speculation: Speculation) -> None:
+        """Look whether the outputs that are left presume this last token; else guess what follows it."""
+        speculation.note_token()
+        if self._rows:
+            right = self._guesses[0] == ids[-1]
+            speculation.note_guess(right=right)
+            self._guesses = self._guesses[1:]
+            if right:
+                return
+            self._rows.clear()
+        # Less one each: room was counted before this token, and the last output gives a token, too.
+        room = min(self._remote.room - 1, self._transcript.max_ids - len(ids) - 1)
+        self._guesses = speculation.guess(ids, max(0, room))
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
@@ -239,4 +272,5 @@ class Generation:
             ),
             remote.failovers,
             self._sampler.seed if self._sampler.config.temperature else None,
+            self._speculation.stats if self._speculation else None,
         )

@@ -35,6 +35,19 @@ _GROWTH_TOKENS: Final = 64  # a session that adds fewer to a text is not worth i
 
 
 @dataclass(frozen=True, slots=True)
+class Trip:
+    """Result of one way through all hops.
+
+    Attributes:
+        hidden: (positions, hidden_size), after every block: of the last token, and of the guesses behind it.
+        seconds: Time it took; None if it was the prefill of a session, which takes no guesses.
+    """
+
+    hidden: Tensor
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class HopUsed:
     """A hop of the route a generation took."""
 
@@ -87,6 +100,7 @@ class RemoteBlocks:
         self._transcript = transcript
         self._session: Session | None = None
         self._reserved = 0  # tokens that the session has room for
+        self._sent: tuple[int, ...] = ()  # what the session holds: the tokens so far, and guesses behind them
         self._began_at = 0.0  # the session
         self._tokens_before = 0
         # Of the sessions that are over:
@@ -94,8 +108,19 @@ class RemoteBlocks:
         self._per_hop_ms: tuple[float, ...] = ()
         self._per_step_ms = 0.0
 
-    async def last_hidden(self) -> Tensor:
-        """(1, hidden_size): the last position's hidden state after every block.
+    @property
+    def room(self) -> int:
+        """Number of guesses behind the tokens so far that the session takes in one step; 0 without one."""
+        if self._session is None:
+            return 0
+        longest = self._session.chain.flow_limits.chunk_tokens
+        return max(0, min(self._reserved - len(self._transcript.ids), longest - 1))
+
+    async def hidden_after(self, guesses: tuple[int, ...] = ()) -> Trip:
+        """Hidden states of the last token, and of guesses at those that follow it.
+
+        Args:
+            guesses: At most as many as there is `room`; left out where a session has to be opened first.
 
         Raises:
             NoRoute: There is no route without those that are excluded.
@@ -110,12 +135,17 @@ class RemoteBlocks:
             self._session = await self._open()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._note_route(self._session.route)
+            self._sent = ids
             embedded = await trio.to_thread.run_sync(self._embedding_and_head.embed, ids)
-            hidden = await self._session.prefill(embedded, 0)
+            trip = Trip(await self._session.prefill(embedded, 0), None)
         else:
-            hidden = await self._session.decode(self._embedding_and_head.embed(ids[-1:]), len(ids) - 1)
+            started = time.perf_counter()
+            self._sent = (*ids, *guesses)
+            embedded = self._embedding_and_head.embed((ids[-1], *guesses))
+            hidden = await self._session.decode(embedded, len(ids) - 1)
+            trip = Trip(hidden, time.perf_counter() - started)
         self._note_route(self._session.route)
-        return hidden
+        return trip
 
     async def _open(self) -> Session:
         """A session that has room for the tokens so far and for as many to come as can be had."""
@@ -191,7 +221,8 @@ class RemoteBlocks:
 
     def _past_inputs(self, start: int, stop: int) -> Tensor:
         """Hidden states that a session was given at past positions, (tokens, hidden_size)."""
-        return self._embedding_and_head.embed(self._transcript.ids[start:stop])
+        # With the guesses that were wrong: until the next step rolls it back, the session counts them.
+        return self._embedding_and_head.embed(self._sent[start:stop])
 
     def _note_route(self, route: Route) -> None:
         """Keep who takes part; hops may have been replaced."""

@@ -100,9 +100,9 @@ class Handovers:
         if self._replanner is not None:
             self._nursery.start_soon(self._replace_leaving, hop)
 
-    def note_timings(self, bills: tuple[Bill, ...]) -> None:
+    def note_timings(self, bills: tuple[Bill, ...], tokens: int) -> None:
         """Look for somebody faster if these, of the last step, show that a hop has become slow."""
-        self._stragglers.note(bills)
+        self._stragglers.note(bills, tokens)
         slow = self._stragglers.take_slowest(trio.current_time())
         # Nothing queues up behind a handover: by the time it ended the timings would be of other hops.
         if slow is not None and self._replanner is not None and not self.busy.locked():

@@ -16,6 +16,7 @@ class StepTiming:
 
     seconds: float
     bills: tuple[Bill, ...]
+    tokens: int  # positions that the step had
 
 
 class Superseded(Exception):

@@ -157,9 +157,9 @@ class Session:
         """
         started = time.perf_counter()
         answer = await self._answered(await self._submit(hidden, position, len(hidden)))
-        timing = StepTiming(time.perf_counter() - started, answer.result.bills)
+        timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(hidden))
         self.timings.append(timing)
-        self.handovers.note_timings(timing.bills)
+        self.handovers.note_timings(timing.bills, timing.tokens)
         self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
         return self._decoded(answer)
 
@@ -203,13 +203,15 @@ class Session:
             self._steps.drop_from(position, Superseded(f"rolled back to position {position}"))
 
     def per_hop_ms(self) -> tuple[float, ...]:
-        """Each hop's median time per decode step, its queue included; empty before the first."""
-        hops = zip(*(timing.bills for timing in self.timings), strict=False)
-        return tuple(median(bill.serve_us for bill in bills) / 1e3 for bills in hops)
+        """Each hop's median time per position of a decode step, with its queue; empty before the first."""
+        spent = ([bill.serve_us / timing.tokens for bill in timing.bills] for timing in self.timings)
+        return tuple(median(hop) / 1e3 for hop in zip(*spent, strict=False))
 
     def per_step_ms(self) -> float:
-        """The median decode step as seen from here; 0 before the first."""
-        return median(timing.seconds for timing in self.timings) * 1e3 if self.timings else 0.0
+        """Median time per position of a decode step, as seen from here; 0 before the first."""
+        if not self.timings:
+            return 0.0
+        return median(timing.seconds / timing.tokens for timing in self.timings) * 1e3
 
     async def settle(self) -> PeerError | None:
         """Check every receipt that has come; returns what is wrong with one, or None."""

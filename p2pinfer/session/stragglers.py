@@ -23,25 +23,25 @@ class Stragglers:
     """The last decode steps of a session's hops. `now` is seconds of one monotonic clock."""
 
     def __init__(self, least_s: float) -> None:
-        """Ignore every hop that spends less than `least_s` on a step."""
+        """Ignore every hop that spends less than `least_s` on a position."""
         self._least_s = least_s
-        self._bills = deque[tuple[Bill, ...]](maxlen=STEPS)
+        self._spent_us = deque[tuple[float, ...]](maxlen=STEPS)  # by hop, for each position
         self._pause_s = FIRST_PAUSE_S
         self._look_at = 0.0
 
-    def note(self, bills: tuple[Bill, ...]) -> None:
-        """Note the timings of another step."""
-        self._bills.append(bills)
+    def note(self, bills: tuple[Bill, ...], tokens: int = 1) -> None:
+        """Note the timings of another step, of so many positions."""
+        self._spent_us.append(tuple(bill.serve_us / tokens for bill in bills))
 
     def forget(self) -> None:
         """The hops are others now."""
-        self._bills.clear()
+        self._spent_us.clear()
 
     def take_slowest(self, now: float) -> tuple[int, float] | None:
-        """Take the look that is due: the slowest hop, by its place, and its seconds a step; else None."""
-        if len(self._bills) < FEWEST_STEPS or now < self._look_at:
+        """Take the look that is due: the slowest hop, by its place, and its seconds a position; else None."""
+        if len(self._spent_us) < FEWEST_STEPS or now < self._look_at:
             return None
-        spent_s = [median(bill.serve_us for bill in bills) / 1e6 for bills in zip(*self._bills, strict=True)]
+        spent_s = [median(hop) / 1e6 for hop in zip(*self._spent_us, strict=True)]
         slowest_s = max(spent_s)
         if slowest_s < self._least_s:
             return None

@@ -291,7 +291,12 @@ def test_a_wrong_value_is_told_before_torch_is_imported(argv: list[str], complai
 
 def test_the_values_of_a_choice_stand_in_the_help() -> None:
     choosing = [option for _, option in setting_options() if option.choices]
-    assert {option.setting for option in choosing} == {"client.policy", "compute.dtype", "compute.device"}
+    assert {option.setting for option in choosing} == {
+        "client.policy",
+        "client.speculate",
+        "compute.dtype",
+        "compute.device",
+    }
     for option in choosing:
         assert all(choice in (option.help or "") for choice in option.choices)
 

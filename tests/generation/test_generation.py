@@ -27,6 +27,7 @@ from p2pinfer.generation.generation import Generation, GenerationConfig, Token, 
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.remote_blocks import HopUsed
 from p2pinfer.generation.saved_state import decode_state
+from p2pinfer.generation.speculation import Speculation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
@@ -119,12 +120,22 @@ def start(
     prompt: str = PROMPT,
     *,
     retry_limits: RetryLimits | None = None,
+    speculation: Speculation | None = None,
     on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:
     options.setdefault("max_new_tokens", 10)
     state = new_state(swarm.spec, tokenizer, prompt, GenerationConfig(**options))
-    return Generation(walk, swarm.spec, ends, tokenizer, state, retry_limits=retry_limits, on_wait=on_wait)
+    return Generation(
+        walk,
+        swarm.spec,
+        ends,
+        tokenizer,
+        state,
+        retry_limits=retry_limits,
+        speculation=speculation,
+        on_wait=on_wait,
+    )
 
 
 def resume(

@@ -105,6 +105,13 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     choices=POLICIES,
 )
 @setting(
+    "client.speculate",
+    "--speculate HOW",
+    "Send guesses along with each token: auto, off, or a number from 1 to 32. The text stays the same. "
+    "[default: auto]",
+    choices=("auto", "off"),
+)
+@setting(
     "client.wait_s",
     "--wait SECONDS",
     "How long to wait for a replacement when a peer fails. [default: 60.0]",

@@ -45,7 +45,14 @@ def route_table(result: GenerationResult, view: ReputationView, audits: AuditTal
     )
     if result.failovers:
         summary += f"; {result.failovers} failover{'s' * (result.failovers > 1)}"
-    return Group(table, Text(summary), Text(_describe_audits(audits)))
+    told = [summary, _describe_audits(audits)]
+    if result.speculation is not None and result.speculation.drafted:
+        stats = result.speculation
+        told.insert(
+            1,
+            f"{stats.tokens_per_trip:.2f} tokens per trip: {stats.accepted} of {stats.drafted} guesses right",
+        )
+    return Group(table, *map(Text, told))
 
 
 def _describe_audits(audits: AuditTally) -> str:

@@ -1,0 +1,262 @@
+"""Speculation: what it sends, and that the text stays the same."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from p2pinfer.client import Client
+from p2pinfer.client_config import MAX_DEPTH, AuditConfig, ClientConfig, SessionConfig
+from p2pinfer.generation.speculation import Speculation, TripCost, speculation_by
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+
+from ..memory_client import open_memory_client
+from ..node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
+from .test_generation import Walk, local_ids, start
+
+REPEATING = "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a"
+
+
+@pytest.fixture(scope="module")
+def ends(checkpoint: Checkpoint) -> EmbeddingAndHead:
+    return load_embedding_and_head(checkpoint, FLOAT32)
+
+
+@pytest.fixture
+def tokenizer(tiny_stories: Path) -> Tokenizer:
+    return load_tokenizer(tiny_stories)
+
+
+# ---------------------------------------------------------------------- how many guesses
+
+
+def seconds_of(text: list[int], speculation: Speculation | None, trip_s: float, position_s: float) -> float:
+    """Time that a text takes where trips cost that much, its first 20 tokens given."""
+    spent, length = 0.0, 20
+    while length < len(text):
+        guesses = () if speculation is None else speculation.guess(text[:length], len(text) - length - 1)
+        seconds = trip_s + position_s * (1 + len(guesses))
+        spent += seconds
+        length += 1
+        if speculation is None:
+            continue
+        speculation.note_trip(1 + len(guesses), seconds)
+        for guess in guesses:
+            speculation.note_token()
+            right = guess == text[length - 1]
+            speculation.note_guess(right=right)
+            if not right:
+                break
+            length += 1
+    return spent
+
+
+def repeating(rng: random.Random, count: int) -> list[int]:
+    """Text that quotes itself at length."""
+    text = [rng.randrange(500) for _ in range(60)]
+    while len(text) < count:
+        begin = rng.randrange(len(text) - 40)
+        text += [rng.randrange(500), *text[begin : begin + rng.randrange(10, 40)]]
+    return text[:count]
+
+
+@pytest.mark.parametrize("position_s", [0.0, 0.001, 0.02])
+def test_a_text_that_quotes_itself_takes_far_fewer_trips(position_s: float) -> None:
+    text = repeating(random.Random(1), 600)
+    plain = seconds_of(text, None, 0.2, position_s)
+    assert seconds_of(text, Speculation(), 0.2, position_s) < plain / 2.5
+
+
+@pytest.mark.parametrize("vocab", [5, 40, 5000])
+@pytest.mark.parametrize(("trip_s", "position_s"), [(0.2, 0.0), (0.2, 0.01), (0.05, 0.05), (0.0, 0.1)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_where_guesses_do_not_pay_hardly_any_are_sent(
+    vocab: int, trip_s: float, position_s: float, seed: int
+) -> None:
+    """Random text: what occurred before says nothing of what comes."""
+    rng = random.Random(seed)
+    text = [rng.randrange(vocab) for _ in range(500)]
+    assert seconds_of(text, Speculation(), trip_s, position_s) < 1.05 * seconds_of(
+        text, None, trip_s, position_s
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_where_a_position_costs_as_much_as_a_trip_only_a_few_are_tried(seed: int) -> None:
+    text = repeating(random.Random(seed), 600)
+    assert seconds_of(text, Speculation(), 0.0, 0.1) < 1.02 * seconds_of(text, None, 0.0, 0.1)
+
+
+def test_the_cost_of_a_trip_is_found_from_trips() -> None:
+    cost = TripCost()
+    for positions in (1, 5, 1, 3, 9, 1):
+        cost.note(positions, 0.25 + 0.01 * (positions - 1))
+    assert cost.predict(17) == pytest.approx(0.25 + 0.16)
+    for _ in range(2000):
+        cost.note(1, 0.5)
+    assert cost.predict(17) == pytest.approx(0.5 + 0.16)  # not forgotten meanwhile
+    for _ in range(5):
+        cost.note(4, 0.4)  # chance: more positions took less
+    assert cost.predict(30) == cost.predict(1)
+
+
+def test_a_line_that_was_slow_once_is_tried_again() -> None:
+    speculation = Speculation()
+    text = [1, 2, 3, 4, 5] * 10
+    for seconds in [0.1] * 3 + [60.0] * 2 + [0.1] * 300:
+        guesses = speculation.guess(text, 30)
+        speculation.note_trip(1 + len(guesses), seconds)
+        for _ in guesses:
+            speculation.note_guess(right=True)
+    assert len(speculation.guess(text, 30)) > 10
+
+
+def test_a_setting_says_how_many() -> None:
+    assert speculation_by("off") is None
+    text = [1, 2, 3] * 10
+    for setting, most in (("7", 7), ("32", MAX_DEPTH)):
+        speculation = speculation_by(setting)
+        assert speculation is not None
+        assert len(speculation.guess(text, 100)) == most
+        assert speculation.guess(text, 0) == ()
+        assert len(speculation.guess(text, 2)) == 2
+        assert speculation.guess([*text, 9], 100) == ()  # nothing to copy from
+    automatic = speculation_by("auto")
+    assert automatic is not None
+    assert automatic.guess(text, 100) == ()  # what a trip costs is not known yet
+
+
+@pytest.mark.parametrize("wrong", ["on", "0", "33", "-1", "", "1.5", "²"])
+def test_a_setting_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="it takes auto, off, or 1 to 32"):
+        ClientConfig(speculate=wrong)
+
+
+# ---------------------------------------------------------------------- the same text
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("depth", [1, 5, MAX_DEPTH, None])
+async def test_the_text_is_the_one_without_guesses(
+    depth: int | None, seed: int, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        walk = Walk(swarm, route_over(a=(0, 3), b=(3, 8)))
+        options: dict[str, Any] = {"temperature": 1.0 if seed else 0.0, "seed": seed, "max_new_tokens": 60}
+        generation = start(
+            walk,
+            swarm,
+            ends,
+            tokenizer,
+            REPEATING,
+            speculation=Speculation(depth),
+            **options,
+        )
+        ids = [token.id async for token in generation]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(REPEATING), len(ids), seed=seed)
+        stats = generation.result.speculation
+        assert stats is not None
+        if depth is not None:
+            assert 0 < stats.accepted < stats.drafted
+            assert stats.tokens_per_trip > 1
+            assert len(stats.by_depth) <= depth
+        assert stats.accepted == sum(right for _, right in stats.by_depth)
+        assert generation.result.failovers == 0
+        await swarm.all_closed()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 4, "min_new_tokens": 30},
+        {"temperature": 0.9, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"stop": (" ball",)},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+)
+async def test_rules_and_ends_are_those_without_guesses(
+    options: dict[str, Any], checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
+) -> None:
+    options = {"max_new_tokens": 40, **options}
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        results: list[tuple[Any, ...]] = []
+        for speculation in (None, Speculation(6)):
+            walk = Walk(swarm, route_over(a=(0, 8)))
+            generation = start(walk, swarm, ends, tokenizer, REPEATING, speculation=speculation, **options)
+            tokens = [token async for token in generation]
+            results.append((tokens, generation.result.text, generation.result.finish_reason))
+        assert results[0] == results[1]
+        await swarm.all_closed()
+
+
+async def test_a_token_that_was_cancelled_is_not_skipped(
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
+) -> None:
+    """The outputs that are left belong to positions behind it."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Walk(swarm, *[route_over(a=(0, 8))] * 10)
+        generation = start(
+            walk, swarm, ends, tokenizer, REPEATING, max_new_tokens=40, speculation=Speculation(8)
+        )
+        ids, cancelled = list[int](), 0
+        while len(ids) < 40:
+            if len(ids) % 10 == 7 and cancelled <= len(ids) // 10:
+                cancelled += 1
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await anext(generation)
+                assert scope.cancelled_caught
+            ids.append((await anext(generation)).id)
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(REPEATING), 40, seed=0)
+        await generation.aclose()
+        await swarm.all_closed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, -1])
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "seed": 3}])
+async def test_a_hop_that_dies_changes_no_token(
+    drawn: dict[str, Any], dies: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is replayed to the one that takes over holds the guesses that were wrong."""
+
+    async def generate(swarm: MemorySwarm, client: Client, die_after: int | None) -> tuple[int, ...]:
+        generation = client.generate(REPEATING, max_new_tokens=50, **drawn)
+        for i in range(50):
+            if i == die_after:
+                await swarm.network.kill(generation.result.route[dies].peer_id)
+            await anext(generation)
+        if die_after is not None:
+            assert generation.result.failovers == 1
+        return generation.result.token_ids
+
+    texts: list[tuple[int, ...]] = []
+    for speculate, die_after in (("off", None), ("6", 11), ("6", 24)):
+        async with open_memory_client(
+            checkpoint,
+            monkeypatch,
+            tmp_path,
+            config=ClientConfig(dtype="float32", speculate=speculate),
+            audit=AuditConfig(rate=1.0),
+            session_config=SessionConfig(slow_step_s=60.0),
+        ) as (client, swarm):
+            for name in ("a", "b"):
+                await swarm.serve(f"first-{name}", 0, 4)
+                await swarm.serve(f"last-{name}", 4, 8)
+            texts.append(await generate(swarm, client, die_after))
+            await client.audits_settled()
+            assert client.audits.failed == client.audits.suspect == 0
+            assert die_after is not None or client.audits.passed == 2
+    assert texts[0] == texts[1] == texts[2]

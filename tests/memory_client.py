@@ -1,0 +1,38 @@
+"""A client in a swarm in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2pinfer import client as client_module
+from p2pinfer.client import Client
+from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.node.transport.identity import Identity
+
+from .node.memory_swarm import MemorySwarm, open_memory_swarm
+
+
+@asynccontextmanager
+async def open_memory_client(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any
+) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
+    """A client and its swarm; `folder` is where it keeps what it keeps."""
+    async with open_memory_swarm(checkpoint) as swarm:
+
+        @asynccontextmanager
+        async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
+            yield swarm.member(identity.peer_id)
+
+        monkeypatch.setattr(client_module, "open_swarm", join)
+        options.setdefault("config", ClientConfig(dtype="float32"))
+        options.setdefault("audit", AuditConfig(rate=0.0))
+        options.setdefault("session_config", SessionConfig(slow_step_s=60.0))  # machines may be busy
+        async with Client(cache_dir=folder, data_dir=folder, **options) as client:
+            yield client, swarm
