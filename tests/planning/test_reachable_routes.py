@@ -49,8 +49,15 @@ def invent(
             swarm.network.swallowing[f"{name}{number}"] = math.inf
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["refusing", "silent"])
-@pytest.mark.parametrize(("count", "within_s"), [(40, 4.0), pytest.param(1000, 20.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "within_s", "silent"),
+    [
+        pytest.param(40, 4.0, False, id="40 refusing"),
+        pytest.param(40, 4.0, True, id="40 silent"),
+        pytest.param(300, 8.0, False, id="300 refusing", marks=pytest.mark.slow),
+        pytest.param(1000, 20.0, True, id="1000 silent", marks=pytest.mark.slow),
+    ],
+)
 async def test_a_real_route_is_found_among_invented_peers(
     count: int, within_s: float, silent: bool, tiny_stories: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
