@@ -186,7 +186,7 @@ class SwarmMember:
 
     async def wake_up(self, slept_s: float) -> None:
         """Take up everything again after this computer or process has slept: the swarm takes us for gone."""
-        logger.info(
+        logger.warning(
             "this process slept for %.0f s: connections are checked, and the swarm is told that we are here",
             slept_s,
         )
