@@ -89,7 +89,9 @@ class PartInt8:
     @staticmethod
     def _mix(output: Tensor, cheap: Tensor, position: int) -> Tensor:
         positions = torch.arange(position, position + len(output))
-        return torch.where((positions % PERIOD < INT8_OF_PERIOD)[:, None], cheap, output)
+        # Evenly spread, so that no chunk has them in its typical token.
+        chosen = positions * INT8_OF_PERIOD % PERIOD < INT8_OF_PERIOD
+        return torch.where(chosen[:, None], cheap, output)
 
 
 def keep_cache_in_int8(runner: SpanRunner) -> None:
