@@ -67,11 +67,15 @@ class PolicyError(LocalError):
 
 
 class PeerError(P2PInferError):
-    """A peer failed us. `peer_id` says which one, or is empty where it is not known."""
+    """A peer failed us. `peer_id` says which one, or is empty where it is not known.
 
-    def __init__(self, message: str, peer_id: str = "") -> None:
+    `told_by` is its neighbour in a route where there is nothing but the neighbour's word for it; else empty.
+    """
+
+    def __init__(self, message: str, peer_id: str = "", *, told_by: str = "") -> None:
         super().__init__(message)
         self.peer_id = peer_id
+        self.told_by = told_by
 
 
 class PeerUnreachable(PeerError):
@@ -105,8 +109,10 @@ class PeerRefused(PeerError):
 
     _PASSING = frozenset(("busy", "cache_full", "over_share"))
 
-    def __init__(self, message: str, peer_id: str = "", code: str = "", *, fits: int = 0) -> None:
-        super().__init__(message, peer_id)
+    def __init__(
+        self, message: str, peer_id: str = "", code: str = "", *, fits: int = 0, told_by: str = ""
+    ) -> None:
+        super().__init__(message, peer_id, told_by=told_by)
         self.code = code
         self.fits = fits
 

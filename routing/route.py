@@ -120,6 +120,7 @@ class RouteOutcome:
     Attributes:
         error: One line, if `ok` is False.
         failed_peer: Whose fault it was, where that is known.
+        told_by: The neighbour of `failed_peer` on whose word alone that rests; None if it was seen here.
         tokens: Tokens that came back over the route.
         seconds: From the first step sent to the last token or the failure.
         per_hop_ms: Median time of a decode step at each hop, in the route's order.
@@ -131,3 +132,4 @@ class RouteOutcome:
     tokens: int = 0
     seconds: float = 0.0
     per_hop_ms: tuple[float, ...] = ()
+    told_by: str | None = None

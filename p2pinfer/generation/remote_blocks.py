@@ -95,6 +95,7 @@ class RemoteBlocks:
     ) -> None:
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
+        self._accused: dict[str, set[str]] = {}  # by who complained: of which neighbours
         self._source = source
         self._embedding_and_head = embedding_and_head
         self._transcript = transcript
@@ -182,15 +183,31 @@ class RemoteBlocks:
             self._settle(None if overslept else error)
             session, self._session = self._session, None
             await session.aclose()
+        if error.told_by:
+            blamed = self._weigh_complaint(error) | (blamed - {error.peer_id})
         logger.info("%s: %s; trying another route", error.peer_id or "a peer", error)
         # Our reader paused for longer than the hops wait, or a hop has no room, which the client remembers.
         # Who named what would fit is not remembered, since for another text it may do.
         if not overslept and not (isinstance(error, PeerRefused) and error.is_passing and not error.fits):
             self.excluded |= blamed
 
+    def _weigh_complaint(self, error: PeerError) -> set[str]:
+        """Peers to leave out after one complained of its neighbour.
+
+        The first complaint is believed. With the second one, of another neighbour, it is who complains that
+        the two have in common: it is left out, and those that only it spoke against are not.
+        """
+        accused = self._accused.setdefault(error.told_by, set())
+        accused.add(error.peer_id)
+        if len(accused) == 1:
+            return {error.peer_id}
+        self.excluded -= accused
+        return {error.told_by}
+
     def forgive(self) -> None:
         """Leave out nobody any more."""
         self.excluded = frozenset()
+        self._accused.clear()
 
     @property
     def failovers(self) -> int:
@@ -239,6 +256,7 @@ class RemoteBlocks:
             ok=error is None,
             error=str(error) if error else None,
             failed_peer=(error.peer_id or None) if error else None,
+            told_by=(error.told_by or None) if error else None,
             tokens=len(self._transcript.token_ids) - self._tokens_before,
             seconds=time.perf_counter() - self._began_at,
             per_hop_ms=self._session.per_hop_ms(),

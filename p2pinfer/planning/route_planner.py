@@ -29,6 +29,7 @@ from p2pinfer.session.failover import Gap
 from .cooldowns import Cooldowns
 from .hop_timings import HopTimings
 from .policy_runner import PolicyRunner
+from .quarrels import Quarrels
 
 LEAST_TOKENS: Final = 64  # who has room for fewer has none
 _WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
@@ -80,6 +81,7 @@ class RoutePlanner:
         self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
         self._cooldowns = Cooldowns(busy_pause_s)
         self._hop_timings = HopTimings()
+        self._quarrels = Quarrels()
 
     async def plan_session(self, tokens: int, excluded: frozenset[str]) -> SessionPlan:
         """The policy's first choice for all blocks, of peers that may have room, and what travels over it.
@@ -174,7 +176,9 @@ class RoutePlanner:
 
     def hop_failed(self, route: Route, error: PeerError) -> None:
         """Note that a hop of `route` failed or refused, and tell the policy."""
-        outcome = RouteOutcome(ok=False, error=str(error), failed_peer=error.peer_id or None)
+        outcome = RouteOutcome(
+            ok=False, error=str(error), failed_peer=error.peer_id or None, told_by=error.told_by or None
+        )
         if isinstance(error, PeerRefused):  # it has no room, say: no reason to rely on it less
             if error.is_passing and error.fits < LEAST_TOKENS:
                 self._cooldowns.rest(error.peer_id, trio.current_time())
@@ -187,12 +191,24 @@ class RoutePlanner:
         for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):
             self._hop_timings.note(hop.peer_id, len(hop.span), spent_ms / 1e3, trio.current_time())
         now = time.time()  # the ledger outlives this process
-        for hop in route.hops:
-            if outcome.ok:
-                self._ledger.record_success(hop.peer_id, now)
-            elif hop.peer_id == outcome.failed_peer:
-                self._ledger.record_failure(hop.peer_id, now, outcome.error or "")
+        if outcome.failed_peer and outcome.told_by:
+            self._note_quarrel(outcome.told_by, outcome.failed_peer, outcome.error or "", now)
+        else:
+            for hop in route.hops:
+                if outcome.ok:
+                    self._ledger.record_success(hop.peer_id, now)
+                elif hop.peer_id == outcome.failed_peer:
+                    self._ledger.record_failure(hop.peer_id, now, outcome.error or "")
         self._policy_runner.tell(route, outcome)
+
+    def _note_quarrel(self, accuser: str, accused: str, error: str, now: float) -> None:
+        """Charge both neighbours, of which one says that the other failed."""
+        said = {
+            accused: f"{error} (by the word of {accuser} alone)",
+            accuser: f"it says of {accused}: {error}",
+        }
+        for peer_id, share in self._quarrels.note(accuser, accused, trio.current_time()).items():
+            self._ledger.record_failure(peer_id, now, said[peer_id], share=share)
 
     def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:
         """Announced peers, without those just found unreachable if the others have all it takes."""
@@ -231,6 +247,7 @@ class RoutePlanner:
             tokens,
             excluded,
             self._member.coordinate,
+            edges=self._quarrels.edges(trio.current_time()),
             spoilt_ranges=self._ledger.spoilt_ranges(time.time()),
             serve_command=self._serve_command,
         )

@@ -18,7 +18,7 @@ from typing import Protocol
 import trio
 
 from p2pinfer.client_config import SessionConfig
-from p2pinfer.errors import PeerError
+from p2pinfer.errors import PeerError, PeerVanished
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.route import Hop, Route
@@ -207,24 +207,29 @@ class Failover:
         # behind, the third one who complains: it is what those edges have in common. Believing it every time
         # would let a hop have its honest successors replaced one after the other.
         self._complaints[before] += 1
+        fault = await self._rejoin(hop, error) if self._complaints[before] == 1 else error
         if self._complaints[before] > 2:
             self._faults.note_failed(before, type(error)(str(error), before.peer_id))
-        elif self._complaints[before] == 1 and await self._is_joined_again(hop):
+        elif fault is None:
             logger.debug("session.edge_mended peer=%s", hop.peer_id)
         elif before.error is None:
-            self._faults.note_failed(hop, error)
+            self._faults.note_failed(hop, fault)
         self._faults.note_joined(hop)
 
-    async def _is_joined_again(self, hop: HopStream) -> bool:
-        """Make the edge into a hop anew, if the hop is there."""
+    async def _rejoin(self, hop: HopStream, complaint: PeerError) -> PeerError | None:
+        """Make the edge into a hop anew, if the hop is there; returns what speaks against it if that fails.
+
+        Only what this process sees for itself is the hop's own failure.
+        """
         with trio.move_on_after(self._config.repair_timeout_s):
             try:
-                if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is not None:
-                    await self._chain.reattach(hop)
-                    return True
+                if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
+                    return PeerVanished("it shows no sign of life", hop.peer_id)
+                await self._chain.reattach(hop)
+                return None
             except PeerError as exc:
                 logger.debug("session.edge_lost peer=%s why=%s", hop.peer_id, exc)
-        return False
+        return complaint
 
     async def _blame(self, error: PeerError, route: Route) -> None:
         """Decide who is not to be tried again after `route` could not take over."""

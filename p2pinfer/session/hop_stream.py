@@ -210,11 +210,15 @@ class HopStream:
             case "no_replay":
                 raise PeerRefused("its replay log does not reach that far", self.peer_id, "no_replay")
             case "successor_unreachable":
-                raise PeerUnreachable("the hop before could not reach it", successor.peer_id)
+                raise PeerUnreachable(
+                    "the hop before could not reach it", successor.peer_id, told_by=self.peer_id
+                )
             # The error names the successor on the word of the hop before it. `Failover` asks before it
             # believes that.
             case problem:
-                raise PeerVanished(f"the hop before lost it: {problem}", successor.peer_id)
+                raise PeerVanished(
+                    f"the hop before lost it: {problem}", successor.peer_id, told_by=self.peer_id
+                )
 
     async def probe(self, within_s: float, *, ask_successor: bool = True) -> Alive | None:
         """The hop's sign of life; None if there was none. `within_s` is for a line that takes no time.

@@ -91,23 +91,24 @@ async def open_hops(
 def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
     """The error that a refusal amounts to, and whose it is.
 
-    A hop's word about its neighbour is hearsay, but the two share an edge that does not work, so leaving
-    the neighbour out of the next route is right whoever is at fault. Its word about anybody else is not
-    taken: then it is the sender that is left out.
+    A hop's word about its neighbour is hearsay: the error says who told. The two share an edge that does not
+    work, so leaving the neighbour out of the next route is right whoever is at fault. Its word about anybody
+    else is not taken: then it is the sender that is left out.
     """
     peers = route.peer_ids
     at = peers.index(sender)
     neighbours = {*peers[max(at - 1, 0) : at], *peers[at + 1 : at + 2]}
     blamed = refused.peer_id if refused.peer_id in neighbours else sender
+    told_by = "" if blamed == sender else sender
     match refused.code:
         case "successor_unreachable":
-            return PeerUnreachable(refused.message, blamed)
+            return PeerUnreachable(refused.message, blamed, told_by=told_by)
         case "successor_vanished":
-            return PeerVanished(refused.message, blamed)
+            return PeerVanished(refused.message, blamed, told_by=told_by)
         case "wrong_input":
-            return WrongOutput(refused.message, blamed)
+            return WrongOutput(refused.message, blamed, told_by=told_by)
         case "protocol":
-            return PeerRefused(refused.message, blamed, refused.code)
+            return PeerRefused(refused.message, blamed, refused.code, told_by=told_by)
         case _:
             return PeerRefused(refused.message, sender, refused.code, fits=refused.fits)
 

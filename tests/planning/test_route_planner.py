@@ -19,16 +19,19 @@ from p2pinfer.planning.route_planner import RoutePlanner
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import RiskAdjusted, RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.session.failover import Gap
 
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm
 
+NO_TRIALS = RoutingConfig(explore_share=0.0, probation_share=0.0)  # which would be drawn by chance
+
 
 async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(tiny_stories: Path) -> None:
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        policy_runner = PolicyRunner(RiskAdjusted(NO_TRIALS), RiskAdjusted(NO_TRIALS), timeout_s=5.0)
         planner = RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
         await swarm.serve("a", 0, 3, tokens_per_s=100)
         await swarm.serve("b", 3, 8, tokens_per_s=100)
@@ -50,7 +53,7 @@ async def test_a_hop_is_only_given_up_for_one_that_would_save_half_of_its_time(t
 async def test_who_has_the_weights_but_another_config_is_told_apart_by_the_field(tiny_stories: Path) -> None:
     config = read_config(tiny_stories)
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        policy_runner = PolicyRunner(RiskAdjusted(NO_TRIALS), RiskAdjusted(NO_TRIALS), timeout_s=5.0)
         numbers = numbers_of({**config, "rope_theta": 500_000})
         revision = revision_digest(swarm.spec.weights, numbers)
         ours = replace(swarm.spec, revision=revision, numbers=numbers)
@@ -71,7 +74,7 @@ async def test_who_could_not_be_reached_is_left_out_unless_nobody_else_has_its_b
     tiny_stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        policy_runner = PolicyRunner(RiskAdjusted(), RiskAdjusted(), timeout_s=5.0)
+        policy_runner = PolicyRunner(RiskAdjusted(NO_TRIALS), RiskAdjusted(NO_TRIALS), timeout_s=5.0)
         member = swarm.member("client")
         planner = RoutePlanner(member, swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
         silent = {"fast"}
@@ -109,11 +112,11 @@ class Told(RoutingPolicy):
         self.peers.append({each.peer_id for each in candidates})
         if self._choices:
             return [self._choices.pop(0)]
-        return RiskAdjusted().choose_routes(candidates, request, view)
+        return RiskAdjusted(NO_TRIALS).choose_routes(candidates, request, view)
 
 
 def planner_of(swarm: MemorySwarm, policy: RoutingPolicy) -> RoutePlanner:
-    policy_runner = PolicyRunner(policy, RiskAdjusted(), timeout_s=5.0)
+    policy_runner = PolicyRunner(policy, RiskAdjusted(NO_TRIALS), timeout_s=5.0)
     return RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, busy_pause_s=2.0)
 
 
@@ -197,4 +200,4 @@ async def test_blocks_that_only_unknown_numerics_serve_have_no_route(tiny_storie
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
         swarm.announce("foreign", 0, 8, dtype="q4_k_m")
         with pytest.raises(NoRoute, match="only by peers that compute in q4_k_m, which this version"):
-            await planner_of(swarm, RiskAdjusted()).plan_session(64, frozenset())
+            await planner_of(swarm, RiskAdjusted(NO_TRIALS)).plan_session(64, frozenset())

@@ -392,7 +392,9 @@ def test_a_refusal_is_blamed_on_the_peer_it_is_about(
     told = refusal_error(Refused(code, "why", "b"), "a", route)
     assert type(told) is error
     assert (str(told), told.peer_id) == ("why", blamed)
-    assert refusal_error(Refused(code, "why"), "a", route).peer_id == "a"
+    assert told.told_by == ("a" if blamed == "b" else "")  # a's word, and nobody else's
+    alone = refusal_error(Refused(code, "why"), "a", route)
+    assert (alone.peer_id, alone.told_by) == ("a", "")
     # Nobody is believed about peers that are not beside it on the route, nor about the client.
     assert refusal_error(Refused(code, "why", "c"), "a", route).peer_id == "a"
     assert refusal_error(Refused(code, "why", "client"), "a", route).peer_id == "a"
