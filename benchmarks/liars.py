@@ -5,6 +5,8 @@
     python benchmarks/liars.py --cheat - - next                    # the last hop's; - is an honest node
     python benchmarks/liars.py --cheat - half-int8 kv-int8         # small lies, see small_lies.py
     python benchmarks/liars.py --cheat skip --new-tokens 4         # short answers only
+    python benchmarks/liars.py --flood 20                          # and proofs against throw-away keys
+    python benchmarks/liars.py --flood 20 --cheat                  # the same, and nobody lies
 
 The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
 the cheats are and how often they happen. One client makes short generations, one after the other, with the
@@ -38,6 +40,7 @@ import psutil
 import torch
 import trio
 from contest import report
+from flood import flooded
 
 import p2pinfer.models
 from p2pinfer.audit.local_verifier import LocalVerifier
@@ -161,8 +164,10 @@ class Bystander:
 
 
 @asynccontextmanager
-async def open_bystander(home: Path, bans: int, bootstrap: Sequence[str]) -> AsyncGenerator[Bystander]:
-    command = [sys.executable, __file__, "--stand-by", str(home), str(bans), *bootstrap]
+async def open_bystander(
+    home: Path, liars: Sequence[str], bootstrap: Sequence[str]
+) -> AsyncGenerator[Bystander]:
+    command = [sys.executable, __file__, "--stand-by", str(home), ",".join(liars), *bootstrap]
     process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield Bystander(process)
@@ -172,14 +177,14 @@ async def open_bystander(home: Path, bans: int, bootstrap: Sequence[str]) -> Asy
             await process.wait()
 
 
-async def stand_by(home: Path, bans: int, bootstrap: Sequence[str]) -> None:
-    """Be the bystander until standard input closes, and then until so many are banned, or a minute."""
+async def stand_by(home: Path, liars: Sequence[str], bootstrap: Sequence[str]) -> None:
+    """Be the bystander until standard input closes, and then until the liars are banned, or a minute."""
     torch.set_num_threads(1)
     verifier = await trio.to_thread.run_sync(new_verifier, home)
     async with Client(bootstrap=bootstrap, data_dir=home, cache_dir=home, verifier=verifier) as client:
         await trio.to_thread.run_sync(sys.stdin.read)
         with trio.move_on_after(60):
-            while sum(map(client.ledger.is_banned, client.ledger.peers())) < bans:
+            while not all(map(client.ledger.is_banned, liars)):
                 await trio.sleep(0.1)
         proofs = client.ledger.proofs()
         told = {
@@ -256,8 +261,9 @@ def count_wrong(told: Sequence[Told]) -> list[int]:
     return wrong
 
 
-async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: float | None) -> dict[str, Any]:
-    liars = sum(bool(cheat.strip("-")) for cheat in cheats)
+async def contest(
+    cheats: Sequence[str], count: int, new_tokens: int, rate: float | None, flood: float = 0.0
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         verifier = new_verifier(home / "cache")
@@ -268,10 +274,15 @@ async def contest(cheats: Sequence[str], count: int, new_tokens: int, rate: floa
             audit=AuditConfig(rate=rate),
             verifier=verifier,
         )
-        async with client, open_nodes(home, client.member.addrs, cheats) as nodes:
+        async with (
+            client,
+            open_nodes(home, client.member.addrs, cheats) as nodes,
+            flooded(client.member.addrs[0], flood),
+        ):
             with trio.fail_after(60):
                 while len(client.peers()) < len(nodes):
                     await trio.sleep(0.1)
+            liars = [node.peer_id for node in nodes if node.cheat]
             async with open_bystander(home / "early", liars, client.member.addrs) as early:
                 before = [node.cpu_s() for node in nodes]
                 client_before, started = time.process_time(), time.perf_counter()
@@ -300,6 +311,7 @@ def summary(
     others: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     liars = {node.peer_id for node in nodes if node.cheat}
+    honest = {node.peer_id for node in nodes} - liars
     banned = {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)}
     lengths = [len(each.result.token_ids) for each in told]
     wrong = count_wrong(told)
@@ -320,8 +332,9 @@ def summary(
         "banned": f"{len(banned & liars)} of {len(liars)}",
         "by bystanders": ", ".join(f"{len({*other['banned']} & liars)} of {len(liars)}" for other in others),
         "honest banned": sum(
-            len(each - liars) for each in (banned, *({*other["banned"]} for other in others))
+            len(each & honest) for each in (banned, *({*other["banned"]} for other in others))
         ),
+        "others banned": sum(map(client.ledger.is_banned, client.ledger.peers())) - len(banned),
         "audits": audits.done,
         "suspect": audits.suspect,
         "no result": audits.inconclusive,
@@ -341,21 +354,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cheat", nargs="+", default=["int8", "skip"], help="of as many nodes, at most three"
+        "--cheat", nargs="*", default=["int8", "skip"], help="of as many nodes, at most three"
     )
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--audit-rate", type=float, help="the adaptive one by default")
+    parser.add_argument("--flood", type=float, default=0.0, help="messages a second; see flood.py")
     parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gc.freeze()  # as the command line does; there is more of it here, since transformers is imported
     if options.stand_by:
-        home, bans, *addrs = options.stand_by
-        trio.run(stand_by, Path(home), int(bans), addrs)
+        home, liars, *addrs = options.stand_by
+        trio.run(stand_by, Path(home), liars.split(",") if liars else [], addrs)
         return
     torch.set_num_threads(1)
-    row = trio.run(contest, options.cheat, options.generations, options.new_tokens, options.audit_rate)
-    report("two of six nodes lie", [row])
+    row = trio.run(
+        contest, options.cheat, options.generations, options.new_tokens, options.audit_rate, options.flood
+    )
+    report(f"{len(options.cheat)} of six nodes lie", [row])
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ class AuditConfig:
     max_tokens: int = 4096  # longer sessions are audited up to this many tokens
     evidence_bytes: int = 32 << 20  # tensors to fetch for one audit, from the session's start, bytes
     timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict, seconds
+    proofs_share: float = 0.05  # share of time for checking fraud proofs of others, above 0 to 1
     linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
     own_peers: tuple[str, ...] = ()  # your own peers, which do not count as independent second opinions
     remote: bool = True  # let other peers re-execute spans that do not fit here, and confirm failures
@@ -141,6 +142,8 @@ class AuditConfig:
             raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
         if not 0 <= self.logits_share <= 1:
             raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
+        if not 0 < self.proofs_share <= 1:
+            raise ValueError(f"proofs_share is {self.proofs_share:g}; it must be above 0 and at most 1")
         for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")

@@ -58,6 +58,14 @@ class Accusation:
         return self.receipts[0].revision
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """Rows of all inputs, and blocks of the span: what a re-execution takes grows with both."""
+        if self.kind == "equivocation":
+            return 0, 0
+        first = self.receipts[0]
+        return sum(receipt.tokens for receipt in self.receipts), first.stop - first.start
+
+    @property
     def contents(self) -> tuple[bytes, ...]:
         """Digests of the tensors that are needed to run the blocks again; none for an equivocation."""
         if self.kind == "equivocation":

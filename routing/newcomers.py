@@ -17,9 +17,10 @@ chances. Anybody can announce any address. So a range counts where the peer was 
 connection that came from it; what it announces counts against it alone. Until a peer was found, the most
 crowded of the ranges that it announces is its own: an invented address beside the true one, by which it must
 be reached, gains nothing. Peers behind a relay share its range, those without any address one range together,
-and who announces nothing but names waits until they are resolved. A range in which a banned peer was found
-waits, and goes on waiting for a week when that peer is gone. Proof of work was considered: it taxes a phone
-much and a data centre little. A payment or a chain of vouchers would need somebody whom all trust. So
+and who announces nothing but names waits until they are resolved. Peers that were found in a range and those
+that only announce it take turns among themselves, not with each other. A range in which a banned peer was
+found waits, and goes on waiting for a week when that peer is gone. Proof of work was considered: it taxes a
+phone much and a data centre little. A payment or a chain of vouchers would need somebody whom all trust. So
 standing is paid for in audited work, which a new key has to do over again.
 """
 
@@ -88,8 +89,11 @@ def plan_optimistically(
     }
     waiting = {peer.peer_id for peer in newcomers}
     clean = [peer for peer in newcomers if not _may_be_in(spoilt, peer) and not _is_only_named(peer)]
-    for group in grouped_by_range(clean).values():
-        waiting.discard(rng.choice(group).peer_id)
+    # Who was found in a range does not have to share its chances with those that only say they are there.
+    for found in (True, False):
+        of_kind = [peer for peer in clean if bool(peer.found_in) == found]
+        for group in grouped_by_range(of_kind).values():
+            waiting.discard(rng.choice(group).peer_id)
     considered = [peer for peer in usable if peer.peer_id not in waiting]
     return cheapest_routes(considered, request, _OptimisticView(view, strangers), config)[0]
 

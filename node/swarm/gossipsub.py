@@ -22,7 +22,8 @@ from libp2p.pubsub.pubsub import Pubsub
 
 from p2pinfer.node.transport.rate_limit import RateLimit
 
-from .signed_records import MAX_RECORD_BYTES
+from .proof_gossip import is_notice
+from .signed_records import MAX_RECORD_BYTES, peek_payload
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ MAX_SUBSCRIPTIONS: Final = 80  # of a neighbour that are remembered; an introduc
 MAX_RPC_BYTES: Final = 1 << 18  # of one pubsub frame; an announcement takes up to 8 KB
 FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swarm is meant to stay at 2
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
+NOTICES_PER_S: Final = 1 / 10  # of proofs that a neighbour may forward; tables bring what is left out
+NOTICES_AT_ONCE: Final = 16
 TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
 MODELS_TOPIC: Final = "/p2pinfer/1/models"  # where everybody hears of a few peers of every model
 
@@ -90,6 +93,7 @@ class GuardedPubsub(Pubsub):
             max_inbound_rpc_size=MAX_RPC_BYTES,
         )
         self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
+        self._notices = RateLimit(NOTICES_PER_S, NOTICES_AT_ONCE)
         self._told = RateLimit(1 / 60, 1)  # of what a neighbour should not have passed on
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
@@ -107,6 +111,12 @@ class GuardedPubsub(Pubsub):
             return
         if not self._forwards.take(str(msg_forwarder), trio.current_time()):
             logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
+            return
+        # Before two signatures are checked: whoever is there already may bring any number of notices.
+        if is_notice(peek_payload(msg.data)) and not self._notices.take(
+            str(msg_forwarder), trio.current_time()
+        ):
+            logger.debug("gossip.too_many_notices forwarder=%s", msg_forwarder)
             return
         try:
             await super().push_msg(msg_forwarder, msg)

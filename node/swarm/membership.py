@@ -21,6 +21,7 @@ from p2pinfer.node.concurrency.nurseries import bare_errors, open_nursery, outla
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.host.whereabouts import Whereabouts
 from p2pinfer.node.reach.reach import Reach, open_reach
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.reach.wake import drop_silent, watch_for_sleep
@@ -45,7 +46,6 @@ from .presence import Presence
 from .proof_gossip import ProofCarrier
 from .sequence import Sequence
 from .snapshot import fetch_snapshot, serve_snapshots
-from .whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ SETTLE_ROUND_TRIPS: Final = 12  # to the farthest first peer, for connecting and
 INTRODUCTION_S: Final = 3.0  # for a client to hand over what it knows of a hop's successor
 INTRODUCTION_EVERY_S: Final = 30.0  # by one client, on average: a table is kilobytes
 INTRODUCTIONS_AT_ONCE: Final = 4
+UNKNOWNS_PART: Final = 8  # proofs about peers that were never announced here have this part of the memory
 LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
 
@@ -328,7 +329,12 @@ async def _open_member(
             latency = Latency(host, view.everybody)
             evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
             kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
-            proofs = ProofCarrier(host, kept, gossip)
+            aside = EvidenceStore(serve.proof_bytes // UNKNOWNS_PART, serve.proof_keep_s, groups_at_least=1)
+
+            def is_known(peer_id: str) -> bool:
+                return bool(view.records_of(peer_id))
+
+            proofs = ProofCarrier(host, kept, gossip, is_known=is_known, aside=aside)
             gossip.on_notice = proofs.hear
             await gossip.join_all_models()
             view.is_foreign = lambda revision: bool(ours := gossip.revisions) and revision not in ours
@@ -339,7 +345,7 @@ async def _open_member(
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
             if looks_around:
                 nursery.start_soon(keep_looking_around, advertised, neighbourhood.add)
-            serve_evidence(host, evidence, kept)
+            serve_evidence(host, evidence, kept, aside)
             serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)

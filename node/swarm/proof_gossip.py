@@ -9,23 +9,28 @@ later is told with a neighbour's table. Nobody is believed: what a proof says of
     notice (gossip, snapshot) -> queue, bounded -> fetch, bounded -> signatures -> store -> on_proof
 
 An author whose proof turns out to be false is not listened to any more. Authors cost nothing, so what counts
-against a flood are the bounds: of notices per author and neighbour, of the queue, and of bytes.
+against a flood are the bounds. A neighbour may pass on so many notices, before a signature is looked at, and
+has its own places in the queue. A notice says how large its proof is, and how many tokens and blocks it takes
+to run it again; what comes is held to it. So the bytes of an author, and of all of them, are bounded before
+they are fetched, and what examining takes before it is paid. Proofs about peers that nobody here has heard of
+take a small part of the store: keys that were made up for them push out nothing else.
 """
 
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Final, Literal, Protocol, TypeVar
 
 import msgspec
 import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
-from p2pinfer.node.evidence.store import MAX_DIGESTS, EvidenceStore, fetch_evidence
+from p2pinfer.node.concurrency.turn_queue import TurnQueue
+from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
+from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 from p2pinfer.reputation.proof import (
     MAX_PROOF_BYTES,
@@ -37,22 +42,37 @@ from p2pinfer.reputation.proof import (
 )
 from p2pinfer.reputation.receipt import CheckSignature, Payload, digest_of
 
+from .proof_fetch import Holders, fetch_parts
+
 logger = logging.getLogger(__name__)
 
 MAX_NOTICE_BYTES: Final = 4096
 MAX_TENSOR_BYTES: Final = 1 << 25  # of one proof
-MAX_WAITING: Final = 32  # notices; what comes on top is dropped
 MAX_REMEMBERED: Final = 4096  # proofs and authors
 MAX_TOLD: Final = 64  # notices that a newcomer is told of
+MAX_TOLD_OF_UNKNOWN: Final = 8  # about peers that nobody here has heard of
 FETCHED_AT_ONCE: Final = 4  # one that nobody has must not hold up the others
-NEIGHBOURS_ASKED: Final = 8
 RETRIES_S: Final = (0.5, 2.0, 5.0, 15.0)  # between rounds: a neighbour may be fetching it just now
+MAX_RETRYING: Final = 64  # notices that wait for their next round
+MAX_BYTES: Final = (
+    MAX_PROOF_BYTES + MAX_TENSOR_BYTES
+)  # of one proof, and what a notice counts as that says none
+# A hundred proofs of two megabytes an hour; of one author one of the largest, and then a small one a minute.
+BYTES_PER_S: Final = 1 << 16
+BYTES_AT_ONCE: Final = 4 * MAX_BYTES
+AUTHORS_BYTES_PER_S: Final = 1 << 12
 
 _Key = TypeVar("_Key", str, bytes)
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
-    """News of a proof. Travels as the payload of a sealed record, whose author holds the proof."""
+    """News of a proof. Travels as the payload of a sealed record, whose author holds the proof.
+
+    Attributes:
+        size: Bytes of the proof and of the tensors that it names.
+        tokens: Rows of all inputs, with those that were rolled back.
+        blocks: Blocks of the span. All three are 0 in notices of earlier versions, and say nothing then.
+    """
 
     kind: Literal["proof"]
     revision: Annotated[str, msgspec.Meta(max_length=64)]
@@ -61,6 +81,9 @@ class Notice(msgspec.Struct, frozen=True, array_like=True):
     addrs: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=16)
     ] = ()
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)] = 0
+    tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
+    blocks: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +138,39 @@ def decode_notice(payload: bytes) -> Notice:
 
 
 class ProofCarrier:
-    """Fetches the proofs it hears of, keeps them for others, and shows them to `on_proof`."""
+    """Fetches the proofs it hears of, keeps them for others, and shows them to `on_proof`.
 
-    def __init__(self, host: Host, store: EvidenceStore, board: NoticeBoard) -> None:
+    Args:
+        is_known: Whether a peer has been heard of in the swarm. Of others anybody can make as many as it
+            likes, and proofs about them are kept apart, in `aside`.
+        aside: Where those are kept; None: where all are.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        store: EvidenceStore,
+        board: NoticeBoard,
+        *,
+        is_known: Callable[[str], bool] = lambda _: True,
+        aside: EvidenceStore | None = None,
+    ) -> None:
         self.store = store
         self._on_proof: OnProof | None = None
         self._is_wanted: Callable[[Heard], bool] = lambda _: True
         self._host = host
         self._board = board
+        self._is_known = is_known
         self._known: dict[bytes, None] = {}  # proofs; oldest first
         self._liars: dict[str, None] = {}
         self._handing_out: dict[bytes, trio.Event] = {}  # proofs of ours
-        # By proof that is here: the notice, since when.
-        self._held = Recent[bytes, tuple[Heard, float]](MAX_TOLD)
-        self._heard_in, self._heard = trio.open_memory_channel[Heard](MAX_WAITING)
+        # Where proofs are kept, and by proof that is here: the notice, since when.
+        self._shelf = _Shelf(store, MAX_TOLD)
+        self._aside = _Shelf(store if aside is None else aside, MAX_TOLD_OF_UNKNOWN)
+        self._waiting = TurnQueue[_Errand]()
+        self._retrying = 0
+        self._bytes = RateLimit(BYTES_PER_S, BYTES_AT_ONCE, max_remembered=1)
+        self._authors_bytes = RateLimit(AUTHORS_BYTES_PER_S, MAX_BYTES)
 
     def attach(self, on_proof: OnProof, is_wanted: Callable[[Heard], bool]) -> None:
         """Let somebody look at proofs, those included that have come already.
@@ -138,35 +180,38 @@ class ProofCarrier:
             is_wanted: Whether a proof is worth fetching and looking at.
         """
         self._on_proof, self._is_wanted = on_proof, is_wanted
-        for heard, _ in self._held.values():
-            if is_wanted(heard):
-                self._queue(heard)
+        for shelf in (self._shelf, self._aside):
+            for number, (heard, _) in enumerate(list(shelf.held.values())):
+                if is_wanted(heard):
+                    self._waiting.put(f"here {number}", _Errand(heard, is_paid=True))
 
     def hear(self, heard: Heard) -> bool:
         """Take in a notice; whether others should get it."""
-        if heard.author in self._liars or heard.notice.proof in self._known or not self._is_wanted(heard):
+        notice = heard.notice
+        if heard.author in self._liars or notice.proof in self._known or not self._is_wanted(heard):
             return False
-        if not self._queue(heard):
+        if not self._waiting.put(heard.told_by or heard.author, _Errand(heard)):
+            logger.debug("proof.too_many author=%s told_by=%s", heard.author, heard.told_by)
             return False
-        _remember(self._known, heard.notice.proof)
-        return True
-
-    def _queue(self, heard: Heard) -> bool:
-        try:
-            self._heard_in.send_nowait(heard)
-        except trio.WouldBlock:
-            logger.debug("proof.too_many author=%s", heard.author)
-            return False
+        _remember(self._known, notice.proof)
         return True
 
     async def publish(self, proof: Proof, contents: Mapping[bytes, Payload]) -> bytes:
         """Hold a proof of ours for the swarm and tell of it; returns its content address."""
-        encoded, address, revision = await trio.to_thread.run_sync(_prepare, proof, self._host.verify)
+        encoded, address, accusation = await trio.to_thread.run_sync(_prepare, proof, self._host.verify)
         _remember(self._known, address)
-        self._keep(address, encoded, contents)
+        self._shelf.keep(address, encoded, contents)
         self._handing_out[address] = self.store.watch(address)
-        notice = Notice("proof", revision, address, proof.peer_id, self._host.addrs[:16])
-        self._note(Heard(notice, self._host.peer_id, await self._board.publish_notice(notice)))
+        notice = Notice(
+            "proof",
+            accusation.revision,
+            address,
+            proof.peer_id,
+            self._host.addrs[:16],
+            min(MAX_BYTES, len(encoded) + sum(map(len, contents.values()))),
+            *accusation.extent,
+        )
+        self._shelf.note(Heard(notice, self._host.peer_id, await self._board.publish_notice(notice)))
         return address
 
     async def handed_out(self, address: bytes) -> None:
@@ -177,97 +222,115 @@ class ProofCarrier:
 
     def records(self, revision: str | None = None) -> list[tuple[bytes, float]]:
         """Sealed notices of the proofs that are here, with their ages in seconds, youngest first."""
-        now = trio.current_time()
-        for proof in [proof for proof in self._held if self.store.get(proof, now) is None]:
-            del self._held[proof]
-        return [
-            (heard.record, now - since)
-            for heard, since in reversed(list(self._held.values()))
-            if revision in (None, heard.notice.revision)
-        ]
-
-    def _keep(self, address: bytes, encoded: bytes, contents: Mapping[bytes, Payload]) -> None:
-        self.store.add(address, [(address, encoded), *contents.items()], trio.current_time())
-
-    def _note(self, heard: Heard) -> None:
-        """Tell newcomers of a proof that is here."""
-        self._held[heard.notice.proof] = heard, trio.current_time()
+        return [*self._shelf.records(revision), *self._aside.records(revision)]
 
     async def serve(self) -> None:
         """Fetch and check what was heard of, until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(FETCHED_AT_ONCE):
-                nursery.start_soon(self._follow_all)
+                nursery.start_soon(self._follow_all, nursery)
 
-    async def _follow_all(self) -> None:
-        async for heard in self._heard:
+    async def _follow_all(self, nursery: trio.Nursery) -> None:
+        while True:
+            errand = await self._waiting.get()
+            heard = errand.heard
             try:
-                await self._follow(heard)
+                await self._follow(errand)
             except ProtocolViolation as exc:
                 logger.info("a proof by %s is none: %s", heard.author, exc)
                 _remember(self._liars, heard.author)
             except PeerError as exc:
                 logger.debug("proof.unavailable proof=%s why=%s", heard.notice.proof.hex(), exc)
-                self._known.pop(heard.notice.proof, None)  # another one may bring it
+                if errand.round < len(RETRIES_S) and self._retrying < MAX_RETRYING:
+                    self._retrying += 1
+                    nursery.start_soon(self._retry, errand)
+                else:
+                    self._known.pop(heard.notice.proof, None)  # another one may bring it
 
-    async def _follow(self, heard: Heard) -> None:
-        notice = heard.notice
-        encoded = (await self._fetch(heard, [notice.proof], MAX_PROOF_BYTES))[notice.proof]
+    async def _retry(self, errand: _Errand) -> None:
+        """Have one more round made for a proof that nobody had, while others are seen to."""
+        try:
+            await trio.sleep(RETRIES_S[errand.round])
+            heard = errand.heard
+            again = replace(errand, round=errand.round + 1, is_paid=True)
+            if not self._waiting.put(heard.told_by or heard.author, again):
+                self._known.pop(heard.notice.proof, None)
+        finally:
+            self._retrying -= 1
+
+    async def _follow(self, errand: _Errand) -> None:
+        heard, notice = errand.heard, errand.heard.notice
+        most, now = notice.size or MAX_BYTES, trio.current_time()
+        if not errand.is_paid and not self._pays(heard.author, most, now):
+            raise PeerError("too many bytes of proofs at the moment", heard.author)
+        stores = self._shelf.store, self._aside.store
+        holders = Holders(heard.told_by, heard.author, notice.accused, notice.addrs)
+        found = await fetch_parts(self._host, stores, holders, [notice.proof], min(most, MAX_PROOF_BYTES))
+        encoded = found[notice.proof]
         accusation = await trio.to_thread.run_sync(_open, encoded, self._host.verify)
         if (accusation.peer_id, accusation.revision) != (notice.accused, notice.revision):
             raise ProtocolViolation("a proof about somebody else than its notice says")
-        contents = await self._fetch(heard, accusation.contents, MAX_TENSOR_BYTES)
-        self._keep(notice.proof, encoded, contents)
-        self._note(heard)
+        if notice.size and accusation.extent != (notice.tokens, notice.blocks):
+            raise ProtocolViolation("a proof that takes more to check than its notice says")
+        contents = await fetch_parts(
+            self._host, stores, holders, accusation.contents, min(most - len(encoded), MAX_TENSOR_BYTES)
+        )
+        shelf = self._shelf if self._is_known(notice.accused) else self._aside
+        shelf.keep(notice.proof, encoded, contents)
+        shelf.note(heard)
         if self._on_proof is not None and await self._on_proof(heard, accusation, contents) is False:
-            self._held.pop(notice.proof, None)
+            shelf.held.pop(notice.proof, None)
             raise ProtocolViolation(f"what {notice.accused} computed is right")
 
-    async def _fetch(self, heard: Heard, digests: Sequence[bytes], max_bytes: int) -> dict[bytes, bytes]:
-        """All of `digests`, from whoever has them.
+    def _pays(self, author: str, size: int, now: float) -> bool:
+        """Take the bytes of a proof from what its author, and all of them, may have fetched."""
+        if self._bytes.left("", now) < size or not self._authors_bytes.take(author, now, size):
+            return False
+        return self._bytes.take("", now, size)
 
-        Raises:
-            PeerError: Nobody has all of them.
-        """
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """A proof to be fetched.
+
+    Attributes:
+        round: How often nobody had all of it.
+        is_paid: Its bytes have been counted.
+    """
+
+    heard: Heard
+    round: int = 0
+    is_paid: bool = False
+
+
+class _Shelf:
+    """Proofs that are here, and the notices that newcomers are told of."""
+
+    def __init__(self, store: EvidenceStore, max_told: int) -> None:
+        self.store = store
+        self.held = Recent[bytes, tuple[Heard, float]](max_told)  # by proof: its notice, since when
+
+    def keep(self, address: bytes, encoded: bytes, contents: Mapping[bytes, Payload]) -> None:
+        self.store.add(address, [(address, encoded), *contents.items()], trio.current_time())
+
+    def note(self, heard: Heard) -> None:
+        self.held[heard.notice.proof] = heard, trio.current_time()
+
+    def records(self, revision: str | None) -> list[tuple[bytes, float]]:
         now = trio.current_time()
-        here = {digest: self.store.get(digest, now) for digest in digests}
-        found = {digest: bytes(content) for digest, content in here.items() if content is not None}
-        if len(found) == len(here):
-            return found
-        for delay_s in (0.0, *RETRIES_S):
-            await trio.sleep(delay_s)
-            for peer_id in self._holders(heard):
-                missing = [digest for digest in digests if digest not in found]
-                if not missing:
-                    return found
-                left = max_bytes - sum(map(len, found.values()))
-                addrs = heard.notice.addrs if peer_id == heard.author else ()
-                try:
-                    found |= await fetch_evidence(
-                        self._host, peer_id, missing[:MAX_DIGESTS], addrs, max_bytes=left
-                    )
-                except PeerError as exc:
-                    logger.debug("proof.not_there peer=%s why=%s", peer_id, exc)
-        if len(found) < len(set(digests)):
-            raise PeerError(f"nobody has all of the proof against {heard.notice.accused}", heard.author)
-        return found
-
-    def _holders(self, heard: Heard) -> list[str]:
-        """Peers to ask, first tellers first, again for what one answer did not hold; never the accused."""
-        first = dict.fromkeys([heard.told_by or heard.author, heard.author])
-        others = [
-            peer_id
-            for peer_id in self._host.connected_peers()
-            if peer_id not in first and peer_id != heard.notice.accused
+        for proof in [proof for proof in self.held if self.store.get(proof, now) is None]:
+            del self.held[proof]
+        return [
+            (heard.record, now - since)
+            for heard, since in reversed(list(self.held.values()))
+            if revision in (None, heard.notice.revision)
         ]
-        random.shuffle(others)
-        return [*(each for each in first if each != heard.notice.accused), *others[:NEIGHBOURS_ASKED]] * 4
 
 
-def _prepare(proof: Proof, check: CheckSignature) -> tuple[bytes, bytes, str]:
-    """The proof as it travels, its content address, and the model that it is about."""
+def _prepare(proof: Proof, check: CheckSignature) -> tuple[bytes, bytes, Accusation]:
+    """The proof as it travels, its content address, and what it says."""
     encoded = encode_proof(proof)
-    return encoded, digest_of(encoded), open_proof(proof, check).revision
+    return encoded, digest_of(encoded), open_proof(proof, check)
 
 
 def _open(encoded: bytes, check: CheckSignature) -> Accusation:

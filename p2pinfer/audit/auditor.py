@@ -28,10 +28,8 @@ from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
-from p2pinfer.node.swarm.proof_gossip import Heard
 from p2pinfer.reputation.ledger import Ledger
-from p2pinfer.reputation.proof import Accusation, Proof
-from p2pinfer.reputation.proofs import ProofDecision
+from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.small_lies import sample_of
 from p2pinfer.reputation.verdict import Finding, Verdict
@@ -40,6 +38,7 @@ from p2pinfer.session.receipt_checks import PassedStep
 from p2pinfer.session.session import Session
 
 from .collect import Collected, collect_record
+from .examiner import Examiner
 from .opinions import compare_elsewhere
 from .second_opinion import choose_auditors, run_elsewhere
 from .verifier import Verifier
@@ -107,7 +106,8 @@ class Auditor:
         self._has_passed = False  # whether our re-execution ever agreed with anybody
         self._settled = Pulse()
         self._jobs_in, self._jobs = trio.open_memory_channel[_Job](MAX_WAITING)
-        member.proofs.attach(self.examine, self._is_wanted)
+        self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
+        member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
 
     def toss(self, route: Route) -> frozenset[str]:
         """The hops to be checked after a session over `route` that is about to open."""
@@ -311,40 +311,6 @@ class Auditor:
             return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
         return [address]
-
-    # ------------------------------------------------------------------ proofs of others
-
-    def _is_wanted(self, heard: Heard) -> bool:
-        """True if a proof is worth fetching."""
-        notice = heard.notice
-        decision = self._ledger.weigh_proof(notice.proof.hex(), notice.accused, heard.author, self._clock())
-        return decision is ProofDecision.FETCH
-
-    async def examine(
-        self, heard: Heard, accusation: Accusation, contents: Mapping[bytes, Payload]
-    ) -> bool | None:
-        """Run the blocks of somebody else's proof again; ban only if that confirms it."""
-        notice, why = heard.notice, "two receipts for one step"
-        if accusation.kind == "output":
-            signed = accusation.signed
-            record = HopRecord(accusation.peer_id, signed, accusation.receipts, contents)
-            finding = await self._verifier.verify_fully(record)
-            if finding.verdict in (Verdict.INCONCLUSIVE, Verdict.SUSPECT):
-                return None
-            why = finding.reason
-            if finding.verdict is Verdict.PASS:
-                # A quick PASS does not refute a proof: what it misses may be the very lie, and who told of it
-                # would be taken for a liar.
-                if not self._verifier.is_thorough(finding):
-                    return None
-                self._ledger.add_proof(
-                    notice.proof.hex(), notice.accused, self._clock(), verified=False, sender=heard.author
-                )
-                return False
-        self._ledger.add_proof(
-            notice.proof.hex(), notice.accused, self._clock(), verified=True, sender=heard.author, why=why
-        )
-        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from p2pinfer.node.swarm import gossipsub
 from p2pinfer.node.swarm.gossip import Gossip, open_gossip
 from p2pinfer.node.swarm.gossipsub import FloodingRouter, topic_of
 from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.proof_gossip import Heard, Notice
 from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
@@ -303,6 +304,30 @@ async def test_a_forwarder_who_sends_without_end_is_cut_short(
     await alice.gossip.announce(alice.announcement(2))
     await alice.gossip.wait_until_heard()
     assert bob.knows(alice, 1)
+
+
+async def test_a_forwarder_of_many_notices_of_proofs_is_cut_short_and_its_announcements_are_not(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossipsub, "NOTICES_AT_ONCE", 3)
+    monkeypatch.setattr(gossipsub, "NOTICES_PER_S", 0.0)
+    monkeypatch.setattr(module, "PROOFS_AT_ONCE", 100)
+    alice, bob = await join(), await join()
+    heard: list[str] = []
+
+    def hear(notice: Heard) -> bool:
+        heard.append(notice.notice.accused)
+        return True
+
+    bob.gossip.on_notice = hear
+    await alice.connect(bob)
+    await alice.gossip.announce(alice.announcement(1))
+    await bob.hears(alice, 1)
+    for number in range(9):
+        await alice.gossip.publish_notice(Notice("proof", REVISION, b"%032d" % number, f"own{number}"))
+    await alice.gossip.announce(alice.announcement(2))
+    await bob.hears(alice, 2)
+    assert heard == ["own0", "own1", "own2"]
 
 
 async def test_an_introducer_follows_a_bounded_number_and_drops_what_nobody_needs(

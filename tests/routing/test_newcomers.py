@@ -235,6 +235,16 @@ def test_where_a_peer_was_found_counts_and_not_what_it_announces() -> None:
     assert chosen([proven, new], View("new"), request=elsewhere, times=400)["new"] > 20
 
 
+def test_who_announces_anothers_range_takes_none_of_its_chances() -> None:
+    theirs = ("/ip4/203.0.113.9/tcp/1",)
+    crowd = [candidate(f"s{n}", tokens_per_s=45.0, addrs=theirs) for n in range(40)]
+    honest = candidate("honest", tokens_per_s=50.0, addrs=theirs, found_at="203.0.113.9")
+    proven = candidate("proven", tokens_per_s=40.0)
+    alone = chosen([proven, honest], View("honest"), times=1000)["honest"]
+    names = View("honest", *(peer.peer_id for peer in crowd))
+    assert chosen([proven, honest, *crowd], names, times=1000)["honest"] > alone / 2 > 30
+
+
 def test_a_clean_address_beside_one_in_a_spoilt_range_gains_nothing() -> None:
     addrs = ("/ip4/9.9.9.9/tcp/1", "/ip4/203.0.113.1/tcp/1")
     new = candidate("new", tokens_per_s=50.0, addrs=addrs)

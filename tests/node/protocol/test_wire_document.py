@@ -116,6 +116,10 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
             proof.MAX_RECEIPTS,
             proof_gossip.MAX_NOTICE_BYTES,
             proof_gossip.MAX_TENSOR_BYTES,
+            proof_gossip.MAX_BYTES,
+            proof_gossip.BYTES_PER_S,
+            proof_gossip.BYTES_AT_ONCE,
+            proof_gossip.AUTHORS_BYTES_PER_S,
         ],
         "Announcements": [
             announcement.MAX_ANNOUNCEMENT_BYTES,

@@ -8,9 +8,19 @@ from functools import partial
 import pytest
 import trio
 
+from p2pinfer.errors import PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.concurrency.turn_queue import TurnQueue
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
-from p2pinfer.node.swarm.proof_gossip import MAX_TOLD, Heard, Notice, ProofCarrier
+from p2pinfer.node.swarm.proof_fetch import Holders
+from p2pinfer.node.swarm.proof_gossip import (
+    MAX_BYTES,
+    MAX_TOLD,
+    MAX_TOLD_OF_UNKNOWN,
+    Heard,
+    Notice,
+    ProofCarrier,
+)
 from p2pinfer.reputation.proof import Accusation, Proof
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of, sign_receipt
 
@@ -181,3 +191,116 @@ async def test_records_are_of_what_is_still_here_and_of_the_model_asked_for(plac
     assert author.records("another") == []
     author.store.forget_expired(trio.current_time() + 1000)
     assert author.records() == []
+
+
+# ---------------------------------------------------------------------- floods
+
+
+def nothing(number: int, author: str, told_by: str = "") -> Heard:
+    """A notice of a proof that nobody has."""
+    return Heard(Notice("proof", "r", digest_of(b"%d" % number), f"own{number}"), author, told_by=told_by)
+
+
+async def test_notices_of_nothing_do_not_hold_up_a_proof_that_is_there(
+    place: Place, autojump_clock: trio.testing.MockClock
+) -> None:
+    """They took a worker each for half a minute, and the queue was theirs."""
+    author, client = place.join("author"), place.join("client")
+    judge = Judge(client)
+    for number in range(200):
+        client.hear(nothing(number, f"stranger{number}", told_by=f"neighbour{number % 3}"))
+    began_at = trio.current_time()
+    await author.publish(*proof_against("liar"))
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
+    assert trio.current_time() - began_at < 1.0
+
+
+async def test_a_neighbour_that_passes_on_much_takes_no_place_of_another(place: Place) -> None:
+    client = place.join("client")
+    taken = [client.hear(nothing(n, f"author{n}", told_by="busy")) for n in range(100)]
+    assert 0 < taken.count(True) < 30
+    assert client.hear(nothing(1000, "author", told_by="quiet"))
+
+
+@pytest.mark.parametrize("lie", [(2, 1), (1, 2), (0, 0)], ids=["tokens", "blocks", "none"])
+async def test_who_says_less_than_a_proof_takes_is_not_heard_any_more(
+    place: Place, lie: tuple[int, int]
+) -> None:
+    author, client = place.join("author"), place.join("client")
+    judge = Judge(client)
+    address = await author.publish(*proof_against("liar"))
+    await judge.wait_for(1)
+    other = place.join("other")
+    looked_at = Judge(other)
+    tokens, blocks = lie
+    notice = Notice("proof", "r", address, "liar", size=1 << 20, tokens=tokens, blocks=blocks)
+    other.hear(Heard(notice, "author", told_by="client"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert looked_at.seen == []
+    assert not other.hear(nothing(1, "author"))
+
+
+async def test_a_proof_that_is_larger_than_its_notice_says_is_not_fetched(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    author, client = place.join("author"), place.join("client")
+    address = await author.publish(*proof_against("liar"))
+    await until_told(client)
+    other = place.join("other")
+    judge = Judge(other)
+    other.hear(Heard(Notice("proof", "r", address, "liar", size=1000, tokens=1, blocks=1), "author"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert judge.seen == [] and other.store.held_bytes == 0
+    other.hear(Heard(Notice("proof", "r", address, "liar", size=1 << 20, tokens=1, blocks=1), "author"))
+    await judge.wait_for(1)
+
+
+async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    client = place.join("client")
+    asked: list[str] = []
+
+    async def fetch(host: object, stores: object, holders: Holders, *_: object) -> dict[bytes, bytes]:
+        await trio.lowlevel.checkpoint()
+        asked.append(holders.author)
+        raise PeerError("it is not there", holders.author)
+
+    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.fetch_parts", fetch)
+    for number in range(20):
+        notice = Notice("proof", "r", digest_of(b"%d" % number), "own", size=MAX_BYTES)
+        client.hear(Heard(notice, f"author{number // 2}", told_by=f"n{number}"))
+        await trio.testing.wait_all_tasks_blocked()
+    assert asked == ["author0", "author1", "author2", "author3"]
+
+
+async def test_proofs_about_peers_that_nobody_has_heard_of_push_out_no_others(place: Place) -> None:
+    author = place.join("author")
+    host = place.network.host("node")
+    aside = EvidenceStore(1 << 20, 900, groups_at_least=1)
+    node = ProofCarrier(
+        host,
+        EvidenceStore(1 << 20, 900, groups_at_least=2),
+        BoardOf(place.board, "node"),
+        is_known=lambda peer_id: peer_id == "liar",
+        aside=aside,
+    )
+    place.network.nursery.start_soon(node.serve)
+    place.board.carriers["node"] = node
+    await author.publish(*proof_against("liar"))
+    await until_told(node)
+    for number in range(12):
+        await author.publish(*proof_against(f"own{number}", b"%d" % number * 100_000))
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(node.records()) <= 1 + MAX_TOLD_OF_UNKNOWN
+    assert node.store.held_bytes < 400_000 < aside.held_bytes <= 1 << 20
+
+
+async def test_every_neighbour_has_its_turn_in_the_queue() -> None:
+    queue = TurnQueue[int](max_of_one=3, max_bringers=2)
+    assert [queue.put("busy", n) for n in range(5)] == [True, True, True, False, False]
+    assert queue.put("quiet", 10) and not queue.put("third", 20)
+    assert [await queue.get() for _ in range(4)] == [0, 10, 1, 2]

@@ -9,7 +9,7 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import open_nursery
-from p2pinfer.node.swarm.whereabouts import LASTS_S, NAMES_A_ROUND, Whereabouts
+from p2pinfer.node.host.whereabouts import LASTS_S, NAMES_A_ROUND, Whereabouts
 from p2pinfer.routing.address_ranges import ranges_of_ip
 from p2pinfer.routing.announcement import Announcement
 

@@ -1,0 +1,129 @@
+"""Examiner: runs the blocks of others' proofs again, and bans only if that confirms them.
+
+    notice -> ledger: worth a fetch? -> fetched -> ledger: still? -> budget -> own audits first -> run again
+
+Anybody can make true proofs about keys of its own, as many and as long as it likes. So what they may cost is
+bounded before it is paid: the notice says how many tokens went through how many blocks, the carrier holds the
+proof to it, and the examiner spends no more than a share of its time. Proofs about peers that were met here
+have a budget of their own. No proof is run while an audit of our own waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import trio
+
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.node.swarm.proof_gossip import Heard
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.proof import Accusation
+from p2pinfer.reputation.proofs import ProofDecision
+from p2pinfer.reputation.receipt import Payload
+from p2pinfer.reputation.verdict import Verdict
+
+from .examination_budget import ExaminationBudget
+from .verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+OWN_FIRST_S: Final = 60.0  # how long audits of our own go before, one after the other
+
+
+class Examiner:
+    """Looks at the proofs that a carrier brings.
+
+    Args:
+        own_settled: Returns when no audit of our own waits.
+        clock: The ledger's time in seconds.
+        stopwatch: The time that the budget is in, in seconds.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ledger: Ledger,
+        verifier: Verifier,
+        config: AuditConfig,
+        own_settled: Callable[[], Awaitable[None]],
+        *,
+        clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec = spec
+        self._ledger = ledger
+        self._verifier = verifier
+        self._own_settled = own_settled
+        self._clock = clock
+        self._stopwatch = stopwatch
+        self._turn = trio.Lock()
+        self._budgets = {
+            about_met: ExaminationBudget(config.proofs_share / 2, spec.block_parameters, stopwatch())
+            for about_met in (True, False)
+        }
+
+    def is_wanted(self, heard: Heard) -> bool:
+        """True if a proof is worth fetching."""
+        notice = heard.notice
+        decision = self._ledger.weigh_proof(notice.proof.hex(), notice.accused, heard.author, self._clock())
+        return decision is ProofDecision.FETCH
+
+    async def examine(
+        self, heard: Heard, accusation: Accusation, contents: Mapping[bytes, Payload]
+    ) -> bool | None:
+        """Run the blocks of somebody else's proof again.
+
+        Returns:
+            True if it holds, False if it does not, None if that cannot be told, or not at this price.
+        """
+        address, accused = heard.notice.proof.hex(), heard.notice.accused
+        # One after the other: each pays before the next one asks what is left.
+        async with self._turn:
+            if not self._ledger.may_examine(address, accused, heard.author, self._clock()):
+                return None
+            holds: bool | None = True
+            why = "two receipts for one step"
+            if accusation.kind == "output":
+                holds, why = await self._run_again(heard, accusation, contents)
+            if holds is not None:
+                now, said = self._clock(), why if holds else ""
+                self._ledger.add_proof(address, accused, now, verified=holds, sender=heard.author, why=said)
+            return holds
+
+    async def _run_again(
+        self, heard: Heard, accusation: Accusation, contents: Mapping[bytes, Payload]
+    ) -> tuple[bool | None, str]:
+        """True if the outputs are wrong, None if that cannot be told; and why."""
+        units = self._units_of(accusation)
+        budget = self._budgets[self._ledger.account(accusation.peer_id).is_met]
+        if not budget.affords(heard.author, units, self._stopwatch()):
+            logger.debug("proof.too_dear proof=%s units=%d", heard.notice.proof.hex(), units)
+            return None, ""
+        with trio.move_on_after(OWN_FIRST_S):
+            await self._own_settled()
+        began_at = self._stopwatch()
+        try:
+            record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
+            finding = await self._verifier.verify_fully(record)
+        finally:
+            now = self._stopwatch()
+            budget.pay(heard.author, units, now - began_at, now)
+        if finding.verdict is Verdict.FAIL:
+            return True, finding.reason
+        # A quick PASS does not refute a proof: what it misses may be the very lie, and who told of it would
+        # be taken for a liar.
+        if finding.verdict is Verdict.PASS and self._verifier.is_thorough(finding):
+            return False, finding.reason
+        return None, finding.reason
+
+    def _units_of(self, accusation: Accusation) -> int:
+        """Tokens times blocks of a re-execution: three runs of the span, and four of what follows it."""
+        first = accusation.receipts[0]
+        tokens = sum(receipt.tokens for receipt in accusation.receipts)
+        blocks = 3 * (first.stop - first.start) + 4 * max(0, self._spec.num_blocks - first.stop)
+        return tokens * blocks
