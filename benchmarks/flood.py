@@ -3,11 +3,11 @@
     python benchmarks/flood.py                              # a tenth of ten minutes at the full rate
     python benchmarks/flood.py --seconds 600 --rate 167     # 100,000 of them
 
-Two `p2pinfer node` processes serve the bundled model on loopback, one of them with `--verify`. A client makes
-short texts and audits every hop. First nobody attacks, then for as long a process with eight connections to
-the verifying node publishes: two of three messages are notices of proofs that nobody has; the third has a
-proof behind it, true and as heavy as a session of 2,048 tokens, about a key that was made for it. Each is by
-an author of its own.
+Two `p2pinfer node` processes serve the bundled model on loopback, the first with `--verify`. A client makes
+short texts over both and audits every hop. First nobody attacks, then for as long a process with eight
+connections to the verifying node publishes: two of three messages are notices of proofs that nobody has; the
+third has a proof behind it, true and as heavy as a session of 2,048 tokens, about a key that was made for it.
+Each is by an author of its own.
 
 Node and client begin with ledgers that know thirty honest peers and one liar, which was banned on a proof and
 never met. All of that has to be there at the end. The shares of processor are of the node and of the client,
@@ -59,7 +59,7 @@ CONNECTIONS = 8
 STEPS, STEP_TOKENS = 64, 32  # of a self-accusation
 HONEST, LIAR = tuple(f"honest{n}" for n in range(30)), "liar"
 ON_TIME_S = 10.0
-TEXTS_EVERY_S = 5.0
+TEXTS_EVERY_S = 2.0
 
 
 # ---------------------------------------------------------------------- the attacker
@@ -209,12 +209,14 @@ def lost_of(folder: Path) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_node(home: Path, name: str, *words: str) -> AsyncGenerator[tuple[trio.Process, str]]:
+async def open_node(
+    home: Path, name: str, blocks: str, *words: str
+) -> AsyncGenerator[tuple[trio.Process, str]]:
     """A node process and its address."""
     folder = home / name
     seed_ledger(folder)
     (folder / "config.toml").write_text("[compute]\nthreads = 1\n")
-    command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes", "--blocks", "0:8"]
+    command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes", "--blocks", blocks]
     command += ["--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", *words]
     with (folder / "stderr").open("wb") as stderr:
         process = await trio.lowlevel.open_process(
@@ -305,8 +307,8 @@ async def contest(seconds: float, rate: float) -> None:
         home = Path(name)
         patrol = ("--verify", "--set", "verify.idle_s=2", "--set", "verify.pause_s=20")
         async with (
-            open_node(home, "node", *patrol) as (process, address),
-            open_node(home, "twin", "--bootstrap", address),
+            open_node(home, "node", "0:5", *patrol) as (process, address),
+            open_node(home, "other", "5:8", "--bootstrap", address),
         ):
             seed_ledger(home / "client")
             client = Client(

@@ -207,7 +207,12 @@ class RoutePlanner:
             accused: f"{error} (by the word of {accuser} alone)",
             accuser: f"it says of {accused}: {error}",
         }
-        for peer_id, share in self._quarrels.note(accuser, accused, trio.current_time()).items():
+
+        def in_standing(peer_id: str) -> bool:
+            return not (self._ledger.is_newcomer(peer_id) or self._ledger.is_banned(peer_id))
+
+        shares = self._quarrels.note(accuser, accused, trio.current_time(), in_standing)
+        for peer_id, share in shares.items():
             self._ledger.record_failure(peer_id, now, said[peer_id], share=share)
 
     def _candidates(self, excluded: frozenset[str], gap: Gap | None) -> list[Candidate]:

@@ -25,6 +25,7 @@ from p2pinfer.reputation.receipt import (
     broken_link,
     decode_receipt,
     digest_of,
+    is_signed_by,
 )
 from p2pinfer.routing.route import Hop
 
@@ -93,9 +94,7 @@ class ReceiptBook:
         hops, step = passed.hops, passed.step
         if len(passed.receipts) != len(hops):
             raise _missing(passed)
-        receipts = [
-            self._chain_of(hop).extend(signed) for hop, signed in zip(hops, passed.receipts, strict=True)
-        ]
+        receipts = [self._extend(hops, index, signed) for index, signed in enumerate(passed.receipts)]
         for index, (hop, receipt) in enumerate(zip(hops, receipts, strict=True)):
             returned = step.returns if index == len(hops) - 1 else step.tokens
             said = (receipt.position, receipt.tokens, receipt.returned, receipt.epoch)
@@ -111,6 +110,20 @@ class ReceiptBook:
             raise ProtocolViolation(
                 f"the receipts of step {step.number} do not link up", hops[blamed].peer_id
             )
+
+    def _extend(self, hops: Sequence[Hop], index: int, signed: bytes) -> Receipt:
+        """Content of a hop's next receipt.
+
+        What a hop signed speaks against it alone. Bytes that it did not sign may as well be the work of those
+        behind it, through whose hands they went: then it is the next hop's word.
+        """
+        hop = hops[index]
+        try:
+            return self._chain_of(hop).extend(signed)
+        except ProtocolViolation as exc:
+            if not is_signed_by(signed, hop.peer_id, self._check_signature):
+                exc.told_by = _behind(hops, hop)
+            raise
 
     def _chain_of(self, hop: Hop) -> ReceiptChain:
         """Receipt chain of a hop; where it was replaced by another peer, that one's chain begins."""
@@ -128,9 +141,20 @@ def _missing(passed: PassedStep) -> ProtocolViolation:
         if receipt is not None:
             spans.add((receipt.start, receipt.stop))
     absent = [hop for hop in passed.hops if (hop.span.start, hop.span.stop) not in spans]
-    blamed = absent[-1].peer_id if absent else passed.hops[-1].peer_id
+    blamed = absent[-1] if absent else passed.hops[-1]
     count = f"{len(passed.receipts)} receipts from {len(passed.hops)} hops"
-    return ProtocolViolation(f"step {passed.step.number} came back with {count}", blamed)
+    # It left its receipt out, or one behind it did.
+    return ProtocolViolation(
+        f"step {passed.step.number} came back with {count}",
+        blamed.peer_id,
+        told_by=_behind(passed.hops, blamed),
+    )
+
+
+def _behind(hops: Sequence[Hop], hop: Hop) -> str:
+    """The next hop's peer id; empty if there is none."""
+    at = hops.index(hop)
+    return hops[at + 1].peer_id if at + 1 < len(hops) else ""
 
 
 def _decoded(signed: bytes) -> Receipt | None:

@@ -21,33 +21,45 @@ from p2pinfer.routing.route import Hop, Route, RouteOutcome
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm
 
 
+def note(quarrels: Quarrels, accuser: str, accused: str, now: float) -> dict[str, float]:
+    """With everybody in good standing but the crowd."""
+    return dict(quarrels.note(accuser, accused, now, lambda peer_id: not peer_id.startswith("crowd")))
+
+
 def test_both_are_charged_alike_and_a_pair_once_in_a_while() -> None:
     quarrels = Quarrels()
-    assert quarrels.note("a", "b", 0.0) == {"a": 0.5, "b": 0.5}
-    assert quarrels.note("a", "b", 1.0) == {}
-    assert quarrels.note("b", "a", 2.0) == {}  # whoever of the two complains
-    assert quarrels.note("a", "b", CHARGED_S + 1) == {"a": 0.5, "b": 0.5}
+    assert note(quarrels, "a", "b", 0.0) == {"a": 0.5, "b": 0.5}
+    assert note(quarrels, "a", "b", 1.0) == {}
+    assert note(quarrels, "b", "a", 2.0) == {}  # whoever of the two complains
+    assert note(quarrels, "a", "b", CHARGED_S + 1) == {"a": 0.5, "b": 0.5}
 
 
 def test_who_complains_of_one_after_the_other_is_charged_alone() -> None:
     quarrels = Quarrels()
-    assert quarrels.note("liar", "a", 0.0) == {"liar": 0.5, "a": 0.5}
-    assert quarrels.note("liar", "b", 1.0) == {"liar": 0.5, "b": 0.5}
-    assert quarrels.note("liar", "a", 2.0) == quarrels.note("liar", "b", 3.0) == {"liar": 1.0}
-    assert quarrels.note("liar", "a", 2 * CHARGED_S) == {"liar": 0.5, "a": 0.5}
+    assert note(quarrels, "liar", "a", 0.0) == {"liar": 0.5, "a": 0.5}
+    assert note(quarrels, "liar", "b", 1.0) == {"liar": 0.5, "b": 0.5}
+    assert note(quarrels, "liar", "a", 2.0) == note(quarrels, "liar", "b", 3.0) == {"liar": 1.0}
+    assert note(quarrels, "liar", "a", 2 * CHARGED_S) == {"liar": 0.5, "a": 0.5}
 
 
-def test_of_whom_many_complain_is_not_charged_for_their_repeating_it() -> None:
-    """Keys cost nothing: a crowd must not be able to drag one peer down."""
+def test_of_whom_one_after_the_other_complains_is_charged_alone() -> None:
+    quarrels = Quarrels()
+    note(quarrels, "a", "broken", 0.0)
+    note(quarrels, "b", "broken", 1.0)
+    assert note(quarrels, "a", "broken", 2.0) == {"broken": 1.0}
+
+
+def test_a_crowd_of_newcomers_cannot_drag_one_peer_down() -> None:
+    """Keys cost nothing."""
     quarrels = Quarrels()
     for number in range(3):
-        quarrels.note(f"crowd{number}", "honest", 0.0)
-    assert all("honest" not in quarrels.note(f"crowd{n % 3}", "honest", float(n)) for n in range(30))
+        note(quarrels, f"crowd{number}", "honest", 0.0)
+    assert all("honest" not in note(quarrels, f"crowd{n % 3}", "honest", float(n)) for n in range(30))
 
 
 def test_the_edge_is_avoided_for_a_while() -> None:
     quarrels = Quarrels()
-    quarrels.note("a", "b", 0.0)
+    note(quarrels, "a", "b", 0.0)
     assert set(quarrels.edges(1.0)) == {("a", "b")}
     assert quarrels.edges(EDGE_S) == {}
 

@@ -136,6 +136,28 @@ async def test_what_is_wrong_with_a_receipt_is_its_hop_s_fault(
     assert caught.value.peer_id == blamed
 
 
+@pytest.mark.parametrize(
+    ("tamper", "blamed", "told_by"),
+    [
+        (without(1), "b", "c"),
+        (changed(lambda receipts: [receipts[0], b"junk", receipts[2]]), "b", "c"),
+        (changed(lambda receipts: [receipts[0][:-1] + b"?", *receipts[1:]]), "a", "b"),
+        (changed(lambda receipts: [*receipts[:2], receipts[2][:-1] + b"?"]), "c", ""),
+        (resigned(1, tokens=2), "b", ""),  # it signed that
+        (resigned(1, input=bytes(32)), "b", ""),
+    ],
+)
+async def test_what_a_hop_did_not_sign_may_be_the_work_of_the_next_one(
+    tamper: Tamper, blamed: str, told_by: str
+) -> None:
+    """Receipts go through the hands of all hops behind: one that spoils another's must not be believed."""
+    ours = book()
+    ours.note(await Chain().passed(tamper))
+    with pytest.raises(ProtocolViolation) as caught:
+        await ours.check()
+    assert (caught.value.peer_id, caught.value.told_by) == (blamed, told_by)
+
+
 async def test_two_receipts_for_one_step_are_equivocation() -> None:
     ours, chain = book(), Chain()
     ours.note(await chain.passed())
