@@ -72,7 +72,7 @@ def targets() -> list[Target]:
         Target("receipt", tuple(receipts), _receipt),
         Target("chain", (pack(receipts[:3]), pack([receipts[0], receipts[3]])), _chain),
         Target("proof", (encode_proof(output_proof), encode_proof(equivocation)), _proof),
-        Target("record", (pack([encode_proof(output_proof), *contents]),), _hop_record),
+        Target("hop_record", (pack([encode_proof(output_proof), *contents]),), _hop_record),
         Target(
             "notice",
             (encode_notice(Notice("proof", _REVISION, bytes(32), PEER_ID, ("/ip4/1.2.3.4",))),),
