@@ -372,7 +372,8 @@ async def _open_member(
             )
             member.presence.watch()
             member.whereabouts.watch()
-            nursery.start_soon(member.whereabouts.serve)
+            if memory_dir is None:  # a node chooses no routes, and has no use for what names stand for
+                nursery.start_soon(member.whereabouts.serve)
 
             def look_for_twin(suspect: Announcement) -> None:
                 member.dispute()
