@@ -67,8 +67,8 @@ class Judge(Verifier):
         self._says = says
         self._each_s = each_s
 
-    async def verify(self, deposition: HopRecord) -> Finding:
-        self.seen.append(deposition.peer_id)
+    async def verify(self, record: HopRecord) -> Finding:
+        self.seen.append(record.peer_id)
         await trio.sleep(self._each_s)
         return Finding(self._says, "as it was told")
 
