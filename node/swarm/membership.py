@@ -43,7 +43,7 @@ from .live_table import LiveTable
 from .mdns import keep_looking_around
 from .peer_book import CLIENT_FILE_NAME, PeerBook
 from .presence import Presence
-from .proof_gossip import ProofCarrier
+from .proof_gossip import ProofCarrier, new_carrier
 from .sequence import Sequence
 from .snapshot import fetch_snapshot, serve_snapshots
 
@@ -59,7 +59,6 @@ SETTLE_ROUND_TRIPS: Final = 12  # to the farthest first peer, for connecting and
 INTRODUCTION_S: Final = 3.0  # for a client to hand over what it knows of a hop's successor
 INTRODUCTION_EVERY_S: Final = 30.0  # by one client, on average: a table is kilobytes
 INTRODUCTIONS_AT_ONCE: Final = 4
-UNKNOWNS_PART: Final = 8  # proofs about peers that were never announced here have this part of the memory
 LAN_S: Final = 2.0  # how long peers in the local network have to answer, where nobody else is known
 
 
@@ -328,13 +327,7 @@ async def _open_member(
             host.stranger_dials.teller = view.teller
             latency = Latency(host, view.everybody)
             evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
-            kept = EvidenceStore(serve.proof_bytes, serve.proof_keep_s, groups_at_least=2)
-            aside = EvidenceStore(serve.proof_bytes // UNKNOWNS_PART, serve.proof_keep_s, groups_at_least=1)
-
-            def is_known(peer_id: str) -> bool:
-                return bool(view.records_of(peer_id))
-
-            proofs = ProofCarrier(host, kept, gossip, is_known=is_known, aside=aside)
+            proofs = new_carrier(host, gossip, serve, is_known=lambda peer: bool(view.records_of(peer)))
             gossip.on_notice = proofs.hear
             await gossip.join_all_models()
             view.is_foreign = lambda revision: bool(ours := gossip.revisions) and revision not in ours
@@ -345,7 +338,7 @@ async def _open_member(
             looks_around = host_config.mdns and (bool(advertised) or not first_peers)
             if looks_around:
                 nursery.start_soon(keep_looking_around, advertised, neighbourhood.add)
-            serve_evidence(host, evidence, kept, aside)
+            serve_evidence(host, evidence, *proofs.stores)
             serve_snapshots(host, view, proofs)
             nursery.start_soon(neighbourhood.keep)
             nursery.start_soon(latency.serve)
@@ -372,7 +365,7 @@ async def _open_member(
             )
             member.presence.watch()
             member.whereabouts.watch()
-            if memory_dir is None:  # a node chooses no routes, and has no use for what names stand for
+            if not remembers:  # a node chooses no routes, and has no use for what names stand for
                 nursery.start_soon(member.whereabouts.serve)
 
             def look_for_twin(suspect: Announcement) -> None:

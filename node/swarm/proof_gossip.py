@@ -28,6 +28,7 @@ import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.concurrency.turn_queue import TurnQueue
+from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.rate_limit import RateLimit
@@ -53,6 +54,7 @@ MAX_TOLD: Final = 64  # notices that a newcomer is told of
 MAX_TOLD_OF_UNKNOWN: Final = 8  # about peers that nobody here has heard of
 FETCHED_AT_ONCE: Final = 4  # one that nobody has must not hold up the others
 RETRIES_S: Final = (0.5, 2.0, 5.0, 15.0)  # between rounds: a neighbour may be fetching it just now
+UNKNOWNS_PART: Final = 8  # proofs about peers that were never announced here have this part of the memory
 MAX_RETRYING: Final = 64  # notices that wait for their next round
 MAX_BYTES: Final = (
     MAX_PROOF_BYTES + MAX_TENSOR_BYTES
@@ -172,6 +174,11 @@ class ProofCarrier:
         self._bytes = RateLimit(BYTES_PER_S, BYTES_AT_ONCE, max_remembered=1)
         self._authors_bytes = RateLimit(AUTHORS_BYTES_PER_S, MAX_BYTES)
 
+    @property
+    def stores(self) -> tuple[EvidenceStore, ...]:
+        """Stores of the proofs that others may ask for."""
+        return tuple(dict.fromkeys((self._shelf.store, self._aside.store)))
+
     def attach(self, on_proof: OnProof, is_wanted: Callable[[Heard], bool]) -> None:
         """Let somebody look at proofs, those included that have come already.
 
@@ -287,6 +294,15 @@ class ProofCarrier:
         if self._bytes.left("", now) < size or not self._authors_bytes.take(author, now, size):
             return False
         return self._bytes.take("", now, size)
+
+
+def new_carrier(
+    host: Host, board: NoticeBoard, config: ServeConfig, *, is_known: Callable[[str], bool]
+) -> ProofCarrier:
+    """A carrier with as much memory as the settings grant."""
+    kept = EvidenceStore(config.proof_bytes, config.proof_keep_s, groups_at_least=2)
+    aside = EvidenceStore(config.proof_bytes // UNKNOWNS_PART, config.proof_keep_s, groups_at_least=1)
+    return ProofCarrier(host, kept, board, is_known=is_known, aside=aside)
 
 
 @dataclass(frozen=True, slots=True)
