@@ -82,6 +82,8 @@ class InFlight:
         awaited: Steps without a result, oldest first.
         length: Positions whose results have come.
         progress_at: When something last came or went.
+        takes_results: False while hops are being replaced: what is replayed to new ones, up to `confirmed`,
+            has to be what steps that are sent again go on from.
     """
 
     def __init__(self) -> None:
@@ -89,6 +91,7 @@ class InFlight:
         self.awaited: deque[SentStep] = deque()
         self.length = 0
         self.progress_at = 0.0
+        self.takes_results = True
         self._begun = trio.Event()
         self._calm = trio.Event()  # no step is in flight, or a repair is due
         self._repair_due = False
@@ -132,6 +135,7 @@ class InFlight:
             for each in self.awaited
         )
         self.progress_at = trio.current_time()
+        self.takes_results = True  # those of the new epoch
         return [*self.awaited]
 
     def drop_from(self, position: int, error: Exception) -> None:
@@ -208,7 +212,11 @@ class InFlight:
         self._calm.set()
         async with self.lock:
             self._repair_due = False
-            yield
+            self.takes_results = False
+            try:
+                yield
+            finally:
+                self.takes_results = True
 
     def _note_calm(self) -> None:
         if not self.awaited:

@@ -288,6 +288,9 @@ class Session:
             return
         if result.epoch < self.chain.epoch and not self._steps.is_awaited(result):
             return
+        # Its step is sent again: a hop that has taken over is fed up to it, and would miss it.
+        if not self._steps.takes_results:
+            return
         sent = self._steps.answer(result, payload, stream.peer_id)
         if self.book is not None:
             self.book.note(PassedStep(sent.step, self.route.hops, sent.payload, payload, result.receipts))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import trio
 from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.node.protocol.messages import Result
+from p2pinfer.session.hop_stream import HopStream
 from p2pinfer.session.pending import Superseded
 
 from ..node.memory_swarm import open_memory_swarm, route_over
@@ -60,6 +63,39 @@ async def test_a_hop_that_dies_in_the_middle_of_a_window_is_replaced_and_the_win
                 close_to(await pending, expected[at : at + 3])  # as often as it is wanted
             assert session.failovers == 1
             assert victim in session.failed_peers
+
+
+@pytest.mark.parametrize("victim", ["a", "b"])
+async def test_a_result_that_comes_while_a_hop_is_replaced_leaves_no_gap(
+    victim: str, checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hops behind it go on with what it passed on; its replacement is fed up to a step without a result."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        spares = Spares(**OTHERS)
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            on_their_way: list[tuple[HopStream, Result, bytearray]] = []
+            has_come, take = trio.Event(), session.on_result
+
+            def hold(stream: HopStream, result: Result, payload: bytearray) -> None:
+                on_their_way.append((stream, result, bytearray(payload)))
+                has_come.set()
+
+            async def arrive() -> None:
+                await trio.lowlevel.checkpoint()
+                monkeypatch.setattr(session, "on_result", take)
+                take(*on_their_way[0])
+
+            monkeypatch.setattr(session, "on_result", hold)
+            spares.before_answering = arrive
+            windows = [await session.submit(inputs[at : at + 3], at) for at in range(PROMPT, PROMPT + 9, 3)]
+            await has_come.wait()
+            await swarm.network.kill(victim)
+            for index, pending in enumerate(windows):
+                at = PROMPT + 3 * index
+                close_to(await pending, expected[at : at + 3])
+            assert session.failovers == 1
 
 
 async def test_a_hop_is_handed_over_between_windows(
