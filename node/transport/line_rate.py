@@ -14,6 +14,13 @@ SAMPLE_BYTES: Final = 16 << 10  # a rate is taken from no fewer
 ROUND_TRIPS: Final = 4  # for an answer, where packets are lost and sent again
 MAX_RTT_S: Final = 8.0  # peers that answer later gain no more patience
 MAX_QUEUE_S: Final = 8.0
+NEAR_S: Final = 0.01  # round trips below this are of a local network
+THIN_BYTES_PER_S: Final = 128 << 10  # a line below this queues and drops what it cannot carry
+
+
+def is_local(bytes_per_s: float, rtt_s: float) -> bool:
+    """True for a near line that was not found thin: waits there are for processors, and tell no rate."""
+    return 0 < rtt_s < NEAR_S and not 0 < bytes_per_s < THIN_BYTES_PER_S
 
 
 class LineRate:

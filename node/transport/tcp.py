@@ -23,7 +23,7 @@ from multiaddr import Multiaddr
 from p2pinfer.node.concurrency.nurseries import innermost
 
 from .addresses import parse_tcp
-from .line_rate import MAX_RTT_S
+from .line_rate import MAX_RTT_S, THIN_BYTES_PER_S, is_local
 from .private_network import Guarded
 from .raw_stream import RawStream
 
@@ -35,7 +35,6 @@ READ_BYTES = 1 << 17
 KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
-THIN_BYTES_PER_S = 128 << 10  # a line below this queues and drops what it cannot carry
 THIN_TIMEOUT_S = 15.0  # without an acknowledgement, before a connection over such a line is dead
 THIN_LASTS_S = 60.0  # how long one measurement counts
 ROUND_TRIPS = 6  # without an acknowledgement, before a connection of long round trips is dead
@@ -179,19 +178,23 @@ class TcpStream(RawStream):
         least_s = max(self._user_timeout_s, THIN_TIMEOUT_S if self._uplink.is_thin else 0.0)
         timeout_ms = int(1000 * max(least_s, ROUND_TRIPS * min(rtt_s, MAX_RTT_S)))
         is_worth_it = not 0.8 * timeout_ms <= self._timeout_ms <= 1.2 * timeout_ms
+        self._limit_unsent()
         if is_worth_it:
             self._timeout_ms = timeout_ms
             _set_tcp(self.socket, "TCP_USER_TIMEOUT", timeout_ms)
 
     def _limit_unsent(self) -> None:
         """Let the kernel take about `UNSENT_S` ahead of the line."""
-        wanted = min(max(int(self.rate.bytes_per_s * UNSENT_S), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)
-        is_tuned = self._user_timeout_s < math.inf
-        if (
-            is_tuned
-            and self.rate.bytes_per_s
-            and not self._unsent_bytes / 2 < wanted < self._unsent_bytes * 2
-        ):
+        rate = self.rate.bytes_per_s
+        if self._user_timeout_s == math.inf:
+            return  # it was not tuned, and may be no TCP
+        if is_local(rate, self.rtt_s):
+            wanted = MAX_UNSENT_BYTES
+        elif rate:
+            wanted = min(max(int(rate * UNSENT_S), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)
+        else:
+            wanted = FIRST_UNSENT_BYTES
+        if not self._unsent_bytes / 2 < wanted < self._unsent_bytes * 2:
             self._unsent_bytes = wanted
             _set_tcp(self.socket, "TCP_NOTSENT_LOWAT", wanted)
 

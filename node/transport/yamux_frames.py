@@ -9,6 +9,8 @@ import struct
 
 from libp2p.exceptions import BaseLibp2pError
 
+from .line_rate import is_local
+
 HEADER = struct.Struct("!BBHII")
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -26,14 +28,15 @@ MAX_STREAM_ID = (1 << 32) - 1
 FRAME_S = 0.1
 MIN_FRAME_BYTES = 4 << 10
 FIRST_FRAME_BYTES = 16 << 10  # while the rate is not known
-NEAR_S = 0.01  # round trips below this are of a local network, which is taken for fast
 
 
 def frame_bytes(bytes_per_s: float, rtt_s: float) -> int:
     """Most payload of a frame on a line of this rate and round trip, each 0 if it is not known."""
+    if is_local(bytes_per_s, rtt_s):
+        return MAX_PAYLOAD
     if bytes_per_s:
         return min(max(int(bytes_per_s * FRAME_S), MIN_FRAME_BYTES), MAX_PAYLOAD)
-    return MAX_PAYLOAD if 0 < rtt_s < NEAR_S else FIRST_FRAME_BYTES
+    return FIRST_FRAME_BYTES
 
 
 class YamuxViolation(BaseLibp2pError):

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pinfer.node.protocol.messages import Opened
-from p2pinfer.node.transport.line_rate import Line
+from p2pinfer.node.transport.line_rate import NO_LINE, Line, is_local
 
 CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
 FIRST_BYTES: Final = 32 << 10  # of a chunk on a line of unknown rate
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
-NEAR_S: Final = 0.01  # round trips below this are of a local network, which is taken for fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,10 @@ class ChunkSizes:
 
     def next_tokens(self, line: Line) -> int:
         """Tokens of the next chunk."""
-        if line.bytes_per_s:
-            tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes
-        elif line.rtt_s < NEAR_S:  # or there is no network at all
+        if is_local(line.bytes_per_s, line.rtt_s) or line == NO_LINE:
             tokens = self._most
+        elif line.bytes_per_s:
+            tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes
         else:
             tokens = FIRST_BYTES // self._row_bytes
         return max(1, min(max(tokens, LEAST_TOKENS), self._most))

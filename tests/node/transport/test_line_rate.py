@@ -58,3 +58,8 @@ def test_a_frame_takes_a_tenth_of_a_second_of_the_line() -> None:
 def test_a_line_of_unknown_rate_has_short_frames_unless_it_is_local() -> None:
     assert frame_bytes(0, 0.05) == frame_bytes(0, 0) == FIRST_FRAME_BYTES
     assert frame_bytes(0, 0.001) == MAX_PAYLOAD
+
+
+def test_a_busy_processor_makes_no_local_line_thin_and_a_thin_local_line_is_told() -> None:
+    assert frame_bytes(500_000, 0.001) == MAX_PAYLOAD
+    assert frame_bytes(50_000, 0.001) == 5_000
