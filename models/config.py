@@ -40,6 +40,6 @@ def check_target(dtype: str, device: str) -> None:
         ConfigError: One of them is not.
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"no dtype is called {dtype!r}; try {', '.join(DTYPES)}")
+        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if _DEVICE.fullmatch(device) is None:
-        raise ConfigError(f"no device is called {device!r}; try {', '.join(DEVICES)}")
+        raise ConfigError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")

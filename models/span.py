@@ -28,7 +28,7 @@ class BlockSpan:
         """
         match = re.fullmatch(r"\s*(\d{1,6}):(\d{1,6})\s*", text)
         if match is None or int(match[1]) >= int(match[2]):
-            raise ConfigError(f"{text!r} is no span of blocks: write A:B with A < B, for example 0:4")
+            raise ConfigError(f"{text!r} is not a span of blocks; write A:B with A < B, for example 0:4")
         return cls(int(match[1]), int(match[2]))
 
     def __len__(self) -> int:

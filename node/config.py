@@ -82,11 +82,9 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
-            raise ConfigError(
-                "--blocks says which blocks, --num-blocks how many, --no-blocks none: give one of them"
-            )
+            raise ConfigError("--blocks, --num-blocks and --no-blocks exclude each other; give one of them")
         if self.num_blocks is not None and self.num_blocks < 1:
-            raise ConfigError(f"--num-blocks is {self.num_blocks}; --no-blocks is how to serve none")
+            raise ConfigError(f"--num-blocks is {self.num_blocks}; use --no-blocks to serve no blocks")
         if self.weights_bytes < 0:
             raise ConfigError(f"weights_bytes is {self.weights_bytes}; it must be 0 or more")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:

@@ -68,10 +68,10 @@ def hold_data_dir(data_dir: Path) -> Generator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         holder = read_holder(data_dir)
-        who = holder.describe() if holder else "a process that has not said who it is"
+        who = holder.describe() if holder else "an unknown process"
         raise DataDirInUse(
-            f"another node uses {data_dir}: {who}; stop it, or give this node a directory "
-            "of its own by --data-dir, and with it a name"
+            f"another node uses {data_dir}: {who}; stop that node, or give this one "
+            "a directory of its own (--data-dir)"
         ) from None
     except (OSError, NotImplementedError) as exc:
         # A key may be mounted read-only: the node can run, only nobody notices a second one here.

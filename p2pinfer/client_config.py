@@ -82,7 +82,7 @@ class GenerationConfig:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
         if not all(is_text(text) for text in self.stop):
-            raise ConfigError("a stop holds half of a surrogate pair, which is in no text; leave it out")
+            raise ConfigError("a stop contains half of a surrogate pair, which is not valid text; remove it")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must fit into 64 bits")
         for token_id, bias in self.logit_bias.items():

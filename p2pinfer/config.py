@@ -177,7 +177,7 @@ def config_file(
     named = file or (Path(environ[ENV_CONFIG]) if environ.get(ENV_CONFIG) else None)
     if named is not None:
         if not named.is_file():
-            raise ConfigError(f"{named} is no file: there is no configuration to read")
+            raise ConfigError(f"the configuration file {named} does not exist")
         return named
     flag = flags.get("data_dir")
     data_dir = flag.value if flag else environ.get(f"{ENV_PREFIX}DATA_DIR")
@@ -293,7 +293,7 @@ def _split(text: str, setting: Setting, origin: str) -> object:
     try:
         return tomllib.loads(f"list = {text}")["list"]
     except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{origin}: {setting.key} is no TOML array: {exc}") from exc
+        raise ConfigError(f"{origin}: {setting.key} is not a TOML array: {exc}") from exc
 
 
 def _assignments(value: object, setting: Setting, origin: str) -> object:

@@ -58,7 +58,9 @@ def expand(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as exc:
-        raise ConfigError(f"{path}: {Path(path).parts[0]} is nobody's home directory; write it out") from exc
+        raise ConfigError(
+            f"{path}: {Path(path).parts[0]} is not the home directory of a known user; write the full path"
+        ) from exc
 
 
 def is_homeless() -> bool:
@@ -145,7 +147,7 @@ def _homeless() -> Path:
             f"this user has no home directory, and {folder} cannot be made ({exc.strerror}); set HOME"
         ) from exc
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
-        raise ConfigError(f"this user has no home directory, and {folder} is not this user's alone; set HOME")
+        raise ConfigError(f"this user has no home directory, and other users can write to {folder}; set HOME")
     return folder
 
 

@@ -200,8 +200,8 @@ def open_idle_audits(
         ) as client:
             if client.spec.revision != sources[0].spec.revision:
                 raise ModelChanged(
-                    f"{shared.model} is another model than this node serves: its folder was written anew; "
-                    "nobody is checked until the node is started again"
+                    f"{shared.model} has changed since this node started: its folder was written again; "
+                    "this node audits no peers until it is started again"
                 )
             yield client
 

@@ -38,7 +38,7 @@ def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Prog
     defaults = read_generation_defaults(folder)
     if defaults.left_out:
         logger.warning(
-            "%s asks for %s, which p2pinfer leaves out: its text may differ from transformers'",
+            "%s sets %s, which p2pinfer ignores: the text may differ from that of transformers",
             folder / GENERATION_FILE,
             ", ".join(defaults.left_out),
         )

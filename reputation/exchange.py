@@ -44,7 +44,7 @@ def import_ledger(ledger: Ledger, exported: bytes, now: float) -> int:
     try:
         decoded = msgspec.json.decode(decode_text(exported), type=_Export)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
-        raise LocalError(f"this is no exported ledger: {exc}") from exc
+        raise LocalError(f"this is not an exported ledger: {exc}") from exc
     for peer_id, record in decoded.peers.items():
         ledger.merge(peer_id, record, now)
     return len(decoded.peers)

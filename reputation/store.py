@@ -188,7 +188,7 @@ def open_store(path: Path, config: LedgerConfig | None = None) -> LedgerStore:
                     raise
                 aside = _move_aside(path)
                 logger.warning(
-                    "the ledger %s is damaged (%s): it is kept as %s, and a fresh one begins",
+                    "the ledger %s is damaged (%s): it was moved to %s, and an empty one was made",
                     path,
                     exc,
                     aside,
@@ -196,11 +196,13 @@ def open_store(path: Path, config: LedgerConfig | None = None) -> LedgerStore:
                 connection = _connect(path)
     except Timeout as exc:
         raise LocalError(
-            f"another process holds the ledger {path}; end it or name another --data-dir"
+            f"another process has locked the ledger {path}; stop it or choose another --data-dir"
         ) from exc
     except (OSError, sqlite3.Error) as exc:
         said = getattr(exc, "strerror", None) or exc
-        raise LocalError(f"cannot keep the ledger {path}: {said}; name another folder by --data-dir") from exc
+        raise LocalError(
+            f"cannot use the ledger {path}: {said}; choose another folder with --data-dir"
+        ) from exc
     return LedgerStore(path, connection, config or LedgerConfig())
 
 
@@ -267,4 +269,4 @@ def _decoded(rows: Iterable[tuple[str, str]], kind: type[_Row]) -> Iterator[tupl
         try:
             yield key, msgspec.json.decode(record, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            logger.warning("the ledger's record of %r is left out: %s", key, exc)
+            logger.warning("ignoring the ledger's record of %r: %s", key, exc)

@@ -32,7 +32,7 @@ def check_routes(
 
 def _check_shape(route: Any) -> None:
     if not isinstance(route, Route):
-        raise PolicyError(f"it returned {_brief(route)} where a Route belongs")
+        raise PolicyError(f"it returned {_brief(route)} instead of a Route")
     # The types promise what follows, but a policy need not have been checked against them.
     hops = cast(Any, route.hops)
     if not (isinstance(hops, tuple) and hops):
@@ -45,7 +45,7 @@ def _check_shape(route: Any) -> None:
             and isinstance(cast(Any, hop.peer_id), str)
             and isinstance(cast(Any, hop.span), BlockSpan)
         ):
-            raise PolicyError(f"{_brief(hop)} is no Hop with a peer id and a BlockSpan")
+            raise PolicyError(f"{_brief(hop)} is not a Hop with a peer id and a BlockSpan")
 
 
 def _check_cover(route: Route, wanted: BlockSpan) -> None:
@@ -55,7 +55,7 @@ def _check_cover(route: Route, wanted: BlockSpan) -> None:
             fault = "a gap" if before.stop < after.start else "an overlap"
             raise PolicyError(f"route {route} has {fault} between {before} and {after}")
     if spans[0].start != wanted.start or spans[-1].stop != wanted.stop:
-        raise PolicyError(f"route {route} covers {spans[0].start}:{spans[-1].stop}, wanted is {wanted}")
+        raise PolicyError(f"route {route} covers {spans[0].start}:{spans[-1].stop} instead of {wanted}")
 
 
 def _check_peers(
@@ -67,7 +67,7 @@ def _check_peers(
     for hop in route.hops:
         candidate = known.get(hop.peer_id)
         if candidate is None:
-            raise PolicyError(f"route {route} uses {hop.peer_id}, which is no candidate")
+            raise PolicyError(f"route {route} uses {hop.peer_id}, which is not a candidate")
         if not candidate.span.covers(hop.span):
             raise PolicyError(f"route {route} uses {hop.peer_id}, which serves only {candidate.span}")
         reason = refusal(candidate, request, view)
@@ -80,7 +80,7 @@ _FAULTS = {
     Ineligibility.EXCLUDED: "the request excludes",
     Ineligibility.UNTRUSTED: "has not shown the integrity that the request demands",
     Ineligibility.BANNED: "is banned",
-    Ineligibility.UNCHECKABLE: "computes in what no audit here can run again",
+    Ineligibility.UNCHECKABLE: "computes in a format that cannot be audited here",
     Ineligibility.ABSENT: "is leaving or holds another model",
 }
 

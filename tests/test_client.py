@@ -297,7 +297,7 @@ async def test_a_text_that_waited_in_vain_can_be_resumed_by_another_client(open_
         await swarm.serve("b")
         resumed = client.resume(caught.value.resume_token)
         assert await text_of(resumed) == whole
-        with pytest.raises(ConfigError, match="no resume token"):
+        with pytest.raises(ConfigError, match="not a resume token"):
             client.resume("p2pr0.AAAA")
 
 
@@ -429,7 +429,7 @@ class BanLover(RoutingPolicy):
             Broken(),
             "policy Broken raised ZeroDivisionError: by zero; the policy RiskAdjusted chooses instead",
         ),
-        (Absurd(), "uses ghost, which is no candidate; the policy RiskAdjusted chooses instead"),
+        (Absurd(), "uses ghost, which is not a candidate; the policy RiskAdjusted chooses instead"),
         (BanLover(), "uses bad, which is banned; the policy RiskAdjusted chooses instead"),
     ],
 )

@@ -144,7 +144,7 @@ def test_a_variable_can_name_the_file(tmp_path: Path) -> None:
 
 
 def test_a_named_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.toml is no file"):
+    with pytest.raises(ConfigError, match=r"nothing\.toml does not exist"):
         load_settings(environ={}, file=tmp_path / "nothing.toml")
 
 
@@ -200,7 +200,7 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, text: str,
         ),
         ("P2PINFER_SERVE__SEED", "x", r"serve\.seed must be a whole number, not 'x'"),
         ("P2PINFER_SERVE__GENEROUS", "perhaps", r"serve\.generous must be true or false, not 'perhaps'"),
-        ("P2PINFER_SERVE__LISTEN", "[1", r"serve\.listen is no TOML array"),
+        ("P2PINFER_SERVE__LISTEN", "[1", r"serve\.listen is not a TOML array"),
         ("P2PINFER_SERVE__LISTEN", "[1]", r"serve\.listen must be a list of texts"),
     ],
 )

@@ -65,5 +65,5 @@ def test_nowhere_to_make_it_is_said(homeless: Path) -> None:
 
 def test_a_tilde_of_nobody_is_said() -> None:
     assert expand("~/models") == Path.home() / "models"
-    with pytest.raises(ConfigError, match="~nobody-here is nobody's home directory"):
+    with pytest.raises(ConfigError, match="~nobody-here is not the home directory of a known user"):
         expand("~nobody-here/models")

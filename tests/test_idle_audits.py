@@ -243,8 +243,8 @@ async def test_a_patrol_whose_folder_was_written_anew_checks_nobody_and_says_so(
     with trio.move_on_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(idle_audits.serve)
-            while "nobody is checked until the node is started again" not in caplog.text:
+            while "audits no peers until it is started again" not in caplog.text:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
-    assert "nobody is checked until the node is started again" in caplog.text
+    assert "audits no peers until it is started again" in caplog.text
     assert heard == []

@@ -177,7 +177,7 @@ async def test_nothing_stands_in_for_a_policy_that_hung_if_it_forbids_it(
     policy_runner = PolicyRunner(Hanging(), RiskAdjusted(), 5.0)
     with pytest.raises(PolicyError, match="took longer than 5 s"):
         await policy_runner.choose_routes([candidate("a")], REQUEST, Ledger())
-    with pytest.raises(PolicyError, match="took too long before; nothing stands in for it"):
+    with pytest.raises(PolicyError, match="took too long before, and there is no fallback for it"):
         await policy_runner.choose_routes([candidate("a")], REQUEST, Ledger())
     # It does not listen, and nothing happens.
     policy_runner.tell(Route((candidate("a").hop(),)), RouteOutcome(ok=True))

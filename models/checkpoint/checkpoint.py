@@ -101,7 +101,8 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, spec, shards, complete_config(model, config))
     for index in set(range(spec.num_blocks)) - {block_of(name) for name in checkpoint.names()}:
         raise CheckpointError(
-            f"{folder} holds no tensor of block {index}, and its config promises {spec.num_blocks}"
+            f"{folder} has no tensors of block {index}, but its config.json says {spec.num_blocks} blocks; "
+            "fetch the model again"
         )
     return checkpoint
 
@@ -122,7 +123,7 @@ def open_shards(
     for name, promised in layout.items():
         if absent := (promised or frozenset()) - headers[name].keys():
             raise CheckpointError(
-                f"{folder / name} lacks the tensor {min(absent)}, which {INDEX} places there"
+                f"{folder / name} lacks the tensor {min(absent)}, which {INDEX} lists for it; fetch it again"
             )
     paths = [folder / name for name in layout]
     hashes = hash_shards(paths, cache_dir=cache_dir, progress=progress)
@@ -146,7 +147,7 @@ def shard_layout(folder: Path) -> dict[str, frozenset[str] | None]:
     for pattern in _PICKLES:
         if pickled := sorted(folder.glob(pattern)):
             raise CheckpointError(refuse_pickles(str(folder), pickled[0].name))
-    raise CheckpointError(f"{folder} holds neither {SINGLE_SHARD} nor {INDEX}: no weights to read")
+    raise CheckpointError(f"{folder} has no weights: neither {SINGLE_SHARD} nor {INDEX}")
 
 
 def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, frozenset[str] | None]:
@@ -163,7 +164,7 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, frozenset[st
         # A path here could name any file of the machine, so only plain names pass.
         if not isinstance(shard, str) or _SHARD_NAME.fullmatch(shard) is None:
             raise CheckpointError(
-                f"{where} places {name} in {shard!r}, which is no safetensors file beside it"
+                f"{where} lists {name} in {shard!r}, which is not a safetensors file of the same folder"
             )
         layout.setdefault(shard, set()).add(name)
     return {shard: frozenset(layout[shard]) for shard in sorted(layout)}

@@ -171,8 +171,8 @@ def _family(model: str, config: Mapping[str, Any]) -> str:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES.keys() | _ALIASES:
         raise CheckpointError(
-            f"{model} is of family {shown(family)}, which p2pinfer does not run; "
-            f"it runs {', '.join(sorted(_FAMILIES))}"
+            f"{model} has the model type {shown(family)}, which p2pinfer does not support; "
+            f"it supports {', '.join(sorted(_FAMILIES))}"
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
@@ -218,12 +218,12 @@ def _check_together(model: str, complete: Mapping[str, Any]) -> None:
         if not fit:
             refuse_value(model, key, complete[key])
     if SLIDING in complete["layer_types"] and complete.get("sliding_window") is None:
-        raise CheckpointError(f"{model} has blocks with a window, and its config does not say how wide it is")
+        raise CheckpointError(f"{model} has sliding-window blocks, but its config sets no sliding_window")
     activation = complete.get("hidden_activation") or complete["hidden_act"]
     if activation not in ACTIVATIONS:
         raise CheckpointError(
-            f"{model} has the activation {shown(activation)}, which p2pinfer does not compute: "
-            f"it is no function of a number alone, or one that transformers does not know"
+            f"{model} has the activation {shown(activation)}, which p2pinfer does not support: "
+            f"it has weights of its own, or transformers does not know it"
         )
 
 

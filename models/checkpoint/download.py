@@ -83,13 +83,13 @@ def download(published: Published, url: str, folder: Path, *, count: Count, paus
             _persist(receiving, pause)
             if resumed and not published.is_matched_by(receiving.digest):
                 # What an earlier run left was damaged, by a crash, say; nothing is the hub's fault yet.
-                logger.info("the part of %s that was here is damaged; fetching it anew", published.name)
+                logger.info("the partial download of %s is damaged; downloading it again", published.name)
                 receiving.restart()
                 _persist(receiving, pause)
         if not published.is_matched_by(receiving.digest):
             part.unlink()
             raise CheckpointError(
-                f"{published.name} arrived with other contents than {url} is published to have; "
+                f"{published.name} does not have the hash that is published for {url}; "
                 f"it was removed, try again"
             )
         part.replace(path)

@@ -117,7 +117,7 @@ class _Entry:
             before = _stamp(self.path, os.fstat(file.fileno()))
             self.hashed = _hash(file, count)
             if _stamp(self.path, os.fstat(file.fileno())) != before:
-                raise CheckpointError(f"{self.path} is being written; start again when that is done")
+                raise CheckpointError(f"{self.path} is being written; start again when it is complete")
         self._stamp = before
         self._remember()
 

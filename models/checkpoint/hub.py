@@ -94,7 +94,7 @@ def _open_listed(model: str, store: HubStore, progress: Progress | None) -> HubS
     unhashed = [name for name in shards if listing.files[name].sha256 is None]
     if unhashed:
         raise CheckpointError(
-            f"the hub publishes no SHA-256 of {unhashed[0]} of {model}, so it cannot be checked"
+            f"the hub publishes no SHA-256 of {unhashed[0]} of {model}, so the file cannot be verified"
         )
     folder = store.folder_of([listing.files[name] for name in shards])
     texts = store.texts_of(folder, listing)
@@ -116,7 +116,7 @@ def _open_snapshot(
     try:
         source = FolderSource(snapshot, cache_dir=store.cache_dir, progress=progress, name=model)
     except CheckpointError as exc:
-        raise ModelNotFound(f"{why}; huggingface_hub's own cache has a part of it: {exc}") from exc
+        raise ModelNotFound(f"{why}; the cache of huggingface_hub has only a part of it: {exc}") from exc
     level = logging.INFO if is_offline() else logging.WARNING
     logger.log(level, "%s; %s is used as huggingface_hub's own cache has it", why, model)
     return source
@@ -181,7 +181,7 @@ class HubSource:
             ]
             if TOKENIZER in absent:
                 raise
-            logger.warning("%s; going on without %s", exc, ", ".join(absent))
+            logger.warning("%s; continuing without %s", exc, ", ".join(absent))
 
     def _needed(self, span: BlockSpan | None, embedding_and_head: bool) -> dict[str, frozenset[str] | None]:
         return {
@@ -194,9 +194,7 @@ class HubSource:
 def _shard_names(model: str, listing: Listing) -> list[str]:
     """The weight files to go by: one of the standard name, or all that lie beside an index."""
     if "config.json" not in listing.files:
-        raise CheckpointError(
-            f"{model} has no config.json at the hub, so it is no model that can be run here"
-        )
+        raise CheckpointError(f"{model} has no config.json at the hub, so p2pinfer cannot run it")
     if SINGLE_SHARD in listing.files:
         return [SINGLE_SHARD]
     shards = [name for name in sorted(listing.files) if name.endswith(".safetensors") and "/" not in name]
@@ -205,7 +203,7 @@ def _shard_names(model: str, listing: Listing) -> list[str]:
     for name in sorted(listing.files):
         if name.endswith(_PICKLE_SUFFIXES):
             raise CheckpointError(refuse_pickles(model, name))
-    raise CheckpointError(f"{model} has neither {SINGLE_SHARD} nor {INDEX} at the hub: no weights to read")
+    raise CheckpointError(f"{model} has no weights at the hub: neither {SINGLE_SHARD} nor {INDEX}")
 
 
 def _serves(names: Iterable[str], span: BlockSpan | None, embedding_and_head: bool) -> bool:

@@ -85,7 +85,7 @@ class HubStore:
             error = self._explain(exc)
             if known is None or isinstance(error, NoSuchModel):
                 raise error from exc
-            logger.warning("%s; %s is used as it was fetched before", error, self._repo)
+            logger.warning("%s; using the files of %s that were downloaded before", error, self._repo)
             return known
         self._remember(listing)
         return listing
@@ -120,7 +120,7 @@ class HubStore:
             finally:
                 draft.unlink(missing_ok=True)
         except OSError as exc:
-            logger.info("%s cannot be written: %s; without network the model will be unknown", path, exc)
+            logger.info("%s cannot be written: %s; the model cannot be used offline", path, exc)
 
     def folder_of(self, shards: Iterable[Published]) -> Path:
         """Folder of the files of a model with these weights."""

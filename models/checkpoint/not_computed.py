@@ -22,15 +22,15 @@ class NotComputed:
 
 
 NOT_COMPUTED: Final[Mapping[str, NotComputed]] = {
-    "partial_rotary_factor": NotComputed((None, 1), "only part of each head would be turned"),
-    "per_layer_config": NotComputed((None, {}), "its blocks would differ from each other"),
-    "use_bidirectional_attention": NotComputed((None, False), "tokens would see those after them"),
-    "is_causal": NotComputed((True,), "tokens would see those after them"),
-    "is_encoder_decoder": NotComputed((None, False), "it would read its prompt with other blocks"),
+    "partial_rotary_factor": NotComputed((None, 1), "rotary embeddings would cover only part of each head"),
+    "per_layer_config": NotComputed((None, {}), "its blocks would have different shapes"),
+    "use_bidirectional_attention": NotComputed((None, False), "tokens would attend to later tokens"),
+    "is_causal": NotComputed((True,), "tokens would attend to later tokens"),
+    "is_encoder_decoder": NotComputed((None, False), "a separate encoder would read the prompt"),
     "attention_chunk_size": NotComputed(
         (None,), "transformers would cut the cache, and not the prompt, by it"
     ),
-    "kv_sharing_modes": NotComputed((None,), "blocks would read each other's caches"),
+    "kv_sharing_modes": NotComputed((None,), "blocks would share their KV caches"),
 }
 # Checked with the rope, whose type decides.
 _OF_ROPE: Final = frozenset({"partial_rotary_factor"})
@@ -63,4 +63,4 @@ def check_computed(model: str, key: str, values: Mapping[str, Any]) -> None:
 
 def refusal(model: str, key: str, why: str) -> CheckpointError:
     """The error for a key that is not computed."""
-    return CheckpointError(f"{model} sets {key}, which p2pinfer does not compute: {why}")
+    return CheckpointError(f"{model} sets {key}, which p2pinfer does not support: {why}")

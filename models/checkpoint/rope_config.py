@@ -71,12 +71,13 @@ def rope_parameters(
     said = {"rope_theta": theta, **cast("dict[str, Any]", given)}
     if any(isinstance(value, dict) for value in said.values()):
         raise CheckpointError(
-            f"{model} has a rotary embedding per kind of block, which p2pinfer does not compute"
+            f"{model} has a rotary embedding for each type of block, which p2pinfer does not support"
         )
     rope_type: Any = said.get("rope_type", said.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in _TYPES:
         raise CheckpointError(
-            f"the rope type of {model} is {shown(rope_type)}, not one of {', '.join(_TYPES)}"
+            f"{model} has the rope type {shown(rope_type)}, which p2pinfer does not support; "
+            f"it supports {', '.join(_TYPES)}"
         )
     rope = _read(model, config, said, rope_type, max_positions)
     check_values(model, rope)

@@ -90,7 +90,7 @@ class Shard:
         digest = stored.digest()
         digest.update(buffer)
         if digest.hexdigest() != self._digests.get(name):
-            self._refuse(name, "it holds something else")
+            self._refuse(name, "its content differs")
         return content.view(getattr(torch, _TORCH_DTYPES[stored.dtype])).view(stored.shape)
 
     def _readable(self, name: str) -> Stored:
@@ -104,6 +104,6 @@ class Shard:
     def _refuse(self, name: str, why: str) -> NoReturn:
         forget_hash(self.path, cache_dir=self._cache_dir)
         raise ModelChanged(
-            f"{self.path} changed after it was checked: {name} is not used, since {why}; when the folder is "
-            f"complete, start p2pinfer again, and it takes the model as it is then"
+            f"{self.path} changed after it was hashed: {name} is not used, because {why}; "
+            f"start p2pinfer again when the folder is complete"
         )

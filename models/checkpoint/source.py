@@ -63,7 +63,9 @@ def resolve_model(
         return FolderSource(Path(__file__).parents[1] / BUNDLED_MODEL, cache_dir=cache_dir, progress=progress)
     folder = expand(model)
     if model and folder.is_dir() and not is_text(str(folder.resolve())):
-        raise ModelNotFound(f"{model}: the path is not UTF-8 text, and safetensors opens no other; rename it")
+        raise ModelNotFound(
+            f"{model}: the path is not UTF-8, so safetensors cannot open it; rename the folder"
+        )
     if model and folder.is_dir():
         return FolderSource(folder, cache_dir=cache_dir, progress=progress)
     if model and folder.exists():

@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "config.json")
     if config is None:
-        raise CheckpointError(f"{folder} holds no config.json: it is no model folder")
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder")
     return config
 
 
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}; fetch it again") from exc
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
     return cast("dict[str, Any]", _as_text(content))
 
 

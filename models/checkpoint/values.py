@@ -30,7 +30,7 @@ def check_values(model: str, values: Mapping[str, Any]) -> None:
 
 def refuse_value(model: str, key: str, value: object) -> NoReturn:
     """Raise the `CheckpointError` for a value that makes no sense."""
-    raise CheckpointError(f"the config of {model} says {key} = {shown(value)}, which no model has")
+    raise CheckpointError(f"the config of {model} has the invalid value {key} = {shown(value)}")
 
 
 def shown(value: object) -> str:

@@ -45,7 +45,7 @@ class EmbeddingAndHead:
         self._head = weights.linear((_head_of(names),), shape[1], (shape[0],))
         if architecture.tied_head and len(names) == 3 and _differ(checkpoint):
             logger.warning(
-                "the config of %s ties the head to the embedding, and its files hold another head: "
+                "the config of %s ties the head to the embedding, but its files contain a separate head: "
                 "that one is used, as transformers does",
                 checkpoint.spec.model,
             )

@@ -70,5 +70,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"there is no {name} here: {torch.cuda.device_count()} CUDA devices were found")
+        raise ConfigError(
+            f"there is no device {name}: this computer has {torch.cuda.device_count()} CUDA devices"
+        )
     return device

@@ -74,8 +74,8 @@ class Weights:
         """
         if self._left:
             raise CheckpointError(
-                f"{self._checkpoint.spec.model} has the tensor {min(self._left)}, which its family "
-                f"{self._checkpoint.spec.family!r} as p2pinfer knows it does not use"
+                f"{self._checkpoint.spec.model} has the tensor {min(self._left)}, which a model of family "
+                f"{self._checkpoint.spec.family!r} with this config does not use"
             )
 
     def _take(self, name: str, *shape: int) -> Tensor:

@@ -42,7 +42,7 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> str | None:
             legacy = _legacy(read_json(folder / "added_tokens.json") or {}, specials)
             listed = [*present.values(), *legacy]
     except (TypeError, ValueError, AttributeError) as exc:
-        raise CheckpointError(f"{folder} names added tokens that are none: {exc}; fetch it again") from exc
+        raise CheckpointError(f"{folder} lists invalid added tokens: {exc}; fetch it again") from exc
     roles = {token.content for token in named.values()}
     for token in listed:
         token.special = token.special or token.content in roles

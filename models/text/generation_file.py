@@ -99,7 +99,7 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
             tuple(name for name, neutral in _LEFT_OUT.items() if _asks(content.get(name), neutral)),
         )
     except (msgspec.ValidationError, ConfigError) as exc:
-        raise CheckpointError(f"{path} cannot be followed: {exc}; correct it, or remove that field") from exc
+        raise CheckpointError(f"{path} has an invalid value: {exc}; correct or remove that field") from exc
 
 
 def _sampling(file: _File) -> SamplingConfig:

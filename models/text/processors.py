@@ -52,8 +52,8 @@ class Processors:
             process(scores, ids)
         if scores.max() == -math.inf:
             raise ConfigError(
-                f"after {len(ids)} tokens the rules of this text forbid every one that could follow; "
-                "loosen bad_words_ids, suppress_tokens, logit_bias or no_repeat_ngram_size"
+                f"after {len(ids)} tokens every next token is forbidden; "
+                "relax bad_words_ids, suppress_tokens, logit_bias or no_repeat_ngram_size"
             )
         return scores
 

@@ -82,7 +82,7 @@ async def open_host(identity: Identity, config: HostConfig | None = None) -> Asy
         await nursery.start(run_libp2p_host, raw, listen)
         for address in listen:
             if str(address) not in network.listeners:
-                raise AddressUnusable(f"cannot listen on {address}: somebody else was faster")
+                raise AddressUnusable(f"cannot listen on {address}: another process has just taken the port")
         host = Host(identity, config, raw, gate, counts)
         host.stranger_dials.note_own(host.direct_addrs)
         nursery.start_soon(gate.follow_files, host.hang_up_on_unwanted)
@@ -98,7 +98,7 @@ class Host:
         self.peer_id = identity.peer_id
         self._how_to_ask = f"ask its operator to let in {identity.peer_id}"
         if not identity.lasting:
-            self._how_to_ask += ", which lasts as long as this process: --identity FILE keeps a name"
+            self._how_to_ask += ", which changes at every start: --identity FILE keeps the same id"
         self.sign = identity.sign  # the 64-byte Ed25519 signature of some bytes
         self.verify = verify  # (peer id, bytes, signature)
         self.libp2p = libp2p_host

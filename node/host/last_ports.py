@@ -31,7 +31,7 @@ def with_last_ports(listen: Sequence[str], data_dir: Path) -> tuple[str, ...]:
                 check_listen([usual])
                 address = usual
             except AddressUnusable as exc:
-                logger.warning("%s; this node had that port last time, and takes another one", exc)
+                logger.warning("%s; this node used that port last time and takes another one", exc)
         chosen.append(address)
     return tuple(chosen)
 
@@ -45,7 +45,7 @@ def remember_ports(data_dir: Path, listening: Sequence[str]) -> None:
     try:
         write_private(path, json.dumps(ports).encode("ascii"))
     except OSError as exc:
-        logger.warning("cannot note in %s where this node listens: %s", path, os.strerror(exc.errno or 0))
+        logger.warning("cannot save the listening ports in %s: %s", path, os.strerror(exc.errno or 0))
 
 
 def _place(address: str) -> str:

@@ -148,7 +148,7 @@ class _Strangers:
     def __call__(self, address: str, why: str) -> None:
         self._counts.add("refusals", "stranger")
         if self._told.take(address, time.monotonic()):
-            logger.warning("turned away a connection from %s: %s", address, why)
+            logger.warning("rejected a connection from %s: %s", address, why)
 
 
 class _DialsNobody(AutoConnector):

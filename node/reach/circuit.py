@@ -65,7 +65,7 @@ def serve_circuits(host: Host, on_arrival: Callable[[str], Awaitable[None]]) -> 
             if request.type != StopMessage.CONNECT or not is_peer_id(source) or stream.is_relayed:
                 malformed = StopMessage(type=StopMessage.STATUS, status=Status.MALFORMED_MESSAGE)
                 await send_message(stream, malformed)
-                raise ProtocolViolation("a relay asked for something that is no connection", stream.peer_id)
+                raise ProtocolViolation("a relay sent an invalid connection request", stream.peer_id)
             await send_message(stream, StopMessage(type=StopMessage.STATUS, status=Status.OK))
         network: Any = host.libp2p.get_network()
         address = f"/p2p/{stream.peer_id}/p2p-circuit"
@@ -83,6 +83,6 @@ def serve_circuits(host: Host, on_arrival: Callable[[str], Awaitable[None]]) -> 
         try:
             await answer(stream)
         except trio.TooSlowError as exc:
-            raise PeerVanished(f"relay {stream.peer_id} says nothing", stream.peer_id) from exc
+            raise PeerVanished(f"relay {stream.peer_id} sent no request", stream.peer_id) from exc
 
     host.serve(STOP_PROTOCOL, guarded)

@@ -218,7 +218,7 @@ class Reach:
             logger.info("%s", describe(now))
             if is_refuted(seen, self._host.announced):
                 logger.warning(
-                    "no peer outside gets through to %s: is that port forwarded to the one listened on?",
+                    "no peer can connect to %s; check that the port is forwarded to a listening port",
                     ", ".join(self._host.announced),
                 )
             self._host.be_reached_at(now.addrs)

@@ -135,7 +135,7 @@ class RelayKeeper:
         since = known.since if known else trio.current_time()
         self._places[peer_id] = _Place(candidate.addrs, since, renew_at)
         if known is None:
-            logger.info("relay %s carries connections to this node", peer_id)
+            logger.info("peers can reach this node through relay %s", peer_id)
             self._publish()
 
     def _renew_after_s(self, peer_id: str, expires_s: float) -> float:
@@ -146,8 +146,8 @@ class RelayKeeper:
             self._told_of_clock = True
             hours = expires_s / 3600
             logger.warning(
-                "relay %s says its promise ends %+.1f hours from now: its clock or ours is wrong, which does "
-                "no harm here",
+                "relay %s says that the reservation ends %+.1f hours from now: one of the two clocks is "
+                "wrong, which is harmless",
                 peer_id,
                 hours,
             )
@@ -164,7 +164,7 @@ class RelayKeeper:
         if place is None:
             return
         lasted_s = trio.current_time() - place.since
-        logger.info("relay %s is lost after %.0f s; looking for another", peer_id, lasted_s)
+        logger.info("lost relay %s after %.0f s; looking for another", peer_id, lasted_s)
         if lasted_s < STEADY_S:  # who accepts and then drops is not asked again at once
             self._note_failure(peer_id)
         self._publish()

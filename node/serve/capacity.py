@@ -76,7 +76,7 @@ def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
         return
     said = f"blocks {span} of {spec.model} take {len(span) * block_bytes / 2**30:.1f} GiB, and {free}"
     if free.limit_bytes is None and target.device.type == "cpu":
-        logger.warning("%s: the computer will swap, or refuse", said)
+        logger.warning("%s: the computer will swap, or run out of memory", said)
         return
     fit = int(free.bytes * WEIGHTS_SHARE / block_bytes)
     advice = f"ask for {fit} blocks or fewer" if fit else "not even one block would fit"

@@ -24,7 +24,7 @@ def remember_span(data_dir: Path, revision: str, span: BlockSpan) -> None:
     try:
         write_private(path, content.encode("ascii"))
     except OSError as exc:
-        logger.warning("cannot note the served blocks in %s: %s", path, os.strerror(exc.errno or 0))
+        logger.warning("cannot save the served blocks in %s: %s", path, os.strerror(exc.errno or 0))
 
 
 def last_span(data_dir: Path, revision: str, num_blocks: int) -> BlockSpan | None:

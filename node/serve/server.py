@@ -158,7 +158,7 @@ class SpanServer:
         """Let a client go on with its session on this stream, a direct one most likely."""
         session = self._sessions.get(move.session)
         if session is None or session.client_id != control.peer_id:
-            await self._turn_away(control, Refused("no_session", "you have no such session here"))
+            await self._turn_away(control, Refused("no_session", "this client has no such session here"))
             return
         control.max_payload_bytes = self._largest_payload
         await session.neighbours.go_on_at(control)

@@ -387,4 +387,4 @@ class Neighbourhood:
             for peer in self._peers
         ):
             self._warned = True
-            logger.warning("no bootstrap peer answers; trying on. %s", self.describe_failures())
+            logger.warning("no bootstrap peer answered; trying again. %s", self.describe_failures())

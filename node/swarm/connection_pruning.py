@@ -61,7 +61,10 @@ class ConnectionPruning:
             if taken <= CROWDED * places:
                 await came.wait()
             elif surplus := self._idle()[: taken - int(ROOMY * places)]:
-                logger.info("hanging up on %d peers that only gossip, to have room for others", len(surplus))
+                logger.info(
+                    "closing the connections of %d peers that only gossip, to make room for others",
+                    len(surplus),
+                )
                 await self._hang_up(surplus)
             else:
                 await trio.sleep(RETRY_S)

@@ -53,7 +53,7 @@ async def keep_looking_around(
         zeroconf = await trio.to_thread.run_sync(_start, list(addrs), watch, interfaces)
         await trio.sleep_forever()
     except Exception as exc:  # zeroconf's own errors and the system's: no multicast here
-        logger.info("peers in the local network cannot be looked for: %s", exc)
+        logger.info("mDNS discovery does not work here: %s", exc)
     finally:
         watch.ended = True
         if zeroconf is not None:

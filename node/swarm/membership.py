@@ -253,7 +253,7 @@ class SwarmMember:
         """
         settled = await self.wait_settled(timeout_s)
         if not settled and self._neighbourhood.decided.is_set():
-            raise NotAdmitted(f"no peer of the swarm lets us in: {self._neighbourhood.describe_failures()}")
+            raise NotAdmitted(f"every peer rejected this one: {self._neighbourhood.describe_failures()}")
         if not settled and self.host.connected_peers():
             settled = await self.wait_settled(SLOW_S)
         if not settled:

@@ -115,7 +115,7 @@ class PeerBook:
         except OSError as exc:
             if not self._told:
                 self._told = True
-                logger.warning("cannot note in %s which peers were met: %s", path, exc.strerror or exc)
+                logger.warning("cannot save known peers in %s: %s", path, exc.strerror or exc)
 
     def _read(self) -> list[KnownPeer]:
         """Notes that have not expired; none if the file is damaged."""

@@ -244,7 +244,7 @@ class ProofCarrier:
             try:
                 await self._follow(errand)
             except ProtocolViolation as exc:
-                logger.info("a proof by %s is none: %s", heard.author, exc)
+                logger.info("rejected a fraud proof published by %s: %s", heard.author, exc)
                 _remember(self._liars, heard.author)
             except PeerError as exc:
                 logger.debug("proof.unavailable proof=%s why=%s", heard.notice.proof.hex(), exc)
@@ -287,7 +287,7 @@ class ProofCarrier:
         shelf.note(heard)
         if self._on_proof is not None and await self._on_proof(heard, accusation, contents) is False:
             shelf.held.pop(notice.proof, None)
-            raise ProtocolViolation(f"what {notice.accused} computed is right")
+            raise ProtocolViolation(f"the outputs of {notice.accused} are correct")
 
     def _pays(self, author: str, size: int, now: float) -> bool:
         """Take the bytes of a proof from what its author, and all of them, may have fetched."""

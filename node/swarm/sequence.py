@@ -52,7 +52,7 @@ class Sequence:
         """Somebody holds a record of ours with this number: go on above it, if that is not so anyhow."""
         if self._last < sequence < MAX_SEQUENCE:
             logger.info(
-                "a neighbour holds announcement %d of this node, which had counted to %d: going on there",
+                "a neighbour has announcement %d of this node, whose own count was %d: continuing from there",
                 sequence,
                 self._last,
             )
@@ -77,7 +77,7 @@ class Sequence:
             write_private(self._path, f"{self._reserved}\n".encode("ascii"), durable=True)
         except OSError as exc:
             logger.warning(
-                "cannot note in %s how far this node's announcements are counted: %s",
+                "cannot save the number of this node's last announcement in %s: %s",
                 self._path,
                 exc.strerror or exc,
             )

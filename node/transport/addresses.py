@@ -173,9 +173,9 @@ def _check_host(protocol: str, host: str) -> None:
     if protocol in ("ip4", "ip6"):
         ip = ipaddress.ip_address(host)
         if ip.is_unspecified or ip.is_multicast or host == "255.255.255.255":
-            raise ValueError(f"{host} is no address that peers can dial")
+            raise ValueError(f"{host} is not an address that peers can dial")
     elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.rstrip(".").split(".")):
-        raise ValueError(f"{host!r} is no name of a host")
+        raise ValueError(f"{host!r} is not a host name")
 
 
 def _why(exc: OSError) -> str:

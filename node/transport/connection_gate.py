@@ -37,8 +37,8 @@ _TELL_S: Final = 60.0  # one peer's refusals are told once in so long
 TOLD_AT_ONCE: Final = 10  # of all peers together: who is refused can be somebody else at each try
 _REASONS: Final = {
     RESOURCE_LIMIT_EXCEEDED: "it has as many streams open as it allows",
-    RATE_LIMITED: "it lets nobody open streams that fast",
-    GATED: "it does not let us in: we are on its deny list, or not on its allow list",
+    RATE_LIMITED: "streams were opened faster than it allows",
+    GATED: "it rejects this peer: we are on its deny list, or not on its allow list",
 }
 
 
@@ -84,7 +84,7 @@ class Gate:
         self._on_refusal("gated")
         if self.take_turn_to_tell(peer_id):
             why = self._objection(peer_id, SCOPES[0])
-            logger.warning("turned away a connection of peer %s: %s", peer_id, why)
+            logger.warning("rejected a connection from peer %s: %s", peer_id, why)
         return False
 
     def refuses(self, peer_id: str, scope: Scope) -> str:
@@ -130,7 +130,7 @@ class Gate:
             allowed = await trio.to_thread.run_sync(read_lists, config.allow)
             denied = await trio.to_thread.run_sync(read_lists, config.deny)
         except ConfigError as exc:
-            logger.warning("%s; what the lists said before still counts", exc)
+            logger.warning("%s; the previous lists stay in force", exc)
             return False
         self._allowed, self._denied = allowed, denied
         logger.info("the lists of peers were read again")

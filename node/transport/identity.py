@@ -76,7 +76,7 @@ def load_identity_file(path: Path) -> Identity:
         encoded = path.read_bytes()
     except OSError as exc:
         raise LocalError(
-            f"cannot keep an identity in {path}: {exc.strerror or exc}; name another folder by --data-dir"
+            f"cannot save an identity in {path}: {exc.strerror or exc}; choose another folder with --data-dir"
         ) from exc
     try:
         private_key = deserialize_private_key(encoded)

@@ -41,7 +41,7 @@ def make_swarm_key(path: Path) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} exists; a key in use is not overwritten, choose another name") from None
+        raise ConfigError(f"{path} exists already and is not overwritten; choose another name") from None
     except OSError as exc:
         raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
@@ -61,7 +61,7 @@ def load_swarm_key(path: Path) -> bytes:
         text = ""
     match = _FORMAT.fullmatch(text)
     if match is None:
-        raise ConfigError(f"{path} is no swarm key; `p2pinfer keygen FILE` makes one")
+        raise ConfigError(f"{path} is not a swarm key; make one with `p2pinfer keygen FILE`")
     return bytes.fromhex(match[1])
 
 

@@ -139,7 +139,7 @@ class LocalVerifier(Verifier):
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except ModelChanged as exc:
             self._changed = str(exc)
-            logger.warning("the work of peers cannot be checked against this model any more: %s", exc)
+            logger.warning("peers can no longer be audited against this model: %s", exc)
             return Finding(Verdict.INCONCLUSIVE, self._changed)
         except (ProtocolViolation, LocalError, CacheFull) as exc:
             return Finding(Verdict.INCONCLUSIVE, str(exc))

@@ -108,7 +108,7 @@ def sampling_of(state: GenerationState) -> SamplingConfig:
 def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     """The prompt's tokens, of which there is one at least, and room for one more."""
     if not is_text(prompt):
-        raise ConfigError("the prompt holds half of a surrogate pair, which is no text; leave it out")
+        raise ConfigError("the prompt contains half of a surrogate pair, which is not valid text; remove it")
     beginning = prompt[: _CHARS_PER_TOKEN * spec.max_positions]
     prompt_ids = tuple(tokenizer.encode(beginning))
     if len(prompt_ids) <= spec.max_positions + _EDGE_TOKENS and len(beginning) < len(prompt):
@@ -116,21 +116,21 @@ def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ..
     if len(prompt_ids) >= spec.max_positions:
         over = "over " if len(beginning) < len(prompt) else ""
         raise PromptTooLong(
-            f"the prompt is {over}{len(prompt_ids)} tokens long and {spec.model} takes "
-            f"{spec.max_positions}, the answer included; shorten it"
+            f"the prompt is {over}{len(prompt_ids)} tokens long, but the context of {spec.model} is "
+            f"{spec.max_positions} tokens, the answer included; shorten it"
         )
     if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:
         raise PromptTooLong(
-            f"the prompt is {len(prompt_ids)} tokens long and {spec.model} takes {spec.prompt_limit}, and "
-            f"goes on from there: its rotary embedding turns all of a longer prompt by the length of the "
-            f"whole, which peers that see it in pieces do not know; shorten it"
+            f"the prompt is {len(prompt_ids)} tokens long, but {spec.model} takes prompts of up to "
+            f"{spec.prompt_limit}: in a longer one its rotary embedding depends on the length of the "
+            f"whole prompt, which peers do not know; shorten it"
         )
     if not prompt_ids:
-        raise ConfigError(f"the prompt is empty and {spec.model} has no token to begin with; write something")
+        raise ConfigError(f"the prompt is empty and {spec.model} has no start token; write something")
     if (last := max(prompt_ids)) >= spec.vocab_size:
         raise ConfigError(
-            f"{tokenizer.piece(last)!r} in the prompt is token {last} to {spec.model}'s tokenizer, and its "
-            f"embedding ends with {spec.vocab_size - 1}: the model never learned it; leave it out"
+            f"{tokenizer.piece(last)!r} in the prompt is token {last} of the tokenizer of {spec.model}, but "
+            f"its embedding ends with token {spec.vocab_size - 1}; remove it from the prompt"
         )
     return prompt_ids
 
@@ -148,8 +148,8 @@ def _length(config: GenerationConfig, defaults: GenerationDefaults, prompt_token
         asked = defaults.max_length - prompt_tokens
         if asked < 1:
             raise PromptTooLong(
-                f"the prompt is {prompt_tokens} tokens long, and texts of this model end at "
-                f"{defaults.max_length} unless told otherwise; say how many are to follow (--max-new-tokens)"
+                f"the prompt is {prompt_tokens} tokens long, but the max_length of this model is "
+                f"{defaults.max_length}, the prompt included; set --max-new-tokens"
             )
     return asked or _MAX_NEW_TOKENS
 

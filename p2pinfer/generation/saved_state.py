@@ -83,7 +83,9 @@ def decode_state(token: str) -> GenerationState:
     """
     prefix, text = token[: len(PREFIX)], token[len(PREFIX) :]
     if prefix not in _PREFIXES or len(token) > MAX_TOKEN_CHARS:
-        raise ConfigError(f"that is no resume token of this version of p2pinfer, which begin with {PREFIX}")
+        raise ConfigError(
+            f"this is not a resume token of this version of p2pinfer; those begin with {PREFIX}"
+        )
     try:
         content = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         checksum, body = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
@@ -144,7 +146,7 @@ def keep_token(token: str, data_dir: Path) -> str:
         write_private(folder / name, token.encode(), durable=True)
         _drop_oldest(folder, but=name)
     except OSError as exc:
-        raise LocalError(f"cannot keep a resume token in {folder}: {exc.strerror or exc}") from exc
+        raise LocalError(f"cannot save a resume token in {folder}: {exc.strerror or exc}") from exc
     return name
 
 
@@ -158,7 +160,7 @@ def find_token(text: str, data_dir: Path) -> str:
         return text
     path = _folder(data_dir) / text
     if not _NAME.fullmatch(text) or not path.is_file():
-        raise ConfigError(f"no generation is kept as {text!r} in {_folder(data_dir)}")
+        raise ConfigError(f"there is no saved generation {text!r} in {_folder(data_dir)}")
     try:
         with path.open(encoding="ascii", errors="replace") as file:
             return file.read(MAX_TOKEN_CHARS + 1)

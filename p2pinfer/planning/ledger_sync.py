@@ -36,7 +36,7 @@ async def kept_ledger(data_dir: Path) -> AsyncGenerator[Ledger]:
             try:
                 await trio.to_thread.run_sync(ledger.close)
             except LocalError as exc:
-                logger.warning("%s; what was learnt about peers last is forgotten", exc)
+                logger.warning("%s; the last observations of peers are lost", exc)
 
 
 async def _keep(ledger: Ledger) -> None:

@@ -64,7 +64,7 @@ class PolicyRunner:
                 self._said = str(exc)
         elif not self.policy.stand_in:
             raise PolicyError(
-                f"policy {type(self.policy).__name__} took too long before; nothing stands in for it"
+                f"policy {type(self.policy).__name__} took too long before, and there is no fallback for it"
             )
         return await self._ask(self._fallback, candidates, request, view)
 

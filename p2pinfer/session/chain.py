@@ -170,7 +170,7 @@ class Chain:
                 # waiting for that would make a living hop look dead.
                 if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
                     break
-            errors.append(PeerVanished("it shows no sign of life", hop.peer_id))
+            errors.append(PeerVanished("it does not answer pings", hop.peer_id))
             scope.cancel()
 
         async with trio.open_nursery() as nursery:

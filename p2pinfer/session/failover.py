@@ -224,7 +224,7 @@ class Failover:
         with trio.move_on_after(self._config.repair_timeout_s):
             try:
                 if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
-                    return PeerVanished("it shows no sign of life", hop.peer_id)
+                    return PeerVanished("it does not answer pings", hop.peer_id)
                 await self._chain.reattach(hop)
                 return None
             except PeerError as exc:

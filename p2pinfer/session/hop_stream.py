@@ -211,13 +211,15 @@ class HopStream:
                 raise PeerRefused("its replay log does not reach that far", self.peer_id, "no_replay")
             case "successor_unreachable":
                 raise PeerUnreachable(
-                    "the hop before could not reach it", successor.peer_id, told_by=self.peer_id
+                    "its predecessor could not reach it", successor.peer_id, told_by=self.peer_id
                 )
             # The error names the successor on the word of the hop before it. `Failover` asks before it
             # believes that.
             case problem:
                 raise PeerVanished(
-                    f"the hop before lost it: {problem}", successor.peer_id, told_by=self.peer_id
+                    f"its predecessor lost the connection to it: {problem}",
+                    successor.peer_id,
+                    told_by=self.peer_id,
                 )
 
     async def probe(self, within_s: float, *, ask_successor: bool = True) -> Alive | None:

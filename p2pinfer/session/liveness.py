@@ -57,11 +57,11 @@ async def keep_watch(
         silent, cut = await chain.probe(within_s, ask_successors=is_overdue)
         if steps.progress_at < asked_at and chain.epoch == epoch:
             for hop in silent:
-                on_silent(hop, PeerVanished("it shows no sign of life", hop.peer_id))
+                on_silent(hop, PeerVanished("it does not answer pings", hop.peer_id))
                 await hop.hang_up()  # or whoever looks for it again would do so on this connection
             for hop in cut:
                 # The chain may have changed while others were hung up on.
                 before = chain.neighbours([hop])[0] if hop in chain.hops else None
                 told_by = before.peer_id if before is not None else ""
-                on_cut(hop, PeerVanished("the hop before does not reach it", hop.peer_id, told_by=told_by))
+                on_cut(hop, PeerVanished("its predecessor cannot reach it", hop.peer_id, told_by=told_by))
         looked_at = trio.current_time()

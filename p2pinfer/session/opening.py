@@ -57,7 +57,9 @@ async def open_hops(
             match (await frames.receive())[0]:
                 case Opened() as opened:
                     if reference_for(parse_numerics(opened.dtype)) is None:
-                        raise ProtocolViolation("computes in what no audit here can run again", hop.peer_id)
+                        raise ProtocolViolation(
+                            "computes in a format that cannot be audited here", hop.peer_id
+                        )
                     ready[index] = opened
                 case Refused() as refused:
                     raise refusal_error(refused, hop.peer_id, route)

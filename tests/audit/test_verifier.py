@@ -173,7 +173,7 @@ async def test_receipts_that_name_what_is_not_computed_here_prove_nothing(
 
 def test_a_reference_for_what_is_not_computed_here_cannot_be_opened(tiny_stories: Path) -> None:
     checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
-    with pytest.raises(ConfigError, match="no dtype is called 'int8_bfloat16'"):
+    with pytest.raises(ConfigError, match="unknown dtype 'int8_bfloat16'"):
         open_reference(checkpoint, SPAN, max_tokens=64, numerics=Numerics("int8", "bfloat16"))
 
 
@@ -226,9 +226,9 @@ async def test_weights_that_changed_on_disk_convict_nobody(
     for verify in (verifier.confirm, verifier.verify, verifier.verify_fully):
         finding = await verify(identity_over(BlockSpan(4, 6)))
         assert finding.verdict is Verdict.INCONCLUSIVE
-        assert "changed after it was checked" in finding.reason
+        assert "changed after it was hashed" in finding.reason
     assert not verifier.can_hold(SPAN), "others are asked from now on"
-    assert caplog.text.count("the work of peers cannot be checked against this model any more") == 1
+    assert caplog.text.count("peers can no longer be audited against this model") == 1
     assert "start p2pinfer again" in caplog.text
 
 

@@ -167,7 +167,7 @@ def test_completion_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str
         (["node", "--block", "0:4"], "No such option"),
         (["node", "--set", "serve.max_sessions"], "write KEY=VALUE"),
         (["node", "--set", "serve.max_session=1"], "did you mean serve.max_sessions?"),
-        (["node", "--config", "nowhere.toml"], "nowhere.toml is no file"),
+        (["node", "--config", "nowhere.toml"], "nowhere.toml does not exist"),
         (["generate"], "give either PROMPT or --resume"),
         (
             ["generate", "--max-new-tokens", "many", "x"],
@@ -262,13 +262,13 @@ def test_neither_the_package_nor_the_command_line_imports_anything_heavy() -> No
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["node", "--dtype", "int4"], "no dtype is called 'int4'; try auto, float32, bfloat16, float16"),
-        (["node", "--device", "tpu"], "no device is called 'tpu'; try auto, cpu, cuda"),
+        (["node", "--dtype", "int4"], "unknown dtype 'int4'; choose one of auto, float32, bfloat16, float16"),
+        (["node", "--device", "tpu"], "unknown device 'tpu'; choose one of auto, cpu, cuda"),
         (["node", "--set", "compute.threads=-1"], "threads is -1"),
-        (["node", "--blocks", "4"], "'4' is no span"),
+        (["node", "--blocks", "4"], "'4' is not a span"),
         (["generate", "--policy", "slowest", "x"], "'slowest' is no routing policy"),
         (["generate", "--policy", "fastet", "x"], "did you mean fastest?"),
-        (["generate", "--set", "client.device=tpu", "x"], "no device is called 'tpu'"),
+        (["generate", "--set", "client.device=tpu", "x"], "unknown device 'tpu'"),
         (["generate", "--max-new-tokens", "0", "x"], "max_new_tokens is 0"),
         (["generate", "--resume", "p2pr1.AAAA"], "the resume token is cut short"),
         (["generate", "--swarm-key", "nowhere.key", "x"], "the swarm key nowhere.key cannot be read"),
@@ -309,4 +309,4 @@ def test_a_process_that_fails_says_so_to_its_parent() -> None:
         text=True,
     )
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "p2pinfer: nowhere.toml is no file: there is no configuration to read\n"
+    assert ended.stderr == "p2pinfer: the configuration file nowhere.toml does not exist\n"

@@ -61,8 +61,8 @@ CASES = {
     "tensors of another shape": node("--model", "{models}/misshapen", exit_code=FAILED, says="shape"),
     # ------------------------------------------------------------------ the blocks
     "blocks past the end": node("--blocks", "4:9", says="has 8 blocks, 0:8; 4:9 is not among them"),
-    "blocks backwards": node("--blocks", "4:2", says="'4:2' is no span of blocks"),
-    "blocks that are none": node("--blocks", "all", says="'all' is no span of blocks"),
+    "blocks backwards": node("--blocks", "4:2", says="'4:2' is not a span of blocks"),
+    "blocks that are none": node("--blocks", "all", says="'all' is not a span of blocks"),
     "no blocks to serve": node("--num-blocks", "0", says="--num-blocks is 0"),
     "two answers to one question": node("--blocks", "0:4", "--num-blocks", "2", says="give one of them"),
     # ------------------------------------------------------------------ addresses
@@ -99,14 +99,14 @@ CASES = {
     "a policy that is broken": generate("--policy", "torn:Own", says="cannot be loaded: SyntaxError"),
     # ------------------------------------------------------------------ the text
     "a prompt too long": Case(
-        ["generate", "word " * 2000], FAILED, "tokens long and tiny-stories takes 1024"
+        ["generate", "word " * 2000], FAILED, "tokens long, but the context of tiny-stories is 1024 tokens"
     ),
     "a prompt that is no text": Case(["generate", "-"], WRONG, "is not UTF-8 text", b"\xff\xfe"),
     "an empty prompt, and no token to begin with": Case(
-        ["generate", "--model", "{models}/beginless", ""], WRONG, "the prompt is empty and .* has no token"
+        ["generate", "--model", "{models}/beginless", ""], WRONG, "the prompt is empty and .* has no start token"
     ),
     "an empty standard input, and no token to begin with": Case(
-        ["generate", "--model", "{models}/beginless", "-"], WRONG, "the prompt is empty and .* has no token"
+        ["generate", "--model", "{models}/beginless", "-"], WRONG, "the prompt is empty and .* has no start token"
     ),
     "no prompt": Case(["generate"], WRONG, "give either PROMPT or --resume"),
     "no new tokens": generate("--max-new-tokens", "0", says="max_new_tokens is 0"),
@@ -119,7 +119,7 @@ CASES = {
     "an option nobody knows": generate("--tempreature", "1", says="No such option"),
     "a command nobody knows": Case(["generrate", "x"], WRONG, "No such command"),
     "a file that is no TOML": generate("--config", "{models}/torn.toml", says=r"torn\.toml"),
-    "a file that is not there": generate("--config", "no.toml", says=r"no\.toml is no file"),
+    "a file that is not there": generate("--config", "no.toml", says=r"no\.toml does not exist"),
     "a setting nobody knows": generate(
         "--config", "{models}/typo.toml", says="did you mean generation.top_p"
     ),
@@ -297,7 +297,7 @@ def test_it_is_said_in_one_line(name: str, zygote: Zygote, places: dict[str, str
     ("policy", "complaint"),
     [
         ("wild:Own", "policy Own raised ZeroDivisionError: division by zero; the policy RiskAdjusted"),
-        ("wild:Liar", "policy Liar: .* which is no candidate; the policy RiskAdjusted"),
+        ("wild:Liar", "policy Liar: .* which is not a candidate; the policy RiskAdjusted"),
     ],
 )
 def test_a_policy_that_fails_costs_a_line_and_no_text(

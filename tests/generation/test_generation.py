@@ -477,7 +477,9 @@ async def test_a_prompt_that_does_not_fit_is_refused_at_once(
     checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
     async with open_memory_swarm(checkpoint) as swarm:
-        with pytest.raises(PromptTooLong, match="tokens long and tiny-stories takes 1024"):
+        with pytest.raises(
+            PromptTooLong, match="tokens long, but the context of tiny-stories is 1024 tokens"
+        ):
             start(Walk(swarm), swarm, ends, tokenizer, "word " * 1200)
 
 
@@ -488,7 +490,9 @@ def test_a_prompt_is_limited_where_its_length_would_turn_its_tokens(
     short, long = "word " * 8, "word " * 30
     state = new_state(spec, tokenizer, short, GenerationConfig(max_new_tokens=100))
     assert len(state.prompt_ids) <= 20 < len(state.prompt_ids) + state.max_new_tokens
-    with pytest.raises(PromptTooLong, match="takes 20, and goes on from there: its rotary embedding"):
+    with pytest.raises(
+        PromptTooLong, match="takes prompts of up to 20: in a longer one its rotary embedding"
+    ):
         new_state(spec, tokenizer, long, GenerationConfig())
 
 
@@ -532,7 +536,7 @@ async def test_an_empty_prompt_is_a_text_from_its_beginning_where_a_token_marks_
         assert (generation.prompt, generation.result.text) == ("", "Once upon a time")
         await swarm.all_closed()
         encode_as(monkeypatch, tokenizer, [])
-        with pytest.raises(ConfigError, match="the prompt is empty and tiny-stories has no token to begin"):
+        with pytest.raises(ConfigError, match="the prompt is empty and tiny-stories has no start token"):
             start(Walk(swarm), swarm, ends, tokenizer, "")
 
 

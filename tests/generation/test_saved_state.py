@@ -133,7 +133,7 @@ def test_a_token_that_would_swell_is_refused_before_it_does(monkeypatch: pytest.
     with pytest.raises(ConfigError, match="damaged"):
         decode_state(encode_state(changed(prompt_ids=(7,) * 20_000)))
     monkeypatch.setattr(saved_state, "MAX_TOKEN_CHARS", 100)
-    with pytest.raises(ConfigError, match="no resume token"):
+    with pytest.raises(ConfigError, match="not a resume token"):
         decode_state(encode_state(changed(stop=(os.urandom(100).hex(),))))
 
 
@@ -185,7 +185,7 @@ def test_a_token_is_kept_for_its_owner_alone_and_found_by_name(tmp_path: Path) -
     drop_token(name, tmp_path)
     drop_token(name, tmp_path)
     drop_token("../resume", tmp_path)
-    with pytest.raises(ConfigError, match=f"no generation is kept as '{name}'"):
+    with pytest.raises(ConfigError, match=f"there is no saved generation '{name}'"):
         find_token(name, tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_a_token_is_kept_for_its_owner_alone_and_found_by_name(tmp_path: Path) -
 def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
     (tmp_path / "resume").mkdir()
     (tmp_path / "identity.key").write_text("secret")
-    with pytest.raises(ConfigError, match="no generation is kept"):
+    with pytest.raises(ConfigError, match="there is no saved generation"):
         find_token(name, tmp_path)
 
 
@@ -214,5 +214,5 @@ def test_the_oldest_tokens_go(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "resume").write_text("a file in the way")
-    with pytest.raises(LocalError, match="cannot keep a resume token in"):
+    with pytest.raises(LocalError, match="cannot save a resume token in"):
         keep_token("token", tmp_path)

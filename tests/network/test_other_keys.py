@@ -112,7 +112,7 @@ async def test_who_connects_with_another_kind_of_key_is_turned_away(
                 await connection.new_stream()  # Noise has the dialling side finish first
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("p2pinfer.node")]
     assert len(warnings) == bool(sentence)
-    assert all(f"turned away a connection from 127.0.0.1: {sentence}" in each for each in warnings)
+    assert all(f"rejected a connection from 127.0.0.1: {sentence}" in each for each in warnings)
     assert bob.connected_peers() == []
     assert await talks(await start_host(), bob)
 

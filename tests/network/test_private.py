@@ -101,11 +101,11 @@ async def test_who_is_not_let_in_is_told_so(
     assert isinstance(error, NotAdmitted)
     assert "we are on its deny list, or not on its allow list" in str(error)
     assert f"ask its operator to let in {eve.peer_id}" in str(error)
-    assert "which lasts as long as this process: --identity FILE keeps a name" in str(error)
+    assert "which changes at every start: --identity FILE keeps the same id" in str(error)
     assert bob.connected_peers() == [anna.peer_id]
     assert bob.counts.by_label("refusals") == {"gated": 1}
     (told,) = [record.getMessage() for record in of_ours(caplog)]
-    assert told.startswith(f"turned away a connection of peer {eve.peer_id}: it is ")
+    assert told.startswith(f"rejected a connection from peer {eve.peer_id}: it is ")
     assert listed in told
 
 
@@ -206,6 +206,6 @@ async def test_streams_opened_too_fast_are_refused_and_the_connection_stays(star
         except PeerError as exc:
             error = exc
     assert error is not None
-    assert "lets nobody open streams that fast" in str(error)
+    assert "streams were opened faster than it allows" in str(error)
     assert getattr(error, "is_passing", False)
     await alice.ping(bob.peer_id)

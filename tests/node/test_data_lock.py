@@ -91,7 +91,7 @@ def test_a_damaged_note_of_the_holder_says_nothing(tmp_path: Path, noted: str) -
     first = other_process(tmp_path)
     try:
         (tmp_path / HOLDER_FILE).write_text(noted)
-        with pytest.raises(DataDirInUse, match="has not said who it is"), hold_data_dir(tmp_path):
+        with pytest.raises(DataDirInUse, match="an unknown process"), hold_data_dir(tmp_path):
             pass
     finally:
         first.communicate("")

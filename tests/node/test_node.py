@@ -375,9 +375,9 @@ async def test_a_node_without_blocks_loads_no_model_when_it_ends(
         ({"blocks": "0:4", "num_blocks": 2}, "give one of them"),
         ({"blocks": "0:4", "no_blocks": True}, "give one of them"),
         ({"num_blocks": 2, "no_blocks": True}, "give one of them"),
-        ({"num_blocks": 0}, "--num-blocks is 0; --no-blocks is how to serve none"),
+        ({"num_blocks": 0}, "--num-blocks is 0; use --no-blocks to serve no blocks"),
         ({"num_blocks": -1}, "--num-blocks is -1"),
-        ({"blocks": "4:2"}, "'4:2' is no span of blocks"),
+        ({"blocks": "4:2"}, "'4:2' is not a span of blocks"),
     ],
 )
 def test_what_contradicts_itself_is_no_configuration(options: dict[str, Any], message: str) -> None:

@@ -52,7 +52,7 @@ async def test_a_file_that_cannot_be_written_is_told_once_and_at_the_end(
             await enough.wait()
     assert caplog.messages == [
         "no space left; trying again",
-        "no space left; what was learnt about peers last is forgotten",
+        "no space left; the last observations of peers are lost",
     ]
     with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM peers").fetchone() == (0,)

@@ -61,7 +61,7 @@ def test_it_is_merged_and_overwrites_nothing() -> None:
 )
 def test_what_is_no_export_changes_nothing(exported: bytes) -> None:
     ledger = Ledger()
-    with pytest.raises(LocalError, match="no exported ledger"):
+    with pytest.raises(LocalError, match="not an exported ledger"):
         import_ledger(ledger, exported, 1.0)
     assert ledger.peers() == {}
 

@@ -147,7 +147,7 @@ def test_a_record_that_cannot_be_read_is_left_out(path: Path, caplog: pytest.Log
     connection.close()
     ledger = Ledger.open(path)
     assert list(ledger.peers()) == ["good"]
-    assert "record of 'odd' is left out" in caplog.text
+    assert "ignoring the ledger's record of 'odd'" in caplog.text
     ledger.close()
 
 
@@ -214,5 +214,5 @@ def test_a_ledger_that_another_process_is_making_is_waited_for(
 ) -> None:
     monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.01)
     path.parent.mkdir()
-    with FileLock(f"{path}.lock"), pytest.raises(LocalError, match="another process holds the ledger"):
+    with FileLock(f"{path}.lock"), pytest.raises(LocalError, match="another process has locked the ledger"):
         Ledger.open(path)

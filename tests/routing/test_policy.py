@@ -184,7 +184,7 @@ async def forgotten_await() -> list[Route]:
         (None, "it returned NoneType; return a list of routes"),
         (WHOLE, "it returned one Route; return a list of routes"),
         ([], "no route"),
-        (["a"], "'a' where a Route belongs"),
+        (["a"], "'a' instead of a Route"),
         (ValueError("two\nlines"), "Returns raised ValueError: two lines"),
         (PolicyError("out of luck"), "Returns: out of luck"),
     ],
@@ -224,7 +224,7 @@ def test_a_policy_cannot_change_what_its_answer_is_checked_against() -> None:
             candidates.append(candidate("invented"))
             return [Route((candidate("invented").hop(),))]
 
-    with pytest.raises(PolicyError, match="no candidate"):
+    with pytest.raises(PolicyError, match="not a candidate"):
         ask_policy(Meddler(), CANDIDATES, REQUEST, Ledger())
 
 

@@ -58,7 +58,9 @@ async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
     server = swarm.served["b"].server
     monkeypatch.setattr(server, "_opened", lambda: Opened(dtype))
     async with trio.open_nursery() as nursery:
-        with pytest.raises(ProtocolViolation, match=r"computes in what no audit here can run again") as told:
+        with pytest.raises(
+            ProtocolViolation, match=r"computes in a format that cannot be audited here"
+        ) as told:
             await start(swarm, nursery, [])
     assert told.value.peer_id == "b"
     await swarm.all_closed()

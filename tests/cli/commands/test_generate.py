@@ -171,11 +171,11 @@ def test_a_policy_of_ones_own_is_found_in_the_working_directory(
         (["--policy", "slowest", "x"], 2, "'slowest' is no routing policy; built in are risk-adjusted"),
         (["--top-p", "7", "x"], 2, "top_p is 7.0"),
         (["--model", "no/such/folder", "x"], 1, "there is no folder 'no/such/folder'"),
-        (["word " * 2000], 1, "tokens long and tiny-stories takes 1024"),
+        (["word " * 2000], 1, "tokens long, but the context of tiny-stories is 1024 tokens"),
         ([], 2, "give either PROMPT or --resume TOKEN"),
         (["--resume", "0badcafe", "x"], 2, "give either PROMPT or --resume TOKEN"),
         (["--resume", "0badcafe", "--seed", "3"], 2, "--seed cannot be used with --resume"),
-        (["--resume", "0badcafe"], 2, "no generation is kept as '0badcafe' in"),
+        (["--resume", "0badcafe"], 2, "there is no saved generation '0badcafe' in"),
         (["--resume", "p2pr1.AAAA"], 2, "the resume token is cut short or damaged"),
     ],
 )
@@ -286,7 +286,7 @@ def test_a_text_that_was_cut_off_goes_on(
     assert text == f"{PROMPT}{whole['text']}\n"
     assert said.startswith("stopped after 12 tokens (--max-new-tokens)")
     assert run([*again, name]) == 2
-    assert "no generation is kept" in capsys.readouterr().err
+    assert "there is no saved generation" in capsys.readouterr().err
 
 
 def test_a_text_that_came_to_its_last_token_goes_on_with_more(
@@ -351,5 +351,5 @@ def test_a_token_that_cannot_be_kept_is_printed(
     (tmp_path / "home" / "resume").write_text("a file in the way")
     assert generate(swarm_address, *fickle, "--wait", "0", PROMPT) == 1
     (kept, _) = capsys.readouterr().err.splitlines()
-    assert kept.startswith("cannot keep a resume token in")
+    assert kept.startswith("cannot save a resume token in")
     assert decode_state(kept.rpartition(" ")[2]).max_new_tokens == 12

@@ -82,7 +82,7 @@ async def _end_at_once(*args: object, report: object, **kwargs: object) -> None:
 @pytest.mark.parametrize(
     ("argv", "exit_code", "complaint"),
     [
-        (["--blocks", "4"], 2, "'4' is no span of blocks"),
+        (["--blocks", "4"], 2, "'4' is not a span of blocks"),
         (["--blocks", "6:9"], 2, "tiny-stories has 8 blocks"),
         (["--blocks", "0:4", "--num-blocks", "2"], 2, "give one of them"),
         (["--model", "no/such/folder"], 1, "there is no folder 'no/such/folder'"),

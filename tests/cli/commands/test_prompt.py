@@ -183,11 +183,11 @@ def test_bytes_that_are_no_text_are_told_by_the_name_of_what_they_are(
         (
             ["generate", "--model", "{odd}", "x"],
             1,
-            "the path is not UTF-8 text, and safetensors opens no other",
+            "the path is not UTF-8, so safetensors cannot open it",
         ),
         (["generate", "--swarm-key", "{odd}/no", "x"], 2, "cannot be read: No such file"),
         (["generate", "--allow", "{odd}/no", "x"], 2, "is neither a peer id nor a file"),
-        (["node", "--config", "{odd}/no"], 2, "is no file"),
+        (["node", "--config", "{odd}/no"], 2, "does not exist"),
         (["reputation", "import", "{odd}/no"], 1, "cannot read"),
     ],
 )

@@ -141,7 +141,7 @@ def test_what_one_machine_exports_another_imports(
         (["forgive", NEW], 2, f"{NEW} is not known"),
         (["ban"], 2, "Missing argument 'PEER'"),
         (["import", "absent.json"], 1, "cannot read absent.json: No such file"),
-        (["import", "odd.json"], 1, "no exported ledger"),
+        (["import", "odd.json"], 1, "not an exported ledger"),
         (["shoe"], 2, "No such command 'shoe'"),
     ],
 )
@@ -164,7 +164,7 @@ def test_an_ending_that_several_share_is_not_enough(ask: Ask, home: Path, capsys
 def test_a_ledger_that_cannot_be_kept_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run(["reputation", "--data-dir", str(tmp_path / "file")]) == 1
-    assert "cannot keep the ledger" in capsys.readouterr().err
+    assert "cannot use the ledger" in capsys.readouterr().err
 
 
 def test_help_lists_what_is_below(capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def test_a_file_that_is_written_while_it_is_hashed_is_refused(files: list[Path],
 
     big = files[2]
     big.write_bytes(bytes(64 << 20))
-    with pytest.raises(CheckpointError, match="is being written; start again when that is done"):
+    with pytest.raises(CheckpointError, match="is being written; start again when it is complete"):
         hash_files([big], cache_dir=tmp_path / "cache", progress=Writer())
     assert list((tmp_path / "cache").glob("**/*.json")) == []
 

@@ -110,7 +110,7 @@ def test_a_part_that_was_damaged_is_fetched_anew(
     caplog.set_level(logging.INFO)
     source.fetch(BlockSpan(0, 1), embedding_and_head=False)
     assert (folder / "model-0.safetensors").read_bytes() == hub.files["model-0.safetensors"]
-    assert "is damaged; fetching it anew" in caplog.text
+    assert "is damaged; downloading it again" in caplog.text
 
 
 def test_weights_take_no_more_disk_than_allowed(hub: HubServer, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_an_outage_costs_a_warning_when_everything_is_here(
     assert source.spec == spec
     assert len(source.fetch(EVERYTHING, embedding_and_head=True).names()) == 4
     [warning] = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    pattern = f"{told}.*; somebody/little is used as it was fetched before$"
+    pattern = f"{told}.*; using the files of somebody/little that were downloaded before$"
     assert re.search(pattern, warning.getMessage()), warning.getMessage()
 
 
@@ -168,7 +168,7 @@ def test_a_part_of_a_model_in_the_hubs_own_cache_says_what_is_missing(
 ) -> None:
     (fill_hf_cache(hub, hf_cache) / SHARDS[1]).unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelNotFound, match=r"own cache has a part of it: .*model-1\.safetensors is missing"):
+    with pytest.raises(ModelNotFound, match=r"has only a part of it: .*model-1\.safetensors is missing"):
         find(hub, cache)
 
 
@@ -242,7 +242,7 @@ def test_what_is_said_about_tokens_is_gone_without_if_it_cannot_be_had(
     (folder / "special_tokens_map.json").unlink()
     hub.outage = OUTAGES["rate limit"][:3]
     assert find(hub, cache).fetch(EVERYTHING, embedding_and_head=True).folder == folder
-    assert "going on without special_tokens_map.json" in caplog.text
+    assert "continuing without special_tokens_map.json" in caplog.text
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelNotFound, match="answers 429"):
         find(hub, cache).fetch(EVERYTHING, embedding_and_head=True)

@@ -91,7 +91,7 @@ def test_a_tensor_that_is_not_what_was_hashed_is_not_used(
     checkpoint = open_checkpoint(folder, "m", cache_dir=tmp_path / "cache")
     before = checkpoint.read(SAME), checkpoint.read(CHANGED)
     change(folder, larger)
-    with pytest.raises(ModelChanged, match=rf"model\.safetensors changed after it was checked: {CHANGED} "):
+    with pytest.raises(ModelChanged, match=rf"model\.safetensors changed after it was hashed: {CHANGED} "):
         checkpoint.read(CHANGED)
     assert torch.equal(before[1], load_ours(checkpoint, before[1])), "what was read has changed"
 

@@ -111,7 +111,7 @@ def test_a_rope_that_depends_on_the_length_limits_the_prompt_and_not_the_text() 
 
 
 def test_a_size_that_makes_no_sense_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="says hidden_size = '8'"):
+    with pytest.raises(CheckpointError, match="value hidden_size = '8'"):
         model_spec("m", {**CONFIG, "hidden_size": "8"}, SHARDS)
 
 

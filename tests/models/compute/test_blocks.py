@@ -130,7 +130,7 @@ def test_a_bias_that_the_config_does_not_announce_is_refused(
     load(folder, BlockSpan(0, 1))
     rewrite(folder, add)
     with pytest.raises(
-        CheckpointError, match=r"has the tensor model\.layers\.0\.\S+\.bias, which its family"
+        CheckpointError, match=r"has the tensor model\.layers\.0\.\S+\.bias, which a model of family"
     ):
         load(folder, BlockSpan(0, 1))
 

@@ -65,8 +65,8 @@ def test_with_a_gpu_it_is_the_gpu_and_the_checkpoints_dtype() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ComputeConfig(device="cuda"), "there is no cuda here: 0 CUDA devices were found"),
-        (ComputeConfig(device="cuda:3"), "there is no cuda:3 here"),
+        (ComputeConfig(device="cuda"), "there is no device cuda: this computer has 0 CUDA devices"),
+        (ComputeConfig(device="cuda:3"), "there is no device cuda:3"),
     ],
 )
 def test_what_is_not_to_be_had_is_refused_in_a_line(config: ComputeConfig, message: str) -> None:
@@ -78,10 +78,10 @@ def test_what_is_not_to_be_had_is_refused_in_a_line(config: ComputeConfig, messa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "toaster"}, "no device is called 'toaster'; try auto, cpu, cuda"),
-        ({"device": "meta"}, "no device is called 'meta'"),
-        ({"device": "cuda:"}, "no device is called 'cuda:'"),
-        ({"dtype": "int8"}, "no dtype is called 'int8'; try auto, float32, bfloat16, float16"),
+        ({"device": "toaster"}, "unknown device 'toaster'; choose one of auto, cpu, cuda"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "cuda:"}, "unknown device 'cuda:'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of auto, float32, bfloat16, float16"),
     ],
 )
 def test_what_no_machine_has_is_refused_by_the_config(

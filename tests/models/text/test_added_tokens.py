@@ -134,5 +134,5 @@ def test_the_cases_hold_something_to_be_found(pair: tuple[Tokenizer, Any], reque
     ],
 )
 def test_what_is_no_token_is_refused(files: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="names added tokens that are none"):
+    with pytest.raises(CheckpointError, match="lists invalid added tokens"):
         load_tokenizer(write(tmp_path, [], **files))

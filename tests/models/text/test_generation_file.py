@@ -104,5 +104,5 @@ def test_what_is_not_followed_is_named_unless_it_changes_nothing(tmp_path: Path)
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(said: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"generation_config\.json cannot be followed: .*{named}"):
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json has an invalid value: .*{named}"):
         read(tmp_path, **said)

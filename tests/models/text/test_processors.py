@@ -122,7 +122,7 @@ def test_processed_logits_are_those_of_transformers(
     expected = processed(model, ids, prompt, logits, said)
     apply = Processors(our_rules(said), ids[:prompt], prompt + 8, EOS)
     if expected.max() == -math.inf:
-        with pytest.raises(ConfigError, match="forbid every one"):
+        with pytest.raises(ConfigError, match="every next token is forbidden"):
             apply(logits, ids)
     else:
         assert torch.equal(apply(logits, tuple(ids)), expected)

@@ -63,4 +63,4 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
 ) -> None:
     (tmp_path / "file").touch()
     remember_ports(tmp_path / "file" / "below", [ANY.replace("/0", "/4001")])
-    assert "where this node listens" in caplog.text
+    assert "cannot save the listening ports" in caplog.text

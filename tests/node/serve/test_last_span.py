@@ -46,5 +46,5 @@ def test_a_note_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / FILE_NAME).mkdir()
     remember_span(tmp_path, REVISION, BlockSpan(0, 3))
     (message,) = caplog.messages
-    assert message.startswith("cannot note the served blocks in")
+    assert message.startswith("cannot save the served blocks in")
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]

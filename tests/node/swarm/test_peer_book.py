@@ -104,7 +104,7 @@ async def test_a_disk_that_cannot_be_written_is_said_once(
     for _ in range(2):
         book.note(new_identity().peer_id, [ADDRESS], reached=True)
         await kept(book)
-    assert caplog.text.count("which peers were met") == 1
+    assert caplog.text.count("cannot save known peers") == 1
 
 
 def test_peers_of_another_swarm_are_forgotten(tmp_path: Path) -> None:

@@ -69,4 +69,4 @@ def test_a_disk_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "file").touch()
     numbers = at(1.0, tmp_path / "file" / "below")
     assert numbers.next() < numbers.next()
-    assert "how far this node's announcements are counted" in caplog.text
+    assert "cannot save the number of this node's last announcement" in caplog.text

@@ -159,17 +159,17 @@ def test_addresses_to_be_announced_are_told_without_the_peer() -> None:
 @pytest.mark.parametrize(
     ("address", "why"),
     [
-        ("/ip4/0.0.0.0/tcp/4001", "0.0.0.0 is no address that peers can dial"),
-        ("/ip6/::/tcp/4001", ":: is no address that peers can dial"),
-        ("/ip4/224.0.0.1/tcp/4001", "224.0.0.1 is no address"),
-        ("/ip4/255.255.255.255/tcp/4001", "is no address"),
+        ("/ip4/0.0.0.0/tcp/4001", "0.0.0.0 is not an address that peers can dial"),
+        ("/ip6/::/tcp/4001", ":: is not an address that peers can dial"),
+        ("/ip4/224.0.0.1/tcp/4001", "224.0.0.1 is not an address"),
+        ("/ip4/255.255.255.255/tcp/4001", "is not an address"),
         ("/ip4/203.0.113.7/tcp/0", "nobody can dial port 0"),
         ("/ip4/203.0.113.7/udp/4001", "write for example /ip4/"),
         ("/ip4/203.0.113.300/tcp/4001", "write for example"),
         ("/ip4/203.0.113.7/tcp/70000", "port above 65535"),
         ("203.0.113.7:4001", "write for example"),
-        ("/dns4/-bad-.org/tcp/4001", "is no name of a host"),
-        ("/dns4/bad..org/tcp/4001", "is no name of a host"),
+        ("/dns4/-bad-.org/tcp/4001", "is not a host name"),
+        ("/dns4/bad..org/tcp/4001", "is not a host name"),
         pytest.param(
             f"/ip4/203.0.113.7/tcp/4001/p2p/{new_identity().peer_id}",
             "another peer's id",

@@ -162,7 +162,7 @@ async def test_a_file_that_changes_counts_from_then_on_and_a_broken_one_changes_
     assert not await gate.look_at_files()
     assert gate.admits(EVE)
     assert len(caplog.messages) == 2
-    assert "'eve' is not a peer id; what the lists said before still counts" in caplog.messages[0]
+    assert "'eve' is not a peer id; the previous lists stay in force" in caplog.messages[0]
     listed.write_text("")
     assert await gate.look_at_files()
     assert [gate.admits(peer) for peer in (ANNA, BEN, EVE)] == [False, True, False]

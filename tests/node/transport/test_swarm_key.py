@@ -76,7 +76,7 @@ def test_a_key_file_of_another_program_is_read(tmp_path: Path) -> None:
 def test_what_is_no_key_is_refused_and_not_repeated(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "swarm.key"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="is no swarm key") as caught:
+    with pytest.raises(ConfigError, match="is not a swarm key") as caught:
         load_swarm_key(path)
     assert "abab" not in str(caught.value)
     assert "secret" not in str(caught.value)
