@@ -13,6 +13,8 @@ import pytest
 import p2pinfer
 from p2pinfer.blocking import BlockingClient
 
+from .cli.support import start_node, wait_ready
+
 pytestmark = pytest.mark.slow
 
 
@@ -96,9 +98,18 @@ def test_a_model_that_is_not_there_ends_connecting_and_its_thread(tmp_path: Path
     assert threads() == before
 
 
-def test_a_failure_on_the_way_comes_out_of_the_iteration(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """Where a node is that holds the whole model."""
+    node = start_node(tmp_path_factory.mktemp("node"), "0:8")
+    yield wait_ready(node)["addrs"][0]
+    node.terminate()
+    node.communicate(timeout=20)
+
+
+def test_a_failure_on_the_way_comes_out_of_the_iteration(address: str, tmp_path: Path) -> None:
     config = p2pinfer.ClientConfig(find_timeout_s=0.1, policy=f"{__name__}:Nobody")
-    lonely = p2pinfer.connect(policy=Nobody(), config=config, data_dir=tmp_path)
+    lonely = p2pinfer.connect(policy=Nobody(), config=config, bootstrap=[address], data_dir=tmp_path)
     with lonely, pytest.raises(p2pinfer.NoRoute, match="nobody is good enough"):
         lonely.generate("Once").text()
     lonely.close()
@@ -108,8 +119,8 @@ def test_a_failure_on_the_way_comes_out_of_the_iteration(tmp_path: Path) -> None
         lonely.peers()
 
 
-def test_what_is_being_generated_ends_with_the_client(tmp_path: Path) -> None:
-    other = p2pinfer.connect(data_dir=tmp_path)
+def test_what_is_being_generated_ends_with_the_client(address: str, tmp_path: Path) -> None:
+    other = p2pinfer.connect(bootstrap=[address], data_dir=tmp_path)
     generation = other.generate("Once upon a time", max_new_tokens=200)
     next(generation)
     other.close()

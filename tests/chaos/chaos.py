@@ -274,19 +274,21 @@ class _Run:
         """Of every survivor, once it has nothing to do any more and its connections have settled."""
         deadline = time.monotonic() + QUIET_S
         found: dict[str, Vitals] = {}
-        for index in SURVIVORS:
-            node = self._nodes[index]
-            connections = -1
-            while True:
+        connections: dict[str, int] = {}  # at the last look
+        while True:
+            for node in (self._nodes[index] for index in SURVIVORS):
+                name = node.home.name
+                if name in found:
+                    continue
                 vitals = read_vitals(node.pid, node.home / "vitals.json")
-                settled = vitals.sessions == 0 and vitals.connections == connections
+                settled = vitals.sessions == 0 and vitals.connections == connections.get(name)
+                connections[name] = vitals.connections
                 if settled or time.monotonic() > deadline:
-                    break
-                connections = vitals.connections
-                self._zygote.listen(SETTLE_S)
-            found[node.home.name] = vitals
-            self._say(f"{node.home.name}: {describe(vitals)}")
-        return found
+                    found[name] = vitals
+                    self._say(f"{name}: {describe(vitals)}")
+            if len(found) == len(SURVIVORS):
+                return found
+            self._zygote.listen(SETTLE_S)
 
     def _check_growth(self) -> None:
         for name, before, after in self._outcome.vitals:

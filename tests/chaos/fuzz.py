@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -77,16 +77,18 @@ def run_fuzz(
     say: Callable[[str], None] = print,
     *,
     most_slowed: float = 2.0,
+    flags: Sequence[str] = (),
 ) -> Outcome:
     """Attack a node in a process of its own with so many frames, so many a second.
 
     Args:
         most_slowed: How many times as long as undisturbed the honest client's median step may take.
+        flags: Of the node.
     """
     zygote = Zygote()
     try:
         node = NodeProcess(zygote, home / "node", (0, 8))
-        node.run([])
+        node.run([], *flags)
         node.wait_ready()
         outcome = trio.run(_under_attack, node, frames, rate, seed, home, say)
         node.signal(signal.SIGTERM)

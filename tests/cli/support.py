@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..forking import Command, fork_server
 
-def start_node(home: Path, blocks: str | None, *more: str) -> subprocess.Popen[str]:
-    """A node of these blocks, or an introducer."""
-    command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
-    command += ["--no-blocks"] if blocks is None else ["--blocks", blocks]
-    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
-    command += ["--set", "compute.threads=1", *more]
-    return subprocess.Popen(
-        command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+
+def start_node(home: Path, blocks: str | None, *more: str) -> Command:
+    """A node of these blocks, or a bootstrap node."""
+    argv = ["node", "--json", "--until-stdin-closes"]
+    argv += ["--no-blocks"] if blocks is None else ["--blocks", blocks]
+    argv += ["--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(home)]
+    return fork_server().start([*argv, "--set", "compute.threads=1", *more], cwd=home)
 
 
 def spoken(said: str) -> str:
@@ -27,7 +24,7 @@ def spoken(said: str) -> str:
     return "".join(line for line in said.splitlines(keepends=True) if not line.endswith(" ...\n"))
 
 
-def wait_ready(node: subprocess.Popen[str]) -> dict[str, Any]:
+def wait_ready(node: Command) -> dict[str, Any]:
     assert node.stdout is not None
     for line in node.stdout:
         event: dict[str, Any] = json.loads(line)

@@ -14,12 +14,13 @@ import pytest
 
 from p2pinfer.generation.saved_state import PREFIX, find_token
 
+from ..forking import Command, fork_server
 from .support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
 
 
-def wait_for(node: subprocess.Popen[str], kind: str) -> dict[str, object]:
+def wait_for(node: Command, kind: str) -> dict[str, object]:
     assert node.stdout is not None
     return next(event for event in map(json.loads, node.stdout) if event["event"] == kind)
 
@@ -79,8 +80,8 @@ def test_a_second_node_in_the_same_directory_is_refused_and_one_in_the_place_of_
     events, said = second.communicate(timeout=30)
     assert (second.returncode, "ready" in events) == (1, False)
     assert f"another node uses {tmp_path}: process {first.pid} since " in said
-    looking = [sys.executable, "-m", "p2pinfer", "reputation", "--json", "--data-dir", str(tmp_path)]
-    assert subprocess.run(looking, capture_output=True, timeout=30, check=False).returncode == 0
+    looking = ["reputation", "--json", "--data-dir", str(tmp_path)]
+    assert fork_server().run(looking, cwd=tmp_path, timeout=30).returncode == 0
     first.kill()
     first.communicate()
     third = start_node(tmp_path, "0:1")

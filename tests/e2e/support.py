@@ -6,9 +6,8 @@ import json
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteRequest
 
+from ..forking import fork_server
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PATIENCE_S = 90.0  # a shared machine may be slow; nothing here waits for long where all is well
 WORDS = " little dog the was big happy red ball day sun".replace(" ", ",").split(",")[1:]
@@ -49,11 +50,9 @@ class NodeProcess:
         self._signalled = False
         self._said = (home / "stderr").open("w+")
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
-        command += ["--listen", LOOPBACK, "--data-dir", str(home), "--set", "compute.threads=1", *flags]
-        self.process = subprocess.Popen(
-            command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
-        )
+        argv = ["node", "--json", "--until-stdin-closes", "--listen", LOOPBACK, "--data-dir", str(home)]
+        argv += ["--set", "compute.threads=1", *flags]
+        self.process = fork_server().start(argv, cwd=home, stderr=self._said)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -206,6 +205,14 @@ async def _run_node(
         serve_config=serve,
         report=note,
     )
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for what processes do."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
 
 
 def free_port() -> int:

@@ -118,7 +118,9 @@ async def test_blocks_that_only_a_node_that_left_had_are_named(tiny_stories: Pat
     """The text so far is kept."""
     async with open_nodes(tiny_stories, tmp_path, [(0, 5)]) as nodes:
         async with nodes.client(wait_s=0.2) as client:
-            async with open_nodes(tiny_stories, tmp_path / "more", [(5, 8)], bootstrap=nodes.address):
+            soon = ServeConfig(drain_s=0.2)
+            more = open_nodes(tiny_stories, tmp_path / "more", [(5, 8)], bootstrap=nodes.address, serve=soon)
+            async with more:
                 while len(client.peers()) < 2:
                     await client.member.table_changed.wait()
                 generation = client.generate(PROMPT)

@@ -70,7 +70,8 @@ class Victim:
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """A node that ends with everything given back, and with nothing to complain about."""
     home = tmp_path_factory.mktemp("victim")
-    node = NodeProcess(home, "--blocks", "0:8", "--dtype", "float32", "--set", f"cache_dir={home}")
+    flags = ("--blocks", "0:8", "--dtype", "float32", "--set", "serve.handshake_timeout_s=3")
+    node = NodeProcess(home, *flags, "--set", f"cache_dir={home}")
     ready = node.wait_for("ready")
     yield Victim(node, ready["peer_id"], ready["addrs"][0], ready["revision"])
     assert node.end() == 0

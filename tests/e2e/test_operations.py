@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from p2pinfer.config import environment_without_settings
 from p2pinfer.node.transport.identity import load_identity
 from p2pinfer.node.transport.swarm_key import load_swarm_key, make_swarm_key
 
+from ..forking import fork_server
 from .support import PATIENCE_S, NodeProcess, free_port
 
 pytestmark = pytest.mark.slow
@@ -36,12 +36,10 @@ class Private:
     metrics_port: int
 
     def generate(self, *flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "p2pinfer", "generate", "--bootstrap", self.address, *flags, PROMPT]
+        argv = ["generate", "--bootstrap", self.address, *flags, PROMPT]
         environ = environment_without_settings()
         environ |= {f"XDG_{kind}_HOME": str(self.home / kind) for kind in ("DATA", "CONFIG", "CACHE")}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=self.home, env=environ, timeout=PATIENCE_S
-        )
+        return fork_server().run(argv, cwd=self.home, env=environ, timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ..cli.support import spoken
+from ..forking import Command, fork_server
 from .support import PATIENCE_S, Swarm
 
 pytestmark = pytest.mark.slow
@@ -24,26 +25,26 @@ pytestmark = pytest.mark.slow
 PROMPT = "Once upon a time"
 
 
-@contextmanager
-def command(home: Path, *argv: str) -> Generator[subprocess.Popen[str]]:
-    """`p2pinfer` with nothing configured, and temporary files in a folder of its own."""
-    (home / "tmp").mkdir()
+def unconfigured(home: Path) -> dict[str, str]:
+    """An environment with nothing configured, and temporary files in a folder of its own."""
+    (home / "tmp").mkdir(exist_ok=True)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("P2PINFER_")}
     environ |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("DATA", "CONFIG", "CACHE")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "p2pinfer", *argv],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=home,
-        env={**environ, "TMPDIR": str(home / "tmp")},
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return {**environ, "TMPDIR": str(home / "tmp")}
+
+
+@contextmanager
+def command(home: Path, *argv: str) -> Generator[Command]:
+    """`p2pinfer` with nothing configured."""
+    process = fork_server().start(argv, cwd=home, env=unconfigured(home))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 SHAPE: dict[str, Any] = {
@@ -78,10 +79,17 @@ def assert_shape(told: Any, shape: Any) -> None:
 
 def test_json_has_the_shape_that_scripts_rely_on(swarm: Swarm, tmp_path: Path) -> None:
     argv = ("generate", "--json", "--bootstrap", swarm.address, "--max-new-tokens", "8", PROMPT)
-    with command(tmp_path, *argv) as process:
-        text, said = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, spoken(said)) == (0, "")
-    told = json.loads(text)
+    ended = subprocess.run(
+        [sys.executable, "-m", "p2pinfer", *argv],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=unconfigured(tmp_path),
+        timeout=PATIENCE_S,
+    )
+    assert (ended.returncode, spoken(ended.stderr)) == (0, "")
+    told = json.loads(ended.stdout)
     assert_shape(told, SHAPE)
     assert told["text"] == ", there was a little girl named Lily"
     assert [hop["blocks"][0] for hop in told["route"]] + [8] == [0] + [
@@ -92,7 +100,7 @@ def test_json_has_the_shape_that_scripts_rely_on(swarm: Swarm, tmp_path: Path) -
 
 
 @contextmanager
-def in_the_middle(home: Path) -> Generator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+def in_the_middle(home: Path) -> Generator[tuple[Command, list[psutil.Process]]]:
     """A generation on a swarm of its own, once it has begun to print; and the swarm's processes."""
     with command(home, "generate", "--max-new-tokens", "900", PROMPT) as process:
         assert process.stdout is not None
@@ -143,7 +151,6 @@ def test_a_text_cut_off_by_ctrl_c_goes_on_in_another_process(swarm: Swarm, tmp_p
         said = process.stderr.read()
     assert process.returncode == 128 + signal.SIGINT
     (name,) = re.findall(r"--resume (\w+)", said)
-    (tmp_path / "cut" / "tmp").rmdir()
     with command(tmp_path / "cut", "generate", *common, "--resume", name) as process:
         after, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from ..cli.support import spoken
-from .support import NodeProcess, Swarm
+from ..forking import ForkServer
+from .support import PATIENCE_S, NodeProcess, Swarm
 
 pytestmark = pytest.mark.slow
 
@@ -103,10 +103,14 @@ CASES = {
     ),
     "a prompt that is no text": Case(["generate", "-"], WRONG, "is not UTF-8 text", b"\xff\xfe"),
     "an empty prompt, and no token to begin with": Case(
-        ["generate", "--model", "{models}/beginless", ""], WRONG, "the prompt is empty and .* has no start token"
+        ["generate", "--model", "{models}/beginless", ""],
+        WRONG,
+        "the prompt is empty and .* has no start token",
     ),
     "an empty standard input, and no token to begin with": Case(
-        ["generate", "--model", "{models}/beginless", "-"], WRONG, "the prompt is empty and .* has no start token"
+        ["generate", "--model", "{models}/beginless", "-"],
+        WRONG,
+        "the prompt is empty and .* has no start token",
     ),
     "no prompt": Case(["generate"], WRONG, "give either PROMPT or --resume"),
     "no new tokens": generate("--max-new-tokens", "0", says="max_new_tokens is 0"),
@@ -219,59 +223,39 @@ def full(models: Path, swarm: Swarm) -> Iterator[str]:
     node.end()
 
 
-class Zygote:
-    """A process that becomes `p2pinfer` as often as it is asked; importing torch each time takes too long."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("P2PINFER_")}
-        environ |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("DATA", "CONFIG", "CACHE")}
-        environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hub")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environ,
-        )
-
-    def run(self, case: Case, places: dict[str, str]) -> Ended:
-        """Run a command as a user without any configuration would, where the broken models are."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        streams = [self._home / name for name in ("stdin", "stdout", "stderr")]
-        for stream in streams:
-            stream.write_bytes(case.stdin if stream.name == "stdin" else b"")
-        asked = {
-            "argv": [word.format_map(places) if word.startswith("{") else word for word in case.argv],
-            "cwd": places["models"],
-            "environ": case.environ,
-            "streams": [str(stream) for stream in streams],
-        }
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        exit_code = int(self.process.stdout.readline())
-        return Ended(exit_code, streams[1].read_text(), spoken(streams[2].read_text()))
-
-    def close(self) -> None:
-        with self.process:  # which closes its standard input, so that it ends
-            pass
-
-
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class Runner:
+    """Runs commands as a user without any configuration would, where the broken models are."""
 
-    exit_code: int
-    text: str
-    said: str
+    server: ForkServer
+    home: Path
+
+    def run(self, case: Case, places: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        content = self.home / "stdin"
+        content.write_bytes(case.stdin)
+        with content.open("rb") as stdin:
+            return self.server.run(
+                [word.format_map(places) if word.startswith("{") else word for word in case.argv],
+                cwd=Path(places["models"]),
+                env={**environment(self.home), **case.environ},
+                stdin=stdin,
+                timeout=PATIENCE_S,
+            )
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Nothing is configured, and no hub is in reach."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("P2PINFER_")}
+    environ |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("DATA", "CONFIG", "CACHE")}
+    return {**environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hub")}
 
 
 @pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("home"))
-    yield zygote
-    zygote.close()
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    home = tmp_path_factory.mktemp("home")
+    server = ForkServer(environment(home))
+    yield Runner(server, home)
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +265,17 @@ def places(models: Path, swarm: Swarm, taken: str, full: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_said_in_one_line(name: str, zygote: Zygote, places: dict[str, str]) -> None:
+def test_it_is_said_in_one_line(name: str, runner: Runner, places: dict[str, str]) -> None:
     case = CASES[name]
-    ended = zygote.run(case, places)
-    assert "Traceback" not in ended.said
-    assert ended.said.startswith("p2pinfer: ")
-    assert ended.said.count("\n") == 1, ended.said
-    assert re.search(case.complaint, ended.said), ended.said
-    assert ended.exit_code == case.exit_code
+    ended = runner.run(case, places)
+    said = spoken(ended.stderr)
+    assert "Traceback" not in said
+    assert said.startswith("p2pinfer: ")
+    assert said.count("\n") == 1, said
+    assert re.search(case.complaint, said), said
+    assert ended.returncode == case.exit_code
     if case.argv[0] != "node":
-        assert ended.text == ""
+        assert ended.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -301,10 +286,11 @@ def test_it_is_said_in_one_line(name: str, zygote: Zygote, places: dict[str, str
     ],
 )
 def test_a_policy_that_fails_costs_a_line_and_no_text(
-    policy: str, complaint: str, zygote: Zygote, places: dict[str, str]
+    policy: str, complaint: str, runner: Runner, places: dict[str, str]
 ) -> None:
-    ended = zygote.run(generate("--bootstrap", "{swarm}", "--policy", policy, says=complaint), places)
-    assert ended.exit_code == 0
-    assert ended.text.startswith(", there was")
-    assert re.search(complaint, ended.said)
-    assert "Traceback" not in ended.said
+    ended = runner.run(generate("--bootstrap", "{swarm}", "--policy", policy, says=complaint), places)
+    said = spoken(ended.stderr)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith(", there was")
+    assert re.search(complaint, said)
+    assert "Traceback" not in said

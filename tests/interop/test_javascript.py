@@ -29,6 +29,7 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ECHO = "/interop/echo/1.0.0"
 REVISION = "d" * 32
 LIMIT_S = 60.0
+UNLIMITED = RelayConfig(bytes_per_s=1e9, bytes_per_s_per_peer=1e9)  # its rate is not the question here
 BYTES = 3_000_000  # beyond the largest window of either side, so both have to grant more of it
 
 
@@ -48,7 +49,7 @@ async def our_host(*listen: str, relays: bool = False) -> AsyncGenerator[Host]:
             host.serve(ECHO, echo)
             serve_circuits(host, ignore)
             if relays:
-                Relay(host, RelayConfig(), lambda stream: True).register()
+                Relay(host, UNLIMITED, lambda stream: True).register()
             yield host
 
 

@@ -24,6 +24,9 @@ async def ignore(peer_id: str) -> None:
     await trio.sleep_forever()
 
 
+UNLIMITED = {"bytes_per_s": 1e9, "bytes_per_s_per_peer": 1e9}
+
+
 def start_relay(host: Host, **limits: float) -> Relay:
     relay = Relay(host, RelayConfig(**limits), lambda stream: True)  # type: ignore[arg-type]
     relay.register()
@@ -42,7 +45,7 @@ async def behind(relay: Host, start_host: StartHost) -> Host:
 
 async def test_a_peer_that_cannot_be_dialled_is_reached_through_its_relay(start_host: StartHost) -> None:
     relay, client = await start_host(), await start_host(HostConfig(listen=()))
-    carrying = start_relay(relay)
+    carrying = start_relay(relay, **UNLIMITED)
     server = await behind(relay, start_host)
     server.serve(ECHO, echo)
     assert server.addrs == (f"{relay.addrs[0]}/p2p-circuit/p2p/{server.peer_id}",)
@@ -223,7 +226,7 @@ async def test_a_relay_does_not_chain_relays(start_host: StartHost) -> None:
 
 async def test_who_cancels_a_write_on_a_circuit_harms_nobody_else(start_host: StartHost) -> None:
     relay = await start_host()
-    start_relay(relay)
+    start_relay(relay, **UNLIMITED)
     server = await behind(relay, start_host)
     server.serve(ECHO, echo)
     client = await dialled(start_host, server)

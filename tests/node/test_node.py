@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ async def test_a_node_serves_what_it_was_told_to_and_says_goodbye(open_node: Ope
 
 
 async def test_a_node_that_leaves_in_the_middle_of_sessions_says_how_many(open_node: OpenNode) -> None:
-    async with open_node(blocks="0:8") as node:
+    async with open_node(blocks="0:8", serve=replace(QUICK, drain_s=0.1)) as node:
         await node.wait_for(Ready)
         await node.session()
         node.scope.cancel()

@@ -20,6 +20,7 @@ from p2pinfer.errors import PeerVanished
 from p2pinfer.generation.saved_state import decode_state, find_token, keep_token
 from p2pinfer.session.session import Session
 
+from ...forking import fork_server
 from ..support import spoken
 
 pytestmark = pytest.mark.slow
@@ -227,14 +228,14 @@ def test_a_piped_prompt_is_the_same_with_and_without_a_mark(
 
 
 def test_a_reader_that_leaves_ends_it_quietly(swarm_address: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "p2pinfer", "generate", "--bootstrap", swarm_address, PROMPT]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = fork_server().start(["generate", "--bootstrap", swarm_address, PROMPT], cwd=tmp_path)
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    with process.stderr, process.stdout:
+    with process.stdin, process.stderr, process.stdout:
         process.stdout.read(1)
         process.stdout.close()
-        assert spoken(process.stderr.read().decode()) == ""
+        assert spoken(process.stderr.read()) == ""
     assert process.wait(timeout=20) == 141
 
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from p2pinfer.cli.app import run
 from p2pinfer.cli.output import swarm_table
 
+from ...forking import fork_server
 from ..support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
@@ -67,9 +68,9 @@ def test_a_terminal_is_watched_in_place(
     assert capsys.readouterr().out.count("all 8 blocks are served") >= 1
 
 
-def test_watching_goes_on_until_ctrl_c(swarm_address: str) -> None:
-    command = [sys.executable, "-m", "p2pinfer", "swarm", "--json", "--watch", "--bootstrap", swarm_address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_watching_goes_on_until_ctrl_c(swarm_address: str, tmp_path: Path) -> None:
+    argv = ["swarm", "--json", "--watch", "--bootstrap", swarm_address]
+    process = fork_server().start(argv, cwd=tmp_path)
     assert process.stdout is not None
     for _ in range(2):
         assert json.loads(process.stdout.readline())["num_blocks"] == 8
