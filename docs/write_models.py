@@ -41,33 +41,34 @@ REFUSED: tuple[tuple[str, Mapping[str, Any]], ...] = (
 TEXT = """\
 # Models
 
-p2pinfer reads config.json as transformers 5.24 does, and computes what its eager models compute. In float32
-greedy tokens are equal; tests/models/compute/test_config_options.py compares logits and tokens for every
-field of the config classes of these families, in old and new spellings. `make docs` writes this page.
+p2pinfer reads config.json as transformers 5.24 does and computes what its eager models compute. In float32
+the greedy tokens are equal. tests/models/compute/test_config_options.py compares logits and tokens for every
+field of these families' config classes, in old and new spellings. `make docs` writes this page.
 
-Families, by `model_type`: {families}. A "mistral" that lists `layer_types` is what transformers calls
-"ministral", and either name is understood.
+Supported families, by `model_type`: {families}. transformers calls a "mistral" with `layer_types`
+"ministral"; p2pinfer accepts both names.
 
-## What counts
+## Supported options of config.json
 
-- **The head.** A file that holds `lm_head.weight` is run with it, also where `tie_word_embeddings` is true.
-  Where it is true and the file holds one of head and embedding, that is both. Where it is false and one is
-  missing, the checkpoint is refused.
-- **Biases** exist where the config says so (`attention_bias`, `mlp_bias`; queries, keys and values of Qwen2
-  always have some). If the file holds none of them they are zero. A bias that the config does not announce is
-  refused: transformers would leave it out.
-- **Activations** that are a function of a number alone: {activations}.
-- **Null** is what transformers makes of it: no window, no soft cap, a value that is derived. Where it makes
-  nothing of it, it is refused.
-- **Keys that neither the family nor transformers' caches and masks read** mean nothing.
+- **LM head.** `lm_head.weight` is used if the file contains it, even where `tie_word_embeddings` is true.
+  With tied embeddings, a file may contain only the head or only the embedding; it is used for both. Without
+  tied embeddings, both must be there, or the checkpoint is refused.
+- **Biases** exist where the config says so (`attention_bias`, `mlp_bias`). The queries, keys and values of
+  Qwen2 always have them. If the file contains none of them, they are zero. A bias that the config does not
+  announce is refused, because transformers would ignore it.
+- **Activations.** Element-wise functions without weights: {activations}.
+- **Null** has the meaning that transformers gives it: no window, no soft cap, or a derived value. If
+  transformers gives it none, it is refused.
+- **Other keys** are ignored if neither the family nor the caches and masks of transformers read them.
 
-## Rotary embeddings and the length of a text
+## RoPE scaling and context length
 
-Settings are read from `rope_parameters`, or from `rope_scaling` if that is there and not empty, with
-`rope_theta` in it or beside it, `type` or `rope_type`, and `original_max_position_embeddings` beside it
-(which wins), in it, or left out.
+The settings are read from `rope_scaling` if it is there and not empty, and else from `rope_parameters`.
+`rope_theta` may stand inside or beside them; the type is called `type` or `rope_type`.
+`original_max_position_embeddings` may be left out, or stand inside or beside them. The value beside them
+takes precedence.
 
-| type | longest text | longest prompt |
+| type | longest text, in tokens | longest prompt, in tokens |
 | --- | --- | --- |
 | `default`, `llama3` | `max_position_embeddings` | the same |
 | `linear`, `proportional` | `max_position_embeddings` x `factor` | the same |
@@ -75,32 +76,36 @@ Settings are read from `rope_parameters`, or from `rope_scaling` if that is ther
 | `dynamic` | `max_position_embeddings` x `factor` | `max_position_embeddings` |
 | `longrope` | `max_position_embeddings` | the original length |
 
-`dynamic` and `longrope` turn a token by the length of the text at the time when it is computed. transformers
-turns all of a prompt by the prompt's length, each later token by its own position, and leaves what is cached
-as it was. A prompt up to the original length is turned by position alone, so every hop knows how, and the
-text that follows equals that of transformers at any length. The tokens of a longer prompt would have to know
-where the prompt ends; hops are sent it in pieces, so such prompts are refused.
+With `dynamic` and `longrope`, the rotation of a token depends on the length of the text when it is computed.
+transformers rotates all tokens of a prompt by the prompt's length, and each later token by its own position.
+What is cached stays as it was.
 
-## What is refused
+- **Prompts up to the original length** are rotated by position alone. Every hop knows the position, so the
+  text equals that of transformers at any length.
+- **Longer prompts** are refused. The rotation of each token would depend on where the prompt ends, and hops
+  receive the prompt in chunks.
 
-Everything that would change the numbers and is not computed, by name:
+## Unsupported config.json options and their error messages
+
+An option that would change the output and is not supported is refused by name:
 
 | config.json says | p2pinfer says |
 | --- | --- |
 {refused}
 
-Weights that the config does not account for are refused when they are loaded, by the tensor's name; so are
-weights stored in another dtype than float32, float16 or bfloat16.
+Two kinds of weights are refused when they are loaded, by the tensor's name: those that the config does not
+account for, and those stored in another dtype than float32, float16 or bfloat16.
 
-## Where the text may differ from that of transformers
+## Differences from transformers in tokenization
 
-Token ids come from tokenizer.json, as it is written. transformers 5 builds the tokenizer anew from its class
-where tokenizer_config.json names one (or `model_type` implies one, as for Qwen2), and takes vocabulary and
-merges alone from the file. If the file's pre-tokenizer or normaliser is another than the class builds,
-transformers gives other ids for the same text: `Qwen2Tokenizer` splits digits one by one, whatever the file
-says. tokenizer.json is what the model was trained with, so it is followed here. To have the ids of
-transformers, let it save the tokenizer (`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`);
-with equal ids the tokens that follow are equal.
+p2pinfer takes token ids from tokenizer.json as it is written, because the model was trained with it.
+transformers 5 rebuilds the tokenizer from its class, if tokenizer_config.json or `model_type` names one. It
+then takes only the vocabulary and the merges from the file. If the class has another pre-tokenizer or
+normaliser than the file, the ids differ: `Qwen2Tokenizer` splits numbers into digits, whatever the file says.
+
+To get the ids of transformers, let it save the tokenizer:
+`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`. With equal ids, the tokens that follow are
+equal.
 """
 
 
