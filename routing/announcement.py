@@ -19,6 +19,7 @@ from p2pinfer.models.numerics import Numerics, parse_numerics
 from p2pinfer.models.span import BlockSpan
 
 from .coordinates import COORDINATE_LIMIT_MS, MAX_ERROR, Coordinate
+from .nesting import MAX_DEPTH, nests_too_deep
 
 VERSION = 1
 MAX_ANNOUNCEMENT_BYTES = 8192  # 16 addresses of 256 characters, a long model name, and room to grow
@@ -189,9 +190,11 @@ def decode_announcement(encoded: bytes) -> Announcement:
     """
     if len(encoded) > MAX_ANNOUNCEMENT_BYTES:
         raise ProtocolViolation(f"announcement of {len(encoded)} bytes; {MAX_ANNOUNCEMENT_BYTES} are allowed")
+    if nests_too_deep(encoded):
+        raise ProtocolViolation(f"announcement with more than {MAX_DEPTH} arrays inside each other")
     try:
         wire = _decoder.decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise ProtocolViolation(f"malformed announcement: {exc}") from exc
     if wire.start >= wire.stop:
         raise ProtocolViolation(f"announcement of no blocks: {wire.start}:{wire.stop}")
