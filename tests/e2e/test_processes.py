@@ -140,7 +140,7 @@ def test_a_text_cut_off_by_ctrl_c_goes_on_in_another_process(swarm: Swarm, tmp_p
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     with command(tmp_path / "whole", "generate", *common, *drawn) as process:
-        whole, _ = process.communicate(timeout=PATIENCE_S)
+        whole, said_of_whole = process.communicate(timeout=PATIENCE_S)
     with command(tmp_path / "cut", "generate", *common, *drawn) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -152,7 +152,9 @@ def test_a_text_cut_off_by_ctrl_c_goes_on_in_another_process(swarm: Swarm, tmp_p
     assert process.returncode == 128 + signal.SIGINT
     (name,) = re.findall(r"--resume (\w+)", said)
     with command(tmp_path / "cut", "generate", *common, "--resume", name) as process:
-        after, _ = process.communicate(timeout=PATIENCE_S)
+        after, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert before + after == whole
+    limit = "stopped after 300 tokens (--max-new-tokens)"  # unless the text ends by itself before
+    assert (limit in said) == (limit in said_of_whole)
     assert len(before) < len(whole) - 1
