@@ -103,6 +103,7 @@ def test_what_is_mutated_is_never_what_it_was(seed: int) -> None:
     rng = random.Random(seed)
     attacker = new_identity()
     talks = conversations("ab" * 16, 320, 8, attacker.peer_id, "/ip4/127.0.0.1/tcp/9", attacker)
+    assert all(talk.frames for talk in talks) and len(talks) > 5
     for talk in talks:
         for frame in talk.frames:
             assert mutate(frame, rng) != frame.encode()

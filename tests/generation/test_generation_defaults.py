@@ -190,6 +190,7 @@ def test_what_is_drawn_from_is_what_generate_draws_from(folder: Path, wish: dict
     )
     ids: list[int] = drawn.sequences[0].tolist()
     process = Processors(state.rules, state.prompt_ids, len(state.prompt_ids) + 12, (2,))
+    assert len(drawn.scores) == len(ids) - len(state.prompt_ids) > 0
     for number, (scores, logits) in enumerate(zip(drawn.scores, drawn.logits, strict=True)):
         allowed = process(logits[0], ids[: len(state.prompt_ids) + number])
         token_ids, probabilities = candidates(allowed, sampling_of(state))

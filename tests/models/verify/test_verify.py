@@ -109,6 +109,7 @@ def test_float32_lies_nearer_than_bfloat16(
     outputs = run_session(open_runner(checkpoint, SPAN, config), inputs).to(BF16)
     near = measure_span(reference, SPAN, inputs, outputs, wire_dtype=BF16)
     far = measure_span(reference, SPAN, inputs, honest, wire_dtype=BF16)
+    assert near.chunks
     for one, other in zip(near.chunks, far.chunks, strict=True):
         assert one.median_rho < other.median_rho
 

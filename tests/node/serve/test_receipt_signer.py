@@ -66,9 +66,11 @@ async def test_nothing_is_signed_for_what_the_predecessor_did_not_sign_for() -> 
     step = Step(0, 0, 0, 1, 1, receipts=(before.receipt,))
     assert (await notary().attest(step, b"hidden", b"out", 1)).input_digest == digest_of(b"hidden")
     for receipts in ((before.receipt, b"nonsense"), (before.receipt,)):
+        tampered = b"hidden" if len(receipts) == 2 else b"hiddem"
+        doubtful = msgspec.structs.replace(step, receipts=receipts)
+        signer = notary()
         with pytest.raises(ProtocolViolation) as caught:
-            tampered = b"hidden" if len(receipts) == 2 else b"hiddem"
-            await notary().attest(msgspec.structs.replace(step, receipts=receipts), tampered, b"out", 1)
+            await signer.attest(doubtful, tampered, b"out", 1)
         assert caught.value.peer_id == "before"
     first_hop = notary(opening=msgspec.structs.replace(OPENING, predecessor=None))
     await first_hop.attest(step, b"whatever the client sends", b"out", 1)
