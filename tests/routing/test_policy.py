@@ -87,7 +87,7 @@ def test_the_default_weighs_risk_and_the_fastest_does_not() -> None:
     for _ in range(20):
         ledger.record_failure("b", 0.0)
     assert type(load_policy(DEFAULT_POLICY)) is RiskAdjusted
-    assert RiskAdjusted().choose_routes(CANDIDATES, REQUEST, ledger)[0].peer_ids == ("a",)
+    assert RiskAdjusted(rng=random.Random(0)).choose_routes(CANDIDATES, REQUEST, ledger)[0].peer_ids == ("a",)
     assert Fastest().choose_routes(CANDIDATES, REQUEST, ledger)[0].peer_ids == ("b",)
 
 
