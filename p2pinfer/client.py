@@ -126,9 +126,7 @@ class Client:
         self._bootstrap = addresses_of(bootstrap)
         self._host_config = host_config or HostConfig(listen=())
         self._session_config = session_config or SessionConfig()
-        self.cache_dir = (
-            expand(cache_dir) if cache_dir else cache_folder()
-        )  # of models and hashes of their files
+        self.cache_dir = expand(cache_dir) if cache_dir else cache_folder()  # models, hashes of files
         self._data_dir = expand(data_dir) if data_dir else data_folder()
         self._weights_bytes = weights_bytes
         self._progress = progress
@@ -197,6 +195,7 @@ class Client:
                 self._audit_config,
                 host_config=self._host_config,
                 report=self._report,
+                kept_in=self._data_dir if self._keeps_ledger else None,
             )
             self._nursery.start_soon(self._auditor.serve)
             compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
@@ -244,8 +243,7 @@ class Client:
         Raises:
             PromptTooLong: The prompt does not fit the model.
             TypeError: The prompt is not one text, or `config` no `GenerationConfig`.
-            ConfigError: An override is not a field of `GenerationConfig`, a value makes no sense, or the
-                prompt is empty and the model has no token to begin with.
+            ConfigError: No such override, a value that makes no sense, or nothing to begin a text with.
         """
         check_prompt(prompt)
         check_arguments(generation_config=config)
@@ -325,6 +323,8 @@ class Client:
         Args:
             vouched: Peers whose integrity is taken for granted.
         """
+        if self._auditor is not None:
+            await self._auditor.keep_nothing()
         if self._keeps_ledger:
             await trio.to_thread.run_sync(self.ledger.detach)
             for peer_id in vouched:

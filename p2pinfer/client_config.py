@@ -133,6 +133,8 @@ class AuditConfig:
     timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict, seconds
     proofs_share: float = 0.05  # share of time for checking fraud proofs of others, above 0 to 1
     linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
+    # audits that a client leaves to the next one, in data_dir, bytes; 0: none are kept
+    queue_bytes: int = 64 << 20
     own_peers: tuple[str, ...] = ()  # your own peers, which do not count as independent second opinions
     remote: bool = True  # let other peers re-execute spans that do not fit here, and confirm failures
 
@@ -147,7 +149,7 @@ class AuditConfig:
         for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
-        for name in ("memory_bytes", "download_bytes"):
+        for name in ("memory_bytes", "download_bytes", "queue_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
 

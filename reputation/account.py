@@ -54,6 +54,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         alpha, beta: The Beta posterior of own audits; both 1 for a newcomer.
         suspicion: Running mean of SUSPECT verdicts, 0..1.
         small_lies: What its audits come to together, see `small_lies`.
+        evasion: Running mean of audits without a result for a reason that lay with the peer, 0..1.
         good, bad: Sessions that went well and failed, each worth what is left of it at `as_of`.
         passed, failed, suspected, inconclusive, withheld: Audits ever, by verdict.
         sessions, failures: Sessions ever, and those the peer ended.
@@ -67,6 +68,7 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     beta: _Pseudo = 1.0
     suspicion: _Share = 0.0
     small_lies: SmallLies = SmallLies()
+    evasion: _Share = 0.0
     good: _Count = 0.0
     bad: _Count = 0.0
     as_of: _Time = 0.0
@@ -120,8 +122,9 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         return max(self.as_of, self.last_seen, self.last_audit, self.forgiven_at, banned_at)
 
     def is_newcomer(self, config: LedgerConfig) -> bool:
-        """True if there were too few audits to tell, and none of them failed."""
-        return self.failed == 0 and not self.vouched and self.passed < config.newcomer_audits
+        """True if there were too few audits to tell, none failed, and it has not got around them."""
+        is_new = self.failed == 0 and not self.vouched and self.passed < config.newcomer_audits
+        return is_new and self.beta < config.evader_beta
 
     def reliability(self, now: float, config: LedgerConfig) -> tuple[float, float]:
         """The posterior mean over sessions as of `now`, and two standard deviations more, 1 at most."""
@@ -164,6 +167,8 @@ def after_audit(account: Account, result: AuditResult, now: float, why: str, con
     """An audit of the peer came out. `fail` is a confirmed one; one still to be confirmed is `suspect`."""
     account = _changed(seen(account, now), last_audit=max(now, account.last_audit))
     memory, keep = config.audit_memory, config.suspicion_memory
+    if result != "inconclusive":
+        account = _changed(account, evasion=account.evasion * config.evasion_memory)
     match result:
         case "pass":
             account = _changed(
@@ -208,9 +213,21 @@ def after_small_lies(account: Account, sample: Sample, now: float, config: Ledge
 
 
 def after_withholding(account: Account, now: float, why: str, config: LedgerConfig) -> Account:
-    """The peer did not hand out evidence that it had committed to: its reliability suffers."""
+    """An audit had no result, and that lay with the peer: its evidence was withheld, late, or did not fit.
+
+    Its reliability suffers at once. Its integrity does when that repeats, each time by as much of an audit as
+    were like that of late: an honest peer restarts or drops evidence now and then, and passes in between.
+    Such audits are no proof, so they alone ban nobody.
+    """
     account = after_session(account, False, now, why or "withheld the evidence of an audit", config)
-    return _changed(account, withheld=account.withheld + 1, inconclusive=account.inconclusive + 1)
+    keep = config.evasion_memory
+    return _changed(
+        account,
+        beta=min(account.beta + account.evasion, 1e6),
+        evasion=account.evasion * keep + (1 - keep),
+        withheld=account.withheld + 1,
+        inconclusive=account.inconclusive + 1,
+    )
 
 
 def after_proof(account: Account, verified: bool, now: float, *, useful: bool = True) -> Account:
@@ -270,7 +287,7 @@ def merged(ours: Account, theirs: Account) -> Account:
         **_fields(
             audits, "alpha", "beta", "suspicion", "small_lies", "passed", "failed", "suspected", "last_audit"
         ),
-        **_fields(audits, "inconclusive", "withheld"),
+        **_fields(audits, "inconclusive", "withheld", "evasion"),
         **_fields(sessions, "good", "bad", "as_of", "sessions", "failures"),
         proofs_verified=max(ours.proofs_verified, theirs.proofs_verified),
         proofs_false=max(ours.proofs_false, theirs.proofs_false),

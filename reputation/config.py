@@ -18,6 +18,8 @@ class LedgerConfig:
     newcomer_audits: int = 8  # a peer with fewer audits is a newcomer
     newcomer_audit_probability: float = 1.0  # at least, while it is one
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
+    evasion_memory: float = 0.7  # what the running mean of evaded audits keeps with every audit
+    evader_beta: float = 2.4  # bad audits from which a peer is no newcomer; four evaded in a row
     attested_cap: float = 20.0  # audits that all that others say of a peer counts as at most
     min_overlap: int = 3  # peers of whom both know something before an attester has weight
     attestation_ttl_s: float = 7 * 86400.0  # seconds for which an attestation counts

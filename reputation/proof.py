@@ -7,6 +7,7 @@ blocks again and compare; the tensors travel by content address, apart from the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
@@ -24,6 +25,7 @@ from .receipt import (
     decode_receipt,
     digest_of,
     open_receipt,
+    standing_steps,
 )
 
 MAX_PROOF_BYTES: Final = 1 << 22
@@ -77,9 +79,17 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(Proof)
 
 
-def tensors_of(receipts: tuple[Receipt, ...]) -> tuple[bytes, ...]:
-    """The digests of all inputs and outputs, each once; of what is empty there is nothing to fetch."""
-    digests = dict.fromkeys(digest for each in receipts for digest in (each.input, each.output))
+def tensors_of(receipts: Sequence[Receipt]) -> tuple[bytes, ...]:
+    """The digests of the inputs and outputs that stand at the end, each once.
+
+    What a later step rolled back is not computed again, so nobody has to hold it. Of what is empty there is
+    nothing to fetch.
+    """
+    digests = dict.fromkeys(
+        digest
+        for standing in standing_steps(receipts)
+        for digest in (standing.receipt.input, standing.receipt.output)
+    )
     return tuple(digest for digest in digests if digest != _EMPTY)
 
 
@@ -113,11 +123,9 @@ def open_proof(proof: Proof, check: CheckSignature) -> Accusation:
     receipts: list[Receipt] = []
     first = decode_receipt(proof.receipts[0])
     terms = Terms(first.session, first.revision, first.start, first.stop, first.codec)
-    chain = ReceiptChain(proof.peer_id, terms, check)
-    for number, signed in enumerate(proof.receipts):
+    chain = ReceiptChain(proof.peer_id, terms, check, whole=True)
+    for signed in proof.receipts:
         receipts.append(chain.extend(signed))
-        if receipts[-1].sequence != number:
-            raise ProtocolViolation("a proof with a gap in its receipts")
     return Accusation(proof.peer_id, "output", tuple(receipts), proof.receipts)
 
 

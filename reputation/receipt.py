@@ -19,7 +19,7 @@ Signatures are made and checked by functions that are handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias
 
@@ -138,13 +138,18 @@ class ReceiptChain:
     """The receipts of one hop in one session, held against each other as they come.
 
     Steps that a later epoch superseded may be missing: a hop further on dropped them, and their receipts with
-    them. Nothing else may.
+    them. So may those of a replay, by which a hop that joins later is fed under a later epoch. Nothing else
+    may: a chain of the first epoch begins at 0.
+
+    Args:
+        whole: True if nothing may be missing at all, as in a proof.
     """
 
-    def __init__(self, peer_id: str, terms: Terms, check: CheckSignature) -> None:
+    def __init__(self, peer_id: str, terms: Terms, check: CheckSignature, *, whole: bool = False) -> None:
         self.peer_id = peer_id
         self._terms = terms
         self._check = check
+        self._whole = whole
         self._last: Receipt | None = None
         self._last_signed = b""
 
@@ -162,8 +167,12 @@ class ReceiptChain:
         last = self._last
         if last is not None:
             self._check_follows(receipt, signed, last)
-        elif receipt.sequence == 0 and receipt.previous != NO_RECEIPT:
+        if (receipt.sequence == 0) != (receipt.previous == NO_RECEIPT):
             raise ProtocolViolation("a chain of receipts that begins in the middle", self.peer_id)
+        if last is None and receipt.sequence and (self._whole or not receipt.epoch):
+            # Nothing can have superseded what came before. A hop that began at 1 could hand out anything as
+            # its receipt 0 when asked for it, and no audit would have a result.
+            raise ProtocolViolation(f"a chain of receipts that begins at {receipt.sequence}", self.peer_id)
         self._last, self._last_signed = receipt, signed
         return receipt
 
@@ -177,7 +186,7 @@ class ReceiptChain:
         if (receipt.nonce, receipt.dtype) != (last.nonce, last.dtype) or receipt.epoch < last.epoch:
             raise ProtocolViolation("receipts of two chains in one session", self.peer_id)
         skipped = receipt.sequence - last.sequence - 1
-        if skipped < 0 or (skipped and receipt.epoch == last.epoch):
+        if skipped < 0 or (skipped and (self._whole or receipt.epoch == last.epoch)):
             raise ProtocolViolation(
                 f"receipt {receipt.sequence} came after receipt {last.sequence}", self.peer_id
             )
@@ -185,6 +194,26 @@ class ReceiptChain:
             raise ProtocolViolation(
                 f"receipt {receipt.sequence} does not follow from the one before", self.peer_id
             )
+
+
+@dataclass(frozen=True, slots=True)
+class StandingStep:
+    """A step of which the positions from the receipt's first up to `stop` were not rolled back."""
+
+    receipt: Receipt
+    stop: int
+
+
+def standing_steps(receipts: Iterable[Receipt]) -> list[StandingStep]:
+    """Steps that stand after all of these, by ascending positions: a step rolls back to its position."""
+    standing: list[StandingStep] = []
+    for receipt in receipts:
+        while standing and standing[-1].stop > receipt.position:
+            last = standing.pop()
+            if last.receipt.position < receipt.position:
+                standing.append(StandingStep(last.receipt, receipt.position))
+        standing.append(StandingStep(receipt, receipt.position + receipt.tokens))
+    return standing
 
 
 def contradict(one: Receipt, other: Receipt) -> bool:

@@ -43,11 +43,12 @@ def score_of(account: Account, heard: tuple[float, float], now: float, config: L
     # Rounded, or no two calls would share a quantile that was reckoned before.
     alpha, beta = account.alpha + round(good, 1), account.beta + round(bad, 1)
     doubt = config.quantile
+    is_doubted = account.failed > 0 or account.beta >= config.evader_beta
     return Score(
         quantile(doubt, alpha, beta),
         reliability,
         account.is_newcomer(config),
-        Score(quantile(1 - doubt, alpha, beta) if account.failed else 1.0, likely),
+        Score(quantile(1 - doubt, alpha, beta) if is_doubted else 1.0, likely),
         is_stranger=not account.passed,
     )
 
@@ -56,14 +57,15 @@ def audit_probability(account: Account, config: LedgerConfig) -> float:
     """Probability with which to audit a peer's work in a session, on a coin it cannot see.
 
     `min + (1 - integrity)^4`, of own audits only: praise by others lowers nobody's guard. Newcomers are
-    audited more, and so is who was SUSPECT lately or deviates a little too often. With the square, audits of
-    short sessions of a small model came to more than 2 % of what serving them costs (`benchmarks/liars.py`).
+    audited more, and so is who was SUSPECT lately, deviates a little too often, or gets around audits. With the
+    square, audits of short sessions of a small model came to more than 2 % of what serving them costs
+    (`benchmarks/liars.py`).
     """
     if account.vouched:
         return config.min_audit_probability
     doubt = 1.0 - quantile(config.quantile, account.alpha, account.beta)
     probability = config.min_audit_probability + doubt**4 + account.suspicion
-    probability += account.small_lies.suspicion
+    probability += account.small_lies.suspicion + account.evasion
     if account.is_newcomer(config):
         probability = max(probability, config.newcomer_audit_probability)
     return min(probability, 1.0)

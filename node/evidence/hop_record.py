@@ -13,7 +13,7 @@ from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.tensors import decode_hidden
-from p2pinfer.reputation.receipt import Payload, Receipt
+from p2pinfer.reputation.receipt import Payload, Receipt, standing_steps
 
 MAX_TOKENS: Final = 1 << 16
 
@@ -75,28 +75,32 @@ class History:
 def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
     """Put a record together; of more than `max_tokens` positions the first, which depend on no later one.
 
-    A few receipts may name one payload many times, so what they come to has to be bounded.
+    A few receipts may name one payload many times, so what they come to has to be bounded. Of what was rolled
+    back nothing is looked at, and nothing has to be there.
 
     Raises:
         ProtocolViolation: Payloads are missing or of another size, or positions were left out.
         WrongOutput: An output is not finite; no honest hop signs for that.
     """
     row = row_bytes(hidden_size, record.codec)
-    inputs, outputs = _Pieces(row, max_tokens), _Pieces(row, max_tokens)
+    inputs, outputs = _Pieces(row), _Pieces(row)
     stop = 0
     for receipt in record.receipts:
         if receipt.position > stop:
             raise ProtocolViolation(f"nothing is known of position {stop}", record.peer_id)
         stop = receipt.position + receipt.tokens
+    for standing in standing_steps(record.receipts):
+        receipt, end = standing.receipt, standing.receipt.position + standing.receipt.tokens
+        if receipt.position >= max_tokens:
+            break
         for pieces, digest, rows in (
             (inputs, receipt.input, receipt.tokens),
             (outputs, receipt.output, receipt.returned),
         ):
-            pieces.truncate(receipt.position)
             content = memoryview(record.contents.get(digest, b"") if rows else b"")
             if len(content) != rows * row:
                 raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", record.peer_id)
-            pieces.add(stop - rows, stop, content)
+            pieces.add(end - rows, min(standing.stop, max_tokens), content)
     try:
         given = inputs.decode(hidden_size, record.codec)
     except WrongOutput as exc:
@@ -106,24 +110,18 @@ def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOK
 
 
 class _Pieces:
-    """Rows of a session's first positions as they came; what is rolled back is cut off."""
+    """Rows of a session's first positions, as they came."""
 
-    def __init__(self, row: int, max_tokens: int) -> None:
+    def __init__(self, row: int) -> None:
         self._row = row
-        self._max_tokens = max_tokens
         self._pieces: list[tuple[int, int, memoryview]] = []
 
     @property
     def positions(self) -> tuple[int, ...]:
         return tuple(chain.from_iterable(range(start, stop) for start, stop, _ in self._pieces))
 
-    def truncate(self, position: int) -> None:
-        while self._pieces and self._pieces[-1][1] > position:
-            start, _, content = self._pieces.pop()
-            self.add(start, position, content[: max(0, position - start) * self._row])
-
     def add(self, start: int, stop: int, content: memoryview) -> None:
-        stop = min(stop, self._max_tokens)
+        """Add positions `start` to `stop` - 1, with which `content` begins; harmless if there are none."""
         if start < stop:
             self._pieces.append((start, stop, content[: (stop - start) * self._row]))
 

@@ -36,9 +36,11 @@ LIMITS: Final = AnswerLimits(
     address_range=Allowance(turns=8, burst_bytes=4 * MAX_CONTENT_BYTES, bytes_per_s=4 << 20),
     everybody=Allowance(turns=32, burst_bytes=4 * MAX_CONTENT_BYTES, bytes_per_s=8 << 20),
 )
+ANSWER_S: Final = 8.0  # all contents are due after so long, and the time that their bytes take
+LEAST_BYTES_PER_S: Final = 65_536  # half a megabit a second: a slow line upwards, shared by two
+PATIENCE_S: Final = 30.0  # for one answer, where nobody's standing depends on it
 _MAX_REQUEST_BYTES: Final = 16_384
 _MAX_ANSWER_BYTES: Final = 4_096
-_TIMEOUT_S: Final = 30.0
 _HASH_INLINE_BYTES: Final = 1 << 16
 _MAX_ASKING: Final = 16  # peers at once of whom it is noted how much of a watched group they have
 
@@ -159,6 +161,15 @@ class EvidenceStore:
         self.held_bytes -= held.size
 
 
+def due_s(content_bytes: int) -> float:
+    """Seconds after which a peer is late with so many bytes of evidence, whatever it has sent of them.
+
+    A peer that answers is not late if its line carries `LEAST_BYTES_PER_S`. One that trickles pieces would
+    otherwise outlive every audit.
+    """
+    return ANSWER_S + content_bytes / LEAST_BYTES_PER_S
+
+
 def serve_evidence(
     host: Host, *stores: EvidenceStore, clock: Callable[[], float] = trio.current_time
 ) -> None:
@@ -170,12 +181,14 @@ def serve_evidence(
         if not asks.take(stream.peer_id, clock()):
             raise ProtocolViolation("asks for evidence too often", stream.peer_id)
         host.counts.add("audits", "asked")
-        with answers.turn(stream) as answer, trio.move_on_after(_TIMEOUT_S):
+        with answers.turn(stream) as answer, trio.move_on_after(ANSWER_S) as limit:
             digests = decode_ask(await _receive_value(stream, bytearray(), _MAX_REQUEST_BYTES))
             sizes = tuple(
                 None if content is None else len(content)
                 for content in contents_for(stores, digests, clock())
             )
+            # As long as an asker waits: there is nobody to send to after that.
+            limit.deadline += due_s(sum(size or 0 for size in sizes))
             head = _encoder.encode(_Answer(sizes))
             head = len(head).to_bytes(4, "big") + head
             asked = [(digest, size) for digest, size in zip(digests, sizes, strict=False) if size]
@@ -203,21 +216,27 @@ async def fetch_evidence(
     addrs: Sequence[str] = (),
     *,
     max_bytes: int = MAX_CONTENT_BYTES,
+    within_s: float = PATIENCE_S,
+    hearsay: bool = True,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> dict[bytes, bytes]:
     """Contents of `digests` that `peer_id` holds, each checked against its digest.
 
     Args:
         digests: At most `MAX_DIGESTS`.
         max_bytes: What all contents may take together; an answer that is larger is not read.
+        within_s: How long the answer may take, dialling included.
+        hearsay: False where the addresses are the peer's own word, as those of a route's hops are.
+        on_bytes: Told of every piece that arrives, in bytes.
 
     Raises:
         PeerError: The peer cannot be reached, does not answer in time, or answers something else.
     """
     ask = _encoder.encode(_Ask(tuple(digests)))
     try:
-        with trio.fail_after(_TIMEOUT_S):
+        with trio.fail_after(within_s):
             async with aclosing(
-                await host.open_stream(peer_id, EVIDENCE_PROTOCOL, addrs, hearsay=True)
+                await host.open_stream(peer_id, EVIDENCE_PROTOCOL, addrs, hearsay=hearsay)
             ) as stream:
                 await stream.send_all(len(ask).to_bytes(4, "big") + ask)
                 buffer = bytearray()
@@ -227,9 +246,11 @@ async def fetch_evidence(
                 if total > min(max_bytes, MAX_CONTENT_BYTES) or len(sizes) > len(digests):
                     raise ProtocolViolation(f"evidence of {total} bytes; {max_bytes} were asked for")
                 while len(buffer) < total:
-                    buffer += await _receive_some(stream)
+                    received = await _receive_some(stream)
+                    on_bytes(len(received))
+                    buffer += received
     except trio.TooSlowError as exc:
-        raise PeerVanished(f"no evidence in {_TIMEOUT_S:g} s", peer_id) from exc
+        raise PeerVanished(f"no evidence in {within_s:g} s", peer_id) from exc
     except ProtocolViolation as exc:
         exc.peer_id = peer_id
         raise

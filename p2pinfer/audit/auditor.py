@@ -7,6 +7,10 @@ Whether a session is going to be checked is decided when it opens, because what 
 A FAIL alone costs nobody anything: somebody else, or weights that are loaded anew, must agree. Should others
 fail as well, it is us who may be wrong, unless somebody has passed before. Proofs of others are held against
 the same blocks before they count.
+
+Some audits have no result. Where that lies with the hop, whose evidence is withheld, late or does not fit,
+it costs the hop; where it does not, or cannot be told, it costs nobody. A few audits run at once, so that one
+slow hop holds up no other's. An error in one of them ends that one.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import trio
 
@@ -24,7 +29,6 @@ from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
 from p2pinfer.events import AuditDone, Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
@@ -33,38 +37,25 @@ from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.small_lies import sample_of
 from p2pinfer.reputation.verdict import Finding, Verdict
-from p2pinfer.routing.route import Hop, Route
-from p2pinfer.session.receipt_checks import PassedStep
+from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
+from .backlog import Backlog, ClosedSession, Job, contained
 from .collect import Collected, collect_record
+from .evidence_source import Line
 from .examiner import Examiner
+from .kept_jobs import job_folder
 from .opinions import compare_elsewhere
 from .second_opinion import choose_auditors, run_elsewhere
+from .tally import AuditTally as AuditTally
 from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 64  # audits; what comes on top is not checked
-MAX_WAITING_BYTES = 256 << 20  # that their sessions sent and got
+AT_ONCE = 4  # audits; evidence of one is fetched while another one is judged
+MAX_CLOSED = 64  # sessions whose receipts are still to be checked
 SECOND_OPINIONS = 4  # peers that are tried for up to three of them
 HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fetch it
-
-
-@dataclass(frozen=True, slots=True)
-class AuditTally:
-    """Results of all audits so far."""
-
-    done: int = 0
-    passed: int = 0
-    failed: int = 0
-    suspect: int = 0
-    inconclusive: int = 0
-
-    def plus(self, verdict: Verdict) -> AuditTally:
-        """One audit more."""
-        name = {"pass": "passed", "fail": "failed"}.get(verdict.value, verdict.value)
-        return replace(self, **{name: getattr(self, name) + 1, "done": self.done + 1})
 
 
 class Auditor:
@@ -76,6 +67,7 @@ class Auditor:
         clock: The ledger's time in seconds.
         rng: The coin. Nobody but this process may know what it will show.
         report: Called with every audit's outcome.
+        kept_in: Data directory where audits are kept until they are done; None: in memory alone.
     """
 
     def __init__(
@@ -90,6 +82,7 @@ class Auditor:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         report: Report | None = None,
+        kept_in: Path | None = None,
     ) -> None:
         self.tally = AuditTally()
         self._member = member
@@ -101,11 +94,10 @@ class Auditor:
         self._clock = clock
         self._rng = rng or random.SystemRandom()
         self._report = report
-        self._pending = 0
-        self._waiting_bytes = 0
         self._has_passed = False  # whether our re-execution ever agreed with anybody
-        self._settled = Pulse()
-        self._jobs_in, self._jobs = trio.open_memory_channel[_Job](MAX_WAITING)
+        self._line = Line()
+        self._backlog = Backlog(job_folder(kept_in, spec.revision, config.queue_bytes), clock)
+        self._closed_in, self._closed = trio.open_memory_channel[ClosedSession](MAX_CLOSED)
         self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
         member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
 
@@ -121,71 +113,94 @@ class Auditor:
     def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
         """Queue what the coin chose. Whoever replaced a hop meanwhile gets a coin of its own."""
         book = session.book
-        if book is None or session.broken_receipt is not None:
-            error = session.broken_receipt
-            if isinstance(error, Equivocation):
-                self._queue(_Job(error.peer_id, (), error.receipts))
+        if book is None:
             return
+        was_told = session.broken_receipt is not None
+        closed = ClosedSession(book, session.opened_route, chosen, was_told)
+        try:
+            self._closed_in.send_nowait(closed)
+        except trio.WouldBlock:
+            logger.debug("audit.dropped session=%s", book.session.hex())
+        else:
+            self._backlog.note_pending(1)
+
+    async def settled(self) -> None:
+        """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
+        await self._backlog.settled()
+
+    async def keep_nothing(self) -> None:
+        """Leave no audit to another process: the peers are our own and end with us."""
+        await self._backlog.close(forget=True)
+
+    async def serve(self) -> None:
+        """Do the audits, a few at once, until cancelled; what is not done by then is for the next start."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._queue_all)
+                for _ in range(AT_ONCE):
+                    nursery.start_soon(self._work, nursery)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._backlog.close()
+
+    async def _queue_all(self) -> None:
+        """Turn sessions that closed into audits, those of earlier processes first."""
+        with contained("what was left over"):
+            await self._backlog.take_over()
+        async for closed in self._closed:
+            with contained(f"session {closed.book.session.hex()}"):
+                for job in await self._jobs_of(closed):
+                    await self._backlog.put(job)
+            self._backlog.note_pending(-1)
+
+    async def _jobs_of(self, closed: ClosedSession) -> list[Job]:
+        """The audits of a session, of which only steps are looked at whose receipts are in order."""
+        book, chosen, error = closed.book, closed.chosen, None
+        try:
+            # A session that a hop ends closes before its last receipts are checked.
+            await book.check()
+        except PeerError as exc:
+            error = exc
+            if exc.peer_id and not closed.was_told:
+                self._ledger.record_failure(exc.peer_id, self._clock(), str(exc))
+        if isinstance(error, Equivocation):
+            return [Job(error.peer_id, contradiction=error.receipts)]
         # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
         # replaced them would know that nobody checks them.
-        opened_with = set(session.opened_route.peer_ids)
+        opened_with = {*closed.route.peer_ids}
         newcomers = [
-            Hop(hop.peer_id, hop.span)
+            hop
             for hop in {hop.peer_id: hop for each in book.kept for hop in each.hops}.values()
             if hop.peer_id not in opened_with
         ]
         if newcomers:
             chosen |= self.toss(Route(tuple(newcomers)))
-        for peer_id in chosen if book.kept else ():
-            self._queue(_Job(peer_id, tuple(book.kept)))
+        steps = tuple(book.kept)
+        faults = {error.peer_id: str(error)} if error else {}
+        return [
+            Job(peer_id, steps, fault=faults.get(peer_id, ""))
+            for peer_id in chosen
+            if any(hop.peer_id == peer_id for each in steps for hop in each.hops)
+        ]
 
-    def _queue(self, job: _Job) -> None:
-        try:
-            # Dropped rather than waited for: jobs hold the tensors of their sessions, and a client that
-            # generates faster than it audits would end up holding all of them.
-            if self._waiting_bytes + job.size > MAX_WAITING_BYTES:
-                raise trio.WouldBlock
-            self._jobs_in.send_nowait(job)
-        except trio.WouldBlock:
-            logger.debug("audit.dropped peer=%s", job.peer_id)
-            return
-        self._waiting_bytes += job.size
-        self._note_pending(1)
-
-    def _note_pending(self, more: int) -> None:
-        self._pending += more
-        if not self._pending:
-            self._settled.fire()
-
-    async def settled(self) -> None:
-        """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
-        while self._pending:
-            await self._settled.wait()
-
-    async def serve(self) -> None:
-        """Do the audits, one after the other, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            async for job in self._jobs:
-                self._waiting_bytes -= job.size
-                try:
-                    for address in await self._audit(job):
-                        self._note_pending(1)
-                        nursery.start_soon(self._hand_out, address)
-                finally:
-                    self._note_pending(-1)
+    async def _work(self, nursery: trio.Nursery) -> None:
+        while True:
+            job = await self._backlog.next_job()
+            with contained(f"the audit of {job.peer_id}"):
+                for address in await self._audit(job):
+                    self._backlog.note_pending(1)
+                    nursery.start_soon(self._hand_out, address)
+            await self._backlog.done(job)
 
     async def _hand_out(self, address: bytes) -> None:
-        try:
-            with trio.move_on_after(HAND_OUT_S):
-                await self._member.proofs.handed_out(address)
-        finally:
-            self._note_pending(-1)
+        with contained("a proof"), trio.move_on_after(HAND_OUT_S):
+            await self._member.proofs.handed_out(address)
+        self._backlog.note_pending(-1)
 
-    async def _audit(self, job: _Job) -> list[bytes]:
+    async def _audit(self, job: Job) -> list[bytes]:
         """Do one audit; returns the proofs that were published."""
         if job.contradiction:
-            proof = Proof(1, job.peer_id, "equivocation", job.contradiction)
-            return await self._accuse(proof, {}, "it signed twice")
+            return await self._accuse_of_two(job.peer_id, job.contradiction)
         if self._ledger.is_banned(job.peer_id):
             return []
         finding, collected = Finding(Verdict.INCONCLUSIVE, "it took too long"), Collected(None)
@@ -198,25 +213,36 @@ class Auditor:
                 self._spec.hidden_size,
                 max_bytes=self._config.evidence_bytes,
                 max_tokens=self._config.max_tokens,
+                line=self._line,
+                is_fresh=job.is_fresh,
             )
+            if collected.contradiction:
+                return await self._accuse_of_two(job.peer_id, collected.contradiction)
             finding, others = await self._judge(collected.record, job.others)
-        why = collected.withheld or finding.reason
+        fault = collected.fault or job.fault if finding.verdict is Verdict.INCONCLUSIVE else ""
         published = await self._settle(
-            _Opinion(job.peer_id, collected.record, finding), withheld=bool(collected.withheld), why=why
+            _Opinion(job.peer_id, collected.record, finding), fault=fault, why=fault or finding.reason
         )
         for other in others:
             published += await self._settle(other, why=other.finding.reason)
         return published
 
-    async def _settle(self, opinion: _Opinion, *, withheld: bool = False, why: str) -> list[bytes]:
-        """Note an audit's outcome; returns the proof that was published, if it is one."""
+    async def _accuse_of_two(self, peer_id: str, receipts: tuple[bytes, ...]) -> list[bytes]:
+        return await self._accuse(Proof(1, peer_id, "equivocation", receipts), {}, "it signed twice")
+
+    async def _settle(self, opinion: _Opinion, *, fault: str = "", why: str) -> list[bytes]:
+        """Note an audit's outcome; returns the proof that was published, if it is one.
+
+        Args:
+            fault: What the hop is to blame for if there is no verdict; empty: nothing.
+        """
         peer_id, finding = opinion.peer_id, opinion.finding
         self.tally = self.tally.plus(finding.verdict)
         self._member.host.counts.add("audits", finding.verdict.value)
         logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
         if self._report is not None:
             self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
-        self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=withheld, why=why)
+        self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=bool(fault), why=why)
         if finding.deviation is not None and finding.verdict is not Verdict.FAIL:
             self._ledger.record_small_lies(peer_id, sample_of(finding.deviation), self._clock())
         if finding.verdict is Verdict.PASS:
@@ -320,22 +346,3 @@ class _Opinion:
     peer_id: str
     record: HopRecord | None
     finding: Finding
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A hop to be checked, and the steps of the session; or two receipts that contradict each other."""
-
-    peer_id: str
-    steps: tuple[PassedStep, ...]
-    contradiction: tuple[bytes, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Bytes that it keeps in memory; hops of one session share them, and each counts them."""
-        return sum(len(each.sent) + len(each.got) for each in self.steps)
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Other peers that had to do with the session."""
-        return tuple({hop.peer_id for each in self.steps for hop in each.hops})

@@ -3,27 +3,29 @@
 What the client sent to the first hop and got from the last one it has itself. The rest is asked of the hop
 that committed to it. What it does not hand out, its neighbours may have: one's output is the next one's
 input.
+
+Nothing that comes in here is taken for checked. A hop is at fault if its receipts or tensors do not fit, if
+it withholds them, or if it is late with them. What cannot be had for another reason is nobody's fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import trio
 
-from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import row_bytes
-from p2pinfer.node.evidence.hop_record import HopRecord
-from p2pinfer.node.evidence.store import MAX_DIGESTS, fetch_evidence
+from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host.host import Host
 from p2pinfer.reputation.proof import tensors_of
-from p2pinfer.reputation.receipt import MAX_RECEIPT_BYTES, Payload, Receipt, decode_receipt, open_receipt
+from p2pinfer.reputation.receipt import Payload, Receipt, digest_of
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
 
-MAX_RECEIPTS_FETCHED: Final = 256
+from .evidence_source import EvidenceSource, Line, NotTheirs
+from .hop_chain import HopChain, TooManyUnseen, Withheld, fill_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,13 @@ class Collected:
 
     Attributes:
         record: None if something is missing even so.
-        withheld: Why the hop itself is to blame for evidence that it did not hand out; empty if it did.
+        fault: What the hop itself is to blame for: evidence withheld, late, or not fitting. Empty: nothing.
+        contradiction: Two receipts that it signed for one place, if it did.
     """
 
     record: HopRecord | None
-    withheld: str = ""
+    fault: str = ""
+    contradiction: tuple[bytes, ...] = ()
 
 
 async def collect_record(
@@ -47,125 +51,138 @@ async def collect_record(
     *,
     max_bytes: int,
     max_tokens: int,
+    line: Line | None = None,
+    is_fresh: bool = True,
 ) -> Collected:
-    """Collect what `peer_id` did in the session of `steps`, whose receipts have been checked.
+    """Collect what `peer_id` did in the session of `steps`.
 
     Of a long session it is the beginning, which does not depend on what came after.
 
     Args:
         max_bytes: What all tensors may take.
         max_tokens: Positions that are of interest.
+        line: Shared by all that is fetched at once.
+        is_fresh: True if the session has just ended. Later on a hop may have had to make room.
     """
-    places = [(each, _index_of(each, peer_id)) for each in steps]
-    mine = [(each, index) for each, index in places if index is not None]
+    mine = [
+        (each, index)
+        for each in steps
+        if (index := _index_of(each, peer_id)) is not None and len(each.receipts) == len(each.hops)
+    ]
     if not mine:
         return Collected(None)
-    hop = mine[0][0].hops[mine[0][1]]
-    # Thousands of receipts take tens of milliseconds to read.
-    known = await trio.to_thread.run_sync(_decode_all, [each.receipts[index] for each, index in mine])
+    passed, index = mine[-1]
+    source = EvidenceSource(host, passed.hops[index], line or Line())
     try:
-        chain = await _whole_chain(host, hop, known)
+        chain = await fill_chain(
+            peer_id,
+            [each.receipts[index] for each, index in mine],
+            source.fetch_receipt,
+            host.verify,
+            is_last=index == len(passed.hops) - 1,
+        )
+    except Equivocation as exc:
+        return Collected(None, str(exc), exc.receipts)
     except PeerError as exc:
-        return Collected(None, f"its receipts have gaps that it does not fill: {exc}")
+        is_lie = isinstance(exc, ProtocolViolation) and not isinstance(exc, Withheld)
+        return Collected(None, f"its receipts do not fit: {exc}" if is_lie or is_fresh else "")
+    except (NotTheirs, TooManyUnseen):
+        return Collected(None)
     wanted = await trio.to_thread.run_sync(_plan, chain, mine, hidden_size, max_bytes, max_tokens)
     if not wanted.signed:
-        return Collected(None)
-    contents, withheld = wanted.contents, ""
-    for source in (hop, *_neighbours(mine)):
-        missing = [digest for digest in wanted.tensors if digest not in contents]
-        if not missing:
-            break
-        try:
-            await _fetch_all(host, source, missing, contents, max_bytes)
-        except PeerError as exc:
-            withheld = withheld or (f"it withholds evidence: {exc}" if source is hop else "")
-        if source is hop and any(digest not in contents for digest in wanted.tensors):
-            withheld = withheld or "it withholds evidence that it committed to"
-    if any(digest not in contents for digest in wanted.tensors):
-        return Collected(None, withheld)
-    return Collected(HopRecord(peer_id, wanted.signed, wanted.receipts, contents), withheld)
+        return Collected(None, wanted.fault)
+    withheld = await _fetch(host, source, mine, wanted)
+    if any(digest not in wanted.contents for digest in wanted.sizes):
+        return Collected(None, withheld if is_fresh else "")
+    record = HopRecord(peer_id, wanted.signed, wanted.receipts, wanted.contents)
+    unfit = await trio.to_thread.run_sync(_unfit, record, hidden_size, max_tokens)
+    return Collected(None, unfit) if unfit else Collected(record, withheld)
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The part of a chain that is looked at, and what of its tensors is here already."""
+    """The part of a chain that is looked at, its tensors' sizes, and what of them is here already."""
 
     signed: tuple[bytes, ...]
     receipts: tuple[Receipt, ...]
-    tensors: tuple[bytes, ...]
+    sizes: dict[bytes, int]
     contents: dict[bytes, Payload]
+    fault: str = ""
 
 
 def _plan(
-    chain: Sequence[tuple[bytes, Receipt]],
+    chain: HopChain,
     mine: Sequence[tuple[PassedStep, int]],
     hidden_size: int,
     max_bytes: int,
     max_tokens: int,
 ) -> _Wanted:
-    kept: list[tuple[bytes, Receipt]] = []
-    size = 0
-    for signed, receipt in chain:
-        size += (receipt.tokens + receipt.returned) * row_bytes(hidden_size, receipt.codec)
-        if size > max_bytes or receipt.position + receipt.tokens > max_tokens:
-            break
-        kept.append((signed, receipt))
+    """The longest beginning of a chain whose tensors, less what was rolled back, stay within the bounds."""
+    row = row_bytes(hidden_size, chain.receipts[0][1].codec)
+    standing: list[tuple[int, int, int]] = []  # start, stop, bytes
+    size = longest = 0
+    for count, (_, receipt) in enumerate(chain.receipts, 1):
+        while standing and standing[-1][1] > receipt.position:
+            start, _, step_bytes = standing.pop()
+            if start < receipt.position:
+                standing.append((start, receipt.position, step_bytes))
+            else:
+                size -= step_bytes
+        stop, step_bytes = receipt.position + receipt.tokens, (receipt.tokens + receipt.returned) * row
+        standing.append((receipt.position, stop, step_bytes))
+        size += step_bytes
+        if size <= max_bytes and stop <= max_tokens:
+            longest = count
+    fault = ""
+    if not longest and chain.is_unseen(0):
+        fault = "what it says it computed unseen leaves nothing to be audited"
+    kept = chain.receipts[:longest]
     receipts = tuple(receipt for _, receipt in kept)
-    tensors = tensors_of(receipts)
+    sizes: dict[bytes, int] = {}
+    tensors = {*tensors_of(receipts)}
+    for receipt in receipts:
+        for digest, rows in ((receipt.input, receipt.tokens), (receipt.output, receipt.returned)):
+            if digest in tensors:
+                sizes[digest] = rows * row
     own = _own_contents(mine)
-    contents = {digest: own[digest] for digest in tensors if digest in own}
-    return _Wanted(tuple(signed for signed, _ in kept), receipts, tensors, contents)
+    contents = {digest: own[digest] for digest in sizes if digest in own}
+    return _Wanted(tuple(signed for signed, _ in kept), receipts, sizes, contents, fault)
 
 
-def _decode_all(signed: Sequence[bytes]) -> list[tuple[bytes, Receipt]]:
-    return [(each, decode_receipt(each)) for each in signed]
-
-
-async def _fetch_all(
-    host: Host, hop: Hop, digests: Sequence[bytes], contents: dict[bytes, Payload], max_bytes: int
-) -> None:
-    """Add to `contents` what `hop` holds of `digests`."""
-    missing = list(digests)
-    while missing:
-        found = await fetch_evidence(host, hop.peer_id, missing[:MAX_DIGESTS], hop.addrs, max_bytes=max_bytes)
-        contents |= found
-        rest = [digest for digest in missing if digest not in found]
-        if not found:
-            return
-        missing = rest
-
-
-async def _whole_chain(
-    host: Host, hop: Hop, known: Sequence[tuple[bytes, Receipt]]
-) -> list[tuple[bytes, Receipt]]:
-    """`known` receipts with those that the client never saw, asked for by the digest in the next one.
-
-    Raises:
-        PeerError: The hop does not hand them out, or they do not fit.
-    """
-    chain: list[tuple[bytes, Receipt]] = []
-    fetched = 0
-    due = 0
-    for signed, receipt in known:
-        missing: list[tuple[bytes, Receipt]] = []
-        wanted = receipt
-        while wanted.sequence > due:
-            fetched += 1
-            if fetched > MAX_RECEIPTS_FETCHED:
-                raise ProtocolViolation("too many receipts are missing", hop.peer_id)
-            found = await fetch_evidence(
-                host, hop.peer_id, [wanted.previous], hop.addrs, max_bytes=MAX_RECEIPT_BYTES
+async def _fetch(
+    host: Host, source: EvidenceSource, mine: Sequence[tuple[PassedStep, int]], wanted: _Wanted
+) -> str:
+    """Add what is missing to `wanted.contents`; returns what the hop is to blame for, if anything."""
+    withheld = ""
+    others = [EvidenceSource(host, hop, source.line) for hop in _neighbours(mine)]
+    for each in (source, *others):
+        missing = [digest for digest in wanted.sizes if digest not in wanted.contents]
+        if not missing:
+            break
+        is_hop = each is source
+        try:
+            wanted.contents.update(
+                await each.fetch_all(missing, sum(wanted.sizes[digest] for digest in missing))
             )
-            if wanted.previous not in found:
-                raise ProtocolViolation(f"receipt {wanted.sequence - 1} is not handed out", hop.peer_id)
-            earlier = open_receipt(found[wanted.previous], hop.peer_id, host.verify)
-            if (earlier.nonce, earlier.sequence) != (receipt.nonce, wanted.sequence - 1):
-                raise ProtocolViolation("a receipt of another chain", hop.peer_id)
-            missing.append((found[wanted.previous], earlier))
-            wanted = earlier
-        chain += [*reversed(missing), (signed, receipt)]
-        due = receipt.sequence + 1
-    return chain
+        except NotTheirs:
+            continue
+        except PeerError as exc:
+            withheld = f"it withholds evidence: {exc}" if is_hop else withheld
+            continue
+        if is_hop and any(digest not in wanted.contents for digest in missing):
+            withheld = "it withholds evidence that it committed to"
+    return withheld
+
+
+def _unfit(record: HopRecord, hidden_size: int, max_tokens: int) -> str:
+    """Fault of a record that no honest hop can have signed for; empty if it has none."""
+    try:
+        history_of(record, hidden_size, max_tokens=max_tokens)
+    except WrongOutput:
+        return ""  # a verdict, which is the verifier's
+    except ProtocolViolation as exc:
+        return f"its evidence does not fit its receipts: {exc}"
+    return ""
 
 
 def _index_of(passed: PassedStep, peer_id: str) -> int | None:
@@ -173,14 +190,13 @@ def _index_of(passed: PassedStep, peer_id: str) -> int | None:
 
 
 def _own_contents(mine: Sequence[tuple[PassedStep, int]]) -> dict[bytes, Payload]:
-    """Contents that the client sent or got itself, by the digests in the checked receipts."""
+    """Contents that the client sent or got itself, by their digests."""
     contents: dict[bytes, Payload] = {}
     for passed, index in mine:
-        receipt = decode_receipt(passed.receipts[index])
         if index == 0:
-            contents[receipt.input] = passed.sent
+            contents[digest_of(passed.sent)] = passed.sent
         if index == len(passed.hops) - 1:
-            contents[receipt.output] = passed.got
+            contents[digest_of(passed.got)] = passed.got
     return contents
 
 

@@ -25,8 +25,9 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Accusation
 from p2pinfer.reputation.proofs import ProofDecision
 from p2pinfer.reputation.receipt import Payload
-from p2pinfer.reputation.verdict import Verdict
+from p2pinfer.reputation.verdict import Finding, Verdict
 
+from .backlog import contained
 from .examination_budget import ExaminationBudget
 from .verifier import Verifier
 
@@ -68,8 +69,10 @@ class Examiner:
         }
 
     def is_wanted(self, heard: Heard) -> bool:
-        """True if a proof is worth fetching."""
+        """True if a proof is worth fetching: of this model, as nobody here can judge another's."""
         notice = heard.notice
+        if notice.revision != self._spec.revision:
+            return False
         decision = self._ledger.weigh_proof(notice.proof.hex(), notice.accused, heard.author, self._clock())
         return decision is ProofDecision.FETCH
 
@@ -78,10 +81,16 @@ class Examiner:
     ) -> bool | None:
         """Run the blocks of somebody else's proof again.
 
+        Receipts of another model prove nothing here: a notice may come by a neighbour's table, which holds
+        those of all models, and run against our weights an honest peer's outputs would look wrong.
+
         Returns:
             True if it holds, False if it does not, None if that cannot be told, or not at this price.
         """
         address, accused = heard.notice.proof.hex(), heard.notice.accused
+        told = {heard.notice.revision, *(each.revision for each in accusation.receipts)}
+        if told != {self._spec.revision}:
+            return None
         # One after the other: each pays before the next one asks what is left.
         async with self._turn:
             if not self._ledger.may_examine(address, accused, heard.author, self._clock()):
@@ -107,9 +116,11 @@ class Examiner:
         with trio.move_on_after(OWN_FIRST_S):
             await self._own_settled()
         began_at = self._stopwatch()
+        finding = Finding(Verdict.INCONCLUSIVE, "")
         try:
             record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
-            finding = await self._verifier.verify_fully(record)
+            with contained("a proof"):
+                finding = await self._verifier.verify_fully(record)
         finally:
             now = self._stopwatch()
             budget.pay(heard.author, units, now - began_at, now)

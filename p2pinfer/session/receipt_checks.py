@@ -2,7 +2,8 @@
 
 A session notes what went through the chain and goes on; what was noted is checked in a thread, a few steps at
 a time, and what is wrong ends the session with an error that names the hop. A receipt that is missing or
-broken says nothing of the output: it costs its hop reliability, not integrity.
+broken says nothing of the output: it costs its hop reliability, not integrity. The steps before it stay as
+good as they were, and are audited like those of any other session; what has not been checked never is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 
 import trio
 
-from p2pinfer.errors import ProtocolViolation
+from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.reputation.receipt import (
@@ -48,6 +49,10 @@ class ReceiptBook:
 
     Args:
         keep: Remember every step, payloads included, for an audit after the session.
+
+    Attributes:
+        kept: Steps whose receipts were checked and are in order, oldest first.
+        broken: The first thing that was wrong with a receipt. Nothing that came after it counts.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class ReceiptBook:
         self.revision = revision
         self.codec = codec
         self.kept: list[PassedStep] = []
+        self.broken: PeerError | None = None
         self._check_signature = check
         self._keep = keep
         self._unchecked: list[PassedStep] = []
@@ -70,9 +76,8 @@ class ReceiptBook:
 
     def note(self, passed: PassedStep) -> None:
         """Remember a step to be checked."""
-        self._unchecked.append(passed)
-        if self._keep:
-            self.kept.append(passed)
+        if self.broken is None:
+            self._unchecked.append(passed)
 
     async def check(self) -> None:
         """Check what was noted and not yet checked.
@@ -83,12 +88,21 @@ class ReceiptBook:
         """
         async with self._turn:
             steps, self._unchecked = self._unchecked, []
-            if steps:
+            if steps and self.broken is None:
                 await trio.to_thread.run_sync(self._check_all, steps)
+            if self.broken is not None:
+                self._unchecked = []
+                raise self.broken
 
     def _check_all(self, steps: Sequence[PassedStep]) -> None:
         for passed in steps:
-            self._check_one(passed)
+            try:
+                self._check_one(passed)
+            except PeerError as exc:
+                self.broken = exc
+                return
+            if self._keep:
+                self.kept.append(passed)
 
     def _check_one(self, passed: PassedStep) -> None:
         hops, step = passed.hops, passed.step

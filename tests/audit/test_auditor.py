@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p2pinfer import client as client_module
 from p2pinfer.audit import auditor as audit_module
-from p2pinfer.audit import second_opinion
+from p2pinfer.audit import backlog, evidence_source, second_opinion
 from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import BYTES_PER_WEIGHT, LocalVerifier
 from p2pinfer.audit.verifier import Verifier
@@ -77,6 +77,7 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
             yield client
 
+    monkeypatch.setattr(evidence_source, "RETRY_S", ())
     monkeypatch.setattr(audit_module, "HAND_OUT_S", 0.2)  # there is not always somebody to fetch a proof
     monkeypatch.setattr(client_module, "open_swarm", join)
     monkeypatch.setattr(second_opinion, "open_host", throw_away)
@@ -239,7 +240,7 @@ async def test_of_a_long_session_the_beginning_is_checked(
 async def test_what_waits_to_be_audited_is_bounded(
     swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_module, "MAX_WAITING_BYTES", 1000)
+    monkeypatch.setattr(backlog, "MAX_WAITING_BYTES", 1000)
     await swarm.serve("a", 0, 8)
     async with open_client() as client:
         await text_of(client.generate(PROMPT, max_new_tokens=8))

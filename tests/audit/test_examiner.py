@@ -110,7 +110,7 @@ class Place:
         self.own_done.set()
         self.judge = judge
         self.examiner = Examiner(
-            replace(checkpoint.spec),
+            replace(checkpoint.spec, revision="r"),
             self.ledger,
             judge,
             AuditConfig(),

@@ -10,6 +10,7 @@ from p2pinfer.reputation.account import (
     Account,
     after_audit,
     after_session,
+    after_withholding,
     banned,
     forgiven,
     merged,
@@ -17,6 +18,7 @@ from p2pinfer.reputation.account import (
     vouched_for,
 )
 from p2pinfer.reputation.config import LedgerConfig
+from p2pinfer.reputation.score import audit_probability
 
 CONFIG = LedgerConfig()
 events = st.sampled_from(["ok", "lost", "pass", "fail", "suspect", "inconclusive", "ban", "forgive", "vouch"])
@@ -98,3 +100,42 @@ def test_a_record_out_of_bounds_is_none(written: bytes) -> None:
 def test_a_failure_weighs_no_more_than_a_record_can_hold() -> None:
     account = Account(beta=1e6)
     assert after_audit(account, "fail", 1.0, "", CONFIG).beta == 1e6
+
+
+def evading(pattern: str) -> Account:
+    """An account after audits: `p` passed, `w` had no result for a reason that lay with the peer."""
+    account = NEWCOMER
+    for result in pattern:
+        if result == "w":
+            account = after_withholding(account, 1.0, "", CONFIG)
+        else:
+            account = after_audit(account, "pass", 1.0, "", CONFIG)
+    return account
+
+
+def test_audits_that_are_evaded_cost_reliability_at_once_and_integrity_when_it_repeats() -> None:
+    once = evading("w")
+    assert (once.alpha, once.beta) == (1, 1)
+    assert once.reliability(1.0, CONFIG)[0] < NEWCOMER.reliability(1.0, CONFIG)[0]
+    assert once.is_newcomer(CONFIG)
+    betas = [evading("w" * count).beta for count in range(1, 7)]
+    assert betas == sorted(set(betas))
+    assert not evading("wwww").is_newcomer(CONFIG)  # nobody tries it any more for being new
+    ever = evading("w" * 60)
+    assert ever.integrity_mean < 0.03
+    assert ever.ban is None  # it is no proof
+    assert audit_probability(ever, CONFIG) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "least"), [("pppppppppw" * 6, 0.9), ("pppppw" * 10, 0.9), ("p" * 30 + "www", 0.9)]
+)
+def test_evidence_lost_now_and_then_costs_no_integrity_to_speak_of(pattern: str, least: float) -> None:
+    """A restart, a busy hour, a line that was down: what passes in between outweighs it."""
+    account = evading(pattern)
+    assert account.integrity_mean > least
+    assert account.ban is None
+
+
+def test_who_evades_half_of_its_audits_is_less_believed_than_who_passes_them() -> None:
+    assert evading("pw" * 30).integrity_mean < 0.75 < evading("p" * 30).integrity_mean

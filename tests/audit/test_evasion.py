@@ -1,0 +1,293 @@
+"""Hops that get around audits: what they do not hand out, or break, costs them, and nobody else."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from p2pinfer.audit import evidence_source
+from p2pinfer.audit.auditor import Auditor
+from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.verifier import Verifier
+from p2pinfer.client import Client
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.errors import P2PInferError
+from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
+from p2pinfer.node.protocol.messages import Step
+from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
+from p2pinfer.node.swarm.proof_gossip import Heard, Notice
+from p2pinfer.node.transport.peer_stream import PeerStream
+from p2pinfer.reputation.proof import Accusation
+from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt, digest_of, sign_receipt
+from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
+from p2pinfer.session.session import Session
+
+from ..node.memory import sign, verify
+from ..node.memory_swarm import MemorySwarm, route_over
+from .test_auditor import ALWAYS, PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
+
+__all__ = ["open_client", "swarm"]  # fixtures
+
+Attest = Callable[..., Any]
+LATE_S = 0.4
+
+
+def auditor_of(client: Client) -> Auditor:
+    auditor = client._auditor  # pyright: ignore[reportPrivateUsage]
+    assert auditor is not None
+    return auditor
+
+
+async def serve_three(swarm: MemorySwarm) -> None:
+    for name, start, stop in (("a", 0, 3), ("b", 3, 5), ("c", 5, 8)):
+        await swarm.serve(name, start, stop)
+
+
+def break_receipts(monkeypatch: pytest.MonkeyPatch, start: int, lie: Callable[[Step, bytes], bytes]) -> None:
+    """Let the hop whose blocks begin at `start` hand on something else than its receipts."""
+
+    async def attest(self: ReceiptSigner, step: Step, *rest: Any) -> SignedReceipt:
+        said = await honest(self, step, *rest)
+        if self._opening.start != start:  # pyright: ignore[reportPrivateUsage]
+            return said
+        return SignedReceipt(
+            lie(step, said.receipt), said.receipt_digest, said.input_digest, said.output_digest
+        )
+
+    honest = ReceiptSigner.attest
+    monkeypatch.setattr(ReceiptSigner, "attest", attest)
+
+
+def closed_session(client: Client, *receipts: tuple[bytes, ...]) -> Session:
+    """A session over a, b, c that a hop ended before these were checked."""
+    route = route_over(a=(0, 3), b=(3, 5), c=(5, 8))
+    book = ReceiptBook(secrets.token_bytes(16), client.spec.revision, "float32", verify, keep=True)
+    for number, each in enumerate(receipts):
+        book.note(PassedStep(Step(number, 0, number, 1, 1), route.hops, b"", b"", each))
+    said = SimpleNamespace(book=book, broken_receipt=None, opened_route=route, route=route)
+    return cast(Session, said)
+
+
+@pytest.mark.parametrize(
+    ("receipts", "blamed"),
+    [((), "c"), ((b"garbage",), "c"), ((b"garbage", b"", b"x" * 200), "a"), ((b"",) * 256, "c")],
+)
+async def test_unchecked_receipts_end_no_client_and_are_held_against_their_hop(
+    swarm: MemorySwarm, open_client: OpenClient, receipts: tuple[bytes, ...], blamed: str
+) -> None:
+    await serve_three(swarm)
+    async with open_client() as client:
+        auditor_of(client).session_closed(closed_session(client, receipts, ()), frozenset("abc"))
+        await client.audits_settled()
+        assert [name for name in "abc" if client.ledger.account(name).failures] == [blamed]
+        await text_of(client.generate(PROMPT, max_new_tokens=12))
+        await client.audits_settled()
+        assert client.audits.passed == 3  # it goes on auditing
+
+
+async def test_an_error_of_ours_ends_one_audit(
+    swarm: MemorySwarm,
+    open_client: OpenClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(self: LocalVerifier, record: HopRecord) -> Finding:
+        if record.peer_id == "b":
+            raise IndexError("tuple index out of range")
+        return await honest(self, record)
+
+    honest = LocalVerifier.verify
+    monkeypatch.setattr(LocalVerifier, "verify", fail)
+    await serve_three(swarm)
+    async with open_client() as client:
+        for _ in range(2):
+            await text_of(client.generate(PROMPT, max_new_tokens=12))
+            await client.audits_settled()
+        assert client.audits.passed == 4
+        assert client.ledger.account("b").withheld == 0
+    assert "the audit of b could not be checked, for an error of our own" in caplog.text
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_a_broken_receipt_shields_nothing_before_it(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Nor what the others did. The last one, or one in the middle, after which the hop refuses to go on."""
+    await serve_three(swarm)
+    cheat(swarm.served["b"], noisy)
+    at = 4 + 24 - 2 if last else 18
+    break_receipts(monkeypatch, 3, lambda step, said: said if step.position < at else said[:-1] + b"?")
+    async with open_client() as client:
+        try:
+            await text_of(client.generate(PROMPT, max_new_tokens=24))
+        except P2PInferError:
+            assert not last
+        await client.audits_settled()
+        assert client.ledger.is_banned("b")
+        assert all(client.ledger.account(name).passed for name in "ac")
+        ban = client.ledger.account("b").ban
+        assert ban is not None
+        assert "deviates" in ban.why
+
+
+async def test_receipts_that_begin_at_1_end_the_session_and_are_the_hops_failure(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a made-up receipt 0 of four billion tokens, every audit came to nothing, at no price."""
+
+    def begin(self: ReceiptSigner, opening: Any, numerics: Any, signing: Any) -> None:
+        honest(self, opening, numerics, signing)
+        if opening.start == 3 and len(made_up) < 3:
+            receipt = Receipt(
+                1, opening.session, 0, NO_RECEIPT, opening.revision, 3, 5, 0, 2**32 - 1, 0, 0, "float32",
+                opening.codec, bytes(32), bytes(32), self._nonce,  # pyright: ignore[reportPrivateUsage]
+            )  # fmt: skip
+            made_up.append(sign_receipt(receipt, partial(sign, "b")))
+            self._sequence, self._previous = 1, digest_of(made_up[-1])  # pyright: ignore[reportPrivateUsage]
+
+    made_up: list[bytes] = []
+    honest = ReceiptSigner.__init__
+    monkeypatch.setattr(ReceiptSigner, "__init__", begin)
+    await serve_three(swarm)
+    cheat(swarm.served["b"], noisy)
+    async with open_client() as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+        await client.audits_settled()
+        notes = [note.text for note in client.ledger.account("b").notes]
+        assert sum("begins at 1" in text for text in notes) >= len(made_up) > 0
+        assert not client.ledger.account("a").failures
+
+
+async def test_late_evidence_costs_its_hop_and_holds_up_no_other_audit(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_source, "ANSWER_S", LATE_S)
+    monkeypatch.setattr(evidence_source, "ASK_S", 0.0)
+    await serve_three(swarm)
+    answered = trio.Event()
+
+    async def late(stream: PeerStream) -> None:
+        answered.set()
+        await trio.sleep_forever()
+
+    for name in "ab":  # or a's outputs would be b's inputs
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, late)
+    swarm.network.hosts["c"].handlers.pop(EVIDENCE_PROTOCOL)
+    async with open_client() as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=12))
+        with trio.fail_after(30):
+            await client.audits_settled()
+        assert answered.is_set()
+        assert [client.ledger.account(name).withheld for name in "abc"] == [1, 1, 1]
+        assert client.ledger.account("b").notes[-1].text.startswith("it withholds evidence: no evidence in")
+
+
+async def test_what_a_client_could_not_finish_the_next_one_does(
+    swarm: MemorySwarm, open_client: OpenClient, tmp_path: Path
+) -> None:
+    """A cheat whose evidence comes when the first client has left, is found by the second."""
+    await serve_three(swarm)
+    cheat(swarm.served["b"], noisy)
+    held = {name: swarm.network.hosts[name].handlers[EVIDENCE_PROTOCOL] for name in "abc"}
+
+    async def stall(stream: PeerStream) -> None:
+        await trio.sleep_forever()
+
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
+    hasty = AuditConfig(rate=1.0, linger_s=0.2)
+    async with open_client(audit=hasty, reputation=None) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+    assert client.audits.done == 0
+    assert len(list((tmp_path / "audits").glob("*.job"))) == 3
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, held[name])
+    async with open_client(audit=ALWAYS, reputation=None) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=1))
+        await client.audits_settled()
+        assert client.ledger.is_banned("b")
+        assert not any(client.ledger.is_banned(name) for name in "ac")
+    assert list((tmp_path / "audits").iterdir()) == []
+
+
+async def test_audits_of_our_own_nodes_are_left_to_nobody(
+    swarm: MemorySwarm, open_client: OpenClient, tmp_path: Path
+) -> None:
+    await serve_three(swarm)
+    for name in "abc":
+        swarm.network.hosts[name].handlers.pop(EVIDENCE_PROTOCOL)
+    async with open_client(audit=AuditConfig(rate=1.0, linger_s=0.1), reputation=None) as client:
+        await client.keep_no_record()
+        await text_of(client.generate(PROMPT, max_new_tokens=12))
+    assert not list((tmp_path / "audits").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["output", "equivocation"])
+async def test_a_proof_about_another_revision_is_neither_fetched_nor_believed(
+    swarm: MemorySwarm, open_client: OpenClient, kind: Any
+) -> None:
+    """A neighbour's table tells of the proofs of all models; our weights say nothing about theirs."""
+
+    class Gullible(Verifier):
+        async def verify(self, record: HopRecord) -> Finding:
+            return Finding(Verdict.FAIL, "not what our weights give")
+
+    theirs = "f" * 32
+    receipts = tuple(
+        Receipt(
+            1,
+            bytes(16),
+            0,
+            NO_RECEIPT,
+            theirs,
+            3,
+            5,
+            0,
+            9,
+            9,
+            0,
+            "float32",
+            "float32",
+            output,
+            output,
+            bytes(16),
+        )
+        for output in (bytes(32), b"1" * 32)
+    )
+    accusation = Accusation("honest", kind, receipts, ())
+    async with open_client(verifier=Gullible()) as client:
+        auditor = auditor_of(client)
+        for revision in (theirs, client.spec.revision):
+            heard = Heard(Notice("proof", revision, bytes(32), "honest"), "anybody")
+            assert await auditor.examiner.examine(heard, accusation, {}) is None
+        assert not client.member.proofs.hear(Heard(Notice("proof", theirs, bytes(32), "honest"), "anybody"))
+        assert not client.ledger.is_banned("honest")
+        assert client.ledger.account("anybody").proofs_false == 0
+
+
+async def test_a_proof_that_our_verifier_breaks_on_is_nobodys_fault(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    class Broken(Verifier):
+        async def verify(self, record: HopRecord) -> Finding:
+            raise ZeroDivisionError
+
+    async with open_client(verifier=Broken()) as client:
+        receipt = Receipt(
+            1, bytes(16), 0, NO_RECEIPT, client.spec.revision, 3, 5, 0, 9, 9, 0, "float32", "float32",
+            bytes(32), bytes(32), bytes(16),
+        )  # fmt: skip
+        heard = Heard(Notice("proof", client.spec.revision, bytes(32), "peer"), "teller")
+        accusation = Accusation("peer", "output", (receipt,), ())
+        assert await auditor_of(client).examiner.examine(heard, accusation, {}) is None
+        assert not client.ledger.is_banned("peer")
+        assert client.ledger.account("teller").proofs_false == 0
