@@ -7,6 +7,7 @@
     python benchmarks/liars.py --cheat skip --new-tokens 4         # short answers only
     python benchmarks/liars.py --flood 20                          # and proofs against throw-away keys
     python benchmarks/liars.py --flood 20 --cheat                  # the same, and nobody lies
+    python benchmarks/liars.py --cheat skip+gap int8+late          # that get around audits: evasions.py
 
 The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
 the cheats are and how often they happen. One client makes short generations, one after the other, with the

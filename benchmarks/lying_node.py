@@ -4,6 +4,7 @@
     python benchmarks/lying_node.py skip:0.2 node ...        # lies in a fifth of its sessions
     python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
     python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
+    python benchmarks/lying_node.py skip+gap node ...        # and gets around audits; see evasions.py
 
 Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
 the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import evasions
 import torch
 from cheats import WEIGHTS, AlteredCheckpoint, skipped, swapped, with_noise
 from small_lies import NextLikeliest, PartInt8, keep_cache_in_int8
@@ -121,6 +123,9 @@ class Liar:
 
 def install(cheat: str) -> None:
     """Have nodes of this process cheat: NAME, NAME:SHARE or NAME:SHARE:HONEST_SESSIONS."""
+    cheat, *tricks = cheat.split("+")
+    for trick in tricks:
+        evasions.install(trick)
     name, share, honest_sessions = [*cheat.split(":"), "1", "0"][:3] if ":" in cheat else [cheat, "1", "0"]
 
     def opened(checkpoint: Checkpoint, span: BlockSpan, *rest: Any, **options: Any) -> SpanRunner:

@@ -163,7 +163,8 @@ class VerifyConfig:
     idle_s: float = 10.0  # how long the node must have been idle, seconds
     pause_s: float = 30.0  # minimum pause between two rounds, seconds
     texts: int = 3  # texts generated under one identity
-    max_new_tokens: int = 64  # tokens of one text; fewer than 24 prove little, fewer than 8 nothing
+    max_new_tokens: int = 128  # tokens of one text at most; fewer than 24 prove little
+    prompts: Path | None = None  # file of texts that prompts are taken from; not set: the model's own texts
 
     def __post_init__(self) -> None:
         check_fields(self)

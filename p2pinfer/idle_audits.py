@@ -4,30 +4,35 @@
          ^                                                                                        |
          '----------------- a pause, so long that the whole takes `share` of the time <-----------'
 
-To the peers it is a client like any other: short texts, drawn at random, from an identity that they have not
-seen before. Every hop is audited, and what can be proved is published. As soon as somebody wants something of
-this node, the round is given up.
+To the peers it is a client like any other. Its sessions have the shapes of those that clients open here. Its
+prompts are of texts that the operator or the model has written (`p2pinfer/audit/traffic.py`). Its identity is
+new or has been about for hours, as clients' are. Every hop is audited, and what can be proved is published.
+As soon as somebody wants something of this node, the round is given up.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
+import string
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.traffic import SessionShapes, Texts
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.reputation.verdict import Thresholds
+from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.drawing import draw_routes
 from p2pinfer.routing.policy import RoutingPolicy
@@ -37,25 +42,14 @@ from .client import Client
 from .client_config import AuditConfig, GenerationConfig
 from .client_config import VerifyConfig as VerifyConfig
 from .config import SharedConfig
-from .errors import ModelChanged, NoRoute, P2PInferError
+from .errors import ConfigError, ModelChanged, NoRoute, P2PInferError
+from .text_files import decode_text
 
 logger = logging.getLogger(__name__)
 
-# Where texts begin; they go on as chance and the model have it.
-OPENINGS: Final = (
-    "Once upon a time",
-    "The best way to",
-    "Yesterday I went to",
-    "Here is a short summary of",
-    "In the morning, she",
-    "Write a letter to",
-    "There are three reasons why",
-    "The old man looked at",
-    "How do I",
-    "It was raining, and",
-    "First, let us",
-    "My favourite",
-)
+SEEN_BEFORE: Final = 0.1  # chance of a peer that knows where a prompt comes from, relative to others
+OWN_CHANCE: Final = 1e-6  # of this node itself, which is to help out where nobody else serves
+IDENTITY_S: Final = 6 * 3600.0  # for which an identity lasts, on average, if it is to last at all
 
 
 OpenClient = Callable[[RoutingPolicy, str, Sequence[str]], AbstractAsyncContextManager[Client]]
@@ -86,19 +80,22 @@ class IdleAudits:
         self._sessions = 0
         self._changed = Pulse()
         self._round = trio.CancelScope()
-        self._texts: list[str] = []
+        self._shapes = SessionShapes()
+        self._texts: Texts | None = None
 
     def note(self, event: Event) -> None:
         """Take in what the node does."""
         match event:
             case Ready():
                 self._node = event
-            case SessionOpened(sessions=sessions):
+            case SessionOpened(peer_id=client, sessions=sessions):
                 self._sessions = sessions
-                if event.peer_id != self._client_id:
+                if client != self._client_id:
+                    self._shapes.note_opened(client, event.max_tokens)
                     self._round.cancel()
-            case SessionClosed(sessions=sessions):
+            case SessionClosed(peer_id=client, sessions=sessions):
                 self._sessions = sessions
+                self._shapes.note_closed(client, event.tokens)
             case _:
                 return
         self._changed.fire()
@@ -132,32 +129,56 @@ class IdleAudits:
             async with self._open_client(policy, node.peer_id, node.addrs) as client:
                 self._client_id = client.member.peer_id
                 for _ in range(self._rng.randint(1, self._config.texts)):
-                    await self._make_text(client)
+                    await self._make_text(client, policy)
                 await client.audits_settled()
                 tally = client.audits
         except ModelChanged as exc:
             logger.warning("%s", exc)
         except P2PInferError as exc:  # nobody there, say
             logger.debug("idle_audits.failed why=%s", exc)
+        except Exception:  # what checks others must not end the node that serves
+            logger.exception("a round of audits ended in an error of our own")
         else:
             self._report(Verified(tally.done, tally.passed, tally.failed, tally.suspect))
         finally:
             self._client_id = ""
 
-    async def _make_text(self, client: Client) -> None:
-        rng = self._rng
-        prompt = rng.choice([*OPENINGS, *self._texts])
-        length = draw_length(self._config.max_new_tokens, rng)
-        config = GenerationConfig(max_new_tokens=length, temperature=0.8, seed=rng.getrandbits(60))
-        generation = client.generate(prompt, config)
+    async def _make_text(self, client: Client, policy: LeastKnown) -> None:
+        rng, most = self._rng, client.spec.max_positions
+        if self._texts is None:
+            self._texts = Texts(await trio.to_thread.run_sync(read_texts, self._config.prompts))
+        shape = self._shapes.draw(self._config.max_new_tokens, rng)
+        prompt, policy.readers = self._texts.draw(min(shape.prompt, most // 4), rng)
+        config = GenerationConfig(
+            max_new_tokens=min(shape.asked, most // 4),
+            temperature=0.8 if prompt else 1.0,  # the first texts are all that later ones come from
+            seed=rng.getrandbits(60),
+        )
+        try:
+            generation = client.generate(prompt, config)
+        except ConfigError:  # the model has no token to begin a text with
+            generation = client.generate(rng.choice(string.ascii_letters), config)
+        new = 0
         try:
             async for _ in generation:
-                pass
+                new += 1
+                if new >= shape.new:
+                    break
         finally:
             await generation.aclose()
-        words = f"{prompt}{generation.result.text}".split()
-        beginning = rng.randrange(max(1, len(words) - 4))
-        self._texts = [" ".join(words[beginning : beginning + rng.randint(4, 24)]), *self._texts[:7]]
+        readers = tuple(hop.peer_id for hop in generation.result.route)
+        self._texts.add(f"{prompt}{generation.result.text}", (*readers, *policy.readers))
+
+
+def read_texts(path: Path | None) -> list[str]:
+    """Texts of a file, one a paragraph; none, and a warning, where it cannot be read."""
+    if path is None:
+        return []
+    try:
+        return decode_text(path.expanduser().read_bytes()).split("\n\n")
+    except (OSError, UnicodeError) as exc:
+        logger.warning("no prompts can be read from %s: %s; the model's own texts are used", path, exc)
+        return []
 
 
 def open_idle_audits(
@@ -170,6 +191,7 @@ def open_idle_audits(
     """The idle-time audits of a node with these settings; what it learns goes to the ledger in `data_dir`."""
     verifiers: list[Verifier] = []  # one, whose weights stay loaded from round to round
     sources: list[ModelSource] = []  # what it loads them from
+    identities = Identities(random.SystemRandom())
 
     @asynccontextmanager
     async def open_client(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
@@ -192,6 +214,7 @@ def open_idle_audits(
             bootstrap=(*addrs, *shared.bootstrap),
             policy=policy,
             host_config=replace(host_config, listen=()),
+            identity=identities.current(trio.current_time()),
             cache_dir=shared.cache_dir,
             data_dir=shared.data_dir,
             weights_bytes=shared.weights_bytes,
@@ -208,19 +231,32 @@ def open_idle_audits(
     return IdleAudits(open_client, verify, report)
 
 
-def draw_length(most: int, rng: random.Random) -> int:
-    """Length of a text in tokens: random up to `most`, and enough for a verdict if that allows it.
+class Identities:
+    """Identities of the rounds: new each time, as a command line's are, or lasting, as a service's are."""
 
-    The last hop gives one output a token. The limits for a few are so wide that who is found to cheat in a
-    longer text is merely suspect in a short one, if that much.
-    """
-    return rng.randint(max(most // 4, min(most, Thresholds().full_chunk)), most)
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._until = -math.inf
+        self._identity = new_identity()
+
+    def current(self, now: float) -> Identity:
+        """Identity of the round that begins at `now`, in seconds."""
+        if now >= self._until:
+            self._identity = new_identity()
+            lasts = self._rng.random() < 0.5
+            self._until = now + (self._rng.expovariate(1 / IDENTITY_S) if lasts else 0.0)
+        return self._identity
 
 
 class LeastKnown(RoutingPolicy):
-    """A random route over those whose integrity is shown least; over `own` only where nobody else serves."""
+    """A random route over those whose integrity is shown least; over `own` only where nobody else serves.
+
+    Attributes:
+        readers: Peers that have seen where the next prompt comes from, and could know it again.
+    """
 
     def __init__(self, own: str, rng: random.Random) -> None:
+        self.readers: frozenset[str] = frozenset()
         self._own = own
         self._rng = rng
 
@@ -230,7 +266,10 @@ class LeastKnown(RoutingPolicy):
         """See `RoutingPolicy`."""
 
         def weigh(peer: Candidate, blocks: int) -> float:
-            return 1.02 - view.score(peer.peer_id).integrity
+            if peer.peer_id == self._own:
+                return OWN_CHANCE
+            known = SEEN_BEFORE if peer.peer_id in self.readers else 1.0
+            return known * (1.02 - view.score(peer.peer_id).integrity)
 
         others = [peer for peer in candidates if peer.peer_id != self._own]
         try:

@@ -57,8 +57,8 @@ def audit_probability(account: Account, config: LedgerConfig) -> float:
     """Probability with which to audit a peer's work in a session, on a coin it cannot see.
 
     `min + (1 - integrity)^4`, of own audits only: praise by others lowers nobody's guard. Newcomers are
-    audited more, and so is who was SUSPECT lately, deviates a little too often, or gets around audits. With the
-    square, audits of short sessions of a small model came to more than 2 % of what serving them costs
+    audited more, and so is who was SUSPECT lately, deviates a little too often, or gets around audits. With
+    the square, audits of short sessions of a small model came to more than 2 % of what serving them costs
     (`benchmarks/liars.py`).
     """
     if account.vouched:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,14 @@ from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig
 from p2pinfer.errors import NoRoute
-from p2pinfer.idle_audits import IdleAudits, LeastKnown, VerifyConfig, draw_length, open_idle_audits
+from p2pinfer.idle_audits import (
+    Identities,
+    IdleAudits,
+    LeastKnown,
+    VerifyConfig,
+    open_idle_audits,
+    read_texts,
+)
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, NodeLeaving, Ready, SessionClosed, SessionOpened, Verified
@@ -114,15 +122,57 @@ async def test_a_round_finds_who_cheats(
 
     def report(event: Event) -> None:
         told.append(event)
-        done.set()
+        if ledger.is_banned("b"):
+            done.set()
 
     idle_audits = IdleAudits(join, AT_ONCE, report, random.Random(1))
     idle_audits.note(READY)
     nursery.start_soon(idle_audits.serve)
-    await done.wait()
-    assert told[0] == Verified(1, 0, 1, 0)
-    assert ledger.is_banned("b")
+    await done.wait()  # of a text of a few tokens there is nothing to tell, and some are that short
+    assert told[-1] == Verified(1, 0, 1, 0)
     assert ledger.account("me").audits == 0
+
+
+def test_identities_are_new_each_time_or_last_for_hours() -> None:
+    kept = Identities(random.Random(1))
+    hourly = [kept.current(3600.0 * hour).peer_id for hour in range(400)]
+    again = sum(one == other for one, other in pairwise(hourly))
+    assert 100 < again < 390
+    assert max(map(hourly.count, {*hourly})) > 4
+
+
+def test_prompts_are_of_the_operators_own_texts_where_there_are_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_bytes("\ufeffOne text.\nStill the same.\n\nAnother one.".encode())
+    assert read_texts(path) == ["One text.\nStill the same.", "Another one."]
+    assert read_texts(None) == []
+    assert not caplog.text
+    assert read_texts(tmp_path / "absent") == []
+    path.write_bytes(b"\xff\xfe\xfd")
+    assert read_texts(path) == []
+    assert caplog.text.count("no prompts can be read from") == 2
+
+
+async def test_an_error_of_ours_ends_a_round_and_no_node(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds = 0
+
+    @asynccontextmanager
+    async def join(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
+        nonlocal rounds
+        rounds += 1
+        raise IndexError("tuple index out of range")
+        yield
+
+    audits = IdleAudits(join, VerifyConfig(idle_s=1, pause_s=1), rng=random.Random(1))
+    audits.note(READY)
+    nursery.start_soon(audits.serve)
+    await trio.sleep(60)
+    assert rounds > 2
+    assert "a round of audits ended in an error of our own" in caplog.text
 
 
 async def test_where_there_is_nobody_a_round_comes_to_nothing(
@@ -151,13 +201,6 @@ async def test_where_there_is_nobody_a_round_comes_to_nothing(
     await twice.wait()
 
 
-@pytest.mark.parametrize(("most", "least"), [(200, 50), (64, 24), (24, 24), (12, 12), (1, 1)])
-def test_a_text_is_as_long_as_a_verdict_needs_where_that_is_allowed(most: int, least: int) -> None:
-    rng = random.Random(1)
-    lengths = {draw_length(most, rng) for _ in range(1000)}
-    assert (min(lengths), max(lengths)) == (least, most)
-
-
 def test_routes_go_over_those_known_least_and_never_over_ourselves_alone() -> None:
     ledger = Ledger()
     for _ in range(300):
@@ -172,6 +215,9 @@ def test_routes_go_over_those_known_least_and_never_over_ourselves_alone() -> No
     assert used.count(("new",)) > 180
     with pytest.raises(NoRoute):
         policy.choose_routes([mine], REQUEST, ledger)
+    policy.readers = frozenset({"new"})  # it could know the prompt again
+    routes = [policy.choose_routes(peers, REQUEST, ledger)[0] for _ in range(200)]
+    assert 10 < [route.peer_ids for route in routes].count(("new",)) < 180
     # Where nobody else serves some blocks, our own help to look at who serves the others.
     (route,) = policy.choose_routes([mine, candidate("new", 0, 4)], REQUEST, ledger)
     assert route.peer_ids == ("new", "me")

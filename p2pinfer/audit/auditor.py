@@ -46,7 +46,7 @@ from .evidence_source import Line
 from .examiner import Examiner
 from .kept_jobs import job_folder
 from .opinions import compare_elsewhere
-from .second_opinion import choose_auditors, run_elsewhere
+from .second_opinion import choose_auditors, draw_successors, run_elsewhere
 from .tally import AuditTally as AuditTally
 from .verifier import Verifier
 
@@ -308,16 +308,17 @@ class Auditor:
             return
         history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
         avoided = (*others, *self._config.own_peers)
-        able = choose_auditors(
-            self._member.announcements(self._spec.revision), record, self._ledger, avoided, self._rng
-        )
-        for hop in able[:SECOND_OPINIONS]:
+        known = self._member.announcements(self._spec.revision)
+        for hop in choose_auditors(known, record, self._ledger, avoided, self._rng)[:SECOND_OPINIONS]:
+            accused = (record.peer_id, self._member.peer_id)
+            after = draw_successors(hop, known, self._spec, self._ledger, accused, self._rng)
             try:
                 opinion = await run_elsewhere(
                     hop,
                     self._spec,
                     record,
                     history,
+                    after=after,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
                 )

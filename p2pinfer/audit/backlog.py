@@ -160,7 +160,7 @@ class Backlog:
                 return None
             try:
                 return await trio.to_thread.run_sync(work, folder)
-            except OSError as exc:
+            except (OSError, NotImplementedError) as exc:  # the second where files cannot be locked
                 logger.warning("audits cannot be kept for the next start: %s", exc)
                 self._folder = None
                 return None

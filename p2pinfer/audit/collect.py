@@ -11,7 +11,9 @@ it withholds them, or if it is late with them. What cannot be had for another re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -26,6 +28,8 @@ from p2pinfer.session.receipt_checks import PassedStep
 
 from .evidence_source import EvidenceSource, Line, NotTheirs
 from .hop_chain import HopChain, TooManyUnseen, Withheld, fill_chain
+
+HEAD_START_S: Final = 2.0  # for the hop itself, before its neighbours are asked as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,25 +156,43 @@ def _plan(
 async def _fetch(
     host: Host, source: EvidenceSource, mine: Sequence[tuple[PassedStep, int]], wanted: _Wanted
 ) -> str:
-    """Add what is missing to `wanted.contents`; returns what the hop is to blame for, if anything."""
+    """Add what is missing to `wanted.contents`; returns what the hop is to blame for, if anything.
+
+    A hop that takes its time is not waited for where its neighbours have all that it has.
+    """
     withheld = ""
-    others = [EvidenceSource(host, hop, source.line) for hop in _neighbours(mine)]
-    for each in (source, *others):
-        missing = [digest for digest in wanted.sizes if digest not in wanted.contents]
-        if not missing:
-            break
-        is_hop = each is source
-        try:
+    hop_done = trio.Event()
+
+    def missing() -> list[bytes]:
+        return [digest for digest in wanted.sizes if digest not in wanted.contents]
+
+    async def ask(each: EvidenceSource) -> None:
+        if digests := missing():
             wanted.contents.update(
-                await each.fetch_all(missing, sum(wanted.sizes[digest] for digest in missing))
+                await each.fetch_all(digests, sum(wanted.sizes[digest] for digest in digests))
             )
+
+    async def ask_hop() -> None:
+        nonlocal withheld
+        try:
+            await ask(source)
+            if missing():
+                withheld = "it withholds evidence that it committed to"
         except NotTheirs:
-            continue
+            pass
         except PeerError as exc:
-            withheld = f"it withholds evidence: {exc}" if is_hop else withheld
-            continue
-        if is_hop and any(digest not in wanted.contents for digest in missing):
-            withheld = "it withholds evidence that it committed to"
+            withheld = f"it withholds evidence: {exc}"
+        hop_done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask_hop)
+        with trio.move_on_after(HEAD_START_S):
+            await hop_done.wait()
+        for hop in _neighbours(mine):
+            with suppress(PeerError, NotTheirs):
+                await ask(EvidenceSource(host, hop, source.line))
+        if not missing():
+            nursery.cancel_scope.cancel()
     return withheld
 
 

@@ -114,6 +114,7 @@ class EvidenceSource:
                 self.hop.addrs,
                 max_bytes=max_bytes,
                 within_s=max(self._left_s, 0.0),
+                hearsay=False,
                 on_bytes=self.line.note,
             )
         except PeerError as exc:

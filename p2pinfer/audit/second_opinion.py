@@ -1,8 +1,11 @@
-"""Second opinion: another peer runs a span again, and cannot tell that it serves a check.
+"""Second opinion: another peer runs a span again, and should not notice that it serves a check.
 
-The session comes from an identity that is made for it and thrown away, over a host of its own, and looks
-like any other: a prompt in chunks. Whom to ask is drawn from those least likely to belong to whoever is
-checked: another network first.
+The session comes from an identity that is made for it and thrown away, over a host of its own. It looks like
+others: it reserves what a generation does, a prompt comes in chunks, a few tokens come one by one. Outputs of
+an inner span go on to a peer that serves the blocks after it. Two things differ. The inputs of an inner span
+come from the client, since no other peer would give exactly those. And the last span returns all outputs of
+the prompt, since they are all that there is of it. Whom to ask is drawn from those least likely to belong to
+whoever is checked: another network first.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ipaddress
 import random
 import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import torch
 import trio
@@ -19,8 +23,9 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import are_comparable, row_bytes
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import History, HopRecord
-from p2pinfer.node.host.host import HostConfig, open_host
+from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
@@ -28,6 +33,9 @@ from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.hosting import open_session
 
 from .collect import collect_record
+
+ASKED_TOKENS: Final = 128  # reserved beside the inputs, as a generation does for its new tokens
+DECODED_TOKENS: Final = 8  # of the inputs, that come one by one
 
 _IP = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/")
 
@@ -76,16 +84,49 @@ def networks_of(addrs: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def draw_successors(
+    hop: Hop,
+    announcements: Iterable[Announcement],
+    spec: ModelSpec,
+    view: ReputationView,
+    avoid: Sequence[str],
+    rng: random.Random,
+) -> tuple[Hop, ...]:
+    """Peers for all blocks after those of `hop`, drawn at random; none if nobody serves some of them."""
+    able = [
+        each
+        for each in announcements
+        if each.peer_id not in (hop.peer_id, *avoid) and not view.is_banned(each.peer_id)
+    ]
+    drawn: list[Hop] = []
+    block = hop.span.stop
+    while block < spec.num_blocks:
+        used = {each.peer_id for each in drawn}
+        serving = [
+            each for each in able if each.span.start <= block < each.span.stop and each.peer_id not in used
+        ]
+        if not serving:
+            return ()
+        chosen = rng.choice(serving)
+        drawn.append(Hop(chosen.peer_id, BlockSpan(block, chosen.span.stop), chosen.addrs))
+        block = chosen.span.stop
+    return tuple(drawn)
+
+
 async def run_elsewhere(
     hop: Hop,
     spec: ModelSpec,
     record: HopRecord,
     history: History,
     *,
+    after: Sequence[Hop] = (),
     host_config: HostConfig,
     timeout_s: float,
 ) -> HopRecord:
     """Output of `hop` for the same inputs, with its own receipts.
+
+    Args:
+        after: Hops for the blocks behind it, to which its outputs go as in any other session.
 
     Raises:
         PeerError: It cannot be reached, refuses, fails, or takes longer than `timeout_s`.
@@ -93,34 +134,55 @@ async def run_elsewhere(
     try:
         with trio.fail_after(timeout_s):
             async with open_host(new_identity(), host_config) as host:
-                opening = open_session(
-                    host,
-                    Route((hop,)),
-                    spec,
-                    max_tokens=len(history.inputs),
-                    codec=record.codec,
-                    config=SessionConfig(),
-                    keep_steps=True,
-                )
-                async with opening as session:
-                    position = 0
-                    for chunk in torch.split(history.inputs, SessionConfig().chunk_tokens):
-                        await session.decode(chunk, position)
-                        position += len(chunk)
-                    error = await session.settle()
-                    if error is not None:
-                        raise error
-                assert session.book is not None
-                collected = await collect_record(
-                    host,
-                    session.book.kept,
-                    hop.peer_id,
-                    spec.hidden_size,
-                    max_bytes=2 * len(history.inputs) * row_bytes(spec.hidden_size, record.codec),
-                    max_tokens=len(history.inputs),
-                )
+                try:
+                    return await _run_over(host, hop, after, spec, record, history)
+                except PeerError as exc:
+                    if exc.peer_id == hop.peer_id or not after:
+                        raise
+                    # One of those behind it has failed, which is not what was asked.
+                    return await _run_over(host, hop, (), spec, record, history)
     except trio.TooSlowError as exc:
         raise PeerError(f"no second opinion in {timeout_s:g} s", hop.peer_id) from exc
+
+
+async def _run_over(
+    host: Host, hop: Hop, after: Sequence[Hop], spec: ModelSpec, record: HopRecord, history: History
+) -> HopRecord:
+    """Record of `hop`, which is given the inputs of `history`."""
+    inputs = history.inputs
+    opening = open_session(
+        host,
+        Route((hop, *after)),
+        spec,
+        max_tokens=min(len(inputs) + ASKED_TOKENS, max(len(inputs), spec.max_positions)),
+        codec=record.codec,
+        config=SessionConfig(),
+        keep_steps=True,
+    )
+    async with opening as session:
+        if after:
+            # The hop in question signs for all rows, and its successor has them.
+            prompt = max(1, len(inputs) - DECODED_TOKENS)
+            await session.prefill(inputs[:prompt], 0)
+            for position in range(prompt, len(inputs)):
+                await session.decode(inputs[position : position + 1], position)
+        else:
+            position = 0
+            for chunk in torch.split(inputs, SessionConfig().chunk_tokens):
+                await session.decode(chunk, position)
+                position += len(chunk)
+        error = await session.settle()
+        if error is not None:
+            raise error
+    assert session.book is not None
+    collected = await collect_record(
+        host,
+        session.book.kept,
+        hop.peer_id,
+        spec.hidden_size,
+        max_bytes=2 * len(inputs) * row_bytes(spec.hidden_size, record.codec),
+        max_tokens=len(inputs),
+    )
     if collected.record is None:
         raise ProtocolViolation("a second opinion without its evidence", hop.peer_id)
     return collected.record

@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from p2pinfer.audit import evidence_source
-from p2pinfer.audit.collect import Collected, collect_record
+from p2pinfer.audit.collect import HEAD_START_S, Collected, collect_record
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.store import ANSWER_S
@@ -151,6 +151,16 @@ async def test_a_hop_that_trickles_pieces_is_late(evidence: Evidence, autojump_c
     assert "withholds" in collected.fault
     assert trio.current_time() - began < 2 * ANSWER_S
     assert evidence.asks.count("b") <= 3
+
+
+async def test_a_hop_that_takes_its_time_is_not_waited_for_where_others_have_it_all(
+    evidence: Evidence, autojump_clock: MockClock
+) -> None:
+    evidence.delay_s["b"] = 60.0
+    began = trio.current_time()
+    collected = await evidence.gather()
+    assert collected.record is not None
+    assert trio.current_time() - began <= HEAD_START_S
 
 
 async def test_a_hop_on_a_slow_line_is_in_time(evidence: Evidence, autojump_clock: MockClock) -> None:

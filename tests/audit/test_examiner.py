@@ -147,8 +147,9 @@ async def test_no_proof_is_run_while_an_audit_of_our_own_waits(
 ) -> None:
     place = Place(checkpoint, Judge())
     place.own_done = trio.Event()
+    spec = replace(checkpoint.spec, revision="r")
     place.examiner = Examiner(
-        checkpoint.spec, place.ledger, place.judge, AuditConfig(), place.own_done.wait, clock=lambda: NOW
+        spec, place.ledger, place.judge, AuditConfig(), place.own_done.wait, clock=lambda: NOW
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(place.examine, "liar", "sender")
