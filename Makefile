@@ -18,6 +18,7 @@ USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
 .PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz docs lab lab-lines lab-moves lab-shell clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz strangers docs lab lab-lines lab-moves lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18

@@ -29,11 +29,12 @@ class HostConfig:
     mdns: bool = True  # discover peers on the local network, and be discovered
     max_connections: int = 512  # connections at once, both directions
     max_connections_per_peer: int = 4  # connections of one peer at once
-    max_connections_per_address: int = 128  # connections accepted from one IP address at once
+    max_connections_per_address: int = 128  # connections accepted at once from one IPv4 address or IPv6 /56
     max_streams: int = 4096  # streams that all peers together may have open to us at once
     max_streams_per_peer: int = 256  # streams that one peer may have open to us at once
     streams_per_s: float = 200.0  # streams that one peer may open, average per second
     streams_at_once: int = 500  # streams that one peer may open in a burst
+    loop_share: float = 0.25  # of a core: what messages of all peers may take before the largest takers wait
 
     def __post_init__(self) -> None:
         for name in (
@@ -48,6 +49,8 @@ class HostConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
+        if not 0 < self.loop_share <= 1:
+            raise ValueError("loop_share must be above 0 and at most 1")
         for name in ("relay_head_start_s", "relays", "punch_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

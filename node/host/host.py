@@ -240,13 +240,16 @@ class Host:
             self._raise_if_turned_away(peer_id)
             raise PeerUnreachable(f"peer {peer_id} was lost while opening a stream: {exc}", peer_id) from exc
 
-    def serve(self, protocol: str, handler: Handler) -> None:
+    def serve(self, protocol: str, handler: Handler, *, is_metered: bool = True) -> None:
         """Let `handler` answer every stream that a peer opens for `protocol`, in a task of its own.
 
         The stream is closed when the handler returns, and reset when it raises. A `PeerError` is the peer's
         own doing; any other exception is a bug of ours, and logged as such. Neither touches anything else.
+
+        Args:
+            is_metered: Count what the handler takes of the event loop among the peer's messages.
         """
-        self.libp2p.set_stream_handler(TProtocol(protocol), answering(protocol, handler))
+        self.libp2p.set_stream_handler(TProtocol(protocol), answering(protocol, handler, is_metered))
 
     def stop_serving(self, protocol: str) -> None:
         """Refuse `protocol` from now on; streams that are open stay."""

@@ -27,9 +27,10 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
+from p2pinfer.node.concurrency.loop_share import clocked
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.transport.addresses import advertised
+from p2pinfer.node.transport.addresses import advertised, range_of_connection
 from p2pinfer.node.transport.connection_gate import GATED, Gate
 from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity
@@ -63,6 +64,7 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
                 key,
                 strangers,
                 config.max_connections_per_address,
+                gate.loop_shares,
                 first_word_s=config.handshake_timeout_s,
             )
         ],
@@ -135,7 +137,26 @@ class _Muxer(MuxerMultistream):
             raise MultiselectError(f"peer {peer_id} is not let in")
         relayed = conn.get_connection_type() == ConnectionType.RELAYED
         traffic = self._counts.traffic["relayed" if relayed else "direct"]
-        return YamuxConnection(conn, peer_id, max_streams=self._max_streams, gate=self._gate, traffic=traffic)
+        address_range = range_of_connection(conn.get_remote_address(), conn.get_transport_addresses())
+        conn.meter = self._gate.loop_shares.meter(str(peer_id), address_range)
+        return MeteredConnection(
+            conn, peer_id, max_streams=self._max_streams, gate=self._gate, traffic=traffic
+        )
+
+
+class MeteredConnection(YamuxConnection):
+    """A connection whose peer waits while its messages take more than its part of the event loop.
+
+    The wait comes before a message is read (`NoiseSession.read`), so that it slows this peer alone.
+    """
+
+    def __init__(self, conn: NoiseSession, peer_id: ID, **options: Any) -> None:
+        super().__init__(conn, peer_id, **options)
+        self.meter = conn.meter
+
+    async def start(self) -> None:
+        """Run the connection until it ends; the task that does also reads."""
+        await clocked(super().start(), self.meter.spend)
 
 
 class _Strangers:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from libp2p.custom_types import TProtocol
 
 from p2pinfer.errors import PeerError
+from p2pinfer.node.concurrency.loop_share import clocked
 from p2pinfer.node.concurrency.nurseries import innermost
 from p2pinfer.node.transport.multistream import negotiate
 from p2pinfer.node.transport.peer_stream import PeerStream
@@ -30,7 +31,7 @@ async def open_stream_on(connection: Any, protocol: str, peer_id: str) -> PeerSt
     return PeerStream(stream, peer_id)
 
 
-def answering(protocol: str, handler: Handler) -> Callable[[Any], Awaitable[None]]:
+def answering(protocol: str, handler: Handler, is_metered: bool = True) -> Callable[[Any], Awaitable[None]]:
     """Give libp2p `handler` for `protocol`: it closes the stream after it, and resets it when it raises.
 
     A `PeerError` is the peer's own doing; any other exception is a bug of ours, and logged as such.
@@ -39,7 +40,10 @@ def answering(protocol: str, handler: Handler) -> Callable[[Any], Awaitable[None
     async def handle(raw_stream: Any) -> None:
         stream = PeerStream(raw_stream, str(raw_stream.muxed_conn.peer_id))
         try:
-            await handler(stream)
+            if is_metered:
+                await clocked(_run(handler, stream), stream.meter.spend)
+            else:
+                await handler(stream)
         except Exception as exc:
             if _is_peers_fault(exc):
                 logger.debug(
@@ -55,6 +59,10 @@ def answering(protocol: str, handler: Handler) -> Callable[[Any], Awaitable[None
             await stream.aclose()
 
     return handle
+
+
+async def _run(handler: Handler, stream: PeerStream) -> None:
+    await handler(stream)
 
 
 def _is_peers_fault(exc: Exception) -> bool:

@@ -21,6 +21,7 @@ import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.fast_lock import FastLock
+from p2pinfer.node.concurrency.loop_share import Meter
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.receipt import Payload
@@ -66,6 +67,8 @@ class FrameStream:
         minimum_rate: MinimumRate | None = None,
     ) -> None:
         self.peer_id = peer_id
+        # Counts what the peer's messages take of the event loop.
+        self.meter: Meter | None = stream.meter if isinstance(stream, PeerStream) else None
         self._minimum_rate = minimum_rate
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream

@@ -308,7 +308,7 @@ async def open_gossip(host: Host, identity: Identity, view: LiveTable) -> AsyncG
     )
     # as it is set up here it gives everybody the same score, and is asked for each message
     router.scorer = None
-    pubsub = GuardedPubsub(host.libp2p, router)
+    pubsub = GuardedPubsub(host.libp2p, router, host.gate.loop_shares)
     async with open_nursery() as nursery:
         await nursery.start(_run, pubsub, router)
         gossip = Gossip(host, pubsub, identity, view)

@@ -4,23 +4,40 @@ A message costs libp2p (0.8.1) several milliseconds at every node: each frame ca
 signed, which are compared with the interfaces' for every frame sent and verified twice for every frame that
 comes; and each message is followed by a frame to all the mesh that says it need not be sent again. Nobody
 here reads those addresses, and an announcement is smaller than what such a frame saves.
+
+Frames are read one at a time, reduced to what has an effect (`gossip_frames`), and paid for by whoever sends
+them (`loop_share`): what a neighbour says beside announcements is cheap to send and costs time here.
+
+What a neighbour says beside announcements is well-formed, cheap to send, and costs time here: thousands of
+grafts, prunes and subscriptions fit one frame. So of each frame only what would be left of it is looked at:
+the last word about a topic, and about topics of ours. The time that it all takes is the neighbour's
+(`loop_share`), and the reader gives way after every frame.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 import trio
+from libp2p.io.exceptions import IOException, MessageTooLarge
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.stream.exceptions import StreamEOF, StreamError
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.utils import safe_bytes_from_hex
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
+from p2pinfer.node.concurrency.loop_share import LoopShares, Meter, Overspent, clocked
+from p2pinfer.node.host.gossip_frames import reduce_frame
 from p2pinfer.node.transport.rate_limit import RateLimit
+from p2pinfer.recent import Recent
 
 from .proof_gossip import is_notice
 from .signed_records import MAX_RECORD_BYTES, peek_payload
@@ -33,6 +50,9 @@ FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swar
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
 NOTICES_PER_S: Final = 1 / 10  # of proofs that a neighbour may forward; tables bring what is left out
 NOTICES_AT_ONCE: Final = 16
+REPEATS_PER_S: Final = 16 << 10  # bytes of messages that a neighbour may ask for again, by their ids
+REPEATS_AT_ONCE: Final = 512 << 10
+MAX_BACK_OFFS: Final = 4096  # neighbours of a topic that are not grafted again yet
 TOPIC: Final = re.compile(r"/p2pinfer/1/([0-9a-f]{32})/blocks")
 MODELS_TOPIC: Final = "/p2pinfer/1/models"  # where everybody hears of a few peers of every model
 
@@ -40,6 +60,11 @@ MODELS_TOPIC: Final = "/p2pinfer/1/models"  # where everybody hears of a few pee
 def topic_of(revision: str) -> str:
     """The topic of a model revision."""
     return f"/p2pinfer/1/{revision}/blocks"
+
+
+def is_topic(topic: str) -> bool:
+    """True if a topic is one of p2pinfer's."""
+    return topic == MODELS_TOPIC or TOPIC.fullmatch(topic) is not None
 
 
 class _GossipHost:
@@ -82,8 +107,11 @@ class GuardedPubsub(Pubsub):
     example, raises out of it.
     """
 
-    def __init__(self, host: Any, router: FloodingRouter) -> None:
+    def __init__(self, host: Any, router: FloodingRouter, shares: LoopShares) -> None:
+        """`shares` count what each neighbour's frames take of the event loop."""
         self.gossipsub = router
+        self._shares = shares
+        self._meters = Recent[ID, Meter](MAX_BACK_OFFS)
         super().__init__(
             cast(Any, _GossipHost(host)),
             router,
@@ -96,10 +124,55 @@ class GuardedPubsub(Pubsub):
         self._notices = RateLimit(NOTICES_PER_S, NOTICES_AT_ONCE)
         self._told = RateLimit(1 / 60, 1)  # of what a neighbour should not have passed on
 
+    async def continuously_read_stream(self, stream: Any) -> None:
+        """Take in what a neighbour sends, frame by frame, until the stream ends.
+
+        libp2p's own takes in whatever has come at once, however long that is, and schedules a task for every
+        message and three for every subscription.
+        """
+        peer_id: ID = stream.muxed_conn.peer_id
+        meter: Meter = stream.muxed_conn.meter
+        self._meters[peer_id] = meter
+        try:
+            while self.manager.is_running:
+                await clocked(self._take_frame(stream, peer_id), meter.spend)
+                await trio.lowlevel.checkpoint()
+                await meter.pause()
+        except Overspent as exc:
+            logger.debug("gossip.overspent peer=%s why=%s", peer_id, exc)
+            await stream.muxed_conn.close()
+        except MessageTooLarge as exc:
+            logger.debug("gossip.too_large peer=%s why=%s", peer_id, exc)
+            await stream.reset()
+            self._handle_dead_peer(peer_id)
+        except (StreamEOF, StreamError, IOException, RawConnError) as exc:
+            logger.debug("gossip.ended peer=%s why=%r", peer_id, exc)
+
+    async def _take_frame(self, stream: Any, peer_id: ID) -> None:
+        rpc = rpc_pb2.RPC()
+        rpc.ParseFromString(await read_varint_prefixed_bytes_limited(stream, self.max_inbound_rpc_size))
+        reduce_frame(rpc, self.gossipsub.mesh.keys(), is_topic)
+        for message in rpc.publish:
+            if self._is_subscribed_to_msg(message) and self.manager.is_running:
+                self.manager.run_task(self.push_msg, peer_id, message)
+        for subscription in rpc.subscriptions:
+            self.handle_subscription(peer_id, subscription)
+        if rpc.HasField("control"):
+            await self.router.handle_rpc(rpc, peer_id)
+
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         if msg_forwarder == self.my_id:
             await super().push_msg(msg_forwarder, msg)
             return
+        await clocked(self._push_theirs(msg_forwarder, msg), self._meter(msg_forwarder).spend)
+
+    def _meter(self, peer_id: ID) -> Meter:
+        return self._meters.get(peer_id) or self._shares.meter(str(peer_id), "")
+
+    async def _replay_recent_messages(self, peer_id: ID, topic: str) -> None:
+        await clocked(super()._replay_recent_messages(peer_id, topic), self._meter(peer_id).spend)
+
+    async def _push_theirs(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
             if self._told.take(str(msg_forwarder), trio.current_time()):
                 logger.info(
@@ -150,7 +223,7 @@ class GuardedPubsub(Pubsub):
 
     def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
         """Remember topics of ours only: another may be as long as a frame."""
-        if sub_message.topicid == MODELS_TOPIC or TOPIC.fullmatch(sub_message.topicid):
+        if is_topic(sub_message.topicid):
             super().handle_subscription(origin_id, sub_message)
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
@@ -164,6 +237,10 @@ class FloodingRouter(GossipSub):
     """
 
     on_change: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._repeats = RateLimit(REPEATS_PER_S, REPEATS_AT_ONCE)
 
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
         rpc.ClearField("senderRecord")  # Pubsub has verified it
@@ -197,14 +274,35 @@ class FloodingRouter(GossipSub):
             logger.debug("gossip.failed peer=%s why=%r", peer_id, exc)
         self.on_change()
 
+    async def handle_iwant(self, iwant_msg: rpc_pb2.ControlIWant, sender_peer_id: ID) -> None:
+        """Hand out messages that a neighbour lacks: an id is 80 bytes long, and its message up to 16 KB."""
+        now, peer = trio.current_time(), str(sender_peer_id)
+        kept: list[Any] = []
+        for message_id in iwant_msg.messageIDs:
+            message = self.mcache.get(safe_bytes_from_hex(cast(Any, message_id)) or b"")
+            if message is not None and self._repeats.take(peer, now, message.ByteSize()):
+                kept.append(message_id)
+        if kept:
+            await super().handle_iwant(rpc_pb2.ControlIWant(messageIDs=kept), sender_peer_id)
+
     async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
         await super().handle_graft(graft_msg, sender_peer_id)
         self.on_change()
 
     def mesh_heartbeat(self) -> Any:
         grafts_and_prunes = super().mesh_heartbeat()
+        self._forget_back_offs()
         self.on_change()
         return grafts_and_prunes
+
+    def _forget_back_offs(self) -> None:
+        """libp2p forgets a back-off only when the same neighbour comes again."""
+        now = int(time.time())
+        for back_offs in self.back_off.values():
+            for peer_id in [peer_id for peer_id, until in back_offs.items() if until <= now]:
+                del back_offs[peer_id]
+            for peer_id in list(back_offs)[: max(0, len(back_offs) - MAX_BACK_OFFS)]:
+                del back_offs[peer_id]
 
     async def flush_pending_messages(self, peer_id: ID) -> None:
         try:

@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import ConfigError
+from p2pinfer.node.concurrency.loop_share import LoopShares
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.recent import Recent
 
@@ -61,6 +62,8 @@ class Gate:
         self._config = config
         self._files = files_of((*config.allow, *config.deny))
         self._seen = _look(self._files)
+        self.loop_shares = LoopShares(config.loop_share)
+        self.loop_shares.on_overspent = self._note_overspent
         self._is_closed = False
         self._allowed, self._denied = read_lists(config.allow), read_lists(config.deny)
         self._told = RateLimit(1 / _TELL_S, 1)
@@ -141,6 +144,12 @@ class Gate:
         self._files, self._denied = [], read_lists(())
         self._is_closed = True
         self._allowed = PeerList(dict.fromkeys(SCOPES, frozenset(peer_ids)), frozenset(SCOPES))
+
+    def _note_overspent(self, peer_id: str) -> None:
+        """A peer was hung up on, because its messages take too much of the event loop."""
+        self._on_refusal("overspent")
+        if self.take_turn_to_tell(peer_id):
+            logger.warning("hung up on peer %s: its messages take too much of this node's time", peer_id)
 
     def take_stream(self, peer_id: str) -> int:
         """Count a stream that a peer opens: 0, or the number to refuse it with."""

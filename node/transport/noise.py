@@ -23,6 +23,8 @@ from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWri
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
 
+from p2pinfer.node.concurrency.loop_share import LoopShares
+
 from .private_network import Guarded
 from .raw_stream import RawStream
 
@@ -88,6 +90,7 @@ class NoiseSession(SecureSession):
         """Takes the place of libp2p's own, which nobody must have used yet."""
         assert isinstance(shaken.conn, NoiseTransportReadWriter)
         self.messages = NoiseMessages(shaken.conn)
+        self.meter = LoopShares().meter(str(shaken.remote_peer), "")  # what the peer's messages take
         super().__init__(
             local_peer=shaken.local_peer,
             local_private_key=shaken.local_private_key,
@@ -96,6 +99,15 @@ class NoiseSession(SecureSession):
             is_initiator=shaken.is_initiator,
             conn=self.messages,
         )
+
+    async def read(self, n: int | None = None) -> bytes:
+        """The next message, once the peer's messages take no more than their part of the event loop.
+
+        Raises:
+            Overspent: The peer has had to wait for too long.
+        """
+        await self.meter.pause()
+        return await super().read(n)
 
     @property
     def is_clear(self) -> bool:

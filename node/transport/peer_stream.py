@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 import trio
 from libp2p.connection_types import ConnectionType
@@ -12,6 +12,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerVanished
+from p2pinfer.node.concurrency.loop_share import Meter
 from p2pinfer.node.concurrency.shield import shielded
 
 from .addresses import range_of_connection
@@ -61,6 +62,11 @@ class PeerStream(trio.abc.Stream):
     def local_port(self) -> int | None:
         """The port that the stream's connection leaves from; None through a relay."""
         return self.muxed.local_port
+
+    @property
+    def meter(self) -> Meter:
+        """Counts what the peer's messages take of the event loop."""
+        return cast(Meter, cast(Any, self.muxed.muxed_conn).meter)
 
     @property
     def is_inbound(self) -> bool:

@@ -20,9 +20,10 @@ from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
+from p2pinfer.node.concurrency.loop_share import LoopShares, Overspent, clocked
 from p2pinfer.node.concurrency.nurseries import innermost
 
-from .addresses import parse_tcp
+from .addresses import line_of, parse_tcp, range_of
 from .line_rate import MAX_RTT_S, THIN_BYTES_PER_S, is_local
 from .private_network import Guarded
 from .raw_stream import RawStream
@@ -249,7 +250,9 @@ class TunedTCP(TCP):
     Args:
         key: That of the private swarm that every peer must be of.
         on_stranger: Called with the address of whoever connects and is not, and with how it showed.
-        max_per_address: Connections accepted from one IP address at once.
+        max_per_address: Connections accepted at once from one line, as `line_of` has it; a range of lines may
+            have twice as many.
+        shares: Counts what handshakes take of the event loop.
         first_word_s: How long who connects may say nothing.
     """
 
@@ -259,6 +262,7 @@ class TunedTCP(TCP):
         key: bytes | None = None,
         on_stranger: Callable[[str, str], None] = lambda address, why: None,
         max_per_address: int = 1 << 20,
+        shares: LoopShares | None = None,
         first_word_s: float = math.inf,
     ) -> None:
         super().__init__()
@@ -268,7 +272,8 @@ class TunedTCP(TCP):
         self._key = key
         self._on_stranger = on_stranger
         self._max_per_address = max_per_address
-        self._accepted = Counter[str]()  # connections by the IP address they come from
+        self._shares = shares or LoopShares()
+        self._accepted = Counter[str]()  # connections by the addresses that count together
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect to `/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>`; libp2p's logs every refusal as an error."""
@@ -324,10 +329,18 @@ class TunedTCP(TCP):
                 if not is_welcome:
                     await stream.close()
                     return
+                # A handshake costs as much as a hundred messages, and nobody knows yet who makes it.
+                remote = stream.get_remote_address()
+                meter = self._shares.meter("", range_of(remote[0]) if remote else "")
+                try:
+                    await meter.pause()
+                except Overspent:
+                    await stream.close()
+                    return
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when, stream.closed, nursery.cancel_scope)
                     nursery.start_soon(_drop_if_silent, stream, self._first_word_s)
-                    await handler_function(guarded)
+                    await clocked(handler_function(guarded), meter.spend)
                     nursery.cancel_scope.cancel()
 
         return super().create_listener(handle)
@@ -340,17 +353,22 @@ class TunedTCP(TCP):
             yield False
             return
         address = remote[0]
-        if self._accepted[address] >= self._max_per_address:
-            self._on_stranger(address, f"it has {self._max_per_address} connections already")
-            yield False
-            return
-        self._accepted[address] += 1
+        # A line that has many addresses has no more connections for it, and a whole range twice as many.
+        places = {line_of(address): self._max_per_address, range_of(address): 2 * self._max_per_address}
+        for prefix, most in places.items():
+            if self._accepted[prefix] >= most:
+                who = "it" if prefix.startswith(f"{address}/") else prefix
+                self._on_stranger(address, f"{who} has {most} connections already")
+                yield False
+                return
+        self._accepted.update(places.keys())
         try:
             yield True
         finally:
-            self._accepted[address] -= 1
-            if not self._accepted[address]:
-                del self._accepted[address]
+            for prefix in places:
+                self._accepted[prefix] -= 1
+                if not self._accepted[prefix]:
+                    del self._accepted[prefix]
 
 
 async def _drop_if_silent(stream: TcpStream, within_s: float) -> None:

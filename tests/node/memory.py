@@ -141,7 +141,7 @@ class MemoryHost:
         self.verify = verify
         self._network = network
 
-    def serve(self, protocol: str, handler: Handler) -> None:
+    def serve(self, protocol: str, handler: Handler, *, is_metered: bool = True) -> None:
         self.handlers[protocol] = handler
 
     def stop_serving(self, protocol: str) -> None:

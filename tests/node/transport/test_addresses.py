@@ -18,8 +18,11 @@ from p2pinfer.node.transport.addresses import (
     advertised,
     check_announced,
     check_listen,
+    line_of,
     machine_addresses,
     parse_tcp,
+    range_of,
+    range_of_connection,
     split_peer,
 )
 from p2pinfer.node.transport.identity import new_identity
@@ -180,3 +183,22 @@ def test_addresses_to_be_announced_are_told_without_the_peer() -> None:
 def test_what_nobody_could_dial_is_not_announced(address: str, why: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(why)):
         check_announced([address], new_identity().peer_id)
+
+
+@pytest.mark.parametrize(
+    "ip, line, address_range",
+    [
+        ("192.0.2.77", "192.0.2.77/32", "192.0.2.0/24"),
+        ("::ffff:192.0.2.77", "192.0.2.77/32", "192.0.2.0/24"),
+        ("2001:db8:1:2ff:a::1", "2001:db8:1:200::/56", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::/56", "fe80::/48"),
+    ],
+)
+def test_addresses_of_one_line_count_together(ip: str, line: str, address_range: str) -> None:
+    assert (line_of(ip), range_of(ip)) == (line, address_range)
+
+
+def test_a_connection_counts_for_its_address_or_for_its_relay() -> None:
+    assert range_of_connection(("198.51.100.9", 4001), ()) == "198.51.100.0/24"
+    circuits = [f"/p2p/{PEER}/p2p-circuit", f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}/p2p-circuit"]
+    assert {range_of_connection(None, [each]) for each in circuits} == {f"relay {PEER}"}

@@ -1,0 +1,222 @@
+"""Shares of the event loop: who takes how much of it, and pauses for those that take too much.
+
+One event loop reads, answers and forwards for everybody. What a peer sends costs time there, and a message of
+a few bytes may cost as much as a step of a session. So time is what is counted, not messages: the processor
+time of this thread that each peer's messages take, by whoever handles them (`clocked`), as a share of a core
+over the last seconds.
+
+As long as all shares together are below `most`, nobody is limited. Beyond that the peers share it max-min
+fairly, as in fair queueing: first the address ranges among each other, because identities are free, then the
+peers of a range. Whoever takes less than its part never waits, however great the flood is. Whoever takes more
+is read from again when its share has fallen to its part. After `DROP_S` of such waits it is hung up on, if it
+is one of the few that take much: of many that take a little, as a bootstrap node's neighbours do, none is to
+blame. Neither is a client whose steps are computed here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, Final, TypeVar
+
+import trio
+
+from p2pinfer.recent import Recent
+
+MOST: Final = 0.25  # of a core: what all messages may take before anybody waits
+WINDOW_S: Final = 4.0  # time constant of the average
+LOOK_S: Final = 1.0  # after which a peer that waits is looked at again: the flood may be over
+DROP_S: Final = 20.0  # of waiting in `DROP_WINDOW_S`, after which a peer is hung up on
+DROP_WINDOW_S: Final = 60.0
+MUCH: Final = 0.1  # of `most`
+MAX_RANGES: Final = 1024
+MAX_PEERS: Final = 64  # of a range
+_BOOKED_S: Final = 0.0002  # what is less is added up first: booking costs microseconds
+_SOON_S: Final = 0.001  # no wait at all
+_LEVEL_S: Final = 0.05  # for how long a level is used before it is computed anew
+
+_T = TypeVar("_T")
+
+
+class Overspent(Exception):
+    """A peer has taken more than its part of the event loop for too long."""
+
+
+class _Use:
+    """Time that fades: its rate is a share of a core."""
+
+    __slots__ = ("_at", "_seconds")
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._at = 0.0
+
+    def add(self, seconds: float, now: float, window_s: float = WINDOW_S) -> None:
+        self._seconds = self.seconds(now, window_s) + seconds
+        self._at = now
+
+    def seconds(self, now: float, window_s: float = WINDOW_S) -> float:
+        return self._seconds * math.exp((self._at - now) / window_s)
+
+    def rate(self, now: float) -> float:
+        return self.seconds(now) / WINDOW_S
+
+
+class _Peer:
+    __slots__ = ("use", "waited")
+
+    def __init__(self) -> None:
+        self.use = _Use()
+        self.waited = _Use()
+
+
+class _Range:
+    __slots__ = ("peers", "use")
+
+    def __init__(self) -> None:
+        self.use = _Use()
+        self.peers = Recent[str, _Peer](MAX_PEERS)
+
+
+class LoopShares:
+    """The accounts of one event loop."""
+
+    def __init__(self, most: float = MOST, clock: Callable[[], float] = trio.current_time) -> None:
+        self.on_overspent: Callable[[str], None] = lambda peer: None  # a peer is hung up on
+        self._most = most
+        self._clock = clock
+        self._all = _Use()
+        self._ranges = Recent[str, _Range](MAX_RANGES)
+        self._level = math.inf
+        self._levelled_at = -math.inf
+
+    def meter(self, peer: str, address_range: str) -> Meter:
+        """The meter of one peer's messages."""
+        return Meter(self, peer, address_range)
+
+    def spend(self, peer: str, address_range: str, seconds: float) -> None:
+        """Note processor time that a peer's messages have taken."""
+        now = self._clock()
+        self._all.add(seconds, now)
+        of_range = self._ranges.get(address_range)
+        if of_range is None:
+            of_range = self._ranges[address_range] = _Range()
+        of_range.use.add(seconds, now)
+        of_peer = of_range.peers.get(peer)
+        if of_peer is None:
+            of_peer = of_range.peers[peer] = _Peer()
+        of_peer.use.add(seconds, now)
+
+    def pause_s(self, peer: str, address_range: str) -> float:
+        """Seconds that a peer should not be read from; 0 for whoever takes no more than its part."""
+        now = self._clock()
+        if self._all.rate(now) <= self._most:
+            return 0.0
+        if now - self._levelled_at > _LEVEL_S:
+            self._level = fair_level((each.use.rate(now) for each in self._ranges.values()), self._most)
+            self._levelled_at = now
+        of_range = self._ranges.get(address_range)
+        if of_range is None or of_range.use.rate(now) <= self._level:
+            return 0.0
+        level = fair_level((each.use.rate(now) for each in of_range.peers.values()), self._level)
+        of_peer = of_range.peers.get(peer)
+        if of_peer is None or (rate := of_peer.use.rate(now)) <= level:
+            return 0.0
+        return WINDOW_S * math.log(rate / level)
+
+    def note_wait(self, peer: str, address_range: str, seconds: float) -> bool:
+        """Note that a peer has to wait; True if it takes much, and has had to for too long."""
+        of_range = self._ranges.get(address_range)
+        of_peer = None if of_range is None else of_range.peers.get(peer)
+        now = self._clock()
+        if of_peer is None or of_peer.use.rate(now) < MUCH * self._most:
+            return False
+        of_peer.waited.add(seconds, now, DROP_WINDOW_S)
+        return of_peer.waited.seconds(now, DROP_WINDOW_S) > DROP_S
+
+
+class Meter:
+    """Adds up what one peer's messages take, and has it wait.
+
+    Attributes:
+        has_worked: Whether steps of the peer were computed; it is not hung up on then.
+    """
+
+    def __init__(self, shares: LoopShares, peer: str, address_range: str) -> None:
+        self._shares = shares
+        self._peer = peer
+        self._range = address_range
+        self._pending = 0.0
+        self.has_worked = False
+
+    def spend(self, seconds: float) -> None:
+        """Note processor time."""
+        self._pending += seconds
+        if self._pending > _BOOKED_S:
+            self._shares.spend(self._peer, self._range, self._pending)
+            self._pending = 0.0
+
+    async def pause(self) -> None:
+        """Wait while the peer is above its part; returns at once, without a checkpoint, for all others.
+
+        Raises:
+            Overspent: It has had to wait for too long.
+        """
+        while (pause_s := self._shares.pause_s(self._peer, self._range)) > _SOON_S:
+            pause_s = min(pause_s, LOOK_S)
+            too_long = self._shares.note_wait(self._peer, self._range, pause_s)
+            await trio.sleep(pause_s)
+            if too_long and not self.has_worked:
+                self._shares.on_overspent(self._peer)
+                raise Overspent(f"peer {self._peer} takes too much of the event loop")
+
+
+def fair_level(amounts: Iterable[float], most: float) -> float:
+    """The level to which the largest of `amounts` have to be cut for all to add up to `most`.
+
+    Max-min fairness: what is below the level stays as it is.
+    """
+    rest, left = sorted(amounts), most
+    for at, amount in enumerate(rest):
+        part = left / (len(rest) - at)
+        if amount > part:
+            return part
+        left -= amount
+    return math.inf
+
+
+async def clocked(
+    work: Coroutine[Any, Any, _T],
+    spend: Callable[[float], None],
+    clock: Callable[[], float] = time.thread_time,
+) -> _T:
+    """Await `work`, and call `spend` with the processor time of every part of it between two suspensions.
+
+    That of the thread, not the time of day: whatever else runs meanwhile, the thread that computes among it,
+    is not this peer's doing.
+    """
+    return await _clocked(work, spend, clock)
+
+
+@types.coroutine
+def _clocked(
+    work: Coroutine[Any, Any, _T], spend: Callable[[float], None], clock: Callable[[], float]
+) -> Generator[Any, Any, _T]:
+    resume: Callable[[Any], Any] = work.send
+    value: Any = None
+    while True:
+        began = clock()
+        try:
+            trap = resume(value)
+        except StopIteration as stop:
+            result: _T = stop.value
+            return result
+        finally:
+            spend(clock() - began)
+        try:
+            value = yield trap
+            resume = work.send
+        except BaseException as exc:  # trio's answer to the trap, a cancellation for instance
+            value, resume = exc, work.throw

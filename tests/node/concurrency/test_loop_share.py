@@ -1,0 +1,177 @@
+"""Who takes how much of the event loop, and who waits for it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pinfer.node.concurrency.loop_share import (
+    DROP_S,
+    WINDOW_S,
+    LoopShares,
+    Meter,
+    Overspent,
+    clocked,
+    fair_level,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(
+    shares: LoopShares, clock: Clock, wants: dict[tuple[str, str], float], seconds: float
+) -> dict[str, float]:
+    """What peers come to take each second who want so much of it, given as (peer, range) -> share."""
+    tick = 0.05
+    taken = dict.fromkeys([peer for peer, _ in wants], 0.0)
+    paused_until = dict.fromkeys(wants, 0.0)
+    for _ in range(int(seconds / tick)):
+        clock.now += tick
+        for (peer, address_range), share in wants.items():
+            if paused_until[peer, address_range] > clock.now:
+                continue
+            shares.spend(peer, address_range, share * tick)
+            taken[peer] += share * tick
+            paused_until[peer, address_range] = clock.now + shares.pause_s(peer, address_range)
+    return {peer: each / seconds for peer, each in taken.items()}
+
+
+def test_nobody_waits_while_all_together_take_little() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    taken = run(shares, clock, {("a", "r"): 0.1, ("b", "r"): 0.1}, 60)
+    assert taken == pytest.approx({"a": 0.1, "b": 0.1}, rel=0.01)
+
+
+def test_a_flood_gets_what_the_others_leave_and_they_never_wait() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    wants = {("flood", "x"): 1.0, ("neighbour", "y"): 0.01, ("client", "z"): 0.05}
+    taken = run(shares, clock, wants, 120)
+    assert taken["neighbour"] == pytest.approx(0.01, rel=0.01)
+    assert taken["client"] == pytest.approx(0.05, rel=0.01)
+    assert 0.15 < taken["flood"] < 0.24
+
+
+def test_identities_of_one_range_share_what_one_would_get_and_the_light_among_them_do_not_wait() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    crowd = {(f"flood{number}", "crowd"): 0.5 for number in range(20)}
+    wants = {**crowd, ("neighbour", "crowd"): 0.002, ("other flood", "elsewhere"): 0.5}
+    taken = run(shares, clock, wants, 120)
+    assert taken["neighbour"] == pytest.approx(0.002, rel=0.01)
+    together = sum(share for peer, share in taken.items() if peer.startswith("flood"))
+    assert 0.08 < together < 0.2  # with what 20 newcomers take before anybody knows them
+    assert 0.08 < taken["other flood"] < 0.2
+
+
+def test_a_peer_that_stops_is_forgiven() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    shares.spend("a", "r", 4.0)
+    assert shares.pause_s("a", "r") == pytest.approx(WINDOW_S * math.log(1 / 0.25))
+    clock.now += 3 * WINDOW_S
+    assert shares.pause_s("a", "r") == 0
+
+
+@given(st.lists(st.floats(0, 10), max_size=30), st.floats(0.01, 10))
+def test_the_level_is_max_min_fair(amounts: list[float], most: float) -> None:
+    level = fair_level(amounts, most)
+    cut = [min(amount, level) for amount in amounts]
+    assert sum(cut) <= most * (1 + 1e-9)
+    if level < math.inf:  # nothing is left over
+        assert sum(cut) == pytest.approx(most)
+    else:
+        assert sum(amounts) <= most * (1 + 1e-9)
+
+
+async def test_a_peer_that_had_to_wait_for_too_long_is_given_up(autojump_clock: object) -> None:
+    shares = LoopShares(0.25)
+    meter = shares.meter("flood", "r")
+    began = trio.current_time()
+    with pytest.raises(Overspent, match="flood"):
+        while True:
+            meter.spend(2.0)
+            await meter.pause()
+    assert DROP_S <= trio.current_time() - began < 4 * DROP_S
+    await shares.meter("another", "r").pause()
+
+
+@pytest.mark.parametrize("kind", ["many that take a little", "one whose steps are computed"])
+async def test_whoever_is_not_to_blame_only_waits(autojump_clock: object, kind: str) -> None:
+    """A bootstrap node with many neighbours may have more to do than it should."""
+    shares = LoopShares(0.25)
+    count = 50 if kind == "many that take a little" else 1
+    meters = [shares.meter(f"peer{number}", f"range{number}") for number in range(count)]
+    waited = 0.0
+
+    async def gossip(meter: Meter) -> None:
+        nonlocal waited
+        meter.has_worked = count == 1
+        while trio.current_time() < 60:
+            await trio.sleep(1)
+            meter.spend(1.0 / count)  # a whole core, all together
+            began = trio.current_time()
+            await meter.pause()
+            waited += trio.current_time() - began
+
+    async with trio.open_nursery() as nursery:
+        for meter in meters:
+            nursery.start_soon(gossip, meter)
+    assert waited / count > 30
+
+
+async def test_only_the_time_of_the_work_itself_is_counted() -> None:
+    spent = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal spent
+        spent += seconds
+
+    async def burn(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    async def work() -> str:
+        await burn(0.02)
+        await trio.sleep(0.05)
+        await burn(0.02)
+        return "done"
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(burn, 0.05)
+        assert await clocked(work(), spend) == "done"
+    assert 0.04 <= spent < 0.05
+
+
+async def test_errors_and_cancellations_pass_through_the_clock(autojump_clock: object) -> None:
+    cleaned = False
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise ValueError("its own")
+
+    async def wait() -> None:
+        nonlocal cleaned
+        try:
+            await trio.sleep_forever()
+        finally:
+            cleaned = True
+
+    with pytest.raises(ValueError, match="its own"):
+        await clocked(fail(), lambda _: None)
+    with trio.move_on_after(1) as scope:
+        await clocked(wait(), lambda _: None)
+    assert scope.cancelled_caught and cleaned
