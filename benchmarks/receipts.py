@@ -25,7 +25,6 @@ from contest import report
 from quotient import spread
 from torch import Tensor
 
-from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
@@ -36,6 +35,7 @@ from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan
 from p2pinfer.node.serve.hop_session import HopSession
+from p2pinfer.node.serve.quota import CacheRoom
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.transport.identity import new_identity, verify
@@ -58,6 +58,12 @@ class Echo:
 
 class Lease:
     def release(self) -> None: ...
+
+
+class Room:
+    lease = Lease()
+
+    def reach(self, stop: int) -> None: ...
 
 
 class Spec(NamedTuple):
@@ -94,7 +100,7 @@ async def open_hop(identity: Any, hidden: int, *, receipts: bool) -> AsyncGenera
             "client",
             FrameStream(ours, max_payload_bytes=LIMIT, peer_id="client"),
             served=cast(ServedSpan, Served(Spec(hidden), Echo(), worker, DecodeSpeed(1.0))),
-            lease=cast(CacheLease, Lease()),
+            room=cast(CacheRoom, Room()),
             replay=None,
             config=ServeConfig(max_chunk_tokens=4096),
             signer=(ReceiptSigner if receipts else Silence)(opening, "bfloat16", identity.sign),

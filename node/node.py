@@ -57,6 +57,7 @@ from .metrics import Metrics, serve_metrics
 
 logger = logging.getLogger(__name__)
 
+_INTRODUCER_LOOP_SHARE = 0.8  # of a core: gossip is what a node without blocks is for
 _FEWER_BLOCKS = (
     "serve fewer blocks (--num-blocks), set compute.cache_bytes to less, or raise the limit if there is one"
 )
@@ -117,6 +118,8 @@ class _Node:
 
     async def _run(self, host_config: HostConfig) -> None:
         config = self._config
+        if config.no_blocks:  # its event loop has nothing else to do
+            host_config = replace(host_config, loop_share=max(host_config.loop_share, _INTRODUCER_LOOP_SHARE))
         identity = load_identity(config.data_dir)
         check_announced(host_config.announce, identity.peer_id)  # before gigabytes are fetched
         if config.no_blocks:
@@ -219,6 +222,7 @@ class _Node:
                 evidence=member.evidence,
                 find_addrs=lambda peer, client: member.addresses_of(peer, source.spec.revision, client),
             )
+            announcer.free_tokens = lambda: server.free_tokens
             server.register()
             if self._metrics is not None:
                 _watch_span(self._metrics, server, runner, worker)

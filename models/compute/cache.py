@@ -1,9 +1,9 @@
 """KV cache of all sessions of a span, in pages of one preallocated pool.
 
 The pool is a row of token slots, the same for every block, `page_tokens` slots to a page. A lease holds
-the pages for as many tokens as a session may ever have, so a session that was let in never runs out of
-room halfway. It takes one contiguous run of pages where there is one, because then attention reads its
-keys and values in place; otherwise it takes what is free, and they are gathered.
+the pages for as many tokens as a session may ever have. It takes one contiguous run of pages where there is
+one, because then attention reads its keys and values in place; otherwise it takes what is free, and they are
+gathered. Pages at its end that were never written can be taken back for others, and replaced (`resize`).
 
 On a CPU the pool is memory that was mapped and not touched: a page costs something when it is first
 written. Slots are innermost but for the head's dimension, so that the keys of one head lie one after the
@@ -36,8 +36,13 @@ class CacheLease:
         self.length = 0
         self.max_tokens = max_tokens
         self._cache = cache
+        self._set_pages(pages)
+
+    def _set_pages(self, pages: Sequence[int]) -> None:
+        # The other thread may look between the two. What it computes lies below the former `max_tokens`, and
+        # there both the old and the new numbers say the same.
         self._pages = pages
-        self._start = pages[0] * cache.page_tokens if len(_runs(pages)) == 1 else None
+        self._start = pages[0] * self._cache.page_tokens if len(_runs(pages)) == 1 else None
 
     @property
     def start(self) -> int | None:
@@ -46,14 +51,16 @@ class CacheLease:
 
     def slots(self, start: int, stop: int) -> Sequence[int]:
         """The slots of tokens `start` to `stop - 1`."""
-        if self._start is not None:
-            return range(self._start + start, self._start + stop)
+        first, pages = self._start, self._pages  # `resize` may come in between
+        if first is not None:
+            return range(first + start, first + stop)
         size = self._cache.page_tokens
-        return [self._pages[token // size] * size + token % size for token in range(start, stop)]
+        return [pages[token // size] * size + token % size for token in range(start, stop)]
 
     def page_table(self, length: int) -> Sequence[int]:
         """The first `length` pages, in order; where there are fewer, page 0 stands in."""
-        return [*self._pages[:length], *[0] * (length - len(self._pages))]
+        pages = self._pages[:length]
+        return [*pages, *[0] * (length - len(pages))]
 
     def truncate(self, position: int) -> None:
         """Forget every token from `position` on. Nothing is moved or cleared.
@@ -64,6 +71,23 @@ class CacheLease:
         if not 0 <= position <= self.length:
             raise ValueError(f"cannot roll back to {position}: {self.length} tokens are cached")
         self.length = position
+
+    def resize(self, max_tokens: int) -> None:
+        """Have room for so many tokens from now on: the last pages are given back, or more are added.
+
+        The thread that computes may be using the cache meanwhile, below `max_tokens`.
+
+        Raises:
+            CacheFull: There is no room; nothing was changed.
+        """
+        cache, pages = self._cache, self._pages
+        count = -(-max_tokens // cache.page_tokens)
+        if count < len(pages):
+            self._set_pages(pages[:count])
+            cache.take_back(pages[count:])
+        elif count > len(pages):
+            self._set_pages([*pages, *cache.take(count - len(pages), after=pages[-1] if pages else -1)])
+        self.max_tokens = max_tokens
 
     def release(self) -> None:
         """Give the pages back; harmless a second time."""
@@ -117,10 +141,25 @@ class PagedCache:
         """
         if max_tokens < 1:
             raise ValueError(f"cannot reserve {max_tokens} tokens")
-        count = -(-max_tokens // self.page_tokens)
+        return CacheLease(self, self.take(-(-max_tokens // self.page_tokens), max_tokens), max_tokens)
+
+    def whole_pages(self, tokens: int) -> int:
+        """Number of tokens that the pages for `tokens` have room for."""
+        return -(-tokens // self.page_tokens) * self.page_tokens
+
+    def take(self, count: int, max_tokens: int = 0, *, after: int = -1) -> Sequence[int]:
+        """Free pages, for a lease of `max_tokens`; those behind page `after` if they are free.
+
+        Raises:
+            CacheFull: There are fewer.
+        """
         if count * self.page_tokens > self.free_tokens:
-            raise CacheFull(self._describe_shortage(max_tokens))
-        return CacheLease(self, self._take(count), max_tokens)
+            raise CacheFull(self._describe_shortage(max_tokens or count * self.page_tokens))
+        behind = next((run for run in self._free if run.start == after + 1 and after >= 0), range(0))
+        if len(behind) >= count:
+            self._shorten(behind, count)
+            return behind[:count]
+        return self._take(count)
 
     def take_back(self, pages: Sequence[int]) -> None:
         """Add pages to the free ones; `CacheLease.release` calls this."""

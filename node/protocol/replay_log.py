@@ -1,15 +1,15 @@
 """Replay log: steps sent to the successor, kept so that a replacement can be fed.
 
 The log holds the very bytes that went out, one entry a step, contiguous in position. All sessions of a node
-share one budget; a session reserves its worst case when it opens, so a running one never finds it spent. A
-session whose worst case is more than one may have is kept up to that; beyond it the log is given up, and a
+share one budget; a session reserves its worst case when it opens, or as much as one may have. What it does
+not use may be taken back for others (`resize`). A log that outgrows its reservation is given up, and a
 replacement has to be fed from further up the chain.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from p2pinfer.errors import CacheFull
@@ -67,6 +67,24 @@ class ReplayLog:
         self._sent: list[LoggedStep] = []
         self._bytes = 0
         self._is_whole = True
+        self.on_full: Callable[[int], None] = lambda size: None  # may `resize` the log to hold so many bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are in the log."""
+        return self._bytes
+
+    def resize(self, size: int) -> None:
+        """Reserve `size` bytes, no fewer than are in the log, in place of what was reserved.
+
+        Raises:
+            CacheFull: The budget has not so many; nothing was changed.
+        """
+        if size > self.reserved_bytes:
+            self._budget.reserve(size - self.reserved_bytes)
+        else:
+            self._budget.release(self.reserved_bytes - size)
+        self.reserved_bytes = size
 
     @property
     def tokens(self) -> int:
@@ -85,6 +103,8 @@ class ReplayLog:
             self.truncate(position)
             assert position == self.tokens, f"a gap in the replay log: {self.tokens} then {position}"
         self._bytes += len(payload)
+        if self._bytes > self.reserved_bytes:
+            self.on_full(self._bytes)
         if self._bytes > self.reserved_bytes:
             self._is_whole = False
             self._bytes = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -51,10 +52,12 @@ class Announcer:
         self._moved = trio.Event()
         self._announced_free = -1
         self._announced_speed = speed.tokens_per_s
+        # Tokens that a session may come to have.
+        self.free_tokens: Callable[[], int] = lambda: runner.cache.free_tokens
 
     def touch(self) -> None:
         """Something changed; worth an announcement if it is much."""
-        free, total = self._runner.cache.free_tokens, self._runner.cache.capacity_tokens
+        free, total = self.free_tokens(), self._runner.cache.capacity_tokens
         if abs(free - self._announced_free) > total // 8 or self._speed.differs(self._announced_speed):
             self._touched.set()
 
@@ -74,7 +77,7 @@ class Announcer:
             span=self._runner.span,
             dtype=str(self._runner.numerics),
             tokens_per_s=self._speed.tokens_per_s,
-            free_cache_tokens=self._runner.cache.free_tokens,
+            free_cache_tokens=self.free_tokens(),
             sequence=self._member.sequence.next(),
             reachability=self._member.reach.reachability.kind,
             nat=self._member.reach.reachability.nat,

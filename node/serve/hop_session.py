@@ -14,31 +14,33 @@ the streams, and `Lifetime` ends it all.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import trio
 
-from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.errors import CacheFull, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.concurrency.loop_share import Meter, Overspent, clocked
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import End, Message, Open, Step
-from p2pinfer.node.protocol.replay_log import ReplayLog
 from p2pinfer.node.protocol.tensors import view_hidden
 
 from .forward import ServedSpan, StepContext, StepWork
 from .inbox import Inbox
-from .lifetime import Lifetime
+from .lifetime import Lifetime, SessionRefusal
 from .neighbours import Neighbours
 from .outbox import Outbox
+from .quota import CacheRoom, ReplayRoom
 from .receipt_signer import ReceiptSigner
 
 
 class HopSession:
     """One session on this hop, from its admission to its end.
 
-    `opening` is what the client asked for; `lease` and `replay` are its reservations, which `close` gives
+    `opening` is what the client asked for; `room` and `replay` are its reservations, which `close` gives
     back. Outputs go to the successor; on the last hop they return to the client on `control`.
     """
 
@@ -49,8 +51,8 @@ class HopSession:
         control: FrameStream,
         *,
         served: ServedSpan,
-        lease: CacheLease,
-        replay: ReplayLog | None,
+        room: CacheRoom,
+        replay: ReplayRoom | None,
         config: ServeConfig,
         signer: ReceiptSigner,
         evidence: EvidenceStore,
@@ -67,17 +69,18 @@ class HopSession:
             self.lifetime,
             signer=signer,
             evidence=evidence,
-            replay=replay,
+            replay=None if replay is None else replay.log,
             max_steps=config.max_steps_in_flight,
         )
         self._hidden_size = served.spec.hidden_size
-        self._lease = lease
+        self.room = room
+        self.replay_room = replay
         self._worker = served.worker
         span = BlockSpan(opening.start, opening.stop)
         self._context = StepContext(
             served.runner,
             None if span == served.runner.span else span,
-            lease,
+            room.lease,
             client_id,
             opening.codec,
             opening.successor is None,
@@ -89,7 +92,11 @@ class HopSession:
         self._is_closed = False
 
     async def read(
-        self, stream: FrameStream, answer: Callable[[Message], Awaitable[None]], *, has_steps: bool
+        self,
+        stream: FrameStream,
+        answer: Callable[[Message], Coroutine[Any, Any, None]],
+        *,
+        has_steps: bool,
     ) -> None:
         """Take in what comes on a stream until its `End`: steps, if it has any, and the rest by `answer`.
 
@@ -97,13 +104,27 @@ class HopSession:
             PeerVanished: The stream broke.
             ProtocolViolation: A step does not follow from the ones before, or is larger than agreed.
         """
+        meter = stream.meter
+        is_metered = False
         while True:
-            message, payload = await stream.receive()
+            # Steps are bounded by what is in flight, and pay for nothing. Whatever else is said costs the
+            # peer its part of the event loop, from the second such message in a row also for being read.
+            if is_metered and meter is not None:
+                message, payload = await clocked(stream.receive(), meter.spend)
+            else:
+                message, payload = await stream.receive()
+            is_metered = False
             match message:
                 case Step() if has_steps:
                     self.accept(message, payload, stream)
+                    if meter is not None:
+                        meter.has_worked = True
                 case End():
                     return
+                case _ if meter is not None:
+                    is_metered = True
+                    await clocked(answer(message), meter.spend)
+                    await _pause(meter, stream.peer_id)
                 case _:
                     await answer(message)
 
@@ -112,6 +133,7 @@ class HopSession:
 
         Raises:
             ProtocolViolation: The step does not follow from the ones before, or is larger than agreed.
+            SessionRefusal: Others have filled the room that it would need.
         """
         arrived_at = time.perf_counter()
         neighbours = self.neighbours
@@ -120,19 +142,13 @@ class HopSession:
         ):
             return
         self.inbox.take(step, len(payload), feeder.peer_id)
+        try:
+            self.room.reach(step.position + step.tokens)
+        except CacheFull as exc:
+            raise SessionRefusal("cache_full", str(exc)) from exc
         hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, feeder.peer_id)
         self.lifetime.last_active = trio.current_time()
         self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at))
-
-    @property
-    def reserved_tokens(self) -> int:
-        """Tokens of the cache that are kept for this session."""
-        return self._lease.max_tokens
-
-    @property
-    def reserved_replay_bytes(self) -> int:
-        """Bytes of the replay log that are kept for this session."""
-        return self.outbox.replay.reserved_bytes if self.outbox.replay is not None else 0
 
     def close(self) -> None:
         """Give back every reservation. Steps still queued are dropped unread; harmless twice."""
@@ -141,4 +157,11 @@ class HopSession:
         self._is_closed = True
         self.lifetime.end(None)
         self.outbox.close()
-        self._worker.release(self._lease)
+        self._worker.release(self.room.lease)
+
+
+async def _pause(meter: Meter, peer_id: str) -> None:
+    try:
+        await meter.pause()
+    except Overspent as exc:
+        raise ProtocolViolation(str(exc), peer_id) from exc

@@ -34,7 +34,8 @@ class Lifetime:
     Attributes:
         is_over: Whether nothing is to be computed or sent for the session any more. Read in any thread.
         ended_by: The first reason that was given; None if there was none, or as long as the session runs.
-        last_active: When a neighbour last showed that the session is in use, on trio's clock.
+        last_active: When the last step came or was sent on, on trio's clock. Whatever else a client says
+            costs it nothing, and keeps no session alive.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,10 @@ class Lifetime:
             logger.debug("session.stream_lost peer=%s why=%s", exc.peer_id, exc)
             if client_gone:
                 self.end(SessionRefusal("no_session", client_gone))
+
+    def idle_s(self) -> float:
+        """Seconds since the last step."""
+        return trio.current_time() - self.last_active
 
     async def end_when_idle(self, lease_s: float) -> None:
         """End the session when nobody has used it for so long; never returns before that."""

@@ -10,16 +10,16 @@ whatever ends it touches no other session.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import trio
 
-from p2pinfer.errors import CacheFull, PeerVanished, ProtocolViolation
-from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.numerics import row_bytes
+from p2pinfer.node.concurrency.loop_share import clocked
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
@@ -40,20 +40,22 @@ from p2pinfer.node.protocol.messages import (
     SessionId,
     printable,
 )
-from p2pinfer.node.protocol.replay_log import ReplayBudget, ReplayLog
 from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .forward import ServedSpan
 from .hop_session import HopSession
 from .lifetime import SessionRefusal
-from .quota import exceeds_share, left_of_share
+from .quota import Reservations, exceeds_share
 from .receipt_signer import ReceiptSigner
 from .session_control import FindAddrs, SessionControl
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 _FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
 _FREED_S: Final = 0.25  # for a client's former sessions to be out, before it is told that there is no room
+PRESSED_IDLE_S: Final = 30.0  # without a step, after which a session makes room for others that find none
 
 
 class SpanServer:
@@ -82,7 +84,8 @@ class SpanServer:
         self._report = report
         self._find_addrs = find_addrs or _know_nobody
         self._on_change = on_change
-        self._replay_budget = ReplayBudget(config.replay_bytes)
+        row = partial(row_bytes, served.spec.hidden_size)
+        self._reservations = Reservations(served.runner.cache, config, row)
         self._evidence = evidence  # it outlives a span: who moved still answers for what it did
         self._sessions: dict[SessionId, HopSession] = {}
         self._changed = trio.Event()  # set, and replaced, whenever a session begins, ends or expects another
@@ -95,14 +98,20 @@ class SpanServer:
         return len(self._sessions)
 
     @property
+    def free_tokens(self) -> int:
+        """Tokens of the cache that sessions to come may have: those that no session holds, or has earned."""
+        return self._reservations.free_tokens
+
+    @property
     def replay_bytes(self) -> int:
         """Bytes that sessions have reserved for replay logs."""
-        return self._replay_budget.reserved_bytes
+        return self._reservations.replay_bytes
 
     def register(self) -> None:
         """Answer both protocols from now on."""
-        self._host.serve(SESSION_PROTOCOL, self._answer_client)
-        self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor)
+        # What they say beside their steps is metered where it is read.
+        self._host.serve(SESSION_PROTOCOL, self._answer_client, is_metered=False)
+        self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor, is_metered=False)
 
     def unregister(self) -> None:
         """Answer no more streams; those that are open stay."""
@@ -132,7 +141,7 @@ class SpanServer:
     async def _answer_client(self, stream: PeerStream) -> None:
         control = self._frames(stream)
         async with aclosing(stream):
-            opening = await self._first_message(control)
+            opening = await _metered(control, self._first_message(control))
             if isinstance(opening, Move):
                 await self._move_client(opening, control)
                 return
@@ -144,7 +153,7 @@ class SpanServer:
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
                 )
             try:
-                session = await self._admit_when_freed(opening, stream.peer_id, control)
+                session = await _metered(control, self._admit_when_freed(opening, stream, control))
             except SessionRefusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
                 self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
@@ -168,24 +177,29 @@ class SpanServer:
             await control.send(refused)
             await control.end()
 
-    async def _admit_when_freed(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
-        """Let a client in; if there is no room, once more when its sessions that end are out.
+    async def _admit_when_freed(self, opening: Open, stream: PeerStream, control: FrameStream) -> HopSession:
+        """Let a client in; if there is no room, once more when sessions that end are out.
 
         A client whose text needs more room ends its session and opens a larger one at once. Which of the two
-        we read first is chance, and pages come back through the worker's thread.
+        we read first is chance, and pages come back through the worker's thread. Sessions of others end here
+        if they rest.
         """
         try:
-            return self._admit(opening, client_id, control)
+            return self._admit(opening, stream, control)
         except SessionRefusal as refusal:
-            if refusal.code not in ("cache_full", "over_share"):
+            if refusal.code not in ("cache_full", "over_share", "busy"):
+                raise
+            ended = self._end_idle(refusal, opening.max_tokens)
+            if refusal.code == "busy" and not ended:
                 raise
         with trio.move_on_after(_FREED_S):
-            while any(session.client_id == client_id for session in self._sessions.values()):
+            while any(each in ended or each.client_id == stream.peer_id for each in self._sessions.values()):
                 await self._changed.wait()
             await self._served.worker.released()
-        return self._admit(opening, client_id, control)
+        return self._admit(opening, stream, control)
 
-    def _admit(self, opening: Open, client_id: str, control: FrameStream) -> HopSession:
+    def _admit(self, opening: Open, stream: PeerStream, control: FrameStream) -> HopSession:
+        client_id, address_range = stream.peer_id, stream.address_range
         served, config = self._served, self._config
         if self._leaving:
             raise SessionRefusal("leaving", "this node is shutting down")
@@ -199,29 +213,30 @@ class SpanServer:
             raise SessionRefusal("busy", "this session is already open")
         if len(self._sessions) >= config.max_sessions:
             raise SessionRefusal("busy", f"{config.max_sessions} sessions are open, which is the limit")
-        theirs = [session for session in self._sessions.values() if session.client_id == client_id]
-        if len(theirs) >= config.max_sessions_per_client:
+        if len(self._sessions_of(client_id)) >= config.max_sessions_per_client:
             raise SessionRefusal(
                 "busy", f"{config.max_sessions_per_client} sessions of yours are open, the limit"
             )
-        lease = self._reserve_cache(opening, sum(session.reserved_tokens for session in theirs))
-        try:
-            replay = self._reserve_replay(opening, sum(session.reserved_replay_bytes for session in theirs))
-        except SessionRefusal:
-            lease.release()
-            raise
+        of_range = sum(each.room.address_range == address_range for each in self._sessions.values())
+        places = config.max_sessions - len(self._sessions)
+        if of_range >= config.max_sessions_per_client // 4 and exceeds_share(
+            of_range + 1, places - 1, config.client_share
+        ):
+            raise SessionRefusal("busy", f"{of_range} sessions from your addresses are open, their share")
+        room, replay = self._reservations.reserve(opening, client_id, address_range)
         session = HopSession(
             opening,
             client_id,
             control,
             served=served,
-            lease=lease,
+            room=room,
             replay=replay,
             config=config,
             signer=ReceiptSigner(opening, served.runner.numerics, self._host.sign),
             evidence=self._evidence,
         )
         self._sessions[opening.session] = session
+        self._reservations.add(room, replay)
         self._notify()
         self._host.counts.add("sessions_opened")
         blocks = (opening.start, opening.stop)
@@ -229,43 +244,35 @@ class SpanServer:
         self._on_change()
         return session
 
-    def _reserve_cache(self, opening: Open, held: int) -> CacheLease:
-        """`held` is what other sessions of the same client have reserved, in tokens."""
-        cache, share = self._served.runner.cache, self._config.client_share
-        fits = left_of_share(held, cache.free_tokens, share) // cache.page_tokens * cache.page_tokens
-        try:
-            lease = cache.reserve(opening.max_tokens)
-        except CacheFull as exc:
-            most = left_of_share(0, cache.capacity_tokens, share)
-            never = f"; it could never have more than {most}" if opening.max_tokens > most else ""
-            raise SessionRefusal("cache_full", f"{exc}, one of {fits} would{never}", fits=fits) from exc
-        if exceeds_share(held + lease.max_tokens, cache.free_tokens, share):
-            lease.release()
-            raise SessionRefusal(
-                "over_share",
-                f"you hold {held} tokens of the cache, {cache.free_tokens} are free, and "
-                f"{opening.max_tokens} more would be over one client's share; {fits} would not",
-                fits=fits,
-            )
-        return lease
+    def _sessions_of(self, client_id: str) -> list[HopSession]:
+        return [session for session in self._sessions.values() if session.client_id == client_id]
 
-    def _reserve_replay(self, opening: Open, held: int) -> ReplayLog | None:
-        """None on the last hop, which has nobody to replay to; `held` as above, in bytes."""
-        config, budget = self._config, self._replay_budget
-        if opening.successor is None:
-            return None
-        row = row_bytes(self._served.spec.hidden_size, opening.codec)
-        size = min(opening.max_tokens * row, config.replay_bytes_per_session)
-        fits = left_of_share(held, budget.free_bytes, config.client_share) // row
-        try:
-            replay = ReplayLog(budget, size)
-        except CacheFull as exc:
-            raise SessionRefusal("cache_full", str(exc), fits=fits) from exc
-        if exceeds_share(held + size, budget.free_bytes, config.client_share):
-            replay.release()
-            problem = f"{size} more bytes of replay log would be over one client's share"
-            raise SessionRefusal("over_share", problem, fits=fits)
-        return replay
+    def _end_idle(self, refused: SessionRefusal, max_tokens: int) -> list[HopSession]:
+        """End sessions that rest while others are refused for them, those that rest longest; returns them.
+
+        None are ended if that would not be enough. A lease is long, so that a reader may pause; here somebody
+        waits for what it keeps.
+        """
+        if refused.code == "busy" and len(self._sessions) < self._config.max_sessions:
+            return []  # it is the client's own limit that was reached
+        idle = [each for each in self._sessions.values() if each.lifetime.idle_s() > PRESSED_IDLE_S]
+        idle.sort(key=lambda each: each.lifetime.last_active)
+        missing, of_each = 1, [1] * len(idle)  # places, where it is those that lack
+        if refused.code != "busy":
+            missing = self._served.runner.cache.whole_pages(max_tokens) - self.free_tokens
+            of_each = [each.room.earned for each in idle]
+        chosen: list[HopSession] = []
+        for session, gained in zip(idle, of_each, strict=True):
+            if missing <= 0:
+                break
+            missing -= gained
+            chosen.append(session)
+        if missing > 0:
+            return []
+        for session in chosen:
+            problem = f"no step for {session.lifetime.idle_s():.0f} s, and others need the room"
+            session.lifetime.end(SessionRefusal("lease_expired", problem))
+        return chosen
 
     async def _run(self, session: HopSession) -> None:
         """Everything between a session's admission and its end."""
@@ -276,6 +283,7 @@ class SpanServer:
             )
             await control.run()
         finally:
+            self._reservations.discard(session.room, session.replay_room)
             session.close()
             del self._sessions[session.opening.session]
             self._notify()
@@ -353,6 +361,11 @@ class SpanServer:
             message, _ = await frames.receive()
             return message
         raise ProtocolViolation("opened a stream and said nothing", frames.peer_id)
+
+
+async def _metered(frames: FrameStream, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work` and count what it takes of the event loop among the peer's messages."""
+    return await (work if frames.meter is None else clocked(work, frames.meter.spend))
 
 
 async def _answer_on_chain(chain: FrameStream, message: Message) -> None:

@@ -13,7 +13,7 @@ the other connection, and what follows goes there: a round trip on each of the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Final, TypeAlias
 
@@ -39,7 +39,7 @@ from p2pinfer.node.protocol.messages import (
     Successor,
 )
 from p2pinfer.node.protocol.relay_upgrade import MOVE_S, leave_relays, note_moved
-from p2pinfer.node.protocol.replay_log import ReplayGap
+from p2pinfer.node.protocol.replay_log import LoggedStep, ReplayGap
 from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .hop_session import HopSession
@@ -117,7 +117,6 @@ class SessionControl:
         session = self._session
         match message:
             case Expect():
-                session.lifetime.last_active = trio.current_time()
                 self._neighbours.expect(message.predecessor)
                 self._on_expect()
             case Relink() if session.opening.successor is not None:
@@ -246,7 +245,6 @@ class SessionControl:
         self._relinks += 1
         if self._relinks > self._config.max_relinks:
             raise ProtocolViolation(f"more than {self._config.max_relinks} successors for one session")
-        self._session.lifetime.last_active = trio.current_time()
         self._moving.cancel()
         self._relinking.cancel()
         self._relinking = trio.CancelScope()
@@ -272,7 +270,7 @@ class SessionControl:
     async def _replay(self, relink: Relink) -> None:
         neighbours, successor, log = self._neighbours, relink.successor, self._session.outbox.replay
         assert log is not None
-        pieces = log.chunks(relink.start, relink.stop, relink.chunk_tokens)
+        pieces = self._keeping_alive(log.chunks(relink.start, relink.stop, relink.chunk_tokens))
         link = self._link_in_use(successor.peer_id)
         if link is None:
             former = neighbours.standby
@@ -292,6 +290,12 @@ class SessionControl:
             await former.aclose()
         if link.is_lost:
             raise PeerVanished("it was lost while being fed", link.peer_id)
+
+    def _keeping_alive(self, pieces: Iterator[LoggedStep]) -> Iterator[LoggedStep]:
+        """The pieces of a replay, which over a thin line takes longer than a lease lasts without a step."""
+        for piece in pieces:
+            self._session.lifetime.last_active = trio.current_time()
+            yield piece
 
     def _link_in_use(self, peer_id: str) -> Link | None:
         for link in (self._neighbours.standby, self._neighbours.link):

@@ -103,6 +103,22 @@ def test_what_is_written_is_seen_in_place_and_gathered_and_nowhere_else() -> Non
     assert not gathered[:, :, :, 2].any()
 
 
+def test_a_lease_that_grows_again_goes_on_where_it_ended_if_that_is_free() -> None:
+    cache = make_cache()
+    lease, other = cache.reserve(12), cache.reserve(4)
+    lease.resize(4)
+    assert cache.free_tokens == 32
+    lease.resize(9)
+    assert (lease.start, slots_of(lease)) == (0, list(range(9)))
+    lease.resize(16)
+    assert lease.start is None
+    assert slots_of(lease)[:12] == list(range(12))
+    assert set(slots_of(lease)[12:]).isdisjoint(slots_of(other))
+    with pytest.raises(CacheFull):
+        lease.resize(37)
+    assert lease.max_tokens == 16
+
+
 def test_memory_is_taken_by_what_is_written_and_not_before() -> None:
     def resident() -> int:
         return int(psutil.Process().memory_info().rss)
@@ -138,6 +154,21 @@ class Reservations(RuleBasedStateMachine):
         assert self.cache.free_tokens == free - pages * 4
         self.held.append(lease)
         return lease
+
+    @rule(lease=leases, tokens=st.integers(1, 30))
+    def resize(self, lease: CacheLease | None, tokens: int) -> None:
+        """What lies below the smaller of two sizes stays where it is."""
+        if lease is None or lease.max_tokens == 0:
+            return
+        before = slots_of(lease)
+        try:
+            lease.resize(tokens)
+        except CacheFull:
+            assert slots_of(lease) == before
+            return
+        assert lease.max_tokens == tokens
+        kept = min(tokens, len(before))
+        assert slots_of(lease)[:kept] == before[:kept]
 
     @rule(lease=leases)
     def release(self, lease: CacheLease | None) -> None:

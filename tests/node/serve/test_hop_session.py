@@ -18,7 +18,6 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerRefused
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
@@ -29,6 +28,7 @@ from p2pinfer.node.protocol.messages import Open, Opened, Result, Step
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
 from p2pinfer.node.serve.forward import ServedSpan, StepWork
 from p2pinfer.node.serve.hop_session import HopSession
+from p2pinfer.node.serve.quota import CacheRoom
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
 from p2pinfer.node.serve.worker import BatchReport, Worker
 from p2pinfer.routing.route import Hop, Route
@@ -46,8 +46,12 @@ class Echo:
         return [chunk.hidden for chunk in chunks]
 
 
-class Lease:
-    """What nobody asks anything."""
+class Room:
+    """Room for everything."""
+
+    lease = None
+
+    def reach(self, stop: int) -> None: ...
 
 
 class Collector:
@@ -93,7 +97,7 @@ def open_hop(worker: Collector, speed: DecodeSpeed | None = None) -> tuple[HopSe
         "client",
         FrameStream(ours, max_payload_bytes=1000, peer_id="client"),
         served=served,
-        lease=cast(CacheLease, Lease()),
+        room=cast(CacheRoom, Room()),
         replay=None,
         config=ServeConfig(max_steps_in_flight=16),
         signer=ReceiptSigner(opening, FLOAT32, partial(sign, "hop")),

@@ -14,8 +14,17 @@ from torch import Tensor
 from p2pinfer.errors import PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed
-from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.messages import CHAIN_PROTOCOL, Message, Opened, Relink, Relinked, Successor
+from p2pinfer.node.protocol.frames import FrameStream, encode_header
+from p2pinfer.node.protocol.messages import (
+    CHAIN_PROTOCOL,
+    Expect,
+    Message,
+    Opened,
+    Probe,
+    Relink,
+    Relinked,
+    Successor,
+)
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.session.session import Session
 
@@ -29,6 +38,25 @@ async def test_an_idle_session_is_closed_when_its_lease_has_run_out(
         frames = await swarm.ask()
         assert (await refusal(frames)).code == "lease_expired"
         assert trio.current_time() >= 20
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Expect("another"), Probe(0), Relink(0, Successor("nobody"), 0, 0, 1, 1, switch=False)],
+    ids=["expect", "probe", "relink"],
+)
+async def test_nothing_but_steps_keeps_a_session_alive(
+    checkpoint: Checkpoint, autojump_clock: trio.testing.MockClock, message: Message
+) -> None:
+    """Whoever says every few seconds that others may feed it, and does nothing, holds no room."""
+    async with open_swarm(checkpoint, 4, lease_s=10.0) as swarm:
+        session = await swarm.session()
+        control = swarm.streams("client", "a")[-1]
+        for _ in range(4):
+            await control.send_all(encode_header(message, 0) if swarm.servers["a"].sessions else b"")
+            await trio.sleep(3)
+        assert swarm.servers["a"].sessions == 0
+        await session.aclose()
 
 
 async def test_a_client_that_stops_reading_is_let_go_of_when_its_lease_has_run_out(
