@@ -17,7 +17,6 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz docs lab lab-lines lab-moves lab-shell clean
 .PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz strangers docs lab lab-lines lab-moves lab-shell clean
 
 help:  ## list the targets
@@ -89,6 +88,9 @@ soak: $(TESTABLE)  ## 10,000 sessions on one node, 200 at once, and a client tha
 
 frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest client beside them
 	$(BIN)/python -m tests.chaos.fuzz
+
+strangers: $(TESTABLE)  ## a node that fifty identities attack at once, with an honest client beside them
+	$(BIN)/python -m tests.chaos.strangers
 
 docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py
