@@ -27,11 +27,11 @@ values = st.recursive(
 )
 
 
-def depth_of(value: Any) -> int:
+def depth_of(value: object) -> int:
     if isinstance(value, list):
-        return 1 + max(map(depth_of, cast("list[Any]", value)), default=0)
+        return 1 + max(map(depth_of, cast("list[object]", value)), default=0)
     if isinstance(value, dict):
-        return 1 + max(map(depth_of, cast("dict[str, Any]", value).values()), default=0)
+        return 1 + max(map(depth_of, cast("dict[object, object]", value).values()), default=0)
     return 0
 
 
