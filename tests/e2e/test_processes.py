@@ -58,6 +58,7 @@ SHAPE: dict[str, Any] = {
     "seed": type(None),  # it is greedy
     "audits": dict.fromkeys(("done", "passed", "failed", "suspect", "inconclusive"), int),
     "resume_token": str,
+    "speculation": {"tokens_per_trip": float, "drafted": int, "accepted": int, "by_depth": list},
 }
 
 
