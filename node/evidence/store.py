@@ -86,7 +86,7 @@ class EvidenceStore:
         self._groups_at_least = groups_at_least
         self._keep_s = keep_s
         self._groups: OrderedDict[bytes, _Group] = OrderedDict()
-        self._group_of: dict[bytes, bytes] = {}
+        self._groups_of: dict[bytes, list[bytes]] = {}  # digest -> the groups that hold it, oldest first
         self._watched: dict[bytes, trio.Event] = {}
 
     def add(self, group: bytes, contents: Iterable[tuple[bytes, Payload]], now: float) -> None:
@@ -114,9 +114,9 @@ class EvidenceStore:
             held.contents[digest] = content
             held.size += len(content)
             self.held_bytes += len(content)
-            # Equal contents of two groups are found through the one that added them last: it is dropped
-            # later.
-            self._group_of[digest] = group
+            # All groups, and not the last alone: any of them may be the next to be dropped, since to touch a
+            # group makes it younger than those that added the same content after it.
+            self._groups_of.setdefault(digest, []).append(group)
         # Never this group: it was touched last, and has no more than a share.
         while self.held_bytes > self._max_bytes:
             self._drop_oldest()
@@ -124,8 +124,8 @@ class EvidenceStore:
     def get(self, digest: bytes, now: float) -> Payload | None:
         """Content with this digest, if it is held."""
         self.forget_expired(now)
-        group = self._group_of.get(digest)
-        return None if group is None else self._groups[group].contents[digest]
+        groups = self._groups_of.get(digest)
+        return None if groups is None else self._groups[groups[-1]].contents[digest]
 
     def watch(self, group: bytes) -> trio.Event:
         """Set as soon as one peer has been given all of a group."""
@@ -134,17 +134,19 @@ class EvidenceStore:
     def note_sent(self, peer_id: str, digests: Iterable[bytes]) -> None:
         """`peer_id` was given these contents."""
         for digest in digests:
-            group = self._group_of.get(digest)
-            if group is None or group not in self._watched:
-                continue
-            held = self._groups[group]
-            # Bounded, for a stranger has as many identities as it likes.
-            if len(held.unsent) < _MAX_ASKING or peer_id in held.unsent:
-                unsent = held.unsent.setdefault(peer_id, {*held.contents})
-                unsent.discard(digest)
-                if not unsent:
-                    held.unsent.clear()
-                    self._watched.pop(group).set()
+            for group in self._groups_of.get(digest, ()):
+                if group in self._watched:
+                    self._note_sent_of(group, peer_id, digest)
+
+    def _note_sent_of(self, group: bytes, peer_id: str, digest: bytes) -> None:
+        held = self._groups[group]
+        # Bounded, for a stranger has as many identities as it likes.
+        if len(held.unsent) < _MAX_ASKING or peer_id in held.unsent:
+            unsent = held.unsent.setdefault(peer_id, {*held.contents})
+            unsent.discard(digest)
+            if not unsent:
+                held.unsent.clear()
+                self._watched.pop(group).set()
 
     def forget_expired(self, now: float) -> None:
         """Drop what was not touched for too long."""
@@ -155,9 +157,10 @@ class EvidenceStore:
         group, held = self._groups.popitem(last=False)
         self._watched.pop(group, None)
         for digest in held.contents:
-            # Another group may have added the same content since; then it is still to be found there.
-            if self._group_of.get(digest) == group:
-                del self._group_of[digest]
+            groups = self._groups_of[digest]
+            groups.remove(group)
+            if not groups:
+                del self._groups_of[digest]
         self.held_bytes -= held.size
 
 

@@ -89,6 +89,35 @@ def test_what_two_sessions_share_outlives_the_older() -> None:
     assert store.get(digest_of(b"both"), 12) == b"both"
 
 
+def test_what_two_sessions_share_outlives_the_later_that_ends_first() -> None:
+    store = EvidenceStore(1000, keep_s=10)
+    store.add(b"old", pairs(b"both", b"own"), now=0)
+    store.add(b"new", pairs(b"both"), now=1)
+    store.add(b"old", pairs(b"more"), now=8)
+    handed_out = store.watch(b"old")
+    store.note_sent("a", [digest_of(each) for each in (b"both", b"own", b"more")])
+    assert handed_out.is_set(), "whoever has the content has that of both sessions"
+    assert store.get(digest_of(b"both"), 12) == b"both"
+    assert store.get(digest_of(b"both"), 19) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(b"abcdef"), st.integers(0, 3)), max_size=60))
+def test_a_content_is_found_for_as_long_as_any_session_holds_it(events: list[tuple[int, int, int]]) -> None:
+    store, now = EvidenceStore(1000, keep_s=5), 0.0
+    touched: dict[int, float] = {}
+    held: dict[int, set[bytes]] = {}
+    for group, letter, wait in events:
+        now += wait
+        for old in [each for each, at in touched.items() if at + 5 < now]:
+            del touched[old], held[old]
+        touched[group] = now
+        held.setdefault(group, set()).add(bytes([letter]))
+        store.add(b"%d" % group, pairs(bytes([letter])), now)
+        for each in (bytes([letter]) for letter in b"abcdef"):
+            expected = each if any(each in contents for contents in held.values()) else None
+            assert store.get(digest_of(each), now) == expected
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.binary(max_size=40), st.integers(0, 3)), max_size=60))
 def test_the_store_never_holds_more_than_it_may(events: list[tuple[int, bytes, int]]) -> None:
     store, now = EvidenceStore(100, keep_s=5), 0.0
