@@ -33,7 +33,7 @@ from .defaults import complete_config
 from .download import Pause
 from .hub_errors import NoSuchModel, is_offline
 from .hub_store import HubStore, Listing
-from .source import FolderSource, ModelSource
+from .model_source import FolderSource, ModelSource
 from .spec import ModelSpec, model_spec, read_config, read_json
 
 logger = logging.getLogger(__name__)

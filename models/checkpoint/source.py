@@ -1,48 +1,21 @@
-"""Sources of a model: the bundled one, a folder, or the Hugging Face hub."""
+"""Choice of a model's source: the bundled one, a folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Protocol
 
 from p2pinfer.errors import ModelNotFound
 from p2pinfer.folders import expand
 from p2pinfer.models.progress import Progress
-from p2pinfer.models.span import BlockSpan
 from p2pinfer.text_files import is_text
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .spec import ModelSpec
+from .model_source import FolderSource
+from .model_source import ModelSource as ModelSource
 
 BUNDLED_MODEL = "tiny-stories"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@(?!.*\.\.)\w[\w./+-]{0,199})?")
-
-
-class ModelSource(Protocol):
-    """A model that is known but perhaps not here yet."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Spec of the model; its revision is known before a weight is."""
-        ...
-
-    def fetch(
-        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
-    ) -> Checkpoint:
-        """Bring the weights of `span` here; with `ends` also embedding, norm, head and tokenizer.
-
-        Raises:
-            CheckpointError: What came is not what was published.
-            ModelNotFound: It cannot be had.
-            SpanOutOfRange: The model has no such blocks.
-        """
-        ...
-
-    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
-        """Bytes that `fetch` would have to bring from elsewhere."""
-        ...
 
 
 def resolve_model(
@@ -77,28 +50,3 @@ def resolve_model(
     from .hub import open_hub  # huggingface_hub's HTTP takes 0.3 s to import, and most runs have a folder
 
     return open_hub(model, cache_dir=cache_dir, weights_bytes=weights_bytes, progress=progress)
-
-
-class FolderSource:
-    """A model whose weights are all here."""
-
-    def __init__(
-        self, folder: Path, *, cache_dir: Path, progress: Progress | None = None, name: str = ""
-    ) -> None:
-        self._checkpoint = open_checkpoint(
-            folder, name or folder.resolve().name, cache_dir=cache_dir, progress=progress
-        )
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._checkpoint.spec
-
-    def fetch(
-        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
-    ) -> Checkpoint:
-        if span is not None:
-            self.spec.check_span(span)
-        return self._checkpoint
-
-    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
-        return 0

@@ -1,0 +1,62 @@
+"""Source of a model's weights: what every kind of it can do, and the kind that is a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from p2pinfer.models.progress import Progress
+from p2pinfer.models.span import BlockSpan
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .spec import ModelSpec
+
+
+class ModelSource(Protocol):
+    """A model that is known but perhaps not here yet."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Spec of the model; its revision is known before a weight is."""
+        ...
+
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
+        """Bring the weights of `span` here; on request also embedding, norm, head and tokenizer.
+
+        Raises:
+            CheckpointError: What came is not what was published.
+            ModelNotFound: It cannot be had.
+            SpanOutOfRange: The model has no such blocks.
+        """
+        ...
+
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
+        """Bytes that `fetch` would have to bring from elsewhere."""
+        ...
+
+
+class FolderSource:
+    """A model whose weights are all here."""
+
+    def __init__(
+        self, folder: Path, *, cache_dir: Path, progress: Progress | None = None, name: str = ""
+    ) -> None:
+        self._checkpoint = open_checkpoint(
+            folder, name or folder.resolve().name, cache_dir=cache_dir, progress=progress
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._checkpoint.spec
+
+    def fetch(
+        self, span: BlockSpan | None, *, embedding_and_head: bool, progress: Progress | None = None
+    ) -> Checkpoint:
+        if span is not None:
+            self.spec.check_span(span)
+        return self._checkpoint
+
+    def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
+        return 0
