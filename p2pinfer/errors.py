@@ -77,6 +77,11 @@ class PeerError(P2PInferError):
         self.peer_id = peer_id
         self.told_by = told_by
 
+    @property
+    def is_lasting(self) -> bool:
+        """True if the peer will say the same again until somebody changes a setting."""
+        return False
+
 
 class PeerUnreachable(PeerError):
     """No address of the peer answered."""
@@ -96,6 +101,11 @@ class NotDialled(PeerUnreachable):
 class NotAdmitted(PeerUnreachable):
     """The peer is of another swarm than we are, or one of us is not on the other's list."""
 
+    @property
+    def is_lasting(self) -> bool:
+        """See `PeerError.is_lasting`."""
+        return True
+
 
 class PeerVanished(PeerError):
     """The connection to the peer ended in the middle of something."""
@@ -104,10 +114,12 @@ class PeerVanished(PeerError):
 class PeerRefused(PeerError):
     """The peer answered, and said no. `code` is one of `p2pinfer.node.protocol.messages.RefusalCode`.
 
+    Or it is `not_admitted`, where the peer does not serve this client whatever it asks for.
     `fits` is how many tokens of a session it would have room for; 0 if none, or if it does not say.
     """
 
     _PASSING = frozenset(("busy", "cache_full", "over_share"))
+    _LASTING = frozenset(("wrong_model", "not_admitted"))
 
     def __init__(
         self, message: str, peer_id: str = "", code: str = "", *, fits: int = 0, told_by: str = ""
@@ -120,6 +132,11 @@ class PeerRefused(PeerError):
     def is_passing(self) -> bool:
         """True if the peer only lacks room at the moment: no fault of its, and worth asking again later."""
         return self.code in self._PASSING
+
+    @property
+    def is_lasting(self) -> bool:
+        """See `PeerError.is_lasting`."""
+        return self.code in self._LASTING
 
 
 class ProtocolViolation(PeerError):

@@ -25,7 +25,13 @@ except ImportError:  # pragma: no cover - Windows has no such limits
     resource = None  # type: ignore[assignment]
 
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as a number that no machine has
-_REFUSALS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+_REFUSALS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and those of CUDA's other libraries
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,17 @@ def free_memory(proc: Path = PROC) -> FreeMemory:
 
 
 def free_on_card(device: torch.device) -> FreeMemory:
-    """Memory of a GPU that this process may still take: the free part, and the unused part of torch's."""
-    free, _total = torch.cuda.mem_get_info(device)
+    """Memory of a GPU that this process may still take: the free part, and the unused part of torch's.
+
+    None is left if not even the question can be put, which takes some hundred MiB the first time: many
+    processes that begin on one card at once are refused there.
+    """
+    try:
+        free, _total = torch.cuda.mem_get_info(device)
+    except Exception as exc:  # torch's AcceleratorError, which older versions raise as RuntimeError
+        if not is_refusal(exc):
+            raise
+        return FreeMemory(0)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return FreeMemory(free + max(kept, 0))
 

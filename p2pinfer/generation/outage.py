@@ -12,6 +12,7 @@ from p2pinfer.errors import NoRoute, PeerError
 
 FIRST_PAUSE_S: Final = 0.25  # between two looks for a route, if there is no news in between
 LAST_PAUSE_S: Final = 4.0
+OTHERS_S: Final = 1.0  # to hear of other peers, if all that are known refuse for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Outage:
     def __init__(self, retry_limits: RetryLimits, *, begun: bool) -> None:
         self.failure: PeerError | None = None  # the last one
         self._begun = begun
+        self._only_lasting = True  # nothing else has failed so far
+        self._began_at = trio.current_time()
         self._max_attempts = retry_limits.max_attempts
         self._deadline = trio.current_time() + (retry_limits.wait_s if begun else retry_limits.find_s)
         self._pause_s = FIRST_PAUSE_S
@@ -52,6 +55,7 @@ class Outage:
     def note(self, failure: PeerError) -> None:
         """Note that another route failed."""
         self.failure = failure
+        self._only_lasting &= failure.is_lasting
         self._attempts += 1
 
     @property
@@ -60,9 +64,16 @@ class Outage:
         return self._attempts < self._max_attempts
 
     def take_forgiveness(self) -> bool:
-        """Take this round's chance to try failed peers again at once; False if it is used up."""
+        """Take this round's chance to try failed peers again at once; False if there is none."""
+        if self._is_hopeless:
+            return False
         forgives, self._forgave = not self._forgave, True
         return forgives
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """True if every peer that was tried for a first token refuses for good: time will not help."""
+        return self.failure is not None and self._only_lasting and not self._begun
 
     def describe(self, error: PeerError | NoRoute) -> str:
         """Reason why there is no token, in one line."""
@@ -81,7 +92,8 @@ class Outage:
         """
         # Asked only between rounds: an attempt that is under way is never cut short, it may be the one that
         # works.
-        left_s = self._deadline - trio.current_time()
+        deadline = min(self._deadline, self._began_at + OTHERS_S) if self._is_hopeless else self._deadline
+        left_s = deadline - trio.current_time()
         if left_s <= 0:
             return False
         missing = error.missing if isinstance(error, NoRoute) else ()

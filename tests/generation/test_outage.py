@@ -6,8 +6,8 @@ import pytest
 import trio
 import trio.testing
 
-from p2pinfer.errors import NoRoute, PeerVanished
-from p2pinfer.generation.outage import LAST_PAUSE_S, Outage, RetryLimits, Waiting
+from p2pinfer.errors import NoRoute, NotAdmitted, PeerError, PeerRefused, PeerVanished
+from p2pinfer.generation.outage import LAST_PAUSE_S, OTHERS_S, Outage, RetryLimits, Waiting
 
 GAP = NoRoute("nobody serves blocks 5:8", [(5, 8)])
 
@@ -47,6 +47,27 @@ async def test_before_a_text_has_begun_it_is_shorter_and_silent(
     await wait_out(Outage(RetryLimits(find_s=2.0, wait_s=20.0), begun=False), told)
     assert trio.current_time() - began == pytest.approx(2.0)
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("failures", "waited_s"),
+    [
+        ([PeerRefused("another model", "a", "wrong_model")], OTHERS_S),
+        ([PeerRefused("not on the list", "a", "not_admitted"), NotAdmitted("another swarm", "b")], OTHERS_S),
+        ([NotAdmitted("another swarm", "a"), PeerVanished("gone", "b")], 20.0),
+        ([PeerRefused("full", "a", "busy")], 20.0),
+    ],
+)
+async def test_a_refusal_that_lasts_is_not_waited_for_before_a_text_has_begun(
+    failures: list[PeerError], waited_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    for begun in (False, True):
+        outage = Outage(RetryLimits(find_s=20.0, wait_s=20.0), begun=begun)
+        for failure in failures:
+            outage.note(failure)
+        began = trio.current_time()
+        await wait_out(outage, [])
+        assert trio.current_time() - began == pytest.approx(20.0 if begun else waited_s)
 
 
 async def test_every_reason_is_told_once_with_what_failed_last(

@@ -180,6 +180,8 @@ def test_a_card_has_what_is_free_and_what_torch_keeps_unused(monkeypatch: pytest
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         CheckpointError("model.safetensors: Cannot allocate memory (os error 12)"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_every_way_to_refuse_memory_is_said_in_a_line(exc: Exception) -> None:
@@ -188,6 +190,29 @@ def test_every_way_to_refuse_memory_is_said_in_a_line(exc: Exception) -> None:
         refusals_named("blocks 0:9", CPU, "serve fewer"),
     ):
         raise exc
+
+
+def test_a_card_that_refuses_even_the_question_has_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where many nodes begin on it at once; the sentence of the refusal asks as well."""
+    card = torch.device("cuda", 0)
+
+    def refuse(_device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert free_on_card(card) == FreeMemory(0)
+    with (
+        pytest.raises(OutOfMemory, match=r"no memory for blocks 0:9 on cuda:0: 0\.0 GiB are free; serve"),
+        refusals_named("blocks 0:9", card, "serve fewer"),
+    ):
+        raise RuntimeError("CUDA error: out of memory")
+
+    def break_down(_device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", break_down)
+    with pytest.raises(RuntimeError, match="assert"):
+        free_on_card(card)
 
 
 def test_other_errors_stay_what_they_are() -> None:
