@@ -3,9 +3,11 @@
     python benchmarks/token_trace.py             # a table on standard error, JSON on standard output
     python benchmarks/token_trace.py --calls     # and every entry, in order
 
-A client and two nodes run in this process, over libp2p on loopback, so that one trace sees all three. The
-sixth decode step of a generation is recorded, all threads included. An entry is a function's beginning; a
-coroutine that goes on after a wait does not count again.
+A client and two nodes run in this process, over libp2p on loopback, so that one trace sees all three. Decode
+steps 6 to 29 of a generation are recorded, all threads included, each until its last task has done its work.
+The step with the fewest entries is shown: the others hold work that no token brings along, as gossip, pings,
+anti-entropy, and the check of sixteen steps' receipts. An entry is a function's beginning; a coroutine that
+goes on after a wait does not count again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from rich.table import Table
 import p2pinfer
 from p2pinfer.node.events import Ready
 
-STEP = 6
+FIRST_STEP = 6
+STEPS = 24
+TAIL_S = 0.05  # after a token, in which hops finish their accounts of it
 
 
 class Recorder:
@@ -34,12 +38,22 @@ class Recorder:
 
     def __init__(self) -> None:
         self.is_on = False
-        self.entries: list[tuple[str, str]] = []  # (module, function)
+        self.steps: list[list[tuple[str, str]]] = []  # each a list of (module, function)
+
+    @property
+    def quietest(self) -> list[tuple[str, str]]:
+        """The entries of the step with the fewest."""
+        return min(self.steps, key=len)
 
     def watch(self) -> None:
         """Be told of calls in this thread and in all that begin from now on."""
         threading.setprofile(self._note)
         sys.setprofile(self._note)
+
+    def begin_step(self) -> None:
+        """Note what is entered from now on as another step's."""
+        self.steps.append([])
+        self.is_on = True
 
     def _note(self, frame: FrameType, event: str, _: object) -> None:
         if not self.is_on or event != "call":
@@ -49,11 +63,11 @@ class Recorder:
             frame.f_code.co_code[frame.f_lasti + 1] == 0
         )  # the argument of RESUME: 0 at a function's start
         if module.startswith("p2pinfer.") and begins:
-            self.entries.append((module.removeprefix("p2pinfer."), frame.f_code.co_qualname))
+            self.steps[-1].append((module.removeprefix("p2pinfer."), frame.f_code.co_qualname))
 
 
 async def one_token(recorder: Recorder) -> None:
-    """Record step `STEP` of a generation over two nodes."""
+    """Record `STEPS` decode steps of a generation over two nodes."""
     host = p2pinfer.HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, upnp=False)
     compute = p2pinfer.ComputeConfig(threads=1, dtype="float32", device="cpu")
     with tempfile.TemporaryDirectory() as home:
@@ -89,10 +103,12 @@ async def one_token(recorder: Recorder) -> None:
                 cache_dir=Path(home, "cache"),
             )
             async with client:
-                generation = client.generate("Once upon a time", max_new_tokens=STEP + 4)
-                for number in range(STEP + 2):
-                    recorder.is_on = number == STEP
+                generation = client.generate("Once upon a time", max_new_tokens=FIRST_STEP + STEPS + 4)
+                for number in range(FIRST_STEP + STEPS):
+                    if number >= FIRST_STEP:
+                        recorder.begin_step()
                     await anext(generation)
+                    await trio.sleep(TAIL_S)
                 recorder.is_on = False
                 await generation.aclose()
             nursery.cancel_scope.cancel()
@@ -105,9 +121,10 @@ def main() -> None:
     recorder = Recorder()
     recorder.watch()
     trio.run(one_token, recorder)
-    modules = Counter(module for module, _ in recorder.entries)
-    rooms = Counter(module.rpartition(".")[0] or "p2pinfer" for module, _ in recorder.entries)
-    table = Table(title=f"{len(recorder.entries)} entries, {len(modules)} modules, {len(rooms)} rooms")
+    entries = recorder.quietest
+    modules = Counter(module for module, _ in entries)
+    rooms = Counter(module.rpartition(".")[0] or "p2pinfer" for module, _ in entries)
+    table = Table(title=f"{len(entries)} entries, {len(modules)} modules, {len(rooms)} rooms")
     for column in ("room", "module", "entries"):
         table.add_column(column, justify="right")
     for module, count in sorted(modules.items()):
@@ -115,9 +132,9 @@ def main() -> None:
         table.add_row(room or "p2pinfer", name, str(count))
     Console(stderr=True, width=100).print(table)
     if options.calls:
-        for module, function in recorder.entries:
+        for module, function in entries:
             print(module, function, file=sys.stderr)
-    print(json.dumps({"entries": len(recorder.entries), "modules": modules, "rooms": rooms}))
+    print(json.dumps({"entries": len(entries), "modules": modules, "rooms": rooms}))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ class _Node:
         gc.collect()  # cycles of sessions that are over would keep the blocks served before
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
-        speed = DecodeSpeed(tokens_per_s, trio.current_time())
+        speed = DecodeSpeed(tokens_per_s)
         worker_opening = open_worker(
             self._serve.max_batch_tokens,
             client_steps=self._serve.client_batch_steps,
@@ -310,9 +310,11 @@ class _Node:
 
     def _tune(self, runner: SpanRunner) -> tuple[int, float]:
         """The number of threads to compute with, and the tokens per second with it."""
-        if (cores := self._cores(runner)) > 1:
-            return find_threads(runner, cores)
-        return runner.threads, measure_speed(runner)
+        # The first steps take memory too: a card's libraries allocate theirs when they are first used.
+        with refusals_named(f"a step through blocks {runner.span}", runner.device, _FEWER_BLOCKS):
+            if (cores := self._cores(runner)) > 1:
+                return find_threads(runner, cores)
+            return runner.threads, measure_speed(runner)
 
     def _wanted_blocks(self, spec: ModelSpec) -> BlockSpan | None:
         if self._config.blocks is None:

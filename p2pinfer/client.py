@@ -19,6 +19,7 @@ import trio
 from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
+from p2pinfer.generation.first_state import check_lengths
 from p2pinfer.generation.generation import Generation, generation_config, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
@@ -84,8 +85,7 @@ class Client:
 
     Raises:
         PolicyError: There is no such policy.
-        TypeError: There is no such argument, or one is of another type; the message names the nearest, or
-            what it takes.
+        TypeError: There is no such argument, or one is of another type; the message says what there is.
 
     Raises (on entering):
         LocalError: There is no trio loop, but that of asyncio, say; `connect` needs none.
@@ -356,14 +356,14 @@ class Client:
             replay_source: What went in at past positions; with it the first hop can be replaced too.
 
         Raises:
+            PromptTooLong: The model's context is shorter. `check_lengths` tells of a prompt's own limit.
             NoRoute: Nobody serves some of the blocks.
             PeerError: A hop of the route could not be reached or refused.
         """
-
-        async def open_on(plan: SessionPlan) -> Session:
-            return await self._open_on(plan, tokens, excluded, replay_source)
-
-        return await self._race.open(tokens, excluded, open_on)
+        check_lengths(self.spec, tokens)
+        return await self._race.open(
+            tokens, excluded, lambda plan: self._open_on(plan, tokens, excluded, replay_source)
+        )
 
     async def _open_on(
         self, plan: SessionPlan, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None

@@ -15,7 +15,7 @@ import trio.testing
 
 from p2pinfer import client as client_module
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, Unfinished
+from p2pinfer.errors import ConfigError, ModelNotFound, NoRoute, PolicyError, PromptTooLong, Unfinished
 from p2pinfer.generation.generation import Generation
 from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
@@ -119,6 +119,8 @@ async def test_a_client_finds_its_way_and_remembers_how_it_was(open_client: Open
         assert peers["a"].announcement.span == BlockSpan(0, 5)
         assert client.spec == client.ends.spec == swarm.spec
         assert client.connection_kind("nobody") == "direct"
+        with pytest.raises(PromptTooLong, match="1025 tokens are asked for, and tiny-stories takes 1024"):
+            await client.open_session(1025, frozenset())
         await swarm.all_closed()
     ((route, outcome),) = policy.outcomes
     assert set(route.peer_ids) == {"a", "b"}

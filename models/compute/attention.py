@@ -17,9 +17,8 @@ of 64), which decided the rest:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,8 +50,7 @@ class Attention(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Adjacent tokens of one sequence in a batch."""
 
     lease: CacheLease
@@ -72,23 +70,31 @@ class PackedAttention:
         stepwise: bool = False,
     ) -> None:
         """Attention of `pieces`; with `stepwise` in products that round one by one, see `Blocks.stepwise`."""
-        spans = [(piece.lease, piece.position, piece.position + piece.tokens) for piece in pieces]
-        slots = [slot for lease, start, stop in spans for slot in lease.slots(start, stop)]
-        positions = [position for _, start, stop in spans for position in range(start, stop)]
+        slots: list[int] = []
+        positions: list[int] = []
+        self._counts: list[int] = []
+        self._readers: list[_Reader] = []
+        for piece in pieces:
+            stop = piece.position + piece.tokens
+            slots += piece.lease.slots(piece.position, stop)
+            positions += range(piece.position, stop)
+            self._counts.append(piece.tokens)
+            self._readers.append(_Reader(architecture, windows, cache, piece, stepwise))
         self._cache = cache
         self._slots = torch.tensor(slots, device=cache.device)
         self.positions = torch.tensor(positions, device=cache.device)
-        self._counts = [piece.tokens for piece in pieces]
-        self._readers = [_Reader(architecture, windows, cache, piece, stepwise) for piece in pieces]
         group = architecture.heads // architecture.kv_heads
         self._groups = (architecture.kv_heads, group, architecture.head_dim)
 
     def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         """See `Attention`."""
         self._cache.write(block, self._slots, keys_values)
-        parts = torch.split(queries.view(len(queries), *self._groups), self._counts)
+        grouped = queries.view(len(queries), *self._groups)
+        if len(self._readers) == 1:
+            return self._readers[0].read(block, grouped).reshape(len(queries), -1)
+        parts = torch.split(grouped, self._counts)
         outputs = [reader.read(block, part) for reader, part in zip(self._readers, parts, strict=True)]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).reshape(len(queries), -1)
+        return torch.cat(outputs).reshape(len(queries), -1)
 
 
 class _Reader:
@@ -107,18 +113,24 @@ class _Reader:
         self._softcap = architecture.attention_softcap
         self._tokens = piece.tokens
         length = piece.position + piece.tokens
-        # A window that holds the whole sequence is none.
-        self._windows = [None if window is None or window >= length else window for window in windows]
-        self._visible = {
-            window: _VisibleKeys(architecture, cache, piece, window) for window in set(self._windows)
-        }
+        self._windows: list[int | None] = []
+        self._visible: dict[int | None, _VisibleKeys] = {}
+        for window in windows:
+            # A window that holds the whole sequence is none.
+            limit = None if window is None or window >= length else window
+            self._windows.append(limit)
+            if limit not in self._visible:
+                self._visible[limit] = _VisibleKeys(architecture, cache, piece, limit)
         self._whole = piece.position == 0
 
     def read(self, block: int, queries: Tensor) -> Tensor:
         """(tokens, kv_heads, group, head_dim) -> the same shape."""
         window = self._windows[block]
         visible = self._visible[window]
-        keys, values = visible.keys_values(block)
+        if visible.in_place is None:
+            keys, values = visible.gathered(block)
+        else:
+            keys, values = visible.in_place[0][block], visible.in_place[1][block]
         if self._tokens == 1:
             return self._read_rows(queries, keys, values, None)
         if self._whole and window is None and self._softcap is None and not self._stepwise:
@@ -140,7 +152,11 @@ class _Reader:
 
 
 class _VisibleKeys:
-    """Keys that a piece's tokens see, through a window of so many tokens or without one."""
+    """Keys that a piece's tokens see, through a window of so many tokens or without one.
+
+    Attributes:
+        in_place: Keys and values by block, each (1, kv_heads, seen, head_dim), if they follow each other.
+    """
 
     def __init__(
         self, architecture: Architecture, cache: PagedCache, piece: Piece, window: int | None
@@ -152,19 +168,15 @@ class _VisibleKeys:
         self._stop = piece.position + piece.tokens
         self._start = 0 if window is None else max(0, piece.position + 1 - window)
         first = piece.lease.start
-        self._in_place = None
+        self.in_place: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
         if first is None:
             self._slots = torch.tensor(piece.lease.slots(self._start, self._stop), device=cache.device)
         else:
-            self._in_place = cache.view(first + self._start, first + self._stop)
+            self.in_place = cache.view(first + self._start, first + self._stop)
 
-    def keys_values(self, block: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that any of the tokens sees, each (1, kv_heads, seen, head_dim)."""
-        if self._in_place is not None:
-            keys, values = self._in_place
-            return keys[block], values[block]
-        copied_keys, copied_values = self._cache.gather(block, self._slots)
-        return copied_keys, copied_values
+    def gathered(self, block: int) -> Tensor:
+        """A copy of keys and values that do not lie `in_place`, (2, 1, kv_heads, seen, head_dim)."""
+        return self._cache.gather(block, self._slots)
 
     @cached_property
     def mask(self) -> Tensor:

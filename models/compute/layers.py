@@ -28,6 +28,7 @@ from torch.nn import functional
 
 # What torch freezes a compiled CPU model's layers to. Not public, so its absence is a case: see can_pack.
 _MKLDNN: Any = torch.ops.mkldnn
+_linear_pointwise: Any = getattr(_MKLDNN, "_linear_pointwise", None)
 _EXACT_ROWS = 8  # up to which every number of rows, a batch of decode steps, has a kernel of its own
 
 
@@ -45,10 +46,12 @@ class Linear:
         if not self._packed:
             return functional.linear(rows, self._weight, self._bias)
         count = len(rows)
-        if missing := padded_rows(count) - count:
-            rows = functional.pad(rows, (0, 0, 0, missing))
-        product: Tensor = _MKLDNN._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-        return product[:count] if missing else product
+        if count <= _EXACT_ROWS:
+            product: Tensor = _linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+            return product
+        padded = functional.pad(rows, (0, 0, 0, padded_rows(count) - count))
+        product = _linear_pointwise(padded, self._weight, self._bias, "none", [], "")
+        return product[:count]
 
 
 class Norm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from .routing import ExpertChoice
 from .target import choose_target
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Adjacent tokens of one session, to be run."""
 
     lease: CacheLease
@@ -93,12 +92,16 @@ class SpanRunner:
         for chunk in chunks:
             chunk.lease.truncate(min(chunk.position, chunk.lease.length))
         with torch.inference_mode():
-            pieces = [Piece(chunk.lease, chunk.position, len(chunk.hidden)) for chunk in chunks]
-            hidden = torch.cat([chunk.hidden.to("cpu", self.dtype) for chunk in chunks]).to(self.device)
+            pieces: list[Piece] = []
+            parts: list[Tensor] = []
+            for chunk in chunks:
+                pieces.append(Piece(chunk.lease, chunk.position, len(chunk.hidden)))
+                parts.append(chunk.hidden.to("cpu", self.dtype))
+            hidden = torch.cat(parts).to(self.device)
             output = self._forward(pieces, hidden, self.span if span is None else span).cpu()
         for lease, end in ends.items():
             lease.length = end
-        return list(torch.split(output, [piece.tokens for piece in pieces]))
+        return list(torch.split(output, [piece.tokens for piece in pieces])) if len(pieces) > 1 else [output]
 
     def _forward(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
         # Only the whole span is recorded: a client chooses the part, and each recording holds memory.

@@ -27,13 +27,18 @@ Processor: TypeAlias = Callable[
 
 
 class Processors:
-    """The rules as they apply to one text."""
+    """The rules as they apply to one text.
+
+    Attributes:
+        applies: False if no rule says anything, so that logits stay as they are.
+    """
 
     def __init__(
         self, rules: LogitsRules, prompt_ids: Sequence[int], max_ids: int, eos_ids: Collection[int]
     ) -> None:
         """`max_ids` is how long the text may become, the prompt counted; `eos_ids` end it."""
         self._processors = _processors(rules, prompt_ids, max_ids, sorted(eos_ids))
+        self.applies = bool(self._processors)
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
         """The logits to choose the next token from; those that came are left as they are.

@@ -1,24 +1,23 @@
-"""Tokenizer, incremental decoding and stop strings, for the client.
+"""Tokenizer of a model folder, for the client.
 
 Only `tokenizers` is imported, in 40 ms.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
 
-from p2pinfer.errors import CheckpointError, ConfigError
+from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.spec import read_json
 from p2pinfer.text_files import read_text
 
 from .added_tokens import add_tokens
-from .pieces import PieceDecoder
+from .text_stream import PieceDecoder, TextStream
 
 
 class Tokenizer:
@@ -43,7 +42,6 @@ class Tokenizer:
             for token_id, token in added.items()
             if token.special
         }
-        self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the checkpoint puts around it."""
@@ -62,137 +60,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token adds to a text; none for special tokens and those past the vocabulary."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = b"" if token_id in self.special_texts else self._pieces.piece_bytes(self.piece(token_id))
-            self._bytes[token_id] = known
-        return known
+        return b"" if token_id in self.special_texts else self._pieces.piece_bytes(self.piece(token_id))
 
     def first_bytes(self, token_id: int) -> bytes:
         """The same for the token that a whole text begins with, without a space of the tokenizer's own."""
         return b"" if token_id in self.special_texts else self._pieces.first_bytes(self.piece(token_id))
-
-
-class TextStream:
-    """The text of a growing sequence of tokens; every push costs the same, however many went before.
-
-    What the pushes and `finish` return is, put together, what the tokenizers library makes of the whole
-    sequence, but for one thing. Of a run of byte tokens (`<0xE2>`) that is not all UTF-8 the library shows
-    nothing: every byte of it becomes U+FFFD, also those of characters that had come whole. A stream has shown
-    these, or would have to keep every run back until its end; so only what is no character becomes U+FFFD,
-    one for as many bytes as could have been the beginning of one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, at_start: bool = False, show_special: bool = False) -> None:
-        """A stream whose text follows a prompt, or with `at_start` begins one.
-
-        That matters to tokenizers that put a space before the first word: after a prompt it is text.
-        With `show_special`, special tokens are text as well.
-        """
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = at_start
-        self._show_special = show_special
-
-    def push(self, token_id: int) -> str:
-        """The text that this token makes certain; bytes of an unfinished character are held back."""
-        if token_id in self._tokenizer.special_texts:
-            if not self._show_special:
-                return ""
-            self._at_start = False
-            return self.finish() + self._tokenizer.special_texts[token_id]
-        if self._at_start:
-            self._at_start = False
-            return self._utf8.decode(self._tokenizer.first_bytes(token_id))
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def finish(self) -> str:
-        """Text that was held back: U+FFFD for a character that never came whole."""
-        held = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return held
-
-
-class StopMatcher:
-    """Ends a text before the first stop string that is complete in it; of several, the longest.
-
-    What it returns does not depend on how the text is cut into pushes. Special tokens are hidden, as a rule:
-    not part of the text. Stop strings that name one are looked for in the text as it would be with them.
-    """
-
-    def __init__(self, stops: Iterable[str], special_texts: Iterable[str] = ()) -> None:
-        """Match these.
-
-        Args:
-            special_texts: The texts of special tokens.
-
-        Raises:
-            ConfigError: A stop string is empty.
-        """
-        self._stops = tuple(stops)
-        if "" in self._stops:
-            raise ConfigError("a stop string is empty; leave it out")
-        specials = tuple(text for text in special_texts if text)
-        self._raw_stops = tuple(stop for stop in self._stops if any(text in stop for text in specials))
-        self._held = ""  # with what is hidden
-        self._shown: list[int] = []  # where in it what is not
-        self._stopped = False
-
-    def push(self, new: str, hidden: str = "") -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop string was met; after it comes no more.
-
-        Args:
-            hidden: What follows `new` and is not to be shown.
-        """
-        if self._stopped:
-            return "", True
-        self._shown += range(len(self._held), len(self._held) + len(new))
-        self._held += new + hidden
-        if met := self._met():
-            text = self._release(min(met)[1])
-            self._stopped, self._held, self._shown = True, "", []
-            return text, True
-        return self._release(self._possible_start()), False
-
-    def finish(self) -> str:
-        """Text that was held back because a stop string might have begun there."""
-        return self._release(len(self._held))
-
-    def _met(self) -> list[tuple[int, int]]:
-        """The end and the start of every stop string that is complete in what is held."""
-        visible, shown = self._visible(), self._shown
-        found = [(stop, visible.find(stop)) for stop in self._stops]
-        met = [(shown[at + len(stop) - 1] + 1, shown[at]) for stop, at in found if at >= 0]
-        raw = [(stop, self._held.find(stop)) for stop in self._raw_stops]
-        return met + [(at + len(stop), at) for stop, at in raw if at >= 0]
-
-    def _possible_start(self) -> int:
-        """Index in the held text where the first incomplete stop string may begin."""
-        visible, whole = self._visible(), len(self._held)
-        shown = [*self._shown, whole]
-        return min(
-            shown[len(visible) - _beginning(visible, self._stops)],
-            whole - _beginning(self._held, self._raw_stops),
-        )
-
-    def _visible(self) -> str:
-        return "".join([self._held[at] for at in self._shown])
-
-    def _release(self, stop: int) -> str:
-        """Hold what is before `stop` no more; returns what of it is to be shown."""
-        released = "".join([self._held[at] for at in self._shown if at < stop])
-        self._held = self._held[stop:]
-        self._shown = [at - stop for at in self._shown if at >= stop]
-        return released
-
-
-def _beginning(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of `text` that one of `stops` begins with."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

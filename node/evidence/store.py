@@ -20,7 +20,7 @@ import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.host.answers import Allowance, AnswerLimits, Answers
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.reputation.receipt import Payload, digest_of
@@ -174,7 +174,7 @@ def due_s(content_bytes: int) -> float:
 
 
 def serve_evidence(
-    host: Host, *stores: EvidenceStore, clock: Callable[[], float] = trio.current_time
+    host: Network, *stores: EvidenceStore, clock: Callable[[], float] = trio.current_time
 ) -> None:
     """Answer whoever asks for what the `stores` hold, from now on."""
     asks = RateLimit(ASKS_PER_S, ASKS_AT_ONCE)
@@ -213,7 +213,7 @@ def serve_evidence(
 
 
 async def fetch_evidence(
-    host: Host,
+    host: Network,
     peer_id: str,
     digests: Sequence[bytes],
     addrs: Sequence[str] = (),

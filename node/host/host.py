@@ -23,7 +23,7 @@ from multiaddr import Multiaddr
 from p2pinfer.errors import AddressUnusable, NotAdmitted, NotDialled, PeerRefused, PeerUnreachable
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
-from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.host_config import HostConfig as HostConfig
 from p2pinfer.node.transport.addresses import (
     CIRCUIT,
     check_announced,
@@ -47,12 +47,11 @@ from .dial import Dial, check_named
 from .dial_failure import dial_failure
 from .libp2p_host import freshest, new_libp2p_host, raw_stream_of, run_libp2p_host
 from .library_logs import adopt_libp2p_logs
+from .network import Handler
 from .peer_notices import PeerCallback, PeerNotices
 from .round_trips import RoundTrips
 from .stranger_dials import StrangerDials
-from .streams import Handler, answering, open_stream_on
-
-__all__ = ["Handler", "Host", "HostConfig", "open_host"]
+from .streams import answering, open_stream_on
 
 logger = logging.getLogger(__name__)
 

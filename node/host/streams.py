@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from libp2p.custom_types import TProtocol
 
@@ -14,9 +14,9 @@ from p2pinfer.node.concurrency.nurseries import innermost
 from p2pinfer.node.transport.multistream import negotiate
 from p2pinfer.node.transport.peer_stream import PeerStream
 
-logger = logging.getLogger(__name__)
+from .network import Handler
 
-Handler: TypeAlias = Callable[[PeerStream], Awaitable[None]]
+logger = logging.getLogger(__name__)
 
 
 async def open_stream_on(connection: Any, protocol: str, peer_id: str) -> PeerStream:

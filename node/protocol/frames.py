@@ -26,7 +26,7 @@ from p2pinfer.node.transport.line_rate import NO_LINE, Line
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.receipt import Payload
 
-from .messages import End, Message, Result, Step, decode_message, encode_message
+from .messages import MALFORMED, End, Message, Result, Step, decode_message, encode_message
 
 MAX_HEADER_BYTES: Final = 1 << 16
 _READ_BYTES: Final = 1 << 18
@@ -72,6 +72,7 @@ class FrameStream:
         self._minimum_rate = minimum_rate
         self.max_payload_bytes = max_payload_bytes
         self._stream = stream
+        self._send_at_once = stream.send_now if isinstance(stream, PeerStream) else _send_later
         self._sending = FastLock()
         self._buffer = bytearray()
         self._frame_bytes = 0  # of the frame that comes, as far as it is known
@@ -139,9 +140,6 @@ class FrameStream:
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise PeerVanished("the stream ended while sending", self.peer_id) from exc
 
-    def _send_at_once(self, frame: bytes) -> bool:
-        return isinstance(self._stream, PeerStream) and self._stream.send_now(frame)
-
     async def receive(self) -> tuple[Message, bytearray]:
         """The next message and its payload, which the caller owns.
 
@@ -180,9 +178,8 @@ class FrameStream:
             return None
         try:
             message = decode_message(buffer[_LENGTHS.size : head])
-        except ProtocolViolation as exc:
-            exc.peer_id = self.peer_id
-            raise
+        except MALFORMED as exc:  # which may quote the peer
+            raise ProtocolViolation("not a message of this protocol", self.peer_id) from exc
         if payload_bytes and not isinstance(message, Step | Result):
             raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
         payload = buffer[head : self._frame_bytes]
@@ -222,4 +219,9 @@ class FrameStream:
 
 
 def _frame(message: Message, payload: Payload) -> bytes:
-    return b"".join((encode_header(message, len(payload)), payload))
+    header = encode_message(message)
+    return b"".join((_LENGTHS.pack(len(header), len(payload)), header, payload))
+
+
+def _send_later(_: bytes) -> bool:
+    return False

@@ -74,6 +74,7 @@ class Link:
 
     Attributes:
         send: Sends one step; raises PeerVanished if the successor is gone.
+        send_now: Sends one if that takes no waiting; False, with nothing sent, if it does or cannot be done.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Link:
         self.peer_id = frames.peer_id
         self.is_relayed = is_relayed
         self.send: Callable[[Step, bytes], Awaitable[None]] = frames.send
+        self.send_now: Callable[[Step, bytes], bool] = frames.send_now
         self._frames = frames
         self._send_back = send_back
         self._window = ReplayWindow()

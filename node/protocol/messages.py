@@ -12,7 +12,6 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
-from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.numerics import Codec
 
 SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"  # client and hop: a session, its steps, its results
@@ -247,18 +246,8 @@ Message: TypeAlias = (
 
 encode_message: Final = msgspec.msgpack.Encoder().encode  # a step should not pay for a function around it
 _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)
-
-
-def decode_message(header: bytes | bytearray | memoryview) -> Message:
-    """The message that a frame's header is.
-
-    Raises:
-        ProtocolViolation: The bytes are no message, or a field is out of its range.
-    """
-    try:
-        return _decoder.decode(header)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolViolation("not a message of this protocol") from exc  # exc may quote the peer
+decode_message: Final = _decoder.decode  # raises one of `MALFORMED` for what is no message
+MALFORMED: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _Line = TypeVar("_Line", bound=Relayed)
 
 
 async def leave_relays(
-    host: Host, lines: Callable[[], Iterable[_Line]], move: Callable[[_Line], Awaitable[bool]]
+    host: Network, lines: Callable[[], Iterable[_Line]], move: Callable[[_Line], Awaitable[bool]]
 ) -> None:
     """Move what is relayed as soon as there is a direct connection, for as long as it runs.
 
@@ -53,7 +53,7 @@ async def leave_relays(
                         await trio.sleep(LOOK_S)
 
 
-def note_moved(host: Host, peer_id: str, began_at: float) -> float:
+def note_moved(host: Network, peer_id: str, began_at: float) -> float:
     """Count a move; returns for how many seconds, since `began_at`, no step could go out."""
     pause_s = trio.current_time() - began_at
     logger.debug("session.moved peer=%s pause_ms=%.0f", peer_id, pause_s * 1e3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from p2pinfer.errors import CacheFull
 
@@ -48,8 +48,7 @@ class ReplayGap(Exception):
     """The log does not hold what was asked of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoggedStep:
+class LoggedStep(NamedTuple):
     """One step's output as it was sent: `tokens` rows from `position` on."""
 
     position: int
@@ -99,7 +98,8 @@ class ReplayLog:
         if not self._is_whole and position > 0:
             return
         self._is_whole = True
-        if position != self.tokens:
+        last = self._sent[-1] if self._sent else None
+        if position != (last.position + last.tokens if last else 0):
             self.truncate(position)
             assert position == self.tokens, f"a gap in the replay log: {self.tokens} then {position}"
         self._bytes += len(payload)

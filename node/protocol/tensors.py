@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-from p2pinfer.models.numerics import Codec, row_bytes
+from p2pinfer.models.numerics import Codec
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 
@@ -66,14 +66,15 @@ def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec,
     Raises:
         ProtocolViolation: The payload's length is not that of such a tensor.
     """
-    expected = tokens * row_bytes(hidden_size, codec)
+    dtype = _DTYPES[codec]
+    expected = tokens * hidden_size * dtype.itemsize
     if len(payload) != expected:
         raise ProtocolViolation(
             f"{len(payload)} bytes for {tokens} tokens of {hidden_size} {codec}: {expected} expected", peer_id
         )
     if not tokens:
-        return torch.empty(0, hidden_size, dtype=_DTYPES[codec])
-    return torch.frombuffer(payload, dtype=_DTYPES[codec]).view(tokens, hidden_size)
+        return torch.empty(0, hidden_size, dtype=dtype)
+    return torch.frombuffer(payload, dtype=dtype).view(tokens, hidden_size)
 
 
 def check_finite(payload: bytes | bytearray, codec: Codec, peer_id: str = "") -> None:

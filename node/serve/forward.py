@@ -196,5 +196,6 @@ class StepWork(ForwardPass):
         else:
             self.report = report
             if report.tokens == 1 and self.output is not None and self.span is None:
-                context.speed.add(report.ran_s, trio.current_time())  # it had the device to itself
+                # It had the device to itself.
+                context.speed.steps.append((trio.current_time(), report.ran_s))
             context.outbox.send_nowait(self)  # never full: the inbox bounds what is in flight

@@ -95,6 +95,11 @@ class Neighbours:
         Raises:
             PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
         """
+        link = self.link
+        may_go = link is not None and not self.pausing.is_held and step.epoch >= self._least_epoch
+        # Nothing suspends between that look and the frame, so nobody changes the link in between.
+        if link is not None and may_go and link.send_now(step, payload):
+            return
         async with self.pausing:
             # Asked with the lock held: a switch may have come while this step waited, and an epoch must not
             # fall along a link. What is dropped here has no result, so the client sends it again.

@@ -90,7 +90,8 @@ class Outbox:
             await neighbours.confirm_to(work.feeder, step.number)
         elif successor is None:
             result = Result(step.number, step.epoch, step.returns, bills, receipts)
-            await neighbours.control.send(result, payload)
+            if not neighbours.control.send_now(result, payload):
+                await neighbours.control.send(result, payload)
         else:
             replay = max(0, step.replay - 1)
             onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)

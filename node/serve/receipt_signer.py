@@ -7,8 +7,7 @@ times that to be asked. What is larger is hashed in a thread, in which blake3 le
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -29,8 +28,7 @@ from p2pinfer.reputation.receipt import (
 INLINE_BYTES: Final = 1 << 16  # 20 us of hashing at most, on the event loop
 
 
-@dataclass(frozen=True, slots=True)
-class SignedReceipt:
+class SignedReceipt(NamedTuple):
     """A signed receipt, its own digest, and those of the two payloads that it names."""
 
     receipt: bytes

@@ -28,14 +28,6 @@ class _Return:
     deviation_s: float = 0.0
     samples: int = 0
 
-    def add(self, sample: float) -> None:
-        self.samples += 1
-        if self.samples == 1:
-            self.mean_s, self.deviation_s = sample, sample / 2
-        else:
-            self.deviation_s += (abs(sample - self.mean_s) - self.deviation_s) * _DEVIATION_GAIN
-            self.mean_s += (sample - self.mean_s) * _GAIN
-
 
 class ReturnTimes(Generic[Key]):
     """Sessions that left with an output, and when each is due back. Times are seconds of one clock."""
@@ -53,9 +45,15 @@ class ReturnTimes(Generic[Key]):
     def arrive(self, session: Key, now: float) -> None:
         """A step of this session is here."""
         known = self._sessions.get(session)
-        if known is not None and known.left_at is not None:
-            sample, known.left_at = now - known.left_at, None
-            known.add(sample)
+        if known is None or known.left_at is None:
+            return
+        sample, known.left_at = now - known.left_at, None
+        known.samples += 1
+        if known.samples == 1:
+            known.mean_s, known.deviation_s = sample, sample / 2
+        else:
+            known.deviation_s += (abs(sample - known.mean_s) - known.deviation_s) * _DEVIATION_GAIN
+            known.mean_s += (sample - known.mean_s) * _GAIN
 
     def forget(self, session: Key) -> None:
         """The session is over, or does something else than decoding; harmless twice."""

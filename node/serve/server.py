@@ -23,7 +23,7 @@ from p2pinfer.node.concurrency.loop_share import clocked
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import FrameStream, MinimumRate
 from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
@@ -63,7 +63,7 @@ class SpanServer:
 
     def __init__(
         self,
-        host: Host,
+        host: Network,
         served: ServedSpan,
         config: ServeConfig,
         report: Callable[[Event], None],
@@ -145,20 +145,19 @@ class SpanServer:
             if isinstance(opening, Move):
                 await self._move_client(opening, control)
                 return
-            if why := self._host.gate.refuses(stream.peer_id, "clients"):
-                await self._turn_away(control, Refused("no_session", _not_a_client(stream.peer_id, why)))
-                return
             if not isinstance(opening, Open):
                 raise ProtocolViolation(
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
                 )
+            if why := self._host.gate.refuses(stream.peer_id, "clients"):  # which counts it
+                unlisted = SessionRefusal("no_session", _not_a_client(stream.peer_id, why))
+                await self._refuse(control, unlisted)
+                return
             try:
                 session = await _metered(control, self._admit_when_freed(opening, stream, control))
             except SessionRefusal as refusal:
                 self._host.counts.add("refusals", refusal.code)
-                self._report(SessionRefused(stream.peer_id, refusal.code, str(refusal)))
-                said = Refused(refusal.code, printable(str(refusal)), fits=refusal.fits)
-                await self._turn_away(control, said)
+                await self._refuse(control, refusal)
                 return
             control.max_payload_bytes = self._largest_payload
             await self._run(session)
@@ -171,6 +170,12 @@ class SpanServer:
             return
         control.max_payload_bytes = self._largest_payload
         await session.neighbours.go_on_at(control)
+
+    async def _refuse(self, control: FrameStream, refusal: SessionRefusal) -> None:
+        """Tell the operator and the client that it gets no session."""
+        self._report(SessionRefused(control.peer_id, refusal.code, str(refusal)))
+        said = Refused(refusal.code, printable(str(refusal)), fits=refusal.fits)
+        await self._turn_away(control, said)
 
     async def _turn_away(self, control: FrameStream, refused: Refused) -> None:
         with trio.move_on_after(_FAREWELL_S):

@@ -21,7 +21,7 @@ import trio
 
 from p2pinfer.errors import NotAdmitted, PeerError, PeerRefused, PeerVanished, ProtocolViolation
 from p2pinfer.node.config import ServeConfig
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.link import Link
 from p2pinfer.node.protocol.messages import (
@@ -61,7 +61,7 @@ class SessionControl:
     def __init__(
         self,
         session: HopSession,
-        host: Host,
+        host: Network,
         config: ServeConfig,
         opened: Opened,
         on_expect: Callable[[], None],

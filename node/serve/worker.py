@@ -282,7 +282,10 @@ class Worker:
                 work.fail(exc)
         seconds = self._clock() - started
         if done:
-            self._counts.add_batch(len(done), tokens)
+            counted = self._counts.counted
+            counted["batches", ""] += 1
+            counted["steps", ""] += len(done)
+            counted["tokens", ""] += tokens
         try:
             self._token.run_sync_soon(_deliver, batch, BatchReport(started, ran_s, seconds, tokens))
         except trio.RunFinishedError:

@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import PeerError
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate, starting_coordinate, update
@@ -26,7 +26,7 @@ MAX_REMEMBERED: Final = 1024
 class Latency:
     """Pings a few connected peers now and then, and moves our coordinate by what it finds."""
 
-    def __init__(self, host: Host, announcements: Callable[[], list[Announcement]]) -> None:
+    def __init__(self, host: Network, announcements: Callable[[], list[Announcement]]) -> None:
         self.coordinate: Coordinate = starting_coordinate(host.peer_id)
         self._host = host
         self._announcements = announcements

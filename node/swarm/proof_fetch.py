@@ -12,7 +12,7 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.node.evidence.store import MAX_DIGESTS, EvidenceStore, fetch_evidence
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Holders:
     accused: str
     addrs: tuple[str, ...] = ()
 
-    def in_order(self, host: Host) -> list[str]:
+    def in_order(self, host: Network) -> list[str]:
         """Peers to ask: first tellers first, then some neighbours; never the accused."""
         first = dict.fromkeys(filter(None, [self.told_by, self.author]))
         others = [peer_id for peer_id in host.connected_peers() if peer_id not in first]
@@ -43,7 +43,7 @@ class Holders:
 
 
 async def fetch_parts(
-    host: Host, stores: Sequence[EvidenceStore], holders: Holders, digests: Sequence[bytes], max_bytes: int
+    host: Network, stores: Sequence[EvidenceStore], holders: Holders, digests: Sequence[bytes], max_bytes: int
 ) -> dict[bytes, bytes]:
     """All of `digests`, of which `stores` may hold some.
 

@@ -30,7 +30,7 @@ from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.concurrency.turn_queue import TurnQueue
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 from p2pinfer.reputation.proof import (
@@ -150,7 +150,7 @@ class ProofCarrier:
 
     def __init__(
         self,
-        host: Host,
+        host: Network,
         store: EvidenceStore,
         board: NoticeBoard,
         *,
@@ -297,7 +297,7 @@ class ProofCarrier:
 
 
 def new_carrier(
-    host: Host, board: NoticeBoard, config: ServeConfig, *, is_known: Callable[[str], bool]
+    host: Network, board: NoticeBoard, config: ServeConfig, *, is_known: Callable[[str], bool]
 ) -> ProofCarrier:
     """A carrier with as much memory as the settings grant."""
     kept = EvidenceStore(config.proof_bytes, config.proof_keep_s, groups_at_least=2)

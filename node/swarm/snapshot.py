@@ -31,8 +31,8 @@ from p2pinfer.node.host.answers import (
     AnswerLimits,
     Answers,
 )
-from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .live_table import LiveTable, announcement_by
@@ -80,7 +80,7 @@ _requests: Final[msgspec.msgpack.Decoder[_Request]] = msgspec.msgpack.Decoder(_R
 _responses: Final[msgspec.msgpack.Decoder[list[_Entry]]] = msgspec.msgpack.Decoder(_Response)
 
 
-def serve_snapshots(host: Host, view: LiveTable, proofs: ProofCarrier | None = None) -> None:
+def serve_snapshots(host: Network, view: LiveTable, proofs: ProofCarrier | None = None) -> None:
     """Answer whoever asks for our table, and for notices of the proofs that we hold, from now on."""
 
     answers = Answers(LIMITS)
@@ -108,7 +108,7 @@ def serve_snapshots(host: Host, view: LiveTable, proofs: ProofCarrier | None = N
 
 
 async def fetch_snapshot(
-    host: Host,
+    host: Network,
     view: LiveTable,
     peer_id: str,
     revision: str | None = None,

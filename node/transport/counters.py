@@ -42,31 +42,28 @@ class Traffic:
 
 
 class Counts:
-    """Numbers that only grow. An addition costs a tenth of a microsecond; any thread may add."""
+    """Numbers that only grow. An addition costs a tenth of a microsecond; any thread may add.
+
+    Attributes:
+        counted: By name and label. What every token counts adds to it without a call.
+    """
 
     def __init__(self) -> None:
         self.traffic = {"direct": Traffic(), "relayed": Traffic()}
-        self._counted = Counter[tuple[Name, str]]()
+        self.counted = Counter[tuple[Name, str]]()
 
     def add(self, name: Name, label: str = "", by: int = 1) -> None:
         """Count something. `label` must be one of few words of ours, never one that a peer chose."""
-        self._counted[name, label] += by
-
-    def add_batch(self, steps: int, tokens: int) -> None:
-        """Count a batch, in one call: it is on the way of every token."""
-        counted = self._counted
-        counted["batches", ""] += 1
-        counted["steps", ""] += steps
-        counted["tokens", ""] += tokens
+        self.counted[name, label] += by
 
     def total(self, name: Name, label: str | None = None) -> int:
         """Count under a name, and under one label of it if that is given."""
         return sum(
             amount
-            for (counted, with_label), amount in self._counted.copy().items()
+            for (counted, with_label), amount in self.counted.copy().items()
             if counted == name and label in (None, with_label)
         )
 
     def by_label(self, name: Name) -> dict[str, int]:
         """Counts under a name, by label."""
-        return {label: amount for (counted, label), amount in self._counted.copy().items() if counted == name}
+        return {label: amount for (counted, label), amount in self.counted.copy().items() if counted == name}

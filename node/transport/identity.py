@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,9 +34,10 @@ class Identity:
     peer_id: str  # base58, "12D3Koo..."
     lasting: bool = False  # whether it is kept in a file
 
-    def sign(self, payload: bytes) -> bytes:
-        """The 64-byte Ed25519 signature of `payload`."""
-        return self.key_pair.private_key.sign(payload)
+    @property
+    def sign(self) -> Callable[[bytes], bytes]:
+        """Function that makes the 64-byte Ed25519 signature of a payload."""
+        return self.key_pair.private_key.sign
 
 
 def new_identity() -> Identity:

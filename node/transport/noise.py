@@ -84,13 +84,18 @@ def _sentence(why: CryptographyError) -> str:
 
 
 class NoiseSession(SecureSession):
-    """A connection after libp2p's handshake."""
+    """A connection after libp2p's handshake.
+
+    Attributes:
+        stream: Carries the messages; while it `is_clear`, `write_now` will do.
+    """
 
     def __init__(self, shaken: SecureSession) -> None:
         """Takes the place of libp2p's own, which nobody must have used yet."""
         assert isinstance(shaken.conn, NoiseTransportReadWriter)
         self.messages = NoiseMessages(shaken.conn)
         self.meter = LoopShares().meter(str(shaken.remote_peer), "")  # what the peer's messages take
+        self.stream = self.messages.stream
         super().__init__(
             local_peer=shaken.local_peer,
             local_private_key=shaken.local_private_key,
@@ -110,25 +115,19 @@ class NoiseSession(SecureSession):
         return await super().read(n)
 
     @property
-    def is_clear(self) -> bool:
-        """True if nothing waits to be sent, so that `write_now` will do."""
-        return self.messages.stream.is_clear
-
-    @property
     def raw(self) -> RawStream:
         """The bytes below, whether a socket or a relay carries them."""
-        stream = self.messages.stream
-        return stream.inner if isinstance(stream, Guarded) else stream
+        return self.stream.inner if isinstance(self.stream, Guarded) else self.stream
 
     def write_now(self, data: bytes) -> bool:
         """Write `data` if it fits one message and nobody is before it; False, with nothing written, if not.
 
         What cannot be sent at once goes out with the next `write`, be it empty.
         """
-        stream = self.messages.stream
-        if len(data) > MAX_PLAINTEXT_LENGTH or not stream.is_clear:
+        # Asked before the message is sealed: one that is sealed counts, and has to be sent before any other.
+        if len(data) > MAX_PLAINTEXT_LENGTH or not self.stream.is_clear:
             return False
-        return stream.write_now(self.messages.seal(data))
+        return self.stream.write_now(self.messages.seal(data))
 
 
 class NoiseMessages(NoiseTransportReadWriter):
@@ -142,7 +141,8 @@ class NoiseMessages(NoiseTransportReadWriter):
         super().__init__(connection, replaced.noise_state)
         protocol: Any = replaced.noise_state.noise_protocol
         # Below libp2p's RawConnection, which only passes on what that does.
-        self.stream: RawStream | Guarded = connection.stream
+        stream: RawStream | Guarded = connection.stream
+        self.stream = stream.after_greeting() if isinstance(stream, Guarded) else stream
         self._seal = protocol.cipher_state_encrypt.cipher.cipher.encrypt
         self._open = protocol.cipher_state_decrypt.cipher.cipher.decrypt
         self._sealed = 0  # messages
@@ -188,7 +188,8 @@ class NoiseMessages(NoiseTransportReadWriter):
 
     def seal(self, data: bytes) -> bytes:
         """The next message as it travels; it must be sent before any other."""
-        sealed = self.encrypt(data)
+        sealed: bytes = self._seal(_NONCE.pack(0, self._sealed), data, None)
+        self._sealed += 1
         return _LENGTH.pack(len(sealed)) + sealed
 
     def _next_message(self) -> bytes | None:

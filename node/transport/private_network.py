@@ -53,6 +53,10 @@ class Guarded(ReadWriteCloser):
         """See `RawStream.write_now`."""
         return self.inner.is_clear and self.inner.write_now(self._sealed(data))
 
+    def after_greeting(self) -> RawStream | Guarded:
+        """The stream to go on with once the greeting was read: `inner` itself where nothing is encrypted."""
+        return self.inner if self._key is None and self._begun == b"" else self
+
     def _sealed(self, data: bytes) -> bytes:
         if self._key is None:
             return data

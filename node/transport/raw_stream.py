@@ -20,6 +20,8 @@ class RawStream(ReadWriteCloser):
     """Reads and writes as described above, over two hooks.
 
     Attributes:
+        closed: Set once the connection has ended.
+        is_clear: True while nothing waits to be sent, so that `write_now` will do.
         rate: How fast it takes what is written, measured while writers wait.
         rtt_s: Round trip as it was told; 0 if it was not.
         local_port: The port that a socket leaves from; None if there is no socket.
@@ -30,6 +32,7 @@ class RawStream(ReadWriteCloser):
         self.rate = LineRate()
         self.rtt_s = 0.0
         self.local_port: int | None = None
+        self.is_clear = True
         self._received: bytes = b""
         self._read = 0  # how much of it was handed out
         self._outbox = bytearray()
@@ -60,6 +63,7 @@ class RawStream(ReadWriteCloser):
         """
         self._outbox += data
         self._taken += len(data)
+        self.is_clear = False
         until = self._taken
         while self._taken - len(self._outbox) < until:
             if self._sending:
@@ -70,12 +74,9 @@ class RawStream(ReadWriteCloser):
                 await self._send_some(self._outbox)
             finally:
                 self._sending = False
+                self.is_clear = not self._outbox
                 self._progress.unpark_all()
-
-    @property
-    def is_clear(self) -> bool:
-        """True if nothing waits to be sent, so that `write_now` will do."""
-        return not (self._outbox or self._sending)
+        self.is_clear = not (self._outbox or self._sending)
 
     @property
     def has_heard(self) -> bool:
@@ -101,6 +102,7 @@ class RawStream(ReadWriteCloser):
         self._outbox += data
         self._taken += len(data)
         self._send_now(self._outbox)
+        self.is_clear = not self._outbox
         return True
 
     @abstractmethod

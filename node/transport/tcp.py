@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 from libp2p.abc import IRawConnection
@@ -46,9 +46,6 @@ MIN_UNSENT_BYTES, MAX_UNSENT_BYTES = 8 << 10, 256 << 10
 # Called in the task that dials, with the seconds that its connection took: libp2p's swarm lies between the
 # two.
 on_round_trip: ContextVar[Callable[[float], None] | None] = ContextVar("on_round_trip", default=None)
-
-A = TypeVar("A")
-T = TypeVar("T")
 
 
 def tune(stream: trio.SocketStream, user_timeout_s: float) -> None:
@@ -144,7 +141,8 @@ class TcpStream(RawStream):
         try:
             while received is None:
                 await trio.lowlevel.wait_readable(self.socket)
-                received = _ready(self.socket.recv, READ_BYTES)
+                with suppress(BlockingIOError):
+                    received = self.socket.recv(READ_BYTES)
         except (OSError, trio.ClosedResourceError) as exc:
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         if not received:
@@ -153,11 +151,15 @@ class TcpStream(RawStream):
 
     async def _send_some(self, outbox: bytearray) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        sent: int | None = None
         waits_since: float | None = None
         try:
-            while (sent := _ready(self.socket.send, outbox)) is None:
-                waits_since = waits_since or trio.current_time()
-                await trio.lowlevel.wait_writable(self.socket)
+            while sent is None:
+                try:
+                    sent = self.socket.send(outbox)
+                except BlockingIOError:
+                    waits_since = waits_since or trio.current_time()
+                    await trio.lowlevel.wait_writable(self.socket)
         except (OSError, trio.ClosedResourceError) as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
@@ -213,14 +215,6 @@ class TcpStream(RawStream):
     def get_remote_address(self) -> tuple[str, int] | None:
         """The peer's address; libp2p's own stream has none for IPv6, whose socket names are longer."""
         return self._remote
-
-
-def _ready(ask: Callable[[A], T], argument: A) -> T | None:
-    """Result of a call on a socket that does not block; None if it would."""
-    try:
-        return ask(argument)
-    except BlockingIOError:
-        return None
 
 
 def _unacknowledged(sock: socket.socket) -> int:

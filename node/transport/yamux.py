@@ -224,7 +224,7 @@ class YamuxConnection(Carrier):
         if not self.secured_conn.write_now(b"".join((header, payload))):
             return False
         self._traffic.sent += len(header) + len(payload)
-        if not self.secured_conn.is_clear:
+        if not self.secured_conn.stream.is_clear:
             self._control_ready.set()
         return True
 
@@ -351,7 +351,7 @@ class YamuxConnection(Carrier):
         if stream is not None:
             if piece:
                 stream.receive(piece)
-            if not self._body_left:
+            if self._body_flags and not self._body_left:
                 stream.end_by(self._body_flags)
 
     def _accept(self, stream_id: int) -> YamuxStream | None:

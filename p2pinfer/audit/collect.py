@@ -20,7 +20,7 @@ import trio
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.reputation.proof import tensors_of
 from p2pinfer.reputation.receipt import Payload, Receipt, digest_of
 from p2pinfer.routing.route import Hop
@@ -48,7 +48,7 @@ class Collected:
 
 
 async def collect_record(
-    host: Host,
+    host: Network,
     steps: Sequence[PassedStep],
     peer_id: str,
     hidden_size: int,
@@ -154,7 +154,7 @@ def _plan(
 
 
 async def _fetch(
-    host: Host, source: EvidenceSource, mine: Sequence[tuple[PassedStep, int]], wanted: _Wanted
+    host: Network, source: EvidenceSource, mine: Sequence[tuple[PassedStep, int]], wanted: _Wanted
 ) -> str:
     """Add what is missing to `wanted.contents`; returns what the hop is to blame for, if anything.
 

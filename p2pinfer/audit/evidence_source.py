@@ -24,7 +24,7 @@ from p2pinfer.node.evidence.store import (
     MAX_DIGESTS,
     fetch_evidence,
 )
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.reputation.receipt import MAX_RECEIPT_BYTES
 from p2pinfer.routing.route import Hop
 
@@ -53,7 +53,7 @@ class Line:
 class EvidenceSource:
     """One peer that an audit asks for evidence."""
 
-    def __init__(self, host: Host, hop: Hop, line: Line) -> None:
+    def __init__(self, host: Network, hop: Hop, line: Line) -> None:
         self.hop = hop
         self._host = host
         self.line = line

@@ -105,6 +105,17 @@ def sampling_of(state: GenerationState) -> SamplingConfig:
     )
 
 
+def check_lengths(spec: ModelSpec, tokens: int, prompt_tokens: int = 0) -> None:
+    """Nothing, if the model can compute a session of `tokens` positions, `prompt_tokens` of them a prompt.
+
+    Raises:
+        PromptTooLong: Its context is shorter, or no prompt of that length can be computed in pieces.
+    """
+    if tokens > spec.max_positions:
+        raise PromptTooLong(f"{tokens} tokens are asked for, and {spec.model} takes {spec.max_positions}")
+    _check_limit(spec, prompt_tokens)
+
+
 def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     """The prompt's tokens, of which there is one at least, and room for one more."""
     if not is_text(prompt):
@@ -119,12 +130,7 @@ def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ..
             f"the prompt is {over}{len(prompt_ids)} tokens long, but the context of {spec.model} is "
             f"{spec.max_positions} tokens, the answer included; shorten it"
         )
-    if spec.prompt_limit is not None and len(prompt_ids) > spec.prompt_limit:
-        raise PromptTooLong(
-            f"the prompt is {len(prompt_ids)} tokens long, but {spec.model} takes prompts of up to "
-            f"{spec.prompt_limit}: in a longer one its rotary embedding depends on the length of the "
-            f"whole prompt, which peers do not know; shorten it"
-        )
+    _check_limit(spec, len(prompt_ids))
     if not prompt_ids:
         raise ConfigError(f"the prompt is empty and {spec.model} has no start token; write something")
     if (last := max(prompt_ids)) >= spec.vocab_size:
@@ -133,6 +139,15 @@ def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ..
             f"its embedding ends with token {spec.vocab_size - 1}; remove it from the prompt"
         )
     return prompt_ids
+
+
+def _check_limit(spec: ModelSpec, prompt_tokens: int) -> None:
+    if spec.prompt_limit is not None and prompt_tokens > spec.prompt_limit:
+        raise PromptTooLong(
+            f"the prompt is {prompt_tokens} tokens long, but {spec.model} takes prompts of up to "
+            f"{spec.prompt_limit}: in a longer one its rotary embedding depends on the length of the "
+            f"whole prompt, which peers do not know; shorten it"
+        )
 
 
 def _check_known(spec: ModelSpec, name: str, token_ids: Mapping[int, float] | tuple[int, ...]) -> None:

@@ -129,6 +129,7 @@ class Generation:
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
         self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
         self._clock = _Clock()
+        self._changed: trio.Event | None = None  # set with news of the table since it was taken
         self._dropped = weakref.finalize(self, on_dropped, self._remote.aclose)
         self._dropped.atexit = False
 
@@ -168,7 +169,9 @@ class Generation:
     async def _next_id(self) -> int:
         outage: Outage | None = None
         while not self._rows:
-            changed = self._source.table_changed
+            # Taken before the attempt, since news may come during it; and taken anew only once it is set.
+            if (changed := self._changed) is None or changed.is_set():
+                changed = self._changed = self._source.table_changed
             try:
                 trip = await self._remote.hidden_after(self._guesses)
             except (PeerError, NoRoute) as error:
@@ -208,7 +211,9 @@ class Generation:
         """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
         ids = self._transcript.ids
         logits = self._embedding_and_head.logits(hidden)[-1]
-        token_id = self._sampler.pick(self._process(logits, ids), len(ids))
+        if self._process.applies:
+            logits = self._process(logits, ids)
+        token_id = self._sampler.pick(logits, len(ids))
         if self._speculation is not None:
             self._speculate((*ids, token_id), self._speculation)
         return token_id

@@ -100,6 +100,7 @@ class RemoteBlocks:
         self._embedding_and_head = embedding_and_head
         self._transcript = transcript
         self._session: Session | None = None
+        self._noted: Route | None = None  # what `route` was made from
         self._reserved = 0  # tokens that the session has room for
         self._sent: tuple[int, ...] = ()  # what the session holds: the tokens so far, and guesses behind them
         self._began_at = 0.0  # the session
@@ -145,7 +146,8 @@ class RemoteBlocks:
             embedded = self._embedding_and_head.embed((ids[-1], *guesses))
             hidden = await self._session.decode(embedded, len(ids) - 1)
             trip = Trip(hidden, time.perf_counter() - started)
-        self._note_route(self._session.route)
+        if (route := self._session.route) is not self._noted:
+            self._note_route(route)
         return trip
 
     async def _open(self) -> Session:
@@ -243,11 +245,10 @@ class RemoteBlocks:
 
     def _note_route(self, route: Route) -> None:
         """Keep who takes part; hops may have been replaced."""
-        if [(hop.peer_id, hop.span) for hop in route.hops] != [(hop.peer_id, hop.span) for hop in self.route]:
-            self.route = tuple(
-                HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id))
-                for hop in route.hops
-            )
+        self._noted = route
+        self.route = tuple(
+            HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops
+        )
 
     def _settle(self, error: PeerError | None) -> None:
         """Tell the policy and the ledger how the route fared."""

@@ -6,7 +6,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from p2pinfer.models.text.text import StopMatcher, TextStream, Tokenizer
+from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.models.text.text_stream import StopMatcher, TextStream
 
 from .saved_state import GenerationState, encode_state
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Open, Step, Successor
 from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.routing.route import Hop, Route
@@ -62,11 +62,15 @@ class Replacement:
 
 
 class Chain:
-    """The hops in order, the client's streams to them, and the epoch of what is under way."""
+    """The hops in order, the client's streams to them, and the epoch of what is under way.
+
+    Attributes:
+        route: The hops as a route; another one, and not an equal one, after every change.
+    """
 
     def __init__(
         self,
-        host: Host,
+        host: Network,
         nursery: trio.Nursery,
         terms: SessionTerms,
         config: SessionConfig,
@@ -75,6 +79,7 @@ class Chain:
     ) -> None:
         """`replay_source` is called in a thread; without it the first hop is not replaced."""
         self.hops: list[HopStream] = []
+        self.route = Route(())
         self.epoch = 0
         self.host = host
         self.terms = terms
@@ -82,11 +87,6 @@ class Chain:
         self._nursery = nursery
         self._config = config
         self._listener = listener
-
-    @property
-    def route(self) -> Route:
-        """The hops as a route."""
-        return Route(tuple(each.hop for each in self.hops))
 
     @property
     def flow_limits(self) -> FlowLimits:
@@ -118,6 +118,7 @@ class Chain:
         """
         openings = self._openings(route.hops, None, None)
         self.hops = await self._open_hops(openings, route, self._config.open_timeout_s)
+        self.route = route
 
     async def close(self) -> None:
         """End the session on every hop."""
@@ -261,6 +262,7 @@ class Chain:
             await self._relink_over(before, replacement, stop, epoch)
         at = self.hops.index(replacement.replaced[0])
         self.hops[at : at + len(replacement.replaced)] = replacement.hops
+        self.route = Route(tuple(each.hop for each in self.hops))
         self.epoch = epoch
         # In the background: a dead hop would hold up the steps that wait, for the whole time limit.
         self._nursery.start_soon(end_all, replacement.replaced)

@@ -30,6 +30,7 @@ from .stragglers import Stragglers
 logger = logging.getLogger(__name__)
 
 _SETTLED_TOKENS: Final = 32  # a replacement that lacks no more than this is warm enough to take over
+LOOK_EVERY: Final = 4  # decode steps, whose timings are looked at together
 _MAX_ROUNDS: Final = 6  # of catching up with a session that goes on
 
 
@@ -40,6 +41,7 @@ class Handovers:
         done: How often a hop that still worked was replaced.
         busy: Held while somebody is to take over.
         replacement: Who is being fed for it. What a step rolls back, they have not got any more.
+        unseen: What hops took for the latest steps, and tokens of each, put in by whoever times them.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Handovers:
         self._nursery = nursery
         self._config = config
         self._on_done = on_done
+        self.unseen: list[tuple[tuple[Bill, ...], int]] = []
         self._stragglers = Stragglers(config.slow_step_s)
         self._warming: trio.CancelScope | None = None
         self._improving = trio.CancelScope()
@@ -100,9 +103,11 @@ class Handovers:
         if self._replanner is not None:
             self._nursery.start_soon(self._replace_leaving, hop)
 
-    def note_timings(self, bills: tuple[Bill, ...], tokens: int) -> None:
-        """Look for somebody faster if these, of the last step, show that a hop has become slow."""
-        self._stragglers.note(bills, tokens)
+    def look_for_stragglers(self) -> None:
+        """Look for somebody faster if the latest steps show that a hop has become slow."""
+        for bills, tokens in self.unseen:
+            self._stragglers.note(bills, tokens)
+        self.unseen.clear()
         slow = self._stragglers.take_slowest(trio.current_time())
         # Nothing queues up behind a handover: by the time it ended the timings would be of other hops.
         if slow is not None and self._replanner is not None and not self.busy.locked():
@@ -111,6 +116,7 @@ class Handovers:
 
     def forget_timings(self) -> None:
         """Begin anew: what was measured is of hops that are not there any more."""
+        self.unseen.clear()
         self._stragglers.forget()
 
     def note_rolled_back(self, position: int) -> None:

@@ -18,7 +18,7 @@ from p2pinfer.events import Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec
 from p2pinfer.node.concurrency.nurseries import open_nursery
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.routing.route import Route
 
 from .chain import ReplaySource
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def open_session(
-    host: Host,
+    host: Network,
     route: Route,
     spec: ModelSpec,
     *,

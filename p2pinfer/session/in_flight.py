@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -21,8 +21,7 @@ from p2pinfer.node.protocol.messages import Result, Step
 from p2pinfer.reputation.receipt import Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A result, the hidden states that came with it, and the hop that sent them."""
 
     result: Result
@@ -65,8 +64,7 @@ class Promise:
         return self._answer
 
 
-@dataclass(frozen=True, slots=True)
-class SentStep:
+class SentStep(NamedTuple):
     """A step that has no result yet."""
 
     step: Step

@@ -19,7 +19,7 @@ from p2pinfer.errors import (
     WrongOutput,
 )
 from p2pinfer.models.numerics import parse_numerics, reference_for
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
 from p2pinfer.routing.route import Hop, Route
@@ -32,7 +32,12 @@ OPENING_ROUND_TRIPS: Final = 20
 
 
 async def open_hops(
-    host: Host, openings: Sequence[tuple[Hop, Open]], route: Route, *, max_payload_bytes: int, within_s: float
+    host: Network,
+    openings: Sequence[tuple[Hop, Open]],
+    route: Route,
+    *,
+    max_payload_bytes: int,
+    within_s: float,
 ) -> list[HopStream]:
     """Open a session on every hop at once. `route` is what they are to be part of.
 
@@ -61,6 +66,9 @@ async def open_hops(
                             "computes in a format that cannot be audited here", hop.peer_id
                         )
                     ready[index] = opened
+                case Refused(code="no_session") as refused:
+                    # No session was asked for by name: it is this client that is not let in.
+                    raise PeerRefused(refused.message, hop.peer_id, "not_admitted")
                 case Refused() as refused:
                     raise refusal_error(refused, hop.peer_id, route)
                 case Leaving():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from p2pinfer.node.protocol.messages import Bill
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
+class StepTiming(NamedTuple):
     """Time that one decode step took for the client, and what each hop says it spent."""
 
     seconds: float

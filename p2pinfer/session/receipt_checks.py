@@ -9,8 +9,7 @@ good as they were, and are audited like those of any other session; what has not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -33,8 +32,7 @@ from p2pinfer.routing.route import Hop
 CHECK_EVERY: Final = 16  # steps; a thread is asked once for so many
 
 
-@dataclass(frozen=True, slots=True)
-class PassedStep:
+class PassedStep(NamedTuple):
     """A step that went through the whole chain and came back."""
 
     step: Step
@@ -69,15 +67,11 @@ class ReceiptBook:
         self._chains: dict[str, ReceiptChain] = {}
         self._turn = trio.Lock()
 
-    @property
-    def is_due(self) -> bool:
-        """True if enough has gathered for a check to be worth its while."""
-        return len(self._unchecked) >= CHECK_EVERY
-
-    def note(self, passed: PassedStep) -> None:
-        """Remember a step to be checked."""
+    def note(self, passed: PassedStep) -> bool:
+        """Remember a step to be checked; True if enough has gathered for a check to be worth its while."""
         if self.broken is None:
             self._unchecked.append(passed)
+        return len(self._unchecked) >= CHECK_EVERY
 
     async def check(self) -> None:
         """Check what was noted and not yet checked.

@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 import trio
 
 from p2pinfer.errors import PeerError
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol import relay_upgrade
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 async def leave_relays(
-    host: Host,
+    host: Network,
     session: bytes,
     hops: Callable[[], list[HopStream]],
     quiet: Callable[[], AbstractAsyncContextManager[None]],
@@ -48,7 +48,7 @@ async def leave_relays(
 
 
 async def _move(
-    host: Host,
+    host: Network,
     session: bytes,
     hop: HopStream,
     hops: Callable[[], list[HopStream]],

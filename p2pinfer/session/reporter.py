@@ -21,11 +21,16 @@ from .hop_stream import HopStream
 
 
 class Reporter:
-    """Turns what happens in a session into events."""
+    """Turns what happens in a session into events.
+
+    Attributes:
+        is_followed: True if somebody is told of them.
+    """
 
     def __init__(self, session: bytes, report: Report | None) -> None:
         self._session = session.hex()
         self._report = report
+        self.is_followed = report is not None
 
     def started(self, hops: Sequence[HopStream], max_tokens: int) -> None:
         """Every hop has opened the session."""

@@ -8,10 +8,9 @@ results are missing are sent again: the caller sees a pause and nothing else. Wh
 `replanner` to say. Without one, or when nobody can, the session ends with a `PeerError` that names the hop
 that failed; whoever holds the session then plans another route and opens a new one.
 
-So is a hop that shows no sign of life while a step waits (`watch.py`). One that leaves, or has become slow,
-works on until others can take over (`handover.py`).
-
-A session's tasks have a nursery of their own. An error that is no peer's ends that session and no other.
+So is a hop that shows no sign of life while a step waits (`liveness.py`). One that leaves, or is slow, works
+on until others can take over (`handover.py`). A session's tasks have a nursery of their own: an error that is
+no peer's ends that session and no other.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.events import Report
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Refused, Result
 from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
 from p2pinfer.routing.route import Route
@@ -39,7 +38,7 @@ from .chain import Chain, ReplaySource
 from .failover import Failover, Replanner
 from .faults import Faults
 from .flow_limits import ChunkSizes
-from .handover import Handovers
+from .handover import LOOK_EVERY, Handovers
 from .hop_stream import HopStream
 from .in_flight import Answer, InFlight, Promise, SentStep
 from .liveness import keep_watch
@@ -67,7 +66,7 @@ class Session:
 
     def __init__(
         self,
-        host: Host,
+        host: Network,
         nursery: trio.Nursery,
         route: Route,
         terms: SessionTerms,
@@ -159,8 +158,11 @@ class Session:
         answer = await self._answered(await self._submit(hidden, position, len(hidden)))
         timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(hidden))
         self.timings.append(timing)
-        self.handovers.note_timings(timing.bills, timing.tokens)
-        self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
+        self.handovers.unseen.append((timing.bills, timing.tokens))
+        if len(self.handovers.unseen) >= LOOK_EVERY:
+            self.handovers.look_for_stragglers()
+        if self.reporter.is_followed:
+            self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
         return self._decoded(answer)
 
     async def prefill(self, hidden: Tensor, position: int) -> Tensor:
@@ -226,16 +228,15 @@ class Session:
     async def _answered(self, promise: Promise) -> Answer:
         """Result of a step, whatever has to be repaired for it."""
         limit_s = self._config.step_timeout_s
-        while not promise.is_settled:
+        while True:
             before = self._progress
             with trio.move_on_after(limit_s) as patience:
-                await promise.wait()
+                return await promise.wait()
             # With a fault noted a repair is under way, which has limits of its own. Raising here would end a
             # session that is about to be mended. Nor is it time while a long prompt goes out.
             if patience.cancelled_caught and self._faults.first is None and self._progress == before:
                 # Any hop may have kept it to itself: nobody is named.
                 raise PeerVanished(f"no answer in {limit_s:g} s")
-        return await promise.wait()
 
     @property
     def _progress(self) -> tuple[object, ...]:
@@ -253,21 +254,27 @@ class Session:
 
     async def _submit(self, hidden: Tensor, position: int, returns: int) -> Promise:
         # One holder of the lock from the number to the frame: steps leave in the order of their numbers, on
-        # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out.
-        async with self._steps.lock:
-            if self._faults.fatal is not None:
-                raise self._faults.fatal
+        # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out. Where the frame
+        # needs no waiting there is no suspension between the two, so a look at the lock will do.
+        sent = None if self._steps.lock.is_held else self._begin(hidden, position, returns)
+        if sent is None or not self.chain.hops[0].send_now(sent.step, sent.payload):
+            async with self._steps.lock:  # which suspends only if it was held
+                sent = sent or self._begin(hidden, position, returns)
+                await self._push(sent)
+        return sent.promise
+
+    def _begin(self, hidden: Tensor, position: int, returns: int) -> SentStep:
+        """Give a step its number. It must be sent before any other one begins."""
+        if self._faults.fatal is not None:
+            raise self._faults.fatal
+        if self.handovers.replacement is not None:
             self.handovers.note_rolled_back(position)
-            payload = encode_hidden(hidden, self._terms.codec)
-            sent = self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload)
-            await self._push(sent)
-            return sent.promise
+        payload = encode_hidden(hidden, self._terms.codec)
+        return self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload)
 
     async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
         first, limit_s = self.chain.hops[0], self._config.step_timeout_s
-        # The usual case takes no suspension and no time limit: with cold caches both would be felt in every
-        # step.
         if first.send_now(sent.step, sent.payload):
             return
         try:
@@ -286,15 +293,14 @@ class Session:
             if stream in self.chain.hops:
                 raise ProtocolViolation("Result in the middle of the chain", stream.peer_id)
             return
-        if result.epoch < self.chain.epoch and not self._steps.is_awaited(result):
-            return
-        # Its step is sent again: a hop that has taken over is fed up to it, and would miss it.
-        if not self._steps.takes_results:
+        is_late = result.epoch < self.chain.epoch and not self._steps.is_awaited(result)
+        # Else its step is sent again: a hop that has taken over is fed up to it, and would miss it.
+        if is_late or not self._steps.takes_results:
             return
         sent = self._steps.answer(result, payload, stream.peer_id)
         if self.book is not None:
-            self.book.note(PassedStep(sent.step, self.route.hops, sent.payload, payload, result.receipts))
-            if self.book.is_due:
+            passed = PassedStep(sent.step, self.chain.route.hops, sent.payload, payload, result.receipts)
+            if self.book.note(passed):
                 self._receipts_due.set()
 
     def on_refused(self, stream: HopStream, refused: Refused) -> None:
@@ -303,8 +309,7 @@ class Session:
             return
         error = refusal_error(refused, stream.peer_id, self.route)
         _, after = self.chain.neighbours([stream])
-        # A hop's word on its neighbour is hearsay, so the edge is noted as cut, and the repair asks the
-        # neighbour.
+        # A hop's word on its neighbour is hearsay: the edge counts as cut, and the repair asks the neighbour.
         if refused.code == "successor_vanished" and after is not None:
             self._faults.note_cut(after, error)
         elif refused.code == "compute":

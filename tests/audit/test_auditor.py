@@ -29,7 +29,7 @@ from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.node.swarm.membership import SwarmMember
@@ -66,7 +66,7 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         yield swarm.member(identity.peer_id)
 
     @asynccontextmanager
-    async def throw_away(identity: Identity, *_: object) -> AsyncGenerator[Host]:
+    async def throw_away(identity: Identity, *_: object) -> AsyncGenerator[Network]:
         yield swarm.network.host(identity.peer_id)
 
     @asynccontextmanager

@@ -99,16 +99,17 @@ class WatchedClient(Client):
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session
-            watched._push = partial(self._push, watched._push)
+            watched._submit = partial(self._submit, watched._submit)
             watched.chain.open_replacement = partial(self._open_replacement, watched.chain.open_replacement)
         return session
 
-    async def _push(self, push: Any, sent: Any) -> None:
-        await push(sent)
+    async def _submit(self, submit: Any, *args: Any) -> Any:
+        promise = await submit(*args)
         self._pushed += 1
         if self._is_armed or (self._moment == "at prefill" and self._pushed == HARMED_CHUNK):
             self._is_armed = False
             say_and_wait("now")
+        return promise
 
     async def _open_replacement(self, open_replacement: Any, *args: Any) -> Replacement:
         spare: Replacement = await open_replacement(*args)

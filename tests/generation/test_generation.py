@@ -23,6 +23,7 @@ from p2pinfer.errors import (
     Unfinished,
 )
 from p2pinfer.generation import remote_blocks
+from p2pinfer.generation.first_state import check_lengths
 from p2pinfer.generation.generation import Generation, GenerationConfig, Token, generation_config, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.remote_blocks import HopUsed
@@ -490,10 +491,11 @@ def test_a_prompt_is_limited_where_its_length_would_turn_its_tokens(
     short, long = "word " * 8, "word " * 30
     state = new_state(spec, tokenizer, short, GenerationConfig(max_new_tokens=100))
     assert len(state.prompt_ids) <= 20 < len(state.prompt_ids) + state.max_new_tokens
-    with pytest.raises(
-        PromptTooLong, match="takes prompts of up to 20: in a longer one its rotary embedding"
-    ):
+    with pytest.raises(PromptTooLong, match="takes prompts of up to 20: in a longer one its rotary"):
         new_state(spec, tokenizer, long, GenerationConfig())
+    check_lengths(spec, spec.max_positions, 20)
+    with pytest.raises(PromptTooLong, match="takes prompts of up to 20: in a longer one its rotary"):
+        check_lengths(spec, 21, 21)
 
 
 async def test_of_a_prompt_that_is_far_too_long_a_beginning_is_looked_at(

@@ -21,7 +21,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
 from p2pinfer.node.evidence.store import EvidenceStore
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, End, Message, Open, Opened, Refused, Result
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
@@ -43,7 +43,7 @@ class Swarm:
 
     def __init__(self, network: MemoryNetwork, checkpoint: Checkpoint, config: ServeConfig) -> None:
         self.network = network
-        self.client: Host = network.host("client")
+        self.client: Network = network.host("client")
         self.config = config
         self.events: list[Event] = []
         self.route = Route(())

@@ -12,7 +12,7 @@ import trio.testing
 from blake3 import blake3
 
 from p2pinfer.errors import PeerError, PeerUnreachable
-from p2pinfer.node.host.host import Handler, Host
+from p2pinfer.node.host.network import Handler
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.connection_gate import Gate
 from p2pinfer.node.transport.counters import Counts
@@ -101,9 +101,9 @@ class MemoryNetwork:
         self.swallowing: dict[str, float] = {}  # by peer, seconds for which it answers no dial
         self.dialled: list[tuple[str, str, tuple[str, ...]]] = []  # (from, to, addresses)
 
-    def host(self, peer_id: str) -> Host:
-        self.hosts[peer_id] = MemoryHost(self, peer_id)
-        return cast(Host, self.hosts[peer_id])
+    def host(self, peer_id: str) -> MemoryHost:
+        host = self.hosts[peer_id] = MemoryHost(self, peer_id)
+        return host
 
     async def cut(self, source: str, target: str) -> None:
         """Break every stream that `source` opened to `target`."""
@@ -128,7 +128,7 @@ class MemoryNetwork:
 
 
 class MemoryHost:
-    """What `Host` is to its users."""
+    """`Network` whose streams are pipes in memory. Whoever is handed one holds it to that."""
 
     def __init__(self, network: MemoryNetwork, peer_id: str) -> None:
         self.peer_id = peer_id

@@ -17,6 +17,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
+from p2pinfer.node.host.host import Host
 from p2pinfer.node.reach.reach import Reach, ReachStatus
 from p2pinfer.node.reach.reachability import Reachability
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
@@ -141,7 +142,7 @@ class MemorySwarm:
         self.gossip.carriers[peer_id] = proofs
         self.network.nursery.start_soon(proofs.serve)
         return SwarmMember(
-            host,
+            cast(Host, host),
             self.view,
             cast(Gossip, self.gossip),
             cast(Neighbourhood, self.neighbourhood),

@@ -231,6 +231,21 @@ async def test_a_node_that_is_refused_memory_says_so(
             await node.wait_for(Ready)
 
 
+async def test_a_node_whose_first_step_is_refused_memory_says_so(
+    open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card's libraries take theirs when they are first used, which is after the blocks were loaded."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    for measure in ("measure_speed", "find_threads"):
+        monkeypatch.setattr(node_module, measure, refuse)
+    with pytest.raises(OutOfMemory, match=r"no memory for a step through blocks 0:4 on cpu: .* serve fewer"):
+        async with open_node(blocks="0:4") as node:
+            await node.wait_for(Ready)
+
+
 async def test_a_node_that_was_killed_comes_back_to_its_blocks_as_the_same_peer(
     open_node: OpenNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from p2pinfer.errors import CheckpointError, ConfigError
-from p2pinfer.models.text.text import StopMatcher, TextStream, Tokenizer, load_tokenizer
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+from p2pinfer.models.text.text_stream import StopMatcher, TextStream
 
 AutoTokenizer: Any = transformers.AutoTokenizer
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from typing import cast
 
 import pytest
 import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.whereabouts import LASTS_S, NAMES_A_ROUND, Whereabouts
 from p2pinfer.routing.address_ranges import ranges_of_ip
 from p2pinfer.routing.announcement import Announcement
@@ -29,7 +31,7 @@ async def network() -> AsyncGenerator[MemoryNetwork]:
 async def test_a_peer_is_where_its_direct_connection_leads_also_when_that_has_ended(
     network: MemoryNetwork,
 ) -> None:
-    host = network.host("client")
+    host = cast(Host, network.host("client"))
     network.host("peer")
     network.addresses["peer"] = "192.0.2.9"
     whereabouts = Whereabouts(host, list)
@@ -40,7 +42,7 @@ async def test_a_peer_is_where_its_direct_connection_leads_also_when_that_has_en
 
 
 async def test_behind_a_relay_a_peer_was_not_found_until_it_has_left_it(network: MemoryNetwork) -> None:
-    host = network.host("client")
+    host = cast(Host, network.host("client"))
     network.host("peer")
     network.addresses["peer"] = "2001:db8:7::1"
     network.relayed.add(("client", "peer"))
@@ -51,7 +53,7 @@ async def test_behind_a_relay_a_peer_was_not_found_until_it_has_left_it(network:
 
 
 async def test_in_a_local_network_it_was_found_in_no_range_that_means_it(network: MemoryNetwork) -> None:
-    host = network.host("client")
+    host = cast(Host, network.host("client"))
     network.host("peer")
     network.addresses["peer"] = "192.168.1.5"
     assert Whereabouts(host, list).found_in("peer") == frozenset()
@@ -72,7 +74,9 @@ async def test_names_are_looked_up_a_few_at_a_time_and_again_when_the_answer_is_
 
     peers = [announced(f"p{n}", f"/dns4/n{n:02}.example/tcp/1") for n in range(12)]
     peers += [announced("known", "/dns4/known.example/tcp/1", "/ip4/203.0.113.1/tcp/1")]
-    whereabouts = Whereabouts(network.host("client"), lambda: peers, look_up=look_up, clock=lambda: now)
+    whereabouts = Whereabouts(
+        cast(Host, network.host("client")), lambda: peers, look_up=look_up, clock=lambda: now
+    )
     await whereabouts.look_up()
     assert len(asked) == NAMES_A_ROUND
     await whereabouts.look_up()
@@ -95,7 +99,7 @@ async def test_a_name_that_nobody_answers_for_holds_nothing_up(
         raise AssertionError
 
     peers = [announced("p", "/dns4/a.example/tcp/1")]
-    whereabouts = Whereabouts(network.host("client"), lambda: peers, look_up=look_up)
+    whereabouts = Whereabouts(cast(Host, network.host("client")), lambda: peers, look_up=look_up)
     with trio.fail_after(30):
         await whereabouts.look_up()
     assert whereabouts.named_in(peers[0]) == frozenset()

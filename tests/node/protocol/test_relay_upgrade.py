@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from p2pinfer.node.host.host import Host
+from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.relay_upgrade import LOOK_S, MOVE_S, leave_relays, note_moved
 
 from ..memory import MemoryNetwork
@@ -21,7 +21,7 @@ class Line:
     is_relayed: bool = True
 
 
-async def tries(host: Host, lines: list[Line], *, for_s: float, succeed: bool) -> list[tuple[str, float]]:
+async def tries(host: Network, lines: list[Line], *, for_s: float, succeed: bool) -> list[tuple[str, float]]:
     """Who is tried to be moved within so many seconds, and when."""
     tried: list[tuple[str, float]] = []
 

@@ -12,7 +12,7 @@ from p2pinfer.node.serve.decode_speed import LEAST, LEAST_STEPS, MOST, WINDOW_S,
 def speed_of(start: float, steps: list[float], *, every_s: float = 0.1) -> DecodeSpeed:
     speed = DecodeSpeed(start)
     for index, seconds in enumerate(steps):
-        speed.add(seconds, index * every_s)
+        speed.steps.append((index * every_s, seconds))
     return speed
 
 
@@ -35,7 +35,7 @@ def test_a_change_that_lasts_is_followed() -> None:
 def test_steps_of_a_while_ago_count_for_nothing_beside_later_ones() -> None:
     speed = speed_of(100, [0.01] * 64)
     for step in range(LEAST_STEPS):
-        speed.add(0.05, 6.3 + WINDOW_S + 1 + step)
+        speed.steps.append((6.3 + WINDOW_S + 1 + step, 0.05))
     assert speed.tokens_per_s == pytest.approx(20)
 
 
@@ -61,9 +61,9 @@ ANYTHING = st.one_of(st.floats(), st.sampled_from([0.0, -1.0, math.nan, math.inf
 def test_whatever_a_clock_says_the_speed_can_be_announced(
     start: float, steps: list[float], now: float
 ) -> None:
-    speed = DecodeSpeed(start, now)
+    speed = DecodeSpeed(start)
     for seconds in steps:
-        speed.add(seconds, now)
+        speed.steps.append((now, seconds))
         assert LEAST <= speed.tokens_per_s <= MOST
     speed.restart(steps, now)
     assert LEAST <= speed.tokens_per_s <= MOST

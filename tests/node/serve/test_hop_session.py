@@ -160,18 +160,12 @@ async def test_what_is_not_finite_ends_the_session_and_is_not_computed_nor_what_
     assert ended_by is not None and (ended_by.code, ended_by.about_peer) == ("wrong_input", "client")
 
 
-async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_pace(
+async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_speed(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Not a prompt, not one that failed, not several at once, not a part of the blocks."""
-    noted: list[float] = []
-
-    class Noting(DecodeSpeed):
-        def add(self, seconds: float, now: float) -> None:
-            noted.append(seconds)
-
-    worker = Collector()
-    session, _ = open_hop(worker, Noting(1.0))
+    worker, speed = Collector(), DecodeSpeed(1.0)
+    session, _ = open_hop(worker, speed)
     for number, (position, tokens) in enumerate([(0, 3), (3, 1), (4, 1), (5, 1)]):
         send(session, number, 0, position, tokens)
     prompt, alone, with_another, dropped = worker.works
@@ -190,7 +184,7 @@ async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_pace(
         [(prompt, 3), (alone, 1), (with_another, 2), (dropped, 1), (part, 1)]
     ):
         work.deliver(BatchReport(0.0, seconds, seconds, tokens))
-    assert noted == [1]
+    assert [seconds for _, seconds in speed.steps] == [1]
 
 
 async def test_a_step_is_taken_from_who_is_expected_and_from_nobody_else() -> None:

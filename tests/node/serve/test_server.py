@@ -188,6 +188,11 @@ async def test_who_is_not_listed_as_a_client_is_told_how_to_ask(checkpoint: Chec
         )
         assert "--identity FILE" in refused.message
         assert swarm.servers["a"].sessions == 0
+        with pytest.raises(PeerRefused, match="does not serve client") as caught:
+            await swarm.session()
+        assert (caught.value.code, caught.value.is_lasting) == ("not_admitted", True)
+        told = [event for event in swarm.events if isinstance(event, SessionRefused)]
+        assert [(event.peer_id, event.code) for event in told] == [("client", "no_session")] * 2
 
 
 async def test_who_is_not_listed_as_a_node_feeds_no_session(checkpoint: Checkpoint) -> None:

@@ -171,7 +171,7 @@ async def test_what_cannot_go_at_once_uses_up_no_nonce() -> None:
     session, theirs = session_at(pipe)
     assert not session.write_now(bytes(MAX_PLAINTEXT_LENGTH + 1))
     pipe.is_clear = False
-    assert not session.is_clear
+    assert not session.stream.is_clear
     assert not session.write_now(b"never")
     await session.write(b"")
     assert not pipe.written
