@@ -71,7 +71,7 @@ async def collect_record(
     mine = [
         (each, index)
         for each in steps
-        if (index := _index_of(each, peer_id)) is not None and len(each.receipts) == len(each.hops)
+        if (index := place_of(each, peer_id)) is not None and len(each.receipts) == len(each.hops)
     ]
     if not mine:
         return Collected(None)
@@ -207,7 +207,8 @@ def _unfit(record: HopRecord, hidden_size: int, max_tokens: int) -> str:
     return ""
 
 
-def _index_of(passed: PassedStep, peer_id: str) -> int | None:
+def place_of(passed: PassedStep, peer_id: str) -> int | None:
+    """Place of a peer among a step's hops; None if it was none of them: hops may be replaced in a session."""
     return next((index for index, hop in enumerate(passed.hops) if hop.peer_id == peer_id), None)
 
 

@@ -31,6 +31,8 @@ from p2pinfer.node.protocol.messages import Step
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
 
+from .collect import place_of
+
 logger = logging.getLogger(__name__)
 
 FOLDER: Final = "audits"  # in the data directory
@@ -205,7 +207,9 @@ def _encode(job: KeptJob) -> bytes:
     routes: dict[tuple[_Hop, ...], int] = {}
     steps: list[_Step] = []
     for passed in job.steps:
-        index = next(at for at, hop in enumerate(passed.hops) if hop.peer_id == job.peer_id)
+        index = place_of(passed, job.peer_id)
+        if index is None or len(passed.receipts) != len(passed.hops):
+            continue  # nothing that its audit looks at
         route = tuple(_Hop(hop.peer_id, hop.span.start, hop.span.stop, hop.addrs) for hop in passed.hops)
         step = passed.step
         steps.append(

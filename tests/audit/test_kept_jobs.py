@@ -48,6 +48,24 @@ def test_what_a_process_leaves_the_next_one_does(tmp_path: Path) -> None:
     assert len(folder(tmp_path).take_over(1010.0)) == 2
 
 
+def test_of_a_hop_that_took_over_its_own_steps_are_left(tmp_path: Path) -> None:
+    """Nor is a step kept whose hops did not all sign for it: no audit looks at either."""
+    (before,) = job(peer_id="a").steps
+    hops = (HOPS[0], Hop("c", BlockSpan(3, 8), ("/memory/c",)))
+    after = PassedStep(Step(1, 1, 4, 1, 1), hops, b"more", b"got", (b"receipt of a", b"receipt of c"))
+    unsigned = PassedStep(Step(2, 1, 5, 1, 1), hops, b"more", b"got", (b"receipt of a",))
+    first = folder(tmp_path)
+    for peer_id in ("a", "c", "nobody"):
+        first.keep(KeptJob(peer_id, 1000.0, (before, after, unsigned)))
+    first.close()
+    found = {kept.peer_id: kept.steps for _, kept in folder(tmp_path).take_over(1010.0)}
+    assert [[step.step.number for step in found[peer_id]] for peer_id in ("a", "c", "nobody")] == [
+        [0, 1],
+        [1],
+        [],
+    ]
+
+
 def test_what_is_done_is_left_to_nobody(tmp_path: Path) -> None:
     first = folder(tmp_path)
     path = first.keep(job())

@@ -119,6 +119,7 @@ class Swarm:
         session: SessionConfig | None = None,
         find_timeout_s: float = 20.0,
         wait_s: float = 60.0,
+        speculate: str = "auto",
         **options: Any,
     ) -> AsyncGenerator[Client]:
         """A client; with hops, (peer, start, stop) each, one that goes this way while it can."""
@@ -127,7 +128,13 @@ class Swarm:
         client = Client(
             model=self.model,
             bootstrap=[self.address],
-            config=ClientConfig(dtype=dtype, device="cpu", find_timeout_s=find_timeout_s, wait_s=wait_s),
+            config=ClientConfig(
+                dtype=dtype,
+                device="cpu",
+                find_timeout_s=find_timeout_s,
+                wait_s=wait_s,
+                speculate=speculate,
+            ),
             session_config=session,
             cache_dir=self.home,
             data_dir=self.home,

@@ -38,6 +38,7 @@ KEYS = [
     "seed",
     "audits",
     "resume_token",
+    "speculation",
 ]
 
 POLICY = """
