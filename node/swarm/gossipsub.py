@@ -5,13 +5,10 @@ signed, which are compared with the interfaces' for every frame sent and verifie
 comes; and each message is followed by a frame to all the mesh that says it need not be sent again. Nobody
 here reads those addresses, and an announcement is smaller than what such a frame saves.
 
-Frames are read one at a time, reduced to what has an effect (`gossip_frames`), and paid for by whoever sends
-them (`loop_share`): what a neighbour says beside announcements is cheap to send and costs time here.
-
 What a neighbour says beside announcements is well-formed, cheap to send, and costs time here: thousands of
 grafts, prunes and subscriptions fit one frame. So of each frame only what would be left of it is looked at:
-the last word about a topic, and about topics of ours. The time that it all takes is the neighbour's
-(`loop_share`), and the reader gives way after every frame.
+the last word about a topic, and about topics of ours (`gossip_frames`). The time that it all takes is the
+neighbour's (`loop_share`), and the reader gives way after every frame.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ THIN_BYTES_PER_S: Final = 128 << 10  # a line below this queues and drops what i
 
 
 def is_local(bytes_per_s: float, rtt_s: float) -> bool:
-    """True for a near line that was not found thin: waits there are for processors, and tell no rate."""
+    """True for a near line that was not found thin: waits there are for processors, and tell no rate.
+
+    Args:
+        rtt_s: The shortest round trip: others hold the time that a busy processor took to answer.
+    """
     return 0 < rtt_s < NEAR_S and not 0 < bytes_per_s < THIN_BYTES_PER_S
 
 
@@ -54,11 +58,18 @@ class Line:
         rtt_s: Round trip, seconds; 0 if it was not measured.
         bytes_per_s: Rate at which it takes our bytes; 0 if nobody has had to wait for it.
         queued_bytes: Bytes that were handed over and that the peer has not acknowledged.
+        least_rtt_s: The shortest round trip, seconds; 0 if none was measured.
     """
 
     rtt_s: float = 0.0
     bytes_per_s: float = 0.0
     queued_bytes: int = 0
+    least_rtt_s: float = 0.0
+
+    @property
+    def is_local(self) -> bool:
+        """True for a near line that was not found thin."""
+        return is_local(self.bytes_per_s, self.least_rtt_s)
 
     @property
     def queue_s(self) -> float:

@@ -24,13 +24,15 @@ class RawStream(ReadWriteCloser):
         is_clear: True while nothing waits to be sent, so that `write_now` will do.
         rate: How fast it takes what is written, measured while writers wait.
         rtt_s: Round trip as it was told; 0 if it was not.
+        least_rtt_s: The shortest that was told. Busy processors lengthen the others, which tells nothing of
+            the line.
         local_port: The port that a socket leaves from; None if there is no socket.
     """
 
     def __init__(self) -> None:
         self.closed = trio.Event()
         self.rate = LineRate()
-        self.rtt_s = 0.0
+        self.rtt_s = self.least_rtt_s = 0.0
         self.local_port: int | None = None
         self.is_clear = True
         self._received: bytes = b""
@@ -88,9 +90,11 @@ class RawStream(ReadWriteCloser):
         """Bytes that were written and that the other end has not acknowledged, as far as that is known."""
         return len(self._outbox)
 
-    def expect_round_trip(self, rtt_s: float) -> None:
-        """Hear how long an acknowledgement takes on this connection; limits may follow it."""
+    def expect_round_trip(self, rtt_s: float, latest_s: float = 0.0) -> None:
+        """Hear how long an acknowledgement takes here, and how long the last one took; limits follow it."""
         self.rtt_s = rtt_s
+        if found := latest_s or rtt_s:
+            self.least_rtt_s = min(self.least_rtt_s or found, found)
 
     def write_now(self, data: bytes) -> bool:
         """Write `data` if nobody is before it; False, with nothing written, if somebody is.

@@ -174,8 +174,8 @@ class TcpStream(RawStream):
     def queued_bytes(self) -> int:
         return len(self._outbox) + _unacknowledged(self.socket)
 
-    def expect_round_trip(self, rtt_s: float) -> None:
-        self.rtt_s = rtt_s
+    def expect_round_trip(self, rtt_s: float, latest_s: float = 0.0) -> None:
+        super().expect_round_trip(rtt_s, latest_s)
         if self._user_timeout_s == math.inf or self.socket.fileno() == -1:
             return
         least_s = max(self._user_timeout_s, THIN_TIMEOUT_S if self._uplink.is_thin else 0.0)
@@ -191,7 +191,7 @@ class TcpStream(RawStream):
         rate = self.rate.bytes_per_s
         if self._user_timeout_s == math.inf:
             return  # it was not tuned, and may be no TCP
-        if is_local(rate, self.rtt_s):
+        if is_local(rate, self.least_rtt_s):
             wanted = MAX_UNSENT_BYTES
         elif rate:
             wanted = min(max(int(rate * UNSENT_S), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)

@@ -195,7 +195,7 @@ class YamuxConnection(Carrier):
             raise MuxedConnUnavailable("the connection is closed")
         rtt_s = trio.current_time() - sent_at
         self.rtt_s = (self.rtt_s + rtt_s) / 2 if self.rtt_s else rtt_s
-        self.secured_conn.raw.expect_round_trip(self.rtt_s)
+        self.secured_conn.raw.expect_round_trip(self.rtt_s, rtt_s)
         return rtt_s
 
     # ------------------------------------------------------------------ for the streams: see Carrier
@@ -203,7 +203,7 @@ class YamuxConnection(Carrier):
     @property
     def line(self) -> Line:
         raw = self.secured_conn.raw
-        return Line(self.rtt_s, raw.rate.bytes_per_s, raw.queued_bytes)
+        return Line(self.rtt_s, raw.rate.bytes_per_s, raw.queued_bytes, raw.least_rtt_s)
 
     @property
     def local_port(self) -> int | None:
@@ -211,7 +211,7 @@ class YamuxConnection(Carrier):
 
     @property
     def frame_bytes(self) -> int:
-        return frame_bytes(self.secured_conn.raw.rate.bytes_per_s, self.rtt_s)
+        return frame_bytes(self.secured_conn.raw.rate.bytes_per_s, self.secured_conn.raw.least_rtt_s)
 
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         self._traffic.sent += len(header) + len(payload)  # they are taken before the first suspension

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pinfer.node.protocol.messages import Opened
-from p2pinfer.node.transport.line_rate import NO_LINE, Line, is_local
+from p2pinfer.node.transport.line_rate import NO_LINE, Line
 
 CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
@@ -54,7 +54,7 @@ class ChunkSizes:
 
     def next_tokens(self, line: Line) -> int:
         """Tokens of the next chunk."""
-        if is_local(line.bytes_per_s, line.rtt_s) or line == NO_LINE:
+        if line.is_local or line == NO_LINE:
             tokens = self._most
         elif line.bytes_per_s:
             tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes

@@ -60,7 +60,7 @@ def test_a_chunk_is_as_long_as_a_thin_line_takes_for_a_quarter_of_a_second() -> 
 def test_an_unknown_line_begins_with_a_short_chunk_unless_it_is_local() -> None:
     sizes = ChunkSizes(FlowLimits(256, 8), ROW)
     assert sizes.next_tokens(Line(rtt_s=0.05)) == FIRST_BYTES // ROW
-    assert sizes.next_tokens(Line(rtt_s=0.001)) == sizes.next_tokens(NO_LINE) == 256
+    assert sizes.next_tokens(Line(rtt_s=0.001, least_rtt_s=0.001)) == sizes.next_tokens(NO_LINE) == 256
 
 
 def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:

@@ -63,3 +63,10 @@ def test_a_line_of_unknown_rate_has_short_frames_unless_it_is_local() -> None:
 def test_a_busy_processor_makes_no_local_line_thin_and_a_thin_local_line_is_told() -> None:
     assert frame_bytes(500_000, 0.001) == MAX_PAYLOAD
     assert frame_bytes(50_000, 0.001) == 5_000
+
+
+def test_a_near_line_is_near_also_while_processors_are_busy() -> None:
+    assert Line(rtt_s=0.05, least_rtt_s=0.002).is_local
+    assert not Line(rtt_s=0.05, least_rtt_s=0.02).is_local
+    assert not Line(rtt_s=0.05, bytes_per_s=31_250, least_rtt_s=0.002).is_local  # thin
+    assert not Line().is_local  # unknown
