@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -22,6 +23,11 @@ from .spares import hidden_states, on_one_machine
 # characters then. How fast examples are made says nothing of what is tested.
 settings.register_profile("p2pinfer", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("p2pinfer")
+
+
+# What `nohup` ignores, commands go on ignoring, and tests would wait for it to end them.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
