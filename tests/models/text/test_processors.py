@@ -146,7 +146,8 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(
     found = torch.zeros(VOCAB).index_add(0, token_ids, probabilities)
     # Where a token's share decides by less than a rounding error, either answer is right.
     differ = (found > 0) != (expected > 0)
-    assert differ.sum() <= 1
+    # More than one token where their shares together are below rounding: so it is with top_h=1.0.
+    assert differ.sum() <= 1 or float((expected + found)[differ].sum()) < 1e-5
     assert torch.allclose(found, expected, atol=1e-5 + float(expected[differ].sum() + found[differ].sum()))
 
 
