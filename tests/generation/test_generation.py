@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -30,11 +29,11 @@ from p2pinfer.generation.remote_blocks import HopUsed
 from p2pinfer.generation.saved_state import decode_state
 from p2pinfer.generation.speculation import Speculation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.sampling import Sampler, SamplingConfig
-from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
@@ -43,16 +42,6 @@ from p2pinfer.session.session import Session
 from ..node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
 
 PROMPT = "Once upon a time"
-
-
-@pytest.fixture(scope="module")
-def ends(checkpoint: Checkpoint) -> EmbeddingAndHead:
-    return load_embedding_and_head(checkpoint, FLOAT32)
-
-
-@pytest.fixture
-def tokenizer(tiny_stories: Path) -> Tokenizer:
-    return load_tokenizer(tiny_stories)
 
 
 def local_ids(

@@ -13,24 +13,14 @@ from p2pinfer.client import Client
 from p2pinfer.client_config import MAX_DEPTH, AuditConfig, ClientConfig, SessionConfig
 from p2pinfer.generation.speculation import Speculation, TripCost, speculation_by
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
-from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.text.text import Tokenizer
 
 from ..memory_client import open_memory_client
-from ..node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm, route_over
+from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 from .test_generation import Walk, local_ids, start
 
 REPEATING = "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a"
-
-
-@pytest.fixture(scope="module")
-def ends(checkpoint: Checkpoint) -> EmbeddingAndHead:
-    return load_embedding_and_head(checkpoint, FLOAT32)
-
-
-@pytest.fixture
-def tokenizer(tiny_stories: Path) -> Tokenizer:
-    return load_tokenizer(tiny_stories)
 
 
 # ---------------------------------------------------------------------- how many guesses

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,7 @@ from tokenizers import decoders, models
 
 from p2pinfer.generation.saved_state import GenerationState, decode_state
 from p2pinfer.generation.transcript import Transcript
-from p2pinfer.models.text.text import Tokenizer, load_tokenizer
-
-
-@pytest.fixture
-def tokenizer(tiny_stories: Path) -> Tokenizer:
-    return load_tokenizer(tiny_stories)
+from p2pinfer.models.text.text import Tokenizer
 
 
 def begin(
