@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from enum import Enum
 from itertools import takewhile
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
-
-import msgspec
+from typing import TYPE_CHECKING, Final
 
 from p2pinfer.recent import Recent
 
 from .account import Account
 from .config import LedgerConfig
+from .proof import ProofNote
 
 if TYPE_CHECKING:
     from .records import Records
@@ -31,17 +30,6 @@ MAX_ADDRESS = 128  # characters of a content address
 _REFUSED_BELOW = 0.3  # two false proofs with nothing to set against them
 _HOUR_S = 3600.0
 _MAX_SENDERS: Final = 4096  # whose allowance is remembered; of those it grants nothing to, the flood is short
-
-ProofState: TypeAlias = Literal["seen", "verified", "false"]
-
-
-class ProofNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fate of one proof."""
-
-    accused: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
-    sender: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,128}\Z")]  # empty: made here
-    state: ProofState
-    at: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
 
 class ProofDecision(Enum):
