@@ -20,7 +20,7 @@ from .account import Account, AuditResult
 from .attestation import Attestation, Verify, open_attestation, own_attestation
 from .config import LedgerConfig
 from .explain import explain as explain_peer
-from .proof import ProofNote, ProofState
+from .proof_note import ProofNote, ProofState
 from .proofs import ProofDecision, ProofGate
 from .records import Records
 from .score import Score, audit_probability, score_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -31,18 +31,6 @@ from .receipt import (
 MAX_PROOF_BYTES: Final = 1 << 22
 MAX_RECEIPTS: Final = 8192
 _EMPTY: Final = digest_of(b"")
-
-
-ProofState: TypeAlias = Literal["seen", "verified", "false"]
-
-
-class ProofNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fate of one proof."""
-
-    accused: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
-    sender: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,128}\Z")]  # empty: made here
-    state: ProofState
-    at: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
 
 class Proof(msgspec.Struct, frozen=True, array_like=True):

@@ -30,7 +30,7 @@ from p2pinfer.recent import Recent
 from .account import Account, not_after
 from .attestation import Attestation, attested_evidence, weight
 from .config import LedgerConfig
-from .proof import ProofNote
+from .proof_note import ProofNote
 from .roster import CLOCK_SLACK_S, Roster
 from .store import Change, Changes, LedgerStore
 

@@ -29,7 +29,7 @@ from p2pinfer.folders import create_private, make_private
 from .account import NEWCOMER, Account
 from .attestation import Attestation
 from .config import LedgerConfig
-from .proof import ProofNote
+from .proof_note import ProofNote
 
 logger = logging.getLogger(__name__)
 
