@@ -97,7 +97,7 @@ class Chain:
             "me",
             prompt,
             *(*self._model, *self._join, "--max-new-tokens", str(TOKENS), "--temperature", "0"),
-            *("--speculate", speculate, "--policy", POLICY, "--audit-rate", "0"),
+            *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0"),
             *(word for setting in settings for word in ("--set", setting)),
             **{VARIABLE: self._route},
         )
