@@ -9,8 +9,11 @@ there. So an address at which a peer has not proved its key yet is dialled only
 - a few at a time for each address range, for each peer that told us of such peers, and in all.
 
 A dial that finds the peer costs nothing, and takes back what was held against the address. So an honest peer
-meets a limit only behind an address where others were not found a moment ago. In a network that is not the
-same for everybody, a port counts as an address: many peers of one machine can do no harm outside.
+meets a limit only behind an address where others were not found a moment ago.
+
+Many peers may share one machine, or one house. So in a private range where this host or a peer of it was met,
+a port counts as an address, more of them are dialled at once, and a port that is closed costs nothing: nobody
+is disturbed. Where somebody accepts who is no peer, later tries share a small budget.
 
 What our operator names, and what the local network's own multicast tells, is no hearsay.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 import trio
 
@@ -36,8 +39,13 @@ MAX_CIRCUITS: Final = 4  # ways through relays to one peer that are tried
 FIRST_PAUSE_S: Final = 3.0  # before an IP address is dialled again where a peer was not found
 LAST_PAUSE_S: Final = 3600.0
 SLOW_S: Final = 1.0  # a dial given up sooner than this was not in vain: another address was quicker
-RANGE_PER_S: Final = 0.5  # dials in vain into one address range, on average
-RANGE_AT_ONCE: Final = 8
+RANGE_PER_S: Final = 0.1  # dials in vain into one address range, on average
+RANGE_AT_ONCE: Final = 4
+HOME_PER_S: Final = 0.2  # into a private range in which peers were met
+HOME_AT_ONCE: Final = 96  # of its ports, each for the first time
+HOME_AGAIN_PER_S: Final = 0.1  # and again
+HOME_AGAIN_AT_ONCE: Final = 4
+MAX_HOMES: Final = 256  # such ranges that are remembered
 TELLER_PER_S: Final = 16.0  # of peers that one neighbour told us of first
 TELLER_AT_ONCE: Final = 128
 ALL_PER_S: Final = 32.0
@@ -48,7 +56,7 @@ FORGIVEN: Final = 3  # dials in vain of a proved address before it is hearsay ag
 
 @dataclass(slots=True)
 class _Place:
-    """State of an IP address, or of a port of one that is not the same for everybody."""
+    """State of a line, or of a port at home."""
 
     turn: trio.Lock = field(default_factory=trio.Lock)
     in_vain: int = 0  # dials since the last that found its peer
@@ -68,6 +76,9 @@ class StrangerDials:
         # (peer id, IP address, port) where the peer proved its key: dials in vain since
         self._proved = Recent[tuple[str, str, int], int](MAX_REMEMBERED)
         self._ranges = RateLimit(RANGE_PER_S, RANGE_AT_ONCE)
+        self._home_ranges = RateLimit(HOME_PER_S, HOME_AT_ONCE)
+        self._home_again = RateLimit(HOME_AGAIN_PER_S, HOME_AGAIN_AT_ONCE)
+        self._homes_met = Recent[str, None](MAX_HOMES)  # private ranges in which a peer was met
         self._tellers = RateLimit(TELLER_PER_S, TELLER_AT_ONCE)
         self._all = RateLimit(ALL_PER_S, ALL_AT_ONCE)
 
@@ -75,11 +86,15 @@ class StrangerDials:
         """A peer proved its key over a connection with this IP address and port at its other end."""
         if remote is not None:
             self.homes.note_met(remote[0])
+            self._note_home(remote[0])
 
     def note_own(self, addrs: Iterable[str]) -> None:
         """This host is reached at these multiaddrs."""
-        if any(is_loopback(parse_tcp(address)[1]) for address in addrs):
-            self.homes.has_loopback = True
+        for protocol, host, *_ in map(parse_tcp, addrs):
+            if is_loopback(host):
+                self.homes.has_loopback = True
+            if protocol in ("ip4", "ip6"):
+                self._note_home(host)
 
     def is_proved(self, peer_id: str, ip: str, port: int) -> bool:
         """True if the peer was found there."""
@@ -168,19 +183,31 @@ class StrangerDials:
             except BaseException as exc:
                 if isinstance(exc, Exception) or self._clock() >= began_at + SLOW_S:
                     self._note_in_vain(place)
+                    if self._is_home(ip) and _is_refusal(exc):
+                        self._give_back(budgets[-1:])  # nobody is there who could be disturbed
                 else:
                     self._give_back(budgets)
                 raise
             self._give_back(budgets)
             place.in_vain, place.retry_at = 0, float("-inf")
             self._proved[key] = 0
+            self._note_home(ip)
+
+    def _note_home(self, ip: str) -> None:
+        address = plain(ip)
+        if address is not None and not address.is_global:
+            self._homes_met[range_of(str(address))] = None
+
+    def _is_home(self, ip: str) -> bool:
+        """True in a private range where a peer was met: there, many ports of one machine may be peers."""
+        return range_of(_plain_text(ip)) in self._homes_met
 
     def _check_home(self, peer_id: str, ip: str) -> None:
         if not self.homes.has(ip):
             raise NotDialled("not dialled: this host is not in that network", peer_id)
 
     def _place(self, ip: str, port: int) -> _Place:
-        name = _place_name(ip, port)
+        name = f"{ip} {port}" if self._is_home(ip) else line_of(_plain_text(ip))
         place = self._places.get(name) or _Place()
         self._places[name] = place
         return place
@@ -193,9 +220,14 @@ class StrangerDials:
             raise NotDialled(
                 f"not dialled: nobody of the name was found there; again in {wait_s:.0f} s", peer_id
             )
-        budgets = [(self._all, ""), (self._tellers, self.teller(peer_id))]
-        if name := _range_name(ip):
-            budgets.append((self._ranges, name))
+        limit = self._ranges
+        if self._is_home(ip):
+            limit = self._home_again if place.in_vain else self._home_ranges
+        budgets = [
+            (self._all, ""),
+            (self._tellers, self.teller(peer_id)),
+            (limit, range_of(_plain_text(ip))),
+        ]
         taken: list[tuple[RateLimit, str]] = []
         for limit, name in budgets:
             if not limit.take(name, now):
@@ -223,14 +255,14 @@ class StrangerDials:
             del self._proved[key]
 
 
-def _place_name(ip: str, port: int) -> str:
-    address = plain(ip)
-    if address is None or not address.is_global:
-        return f"{ip} {port}"
-    return line_of(str(address))  # an IPv6 customer has as many addresses as it likes
+def _is_refusal(exc: BaseException) -> bool:
+    """True if the port was closed, which libp2p and trio wrap up several times."""
+    if exc.__cause__ is not None:
+        return _is_refusal(exc.__cause__)
+    if isinstance(exc, BaseExceptionGroup):
+        return all(map(_is_refusal, cast("BaseExceptionGroup[BaseException]", exc).exceptions))
+    return isinstance(exc, ConnectionRefusedError)
 
 
-def _range_name(ip: str) -> str:
-    """The address range that a budget is for; empty where an address is not the same for everybody."""
-    address = plain(ip)
-    return range_of(str(address)) if address is not None and address.is_global else ""
+def _plain_text(ip: str) -> str:
+    return str(plain(ip) or ip)

@@ -5,17 +5,17 @@ directory, in the data directory, in the package. They are dialled until one ans
 ever more slowly, as are peers of earlier runs; after that, peers from the table fill the neighbourhood up. A
 few of it are of our own model, if there are any: one may be connected to many who all serve others. Who
 accepts and then says nothing, or soon hangs up, is dialled ever more slowly too; a neighbour lost after
-`STEADY_S` at once.
+`STEADY_S` at once. A dial that is silent holds up nobody: after `BESIDE_S` others are dialled beside it.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import trio
 
@@ -25,25 +25,25 @@ from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import split_peer
 from p2pinfer.node.transport.rate_limit import RateLimit
-from p2pinfer.recent import Recent
 from p2pinfer.routing.hearsay import in_turns
 from p2pinfer.text_files import read_text
 
 from .live_table import LiveTable
 from .peer_book import PeerBook
 from .proof_gossip import ProofCarrier
+from .retries import Retries
 from .snapshot import fetch_snapshot
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 FILE_NAME: Final = "bootstrap_peers.txt"
 NEIGHBOURS: Final = 4  # fewer connected peers than this, and others are dialled
-FIRST_RETRY_S: Final = 0.25
-LAST_RETRY_S: Final = 30.0
 CHECK_INTERVAL_S: Final = 5.0
 STEADY_S: Final = 10.0  # a connection that lasted this long was a success
 MAX_FOUND: Final = 64  # peers of the local network that are remembered
-MAX_FAILED: Final = 256  # peers whose failures are remembered
+BESIDE_S: Final = 1.0  # a dial that takes longer counts for nothing in how many are still wanted
+MAX_UNDER_WAY: Final = 32  # dials, and questions to who was dialled
 TRIES_PER_S: Final = 0.25  # of peers that others told of and that are not found, on average
 CONFIRMED_BY: Final = 3  # neighbours that are asked for all they know, to see what several say
 WARN_AFTER: Final = 7  # failures in a row of every bootstrap peer: 16 s, when who needs one has given up
@@ -119,16 +119,6 @@ class BootstrapOutcome:
     why: str = ""  # it did not answer
 
 
-@dataclass(slots=True)
-class _Failures:
-    """Reason why a peer was not reached or kept, how often in a row, and when to try again."""
-
-    why: str  # empty once it has answered
-    times: int
-    noted_at: float
-    retry_at: float
-
-
 class Neighbourhood:
     """Keeps this process connected: to bootstrap peers first, then to some of the swarm."""
 
@@ -160,7 +150,8 @@ class Neighbourhood:
         # Nobody can connect to itself; `DuplicateCheck` sees who it is.
         self.ours = tuple(addr for peer in peers if peer.peer_id == host.peer_id for addr in peer.addrs)
         self._found: dict[str, BootstrapPeer] = {}  # in the local network
-        self._failures = Recent[str, _Failures](MAX_FAILED)
+        self._retries = Retries()
+        self._under_way: dict[str, float] = {}  # peers that are dialled or asked, since when
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._asked = 0  # neighbours, for their tables
         self._rng = random.Random()
@@ -198,26 +189,22 @@ class Neighbourhood:
         connected = set(self._host.connected_peers())
         found: list[BootstrapOutcome] = []
         for peer in self._peers:
-            failure = self._failures.get(peer.peer_id)
-            if peer.peer_id in connected:
-                found.append(BootstrapOutcome(peer.addrs[0], True))
-            elif failure is not None and failure.why:
-                found.append(BootstrapOutcome(peer.addrs[0], False, failure.why))
-            else:
-                found.append(BootstrapOutcome(peer.addrs[0], None))
+            why = self._retries.why(peer.peer_id)
+            answered = True if peer.peer_id in connected else False if why else None
+            found.append(BootstrapOutcome(peer.addrs[0], answered, "" if answered else why))
         return found
 
     def describe_failures(self) -> str:
         """Peers that could not be reached and why, in one line; empty if all that were tried answered."""
-        return "; ".join(failure.why for failure in self._failures.values() if failure.why)
+        return self._retries.describe()
 
     async def keep(self) -> None:
         """Dial until cancelled, and ask whoever answers what it knows."""
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_model_peers)
-            await self._keep_dialling()
+            await self._keep_dialling(nursery)
 
-    async def _keep_dialling(self) -> None:
+    async def _keep_dialling(self, nursery: trio.Nursery) -> None:
         while True:
             lost = self._lost.next
             connected = self._host.connected_peers()
@@ -226,12 +213,12 @@ class Neighbourhood:
             if self._is_closed:
                 await trio.sleep_forever()
             if len(connected) < NEIGHBOURS:
-                await self._dial(self._due(connected))
-            connected = self._host.connected_peers()
-            if connected and not self.settled.is_set():
-                await self._ask_quietly(random.choice(connected))
-            await self._dial(self._due_model_peers(connected))
-            connected = self._host.connected_peers()
+                self._start_dials(nursery, self._due(connected))
+            if not self.settled.is_set():
+                idle = [peer_id for peer_id in connected if peer_id not in self._under_way]
+                for peer_id in self._rng.sample(idle, min(1, len(idle))):
+                    self._start(nursery, peer_id, self._ask_quietly, peer_id)
+            self._start_dials(nursery, self._due_model_peers(connected))
             self._note_met(connected)
             if self._peers and not connected:
                 self._warn_once()
@@ -242,12 +229,19 @@ class Neighbourhood:
         """Bootstrap peers that are not connected, and as many others as are missing; none too soon again."""
         wanted = [peer for peer in self._peers if peer.peer_id not in connected]
         known = {peer.peer_id for peer in self._peers} | set(connected) | {self._host.peer_id}
+        begun = self._begun()
         met = [BootstrapPeer(peer.peer_id, peer.addrs, hearsay=not peer.reached) for peer in self._known]
         near = [peer for peer in (*self._found.values(), *met) if peer.peer_id not in known]
         wanted = [peer for peer in wanted if self._is_due(peer.peer_id)]
-        wanted += [peer for peer in near if self._is_due(peer.peer_id)][:NEIGHBOURS]
-        missing = max(0, NEIGHBOURS - len(connected) - len(wanted))
+        room = max(0, NEIGHBOURS - len(begun.intersection(peer.peer_id for peer in near)))
+        wanted += [peer for peer in near if self._is_due(peer.peer_id)][:room]
+        missing = max(0, NEIGHBOURS - len(begun.union(connected)) - len(wanted))
         return wanted + self._strangers(None, known, missing)
+
+    def _begun(self) -> set[str]:
+        """Peers of whom an answer may come any moment."""
+        since = trio.current_time() - BESIDE_S
+        return {peer_id for peer_id, began_at in self._under_way.items() if began_at > since}
 
     def _due_model_peers(self, connected: Sequence[str]) -> list[BootstrapPeer]:
         """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
@@ -259,6 +253,7 @@ class Neighbourhood:
             met = {self._host.peer_id, *connected}
             missing = NEIGHBOURS - len(
                 (self._model_peers.topic_peers(revision) | model_peers.keys()).intersection(connected)
+                | self._begun().intersection(model_peers)
             )
             due |= {peer.peer_id: peer for peer in self._strangers(revision, met, missing)}
         return list(due.values())
@@ -284,37 +279,62 @@ class Neighbourhood:
             await changed.wait()
 
     def _is_due(self, peer_id: str) -> bool:
-        return peer_id not in self._failures or self._failures[peer_id].retry_at <= trio.current_time()
+        return peer_id not in self._under_way and self._retries.is_due(peer_id)
 
     def _next_look(self, connected: Sequence[str]) -> float:
         """Time when a missing bootstrap peer is due, or others may have turned up; may be in the past."""
-        lacking = {peer.peer_id for peer in self._peers}.difference(connected)
-        dues = [self._failures[peer_id].retry_at for peer_id in lacking if peer_id in self._failures]
-        check_at: float = trio.current_time() + CHECK_INTERVAL_S
-        return check_at if len(connected) >= NEIGHBOURS else min([check_at, *dues])
+        now = trio.current_time()
+        lacking = {peer.peer_id for peer in self._peers}.difference(connected, self._under_way)
+        silent = [at + BESIDE_S for at in self._under_way.values() if at + BESIDE_S > now]
+        check_at: float = now + CHECK_INTERVAL_S
+        if len(connected) >= NEIGHBOURS:
+            return check_at
+        return min([check_at, *self._retries.dues(lacking), *silent])
 
-    async def _dial(self, peers: Sequence[BootstrapPeer]) -> None:
-        async with trio.open_nursery() as nursery:
-            for peer in peers:
-                nursery.start_soon(self._dial_one, peer)
+    def _start_dials(self, nursery: trio.Nursery, peers: Sequence[BootstrapPeer]) -> None:
+        for peer in peers:
+            if len(self._under_way) >= MAX_UNDER_WAY:
+                return
+            if peer.hearsay:
+                self._tries.take("", trio.current_time())
+            self._start(nursery, peer.peer_id, self._dial_one, peer)
 
-    async def _dial_one(self, peer: BootstrapPeer) -> None:
+    def _start(
+        self, nursery: trio.Nursery, peer_id: str, work: Callable[[_T], Awaitable[bool]], of: _T
+    ) -> None:
+        """Have something done about a peer beside the rest, and look on if it has changed anything."""
+        if peer_id in self._under_way:
+            return
+        self._under_way[peer_id] = trio.current_time()
+
+        async def do() -> None:
+            try:
+                has_changed = await work(of)
+            finally:
+                del self._under_way[peer_id]
+            if has_changed:
+                self._wake()
+
+        nursery.start_soon(do)
+
+    async def _dial_one(self, peer: BootstrapPeer) -> bool:
+        """Dial and ask a peer; False if that was not allowed at the moment."""
         dialled_at = trio.current_time()
-        if peer.hearsay:
-            self._tries.take("", dialled_at)
         try:
             await self._host.connect(peer.peer_id, peer.addrs, hearsay=peer.hearsay)
             self._give_back(peer)
             self._reached_at[peer.peer_id] = trio.current_time()
             await self._ask(peer.peer_id)
             self._book.note(peer.peer_id, peer.addrs, reached=True)
+            return True
         except PeerError as exc:
             logger.debug("bootstrap.failed peer=%s why=%s", peer.peer_id, exc)
             if isinstance(exc, NotAdmitted):
                 self._note_turned_away(peer.peer_id, exc)
             if isinstance(exc, NotDialled):
                 self._give_back(peer)
-            self._note_failure(peer.peer_id, str(exc), dialled_at)
+            self._retries.note(peer.peer_id, str(exc), dialled_at)
+            return not isinstance(exc, NotDialled)
 
     def _give_back(self, peer: BootstrapPeer) -> None:
         """Let another stranger be tried in place of one that was found, or not dialled."""
@@ -330,14 +350,15 @@ class Neighbourhood:
         logger.debug("bootstrap.asked peer=%s news=%d", peer_id, news)
         self.settled.set()
         self.decided.set()
-        if peer_id in self._failures:
-            self._failures[peer_id].why = ""  # how often it failed is forgotten once a connection lasts
+        self._retries.note_answer(peer_id)
 
-    async def _ask_quietly(self, peer_id: str) -> None:
+    async def _ask_quietly(self, peer_id: str) -> bool:
         try:
             await self._ask(peer_id)
         except PeerError as exc:
             logger.debug("bootstrap.no_snapshot peer=%s why=%s", peer_id, exc)
+            return False
+        return True
 
     def _note_met(self, connected: Sequence[str]) -> None:
         """Note who came to us and says where to be found: next time we may have to look for it."""
@@ -359,19 +380,9 @@ class Neighbourhood:
         reached_at = self._reached_at.pop(peer_id)
         lasted_s = trio.current_time() - reached_at
         if lasted_s < STEADY_S:
-            self._note_failure(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
+            self._retries.note(peer_id, f"peer {peer_id} hung up after {lasted_s:.1f} s", reached_at)
         else:
-            self._failures.pop(peer_id, None)
-
-    def _note_failure(self, peer_id: str, why: str, tried_at: float) -> None:
-        """Put the next try off, once for every try: who hangs up also leaves a question unanswered."""
-        known = self._failures.get(peer_id)
-        now = trio.current_time()
-        if known is None or known.noted_at < tried_at:
-            times = known.times + 1 if known else 1
-            delay_s = min(FIRST_RETRY_S * 2 ** min(times - 1, 32), LAST_RETRY_S) * random.uniform(0.8, 1.2)
-            known = _Failures(why, times, now, now + delay_s)
-        self._failures[peer_id] = known
+            self._retries.forget(peer_id)
 
     def _note_turned_away(self, peer_id: str, error: NotAdmitted) -> None:
         """Say it at once: trying on is of no use before somebody changes a key or a list."""
@@ -382,9 +393,6 @@ class Neighbourhood:
             self.decided.set()
 
     def _warn_once(self) -> None:
-        if not self._warned and all(
-            peer.peer_id in self._failures and self._failures[peer.peer_id].times >= WARN_AFTER
-            for peer in self._peers
-        ):
+        if not self._warned and all(self._retries.times(peer.peer_id) >= WARN_AFTER for peer in self._peers):
             self._warned = True
             logger.warning("no bootstrap peer answered; trying again. %s", self.describe_failures())

@@ -287,10 +287,15 @@ class FloodingRouter(GossipSub):
         self.on_change()
 
     def mesh_heartbeat(self) -> Any:
-        grafts_and_prunes = super().mesh_heartbeat()
+        grafts, prunes = super().mesh_heartbeat()
+        # "A peer should not graft a peer it has pruned before the backoff has elapsed." -- gossipsub v1.1
+        # libp2p notes it only where it was pruned. Who grafts again is taken for a flood there.
+        for peer_id, topics in prunes.items():
+            for topic in topics:
+                self._add_back_off(peer_id, topic, False)
         self._forget_back_offs()
         self.on_change()
-        return grafts_and_prunes
+        return grafts, prunes
 
     def _forget_back_offs(self) -> None:
         """libp2p forgets a back-off only when the same neighbour comes again."""

@@ -35,14 +35,13 @@ from .anti_entropy import AntiEntropy
 from .bootstrap import BootstrapOutcome, BootstrapPeer, Neighbourhood, bootstrap_peers
 from .connection_pruning import ConnectionPruning
 from .duplicate_identity import DuplicateDetector
-from .fresh_addresses import keep_dials_fresh
 from .gossip import Gossip, open_gossip
 from .identity_check import DuplicateCheck
 from .latency import Latency
 from .live_table import LiveTable
 from .mdns import keep_looking_around
 from .peer_book import CLIENT_FILE_NAME, PeerBook
-from .presence import Presence
+from .presence import Presence, keep_dials_fresh
 from .proof_gossip import ProofCarrier, new_carrier
 from .sequence import Sequence
 from .snapshot import fetch_snapshot, serve_snapshots
@@ -391,7 +390,7 @@ def _memories(
     if remembers:
         return Sequence(data_dir), PeerBook(data_dir)
     book = PeerBook(data_dir, file_name=CLIENT_FILE_NAME) if first_peers else PeerBook()
-    book.keep_if_met([peer.peer_id for peer in first_peers])
+    book.begin_with({peer.peer_id: peer.addrs for peer in first_peers})
     return Sequence(), book
 
 

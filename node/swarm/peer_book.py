@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -77,6 +77,15 @@ class PeerBook:
         """Forget all peers unless one of these is among them: they were met in another swarm."""
         if self._peers.keys().isdisjoint(peer_ids):
             self._peers.clear()
+
+    def begin_with(self, named: Mapping[str, Sequence[str]]) -> None:
+        """Keep those who were met in the swarm of these peers (id -> addresses), and note that it is theirs.
+
+        A text may be there before all of them have answered, and one of the others be named next time.
+        """
+        self.keep_if_met(list(named))
+        for peer_id, addrs in named.items():
+            self.note(peer_id, addrs, reached=False)
 
     def note(self, peer_id: str, addrs: Sequence[str], *, reached: bool) -> None:
         """A peer is there. Whether we reached it, or it came to us and says to be reached at `addrs`."""

@@ -98,3 +98,17 @@ class Presence:
 
 def _latest(view: LiveTable, peer_id: str) -> int:
     return max((each.sequence for each in view.everybody() if each.peer_id == peer_id), default=-1)
+
+
+async def keep_dials_fresh(host: Host, view: LiveTable) -> None:
+    """Give dials under way what their peers announce meanwhile; until cancelled.
+
+    A node whose line has got another public address announces that within seconds, and a dial of its former
+    address would go on in silence to its limit.
+    """
+    while True:
+        changed = view.changed
+        for peer in view.everybody() if host.dials else ():
+            if peer.peer_id in host.dials:
+                host.dials[peer.peer_id].add(peer.addrs)
+        await changed.wait()

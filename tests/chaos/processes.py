@@ -148,7 +148,8 @@ class NodeProcess(_Process):
 
     kind = "node"
 
-    def __init__(self, zygote: Zygote, home: Path, blocks: tuple[int, int]) -> None:
+    def __init__(self, zygote: Zygote, home: Path, blocks: tuple[int, int] | None) -> None:
+        """Set up; it does not run before `run`. `blocks` None: it introduces peers, and serves nothing."""
         super().__init__(zygote, home)
         self.blocks = blocks
         self.peer_id = load_identity(home).peer_id
@@ -158,7 +159,8 @@ class NodeProcess(_Process):
 
     def run(self, bootstrap: Sequence[str], *flags: str) -> None:
         """Start it."""
-        argv = ["node", "--json", "--until-stdin-closes", "--blocks", "{}:{}".format(*self.blocks)]
+        argv = ["node", "--json", "--until-stdin-closes"]
+        argv += ["--blocks", "{}:{}".format(*self.blocks)] if self.blocks else ["--no-blocks"]
         argv += ["--dtype", "float32", "--listen", self._listen, "--data-dir", str(self.home)]
         argv += ["--set", "compute.threads=1", "--set", f"cache_dir={self.home.parent}", *flags]
         # What is kept for auditors grows for a quarter of an hour by design, and would hide other growth.

@@ -459,3 +459,22 @@ async def test_a_topic_that_is_entered_while_a_neighbour_is_greeted_is_told_to_i
     known = alice.gossip.pubsub.peer_topics
     while ID.from_base58(introducer.host.peer_id) not in known.get(topic_of(OTHER), ()):
         await trio.sleep(0.01)
+
+
+async def test_a_neighbour_that_a_full_mesh_let_go_is_not_grafted_again_at_once(join: Join) -> None:
+    """Many come, the mesh is full, many leave: who was pruned would take a graft for a flood."""
+    member, topic = await join(), topic_of(REVISION)
+    router = member.gossip.pubsub.gossipsub
+    neighbours = {ID.from_base58(new_identity().peer_id) for _ in range(router.degree_high + 1)}
+    for peer_id in neighbours:
+        router.add_peer(peer_id, TProtocol("/meshsub/1.2.0"))
+    member.gossip.pubsub.peer_topics[topic] = set(neighbours)
+    router.mesh[topic] = set(neighbours)
+    _, prunes = router.mesh_heartbeat()
+    pruned = set(prunes)
+    assert len(pruned) == len(neighbours) - router.degree
+    member.gossip.pubsub.peer_topics[topic] = set(pruned)
+    router.mesh[topic] = set()
+    grafts, _ = router.mesh_heartbeat()
+    assert not grafts
+    member.gossip.pubsub.peer_topics[topic].clear()

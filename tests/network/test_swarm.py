@@ -19,7 +19,7 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig
 from p2pinfer.node.host.length_prefix import receive_value, send_value
-from p2pinfer.node.swarm import bootstrap
+from p2pinfer.node.swarm import bootstrap, retries
 from p2pinfer.node.swarm.anti_entropy import FIRST_S, LAST_S, AntiEntropy, next_pause_s
 from p2pinfer.node.swarm.bootstrap import BootstrapPeer, Neighbourhood
 from p2pinfer.node.swarm.live_table import LiveTable
@@ -283,7 +283,7 @@ async def test_one_bootstrap_peer_that_answers_is_enough(
 async def test_a_bootstrap_peer_that_comes_late_is_found(
     start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_RETRY_S", 0.01)
     identity = new_identity()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
@@ -336,7 +336,7 @@ async def test_a_lost_neighbour_is_replaced_at_once(
     start_host: StartHost, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 1000.0)
-    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 1000.0)
+    monkeypatch.setattr(retries, "FIRST_RETRY_S", 1000.0)
     monkeypatch.setattr(bootstrap, "STEADY_S", 0.0)
     introducer, newcomer = await start_host(), await start_host()
     serve_snapshots(introducer, LiveTable())
@@ -362,7 +362,7 @@ async def test_a_bootstrap_peer_that_accepts_and_hangs_up_is_dialled_ever_more_s
 ) -> None:
     delay_s = 0.02
     monkeypatch.setattr(bootstrap, "CHECK_INTERVAL_S", 0.001)
-    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", delay_s)
+    monkeypatch.setattr(retries, "FIRST_RETRY_S", delay_s)
     introducer, newcomer = await start_host(), await start_host()
     if answers:
         serve_snapshots(introducer, LiveTable())
@@ -412,9 +412,9 @@ async def test_nobody_answering_is_said_once_with_the_reasons(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(bootstrap, "FIRST_RETRY_S", 0.001)
-    monkeypatch.setattr(bootstrap, "LAST_RETRY_S", 0.004)
-    monkeypatch.setattr(bootstrap, "MAX_FAILED", 1)
+    monkeypatch.setattr(retries, "FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(retries, "LAST_RETRY_S", 0.004)
+    monkeypatch.setattr(retries, "MAX_FAILED", 1)
     lonely = await start_host()
     dead = BootstrapPeer(new_identity().peer_id, (DEAD,))
     attempts, attempted = trio.open_memory_channel[str](0)

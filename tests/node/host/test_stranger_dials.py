@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import trio
 import trio.testing
+from libp2p.transport.exceptions import OpenConnectionError
 
 from p2pinfer.errors import NotDialled, PeerUnreachable
 from p2pinfer.node.host.home_networks import HomeNetworks
@@ -220,3 +221,51 @@ async def test_on_one_machine_each_port_is_an_address(
     again = [await victim.dial(f"other {n}", f"/ip4/127.0.0.1/tcp/{n + 1}") for n in range(50)]
     assert all(tried)
     assert not any(again)
+
+
+async def test_a_network_where_nobody_was_met_is_no_home_though_it_is_private(
+    dials: StrangerDials, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Sixteen ports of each of sixteen hosts that have nothing to do with the swarm, told of for a minute."""
+    dials.note_own(["/ip4/127.0.0.1/tcp/4001"])
+    victim = Victim(dials)
+    began_at = trio.current_time()
+    while trio.current_time() < began_at + 60:
+        for n in range(256):
+            await victim.dial(f"peer {n}", f"/ip4/127.66.0.{n % 16 + 1}/tcp/{n // 16 + 1}")
+        await trio.sleep(1)
+    assert len(victim.dialled) <= 20
+
+
+async def test_ports_at_home_where_somebody_else_answers_are_tried_again_ever_more_rarely(
+    dials: StrangerDials, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Sixteen services of this machine that are no peers: three nodes make less than a dial a second."""
+    dials.note_own(["/ip4/127.0.0.1/tcp/4001"])
+    victim = Victim(dials)
+    began_at = trio.current_time()
+    while trio.current_time() < began_at + 120:
+        for n in range(256):
+            await victim.dial(f"peer {n}", f"/ip4/127.0.0.1/tcp/{n % 16 + 1}")
+        await trio.sleep(1)
+    assert 16 <= len(victim.dialled) <= 40
+
+
+async def test_closed_ports_at_home_keep_nobody_from_being_found(
+    dials: StrangerDials, autojump_clock: trio.testing.MockClock
+) -> None:
+    dials.note_own(["/ip4/127.0.0.1/tcp/4001"])
+
+    async def refuse(address: str) -> None:
+        await trio.sleep(0.001)
+        raise OpenConnectionError("refused") from ConnectionRefusedError(111, "refused")
+
+    async def answer(address: str) -> None:
+        await trio.sleep(0.001)
+
+    for n in range(200):
+        dials.teller = lambda peer_id: peer_id
+        with pytest.raises(OpenConnectionError):
+            await dials.dial(f"peer {n}", f"/ip4/127.0.0.1/tcp/{n + 1}", refuse, hearsay=True)
+    await dials.dial(PEER, "/ip4/127.0.0.1/tcp/4002", answer, hearsay=True)
+    assert dials.is_proved(PEER, "127.0.0.1", 4002)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import cast
 
 import trio
@@ -13,6 +14,8 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.swarm.bootstrap import NEIGHBOURS, TRIES_PER_S, BootstrapPeer, Neighbourhood
 from p2pinfer.node.swarm.live_table import LiveTable
+from p2pinfer.node.swarm.peer_book import PeerBook
+from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 
 REVISION = "ab" * 16
@@ -24,9 +27,12 @@ class LonelyHost:
 
     peer_id = "me"
 
-    def __init__(self, *there: str) -> None:
+    def __init__(
+        self, *there: str, silent: Collection[str] = (), connected: Sequence[str] = ("neighbour",)
+    ) -> None:
         self.there = there
-        self.connected = ["neighbour"]
+        self.silent = silent
+        self.connected = list(connected)
         self.tried: list[str] = []
 
     def connected_peers(self) -> list[str]:
@@ -36,7 +42,7 @@ class LonelyHost:
         """Nobody is lost."""
 
     async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
-        await trio.sleep(0.05)
+        await trio.sleep(10.0 if peer_id in self.silent else 0.05)
         self.tried.append(peer_id)
         if peer_id not in self.there:
             raise PeerUnreachable("connection refused", peer_id)
@@ -93,3 +99,37 @@ async def test_peers_that_are_there_become_neighbours_at_once(autojump_clock: tr
         await trio.sleep(1.0)
         nursery.cancel_scope.cancel()
     assert len(host.connected) > NEIGHBOURS
+
+
+async def test_a_silent_bootstrap_peer_delays_nobody(autojump_clock: trio.testing.MockClock) -> None:
+    """One is there at the third try, while another's address swallows every packet for ten seconds."""
+    host = LonelyHost("late", silent=["silent"], connected=())
+    peers = [BootstrapPeer(name, ("/ip4/11.0.0.1/tcp/9",)) for name in ("silent", "late")]
+    neighbourhood = Neighbourhood(cast(Host, host), LiveTable(), peers)
+    host.there = ()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        await trio.sleep(0.5)
+        host.there = ("late",)
+        await trio.sleep(2.0)
+        assert "late" in host.connected
+        nursery.cancel_scope.cancel()
+
+
+async def test_silent_peers_of_an_earlier_run_keep_no_place(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """Eight that swallow packets were met last: the ninth is found after a few seconds, not after 20."""
+    book = PeerBook(tmp_path)
+    names = [new_identity().peer_id for _ in range(9)]
+    for name in names:
+        book.note(name, [f"/ip4/11.0.0.1/tcp/9/p2p/{name}"], reached=True)
+    assert len(book.peers()) == 9
+    last = book.peers()[-1].peer_id
+    host = LonelyHost(last, silent=[name for name in names if name != last], connected=())
+    neighbourhood = Neighbourhood(cast(Host, host), LiveTable(), (), book=book)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        await trio.sleep(3.5)
+        assert last in host.connected
+        nursery.cancel_scope.cancel()

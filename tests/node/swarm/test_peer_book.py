@@ -115,3 +115,19 @@ def test_peers_of_another_swarm_are_forgotten(tmp_path: Path) -> None:
     assert [peer.peer_id for peer in book.peers()] == [alice]
     book.keep_if_met([bob])
     assert book.peers() == []
+
+
+async def test_whom_it_met_is_kept_though_the_peer_that_is_named_did_not_answer_then(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """A client was gone before that one answered; today it is the only one that is named."""
+    met, silent = new_identity().peer_id, new_identity().peer_id
+    book = PeerBook(tmp_path, clock)
+    book.begin_with({met: [ADDRESS], silent: [ADDRESS]})
+    book.note(met, [ADDRESS], reached=True)
+    await kept(book)
+    book = PeerBook(tmp_path, clock)
+    book.begin_with({silent: [ADDRESS]})
+    assert [peer.peer_id for peer in book.peers() if peer.reached] == [met]
+    book.begin_with({new_identity().peer_id: [ADDRESS]})
+    assert met not in {peer.peer_id for peer in book.peers()}
