@@ -170,7 +170,7 @@ async def contest(hidden: int, steps: int) -> dict[str, Any]:
                 if receipts:
                     book = ReceiptBook(SESSION, REVISION, "bfloat16", lambda _, *rest: check(identity, *rest))
                     for each in passed:
-                        book.note(each)
+                        book.unchecked.append(each)
                     started = time.perf_counter()
                     await book.check()
                     checks.append((time.perf_counter() - started) / steps)

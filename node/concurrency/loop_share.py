@@ -34,6 +34,7 @@ MUCH: Final = 0.1  # of `most`
 MAX_RANGES: Final = 1024
 MAX_PEERS: Final = 64  # of a range
 _BOOKED_S: Final = 0.0002  # what is less is added up first: booking costs microseconds
+_TOLD_S: Final = 0.001  # what work that goes on has to take before it is told of: several steps of a session
 _SOON_S: Final = 0.001  # no wait at all
 _LEVEL_S: Final = 0.05  # for how long a level is used before it is computed anew
 
@@ -81,9 +82,14 @@ class _Range:
 
 
 class LoopShares:
-    """The accounts of one event loop."""
+    """The accounts of one event loop.
+
+    Attributes:
+        is_over: False while all together take so little that nobody has to wait.
+    """
 
     def __init__(self, most: float = MOST, clock: Callable[[], float] = trio.current_time) -> None:
+        self.is_over = False
         self.on_overspent: Callable[[str], None] = lambda peer: None  # a peer is hung up on
         self._most = most
         self._clock = clock
@@ -100,6 +106,7 @@ class LoopShares:
         """Note processor time that a peer's messages have taken."""
         now = self._clock()
         self._all.add(seconds, now)
+        self.is_over = self._all.rate(now) > self._most
         of_range = self._ranges.get(address_range)
         if of_range is None:
             of_range = self._ranges[address_range] = _Range()
@@ -113,6 +120,7 @@ class LoopShares:
         """Seconds that a peer should not be read from; 0 for whoever takes no more than its part."""
         now = self._clock()
         if self._all.rate(now) <= self._most:
+            self.is_over = False  # until somebody spends more
             return 0.0
         if now - self._levelled_at > _LEVEL_S:
             self._level = fair_level((each.use.rate(now) for each in self._ranges.values()), self._most)
@@ -141,11 +149,12 @@ class Meter:
     """Adds up what one peer's messages take, and has it wait.
 
     Attributes:
+        shares: The accounts that it is one of; while they are not `is_over`, `pause` need not be asked.
         has_worked: Whether steps of the peer were computed; it is not hung up on then.
     """
 
     def __init__(self, shares: LoopShares, peer: str, address_range: str) -> None:
-        self._shares = shares
+        self.shares = shares
         self._peer = peer
         self._range = address_range
         self._pending = 0.0
@@ -155,7 +164,7 @@ class Meter:
         """Note processor time."""
         self._pending += seconds
         if self._pending > _BOOKED_S:
-            self._shares.spend(self._peer, self._range, self._pending)
+            self.shares.spend(self._peer, self._range, self._pending)
             self._pending = 0.0
 
     async def pause(self) -> None:
@@ -164,12 +173,13 @@ class Meter:
         Raises:
             Overspent: It has had to wait for too long.
         """
-        while (pause_s := self._shares.pause_s(self._peer, self._range)) > _SOON_S:
+        shares = self.shares
+        while shares.is_over and (pause_s := shares.pause_s(self._peer, self._range)) > _SOON_S:
             pause_s = min(pause_s, LOOK_S)
-            too_long = self._shares.note_wait(self._peer, self._range, pause_s)
+            too_long = shares.note_wait(self._peer, self._range, pause_s)
             await trio.sleep(pause_s)
             if too_long and not self.has_worked:
-                self._shares.on_overspent(self._peer)
+                shares.on_overspent(self._peer)
                 raise Overspent(f"peer {self._peer} takes too much of the event loop")
 
 
@@ -192,10 +202,10 @@ async def clocked(
     spend: Callable[[float], None],
     clock: Callable[[], float] = time.thread_time,
 ) -> _T:
-    """Await `work`, and call `spend` with the processor time of every part of it between two suspensions.
+    """Await `work`, and call `spend` with the processor time of its parts between suspensions.
 
-    That of the thread, not the time of day: whatever else runs meanwhile, the thread that computes among it,
-    is not this peer's doing.
+    It is told of several parts at once, and of the rest at the end. The time is that of the thread, not the
+    time of day: whatever else runs meanwhile, the thread that computes among it, is not this peer's doing.
     """
     return await _clocked(work, spend, clock)
 
@@ -206,17 +216,24 @@ def _clocked(
 ) -> Generator[Any, Any, _T]:
     resume: Callable[[Any], Any] = work.send
     value: Any = None
-    while True:
-        began = clock()
-        try:
-            trap = resume(value)
-        except StopIteration as stop:
-            result: _T = stop.value
-            return result
-        finally:
-            spend(clock() - began)
-        try:
-            value = yield trap
-            resume = work.send
-        except BaseException as exc:  # trio's answer to the trap, a cancellation for instance
-            value, resume = exc, work.throw
+    spent_s = 0.0  # and not told of
+    try:
+        while True:
+            began = clock()
+            try:
+                trap = resume(value)
+            finally:
+                spent_s += clock() - began
+            if spent_s > _TOLD_S:
+                spend(spent_s)
+                spent_s = 0.0
+            try:
+                value = yield trap
+                resume = work.send
+            except BaseException as exc:  # trio's answer to the trap, a cancellation for instance
+                value, resume = exc, work.throw
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+    finally:
+        spend(spent_s)

@@ -142,10 +142,14 @@ class HopSession:
         ):
             return
         self.inbox.take(step, len(payload), feeder.peer_id)
-        try:
-            self.room.reach(step.position + step.tokens)
-        except CacheFull as exc:
-            raise SessionRefusal("cache_full", str(exc)) from exc
+        room, stop = self.room, step.position + step.tokens
+        if stop > room.filled:
+            if stop > room.lease.max_tokens:  # others have taken back what was not used
+                try:
+                    room.grow(stop)
+                except CacheFull as exc:
+                    raise SessionRefusal("cache_full", str(exc)) from exc
+            room.filled = stop
         hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, feeder.peer_id)
         self.lifetime.last_active = trio.current_time()
         self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at))

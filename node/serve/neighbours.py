@@ -43,7 +43,8 @@ class Neighbours:
         reading: Around whoever reads `control`.
         link: To the successor; None on the last hop, before the successor is reached, and after it is lost.
         standby: To the peer that is to take the successor's place.
-        pausing: Held while a step goes to the successor, and while none may.
+        pausing: Held while a step waits to go to the successor, and while none may go.
+        least_epoch: Of steps that still go to the successor.
     """
 
     def __init__(self, opening: Open, client_id: str, control: FrameStream) -> None:
@@ -54,8 +55,8 @@ class Neighbours:
         self.link: Link | None = None
         self.standby: Link | None = None
         self.pausing = FastLock()
+        self.least_epoch = 0
         self._replayer: FrameStream | None = None  # where the last step with `replay` came from
-        self._least_epoch = 0  # of steps that still go to the successor
         self._left = trio.Event()  # set when `control` is used no more
 
     # ------------------------------------------------------------------ who feeds us
@@ -95,16 +96,11 @@ class Neighbours:
         Raises:
             PeerVanished: The client is gone. A successor that is gone is reported to the client instead.
         """
-        link = self.link
-        may_go = link is not None and not self.pausing.is_held and step.epoch >= self._least_epoch
-        # Nothing suspends between that look and the frame, so nobody changes the link in between.
-        if link is not None and may_go and link.send_now(step, payload):
-            return
         async with self.pausing:
             # Asked with the lock held: a switch may have come while this step waited, and an epoch must not
             # fall along a link. What is dropped here has no result, so the client sends it again.
             link = self.link
-            if link is None or step.epoch < self._least_epoch:
+            if link is None or step.epoch < self.least_epoch:
                 return
             try:
                 await link.send(step, payload)
@@ -113,13 +109,13 @@ class Neighbours:
 
     def supersede(self, epoch: int) -> None:
         """Send on no outputs of epochs before this one any more."""
-        self._least_epoch = max(self._least_epoch, epoch)
+        self.least_epoch = max(self.least_epoch, epoch)
 
     def switch(self, link: Link, epoch: int) -> Link | None:
         """Have outputs of `epoch` and later go out on `link`, and no others; returns the former link."""
         former, self.link = self.link, link
         self.standby = None
-        self._least_epoch = epoch
+        self.least_epoch = epoch
         return former
 
     async def lose(self, link: Link, why: str) -> None:

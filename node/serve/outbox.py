@@ -95,7 +95,15 @@ class Outbox:
         else:
             replay = max(0, step.replay - 1)
             onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)
-            await neighbours.send_to_successor(onward, payload)
+            link = neighbours.link
+            # Nothing suspends between this look and the frame, so nobody changes the link in between.
+            if (
+                link is None
+                or neighbours.pausing.is_held
+                or step.epoch < neighbours.least_epoch
+                or not link.send_now(onward, payload)
+            ):
+                await neighbours.send_to_successor(onward, payload)
 
     async def _attest(self, work: StepWork, returned: int) -> bytes:
         """Our receipt for a step; what it names is kept for whoever may want to check it."""

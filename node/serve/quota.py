@@ -140,7 +140,12 @@ def _firm(reservation: Reservation) -> int:
 
 
 class CacheRoom:
-    """Pages of the KV cache that one session holds, and those it may come to need."""
+    """Pages of the KV cache that one session holds, and those it may come to need.
+
+    Attributes:
+        filled: The highest position that a step was ever computed for; nothing below it is taken back. The
+            session raises it with every step, after `grow` if that goes beyond the lease.
+    """
 
     def __init__(
         self, quota: Quota, cache: PagedCache, lease: CacheLease, client: str, address_range: str
@@ -153,7 +158,7 @@ class CacheRoom:
         self._most = lease.max_tokens
         # A sixty-fourth of a small cache, so that many first steps do not fill it.
         self._first = min(FIRST_TOKENS, cache.capacity_tokens // 64)
-        self._filled = 0  # the highest position that was ever written: nothing below it is taken back
+        self.filled = 0
 
     @property
     def held(self) -> int:
@@ -163,24 +168,18 @@ class CacheRoom:
     @property
     def earned(self) -> int:
         """Tokens that stay with the session whoever else needs room."""
-        return self._cache.whole_pages(self._firm(self._filled))
+        return self._cache.whole_pages(self._firm(self.filled))
 
     def give_back(self) -> None:
         """Keep no more than is firm."""
-        self.lease.resize(min(self.lease.max_tokens, self._firm(self._filled)))
+        self.lease.resize(min(self.lease.max_tokens, self._firm(self.filled)))
 
-    def reach(self, stop: int) -> None:
-        """Note that a step up to position `stop` is to be computed, and have room for it.
+    def grow(self, stop: int) -> None:
+        """Have room again for a step up to position `stop`, which the lease has not.
 
         Raises:
             CacheFull: Others have earned the room that the session once reserved.
         """
-        if stop > self._filled:
-            if stop > self.lease.max_tokens:
-                self._grow(stop)
-            self._filled = stop
-
-    def _grow(self, stop: int) -> None:
         for wanted in (self._firm(stop), stop):
             more = self._cache.whole_pages(wanted) - self.held
             if self._quota.may_grow(self, more):

@@ -126,6 +126,8 @@ class Worker:
         self._waiting = 0  # in line, and newcomers
         self._waiting_prefills = 0
         self._returns: ReturnTimes[Hashable] = ReturnTimes()
+        self._sessions = set[Hashable]()  # that have had work here and were not released
+        self._is_shared = False  # there are several
         self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.Thread(target=self._work, name="p2pinfer-worker", daemon=True)
@@ -164,7 +166,12 @@ class Worker:
         """
 
         def forget() -> None:
+            self._sessions.discard(lease)
             self._returns.forget(lease)
+            if len(self._sessions) < 2:
+                # Whoever is left has nobody to wait for it, so when it comes and goes is not noted any more.
+                self._is_shared = False
+                self._returns = ReturnTimes()
             self._token.run_sync_soon(lease.release)
 
         self.call(forget)
@@ -201,7 +208,11 @@ class Worker:
                     self._newcomers.append(arrival)
                     self._waiting += 1
                     self._waiting_prefills += not arrival.is_decode
-                    self._returns.arrive(arrival.session, arrival.submitted_at)
+                    if arrival.session not in self._sessions:
+                        self._sessions.add(arrival.session)
+                        self._is_shared = len(self._sessions) > 1
+                    if self._is_shared:
+                        self._returns.arrive(arrival.session, arrival.submitted_at)
         except queue.Empty:
             pass
         return True
@@ -212,6 +223,8 @@ class Worker:
         Returns:
             False when the worker is to stop.
         """
+        if not self._is_shared:
+            return True
         started = self._clock()
         # Waiting pays for decode steps alone. A batch with a prefill takes so long that those who are due
         # would be back for the one after it in any case.
@@ -291,7 +304,8 @@ class Worker:
         except trio.RunFinishedError:
             logger.debug("the event loop ended before %s results", len(batch))
         # While the event loop wakes up:
-        self._let_go(done, started + seconds)
+        if self._is_shared:
+            self._let_go(done, started + seconds)
         if all_decode:
             self._patience_s = PATIENCE * seconds
 

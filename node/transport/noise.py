@@ -111,7 +111,8 @@ class NoiseSession(SecureSession):
         Raises:
             Overspent: The peer has had to wait for too long.
         """
-        await self.meter.pause()
+        if self.meter.shares.is_over:
+            await self.meter.pause()
         return await super().read(n)
 
     @property

@@ -11,14 +11,13 @@ What a peer may have under way on a stream is bounded by the window we granted; 
 grant again when half of the window has been read, and a bigger one when that took less than two round trips.
 
 Frames of streams are written by the task that sends: encrypting and queueing happen without a suspension, in
-one order (`TcpStream.write` promises that), so a cancelled sender cannot tear a frame. Frames that answer
-something (a window update, a pong) are collected and written by a task of their own, because neither the
-receiving task nor a reader that has taken its bytes may wait for the socket. That task also sends what the
-socket did not take of a frame that was to go at once.
+one order (`TcpStream.write`), so a cancelled sender cannot tear a frame. Frames that answer something (a
+window update, a pong) are written by a task of their own, because neither the receiving task nor a reader
+may wait for the socket. That task also sends what the socket did not take of a frame that was to go at once.
 
-What is urgent overtakes. A frame that was encrypted cannot be overtaken, nor can what the kernel has taken.
-So at most one frame of data is on its way to the kernel (`send_lock`), frames take the line a tenth of a
-second, and the kernel holds about as much (`tcp.py`). Frames without data need no lock.
+What is urgent overtakes. Nothing overtakes what was encrypted, or what the kernel has taken. So one frame of
+data at a time is on its way to the kernel (`send_lock`). Frames without data need no lock. A frame takes the
+line a tenth of a second (`_fit_frames`, whenever it was measured), and the kernel holds as much (`tcp.py`).
 """
 
 from __future__ import annotations
@@ -86,6 +85,7 @@ class YamuxConnection(Carrier):
         self.event_started = trio.Event()
         self.rtt_s = 0.0  # measured; 0 until the first pong
         self.send_lock = FastLock()
+        self._fit_frames()
         self.heard_at = trio.current_time()  # when the peer last sent anything
         self._max_streams = max_streams
         self._streams: dict[int, YamuxStream] = {}
@@ -100,8 +100,7 @@ class YamuxConnection(Carrier):
         self._accept_in, self._accept_out = trio.open_memory_channel[YamuxStream](max_streams)
         self._scope = trio.CancelScope()
         # The frame under way, when a peer's frames do not begin and end with Noise messages as ours do.
-        self._partial = b""
-        self._body_left = 0
+        self._partial, self._body_left = b"", 0
         self._body_stream: YamuxStream | None = None
         self._body_flags = 0
 
@@ -196,6 +195,7 @@ class YamuxConnection(Carrier):
         rtt_s = trio.current_time() - sent_at
         self.rtt_s = (self.rtt_s + rtt_s) / 2 if self.rtt_s else rtt_s
         self.secured_conn.raw.expect_round_trip(self.rtt_s, rtt_s)
+        self._fit_frames()
         return rtt_s
 
     # ------------------------------------------------------------------ for the streams: see Carrier
@@ -209,16 +209,13 @@ class YamuxConnection(Carrier):
     def local_port(self) -> int | None:
         return self.secured_conn.raw.local_port
 
-    @property
-    def frame_bytes(self) -> int:
-        return frame_bytes(self.secured_conn.raw.rate.bytes_per_s, self.secured_conn.raw.least_rtt_s)
-
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         self._traffic.sent += len(header) + len(payload)  # they are taken before the first suspension
         try:
             await self.secured_conn.write(b"".join((header, payload)))
         except (BaseLibp2pError, OSError) as exc:
             raise MuxedStreamReset(f"the connection is gone: {exc}") from exc
+        self._fit_frames()  # a rate is measured while somebody waits here, and nowhere else
 
     def send_now(self, header: bytes, payload: bytes | memoryview) -> bool:
         if not self.secured_conn.write_now(b"".join((header, payload))):
@@ -252,12 +249,15 @@ class YamuxConnection(Carrier):
 
     # ------------------------------------------------------------------ tasks
 
+    def _fit_frames(self) -> None:
+        raw = self.secured_conn.raw
+        self.frame_bytes = frame_bytes(raw.rate.bytes_per_s, raw.least_rtt_s)
+
     async def _send_answers(self) -> None:
         while True:
             await self._control_ready.wait()
             self._control_ready = trio.Event()
-            frames = bytes(self._control)
-            self._control.clear()
+            frames, self._control = bytes(self._control), bytearray()
             try:
                 await self.send(frames)
             except MuxedStreamReset:

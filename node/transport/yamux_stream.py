@@ -36,10 +36,12 @@ class Carrier(IMuxedConn):
     Attributes:
         rtt_s: The round trip as measured; 0 until it was.
         send_lock: Held while a frame of data goes out. Frames without data go before those that wait for it.
+        frame_bytes: The most that a frame of data is to carry, by what is known of the line.
     """
 
     rtt_s: float
     send_lock: FastLock
+    frame_bytes: int
 
     @property
     @abstractmethod
@@ -50,11 +52,6 @@ class Carrier(IMuxedConn):
     @abstractmethod
     def local_port(self) -> int | None:
         """The port that a direct connection leaves from; None through a relay."""
-
-    @property
-    @abstractmethod
-    def frame_bytes(self) -> int:
-        """The most that a frame of data is to carry."""
 
     @abstractmethod
     async def ping(self) -> float:
@@ -183,12 +180,13 @@ class YamuxStream(IMuxedStream):
 
     def write_now(self, data: bytes) -> bool:
         """Send `data` in one frame if that takes no waiting; False, with nothing sent, if it does."""
-        if self._lost or self._end_sent or len(data) > min(self._credit, self._connection.frame_bytes):
+        size = len(data)
+        if self._lost or self._end_sent or size > self._credit or size > self._connection.frame_bytes:
             return False
-        if not self._connection.send_now(HEADER.pack(0, DATA, 0, self.stream_id, len(data)), data):
+        if not self._connection.send_now(HEADER.pack(0, DATA, 0, self.stream_id, size), data):
             return False
-        self._credit -= len(data)
-        self.bytes_sent += len(data)
+        self._credit -= size
+        self.bytes_sent += size
         return True
 
     async def wait_writable(self) -> None:

@@ -32,36 +32,40 @@ class NgramDrafter:
     """Drafts from one text, which may only grow."""
 
     def __init__(self) -> None:
-        # By n-gram: the position behind its last occurrence. The end of the text itself is not among them.
+        # By n-gram: the position behind its last occurrence, but for those that end with the last token.
         self._behind: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
-    def draft(self, ids: Sequence[int], most: int) -> Draft:
-        """Up to `most` guesses at what follows `ids`; none if its end is new.
+    def draft(self, ids: Sequence[int], last_id: int, most: int) -> Draft:
+        """Up to `most` guesses at what follows `ids` and then `last_id`; none if that end is new.
 
-        The longest n-gram that occurred before decides, and of its occurrences the last.
+        The longest n-gram that occurred before decides, and of its occurrences the last. What it takes does
+        not grow with the text: `ids` is not copied, and only what was added since the last draft is indexed.
         """
+        if most < 1:
+            return Draft()
         self._index(ids)
-        for order in range(min(MAX_ORDER, len(ids)), 0, -1):
-            origin = self._behind.get(tuple(ids[-order:]))
-            if origin is not None and most > 0:
-                return Draft(_copied(ids, origin, most), _matched(ids, origin))
+        end = (*ids[1 - MAX_ORDER :], last_id)
+        for start in range(len(end)):
+            origin = self._behind.get(end[start:])
+            if origin is not None:
+                return Draft(_copied(ids, last_id, origin, most), _matched(ids, last_id, origin))
         return Draft()
 
     def _index(self, ids: Sequence[int]) -> None:
-        for behind in range(self._indexed + 1, len(ids)):
+        for behind in range(self._indexed + 1, len(ids) + 1):
             for order in range(1, min(MAX_ORDER, behind) + 1):
                 self._behind[tuple(ids[behind - order : behind])] = behind
-        self._indexed = max(self._indexed, len(ids) - 1)
+        self._indexed = max(self._indexed, len(ids))
 
 
-def _copied(ids: Sequence[int], origin: int, most: int) -> tuple[int, ...]:
+def _copied(ids: Sequence[int], last_id: int, origin: int, most: int) -> tuple[int, ...]:
     """`most` tokens from `origin` on; past the end of the text those that were copied are copied again."""
-    period = len(ids) - origin
-    return tuple(ids[origin + i % period] for i in range(most))
+    source = (*ids[origin : origin + most], last_id)
+    return tuple(source[i % len(source)] for i in range(most))
 
 
-def _matched(ids: Sequence[int], origin: int) -> int:
+def _matched(ids: Sequence[int], last_id: int, origin: int) -> int:
     """Number of equal tokens before `origin` and before the end, up to `MAX_MATCH`."""
     most = min(origin, MAX_MATCH)
-    return next((i for i in range(most) if ids[origin - 1 - i] != ids[-1 - i]), most)
+    return next((i for i in range(most) if ids[origin - 1 - i] != (ids[-i] if i else last_id)), most)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import trio
 from torch import Tensor
 
@@ -178,10 +179,10 @@ class Generation:
                 outage = outage or Outage(self._retry_limits, begun=bool(self._transcript.token_ids))
                 await self._get_over(error, outage, changed)
             else:
-                self._rows.extend(trip.hidden[i : i + 1] for i in range(len(trip.hidden)))
+                self._rows.extend(torch.split(trip.hidden, 1))
                 self._guesses = self._guesses[: len(self._rows) - 1]
                 if self._speculation is not None and trip.seconds is not None:
-                    self._speculation.note_trip(len(self._rows), trip.seconds)
+                    self._speculation.trips.append((len(self._rows), trip.seconds))
         return await trio.to_thread.run_sync(self._draw, self._rows.popleft())
 
     async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
@@ -214,23 +215,28 @@ class Generation:
         if self._process.applies:
             logits = self._process(logits, ids)
         token_id = self._sampler.pick(logits, len(ids))
-        if self._speculation is not None:
-            self._speculate((*ids, token_id), self._speculation)
+        if (speculation := self._speculation) is not None:
+            seen = speculation.seen
+            if not seen:
+                seen.update(ids)
+            # Nothing has ever followed a token that is new to the text, so there is nothing to guess from.
+            if self._rows or token_id in seen:
+                self._speculate(ids, token_id, speculation)
+            seen.add(token_id)
         return token_id
 
-    def _speculate(self, ids: tuple[int, ...], speculation: Speculation) -> None:
-        """Look whether the outputs that are left presume this last token; else guess what follows it."""
-        speculation.note_token()
+    def _speculate(self, ids: Sequence[int], token_id: int, speculation: Speculation) -> None:
+        """Look whether the outputs that are left presume this token behind `ids`; else guess what follows."""
         if self._rows:
-            right = self._guesses[0] == ids[-1]
+            right = self._guesses[0] == token_id
             speculation.note_guess(right=right)
             self._guesses = self._guesses[1:]
             if right:
                 return
             self._rows.clear()
-        # Less one each: room was counted before this token, and the last output gives a token, too.
-        room = min(self._remote.room - 1, self._transcript.max_ids - len(ids) - 1)
-        self._guesses = speculation.guess(ids, max(0, room))
+        # Less this token, and of the text's length less the one that the last output gives.
+        room = min(self._remote.room - 1, self._transcript.max_ids - len(ids) - 2)
+        self._guesses = speculation.guess(ids, token_id, max(0, room))
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
@@ -263,6 +269,7 @@ class Generation:
         clock, transcript, remote = self._clock, self._transcript, self._remote
         first = clock.first_token or time.perf_counter()
         spent = (clock.last_token or first) - first
+        drawn = len(transcript.token_ids) - self._tokens_before
         return GenerationResult(
             transcript.text,
             tuple(transcript.token_ids),
@@ -271,11 +278,11 @@ class Generation:
             remote.route,
             Timings(
                 first - (clock.started or first),
-                (len(transcript.token_ids) - self._tokens_before - 1) / spent if spent > 0 else 0.0,
+                (drawn - 1) / spent if spent > 0 else 0.0,
                 remote.per_hop_ms,
                 remote.per_step_ms,
             ),
             remote.failovers,
             self._sampler.seed if self._sampler.config.temperature else None,
-            self._speculation.stats if self._speculation else None,
+            self._speculation.stats(drawn) if self._speculation else None,
         )

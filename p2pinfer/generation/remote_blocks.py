@@ -102,7 +102,9 @@ class RemoteBlocks:
         self._session: Session | None = None
         self._noted: Route | None = None  # what `route` was made from
         self._reserved = 0  # tokens that the session has room for
-        self._sent: tuple[int, ...] = ()  # what the session holds: the tokens so far, and guesses behind them
+        self._most_guesses = 0  # in one step, by what the hops take
+        # In the session: so many of the tokens, and the guesses behind them. One value, for a thread may ask.
+        self._sent: tuple[int, tuple[int, ...]] = (0, ())
         self._began_at = 0.0  # the session
         self._tokens_before = 0
         # Of the sessions that are over:
@@ -115,8 +117,7 @@ class RemoteBlocks:
         """Number of guesses behind the tokens so far that the session takes in one step; 0 without one."""
         if self._session is None:
             return 0
-        longest = self._session.chain.flow_limits.chunk_tokens
-        return max(0, min(self._reserved - len(self._transcript.ids), longest - 1))
+        return max(0, min(self._reserved - len(self._transcript.ids), self._most_guesses))
 
     async def hidden_after(self, guesses: tuple[int, ...] = ()) -> Trip:
         """Hidden states of the last token, and of guesses at those that follow it.
@@ -136,18 +137,18 @@ class RemoteBlocks:
         if self._session is None:
             self._session = await self._open()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
-            self._note_route(self._session.route)
-            self._sent = ids
+            self._note_route(self._session)
+            self._sent = (len(ids), ())
             embedded = await trio.to_thread.run_sync(self._embedding_and_head.embed, ids)
             trip = Trip(await self._session.prefill(embedded, 0), None)
         else:
             started = time.perf_counter()
-            self._sent = (*ids, *guesses)
+            self._sent = (len(ids), guesses)
             embedded = self._embedding_and_head.embed((ids[-1], *guesses))
             hidden = await self._session.decode(embedded, len(ids) - 1)
             trip = Trip(hidden, time.perf_counter() - started)
-        if (route := self._session.route) is not self._noted:
-            self._note_route(route)
+        if self._session.chain.route is not self._noted:
+            self._note_route(self._session)
         return trip
 
     async def _open(self) -> Session:
@@ -241,11 +242,14 @@ class RemoteBlocks:
     def _past_inputs(self, start: int, stop: int) -> Tensor:
         """Hidden states that a session was given at past positions, (tokens, hidden_size)."""
         # With the guesses that were wrong: until the next step rolls it back, the session counts them.
-        return self._embedding_and_head.embed(self._sent[start:stop])
+        count, guesses = self._sent
+        past = self._transcript.ids[start : min(stop, count)]
+        return self._embedding_and_head.embed((*past, *guesses[max(0, start - count) : max(0, stop - count)]))
 
-    def _note_route(self, route: Route) -> None:
-        """Keep who takes part; hops may have been replaced."""
-        self._noted = route
+    def _note_route(self, session: Session) -> None:
+        """Keep who takes part, and what these hops take; they may have been replaced."""
+        self._noted = route = session.route
+        self._most_guesses = session.chain.flow_limits.chunk_tokens - 1
         self.route = tuple(
             HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops
         )

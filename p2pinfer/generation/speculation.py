@@ -108,44 +108,43 @@ def speculation_by(setting: str) -> Speculation | None:
 class Speculation:
     """Chooses the guesses of one generation, and learns from what becomes of them.
 
-    Not thread-safe: one call at a time.
+    Not thread-safe: one call at a time. Where there is nothing to guess from, a token costs two look-ups.
+
+    Attributes:
+        seen: Tokens of the text. There is a guess only behind one of them; whoever draws tokens adds them.
+        trips: Trips since the last guess: positions, which are a token and the guesses behind it, and
+            seconds. Whoever makes trips adds them.
     """
 
     def __init__(self, depth: int | None = None) -> None:
         """Send `depth` guesses wherever there are any; as many as pay if it is None."""
+        self.seen: set[int] = set()
+        self.trips: list[tuple[int, float]] = []
         self._depth = depth
         self._drafter = NgramDrafter()
         self._cost = TripCost()
         self._acceptance = Acceptance()
         self._matched = self._at = 0  # of the last draft, and of the guess that is due
-        self._trips = self._plain = self._without = self._trials = self._taken = self._drafted = 0
+        self._trips = self._plain = self._without = self._trials = self._drafted = 0
         self._checked = [0] * MAX_DEPTH
         self._right = [0] * MAX_DEPTH
 
-    def guess(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
+    def guess(self, ids: Sequence[int], last_id: int, room: int) -> tuple[int, ...]:
         """Guesses to send with the next trip.
 
         Args:
-            ids: All tokens so far, the last of which is about to be sent.
+            ids: All tokens before the one that is about to be sent.
+            last_id: That one.
             room: Most guesses for which there are positions.
         """
+        trips, self.trips = self.trips, []
+        for positions, seconds in trips:
+            self._note_trip(positions, seconds)
         most = min(room, MAX_DEPTH if self._depth is None else self._depth)
-        draft = self._drafter.draft(ids, most)
+        draft = self._drafter.draft(ids, last_id, most)
         depth = len(draft.token_ids) if self._depth is not None else self._best_depth(draft)
         self._matched, self._at = draft.matched, 0
         return draft.token_ids[:depth]
-
-    def note_trip(self, positions: int, seconds: float) -> None:
-        """Note what a trip with a token and `positions - 1` guesses took."""
-        self._trips += 1
-        self._plain += positions == 1
-        self._without = self._without + 1 if positions == 1 else 0
-        self._drafted += positions - 1
-        self._cost.note(positions, seconds)
-
-    def note_token(self) -> None:
-        """Note a token that was drawn from a trip's output."""
-        self._taken += 1
 
     def note_guess(self, *, right: bool) -> None:
         """Note what became of the next guess of the last draft; those behind a wrong one are not noted."""
@@ -154,31 +153,42 @@ class Speculation:
         self._acceptance.note(self._matched + self._at, right)
         self._at += 1
 
-    @property
-    def stats(self) -> SpeculationStats:
-        """Result so far."""
+    def stats(self, tokens: int) -> SpeculationStats:
+        """Result so far, of a generation that has drawn so many tokens."""
+        waiting = [positions for positions, _ in self.trips]
         deepest = MAX_DEPTH - next((i for i, each in enumerate(reversed(self._checked)) if each), MAX_DEPTH)
         return SpeculationStats(
-            self._taken / (self._trips + 1),
-            self._drafted,
+            tokens / (self._trips + len(waiting) + 1),
+            self._drafted + sum(waiting) - len(waiting),
             sum(self._right),
             tuple(zip(self._checked[:deepest], self._right[:deepest], strict=True)),
         )
 
+    def _note_trip(self, positions: int, seconds: float) -> None:
+        self._trips += 1
+        self._plain += positions == 1
+        self._without = self._without + 1 if positions == 1 else 0
+        self._drafted += positions - 1
+        self._cost.note(positions, seconds)
+
     def _best_depth(self, draft: Draft) -> int:
         """Number of guesses that brings most tokens a second; 0 where the gain is not clear."""
-        likely = bool(draft.token_ids) and self._acceptance.expect(draft.matched) > 0.5
+        if not draft.token_ids:
+            return 0
+        likely = self._acceptance.expect(draft.matched) > 0.5
         if likely and self._plain >= _PLAIN_TRIPS and self._trials < _TRIALS:
             self._trials += 1
             return min(_TRIAL_DEPTH, len(draft.token_ids))
         if self._trials < _TRIALS:
             return 0
         tokens = chance = 1.0
-        best, best_rate = 0, _CLEAR_GAIN / self._cost.predict(1)
+        plain_s = self._cost.predict(1)
+        guess_s = self._cost.predict(2) - plain_s
+        best, best_rate = 0, _CLEAR_GAIN / plain_s
         for depth in range(1, len(draft.token_ids) + 1):
             chance *= self._acceptance.expect(draft.matched + depth - 1)
             tokens += chance
-            rate = tokens / self._cost.predict(1 + depth)
+            rate = tokens / (plain_s + guess_s * depth)
             if rate > best_rate:
                 best, best_rate = depth, rate
         # What a guess costs is only learned by sending some: a line that was slow once is not slow for ever.

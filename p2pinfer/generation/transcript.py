@@ -18,6 +18,7 @@ class Transcript:
     """Prompt and answer, token by token.
 
     Attributes:
+        ids: All tokens, those of the prompt included; it only grows, so nobody needs a copy of it.
         prompt_ids: The prompt's tokens.
         token_ids: Those that follow it.
         finish_reason: Why there are no more to come; None if there are.
@@ -27,6 +28,7 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer, state: GenerationState) -> None:
         """Begin with the tokens of `state`, which are of `tokenizer`'s model."""
         self.prompt_ids = state.prompt_ids
+        self.ids: list[int] = [*state.prompt_ids]
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
@@ -38,11 +40,6 @@ class Transcript:
         for token_id in state.token_ids:
             if self.finish_reason is None:
                 self.take(token_id)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All tokens, those of the prompt included."""
-        return (*self.prompt_ids, *self.token_ids)
 
     @property
     def max_ids(self) -> int:
@@ -68,6 +65,7 @@ class Transcript:
 
     def take(self, token_id: int) -> str:
         """Add a token and return the text that became certain with it."""
+        self.ids.append(token_id)
         self.token_ids.append(token_id)
         special = self._tokenizer.special_texts.get(token_id, "")
         certain = ""

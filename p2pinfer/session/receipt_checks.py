@@ -49,6 +49,8 @@ class ReceiptBook:
         keep: Remember every step, payloads included, for an audit after the session.
 
     Attributes:
+        unchecked: Steps that came back and were not checked yet. Whoever sees one come back adds it, and has
+            them checked when there are `CHECK_EVERY`.
         kept: Steps whose receipts were checked and are in order, oldest first.
         broken: The first thing that was wrong with a receipt. Nothing that came after it counts.
     """
@@ -59,33 +61,27 @@ class ReceiptBook:
         self.session = session
         self.revision = revision
         self.codec = codec
+        self.unchecked: list[PassedStep] = []
         self.kept: list[PassedStep] = []
         self.broken: PeerError | None = None
         self._check_signature = check
         self._keep = keep
-        self._unchecked: list[PassedStep] = []
         self._chains: dict[str, ReceiptChain] = {}
         self._turn = trio.Lock()
 
-    def note(self, passed: PassedStep) -> bool:
-        """Remember a step to be checked; True if enough has gathered for a check to be worth its while."""
-        if self.broken is None:
-            self._unchecked.append(passed)
-        return len(self._unchecked) >= CHECK_EVERY
-
     async def check(self) -> None:
-        """Check what was noted and not yet checked.
+        """Check what is `unchecked`.
 
         Raises:
             ProtocolViolation: A receipt is missing, malformed or forged, or does not fit its neighbours.
             Equivocation: A hop signed two of them for one step.
         """
         async with self._turn:
-            steps, self._unchecked = self._unchecked, []
+            steps, self.unchecked = self.unchecked, []
             if steps and self.broken is None:
                 await trio.to_thread.run_sync(self._check_all, steps)
             if self.broken is not None:
-                self._unchecked = []
+                self.unchecked = []
                 raise self.broken
 
     def _check_all(self, steps: Sequence[PassedStep]) -> None:

@@ -44,7 +44,7 @@ from .in_flight import Answer, InFlight, Promise, SentStep
 from .liveness import keep_watch
 from .opening import end_all, refusal_error
 from .pending import Pending, StepTiming, Superseded
-from .receipt_checks import PassedStep, ReceiptBook
+from .receipt_checks import CHECK_EVERY, PassedStep, ReceiptBook
 from .relay_upgrade import leave_relays
 from .repair import Repair
 from .reporter import Reporter
@@ -138,8 +138,7 @@ class Session:
         Raises:
             PeerError: The session is over.
         """
-        returns = len(hidden) if returns is None else returns
-        promise = await self._submit(hidden, position, returns)
+        promise = await self._submit(hidden, position, len(hidden) if returns is None else returns)
         return Pending(partial(self._output_of, promise))
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
@@ -300,7 +299,8 @@ class Session:
         sent = self._steps.answer(result, payload, stream.peer_id)
         if self.book is not None:
             passed = PassedStep(sent.step, self.chain.route.hops, sent.payload, payload, result.receipts)
-            if self.book.note(passed):
+            self.book.unchecked.append(passed)
+            if len(self.book.unchecked) >= CHECK_EVERY:
                 self._receipts_due.set()
 
     def on_refused(self, stream: HopStream, refused: Refused) -> None:

@@ -72,7 +72,7 @@ def closed_session(client: Client, *receipts: tuple[bytes, ...]) -> Session:
     route = route_over(a=(0, 3), b=(3, 5), c=(5, 8))
     book = ReceiptBook(secrets.token_bytes(16), client.spec.revision, "float32", verify, keep=True)
     for number, each in enumerate(receipts):
-        book.note(PassedStep(Step(number, 0, number, 1, 1), route.hops, b"", b"", each))
+        book.unchecked.append(PassedStep(Step(number, 0, number, 1, 1), route.hops, b"", b"", each))
     said = SimpleNamespace(book=book, broken_receipt=None, opened_route=route, route=route)
     return cast(Session, said)
 

@@ -54,7 +54,7 @@ def test_the_last_token_that_was_asked_for_ends_it(tokenizer: Tokenizer) -> None
     transcript = begin(tokenizer, max_new_tokens=2)
     assert len(taken(transcript, [300, 301, 302])) == 2
     assert transcript.finish_reason == "length"
-    assert transcript.ids == (*transcript.prompt_ids, 300, 301)
+    assert transcript.ids == [*transcript.prompt_ids, 300, 301]
     assert len(transcript.ids) == transcript.max_ids
 
 

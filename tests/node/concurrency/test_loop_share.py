@@ -76,6 +76,18 @@ def test_identities_of_one_range_share_what_one_would_get_and_the_light_among_th
     assert 0.08 < taken["other flood"] < 0.2
 
 
+def test_whether_anybody_has_to_wait_is_known_without_asking_for_each_message() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    shares.spend("a", "r", 0.2)
+    assert not shares.is_over
+    shares.spend("a", "r", 4.0)
+    assert shares.is_over
+    clock.now += 60
+    assert shares.pause_s("a", "r") == 0
+    assert not shares.is_over
+
+
 def test_a_peer_that_stops_is_forgiven() -> None:
     clock = Clock()
     shares = LoopShares(0.25, clock)
@@ -154,6 +166,21 @@ async def test_only_the_time_of_the_work_itself_is_counted() -> None:
         nursery.start_soon(burn, 0.05)
         assert await clocked(work(), spend) == "done"
     assert 0.04 <= spent < 0.05
+
+
+async def test_small_parts_are_told_of_together_and_the_rest_at_the_end() -> None:
+    told: list[float] = []
+    now = 0.0
+
+    async def work() -> None:
+        nonlocal now
+        for _ in range(25):
+            now += 0.0001
+            await trio.lowlevel.checkpoint()
+
+    await clocked(work(), told.append, lambda: now)
+    assert sum(told) == pytest.approx(0.0025)
+    assert len(told) <= 3
 
 
 async def test_errors_and_cancellations_pass_through_the_clock(autojump_clock: object) -> None:

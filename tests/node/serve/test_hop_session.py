@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -49,9 +50,8 @@ class Echo:
 class Room:
     """Room for everything."""
 
-    lease = None
-
-    def reach(self, stop: int) -> None: ...
+    lease = SimpleNamespace(max_tokens=1 << 20)
+    filled = 0
 
 
 class Collector:
