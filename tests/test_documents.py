@@ -7,6 +7,7 @@ import dataclasses
 import re
 import runpy
 import shlex
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,44 @@ def test_every_method_in_the_architecture_document_is_there() -> None:
 def test_every_room_is_on_the_map() -> None:
     rooms = {f"{path.rpartition('/')[0]}/" for path in modules() if path.count("/") > 1}
     assert not (rooms | {"routing/", "reputation/"}) - paths_in(section("The map"))
+
+
+def rows_of_the_map() -> list[list[str]]:
+    """The rooms and modules of each row, from above to below, as paths."""
+    cells = [line.split("|")[2] for line in section("The map").splitlines() if line.startswith("|")]
+    return [found for cell in cells if (found := re.findall(r"`([a-z_0-9/.]+)`", cell))]
+
+
+def layers() -> list[list[list[str]]]:
+    """Those of each contract, from above to below, as paths without an ending."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return [
+        [
+            [name.removeprefix("p2pinfer.").replace(".", "/") for name in layer.split(" | ")]
+            for layer in contract["layers"]
+        ]
+        for contract in pyproject["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    ]
+
+
+def test_the_rows_of_the_map_are_the_layers_of_the_contracts() -> None:
+    where: dict[str, int] = {}
+    for at, row in enumerate(rows_of_the_map()):
+        for path in row:
+            where[path.removeprefix("p2pinfer/").removesuffix(".py").removesuffix("/")] = at
+    named: set[str] = set()
+    for contract in layers():
+        above = -1
+        for layer in contract:
+            named.update(layer)
+            rows = {at for path, at in where.items() for one in layer if f"{path}/".startswith(f"{one}/")}
+            missing = [one for one in layer if not any(f"{path}/".startswith(f"{one}/") for path in where)]
+            assert not missing, "on no row"
+            assert min(rows) > above, f"{layer} should be below what is above it in the contract"
+            assert len(layer) == 1 or len(rows) == 1, f"{layer} should be one row"
+            above = max(rows)
+    assert not where.keys() - named, "on the map and in no contract"
 
 
 def test_the_walk_of_a_token_names_at_most_ten_rooms_and_files() -> None:
