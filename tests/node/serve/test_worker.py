@@ -304,6 +304,37 @@ async def test_a_batch_does_not_wait_for_a_session_that_is_overdue() -> None:
         assert (await results.wait(7))[-1] == "here"
 
 
+async def test_the_time_that_a_session_was_alone_does_not_count_when_others_come() -> None:
+    """Nobody waits for a session that is alone, so its times are not noted, and not taken up again."""
+    device, here, away = SlowDevice(), Lease(), Lease()
+    async with open_worker(64, clock=lambda: device.now) as worker:
+        results = Results(worker, device)
+
+        async def step(session: Lease, after_s: float) -> None:
+            device.gate.release()
+            results.submit("", lease=session, submitted_at=device.now + after_s)
+            await results.wait(len(results.done) + 1)
+
+        for session in (here, away, here, away):
+            await step(session, -800)  # each is back 200 s after its last step ended
+        worker.release(cast(CacheLease, away))
+        await worker.released()
+        for _ in range(3):
+            device.now += 50_000
+            await step(here, 0)
+        device.now += 50_000
+        for session in (Lease(), here, Lease(), here):
+            await step(session, -800)
+        device.at_work.clear()
+        results.submit("another", submitted_at=device.now)
+        has_waited = not await trio.to_thread.run_sync(device.at_work.wait, 0.1)
+        results.submit("here", lease=here, submitted_at=device.now + 200)
+        device.gate.release(2)
+        await results.wait(len(results.done) + 2)
+    assert has_waited
+    assert device.batches == [*[[1]] * 11, [1, 1]]
+
+
 async def test_a_prompt_waits_for_nobody() -> None:
     device = SlowDevice()
     async with open_worker(64, clock=lambda: device.now) as worker:
