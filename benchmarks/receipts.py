@@ -62,8 +62,7 @@ class Lease:
 
 class Room:
     lease = Lease()
-
-    def reach(self, stop: int) -> None: ...
+    filled = 1 << 20
 
 
 class Spec(NamedTuple):

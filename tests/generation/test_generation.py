@@ -442,7 +442,7 @@ def force(monkeypatch: pytest.MonkeyPatch, ends: EmbeddingAndHead, ids: list[int
 def encode_as(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, ids: list[int]) -> None:
     """Let every text be these tokens."""
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
         return ids
 
     monkeypatch.setattr(tokenizer, "encode", encode)
@@ -494,9 +494,11 @@ async def test_of_a_prompt_that_is_far_too_long_a_beginning_is_looked_at(
     looked_at: list[int] = []
     encode = tokenizer.encode
 
-    def spy(text: str) -> list[int]:
+    def spy(text: str, *, add_special_tokens: bool = True) -> list[int]:
         looked_at.append(len(text))
-        return [7] if text.startswith("long") else encode(text)
+        if text.startswith("long"):
+            return [7]
+        return encode(text, add_special_tokens=add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", spy)
     async with open_memory_swarm(checkpoint) as swarm:
