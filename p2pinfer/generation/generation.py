@@ -236,7 +236,7 @@ class Generation:
             self._rows.clear()
         # Less this token, and of the text's length less the one that the last output gives.
         room = min(self._remote.room - 1, self._transcript.max_ids - len(ids) - 2)
-        self._guesses = speculation.guess(ids, token_id, max(0, room))
+        self._guesses = speculation.guess(ids, token_id, max(0, room), self._remote.compute_s)
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""

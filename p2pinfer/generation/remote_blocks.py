@@ -227,6 +227,14 @@ class RemoteBlocks:
         """The median decode step of that session, as seen from here."""
         return self._session.per_step_ms() if self._session else self._per_step_ms
 
+    @property
+    def compute_s(self) -> float | None:
+        """Seconds that a token took in the hops' blocks, in the last step; None before the first."""
+        if self._session is None or not self._session.timings:
+            return None
+        step = self._session.timings[-1]
+        return sum(bill.compute_us for bill in step.bills) / 1e6 / step.tokens
+
     async def aclose(self) -> None:
         """Let the hops free what they hold; harmless twice."""
         if self._session is not None:

@@ -58,10 +58,15 @@ class TripCost:
     """Seconds of a trip: those of one without guesses, and more for each guess. Medians of the last trips.
 
     No fitted line: that would forget what a guess costs while none are sent. And no means: one trip that
-    stood in a queue says nothing of the next.
+    stood in a queue says nothing of the next. Until a guess was sent, one is taken to cost as much as a token
+    does in the hops' blocks: a step of several positions never computes more than as many steps of one.
+
+    Attributes:
+        compute_s: Seconds of a token in the hops' blocks; None if not known.
     """
 
     def __init__(self) -> None:
+        self.compute_s: float | None = None
         self._plain_s = deque[float](maxlen=_LAST_PLAIN)
         self._guess_s = deque[float](maxlen=_LAST_GUESSES)
 
@@ -75,8 +80,14 @@ class TripCost:
     def predict(self, positions: int) -> float:
         """Seconds that a trip will take; one with guesses takes no less than one without."""
         plain_s = median(self._plain_s) if self._plain_s else 0.0
-        guess_s = median(self._guess_s) if self._guess_s else 0.0
+        guess_s = median(self._guess_s) if self._guess_s else self.compute_s or 0.0
         return plain_s + max(0.0, guess_s) * (positions - 1)
+
+    @property
+    def is_known(self) -> bool:
+        """True if there is something to go by."""
+        plain_known = len(self._plain_s) >= _PLAIN_TRIPS
+        return plain_known and (bool(self._guess_s) or self.compute_s is not None)
 
 
 class Acceptance:
@@ -129,14 +140,18 @@ class Speculation:
         self._checked = [0] * MAX_DEPTH
         self._right = [0] * MAX_DEPTH
 
-    def guess(self, ids: Sequence[int], last_id: int, room: int) -> tuple[int, ...]:
+    def guess(
+        self, ids: Sequence[int], last_id: int, room: int, compute_s: float | None = None
+    ) -> tuple[int, ...]:
         """Guesses to send with the next trip.
 
         Args:
             ids: All tokens before the one that is about to be sent.
             last_id: That one.
             room: Most guesses for which there are positions.
+            compute_s: Seconds that a token takes in the hops' blocks, without what it waits; None if unknown.
         """
+        self._cost.compute_s = compute_s
         trips, self.trips = self.trips, []
         for positions, seconds in trips:
             self._note_trip(positions, seconds)
@@ -179,7 +194,7 @@ class Speculation:
         if likely and self._plain >= _PLAIN_TRIPS and self._trials < _TRIALS:
             self._trials += 1
             return min(_TRIAL_DEPTH, len(draft.token_ids))
-        if self._trials < _TRIALS:
+        if not self._cost.is_known:
             return 0
         tokens = chance = 1.0
         plain_s = self._cost.predict(1)
