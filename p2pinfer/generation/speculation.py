@@ -22,11 +22,12 @@ from p2pinfer.client_config import MAX_DEPTH
 
 from .draft import Draft, NgramDrafter
 
-_CLEAR_GAIN: Final = 1.1  # predicted; estimates are noisy, and a wrong guess takes a hop's time from others
+_CLEAR_GAIN: Final = 0.1  # predicted; estimates are noisy, and a wrong guess takes a hop's time from others
 _PLAIN_TRIPS: Final = 3  # measured first
 _TRIAL_DEPTH: Final = 3  # guesses in a trip that is made to learn what they cost
 _TRIALS: Final = 2  # such trips, at the beginning
 _TRY_AGAIN: Final = 64  # trips without guesses, after which one more is tried with a single guess
+_LOOK_AGAIN: Final = 12  # the same where guesses would pay if they were right as often as usual
 _LAST_PLAIN: Final = 9  # trips without guesses whose median counts
 _LAST_GUESSES: Final = 5  # trips with guesses whose median counts
 _DECAY: Final = 0.95  # of the weight of earlier guesses with each new one
@@ -107,6 +108,11 @@ class Acceptance:
         """Probability that a guess is right if those before it were, 0 to 1."""
         at = min(matched, len(_RIGHT) - 1)
         return self._right[at] / self._seen[at]
+
+
+def usual_share(matched: int) -> float:
+    """Share of guesses that are right in most texts, by the tokens matched before them."""
+    return _RIGHT[min(matched, len(_RIGHT) - 1)]
 
 
 def speculation_by(setting: str) -> Speculation | None:
@@ -199,12 +205,19 @@ class Speculation:
         tokens = chance = 1.0
         plain_s = self._cost.predict(1)
         guess_s = self._cost.predict(2) - plain_s
-        best, best_rate = 0, _CLEAR_GAIN / plain_s
+        # Where guesses cost next to nothing, so does a wrong one, and a small gain is worth the try.
+        clear_gain = 1 + min(_CLEAR_GAIN, guess_s / plain_s)
+        best, best_rate = 0, clear_gain / plain_s
         for depth in range(1, len(draft.token_ids) + 1):
             chance *= self._acceptance.expect(draft.matched + depth - 1)
             tokens += chance
             rate = tokens / (plain_s + guess_s * depth)
             if rate > best_rate:
                 best, best_rate = depth, rate
-        # What a guess costs is only learned by sending some: a line that was slow once is not slow for ever.
-        return best or (1 if likely and self._without >= _TRY_AGAIN else 0)
+        if best:
+            return best
+        # What a guess costs and brings is only learned by sending some: a line that was slow once is not slow
+        # for ever, and a few wrong guesses in a row say little of those to come.
+        usual = (1 + usual_share(draft.matched)) / (plain_s + guess_s)
+        patience = _LOOK_AGAIN if usual > clear_gain / plain_s else _TRY_AGAIN
+        return int((likely or patience == _LOOK_AGAIN) and self._without >= patience)
