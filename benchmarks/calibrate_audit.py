@@ -44,7 +44,8 @@ from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor, measure_floor
-from p2pinfer.models.verify.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.reference import Tail, open_reference, open_tail
+from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 SHORT = (4, 8, 16)

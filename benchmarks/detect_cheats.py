@@ -28,7 +28,8 @@ from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import Deviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor
-from p2pinfer.models.verify.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.reference import Tail, open_reference, open_tail
+from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 SPANS = {

@@ -9,7 +9,8 @@ every mode: own kernels, and transformers' eager and SDPA; in bfloat16, float16 
 batches. Then each kind judges what all of them gave. It does so as a client that holds the blocks, of all
 tokens and of the last ones alone, and as one that does not, with two and with three opinions of others. A
 check is one chunk of about 32 tokens. Among the texts are a word that repeats itself and random tokens;
-`experts` is a mixture with random weights and routers that are as decisive as trained ones.
+`experts` and `deep-experts` are mixtures with random weights and routers that are as decisive as trained
+ones. `--seed` gives other weights.
 
 With no failure among n checks the rate is below 1 - 0.05^(1/n) with a confidence of 95 %, as far as checks
 are independent, which those of one session are not.
@@ -53,30 +54,33 @@ from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import Deviation
-from p2pinfer.models.verify.verify import Tail, compare, open_reference, rerun
+from p2pinfer.models.verify.reference import Tail, open_reference
+from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.node.evidence.hop_record import History
 from p2pinfer.reputation.small_lies import Sample, SmallLies, sample_of
 from p2pinfer.reputation.verdict import Thresholds, Verdict, judge, judged_figures
 
-SOURCES = (BUNDLED_MODEL, "smollm2", "experts")
+EXPERTS = {"experts": (6, 256), "deep-experts": (12, 128)}  # blocks, hidden size
+SOURCES = (BUNDLED_MODEL, "smollm2", *EXPERTS)
 SPANS = {
     BUNDLED_MODEL: ("0:1", "5:6", "3:5", "0:4", "4:8", "0:8"),
     "smollm2": ("14:15", "0:4", "22:30"),
     "experts": ("0:1", "2:4", "0:3", "3:6"),
+    "deep-experts": ("0:12", "6:12", "9:12"),
 }
 TOKENS = 129
 LAST = 37  # tokens that a last hop is asked for
 OPINIONS_PER_SESSION = 24
 
 
-def write_experts(folder: Path) -> None:
+def write_experts(folder: Path, blocks: int, hidden_size: int, seed: int) -> None:
     """A Mixtral of random weights with routers that mostly have a clear favourite."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=6,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=blocks,
         num_attention_heads=8,
         num_key_value_heads=4,
         num_local_experts=8,
@@ -84,7 +88,7 @@ def write_experts(folder: Path) -> None:
         vocab_size=2000,
         max_position_embeddings=2048,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: Any = MixtralForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -99,14 +103,14 @@ def write_experts(folder: Path) -> None:
 @cache
 def open_source(source: str, folder: Path) -> Checkpoint:
     """The model of a source; `folder` is where the mixture was written."""
-    return open_checkpoint(folder / source, source) if source == "experts" else open_model(source)
+    return open_checkpoint(folder / source, source) if source in EXPERTS else open_model(source)
 
 
 def texts_of(source: str, checkpoint: Checkpoint, count: int, first: int) -> list[list[int]]:
     """Usual texts, if the model is trained, and odd ones."""
     rng, words = random.Random(first), checkpoint.spec.vocab_size
     usual = [[rng.randrange(words) for _ in range(TOKENS)] for _ in range(count)]
-    if source != "experts":
+    if source not in EXPERTS:
         usual = sample_sessions(checkpoint, count, TOKENS, first=first)
     one, other = rng.randrange(words), rng.randrange(words)
     odd = [
@@ -196,19 +200,18 @@ def judge_all(source: str, folder: Path, kinds: Sequence[str]) -> Count:
         }
         reference = open_reference(checkpoint, span, max_tokens=TOKENS)
         is_last = span.stop == checkpoint.spec.num_blocks
-        tail = Tail(None, head) if is_last and source != "experts" else None
+        tail = Tail(None, head) if is_last else None
         for number, given in enumerate(inputs):
             # Every attempt at other experts is a run: a third of the peers, in turn, will do.
-            looked_at = peers if source != "experts" else dict(islice(peers.items(), number % 3, None, 3))
+            looked_at = peers if source not in EXPERTS else dict(islice(peers.items(), number % 3, None, 3))
             floor = rerun(reference, span, given, torch.bfloat16)
             for name, outputs in looked_at.items():
                 who = f"{source} {span} text {number} {name}"
                 whole = compare(floor, outputs[number], range(TOKENS), tail)
                 count.add("all tokens", who, whole)
                 count.add_sample(f"{source} {span} {name}", sample_of(whole))
-                count.add(
-                    "last tokens", who, compare(floor, outputs[number][-LAST:], range(TOKENS - LAST, TOKENS))
-                )
+                last = range(TOKENS - LAST, TOKENS)
+                count.add("last tokens", who, compare(floor, outputs[number][-LAST:], last, tail))
             ask_others(count, rng, span, given, {name: each[number] for name, each in peers.items()})
     return count
 
@@ -276,6 +279,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--device", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
     parser.add_argument("--sessions", type=int, default=2, help="usual texts beside the three odd ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the mixtures' weights")
     parser.add_argument("--first", type=int, default=40, help="number of the first text; others are new")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
@@ -301,7 +305,8 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            write_experts(folder / "experts")
+            for name, (blocks, hidden_size) in EXPERTS.items():
+                write_experts(folder / name, blocks, hidden_size, options.seed)
             for source in sources:
                 write_inputs(source, folder, options.sessions, options.first)
             words = ["--sources", *options.sources, "--isa", *options.isa, "--device", *options.device]

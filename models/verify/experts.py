@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, TypeAlias
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 REACH: Final = 8.0  # roundings of a score that all swaps of a token may take together
-TIED: Final = 3.0  # roundings of a score within which a coin decides for tokens that are not seen
+TIED: Final = 5.0  # roundings of a score within which tokens that are not seen may have gone either way
 ACCEPTED: Final = 3.0  # ratio up to which a token needs no explanation
 HOPELESS: Final = 8.0  # ratio of an unexplained token after which nobody asks for explanations of others
 MAX_RUNS: Final = 24
@@ -47,11 +47,18 @@ class RoutingLog:
     Args:
         paths: Choices to force; elsewhere each router has its own.
         follow: Log of the same session whose choices are taken instead.
+        followers: Tokens that do so, where not all do; ascending.
     """
 
-    def __init__(self, paths: Paths | None = None, follow: RoutingLog | None = None) -> None:
+    def __init__(
+        self,
+        paths: Paths | None = None,
+        follow: RoutingLog | None = None,
+        followers: Sequence[int] | None = None,
+    ) -> None:
         self._paths = paths or {}
         self._follow = follow
+        self._followers = None if followers is None else torch.tensor(followers, dtype=torch.long)
         self._scores: dict[int, list[Tensor]] = {}
         self._chosen: dict[int, list[Tensor]] = {}
 
@@ -60,10 +67,13 @@ class RoutingLog:
         noted = self._scores.setdefault(block, [])
         at = sum(map(len, noted))
         noted.append(scores)
-        if self._follow is not None:
+        if self._follow is not None and self._followers is None:
             chosen = self._follow.chosen(block)[at : at + len(scores)]
         else:
             chosen = scores.topk(count, dim=-1).indices
+            if self._follow is not None and self._followers is not None:
+                here = self._followers[(self._followers >= at) & (self._followers < at + len(scores))]
+                chosen[here - at] = self._follow.chosen(block)[here]
             for token, path in self._paths.items():
                 if block in path and 0 <= token - at < len(scores):
                     chosen[token - at] = torch.tensor(path[block], device=chosen.device)
@@ -165,26 +175,55 @@ def explain(
     return _Search(run, positions, noise).search(base)
 
 
-def draw_unseen(
-    log: RoutingLog, unseen: Sequence[int], noise: Mapping[int, Tensor], rng: random.Random
-) -> dict[int, Path]:
-    """Choices of tokens whose outputs are not to be seen, as an honest peer may have made them.
+def tied_tokens(log: RoutingLog, noise: Mapping[int, Tensor]) -> frozenset[int]:
+    """Tokens with a near tie in any block."""
+    tied = ((roundings <= TIED).nonzero()[:, 0].tolist() for _, roundings in _near_ties(log, noise))
+    return frozenset(token for tokens in tied for token in tokens)
 
-    Each near tie is decided by a coin, which is further from the likeliest choice than rounding goes.
+
+def draw_unseen(
+    log: RoutingLog, unseen: Sequence[int], noise: Mapping[int, Tensor], count: int, rng: random.Random
+) -> list[dict[int, Path]]:
+    """Choices of tokens whose outputs are not to be seen, `count` times, as honest peers may have made them.
+
+    A token's near ties are each decided the other way in one of the draws. So none is left out, up to `count`
+    of a token: by coins, those of the last blocks of a deep span would be. And no draw has many more than
+    rounding brings about. One tie of a token in a draw, for the run decides what follows of it.
     """
-    drawn: dict[int, Path] = {}
-    for block in log.blocks:
+    near: dict[int, list[tuple[float, int, tuple[int, ...]]]] = {}
+    for block, roundings in _near_ties(log, noise):
         scores, chosen = log.scores(block), log.chosen(block)
-        if chosen.shape[-1] == scores.shape[-1]:
-            continue  # every token goes to all experts
-        gap = scores.topk(chosen.shape[-1] + 1, dim=-1).values[:, -2:].diff(dim=-1)[:, 0].abs()
-        tied = gap <= TIED * noise[block]
-        for token in (each for each in unseen if tied[each]):
-            swaps = _swaps(scores[token], chosen[token], TIED * float(noise[block][token]))
-            # One swap a token: what follows of it is decided by the run.
-            if swaps and token not in drawn and rng.random() < 0.5:
-                drawn[token] = {block: rng.choice(swaps)}
-    return drawn
+        for token in (each for each in unseen if roundings[each] <= TIED):
+            if swaps := _swaps(scores[token], chosen[token], TIED * float(noise[block][token])):
+                near.setdefault(token, []).append((float(roundings[token]), block, rng.choice(swaps)))
+    draws: list[dict[int, Path]] = [{} for _ in range(count)]
+    for token, ties in near.items():
+        for (_, block, experts), draw in zip(sorted(ties), rng.sample(draws, count), strict=False):
+            draw[token] = {block: experts}
+    return [draw for draw in draws if draw]
+
+
+def swayed_noise(
+    noise: Mapping[int, Tensor], base: RoutingLog, drawn: Sequence[RoutingLog]
+) -> dict[int, Tensor]:
+    """`noise`, and what the draws of `draw_unseen` move the scores of the other tokens by."""
+    swayed = dict(noise)
+    for block, each in noise.items():
+        for log in drawn:
+            moved = log.scores(block) - base.scores(block)
+            moved -= moved.mean(-1, keepdim=True)
+            further = (each.square() + moved.square().mean(-1)).sqrt()
+            swayed[block] = swayed[block].maximum(further)
+    return swayed
+
+
+def _near_ties(log: RoutingLog, noise: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """By block, (tokens,): lead of the last expert that is chosen over the next one, in roundings."""
+    for block in log.blocks:
+        scores, count = log.scores(block), log.chosen(block).shape[-1]
+        if count < scores.shape[-1]:  # else every token goes to all experts
+            last, following = scores.topk(count + 1, dim=-1).values[:, -2:].unbind(-1)
+            yield block, (last - following) / noise[block]
 
 
 class _Search:

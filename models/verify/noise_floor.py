@@ -56,6 +56,8 @@ class NoiseFloor:
             do to the others is noise as well.
         rerouted: Tokens whose experts are not those that the reference takes by itself.
         undecided: Tokens with admissible choices that were not tried.
+        doubtful: Tokens with a near tie. Where a swap moves a token no further than rounding does, nobody
+            looks for it, and yet it may take the lead from the likeliest successor.
     """
 
     exact: Tensor
@@ -68,6 +70,7 @@ class NoiseFloor:
     drawn: Sequence[Tensor] = ()
     rerouted: frozenset[int] = frozenset()
     undecided: frozenset[int] = frozenset()
+    doubtful: frozenset[int] = frozenset()
 
     def explaining(self, outputs: Tensor, positions: Sequence[int]) -> NoiseFloor:
         """The floor along the choices of experts that explain these outputs best."""

@@ -13,26 +13,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from p2pinfer.errors import WrongOutput
-from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
-from p2pinfer.models.compute.runner import SpanRunner, open_runner
-from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics
-from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
 from .deviation import HIGH_RHO, ChunkDeviation, Deviation, LogitDeviation
-from .experts import Paths, RoutingLog, Run, draw_unseen, explain, router_noise
+from .experts import Paths, RoutingLog, Run, draw_unseen, explain, router_noise, swayed_noise, tied_tokens
 from .logits import LogitEffect, measure_effect
 from .noise_floor import NoiseFloor, measure_floor, shared_part
+from .reference import Reference, Tail
 from .sessions import run_session, run_sessions
 
 CHUNK_TOKENS = 32
@@ -40,113 +34,6 @@ _UPPER = 0.9
 _DRAWS = 6  # of choices for tokens that are not seen
 # Trained models reach 1e5. Far from overflow even when squared, divided and summed up.
 _ABSURD = 1e8
-_PAGE_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A span to hold others' outputs against. Belongs to one thread at a time.
-
-    Attributes:
-        exact: Runs it in float32.
-        rounded: Run it in `numerics`, with fused kernels and stepwise; they share weights and cache.
-        max_tokens: How long a session may be.
-    """
-
-    exact: SpanRunner
-    rounded: Sequence[SpanRunner]
-    max_tokens: int
-
-    @property
-    def numerics(self) -> Numerics:
-        """Numerics whose rounding is the unit: see `p2pinfer.models.numerics.reference_for`."""
-        return self.rounded[0].numerics
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model."""
-        return self.exact.spec
-
-    @property
-    def span(self) -> BlockSpan:
-        """The blocks that can be looked at, or any part of them."""
-        return self.exact.span
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """Everything after a span, up to the logits, in float32. Belongs to one thread at a time.
-
-    Attributes:
-        runner: Holds the blocks after the span; None where it is the last one.
-        embedding_and_head: Norm and head.
-        span: Those of the runner's blocks that follow; all of them if None.
-    """
-
-    runner: SpanRunner | None
-    embedding_and_head: EmbeddingAndHead
-    span: BlockSpan | None = None
-
-
-def open_reference(
-    checkpoint: Checkpoint,
-    span: BlockSpan,
-    *,
-    max_tokens: int,
-    numerics: Numerics = BFLOAT16,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Reference:
-    """Load a span, in float32 and in `numerics`, whose rounding is what deviations are measured in.
-
-    With bfloat16 it takes six bytes a weight, and as many for each key and value of `max_tokens`.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be used.
-        ConfigError: Nothing here computes in `numerics`.
-        SpanOutOfRange: The model has no such blocks.
-    """
-    exact, rounded = (
-        _open(checkpoint, span, each, max_tokens, device, progress) for each in (FLOAT32, numerics)
-    )
-    return Reference(exact, (rounded, rounded.stepwise()), max_tokens)
-
-
-def open_tail(
-    checkpoint: Checkpoint,
-    span: BlockSpan,
-    *,
-    max_tokens: int,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Tail:
-    """Load what follows `span`, in float32.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be used, or lacks these tensors.
-    """
-    blocks = checkpoint.spec.num_blocks
-    runner = None
-    if span.stop < blocks:
-        rest = BlockSpan(span.stop, blocks)
-        runner = _open(checkpoint, rest, FLOAT32, max_tokens, device, progress)
-    config = ComputeConfig(device=device, dtype="float32")
-    return Tail(runner, load_embedding_and_head(checkpoint, config, progress=progress))
-
-
-def tail_of(reference: Reference, embedding_and_head: EmbeddingAndHead, start: int) -> Tail:
-    """Tail of a span that ends before block `start`, with a reference's own blocks.
-
-    Raises:
-        ValueError: It does not hold all of them.
-    """
-    stop = reference.spec.num_blocks
-    if start == stop:
-        return Tail(None, embedding_and_head)
-    rest = BlockSpan(start, stop)
-    if not reference.span.covers(rest):
-        raise ValueError(f"blocks {rest} are not all among {reference.span}")
-    return Tail(reference.exact, embedding_and_head, rest)
 
 
 def check_rows(rows: Tensor, tokens: int, hidden_size: int, peer_id: str = "") -> Tensor:
@@ -270,24 +157,47 @@ class _Rerun:
     ) -> NoiseFloor:
         where = torch.tensor(positions, dtype=torch.long)
 
-        def ratios(along: NoiseFloor) -> Tensor:
-            return along.deviations(outputs, where).square().sum(-1).sqrt()
-
         def run(paths: Paths) -> Run:
             output, log = self._run(paths)
-            return Run(ratios(replace(floor, exact=output)), log)
+            return Run(ratios(output), log)
 
         noise = router_noise(exact, rounded)
         unseen = sorted(set(range(positions[-1] if positions else 0)) - set(positions))
-        rng = random.Random(0)
-        drawn = [draw_unseen(exact, unseen, noise, rng) for _ in range(_DRAWS if unseen else 0)]
-        floor = replace(floor, drawn=[self._run(paths)[0] for paths in drawn if paths])
-        found = explain(run, Run(ratios(floor), exact), positions, noise)
+        draws = draw_unseen(exact, unseen, noise, _DRAWS, random.Random(0)) if unseen else []
+        drawn, logs = self._draw(draws, exact, positions)
+        noise = swayed_noise(noise, exact, logs)
+        floor = replace(floor, drawn=drawn)
+        # The unit of all attempts is this one: what the draws do is told from the run that they began from,
+        # and against another attempt the draws would count that attempt's own swaps as noise.
+        unit = floor.unit[where, None]
+
+        def ratios(output: Tensor) -> Tensor:
+            return ((outputs - output[where]) / floor.scale / unit).square().sum(-1).sqrt()
+
+        found = explain(run, Run(ratios(floor.exact), exact), positions, noise)
+        log = exact
         if found.paths:
             # What the drawn choices do beside those that explain the outputs.
-            beside = [self._run({**found.paths, **paths})[0] for paths in drawn if paths]
-            floor = replace(self._measure(found.paths)[0], drawn=beside)
-        return replace(floor, rerouted=frozenset(found.paths), undecided=found.undecided)
+            explained, log, _ = self._measure(found.paths)
+            floor = replace(explained, drawn=self._draw(draws, log, positions)[0])
+        return replace(
+            floor,
+            rerouted=frozenset(found.paths),
+            undecided=found.undecided,
+            doubtful=tied_tokens(log, noise),
+        )
+
+    def _draw(
+        self, draws: Sequence[Paths], base: RoutingLog, positions: Sequence[int]
+    ) -> tuple[list[Tensor], list[RoutingLog]]:
+        """Outputs and logs under drawn choices.
+
+        Tokens that are seen keep those of `base`: which experts they took shows in their outputs, and a swap
+        of theirs that a draw happens to bring about must not pass for noise.
+        """
+        logs = [RoutingLog(paths, follow=base, followers=positions) for paths in draws]
+        exact = self._reference.exact
+        return [run_session(exact.choosing(log), self._inputs, self._span) for log in logs], logs
 
     def _run(self, paths: Paths) -> tuple[Tensor, RoutingLog]:
         log = RoutingLog(paths)
@@ -322,13 +232,16 @@ def _check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
 def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: Tensor) -> LogitEffect | None:
     """Effect of `outputs` on the logits; None where the blocks of the tail lack some of their inputs."""
     runs = [floor.exact, *floor.rounded]
+    drawn: list[Tensor] = []
     if tail.runner is None:
         runs = [*(run[positions] for run in runs), outputs]
+        drawn = [run[positions] for run in floor.drawn]
     elif len(outputs) < len(floor.exact):
         return None
     else:
         runs = run_sessions(tail.runner, [*runs, outputs], tail.span)
-    return measure_effect(tail.embedding_and_head, runs)
+    doubtful = torch.tensor([position in floor.doubtful for position in positions.tolist()])
+    return measure_effect(tail.embedding_and_head, runs, drawn, doubtful)
 
 
 def split_chunks(start: int, stop: int) -> list[slice]:
@@ -364,22 +277,3 @@ def _describe(
         swayed=floor.swayed(looked_at),
         rerouted=len(floor.rerouted.intersection(positions)),
     )
-
-
-def _open(
-    checkpoint: Checkpoint,
-    span: BlockSpan,
-    numerics: Numerics,
-    max_tokens: int,
-    device: str,
-    progress: Progress | None,
-) -> SpanRunner:
-    pages = -(-max_tokens // _PAGE_TOKENS)
-    per_token = checkpoint.spec.kv_bytes_per_token_per_block(numerics) * len(span)
-    config = ComputeConfig(
-        device=device,
-        dtype=str(numerics),
-        cache_bytes=pages * _PAGE_TOKENS * per_token,
-        page_tokens=_PAGE_TOKENS,
-    )
-    return open_runner(checkpoint, span, config, progress=progress)

@@ -9,7 +9,8 @@ from torch import Tensor
 from p2pinfer.errors import WrongOutput
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify.verify import Reference, Tail, measure_span
+from p2pinfer.models.verify.reference import Reference, Tail
+from p2pinfer.models.verify.verify import measure_span
 from p2pinfer.node.protocol.tensors import dtype_of
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
 
@@ -28,16 +29,16 @@ def check_span(
     """The verdict on one hop's outputs; computes for as long as two prefills of `span` take, and blocks.
 
     Args:
-        reference: From `p2pinfer.models.verify.verify.open_reference`; any span that holds this one.
+        reference: From `p2pinfer.models.verify.reference.open_reference`; any span that holds this one.
         span: What the hop ran.
         inputs: (tokens, hidden_size), all that it was given from position 0 on, decoded from the wire.
         outputs: (n, hidden_size), what it gave, decoded from the wire.
         codec: The session's.
         positions: Those of the outputs, ascending; None if the hop gave one for every input. The last hop
             gives only those that the client asked to be returned.
-        tail: From `p2pinfer.models.verify.verify.open_tail` for the same span, to look at the logits as well.
-            Behind the last span it is norm and head only; elsewhere it costs three prefills of the blocks
-            that follow, and needs all outputs.
+        tail: From `p2pinfer.models.verify.reference.open_tail` for the same span, to look at the logits as
+            well. Behind the last span it is norm and head only; elsewhere it costs three prefills of the
+            blocks that follow, and needs all outputs.
         thresholds: The calibrated ones if None.
 
     Returns:

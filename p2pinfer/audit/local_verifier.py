@@ -27,7 +27,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, reference_for
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify.verify import Reference, Tail, open_reference, tail_of
+from p2pinfer.models.verify.reference import Reference, Tail, open_reference, tail_of
 from p2pinfer.node.evidence.check import check_span
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Verdict

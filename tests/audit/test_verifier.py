@@ -29,8 +29,8 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.reference import Reference, open_reference
 from p2pinfer.models.verify.sessions import run_session
-from p2pinfer.models.verify.verify import Reference, open_reference
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of

@@ -19,8 +19,9 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.models.verify.deviation import Deviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor
+from p2pinfer.models.verify.reference import Tail, open_reference, open_tail
 from p2pinfer.models.verify.sessions import run_session
-from p2pinfer.models.verify.verify import Tail, compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 STORIES = (

@@ -20,8 +20,9 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify import experts
 from p2pinfer.models.verify.experts import Paths, RoutingLog, Run, explain
+from p2pinfer.models.verify.reference import open_reference, open_tail
 from p2pinfer.models.verify.sessions import run_session, run_sessions
-from p2pinfer.models.verify.verify import compare, open_reference, open_tail, rerun
+from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 from ..conftest import WriteCheckpoint

@@ -16,15 +16,9 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.models.verify import sessions, verify
 from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation
+from p2pinfer.models.verify.reference import Reference, open_reference, open_tail
 from p2pinfer.models.verify.sessions import run_session, run_sessions
-from p2pinfer.models.verify.verify import (
-    Reference,
-    check_rows,
-    measure_span,
-    open_reference,
-    open_tail,
-    rerun,
-)
+from p2pinfer.models.verify.verify import check_rows, measure_span, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
 
 STORY = (

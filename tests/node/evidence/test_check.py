@@ -8,8 +8,8 @@ from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.reference import Reference, open_reference
 from p2pinfer.models.verify.sessions import run_session
-from p2pinfer.models.verify.verify import Reference, open_reference
 from p2pinfer.node.evidence.check import check_span
 from p2pinfer.reputation.verdict import Limit, Thresholds, Verdict
 
