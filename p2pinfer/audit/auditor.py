@@ -129,7 +129,10 @@ class Auditor:
         await self._backlog.settled()
 
     async def keep_nothing(self) -> None:
-        """Leave no audit to another process: the peers are our own and end with us."""
+        """Leave no audit of our own peers to another process; those that were left here wait for a next one.
+
+        Our own peers end with us, and those of earlier processes are not to be reached from here.
+        """
         await self._backlog.close(forget=True)
 
     async def serve(self) -> None:
@@ -186,19 +189,23 @@ class Auditor:
     async def _work(self, nursery: trio.Nursery) -> None:
         while True:
             job = await self._backlog.next_job()
+            published: list[bytes] | None = []
             with contained(f"the audit of {job.peer_id}"):
-                for address in await self._audit(job):
+                published = await self._audit(job)
+                for address in published or ():
                     self._backlog.note_pending(1)
                     nursery.start_soon(self._hand_out, address)
-            await self._backlog.done(job)
+            await self._backlog.done(job, keep=published is None)
 
     async def _hand_out(self, address: bytes) -> None:
         with contained("a proof"), trio.move_on_after(HAND_OUT_S):
             await self._member.proofs.handed_out(address)
         self._backlog.note_pending(-1)
 
-    async def _audit(self, job: Job) -> list[bytes]:
-        """Do one audit; returns the proofs that were published."""
+    async def _audit(self, job: Job) -> list[bytes] | None:
+        """Do one audit; returns the proofs that were published, None if it is left to another process."""
+        if not self._backlog.is_wanted(job):
+            return None
         if job.contradiction:
             return await self._accuse_of_two(job.peer_id, job.contradiction)
         if self._ledger.is_banned(job.peer_id):
@@ -220,6 +227,10 @@ class Auditor:
                 return await self._accuse_of_two(job.peer_id, collected.contradiction)
             finding, others = await self._judge(collected.record, job.others)
         fault = collected.fault or job.fault if finding.verdict is Verdict.INCONCLUSIVE else ""
+        if not job.is_fresh and collected.record is None and not fault:
+            # Its evidence is not to be had from here, or not any more: no audit of ours.
+            logger.debug("audit.left peer=%s", job.peer_id)
+            return None
         published = await self._settle(
             _Opinion(job.peer_id, collected.record, finding), fault=fault, why=fault or finding.reason
         )

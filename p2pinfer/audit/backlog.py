@@ -84,6 +84,7 @@ class Backlog:
         self._folder = folder
         self._clock = clock
         self._disk = trio.Lock()
+        self._takes_over = True
         self._waiting_bytes = 0
         self._pending = 0
         self._settled = Pulse()
@@ -101,6 +102,8 @@ class Backlog:
 
     async def take_over(self) -> None:
         """Queue what earlier processes have left."""
+        if not self._takes_over:
+            return
         now = self._clock()
         for path, kept in await self._on_disk(lambda folder: folder.take_over(now)) or []:
             logger.debug("audit.left_over peer=%s", kept.peer_id)
@@ -124,12 +127,12 @@ class Backlog:
         """The job that waits longest; each goes to one of those that ask, who call `done` after it."""
         return await self._jobs.receive()
 
-    async def done(self, job: Job) -> None:
-        """Forget a job, with whatever result."""
+    async def done(self, job: Job, *, keep: bool = False) -> None:
+        """Forget a job, with whatever result; with `keep`, the next process finds it all the same."""
         self._waiting_bytes -= job.size
         try:
             path = job.path
-            if path is not None:
+            if path is not None and not keep:
                 await self._on_disk(lambda folder: folder.drop(path))
         finally:
             self.note_pending(-1)
@@ -148,9 +151,18 @@ class Backlog:
     # ------------------------------------------------------------------ the folder
 
     async def close(self, *, forget: bool = False) -> None:
-        """Leave what is not done to the next process, or `forget` it; nothing is kept from now on."""
+        """Leave what is not done to the next process; nothing is kept from now on.
+
+        Args:
+            forget: Leave only what earlier processes have left. None of it is done here any more.
+        """
+        self._takes_over = not forget
         await self._on_disk(lambda folder: folder.close(forget=forget))
         self._folder = None
+
+    def is_wanted(self, job: Job) -> bool:
+        """True if a job is still to be done by this process."""
+        return job.is_fresh or self._takes_over
 
     async def _on_disk(self, work: Callable[[JobFolder], _T]) -> _T | None:
         """Result of `work`; None if nothing is kept, or the disk will not have it, which is told once."""

@@ -106,6 +106,7 @@ class JobFolder:
         self._max_bytes = max_bytes
         self._name = secrets.token_hex(8)
         self._number = 0
+        self._own: set[Path] = set()  # jobs of this process's own sessions
         self._lock: FileLock | None = None
 
     def take_over(self, now: float) -> list[tuple[Path, KeptJob]]:
@@ -135,19 +136,24 @@ class JobFolder:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(encoded)
         aside.replace(path)
+        self._own.add(path)
         return path
 
     def drop(self, path: Path) -> None:
         """Forget a job that is done."""
         path.unlink(missing_ok=True)
+        self._own.discard(path)
 
     def close(self, *, forget: bool = False) -> None:
-        """Leave the jobs that are still here to the next process, or `forget` them; harmless twice."""
+        """Leave the jobs that are still here to the next process; harmless twice.
+
+        Args:
+            forget: Remove those of this process, and leave only what it has taken over.
+        """
         if self._lock is None:
             return
-        if forget:
-            for path in self._folder.glob(f"*-{self._name}-*"):
-                path.unlink(missing_ok=True)
+        for path in self._own if forget else ():
+            path.unlink(missing_ok=True)
         lock, self._lock = self._lock, None
         lock.release()
         _remove(self._lock_of(self._name))

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from p2pinfer.audit import evidence_source
 from p2pinfer.audit.auditor import Auditor
@@ -229,6 +230,40 @@ async def test_audits_of_our_own_nodes_are_left_to_nobody(
         await client.keep_no_record()
         await text_of(client.generate(PROMPT, max_new_tokens=12))
     assert not list((tmp_path / "audits").glob("*"))
+
+
+@pytest.mark.parametrize("are_our_own", [True, False])
+async def test_left_over_audits_out_of_reach_wait_for_the_next_client_and_are_not_told_of(
+    swarm: MemorySwarm, open_client: OpenClient, tmp_path: Path, are_our_own: bool
+) -> None:
+    """As when a swarm was in reach once, and nodes of our own stand in for it now."""
+    await serve_three(swarm)
+    held = {name: swarm.network.hosts[name].handlers[EVIDENCE_PROTOCOL] for name in "abc"}
+
+    async def stall(stream: PeerStream) -> None:
+        await trio.sleep_forever()
+
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
+    hasty = AuditConfig(rate=1.0, linger_s=0.2)
+    async with open_client(audit=hasty, reputation=None) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+    for name in "abc":
+        swarm.network.hosts[name].handlers.pop(EVIDENCE_PROTOCOL)
+    async with open_client(audit=hasty, reputation=None) as client:
+        if are_our_own:
+            await client.keep_no_record()
+        await client.audits_settled()
+        assert client.audits.done == 0
+    assert len(list((tmp_path / "audits").glob("*.job"))) == 3
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, held[name])
+    async with open_client(audit=ALWAYS, reputation=None) as client:
+        await client.audits_settled()
+        await trio.testing.wait_all_tasks_blocked()
+        await client.audits_settled()
+        assert client.audits.passed == 3
+    assert not list((tmp_path / "audits").glob("*.job"))
 
 
 @pytest.mark.parametrize("kind", ["output", "equivocation"])

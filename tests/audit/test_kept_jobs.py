@@ -85,6 +85,16 @@ def test_what_is_to_be_forgotten_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_taken_over_is_not_forgotten_with_the_rest(tmp_path: Path) -> None:
+    first, second = folder(tmp_path), folder(tmp_path)
+    first.keep(job())
+    first.close()
+    ((path, _),) = second.take_over(1001.0)
+    second.keep(job())
+    second.close(forget=True)
+    assert list(tmp_path.glob("*.job")) == [path]
+
+
 def test_what_is_old_or_damaged_or_was_never_finished_goes(tmp_path: Path) -> None:
     first = folder(tmp_path)
     paths = [first.keep(job(closed_at)) for closed_at in (1000.0, 1000.0 - MAX_AGE_S, 2000.0, 1000.0, 1000.0)]
