@@ -34,6 +34,7 @@ from p2pinfer.node.transport.addresses import advertised, range_of_connection
 from p2pinfer.node.transport.connection_gate import GATED, Gate
 from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity
+from p2pinfer.node.transport.multistream import OneTripClient
 from p2pinfer.node.transport.noise import NoiseHandshake, NoiseSession
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.node.transport.swarm_key import load_swarm_key
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_SPAN = 4  # a whole handshake may take so many times the limit for a peer's first word
 _STALE_S = 3.0  # a connection that is silent for so much longer than another of the peer's is not used
-ADDRESSES_LAST_S = 10.0  # before the interfaces are looked at again: a laptop may have moved
+ADDRESSES_LAST_S = 2.0  # before the interfaces are looked at again: a laptop may have moved
 
 
 def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: Counts) -> IHost:
@@ -88,6 +89,7 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
     network.set_resource_manager(
         None
     )  # its limits, 256 who come in among them, are not ours, and make no sound
+    network.upgrader.security_multistream._selector.multiselect_client = OneTripClient()
     network.upgrader.muxer_multistream = _Muxer(config.max_streams_per_peer, gate, counts)
     network.auto_connector = _DialsNobody(network)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
@@ -124,6 +126,7 @@ class _Muxer(MuxerMultistream):
 
     def __init__(self, max_streams: int, gate: Gate, counts: Counts) -> None:
         super().__init__({TProtocol(YAMUX): YamuxConnection})
+        self._selector.multiselect_client = OneTripClient()
         self._max_streams = max_streams
         self._gate = gate
         self._counts = counts
@@ -139,6 +142,7 @@ class _Muxer(MuxerMultistream):
         traffic = self._counts.traffic["relayed" if relayed else "direct"]
         address_range = range_of_connection(conn.get_remote_address(), conn.get_transport_addresses())
         conn.meter = self._gate.loop_shares.meter(str(peer_id), address_range)
+        conn.raw.expected_rtt_s = conn.raw.rtt_s or conn.handshake_s
         return MeteredConnection(
             conn, peer_id, max_streams=self._max_streams, gate=self._gate, traffic=traffic
         )

@@ -30,7 +30,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 import trio
@@ -63,6 +63,7 @@ ROUNDS_PER_S: Final = 1 / 120  # towards one host, whoever says that it is there
 ROUNDS_AT_ONCE: Final = 3
 ROUND_TRIPS: Final = 6  # that a dial takes, beside these times
 ANSWER_S: Final = 10.0  # for the other side's messages
+PUNCH_ROUND_TRIPS: Final = 6  # that an attempt takes from the relayed connection to the direct one
 BETWEEN_ROUNDS_S: Final = 1.0
 
 
@@ -115,9 +116,18 @@ class HolePuncher:
     async def _wait(self, peer_id: str) -> None:
         """Wait until the peer's first attempt is over, a little at most."""
         over = self._over.setdefault(peer_id, trio.Event())
-        with trio.move_on_after(self._wait_s):
-            await over.wait()
+        with trio.move_on_after(self._wait_s) as patience:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_if_far, peer_id, patience)
+                await over.wait()
+                nursery.cancel_scope.cancel()
         self._over.pop(peer_id, None)
+
+    async def _stop_if_far(self, peer_id: str, patience: trio.CancelScope) -> None:
+        """End a wait that would be in vain: an attempt takes several round trips."""
+        with suppress(PeerError):
+            if await self._host.ping(peer_id) * PUNCH_ROUND_TRIPS > self._wait_s:
+                patience.cancel()
 
     async def _begin(self, peer_id: str) -> bool:
         """One round, as B, unless the peer's own counts. Returns whether another one makes sense."""

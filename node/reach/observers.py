@@ -52,6 +52,11 @@ class Observers:
         """True if the next round begins because something is wrong."""
         return self._round_due_at < math.inf
 
+    @property
+    def is_outdated(self) -> bool:
+        """True if there are answers, and all of them are of a former round."""
+        return bool(self._stale) and self._stale >= self.observations.keys()
+
     def next_round_at(self) -> float:
         """Time when a round is due."""
         return min(self._began_at + ROUND_S, self._round_due_at)

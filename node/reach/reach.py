@@ -21,7 +21,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import AutoResetEvent, Pulse
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
-from p2pinfer.node.transport.addresses import machine_addresses, parse_tcp
+from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
@@ -29,17 +29,17 @@ from p2pinfer.routing.announcement import Announcement
 from .circuit import serve_circuits
 from .dialback import MAX_PORTS, ask, serve_dialback
 from .hole_punch import HolePuncher
-from .observers import Observers
+from .observers import HURRY_S, Observers
+from .own_addresses import hang_up_from, own_addresses, watch_own_addresses
 from .reachability import (
     Reachability,
     classify,
     describe,
-    global_addrs,
-    is_global,
     is_refuted,
     tcp_address,
     with_announced,
 )
+from .relay_candidates import relay_candidates
 from .relay_config import RelayConfig
 from .relay_departure import leave_relays
 from .relay_reservations import RelayCandidate, RelayKeeper
@@ -104,7 +104,7 @@ class Reach:
             on_end=self._note_punch,
         )
         self._relay = Relay(host, relay_config, self._may_relay) if relay_config else None
-        host.when_connected(lambda _: self._look())
+        host.when_connected(self._note_arrival)
 
     @property
     def status(self) -> ReachStatus:
@@ -148,6 +148,7 @@ class Reach:
                 nursery.start_soon(self._keep_checking)
                 nursery.start_soon(self._keep_listener)
                 nursery.start_soon(leave_relays, self._host, self._announcements)
+                nursery.start_soon(watch_own_addresses, self._move)
                 await self._keep_looking()
         finally:
             for reserved in self._reserved_ports:
@@ -161,8 +162,6 @@ class Reach:
             news = self._news.next
             await trio.sleep(SETTLE_S)
             if trio.current_time() >= self._observers.next_round_at():
-                if self._observers.is_hurried:
-                    self._check_connections.set()
                 self._observers.begin_round(trio.current_time())
             await self._ask_around()
             with trio.move_on_at(self._observers.next_round_at()):
@@ -186,11 +185,22 @@ class Reach:
         while True:
             await self._check_connections.wait()
             await drop_silent(self._host)
+            await trio.sleep(HURRY_S)
+
+    async def _move(self, gone: frozenset[str]) -> None:
+        logger.info("this computer has other addresses than before: looking how it is reached now")
+        self.look_anew()
+        await hang_up_from(self._host, gone)
 
     def look_anew(self) -> None:
         """Ask again at once how we are seen: our line, our router or this machine may be another one."""
-        self._observers.hurry(trio.current_time())
         self._map_again.fire()
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Ask as soon as may be, and look which connections are dead."""
+        self._observers.hurry(trio.current_time())
+        self._check_connections.set()
         self._look()
 
     async def _ask(self, peer_id: str) -> None:
@@ -206,10 +216,13 @@ class Reach:
             logger.debug("reach.unseen peer=%s why=%s", peer_id, exc)
         else:
             self._observers.note(observation, self.reachability, trio.current_time())
+            if self._observers.is_hurried:
+                self._check_connections.set()
 
     def _conclude(self) -> None:
-        own = {*machine_addresses("ip4"), *machine_addresses("ip6")}
-        seen = classify(self._observers.observations.values(), own)
+        if self._observers.is_outdated:  # beside another address of ours, it would tell of a router
+            return
+        seen = classify(self._observers.observations.values(), own_addresses())
         before, now = self.reachability, with_announced(seen, self._host.announced)
         self.reachability = now
         if now.kind != "unknown" and (now.kind != "private" or not self._may_map()):
@@ -222,7 +235,7 @@ class Reach:
                     ", ".join(self._host.announced),
                 )
             self._host.be_reached_at(now.addrs)
-            self._keeper.look_again()
+            self._keeper.look_again(forgives=now.outside_ips != before.outside_ips)  # our own line broke
             self._note_change()
 
     async def _keep_telling(self) -> None:
@@ -239,13 +252,16 @@ class Reach:
     def _look(self) -> None:
         self._news.fire()
 
+    def _note_arrival(self, _: str) -> None:  # it may be the very relay that was lost
+        self._look()
+        self._keeper.look_again()
+
     def _note_loss(self, peer_id: str) -> None:
         self._observers.forget(peer_id)
         # It may have gone of its own accord. But a router that has another address breaks every connection,
         # and nobody says so.
         if self._observers.is_observer(peer_id) or peer_id in self._keeper.relays:
-            self._observers.hurry(trio.current_time())
-            self._look()
+            self.look_anew()
 
     # ------------------------------------------------------------------ the router
 
@@ -292,8 +308,7 @@ class Reach:
         """Take in what the router says; that its address is another one, peers are asked about at once."""
         if self._mapping is not None and self._mapping.ip != mapping.ip:
             logger.info("the router's address is %s now, and was %s", mapping.ip, self._mapping.ip)
-            self._observers.hurry(trio.current_time())
-            self._look()
+            self._hurry()
         self._mapping = mapping
         self._upnp = f"the router maps its port {mapping.port} at {mapping.ip} to this node"
 
@@ -309,8 +324,7 @@ class Reach:
             for reserved in self._reserved_ports:
                 ip, port, *_ = reserved.getsockname()
                 await nursery.start(keep_open, self._host, ip, port)
-            self._observers.hurry(trio.current_time())
-            self._look()
+            self._hurry()
 
     def _let_in(self) -> bool:
         """Make ourselves as reachable as can be, now that somebody has to dial us."""
@@ -328,23 +342,9 @@ class Reach:
         return self._is_reachable() or (unknown and stream.is_inbound)
 
     def _relay_candidates(self) -> list[RelayCandidate]:
-        """Peers outside our router, if we are behind one: those that have seen us, then announced ones."""
-        if self.reachability.kind != "private":
-            return []
-        found = {
-            each.peer_id: RelayCandidate(each.peer_id, (tcp_address(remote),))
-            for each in self._observers.observations.values()
-            if is_global(each.seen_ip) and each.local_port is not None
-            if (remote := self._host.remote_address(each.peer_id)) is not None
-        }
-        observers = random.sample(list(found.values()), len(found))
-        announced = [
-            RelayCandidate(peer.peer_id, addrs)
-            for peer in self._announcements()
-            if peer.reachability in ("public", "mapped") and peer.peer_id not in {self._host.peer_id, *found}
-            if (addrs := global_addrs(peer.addrs))
-        ]
-        return observers + random.sample(announced, len(announced))
+        is_private = self.reachability.kind == "private"
+        seen = self._observers.observations.values()
+        return relay_candidates(self._host, seen, self._announcements()) if is_private else []
 
     # ------------------------------------------------------------------ punching
 

@@ -84,8 +84,14 @@ class RelayKeeper:
         """The peers that we have a place at."""
         return tuple(self._places)
 
-    def look_again(self) -> None:
-        """Re-evaluate: there are new candidates, or none are needed any more."""
+    def look_again(self, *, forgives: bool = False) -> None:
+        """Re-evaluate: there are new candidates, or none are needed any more.
+
+        Args:
+            forgives: Hold nothing against any relay: our own line has become another one.
+        """
+        if forgives:
+            self._failures.clear()
         self._news.fire()
 
     async def serve(self) -> None:

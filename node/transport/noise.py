@@ -30,6 +30,7 @@ from .raw_stream import RawStream
 
 _LENGTH: Final = struct.Struct(">H")
 _NONCE: Final = struct.Struct("<IQ")
+_TOOK: Final = "handshake_s"  # the attribute that tells how long a handshake took
 _MESSAGES_A_TURN: Final = 256  # of a byte each, thousands come at once
 
 
@@ -48,9 +49,10 @@ class NoiseHandshake(NoiseTransport):
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         """Raises NoiseFailure: The peer is gone, or sent what does not belong here."""
+        began_at = trio.current_time()
         try:
             with _failing_as_noise():
-                return await super().secure_inbound(conn)
+                return _timed(await super().secure_inbound(conn), began_at)
         except UnusableKey as exc:
             address = conn.get_remote_address()
             self._on_unusable_key(address[0] if address else "a relay", str(exc))
@@ -58,8 +60,14 @@ class NoiseHandshake(NoiseTransport):
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         """Raises NoiseFailure: The peer is gone, or another, or sent what does not belong here."""
+        began_at = trio.current_time()
         with _failing_as_noise():
-            return await super().secure_outbound(conn, peer_id)
+            return _timed(await super().secure_outbound(conn, peer_id), began_at)
+
+
+def _timed(shaken: ISecureConn, began_at: float) -> ISecureConn:
+    setattr(shaken, _TOOK, trio.current_time() - began_at)
+    return shaken
 
 
 class UnusableKey(NoiseFailure):
@@ -88,6 +96,7 @@ class NoiseSession(SecureSession):
 
     Attributes:
         stream: Carries the messages; while it `is_clear`, `write_now` will do.
+        handshake_s: Seconds that the handshake took: a round trip for who dials, up to two for the other.
     """
 
     def __init__(self, shaken: SecureSession) -> None:
@@ -96,6 +105,7 @@ class NoiseSession(SecureSession):
         self.messages = NoiseMessages(shaken.conn)
         self.meter = LoopShares().meter(str(shaken.remote_peer), "")  # what the peer's messages take
         self.stream = self.messages.stream
+        self.handshake_s: float = getattr(shaken, _TOOK, 0.0)
         super().__init__(
             local_peer=shaken.local_peer,
             local_private_key=shaken.local_private_key,

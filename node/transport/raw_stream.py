@@ -24,15 +24,18 @@ class RawStream(ReadWriteCloser):
         is_clear: True while nothing waits to be sent, so that `write_now` will do.
         rate: How fast it takes what is written, measured while writers wait.
         rtt_s: Round trip as it was told; 0 if it was not.
+        expected_rtt_s: About a round trip, for the patience with a peer before one was told.
         least_rtt_s: The shortest that was told. Busy processors lengthen the others, which tells nothing of
             the line.
-        local_port: The port that a socket leaves from; None if there is no socket.
+        local_ip: The IP address that a socket leaves from; empty if there is no socket.
+        local_port: Its port; None if there is no socket.
     """
 
     def __init__(self) -> None:
         self.closed = trio.Event()
         self.rate = LineRate()
-        self.rtt_s = self.least_rtt_s = 0.0
+        self.rtt_s = self.least_rtt_s = self.expected_rtt_s = 0.0
+        self.local_ip = ""
         self.local_port: int | None = None
         self.is_clear = True
         self._received: bytes = b""

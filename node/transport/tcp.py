@@ -132,7 +132,7 @@ class TcpStream(RawStream):
         self.socket = socket.socket(taken.family, taken.type, taken.proto, taken.detach())
         self.socket.setblocking(False)
         self._remote = _name(self.socket.getpeername)
-        self.local_port = (_name(self.socket.getsockname) or ("", None))[1]
+        self.local_ip, self.local_port = _name(self.socket.getsockname) or ("", None)
 
     async def _receive(self) -> bytes:
         if self.socket.fileno() == -1:

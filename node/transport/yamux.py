@@ -203,7 +203,7 @@ class YamuxConnection(Carrier):
     @property
     def line(self) -> Line:
         raw = self.secured_conn.raw
-        return Line(self.rtt_s, raw.rate.bytes_per_s, raw.queued_bytes, raw.least_rtt_s)
+        return Line(self.rtt_s or raw.expected_rtt_s, raw.rate.bytes_per_s, raw.queued_bytes, raw.least_rtt_s)
 
     @property
     def local_port(self) -> int | None:

@@ -40,8 +40,13 @@ def main() -> int:
     pairs.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
     lines = commands.add_parser("lines", help="prompts over thin lines, and the table of docs/reliability.md")
     lines.add_argument("cells", nargs="*", help="MBIT,MS,PERCENT,TOKENS; nothing is written")
+    lines.add_argument("--add", action="store_true", help="what is missing to the cells that were kept")
+    lines.add_argument("--most", type=int, help="so many cells at most")
+    lines.add_argument("--at-once", type=int, default=thin_lines.AT_ONCE)
     moves = commands.add_parser("moves", help="homes that get other addresses, and the table of docs/nat.md")
     moves.add_argument("--kinds", default="", help="only these, separated by commas; nothing is written")
+    moves.add_argument("--add", action="store_true", help="what is missing to the moves that were kept")
+    moves.add_argument("--rounds", type=int, help="so many rounds at most, of four moves at once")
     asked = parser.parse_args()
     if asked.command == "list":
         print("\n".join(f"{name:12} {scenario.says}" for name, scenario in SCENARIOS.items()))
@@ -60,9 +65,12 @@ def main() -> int:
         before = load() if asked.add else []
         return measure_pairs(scenario, asked.runs, tuple(filter(None, asked.kinds.split(","))), before)
     if asked.command == "lines":
-        return measure_thin_lines([cell.split(",") for cell in asked.cells])
+        kept_lines = thin_lines.load() if asked.add else []
+        return measure_thin_lines(asked.cells, kept_lines, asked.most, asked.at_once)
     if asked.command == "moves":
-        return measure_address_changes(scenario, tuple(filter(None, asked.kinds.split(","))))
+        kept = address_changes.load() if asked.add else []
+        kinds = tuple(kind for kind in str(asked.kinds).split(",") if kind)
+        return measure_address_changes(scenario, kinds, kept, asked.rounds)
     argv = [os.environ.get("SHELL", "/bin/sh")] if asked.command == "shell" else asked.argv
     with open_lab(scenario) as lab:
         if asked.command == "shell":
@@ -91,28 +99,49 @@ def measure_pairs(scenario: Scenario, runs: int, kinds: tuple[str, ...], before:
     return 1 if short else 0
 
 
-def measure_thin_lines(cells: list[list[str]]) -> int:
+def measure_thin_lines(
+    cells: list[str], before: list[thin_lines.Prefill], most: int | None, at_once: int
+) -> int:
     """Send prompts over thin lines, and write the table unless cells were chosen; the exit code."""
-    chosen = [(float(mbit), float(ms), float(loss), int(tokens)) for mbit, ms, loss, tokens in cells]
-    done: list[thin_lines.Prefill] = []
-    for run in thin_lines.measure_lines(chosen or thin_lines.CELLS):
+    chosen: list[thin_lines.Cell] = []
+    for cell in cells:
+        mbit, ms, loss, tokens = cell.split(",")
+        chosen.append((float(mbit), float(ms), float(loss), int(tokens)))
+    had = {run.cell for run in before}
+    lacking = [cell for cell in thin_lines.CELLS if cell not in had][:most]
+    done = list(before)
+    for run in thin_lines.measure_lines(chosen or lacking, at_once):
         print(thin_lines.describe(run), flush=True)
         done.append(run)
-    if not chosen:
-        put_between(thin_lines.DOCUMENT, thin_lines.BEGIN, thin_lines.END, thin_lines.render(done))
-    return 1 if any(run.why for run in done) else 0
+        if not chosen:
+            thin_lines.keep(done)
+    if chosen:
+        return 1 if any(run.why for run in done) else 0
+    table = thin_lines.render(done)
+    put_between(thin_lines.DOCUMENT, thin_lines.BEGIN, thin_lines.END, f"\n{table}\n")
+    short = thin_lines.shortcomings(done)
+    print("\n".join(short), file=sys.stderr)
+    return 1 if short else 0
 
 
-def measure_address_changes(scenario: Scenario, kinds: tuple[str, ...]) -> int:
+def measure_address_changes(
+    scenario: Scenario, kinds: tuple[str, ...], before: list[address_changes.Move], most: int | None
+) -> int:
     """Change addresses in the middle of texts; write the table unless kinds were chosen. The exit code."""
-    done: list[address_changes.Move] = []
+    done = list(before)
     with open_lab(scenario) as lab, open_commands(lab) as opened:
-        for move in address_changes.measure_moves(opened, kinds or address_changes.KINDS):
+        moves = address_changes.measure_moves(opened, kinds or address_changes.KINDS, before, most)
+        for move in moves:
             print(address_changes.describe(move), flush=True)
             done.append(move)
-    if not kinds:
-        put_between(DOCUMENT, address_changes.BEGIN, address_changes.END, address_changes.render(done))
-    return 0 if all(move.is_right for move in done) else 1
+            if not kinds:
+                address_changes.keep(done)
+    if kinds:
+        return 0 if all(move.is_right for move in done) else 1
+    put_between(DOCUMENT, address_changes.BEGIN, address_changes.END, address_changes.render(done))
+    short = address_changes.shortcomings(done)
+    print("\n".join(short), file=sys.stderr)
+    return 1 if short else 0
 
 
 def introduction(scenario: Scenario, lab: Lab, here: str) -> str:

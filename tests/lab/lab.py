@@ -189,6 +189,9 @@ class Lab:
                 f"{ip} address add {address}/32 dev wan0",
                 f"{ip} address del {former}/32 dev wan0",
                 f"{ip} route replace default dev wan0",
+                # The core knows sites by their network. In life the former address is somebody else's, and a
+                # port that a router has mapped does not answer there.
+                f"ip netns exec {site.edge} iptables -w -t raw -A PREROUTING -i wan0 -d {former} -j DROP",
             ]
         )
         if site.routers:  # translations to the former address go with it

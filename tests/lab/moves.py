@@ -7,9 +7,12 @@ What is measured is how long each text pauses, and when a client that is new fin
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Final, Literal, Protocol
 
@@ -23,10 +26,11 @@ from .scenarios import site_name
 
 Mover = Literal["client", "hop", "relay"]
 
+MEASURED: Final = Path(__file__).with_name("moved.json")
 BEGIN: Final = "<!-- make lab-moves writes from here -->"
 END: Final = "<!-- moves to here -->"
 KINDS: Final = ("public", "port-preserving", "symmetric", "UPnP")
-TOKENS: Final = 240
+TOKENS: Final = 120
 BEGUN_BYTES: Final = 60  # of the text, when the address changes
 PATIENCE_S: Final = 90.0
 LOOK_S: Final = 0.02
@@ -71,6 +75,7 @@ class Text:
 
     def begin(self) -> None:
         """Measure from now on."""
+        self.longest_s = 0.0
         self._grew_at, self._size = time.monotonic(), self.size()
 
     @property
@@ -104,19 +109,55 @@ class Begun:
         self._text.look()
 
 
-def measure_moves(commands: Commands, kinds: Sequence[str] = KINDS) -> Iterator[Move]:
-    """Every pair of these kinds, each side in turn, and a relay between two that cannot do without."""
+def every_move(kinds: Sequence[str] = KINDS) -> list[tuple[Mover, list[tuple[str, str]]]]:
+    """Rounds with every pair of these kinds, each side in turn, and a relay between two that need one."""
+    sides: tuple[Mover, ...] = ("hop", "client")
+    found: list[tuple[Mover, list[tuple[str, str]]]]
+    found = [(mover, pairs) for mover in sides for pairs in rounds(kinds)]
+    if "symmetric" in kinds:
+        found.append(("relay", [("symmetric", "symmetric")]))
+    return found
+
+
+def measure_moves(
+    commands: Commands, kinds: Sequence[str] = KINDS, before: Sequence[Move] = (), most: int | None = None
+) -> Iterator[Move]:
+    """The rounds of `every_move` in which a pair lacks a move among those of `before`; at most so many."""
+    had = Counter((move.mover, move.node, move.client) for move in before)
+    lacking = [each for each in every_move(kinds) if any(not had[each[0], *pair] for pair in each[1])]
     relays = start_relays(commands)
     nodes = {kind: commands.node(site_name("a", kind), "--blocks", "0:8", *relays) for kind in kinds}
     try:
         ids = {kind: reachable(node) for kind, node in nodes.items()}
-        for mover in ("hop", "client"):
-            for pairs in rounds(kinds):
-                yield from _round(commands, mover, pairs, ids, relays)
-        if "symmetric" in kinds:
-            yield from _round(commands, "relay", [("symmetric", "symmetric")], ids, relays)
+        for mover, pairs in lacking[:most]:
+            yield from _round(commands, mover, pairs, ids, relays)
     finally:
         leave(nodes.values())
+
+
+def load(path: Path = MEASURED) -> list[Move]:
+    """The moves as they were kept."""
+    if not path.exists():
+        return []
+    return [Move(**move) for move in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def keep(moves: Sequence[Move], path: Path = MEASURED) -> None:
+    """Keep the moves, one a line, so that a change shows as one."""
+    lines = ",\n".join(json.dumps(asdict(move)) for move in moves)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def shortcomings(moves: Sequence[Move], kinds: Sequence[str] = KINDS) -> list[str]:
+    """What of the requirements these moves do not show, a line each."""
+    made = {(move.mover, move.node, move.client) for move in moves}
+    missing = [
+        f"{mover} moves: {node} and {client} not run"
+        for mover, pairs in every_move(kinds)
+        for node, client in pairs
+        if (mover, node, client) not in made
+    ]
+    return missing + [describe(move) for move in moves if not move.is_right]
 
 
 def _round(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from typing import Any
 
 import pytest
 import trio
@@ -399,6 +400,17 @@ async def test_a_ping_measures_the_round_trip(start_host: StartHost) -> None:
     rtt_s = alice.rtt_s(bob.peer_id)
     assert rtt_s is not None
     assert 0 < rtt_s < 1
+
+
+async def test_both_sides_expect_a_round_trip_before_they_have_measured_one(start_host: StartHost) -> None:
+    """Else a connection that has just been made has the patience of one that takes no time."""
+    alice, bob = await start_host(), await start_host()
+    await alice.connect(bob.peer_id, bob.addrs)
+    while alice.peer_id not in bob.connected_peers():
+        await trio.sleep(0.01)
+    for one, other in ((alice, bob), (bob, alice)):
+        connection: Any = one.libp2p.get_network().connections[ID.from_base58(other.peer_id)][0]
+        assert connection.muxed_conn.secured_conn.raw.expected_rtt_s > 0
 
 
 async def test_a_ping_that_is_not_answered_fails(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
 
 import pytest
 import trio
@@ -98,6 +99,31 @@ async def test_two_that_dial_each_other_at_once_meet(start_host: StartHost) -> N
         assert not stream.is_relayed
         await stream.send_all(b"hello")
         assert await stream.receive_some() == b"hello"
+
+
+@pytest.mark.parametrize(("rtt_s", "most_s"), [(0.1, 2.1), (1.0, 1.1), (10.0, 2.1)])
+async def test_nobody_waits_for_an_attempt_that_takes_longer(
+    rtt_s: float, most_s: float, autojump_clock: object
+) -> None:
+    """Over satellites, six round trips take ten seconds, and the relay works meanwhile."""
+
+    class Far:
+        settle: Callable[[str], Awaitable[None]]
+
+        def serve(self, *_: object) -> None: ...
+
+        def when_relayed(self, settle: Callable[[str], Awaitable[None]]) -> None:
+            self.settle = settle
+
+        async def ping(self, peer_id: str) -> float:
+            await trio.sleep(rtt_s)
+            return rtt_s
+
+    host = Far()
+    HolePuncher(cast(Host, host), list, lambda six: None, lambda: False, wait_s=2.0).register()
+    began_at = trio.current_time()
+    await host.settle("peer")
+    assert trio.current_time() - began_at == pytest.approx(most_s, abs=0.11)
 
 
 async def test_of_two_attempts_at_once_one_counts(

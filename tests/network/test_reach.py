@@ -13,7 +13,8 @@ import trio
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.host import Host, HostConfig, open_host
-from p2pinfer.node.reach import observers, reach, reachability, relay_departure
+from p2pinfer.node.reach import observers, reach, reachability, relay_candidates, relay_departure
+from p2pinfer.node.reach import own_addresses as own
 from p2pinfer.node.reach.circuit import reserve, serve_circuits
 from p2pinfer.node.reach.dialback import serve_dialback
 from p2pinfer.node.reach.reach import Reach, open_reach
@@ -42,7 +43,7 @@ def known_everywhere(ip: str) -> bool:
 @pytest.fixture(autouse=True)
 def internet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loopback is the internet, and hosts are behind a router unless a test says otherwise."""
-    for module in (reach, reachability, observers):
+    for module in (relay_candidates, reachability, observers):
         monkeypatch.setattr(module, "is_global", known_everywhere)
     monkeypatch.setattr(reach, "SETTLE_S", 0.01)
     monkeypatch.setattr(reach, "TOGETHER_S", 0.01)
@@ -53,7 +54,7 @@ def own_addresses(monkeypatch: pytest.MonkeyPatch, ips: list[str]) -> None:
     def addresses(protocol: str) -> list[str]:
         return ips
 
-    monkeypatch.setattr(reach, "machine_addresses", addresses)
+    monkeypatch.setattr(own, "machine_addresses", addresses)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import trio.testing
 
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.reach import own_addresses
 from p2pinfer.node.reach import reach as reach_module
 from p2pinfer.node.reach.observers import ROUND_S, SCOUT_S
 from p2pinfer.node.reach.reach import Reach
@@ -116,7 +117,7 @@ async def settled(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[World]:
     found = Reach(cast(Any, host), HostConfig(upnp=False, relays=0, punch=False), None, lambda: [])
     world = World(host, found)
     monkeypatch.setattr(reach_module, "ask", world.ask)
-    monkeypatch.setattr(reach_module, "machine_addresses", no_addresses)
+    monkeypatch.setattr(own_addresses, "machine_addresses", no_addresses)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(found.serve)
         for peer_id in NEIGHBOURS:

@@ -43,6 +43,16 @@ def test_a_new_round_replaces_what_was_said_before() -> None:
     assert classify(observers.observations.values(), ()).outside_ips == (NEW,)
 
 
+def test_answers_of_a_former_round_alone_are_outdated() -> None:
+    observers, believed = after_a_round()
+    assert not observers.is_outdated
+    observers.begin_round(ROUND_S)
+    assert observers.is_outdated
+    observers.note(seen("peer0", NEW, 4001), believed, ROUND_S)
+    assert not observers.is_outdated
+    assert not Observers().is_outdated
+
+
 def test_a_visitor_who_sees_us_elsewhere_begins_a_round_and_does_not_decide_it() -> None:
     observers, believed = after_a_round()
     fresh, wanted = observers.choose(["visitor"], 20.0)

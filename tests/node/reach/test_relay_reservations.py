@@ -134,6 +134,21 @@ async def test_who_refuses_is_asked_ever_more_rarely(
     assert len(keeper.relays) == 2
 
 
+@pytest.mark.parametrize("is_line_another", [True, False])
+async def test_relays_are_not_to_blame_when_our_own_line_became_another_one(
+    keeper: RelayKeeper, around: Relays, autojump_clock: Clock, is_line_another: bool
+) -> None:
+    await trio.sleep(4)  # a place that is lost so soon counts against its relay
+    around.candidates = around.candidates[:2]
+    for name in ("one", "two"):
+        around.lose(name, for_good=False)
+    await trio.sleep(1)
+    assert keeper.relays == ()
+    keeper.look_again(forgives=is_line_another)
+    await trio.sleep(1)
+    assert keeper.relays == (("one", "two") if is_line_another else ())
+
+
 async def test_a_place_that_is_not_renewed_is_given_up(
     keeper: RelayKeeper, around: Relays, autojump_clock: Clock
 ) -> None:

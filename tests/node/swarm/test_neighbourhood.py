@@ -133,3 +133,43 @@ async def test_silent_peers_of_an_earlier_run_keep_no_place(
         await trio.sleep(3.5)
         assert last in host.connected
         nursery.cancel_scope.cancel()
+
+
+class SilentStrangers(LonelyHost):
+    """Swallows every dial but that of the bootstrap peer, which it loses once."""
+
+    def __init__(self) -> None:
+        super().__init__("bootstrap")
+        self.connected = []
+        self.met_at: list[float] = []
+        self.on_loss: Callable[[str], None] = lambda peer_id: None
+
+    def when_disconnected(self, callback: Callable[[str], None]) -> None:
+        self.on_loss = callback
+
+    async def connect(self, peer_id: str, addrs: Sequence[str] = (), *, hearsay: bool = False) -> None:
+        await trio.sleep(0.05)
+        if peer_id != "bootstrap":
+            await trio.sleep(10)
+            raise PeerUnreachable("no answer", peer_id)
+        self.connected.append(peer_id)
+        self.met_at.append(trio.current_time())
+
+
+async def test_a_lost_bootstrap_peer_is_dialled_at_once_while_strangers_are_silent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    host, view = SilentStrangers(), LiveTable()
+    announce(view, "stranger", 1)
+    neighbourhood = Neighbourhood(
+        cast(Host, host), view, [BootstrapPeer("bootstrap", ("/ip4/11.0.0.1/tcp/9",))]
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        await trio.sleep(12)  # the stranger is being dialled again by now
+        host.connected.clear()
+        lost_at = trio.current_time()
+        host.on_loss("bootstrap")
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    assert host.met_at[1] - lost_at < 1

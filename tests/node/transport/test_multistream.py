@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from libp2p.custom_types import TProtocol
+from libp2p.protocol_muxer.exceptions import MultiselectClientError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerRefused
-from p2pinfer.node.transport.multistream import negotiate
+from p2pinfer.node.transport.multistream import OneTripClient, negotiate
 from p2pinfer.node.transport.yamux_stream import YamuxStream
 
 MULTISTREAM = b"\x13/multistream/1.0.0\n"
@@ -65,3 +68,42 @@ async def test_any_other_answer_is_a_refusal(answer: bytes, why: str) -> None:
 async def test_a_protocol_id_that_cannot_be_sent_is_our_mistake() -> None:
     with pytest.raises(ValueError, match="200 bytes"):
         await run(Script(b""), "x" * 200)
+
+
+class Wire:
+    """A connection whose peer says `answer` once it has heard so many lines."""
+
+    def __init__(self, answer: bytes, after_lines: int) -> None:
+        self.heard = b""
+        self._answer = answer
+        self._after_lines = after_lines
+
+    async def write(self, data: bytes) -> None:
+        self.heard += data
+
+    async def read(self, n: int | None = None) -> bytes:
+        assert self.heard.count(b"\n") >= self._after_lines, "it waits for the peer before it has said all"
+        taken, self._answer = self._answer[:n], self._answer[n or len(self._answer) :]
+        return taken
+
+
+async def test_a_connection_asks_for_its_only_protocol_without_waiting() -> None:
+    wire = Wire(MULTISTREAM + b"\x07/noise\n", after_lines=2)
+    communicator = MultiselectCommunicator(cast(Any, wire))
+    assert await OneTripClient().select_one_of([TProtocol("/noise")], communicator) == "/noise"
+    assert wire.heard == MULTISTREAM + b"\x07/noise\n"
+
+
+async def test_several_protocols_are_tried_one_after_the_other() -> None:
+    wire = Wire(MULTISTREAM + b"\x03na\n" + b"\x03/b\n", after_lines=1)
+    communicator = MultiselectCommunicator(cast(Any, wire))
+    assert await OneTripClient().select_one_of([TProtocol("/a"), TProtocol("/b")], communicator) == "/b"
+
+
+@pytest.mark.parametrize(
+    "answer", [MULTISTREAM + b"\x03na\n", b"\x13/multistream/2.0.0\n\x07/noise\n", b"", b"\xff" * 99]
+)
+async def test_a_peer_that_does_not_agree_is_not_spoken_to(answer: bytes) -> None:
+    communicator = MultiselectCommunicator(cast(Any, Wire(answer, after_lines=2)))
+    with pytest.raises(MultiselectClientError, match="/noise"):
+        await OneTripClient().select_one_of([TProtocol("/noise")], communicator)

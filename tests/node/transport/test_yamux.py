@@ -53,7 +53,7 @@ class Raw:
     def __init__(self) -> None:
         self.rate = LineRate()
         self.queued_bytes = 0
-        self.rtt_s = self.least_rtt_s = 0.0
+        self.rtt_s = self.least_rtt_s = self.expected_rtt_s = 0.0
 
     def expect_round_trip(self, rtt_s: float, latest_s: float = 0.0) -> None:
         self.rtt_s = rtt_s
@@ -424,6 +424,8 @@ async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.Mock
         assert wire.taken() == [(PING, ACK, 0, 77, b"")]
         wire.frame(PING, ACK, 0, 12345)  # to nothing we asked
         rtts: list[float] = []
+        wire.raw.expected_rtt_s = 3.0
+        assert connection.line.rtt_s == 3.0  # patience before the first answer
 
         async def ping() -> None:
             rtts.append(await connection.ping())
@@ -433,7 +435,7 @@ async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.Mock
             await trio.sleep(0.5)
             wire.frame(PING, ACK, 0, 1)
         assert rtts == [pytest.approx(0.5)]
-        assert connection.rtt_s == pytest.approx(0.5)
+        assert connection.rtt_s == connection.line.rtt_s == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
