@@ -15,6 +15,7 @@ import trio
 
 from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.routing.policy import RoutingPolicy
@@ -82,8 +83,16 @@ class BlockingClient:
     ) -> None:
         self.close()
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Chat template of the model; see `Client.chat_template`."""
+        return self._loop.call(lambda client: client.chat_template)
+
     def generate(
-        self, prompt: str, config: GenerationConfig | None = None, **overrides: Unpack[GenerationOptions]
+        self,
+        prompt: str | ChatPrompt,
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
     ) -> BlockingGeneration:
         """Continue `prompt`; see `Client.generate`."""
         return self._run(lambda client: client.generate(prompt, config, **overrides))

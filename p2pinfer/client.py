@@ -29,6 +29,7 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
@@ -71,16 +72,14 @@ class Client:
         session_config: How prompts are cut, and how long hops may take.
         routing_config: What the built-in policies weigh by.
         reputation: What is known of peers, kept by whoever passes it; that of `data_dir` by default.
-        cache_dir: Where downloaded models are kept; by default in the user's cache folder.
-        data_dir: Where the ledger and kept texts are; by default the user's data folder.
+        cache_dir, data_dir: Where downloads, and ledger and kept texts, are; the user's folders by default.
         weights_bytes: Disk that downloaded models may take there, bytes; 0: whatever is free.
         progress: Told of downloads and hashing.
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
         audit: How often peers are checked, and what that may take.
         verifier: Who says whether a peer's output is right; by default, its blocks run again here.
-        identity: A lasting name, or the file that it is kept in, made on first use, so that an operator can
-            put this client on a list. Every node it uses can follow that name; by default there is a new
-            one each time. `config.identity_file` says the same.
+        identity: A lasting name, or its file, made on first use, by which operators can list this client and
+            nodes follow it; a new one each time by default. `config.identity_file` says the same.
         on_event: Called with every event of `p2pinfer.events`: routes, steps, failed hops, audits.
 
     Raises:
@@ -231,10 +230,18 @@ class Client:
         """Membership of this client in the swarm: its host, its table."""
         return self._member
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Chat template of the model, which writes a conversation as a prompt; None if it has none."""
+        return self._local.chat_template
+
     def generate(
-        self, prompt: str, config: GenerationConfig | None = None, **overrides: Unpack[GenerationOptions]
+        self,
+        prompt: str | ChatPrompt,
+        config: GenerationConfig | None = None,
+        **overrides: Unpack[GenerationOptions],
     ) -> Generation:
-        """Continue `prompt`.
+        """Continue `prompt`, a text or what `chat_template` made of a conversation.
 
         Args:
             config: What to generate; the defaults of `GenerationConfig` otherwise.
@@ -258,8 +265,7 @@ class Client:
         Its `result` holds all of the text; iterating gives the tokens that are still to come.
 
         Args:
-            max_new_tokens: How many more there may be; None: those that were left, or 128 where none
-                were.
+            max_new_tokens: How many more; None: those that were left, or 128 where none were.
 
         Raises:
             ConfigError: It is no resume token, or one of other weights.
@@ -307,18 +313,12 @@ class Client:
     def peers(self) -> list[PeerView]:
         """Peers known to serve this client's model."""
         return [
-            PeerView(
-                announcement,
-                self._member.host.connection_kind(announcement.peer_id),
-                self._member.rtt_ms(announcement.peer_id),
-            )
-            for announcement in self._member.announcements(self._source.spec.revision)
+            PeerView(said, self._member.host.connection_kind(said.peer_id), self._member.rtt_ms(said.peer_id))
+            for said in self._member.announcements(self.spec.revision)
         ]
 
     async def keep_no_record(self, vouched: Sequence[str] = ()) -> None:
-        """Learn into memory only, where nothing is known yet: the peers are our own and end with us.
-
-        A ledger that was passed to this client is left as it is.
+        """Learn into memory only: the peers are our own and end with us. A ledger that was passed is left.
 
         Args:
             vouched: Peers whose integrity is taken for granted.

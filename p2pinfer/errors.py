@@ -34,6 +34,10 @@ class CheckpointError(LocalError):
     """A checkpoint is there but cannot be used: unreadable, truncated, or of an unknown family."""
 
 
+class ChatTemplateError(LocalError):
+    """A model's chat template refuses a conversation, is broken, or takes more time or memory than it may."""
+
+
 class ModelChanged(CheckpointError):
     """A model's files are not what they were when they were hashed, so nothing is computed with them."""
 

@@ -11,6 +11,7 @@ from p2pinfer.models.compute.target import choose_target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.text.chat_template import ChatTemplate, load_chat_template
 from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ class LocalModel:
     embedding_and_head: EmbeddingAndHead
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+    chat_template: ChatTemplate | None = None
 
 
 def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Progress | None) -> LocalModel:
@@ -46,4 +48,9 @@ def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Prog
     with refusals_named(
         f"embedding and head of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
     ):
-        return LocalModel(load_embedding_and_head(checkpoint, compute), load_tokenizer(folder), defaults)
+        return LocalModel(
+            load_embedding_and_head(checkpoint, compute),
+            load_tokenizer(folder),
+            defaults,
+            load_chat_template(folder),
+        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar, cas
 from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.field_types import shown
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.text.chat_template import ChatPrompt
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.reputation.ledger import Ledger
@@ -158,8 +159,8 @@ def check_prompt(prompt: object) -> None:
     if isinstance(prompt, list | tuple):
         kind = "list" if isinstance(prompt, list) else "tuple"
         raise TypeError(
-            f"the prompt is a {kind}; call generate once for each text, or join the messages "
-            f"of a chat by the model's template first"
+            f"the prompt is a {kind}; call generate once for each text, or give it what "
+            f"client.chat_template.render(messages) makes of a chat"
         )
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | ChatPrompt):
         raise TypeError(f"the prompt is of type {type(prompt).__name__}; it must be a str")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Final
 
 from p2pinfer.client_config import DRAWN_BY, RULED_BY, GenerationConfig, said
 from p2pinfer.errors import ConfigError, PromptTooLong
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.text.chat_template import ChatPrompt
 from p2pinfer.models.text.generation_file import GenerationDefaults
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
@@ -46,7 +48,7 @@ def generation_config(config: GenerationConfig | None, overrides: Mapping[str, o
 def new_state(
     spec: ModelSpec,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | ChatPrompt,
     config: GenerationConfig,
     defaults: GenerationDefaults | None = None,
 ) -> GenerationState:
@@ -116,14 +118,16 @@ def check_lengths(spec: ModelSpec, tokens: int, prompt_tokens: int = 0) -> None:
     _check_limit(spec, prompt_tokens)
 
 
-def _encode(spec: ModelSpec, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+def _encode(spec: ModelSpec, tokenizer: Tokenizer, given: str | ChatPrompt) -> tuple[int, ...]:
     """The prompt's tokens, of which there is one at least, and room for one more."""
+    prompt = given.text if isinstance(given, ChatPrompt) else given
+    encode = partial(tokenizer.encode, add_special_tokens=prompt is given)
     if not is_text(prompt):
         raise ConfigError("the prompt contains half of a surrogate pair, which is not valid text; remove it")
     beginning = prompt[: _CHARS_PER_TOKEN * spec.max_positions]
-    prompt_ids = tuple(tokenizer.encode(beginning))
+    prompt_ids = tuple(encode(beginning))
     if len(prompt_ids) <= spec.max_positions + _EDGE_TOKENS and len(beginning) < len(prompt):
-        prompt_ids = tuple(tokenizer.encode(prompt))
+        prompt_ids = tuple(encode(prompt))
     if len(prompt_ids) >= spec.max_positions:
         over = "over " if len(beginning) < len(prompt) else ""
         raise PromptTooLong(

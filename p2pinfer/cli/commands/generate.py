@@ -27,7 +27,7 @@ from p2pinfer.cli.output.terminal import OutputClosed, note, print_note, write_o
 from p2pinfer.cli.output.waiting import WaitingLine
 from p2pinfer.errors import ConfigError, LocalError, P2PInferError
 
-from .prompt import dash_hint, take_prompt
+from .prompt import as_prompt, dash_hint, take_prompt
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client
@@ -41,6 +41,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     "generate",
     examples=[
         'p2pinfer generate "Once upon a time"',
+        'p2pinfer generate --system "Answer in one word." "What is the capital of France?"',
         'p2pinfer generate --temperature 0.8 --seed 7 --stats "The little fox"',
         "cat prompt.txt | p2pinfer generate --json -",
         'p2pinfer generate --policy my_module:MyPolicy "Once upon a time"',
@@ -88,6 +89,14 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 )
 @setting("generation.stop_ids", "--stop-id ID", "Stop before this token. May be repeated.", multiple=True)
 @setting("generation.show_special", "--show-special", "Print special tokens too.")
+@click.option(
+    "--chat/--raw",
+    "as_chat",
+    default=None,
+    help="Send PROMPT as a message, by the model's chat template, or as it is. [default: --chat for models "
+    "that have a template]",
+)
+@click.option("--system", metavar="TEXT", help="System message of the chat, before PROMPT.")
 @BOOTSTRAP
 @SWARM_KEY
 @ALLOW
@@ -120,12 +129,22 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
 @click.option("--resume", metavar="TOKEN", help="Continue an interrupted text; give no PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--stats", is_flag=True, help="Print the route, timings and audits at the end.")
-def generate(call: Invocation, prompt: str | None, resume: str | None, echo: bool, stats: bool) -> None:
+def generate(
+    call: Invocation,
+    prompt: str | None,
+    as_chat: bool | None,
+    system: str | None,
+    resume: str | None,
+    echo: bool,
+    stats: bool,
+) -> None:
     """Generate text that continues PROMPT.
 
     The text is streamed to standard output.
 
     If PROMPT is -, or is missing while input is piped in, the prompt is read from standard input.
+
+    A model with a chat template gets PROMPT as a user's message and answers it; --raw continues PROMPT.
 
     If no swarm in reach serves the model, three temporary nodes on this computer run it. This works for the
     bundled model and for a model in a folder.
@@ -150,6 +169,10 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
     if (text is None) == (resume is None):
         raise click.UsageError("give either PROMPT or --resume TOKEN")
     if resume is not None:
+        if as_chat is not None or system is not None:
+            raise click.UsageError(
+                "--chat, --raw and --system are for a new PROMPT, and --resume continues one"
+            )
         _check_nothing_asked_for(call)
     shared, config = settings.build(SharedConfig), settings.build(ClientConfig)
     generation_config, host_config = settings.build(GenerationConfig), settings.build(HostConfig)
@@ -190,8 +213,9 @@ def generate(call: Invocation, prompt: str | None, resume: str | None, echo: boo
                     generation = client.resume(token, more)
                     before = generation.prompt + generation.result.text
                 else:
-                    generation = client.generate(text or "", generation_config)
-                    before = text or ""
+                    sent = await as_prompt(client.chat_template, text or "", as_chat, system)
+                    generation = client.generate(sent, generation_config)
+                    before = (text or "") + ("" if isinstance(sent, str) else "\n\n")
                 waiting.say("looking for peers")
                 async with swarm_in_reach(
                     client, embedding=embedding, on_embedding=starting, on_others=_others_teller(call)

@@ -7,11 +7,14 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from p2pinfer.cli.output.terminal import note, read_stdin
 from p2pinfer.errors import ConfigError
 from p2pinfer.text_files import decode_text
+
+if TYPE_CHECKING:
+    from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 
 MAX_BYTES: Final = 64 << 20  # ten million tokens and more: no model's context is so long
 _MARK: Final = "\ufeff"  # a byte order mark: `generate "$(cat prompt.txt)"` hands it over
@@ -36,6 +39,37 @@ def take_prompt(given: str | None, *, quiet: bool = False) -> str | None:
     if not quiet and _unread_bytes():
         note("standard input is not read, because PROMPT is given; use - as PROMPT to read it")
     return given.removeprefix(_MARK)
+
+
+async def as_prompt(
+    template: ChatTemplate | None, text: str, as_chat: bool | None, system: str | None
+) -> str | ChatPrompt:
+    """Prompt of a text: the text itself, or a chat that begins with it.
+
+    Args:
+        as_chat: As a chat or not; None: as the model has a template or not.
+        system: System message of the chat.
+
+    Raises:
+        ConfigError: A chat is asked for, and the model has no template.
+        ChatTemplateError: The template cannot be used.
+    """
+    if system is not None and as_chat is False:
+        raise ConfigError("--system is a message of a chat, and --raw sends no chat; give one of them")
+    if template is None:
+        if as_chat or system is not None:
+            raise ConfigError(
+                "the model has no chat template, so it takes no chat; leave out --chat and --system"
+            )
+        return text
+    if as_chat is False:
+        return text
+    import trio
+
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return await trio.to_thread.run_sync(template.render, messages)
 
 
 def dash_hint(words: Sequence[str], options: Iterable[str]) -> str:

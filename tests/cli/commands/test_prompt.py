@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.cli.app import run
-from p2pinfer.cli.commands.prompt import take_prompt
+from p2pinfer.cli.commands.prompt import as_prompt, take_prompt
 from p2pinfer.errors import ConfigError, LocalError
+from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 
 SetStdin = Callable[[bytes], None]
 
@@ -208,3 +209,39 @@ def test_things_are_kept_in_a_folder_of_any_name(tmp_path: Path, capsys: pytest.
     assert run(["keygen", "--json", f"{odd}/key"]) == 0
     assert '/caf\\udce9/key"' in capsys.readouterr().out
     assert {"key", "ledger.sqlite"} <= {path.name for path in Path(odd).iterdir()}
+
+
+TEMPLATE = ChatTemplate(
+    {"default": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"}, {}
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "as_chat", "system", "expected"),
+    [
+        (None, None, None, "Hi"),
+        (None, False, None, "Hi"),
+        (TEMPLATE, False, None, "Hi"),
+        (TEMPLATE, None, None, ChatPrompt("[user]Hi[assistant]")),
+        (TEMPLATE, True, "Be brief.", ChatPrompt("[system]Be brief.[user]Hi[assistant]")),
+    ],
+)
+async def test_a_prompt_is_a_chat_where_the_model_has_a_template(
+    template: ChatTemplate | None, as_chat: bool | None, system: str | None, expected: str | ChatPrompt
+) -> None:
+    assert await as_prompt(template, "Hi", as_chat, system) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "as_chat", "system", "said"),
+    [
+        (None, True, None, "the model has no chat template"),
+        (None, None, "Be brief.", "the model has no chat template"),
+        (TEMPLATE, False, "Be brief.", "--raw sends no chat"),
+    ],
+)
+async def test_a_chat_that_cannot_be_is_refused(
+    template: ChatTemplate | None, as_chat: bool | None, system: str | None, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        await as_prompt(template, "Hi", as_chat, system)

@@ -1,0 +1,189 @@
+"""Tokens a second where hops are far apart, against the physical bound: plain decoding and speculative.
+
+    python benchmarks/distance.py                                    # the whole plan, an hour and more
+    python benchmarks/distance.py --model tiny-stories --hops 4 --delay 50 --mbit 100 --rounds 1
+
+Hosts, lines and delays are those of the lab (tests/lab: network namespaces, so Linux and root or user
+namespaces). Nodes and client are the commands that a user types, all public, one torch thread each. `delay`
+is one way between any two hosts, `mbit` every host's uplink.
+
+`bound` is 1 / (compute + (hops + 1) delay + (hops + 1) hidden bytes / uplink), where compute is what local
+transformers takes for a token of the same text, in the same run and with one thread. A chain without guesses
+cannot be faster by more than it computes faster. `of bound` is plain over bound. `gain` is the median over
+rounds of speculated over plain, which take turns. Texts by kind: a story, and one that quotes its prompt.
+`same ids` compares both with each other and, in float32, with transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the lab, which belongs to the tests
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # oneDNN reads it once, here and in the nodes
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from statistics import median
+from typing import Any, Final
+
+import torch
+from contest import Local, blocks_of, evenly, model_folder, report, rounded
+
+from p2pinfer.models.text.text import load_tokenizer
+from tests.lab.commands import Command, Commands, open_commands
+from tests.lab.lab import open_lab
+from tests.lab.namespaces import why_not
+from tests.lab.pairs import leave, reachable
+from tests.lab.pinned import POLICY, VARIABLE, write_routes
+from tests.lab.scenario import Line, Scenario, Site
+
+MODELS: Final = ("tiny-stories", "smollm2", "1024x16")
+DELAYS_MS: Final = (0.0, 10.0, 25.0, 50.0, 115.0)
+UPLINKS_MBIT: Final = (20.0, 100.0)
+TOKENS: Final = 64
+QUEUE_MS: Final = 300.0
+STORY: Final = "Once upon a time, there was a little fox who lived in a big forest. One day, the fox"
+QUOTED: Final = (
+    "Tom said: I like my red ball, my blue kite and my green boat. Mia said: I like my old bear, my small "
+    "drum and my big book. Tom said: I like my red ball, my blue kite and my green boat. Mia said: I like my"
+)
+PROMPTS: Final = {"story": STORY, "quote": QUOTED}
+PATIENCE_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation, as its JSON tells it."""
+
+    token_ids: tuple[int, ...]
+    tokens_per_s: float
+    first_token_s: float
+    tokens_per_trip: float
+
+
+class Chain:
+    """Nodes in a lab, a span each, and a client that goes through all of them."""
+
+    def __init__(self, commands: Commands, folder: Path, dtype: str, hops: int) -> None:
+        self._commands = commands
+        self._model = ("--model", str(folder))
+        self._dtype = dtype
+        self._join: tuple[str, ...] = ()
+        self.nodes: list[Command] = []
+        spans = [str(span) for span in evenly(blocks_of(folder), hops)]
+        for number, span in enumerate(spans):
+            host = f"n{number}"
+            listen = ("--listen", f"/ip4/{commands.lab.scenario.public_ipv4(host)}/tcp/4001")
+            node = commands.node(host, *self._model, "--blocks", span, "--dtype", dtype, *listen, *self._join)
+            self.nodes.append(node)
+            self._join = ("--bootstrap", node.event("ready", PATIENCE_S)["addrs"][0])
+        peers = [reachable(node) for node in self.nodes]
+        self._route = write_routes(list(zip(peers, spans, strict=True)))
+
+    def generate(self, prompt: str, speculate: str) -> Run:
+        """One text; greedy, to its last token.
+
+        Raises:
+            OSError: It failed.
+        """
+        settings = ("client.dtype=" + self._dtype, "client.find_timeout_s=60")
+        client = self._commands.generate(
+            "me",
+            prompt,
+            *(*self._model, *self._join, "--max-new-tokens", str(TOKENS), "--temperature", "0"),
+            *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0"),
+            *(word for setting in settings for word in ("--set", setting)),
+            **{VARIABLE: self._route},
+        )
+        if client.wait(PATIENCE_S) != 0:
+            raise OSError(client.err.strip().splitlines()[-1])
+        told = json.loads(client.out)
+        timings, trips = told["timings"], told.get("speculation") or {}
+        return Run(
+            tuple(told["token_ids"]),
+            timings["tokens_per_s"],
+            timings["first_token_s"],
+            trips.get("tokens_per_trip", 1.0),
+        )
+
+
+def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[str, Any]]:
+    """The rows of one model over so many hops."""
+    hosts = (*(f"n{number}" for number in range(hops)), "me")
+    scenario = Scenario("distance", "public hosts", tuple(Site(host) for host in hosts))
+    with model_folder(name) as folder, open_lab(scenario) as lab, open_commands(lab) as commands:
+        local = Local(folder, options.dtype)
+        width = json.loads((folder / "config.json").read_text())["hidden_size"]
+        row_bytes = width * torch.empty((), dtype=getattr(torch, options.dtype)).element_size()
+        chain = Chain(commands, folder, options.dtype, hops)
+        try:
+            for delay_ms, mbit in product(options.delay, options.mbit):
+                line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
+                for host in hosts:
+                    lab.set_line(host, line)
+                for kind in options.kind:
+                    trip_s = (hops + 1) * (delay_ms / 1e3 + row_bytes * 8 / (mbit * 1e6))
+                    cell = {"model": name, "hops": hops, "delay": delay_ms, "mbit": mbit, "kind": kind}
+                    yield cell | contest(chain, local, folder, PROMPTS[kind], trip_s, options.rounds)
+        finally:
+            leave(chain.nodes)
+
+
+def contest(
+    chain: Chain, local: Local, folder: Path, prompt: str, trip_s: float, rounds: int
+) -> dict[str, Any]:
+    """Plain and speculative decoding in turns, and what physics allows the former."""
+    ids = load_tokenizer(folder).encode(prompt)
+    expected, times = local.generate(ids, TOKENS)
+    compute_s = median(after - before for before, after in pairwise(times))
+    plain: list[Run] = []
+    guessed: list[Run] = []
+    for _ in range(rounds):
+        plain.append(chain.generate(prompt, "off"))
+        guessed.append(chain.generate(prompt, "auto"))
+    bound = 1 / (compute_s + trip_s)
+    speed = median(run.tokens_per_s for run in plain)
+    same = all(run.token_ids == plain[0].token_ids for run in (*plain, *guessed))
+    return {
+        "local": round(1 / compute_s, 1),
+        "bound": round(bound, 2),
+        "plain": round(speed, 2),
+        "of bound": round(speed / bound, 2),
+        "speculated": rounded([run.tokens_per_s for run in guessed]),
+        "gain": rounded([b.tokens_per_s / a.tokens_per_s for a, b in zip(plain, guessed, strict=True)]),
+        "a trip": rounded([run.tokens_per_trip for run in guessed]),
+        "first s": rounded([run.first_token_s for run in plain]),
+        "same ids": same,
+        "as local": plain[0].token_ids == tuple(expected[: len(plain[0].token_ids)]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=MODELS)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--hops", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--delay", nargs="+", type=float, default=DELAYS_MS, help="ms, one way")
+    parser.add_argument("--mbit", nargs="+", type=float, default=UPLINKS_MBIT)
+    parser.add_argument("--kind", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(argv)
+    if lacking := why_not():
+        sys.exit(lacking)
+    torch.set_num_threads(1)
+    started, rows = time.monotonic(), list[dict[str, Any]]()
+    for name, hops in product(options.model, options.hops):
+        for row in measure(options, name, hops):
+            rows.append(row)
+            print(*(f"{key} {value}" for key, value in row.items()), file=sys.stderr, sep="  ")
+    report(f"distance, {TOKENS} tokens, {time.monotonic() - started:.0f} s in all", rows)
+
+
+if __name__ == "__main__":
+    main()
