@@ -27,11 +27,11 @@ def _laplace(rows: Tensor) -> Tensor:
 
 
 def _quick_gelu(rows: Tensor) -> Tensor:
-    return (1.702 * rows).sigmoid_().mul_(rows)
+    return (1.702 * rows).sigmoid_() * rows  # a gradient needs what sigmoid gave
 
 
 def _relu2(rows: Tensor) -> Tensor:
-    return functional.relu(rows).square_()
+    return functional.relu(rows).square()  # a gradient needs what relu gave
 
 
 def _sqrtsoftplus(rows: Tensor) -> Tensor:

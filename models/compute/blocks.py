@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from p2pinfer.models.span import BlockSpan
 
 from .attention import Attention
 from .families import Architecture, describe_architecture
-from .layers import Norm
-from .mlp import ExpertMlp, load_mlp
+from .layers import Linear, Norm
+from .mlp import ExpertMlp, GatedMlp, load_mlp
 from .rope import Rope, Rotation, rotate
 from .routing import ExpertChoice
 from .target import Target
@@ -33,6 +34,20 @@ from .weights import Weights
 
 # Left behind by checkpoints of old; it is computed.
 _RECOMPUTED = "rotary_emb.inv_freq"
+
+
+class BlockLayers(NamedTuple):
+    """The layers of one block, for whoever runs them in another way than `Blocks.forward`."""
+
+    attention_norm: Norm
+    qkv: Linear  # queries, keys and values, side by side
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Linear
+    attention_output_norm: Norm | None
+    mlp_norm: Norm
+    mlp: GatedMlp | ExpertMlp
+    mlp_output_norm: Norm | None
 
 
 class Blocks:
@@ -84,6 +99,14 @@ class Blocks:
             block.choosing(self.span.start + index, choice) for index, block in enumerate(self._blocks)
         ]
         return other
+
+    def layers(self, index: int) -> BlockLayers:
+        """The layers of the block with this index within the span."""
+        return self._blocks[index].layers()
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """The rotation of tokens at `positions`, (tokens,)."""
+        return self._rope.at(positions, self.dtype)
 
     def forward(self, hidden: Tensor, attention: Attention, span: BlockSpan | None = None) -> Tensor:
         """Hidden states after the span, or after the part of it that `span` names.
@@ -163,6 +186,19 @@ class _Block:
         output_norm = family.mlp_output_norm
         self._mlp_output_norm = norm(output_norm, hidden) if output_norm else None
         self._stepwise = False
+
+    def layers(self) -> BlockLayers:
+        return BlockLayers(
+            self._attention_norm,
+            self._qkv,
+            self._query_norm,
+            self._key_norm,
+            self._output,
+            self._attention_output_norm,
+            self._mlp_norm,
+            self._mlp,
+            self._mlp_output_norm,
+        )
 
     def stepwise(self) -> _Block:
         plain = copy(self)

@@ -42,6 +42,10 @@ class Linear:
         self._packed = can_pack(weight.device, weight.dtype)
         self._weight: Tensor = _MKLDNN._reorder_linear_weight(weight) if self._packed else weight
 
+    def dense(self) -> Tensor:
+        """The weight, (out_features, in_features), as it was given; a copy where it is packed."""
+        return self._weight.to_dense() if self._packed else self._weight
+
     def __call__(self, rows: Tensor) -> Tensor:
         if not self._packed:
             return functional.linear(rows, self._weight, self._bias)

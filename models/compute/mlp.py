@@ -15,28 +15,40 @@ from .weights import Weights
 
 
 class GatedMlp:
-    """`down(activation(gate(x)) * up(x))`, gate and up being one product."""
+    """`down(activation(gate(x)) * up(x))`, gate and up being one product.
+
+    Attributes:
+        activation: Function of the gate's product.
+        gate_up: The products of gate and up, side by side.
+        down: The product of what they give.
+    """
 
     def __init__(self, architecture: Architecture, weights: Weights, gate: str, up: str, down: str) -> None:
         hidden, inner, bias = architecture.hidden_size, architecture.inner_size, architecture.mlp_bias
-        self._activation = architecture.activation
-        self._gate_up = weights.linear((gate, up), hidden, (inner, inner), bias=bias)
-        self._down = weights.linear((down,), inner, (hidden,), bias=bias)
+        self.activation = architecture.activation
+        self.gate_up = weights.linear((gate, up), hidden, (inner, inner), bias=bias)
+        self.down = weights.linear((down,), inner, (hidden,), bias=bias)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        gate, up = self._gate_up(rows).chunk(2, -1)
-        return self._down(self._activation(gate).mul_(up))
+        gate, up = self.gate_up(rows).chunk(2, -1)
+        return self.down(self.activation(gate).mul_(up))
 
 
 class ExpertMlp:
-    """The sum of the `experts_per_token` layers that a token's router likes best, weighted by how much."""
+    """The sum of the `experts_per_token` layers that a token's router likes best, weighted by how much.
+
+    Attributes:
+        router: The product that gives each expert's score.
+        experts: The layers.
+        experts_per_token: How many of them a token goes to.
+    """
 
     def __init__(self, architecture: Architecture, weights: Weights, names: ExpertNames) -> None:
         count = architecture.num_experts
-        self._chosen = architecture.experts_per_token
+        self.experts_per_token = architecture.experts_per_token
         self._choose: Callable[[Tensor, int], Tensor] = _likeliest
-        self._router = weights.linear((names.router,), architecture.hidden_size, (count,))
-        self._experts = [
+        self.router = weights.linear((names.router,), architecture.hidden_size, (count,))
+        self.experts = [
             GatedMlp(
                 architecture, weights, *(f"{prefix}.{part}" for part in (names.gate, names.up, names.down))
             )
@@ -50,14 +62,14 @@ class ExpertMlp:
         return other
 
     def __call__(self, rows: Tensor) -> Tensor:
-        scores = self._router(rows).float()
-        chosen = self._choose(scores, self._chosen)
+        scores = self.router(rows).float()
+        chosen = self._choose(scores, self.experts_per_token)
         odds = scores.softmax(-1).gather(-1, chosen)
         odds = (odds / odds.sum(-1, keepdim=True)).to(rows.dtype)
         output = torch.zeros_like(rows)
         for index in sorted({int(expert) for expert in chosen.flatten()}):
             token, rank = torch.where(chosen == index)
-            output.index_add_(0, token, self._experts[index](rows[token]) * odds[token, rank, None])
+            output.index_add_(0, token, self.experts[index](rows[token]) * odds[token, rank, None])
         return output
 
 

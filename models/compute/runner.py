@@ -65,6 +65,11 @@ class SpanRunner:
         return SpanRunner(self._blocks.choosing(choice), self.cache)
 
     @property
+    def blocks(self) -> Blocks:
+        """The blocks that it runs, for passes that need no cache."""
+        return self._blocks
+
+    @property
     def has_experts(self) -> bool:
         """True if its blocks choose among experts."""
         return self._blocks.architecture.family.experts is not None
@@ -88,7 +93,7 @@ class SpanRunner:
         if not chunks:
             return []
         ends = self._check(chunks)
-        self._claim_thread()
+        self.claim_thread()
         for chunk in chunks:
             chunk.lease.truncate(min(chunk.position, chunk.lease.length))
         with torch.inference_mode():
@@ -139,7 +144,7 @@ class SpanRunner:
         self._num_threads = threads
         self._thread = None
 
-    def _claim_thread(self) -> None:
+    def claim_thread(self) -> None:
         """Give this thread the thread count that torch was set to.
 
         OpenMP keeps the count by thread, torch sets it only where it is asked, and oneDNN takes what it

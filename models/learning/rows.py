@@ -1,0 +1,120 @@
+"""Sequences of a microbatch, side by side without padding, and the attention among their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from p2pinfer.models.compute.families import Architecture
+
+
+class Rows:
+    """Layout of a microbatch: the tokens of its sequences, one sequence after the other.
+
+    Attributes:
+        lengths: Tokens of each sequence.
+        positions: (tokens,) int64: the position that each token is rotated to.
+        indices: (tokens,) int64: where each token stands in its sequence, rising; windows are measured by it.
+    """
+
+    def __init__(self, lengths: Sequence[int], positions: Tensor, indices: Tensor) -> None:
+        """A layout; positions and indices are checked by whoever got them from a peer."""
+        assert sum(lengths) == len(positions) == len(indices)
+        self.lengths = tuple(lengths)
+        self.positions = positions
+        self.indices = indices
+        self._groups = [(length, len(list(alike))) for length, alike in groupby(self.lengths)]
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences."""
+        return len(self.positions)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same layout on a device."""
+        return Rows(self.lengths, self.positions.to(device), self.indices.to(device))
+
+    def first_tokens(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` tokens of every sequence: where they are, and which of the `count` each is."""
+        rows: list[int] = []
+        which: list[int] = []
+        start = 0
+        for length in self.lengths:
+            rows += range(start, start + min(length, count))
+            which += range(min(length, count))
+            start += length
+        device = self.positions.device
+        return torch.tensor(rows, device=device), torch.tensor(which, device=device)
+
+    def attend(
+        self, architecture: Architecture, window: int | None, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Causal attention within each sequence; differentiable.
+
+        Args:
+            window: How many tokens back a token sees, itself included; None: all.
+            queries: (tokens, heads, head_dim).
+            keys: (tokens, kv_heads, head_dim), as are the values.
+
+        Returns:
+            (tokens, heads * head_dim).
+        """
+        outputs: list[Tensor] = []
+        start = 0
+        for length, count in self._groups:
+            part = slice(start, start + length * count)
+            shape = (count, length)
+            heads = [
+                each[part].view(*shape, *each.shape[1:]).transpose(1, 2) for each in (queries, keys, values)
+            ]
+            limit = None if window is None or window >= self._reach(part, length) else window
+            output = self._attend(architecture, part, length, limit, *heads)
+            outputs.append(output.transpose(1, 2).reshape(length * count, -1))
+            start = part.stop
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _reach(self, part: slice, length: int) -> int:
+        """Distance from the first token of a group's sequences to the last, both included."""
+        ends = self.indices[part].view(-1, length)
+        return int((ends[:, -1] - ends[:, 0]).max()) + 1
+
+    def _attend(
+        self,
+        architecture: Architecture,
+        part: slice,
+        length: int,
+        window: int | None,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        scale, softcap = architecture.attention_scale, architecture.attention_softcap
+        if softcap is None and window is None:
+            return functional.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+            )
+        mask = self._mask(part, length, window, queries.dtype)
+        if softcap is None:
+            return functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+        group = architecture.heads // architecture.kv_heads
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        scores = ((queries.float() @ keys.float().transpose(2, 3)) * (scale / softcap)).tanh() * softcap
+        return ((scores + mask).softmax(-1) @ values.float()).to(queries.dtype)
+
+    def _mask(self, part: slice, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(sequences, 1, length, length): 0 where a token sees a key, else -inf."""
+        key = (part.start, window)
+        if key not in self._masks:
+            at = self.indices[part].view(-1, 1, length)
+            distance = at[..., None] - at[:, :, None]
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[key] = zeros.masked_fill_(hidden, -torch.inf)
+        return self._masks[key]
