@@ -31,6 +31,14 @@ class ServeConfig:
     evidence_keep_s: float = 900.0  # how long evidence is kept after a session's last step, seconds
     proof_bytes: int = 128 << 20  # host memory for fraud proofs, our own and those of other peers, bytes
     proof_keep_s: float = 86400.0  # how long a proof is kept for peers that have not seen it, seconds
+    max_train_sessions: int = 16  # clients that train at once
+    max_train_sessions_per_client: int = 4  # training sessions open at once of one client
+    train_tokens: int = 2048  # tokens in one microbatch
+    train_in_flight: int = 4  # requests of one training session without an answer
+    train_slice_s: float = 0.02  # of training after which others have their turn, seconds; one block at least
+    train_bytes: int = 512 << 20  # host memory for inputs kept for backward passes, bytes
+    client_adapter_bytes: int = 128 << 20  # one adapter of a client, for this node's blocks, bytes
+    max_adapter_rank: int = 256  # of one low-rank update
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message or attachment, seconds
     dial_timeout_s: float = 10.0  # for connecting to a session's successor, seconds

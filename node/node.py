@@ -42,6 +42,7 @@ from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
+from p2pinfer.node.training.train_server import TrainServer
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
 from p2pinfer.routing.announcement import Announcement
@@ -224,9 +225,11 @@ class _Node:
             )
             announcer.free_tokens = lambda: server.free_tokens
             server.register()
+            training = TrainServer(member.host, served, self._serve)
+            training.register()
             if self._metrics is not None:
                 _watch_span(self._metrics, server, runner, worker)
-            async with self._announced(announcer, server):
+            async with self._announced(announcer, server, training):
                 remember_span(self._config.data_dir, source.spec.revision, span)
                 self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
@@ -235,17 +238,19 @@ class _Node:
                         runner,
                         worker,
                         speed,
-                        lambda: not server.sessions,
+                        lambda: not (server.sessions or training.sessions),
                         threads=threads,
                         cores=self._cores(runner),
                     )
                     nursery.start_soon(tuner.keep_right, announcer.touch)
                     return await self._until_needed_elsewhere(
-                        source.spec, member, announcer, server, may_move
+                        source.spec, member, announcer, (server, training), may_move
                     )
 
     @asynccontextmanager
-    async def _announced(self, announcer: Announcer, server: SpanServer) -> AsyncGenerator[None]:
+    async def _announced(
+        self, announcer: Announcer, server: SpanServer, training: TrainServer
+    ) -> AsyncGenerator[None]:
         """Announce a span; withdraw it when the block ends, after which no session is open.
 
         A block that ends without an error leaves for another span, which it does when nobody is served. Any
@@ -258,6 +263,7 @@ class _Node:
             moving = True
         finally:
             server.refuse_newcomers()
+            training.refuse_newcomers()
             with trio.CancelScope(shield=True):
                 with trio.move_on_after(self._serve.leave_timeout_s):
                     await announcer.withdraw()
@@ -266,9 +272,15 @@ class _Node:
                     await server.drain(self._serve.drain_s)
             # The host would keep the server, and with it the blocks, while the next ones are loaded.
             server.unregister()
+            training.unregister()
 
     async def _until_needed_elsewhere(
-        self, spec: ModelSpec, member: SwarmMember, announcer: Announcer, server: SpanServer, may_move: bool
+        self,
+        spec: ModelSpec,
+        member: SwarmMember,
+        announcer: Announcer,
+        servers: tuple[SpanServer, TrainServer],
+        may_move: bool,
     ) -> BlockSpan:
         if not may_move:
             await trio.sleep_forever()
@@ -283,8 +295,9 @@ class _Node:
                 speed = own.tokens_per_s * len(own.span)
                 others = await take_census(member, spec.revision, spec.num_blocks, speed)
             better = should_move(own, others, spec.num_blocks, dwelt_s)
-            if better is not None and not server.sessions:
-                server.refuse_newcomers()  # at once: the next one could come while we leave
+            if better is not None and not any(each.sessions for each in servers):
+                for each in servers:
+                    each.refuse_newcomers()  # at once: the next one could come while we leave
                 return better
 
     def _resolve(self) -> ModelSource:

@@ -12,13 +12,18 @@ from types import TracebackType
 from typing import TypeVar, Unpack
 
 import trio
+from torch import Tensor
 
 from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
+from p2pinfer.learning.swarm_trainer import Batch, SwarmTrainer, Trace, open_trainer
+from p2pinfer.learning.trained_adapter import AdapterGradient, ModelAdapter
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.routing.policy import RoutingPolicy
+from p2pinfer.routing.route import Route
 
 from .client import Client, PeerView
 from .embedded import client_host_config, may_embed, swarm_in_reach
@@ -108,6 +113,10 @@ class BlockingClient:
         """Peers known to serve the model."""
         return self._loop.call(lambda client: client.peers())
 
+    def trainer(self) -> BlockingTrainer:
+        """Training passes over the swarm, for as long as this client is open."""
+        return BlockingTrainer(self._loop)
+
     def close(self) -> None:
         """Leave the swarm, ending what is still being generated. Harmless twice."""
         self._close()
@@ -162,6 +171,47 @@ class BlockingGeneration:
         self._close()
 
 
+class BlockingTrainer:
+    """A `SwarmTrainer` for ordinary code. Any thread may use it."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+        self._opened: Future[SwarmTrainer] = Future()
+        loop.spawn(self._hold)
+        self._trainer = self._opened.result()
+
+    async def _hold(self) -> None:
+        client = self._loop.client
+        opening = open_trainer(client.member.host, client.spec, client.routes, lambda: client.table_changed)
+        async with opening as trainer:
+            self._opened.set_result(trainer)
+            await trio.sleep_forever()
+
+    @property
+    def route(self) -> Route:
+        """Peers that compute at the moment."""
+        return self._trainer.route
+
+    def forward(
+        self,
+        batch: Batch,
+        adapter: ModelAdapter | None = None,
+        *,
+        span: BlockSpan | None = None,
+        keeps: bool = True,
+        seed: int = 0,
+    ) -> Trace:
+        """Run blocks over a batch; see `SwarmTrainer.forward`."""
+        trainer = self._trainer
+        return self._loop.wait(lambda: trainer.forward(batch, adapter, span=span, keeps=keeps, seed=seed))
+
+    def backward(
+        self, trace: Trace, gradient: Tensor, *, wants_hidden: bool = True
+    ) -> tuple[Tensor | None, AdapterGradient | None]:
+        """Gradients of a batch and of its adapter; see `SwarmTrainer.backward`."""
+        return self._loop.wait(lambda: self._trainer.backward(trace, gradient, wants_hidden=wants_hidden))
+
+
 class _Pump:
     """Iterates a generation in one trio task: cancel scopes inside it must not change tasks on the way."""
 
@@ -195,7 +245,7 @@ class _Loop:
         self._thread = threading.Thread(target=self._run, name="p2pinfer", daemon=True)
         self._thread.start()
         try:
-            self._client, self._nursery = self._opened.result()
+            self.client, self._nursery = self._opened.result()
         except BaseException:
             self.close()
             raise
@@ -203,7 +253,7 @@ class _Loop:
     def call(self, function: Callable[[Client], _Result]) -> _Result:
         """Result of `function`, called in the loop."""
         try:
-            return trio.from_thread.run_sync(function, self._client, trio_token=self._token)
+            return trio.from_thread.run_sync(function, self.client, trio_token=self._token)
         except trio.RunFinishedError:
             raise LocalError("this client is closed; connect again") from None
 

@@ -141,7 +141,7 @@ class Client:
         self._local: LocalModel
         self._member: SwarmMember
         self._planner: RoutePlanner
-        self._routes: ReachableRoutes
+        self.routes: ReachableRoutes
         self._race: OpeningRace
         self._nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
@@ -181,8 +181,8 @@ class Client:
                 joining=joining_options(self._bootstrap, self._host_config.swarm_key),
                 model=self.model,
             )
-            self._routes = ReachableRoutes(self._planner, self._member, self.spec)
-            self._race = OpeningRace(self._routes, self.ledger)
+            self.routes = ReachableRoutes(self._planner, self._member, self.spec)
+            self._race = OpeningRace(self.routes, self.ledger)
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._policy_runner.deliver_outcomes)
             stack.push_async_callback(self._policy_runner.finish)
@@ -384,7 +384,7 @@ class Client:
             codec=plan.codec,
             config=self._session_config,
             replay_source=replay_source,
-            replanner=self._routes,
+            replanner=self.routes,
             excluded=excluded,
             keep_steps=bool(chosen),
             report=self._report,

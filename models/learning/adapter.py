@@ -133,12 +133,11 @@ class Adapter:
             offset += update.rank * sum(projection_shape(architecture, update.projection))
         self._prompts_at = offset
 
-    @property
-    def first_block(self) -> int | None:
-        """The first block that it changes; None if it changes none."""
+    def first_block(self, span: BlockSpan) -> int | None:
+        """The first block of a part of its span that it changes; None if it changes none there."""
         if self.layout.prompt_tokens:
-            return self._span.start
-        return min(self._updates_of, default=None)
+            return span.start
+        return min((each for each in self._updates_of if span.start <= each < span.stop), default=None)
 
     def of_block(self, block: int, values: Tensor | None = None) -> BlockAdapter:
         """Part of the adapter in one block of the model, as views.

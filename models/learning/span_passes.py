@@ -108,7 +108,7 @@ class SpanPasses:
         of_adapter = None if adapter is None else torch.zeros_like(adapter.values)
         least = batch.span.start
         if not wants_hidden:
-            first = None if adapter is None else adapter.first_block
+            first = None if adapter is None else adapter.first_block(batch.span)
             least = batch.span.stop if first is None else first
         for block in reversed(range(least, batch.span.stop)):
             part = _part(batch, block).with_gradients()

@@ -31,6 +31,7 @@ from p2pinfer.node.swarm.latency import Latency
 from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.swarm.proof_gossip import Heard, Notice, ProofCarrier
+from p2pinfer.node.training.train_server import TrainServer
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.route import Hop, Route
 
@@ -46,6 +47,7 @@ class Served:
 
     runner: SpanRunner
     server: SpanServer
+    training: TrainServer
 
 
 class MemoryGossip:
@@ -175,7 +177,9 @@ class MemorySwarm:
             host, offered, config, self.events.append, evidence=evidence, find_addrs=find_addrs
         )
         server.register()
-        self.served[peer_id] = Served(runner, server)
+        training = TrainServer(host, offered, config)
+        training.register()
+        self.served[peer_id] = Served(runner, server, training)
         self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=str(runner.numerics))
         return self.served[peer_id]
 

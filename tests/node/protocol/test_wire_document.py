@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from p2pinfer.node.evidence import store
-from p2pinfer.node.protocol import frames, messages
+from p2pinfer.node.protocol import frames, messages, train_messages, train_receipt, train_stream
 from p2pinfer.node.reach import dialback
 from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
 from p2pinfer.reputation import proof, receipt
@@ -25,13 +25,18 @@ MESSAGES = (
     *("Open", "Opened", "Move", "Moved", "Attach", "Attached", "Step", "Filled", "Result", "Refused"),
     *("Expect", "Relink", "Relinked", "Probe", "Alive", "Leaving", "End"),
 )
-LISTS = {"Successor": "successor", "Bill": "bills"}
+TRAIN_MESSAGES = (
+    *("Begin", "Begun", "Adapt", "Adapted", "Forward", "Forwarded", "Backward", "Backwarded"),
+    *("Forget", "Declined", "Done"),
+)
+LISTS = {"Successor": "successor", "Bill": "bills", "Update": "updates"}
 TABLES = {
     "_Wire": ("Announcements", 0),
     "_Sealed": ("Sealed records", 0),
     "_Request": ("Snapshots", 0),
     "_Entry": ("Snapshots", 1),
     "Receipt": ("Session and chain frames", 0),
+    "TrainReceipt": ("Training", 0),
     "_Ports": ("Dial-back", 0),
     "_Seen": ("Dial-back", 1),
     "LivenessProof": ("Twins", 0),
@@ -52,6 +57,8 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
 
 MODULES = (
     messages,
+    train_messages,
+    train_receipt,
     snapshot,
     dialback,
     identity_check,
@@ -71,8 +78,8 @@ def section(title: str) -> str:
 
 def documented(name: str) -> tuple[str, ...]:
     """The fields that the document gives a struct."""
-    if name in MESSAGES:
-        table = section("Session and chain frames")
+    if name in MESSAGES or name in TRAIN_MESSAGES:
+        table = section("Session and chain frames" if name in MESSAGES else "Training")
         [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", table, re.MULTILINE)
         return tuple(field.split()[0] for field in row.split(",") if field.strip())
     if name in LISTS:
@@ -84,7 +91,7 @@ def documented(name: str) -> tuple[str, ...]:
 
 
 def test_every_struct_has_its_place_in_the_document() -> None:
-    assert {struct.__name__ for struct in STRUCTS} == {*MESSAGES, *LISTS, *TABLES}
+    assert {struct.__name__ for struct in STRUCTS} == {*MESSAGES, *TRAIN_MESSAGES, *LISTS, *TABLES}
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
@@ -95,12 +102,15 @@ def test_the_document_names_every_field_in_order(struct: type[msgspec.Struct]) -
 def test_the_document_names_every_refusal_code() -> None:
     listed = DOCUMENT.partition("Refusal codes:")[2].partition("\n\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(messages.RefusalCode)
+    listed = DOCUMENT.partition("Codes of `declined`:")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(train_messages.DeclineCode)
 
 
 def test_the_document_has_the_protocols_and_the_bounds() -> None:
     for protocol in (
         messages.SESSION_PROTOCOL,
         messages.CHAIN_PROTOCOL,
+        train_messages.TRAIN_PROTOCOL,
         snapshot.SNAPSHOT_PROTOCOL,
         dialback.DIALBACK_PROTOCOL,
         identity_check.TWIN_PROTOCOL,
@@ -109,6 +119,11 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
         "Session and chain frames": [frames.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Training": [
+            train_stream.MAX_TRAIN_HEADER_BYTES,
+            train_messages.MAX_UPDATES,
+            train_messages.MAX_SEQUENCES,
+        ],
         "Dial-back": [dialback.MAX_PORTS, dialback.MAX_BYTES],
         "Evidence": [store.MAX_DIGESTS, store.MAX_CONTENT_BYTES],
         "Fraud proofs": [
@@ -146,6 +161,7 @@ def test_the_document_says_what_a_signature_covers() -> None:
     for title, domain in {
         "Sealed records": vars(signed_records)["_DOMAIN"],
         "Session and chain frames": receipt.DOMAIN,
+        "Training": train_receipt.TRAIN_DOMAIN,
     }.items():
         text, zero = domain[:-1].decode(), domain[-1:]
         assert f"`{text}`, one zero byte" in section(title)

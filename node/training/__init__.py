@@ -1,0 +1,1 @@
+"""Training for clients: passes of microbatches through this node's blocks."""

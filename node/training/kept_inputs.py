@@ -1,0 +1,84 @@
+"""Inputs of forward passes, kept for the backward passes to come, in so many bytes.
+
+They save a client half of what a backward pass sends, and the hop a pass. Nothing depends on them: a client
+whose inputs are gone sends them again. So they make room whenever there is none: those of the client that has
+most, its oldest first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from p2pinfer.models.learning.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Inputs of one forward pass.
+
+    Attributes:
+        rows: The sequences.
+        blocks: What went into each block, (tokens, hidden_size).
+        digest: Of the inputs as they came.
+    """
+
+    rows: Rows
+    blocks: tuple[Tensor, ...]
+    digest: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of them."""
+        return sum(each.nbytes for each in self.blocks)
+
+
+class KeptInputs:
+    """Inputs of all sessions, for the event loop.
+
+    Attributes:
+        held_bytes: Bytes that are kept.
+        bytes_in_flight: Bytes of requests without an answer, for whoever lets them in.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.held_bytes = 0
+        self.bytes_in_flight = 0
+        self._max_bytes = max_bytes
+        self._kept: dict[tuple[Hashable, int], tuple[str, Inputs]] = {}  # oldest first
+        self._held_by: Counter[str] = Counter()
+
+    def add(self, session: Hashable, number: int, client: str, inputs: Inputs) -> None:
+        """Keep the inputs of a session's pass, unless they alone are more than all that is kept."""
+        self.drop(session, number)
+        if inputs.size > self._max_bytes:
+            return
+        while self.held_bytes + inputs.size > self._max_bytes:
+            greediest = max(self._held_by, key=lambda each: self._held_by[each])
+            self.drop(*next(key for key, (owner, _) in self._kept.items() if owner == greediest))
+        self._kept[session, number] = (client, inputs)
+        self.held_bytes += inputs.size
+        self._held_by[client] += inputs.size
+
+    def get(self, session: Hashable, number: int) -> Inputs | None:
+        """Inputs of a pass, if they are still here."""
+        kept = self._kept.get((session, number))
+        return None if kept is None else kept[1]
+
+    def drop(self, session: Hashable, number: int) -> None:
+        """Keep the inputs of a pass no longer."""
+        kept = self._kept.pop((session, number), None)
+        if kept is not None:
+            client, inputs = kept
+            self.held_bytes -= inputs.size
+            self._held_by[client] -= inputs.size
+            if not self._held_by[client]:
+                del self._held_by[client]
+
+    def drop_all(self, session: Hashable) -> None:
+        """Keep nothing of a session."""
+        for key in [key for key in self._kept if key[0] == session]:
+            self.drop(*key)

@@ -1,0 +1,275 @@
+"""Passes as work for the batcher, a slice at a time.
+
+A pass goes back into the line after each slice, so that decode steps and prompts of others are computed in
+between: they wait for one slice, which is as long as `slice_s` or one block, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final
+
+from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.learning.rows import Rows
+from p2pinfer.models.learning.span_passes import Forwarded, Gradients, Microbatch, Pass, SpanPasses
+from p2pinfer.models.numerics import Codec
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.protocol.train_messages import Backward, Forward
+from p2pinfer.node.protocol.train_receipt import PassDigests
+from p2pinfer.node.protocol.train_tensors import (
+    decode_inputs,
+    decode_values,
+    digest_of_call,
+    encode_vector,
+    input_bytes,
+)
+from p2pinfer.node.serve.worker import BatchReport, Work, Worker
+from p2pinfer.reputation.receipt import digest_of
+
+from .kept_inputs import Inputs
+
+BACKWARD_COST: Final = 3  # passes' worth: one forward, and a backward of two products for each
+
+
+class Passing:
+    """Properties that the passes of one session share."""
+
+    __slots__ = ("claim_thread", "client", "codec", "passes", "slice_s", "span", "worker")
+
+    def __init__(
+        self,
+        passes: SpanPasses,
+        span: BlockSpan,
+        codec: Codec,
+        client: str,
+        worker: Worker,
+        slice_s: float,
+        claim_thread: Callable[[], None],
+    ) -> None:
+        self.passes = passes
+        self.span = span
+        self.codec: Codec = codec
+        self.client = client
+        self.worker = worker
+        self.slice_s = slice_s
+        self.claim_thread = claim_thread
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of a hidden state."""
+        return self.passes.blocks.spec.hidden_size
+
+
+class PassWork(ABC):
+    """One pass, from its arrival to its answer.
+
+    Attributes:
+        payload: What the answer carries, once the pass is done.
+        digests: What its receipt says.
+        inputs: What is kept of it.
+        error: Why it could not be done.
+        size: Bytes that it was sent.
+    """
+
+    def __init__(
+        self,
+        passing: Passing,
+        size: int,
+        adapter: Adapter | None,
+        digest: bytes | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        """A pass with an adapter and its digest; `on_end` is called in the event loop when it is over."""
+        self.size = size
+        self.is_decode = False
+        self.payload: tuple[bytes, ...] = ()
+        self.digests: PassDigests | None = None
+        self.inputs: Inputs | None = None
+        self.error: Exception | None = None
+        self.is_over = False
+        self.is_wanted = True
+        self.submitted_at = passing.worker.now
+        self.client = passing.client
+        self.batch_key: object = self  # it shares a batch with nothing
+        self.session: object = self  # and no two slices of it wait at once
+        self._passing = passing
+        self._adapter = adapter
+        self._adapter_digest = digest
+        self._on_end = on_end
+        self._steps: Generator[None, None, None] | None = None
+
+    @property
+    @abstractmethod
+    def span(self) -> BlockSpan:
+        """Blocks that it runs."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sequence."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Share of a slice in the pass, in tokens of a prompt."""
+
+    @abstractmethod
+    def _run(self) -> Generator[None, None, None]:
+        """Do the pass, with a stop after each block."""
+
+    def run(self, batch: Sequence[Any]) -> Sequence[Work]:
+        """Do a slice of it."""
+        if not self.is_wanted:
+            return ()
+        self._passing.claim_thread()
+        until = time.perf_counter() + self._passing.slice_s
+        if self._steps is None:
+            self._steps = self._run()
+        while True:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self.is_over = True
+                break
+            except PeerError as exc:  # what was sent is wrong: nothing for the operator's log
+                self.fail(exc)
+                break
+            if time.perf_counter() >= until:
+                break
+        return (self,)
+
+    def finish(self) -> None:
+        """Let go of the pass when it is over; its answer was encoded with the last slice."""
+        if self.is_over:
+            self._steps = None
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what went wrong."""
+        self.error = error
+        self.is_over = True
+
+    def deliver(self, report: BatchReport) -> None:
+        """Go on with the next slice, or have the answer sent."""
+        if self.is_wanted and not self.is_over:
+            self.submitted_at = self._passing.worker.now
+            self._passing.worker.submit(self)
+        else:
+            self._on_end()
+
+    def _microbatch(self, rows: Rows, seed: int) -> Microbatch:
+        passing = self._passing
+        return Microbatch(self.span, rows.to(passing.passes.blocks.device), self._adapter, seed)
+
+    def _decode(self, payload: bytearray) -> tuple[Rows, Any]:
+        passing = self._passing
+        return decode_inputs(payload, self.lengths, passing.hidden_size, passing.codec, passing.client)
+
+
+class ForwardWork(PassWork):
+    """A forward pass."""
+
+    def __init__(
+        self,
+        passing: Passing,
+        request: Forward,
+        payload: bytearray,
+        adapter: Adapter | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(passing, len(payload), adapter, request.adapter, on_end)
+        self.request = request
+        self._payload = payload
+
+    @property
+    def span(self) -> BlockSpan:
+        """See `PassWork`."""
+        return BlockSpan(self.request.start, self.request.stop)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """See `PassWork`."""
+        return self.request.lengths
+
+    @property
+    def tokens(self) -> int:
+        """See `PassWork`."""
+        return -(-sum(self.lengths) // len(self.span))
+
+    def _run(self) -> Generator[None, None, None]:
+        rows, hidden = self._decode(self._payload)
+        digest = digest_of(self._payload)
+        passing = self._passing
+        forwarded = yield from passing.passes.forward(self._microbatch(rows, self.request.seed), hidden)
+        output = encode_hidden(forwarded.output, passing.codec)
+        if self.request.keeps:
+            self.inputs = Inputs(rows, forwarded.inputs, digest)
+        call = digest_of_call(self.lengths, self.request.seed, wants_hidden=False)
+        self.digests = PassDigests(self.span, call, self._adapter_digest, digest, None, digest_of(output))
+        self.payload = (output,)
+
+
+class BackwardWork(PassWork):
+    """A backward pass, over what is kept of the forward pass or over inputs that come again."""
+
+    def __init__(
+        self,
+        passing: Passing,
+        request: Backward,
+        payload: bytearray,
+        kept: Inputs | None,
+        adapter: Adapter | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(passing, len(payload), adapter, request.adapter, on_end)
+        self.request = request
+        self._payload = payload
+        self._kept = kept
+
+    @property
+    def span(self) -> BlockSpan:
+        """See `PassWork`."""
+        return BlockSpan(self.request.start, self.request.stop)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """See `PassWork`."""
+        return self.request.lengths
+
+    @property
+    def tokens(self) -> int:
+        """See `PassWork`."""
+        return -(-BACKWARD_COST * sum(self.lengths) // len(self.span))
+
+    def _run(self) -> Generator[None, None, None]:
+        passing, request, tokens = self._passing, self.request, sum(self.lengths)
+        size = input_bytes(tokens, passing.hidden_size, passing.codec) if request.sends_inputs else 0
+        gradient_payload = self._payload[size:]
+        gradient = decode_values(gradient_payload, tokens, passing.hidden_size, passing.codec, passing.client)
+        if request.sends_inputs:
+            rows, hidden = self._decode(self._payload[:size])
+            batch = self._microbatch(rows, request.seed)
+            running: Pass[Forwarded] = passing.passes.forward(batch, hidden)
+            inputs, digest = (yield from running).inputs, digest_of(self._payload[:size])
+        else:
+            assert self._kept is not None
+            if self._kept.rows.lengths != tuple(self.lengths) or len(self._kept.blocks) != len(self.span):
+                raise ProtocolViolation("another microbatch than that of the forward pass", passing.client)
+            batch = self._microbatch(self._kept.rows, request.seed)
+            inputs, digest = self._kept.blocks, self._kept.digest
+        gradients: Gradients = yield from passing.passes.backward(
+            batch, inputs, gradient, wants_hidden=request.wants_hidden
+        )
+        self._encode(gradients, digest, digest_of(gradient_payload))
+
+    def _encode(self, gradients: Gradients, input_digest: bytes, gradient_digest: bytes) -> None:
+        hidden = b"" if gradients.hidden is None else encode_hidden(gradients.hidden, self._passing.codec)
+        vector = b"" if gradients.adapter is None else encode_vector(gradients.adapter)
+        self.payload = (hidden, vector)
+        call = digest_of_call(self.lengths, self.request.seed, wants_hidden=self.request.wants_hidden)
+        self.digests = PassDigests(
+            self.span, call, self._adapter_digest, input_digest, gradient_digest, digest_of(hidden + vector)
+        )

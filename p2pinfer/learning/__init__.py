@@ -1,0 +1,1 @@
+"""Training over a swarm: microbatches through the hops of a route, and their gradients back."""
