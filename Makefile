@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos fuzz strangers docs lab lab-lines lab-moves lab-shell clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz strangers docs lab lab-lines lab-moves lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -87,11 +87,14 @@ drain: $(TESTABLE)  ## a node that is asked to leave while it serves eight sessi
 soak: $(TESTABLE)  ## 10,000 sessions on one node, 200 at once, and a client that vanishes
 	$(BIN)/python -m tests.chaos.soak
 
+endurance: $(TESTABLE)  ## 40 clients that never pause for 20 minutes, and the nodes' memory; DURATION=... in seconds
+	$(BIN)/python -m tests.chaos.endurance --seconds $(or $(DURATION),1200)
+
 frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest client beside them
 	$(BIN)/python -m tests.chaos.fuzz
 
-strangers: $(TESTABLE)  ## a node that fifty identities attack at once, with an honest client beside them
-	$(BIN)/python -m tests.chaos.strangers
+strangers: $(TESTABLE)  ## a node that fifty identities attack in every way at once, and honest clients beside them
+	$(BIN)/python -m tests.chaos.strangers --seconds $(or $(DURATION),120) $(if $(JSON),--json $(JSON))
 
 docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py

@@ -1,5 +1,8 @@
 """Eight nodes, four clients, a fault every few seconds: everything that was promised arrives.
 
+Nodes and clients die, freeze, leave, sleep, move and read slowly; crowds of strangers attack nodes in one way
+after the other; clients begin with a bootstrap node that tells of nobody but invented peers.
+
     start -> warm up -> vitals -> clients and faults for so long -> all is mended -> clients finish -> vitals
 
 A generation is promised when its client begins it, unless the client itself is killed. It must end with the
@@ -19,9 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .processes import ClientProcess, NodeProcess, Zygote
+from .crowd.victims import Victims, open_victims
+from .processes import ClientProcess, CrowdProcess, NodeProcess, Zygote
 from .requests import expected_ids, make_requests
-from .schedule import Fault, plan_faults
+from .schedule import ENDING, KINDS, Fault, Kind, plan_faults, whose_fault
 from .vitals import Vitals, describe, read_vitals, resident_mib
 
 SPANS = ((0, 3), (3, 6), (6, 8), (0, 4), (4, 8), (2, 6), (0, 2), (5, 8))  # every block on three nodes
@@ -32,6 +36,9 @@ HANG_S = WAIT_S + 60.0  # after which a generation counts as hung
 SETTLE_S = 3.0  # in which connections of who has gone are noticed
 QUIET_S = 60.0  # until a node has noticed that nobody is there any more
 SAY_EVERY_S = 300.0  # how it goes
+CROWD = 20  # identities
+KNOCKS_PER_S = 1.0  # of all nodes and clients together at an address that is nobody's, in any minute
+STUTTER_S = 0.4  # of which a client that reads slowly is stopped for three quarters
 LEAVE_S = 120.0  # for a node to leave after a SIGTERM, on a machine that may be very busy
 
 # What a survivor may hold more than before. Connections come and go with restarts, and a connection has a
@@ -55,6 +62,7 @@ class Outcome:
     failovers: int = 0
     resumed: int = 0
     stalls_s: list[float] = field(default_factory=list[float])  # of generations with a failover, the longest
+    knocks: str = ""
     vitals: list[tuple[str, Vitals, Vitals]] = field(default_factory=list[tuple[str, Vitals, Vitals]])
     failures: list[str] = field(default_factory=list[str])
 
@@ -70,31 +78,51 @@ class Outcome:
             f"median {median(stalls):.2f} s, 95 % {stalls[int(0.95 * (len(stalls) - 1))]:.2f} s, "
             f"longest {stalls[-1]:.2f} s",
         ]
+        lines.append(f"connections at addresses that are nobody's: {self.knocks}")
         for name, before, after in self.vitals:
             lines += [f"{name} before: {describe(before)}", f"{name} after:  {describe(after)}"]
         lines += [f"FAILED {failure}" for failure in self.failures]
         return "\n".join(lines)
 
 
-def run_chaos(seed: int, duration_s: float, home: Path, say: Callable[[str], None] = print) -> Outcome:
+def run_chaos(
+    seed: int,
+    duration_s: float,
+    home: Path,
+    say: Callable[[str], None] = print,
+    kinds: Sequence[Kind] = KINDS,
+) -> Outcome:
     """One run. Nothing is left running, whatever happens."""
     say(f"chaos seed {seed}: `python -m tests.chaos --seed {seed} --duration {duration_s:g}` repeats it")
     zygote = Zygote()
     try:
-        return _Run(zygote, seed, duration_s, home, say).run()
+        with open_victims() as victims:
+            return _Run(zygote, seed, duration_s, home, say, kinds, victims).run()
     finally:
         zygote.close()
 
 
 class _Run:
     def __init__(
-        self, zygote: Zygote, seed: int, duration_s: float, home: Path, say: Callable[[str], None]
+        self,
+        zygote: Zygote,
+        seed: int,
+        duration_s: float,
+        home: Path,
+        say: Callable[[str], None],
+        kinds: Sequence[Kind],
+        victims: Victims,
     ) -> None:
         self._zygote = zygote
         self._say = say
         self._outcome = Outcome(seed, duration_s)
         self._nodes = [NodeProcess(zygote, home / f"node-{i}", span) for i, span in enumerate(SPANS)]
         self._clients = [ClientProcess(zygote, home / f"client-{i}") for i in range(CLIENTS)]
+        self._kinds = kinds
+        self._victims = victims
+        self._crowds = [CrowdProcess(zygote, home / f"crowd-{i}") for i in range(len(SPANS))]
+        self._lures = [CrowdProcess(zygote, home / f"lure-{i}") for i in range(CLIENTS)]
+        self._stutters: set[int] = set()  # clients
         self._bootstrap = [self._nodes[index].address for index in SURVIVORS]
         self._seeds = random.Random(seed)
         self._expected = expected_ids(make_requests())
@@ -119,6 +147,7 @@ class _Run:
             nodes=len(self._nodes),
             clients=CLIENTS,
             survivors=SURVIVORS,
+            kinds=self._kinds,
         )
         self._go_on(until=time.monotonic() + self._outcome.duration_s, faults=plan)
         while self._mends:
@@ -127,6 +156,7 @@ class _Run:
         after = self._vitals()
         self._outcome.vitals = [(name, before[name], after[name]) for name in before]
         self._check_growth()
+        self._check_victims()
         self._end_nodes()
         return self._outcome
 
@@ -201,6 +231,8 @@ class _Run:
                 self._harm(due.pop(0))
             while self._mends and self._mends[0][0] <= now:
                 self._mend(self._mends.pop(0)[1])
+            for client in (self._clients[index] for index in self._stutters):
+                client.signal(signal.SIGSTOP if now % STUTTER_S < STUTTER_S * 0.75 else signal.SIGCONT)
             self._hear()
             self._watch_nodes()
             self._zygote.listen(0.1)
@@ -216,7 +248,7 @@ class _Run:
         )
 
     def _harm(self, fault: Fault) -> None:
-        if fault.kind != "vanish" and not self._nodes[fault.target].serves:
+        if whose_fault(fault.kind) != "client" and not self._nodes[fault.target].serves:
             self._say(f"{fault.at_s:8.1f} s  {fault.kind} {fault.target} spared: it has not come back yet")
             return
         self._outcome.faults[fault.kind] += 1
@@ -224,30 +256,64 @@ class _Run:
         self._mends.append((time.monotonic() + fault.lasts_s, fault))
         self._mends.sort(key=lambda mend: mend[0])
         match fault.kind:
-            case "kill":
+            case "kill" | "move":
                 self._nodes[fault.target].signal(signal.SIGKILL)
-            case "freeze":
+            case "freeze" | "sleep":
                 self._nodes[fault.target].signal(signal.SIGSTOP)
+            case "doze":
+                self._clients[fault.target].signal(signal.SIGSTOP)
+            case "stutter":
+                self._stutters.add(fault.target)
             case "leave":
                 self._nodes[fault.target].signal(signal.SIGTERM)
                 self._leaving[fault.target] = time.monotonic() + LEAVE_S
             case "vanish":
-                client = self._clients[fault.target]
-                client.signal(signal.SIGKILL)
-                client.wait_ended(10)
-                for event in client.events():
-                    self._take(fault.target, event)
-                self._outcome.lost_with_client += self._began.pop(fault.target, None) is not None
+                self._kill_client(fault.target)
+            case "lure":
+                self._kill_client(fault.target)
+                lure = self._lures[fault.target]
+                lure.run(self._nodes[SURVIVORS[0]], self._victims.addrs, identities=0, introduces=True)
+                bootstrap = [lure.address, *self._bootstrap]
+                self._clients[fault.target].run(bootstrap, self._seeds.randrange(1 << 30), WAIT_S)
+            case _:
+                node = self._nodes[fault.target]
+                flags = ("--kinds", fault.kind)
+                self._crowds[fault.target].run(node, self._victims.addrs, *flags, identities=CROWD)
+
+    def _kill_client(self, index: int) -> None:
+        client = self._clients[index]
+        client.signal(signal.SIGKILL)
+        client.wait_ended(10)
+        for event in client.events():
+            self._take(index, event)
+        self._outcome.lost_with_client += self._began.pop(index, None) is not None
 
     def _mend(self, fault: Fault) -> None:
-        if fault.kind == "vanish":
-            client = self._clients[fault.target]
-            client.run(self._bootstrap, self._seeds.randrange(1 << 30), WAIT_S)
-            return
+        match fault.kind:
+            case "vanish":
+                client = self._clients[fault.target]
+                client.run(self._bootstrap, self._seeds.randrange(1 << 30), WAIT_S)
+            case "freeze" | "sleep":
+                self._nodes[fault.target].signal(signal.SIGCONT)
+            case "doze" | "stutter":
+                self._stutters.discard(fault.target)
+                self._clients[fault.target].signal(signal.SIGCONT)
+            case "kill" | "move" | "leave":
+                self._restart(fault)
+            case "lure":
+                self._end_crowd(self._lures[fault.target])
+            case _:
+                self._end_crowd(self._crowds[fault.target])
+
+    def _end_crowd(self, crowd: CrowdProcess) -> None:
+        if crowd.exit_code is not None:
+            self._fail(f"{crowd.home.name} ended by itself: {crowd.said()[-2000:]}")
+        crowd.signal(signal.SIGKILL)
+        crowd.wait_ended(10)
+
+    def _restart(self, fault: Fault) -> None:
+        """Start a node anew once it has ended."""
         node = self._nodes[fault.target]
-        if fault.kind == "freeze":
-            node.signal(signal.SIGCONT)
-            return
         try:
             exit_code = node.wait_ended(LEAVE_S)
         except TimeoutError as exc:
@@ -258,11 +324,13 @@ class _Run:
             if fault.kind == "leave" and exit_code:
                 self._fail(f"node {fault.target} left with exit code {exit_code}: {node.said()[-2000:]}")
         self._leaving.pop(fault.target, None)
+        if fault.kind == "move":
+            node.move()
         node.run(self._bootstrap)
 
     def _watch_nodes(self) -> None:
         """Nobody ends unasked."""
-        harmed = {fault.target for _, fault in self._mends if fault.kind in ("kill", "leave")}
+        harmed = {fault.target for _, fault in self._mends if fault.kind in ENDING}
         for index, node in enumerate(self._nodes):
             if index not in harmed and node.exit_code is not None:
                 self._fail(f"node {index} ended with {node.exit_code}: {node.said()[-2000:]}")
@@ -306,6 +374,13 @@ class _Run:
                 if grown > most:
                     doing = f": {after.more_doing(before)}" if what == "tasks" else ""
                     self._fail(f"{name} holds {grown:g} {what} more than before{doing}")
+
+    def _check_victims(self) -> None:
+        """Nobody outside is knocked at, whoever names its address."""
+        knocks = self._victims.busiest(60.0)
+        self._outcome.knocks = f"{len(self._victims.knocks)}, at one address {knocks:.2f} a second at most"
+        if knocks > KNOCKS_PER_S:
+            self._fail(f"an address of nobody's was dialled {knocks:.2f} times a second")
 
     def _end_nodes(self) -> None:
         for node in self._nodes:

@@ -77,12 +77,14 @@ def run_fuzz(
     say: Callable[[str], None] = print,
     *,
     most_slowed: float = 2.0,
+    warm_up: int = WARM_UP_FRAMES,
     flags: Sequence[str] = (),
 ) -> Outcome:
     """Attack a node in a process of its own with so many frames, so many a second.
 
     Args:
         most_slowed: How many times as long as undisturbed the honest client's median step may take.
+        warm_up: Frames that come before, and are not counted.
         flags: Of the node.
     """
     zygote = Zygote()
@@ -90,7 +92,7 @@ def run_fuzz(
         node = NodeProcess(zygote, home / "node", (0, 8))
         node.run([], *flags)
         node.wait_ready()
-        outcome = trio.run(_under_attack, node, frames, rate, seed, home, say)
+        outcome = trio.run(_under_attack, node, frames, warm_up, rate, seed, home, say)
         node.signal(signal.SIGTERM)
         _judge(outcome, node.wait_ended(PATIENCE_S), node.said(), most_slowed)
         return outcome
@@ -99,13 +101,19 @@ def run_fuzz(
 
 
 async def _under_attack(
-    node: NodeProcess, frames: int, rate: float, seed: int, home: Path, say: Callable[[str], None]
+    node: NodeProcess,
+    frames: int,
+    warm_up: int,
+    rate: float,
+    seed: int,
+    home: Path,
+    say: Callable[[str], None],
 ) -> Outcome:
     config = ClientConfig(dtype="float32", device="cpu")
     async with Client(bootstrap=[node.address], config=config, cache_dir=home, data_dir=home) as client:
         await client.member.reach_somebody(PATIENCE_S)
         honest = _Honest(client)
-        await _attack(node, client, WARM_UP_FRAMES, rate, seed + 1, honest.generate)
+        await _attack(node, client, warm_up, rate, seed + 1, honest.generate)
         undisturbed = [step for _ in range(6) for step in await honest.generate()]
         say(f"undisturbed: a step takes {median(undisturbed):.2f} ms")
         before = await _settled(node)

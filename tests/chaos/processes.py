@@ -42,7 +42,7 @@ class Zygote:
         os.close(reading)
         self._wait(lambda: self._ready)
 
-    def start(self, kind: Literal["node", "client"], home: Path, argv: Sequence[str]) -> int:
+    def start(self, kind: Literal["node", "client", "crowd"], home: Path, argv: Sequence[str]) -> int:
         """The pid of a new process that writes to `stdout` and `stderr` in `home`."""
         home.mkdir(parents=True, exist_ok=True)
         for name in ("stdout", "stderr"):
@@ -93,7 +93,7 @@ class Zygote:
 class _Process:
     """One of them. It keeps its folder over restarts, and what it said there."""
 
-    kind: Literal["node", "client"]
+    kind: Literal["node", "client", "crowd"]
 
     def __init__(self, zygote: Zygote, home: Path) -> None:
         self.home = home
@@ -153,7 +153,12 @@ class NodeProcess(_Process):
         super().__init__(zygote, home)
         self.blocks = blocks
         self.peer_id = load_identity(home).peer_id
+        self.revision = ""  # of its model, once it serves
         self._ready_start = 0
+        self.move()
+
+    def move(self) -> None:
+        """Listen at another port from the next start on."""
         self._listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
         self.address = f"{self._listen}/p2p/{self.peer_id}"
 
@@ -172,9 +177,10 @@ class NodeProcess(_Process):
     @property
     def serves(self) -> bool:
         """Whether it has become ready since it was last started."""
-        self._ready_start = max(
-            (self.starts for event in self.events() if event["event"] == "ready"), default=self._ready_start
-        )
+        for event in self.events():
+            self.revision = event.get("revision", self.revision)
+            if event["event"] == "ready":
+                self._ready_start = self.starts
         return self._ready_start == self.starts
 
     def wait_ready(self) -> None:
@@ -196,4 +202,30 @@ class ClientProcess(_Process):
         argv = ["--seed", str(seed), "--wait", str(wait_s), "--home", str(self.home), *flags]
         for address in bootstrap:
             argv += ["--bootstrap", address]
+        self.start(*argv)
+
+
+class CrowdProcess(_Process):
+    """A crowd of tests.chaos, perhaps with a bootstrap node, that is killed when its time is over."""
+
+    kind = "crowd"
+
+    def __init__(self, zygote: Zygote, home: Path) -> None:
+        super().__init__(zygote, home)
+        self._bootstrap = home / "bootstrap", f"/ip4/127.0.77.1/tcp/{free_port()}"
+        self.address = f"{self._bootstrap[1]}/p2p/{load_identity(self._bootstrap[0]).peer_id}"
+
+    def run(
+        self,
+        node: NodeProcess,
+        victims: Sequence[str],
+        *flags: str,
+        identities: int,
+        introduces: bool = False,
+    ) -> None:
+        """Attack a node of eight blocks, with a bootstrap node at `address` if it `introduces`."""
+        argv = ["--peer", node.peer_id, "--address", node.address, "--revision", node.revision]
+        argv += ["--blocks", "8", "--identities", str(identities), "--victims", *victims, *flags]
+        if introduces:
+            argv += ["--bootstrap", *map(str, self._bootstrap)]
         self.start(*argv)

@@ -1,11 +1,12 @@
-"""Has imported what takes seconds, and forks a node or a client whenever it is told to.
+"""Has imported what takes seconds, and forks a node, a client or a crowd whenever it is told to.
 
 A node that is started every few seconds would otherwise spend the machine on imports. What is forked is a
 process of its own all the same: it runs the `p2pinfer` command, or a client of tests.chaos, and can die.
 
-Reads a JSON object a line: id, kind ("node" or "client"), argv, home. Answers with its pid, and later with
-how it ended. When its standard input ends, it kills what is left. Run as `python -m tests.chaos.zygote FD`;
-FD becomes the standard input of all, and ends with the process that started this one.
+Reads a JSON object a line: id, kind ("node", "client" or "crowd"), argv, home. Answers with its pid, and
+later with how it ended. When its standard input ends, it kills what is left. Run as
+`python -m tests.chaos.zygote FD`; FD becomes the standard input of all, and ends with the process that
+started this one.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _become(asked: dict[str, Any], life: int) -> None:
     try:
         if asked["kind"] == "client":
             client.main(asked["argv"])
+        elif asked["kind"] == "crowd":
+            import_module("tests.chaos.crowd.__main__").main(asked["argv"])
         else:
             from p2pinfer.cli.app import leave, run
 
