@@ -150,13 +150,14 @@ class Meter:
 
     Attributes:
         shares: The accounts that it is one of; while they are not `is_over`, `pause` need not be asked.
+        address_range: The addresses whose peers share a part.
         has_worked: Whether steps of the peer were computed; it is not hung up on then.
     """
 
     def __init__(self, shares: LoopShares, peer: str, address_range: str) -> None:
         self.shares = shares
         self._peer = peer
-        self._range = address_range
+        self.address_range = address_range
         self._pending = 0.0
         self.has_worked = False
 
@@ -164,7 +165,7 @@ class Meter:
         """Note processor time."""
         self._pending += seconds
         if self._pending > _BOOKED_S:
-            self.shares.spend(self._peer, self._range, self._pending)
+            self.shares.spend(self._peer, self.address_range, self._pending)
             self._pending = 0.0
 
     async def pause(self) -> None:
@@ -174,9 +175,9 @@ class Meter:
             Overspent: It has had to wait for too long.
         """
         shares = self.shares
-        while shares.is_over and (pause_s := shares.pause_s(self._peer, self._range)) > _SOON_S:
+        while shares.is_over and (pause_s := shares.pause_s(self._peer, self.address_range)) > _SOON_S:
             pause_s = min(pause_s, LOOK_S)
-            too_long = shares.note_wait(self._peer, self._range, pause_s)
+            too_long = shares.note_wait(self._peer, self.address_range, pause_s)
             await trio.sleep(pause_s)
             if too_long and not self.has_worked:
                 shares.on_overspent(self._peer)

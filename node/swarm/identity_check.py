@@ -36,8 +36,10 @@ ANSWER_S: Final = 5.0
 CALL_S: Final = 10.0  # for dialling and both questions
 MAX_ADDRS: Final = 4  # that are tried
 AGAIN_S: Final = 30.0  # between calls at an address where nobody answers
-ANSWERS_PER_S: Final = 1.0  # to all together: each costs two signatures
-ANSWERS_AT_ONCE: Final = 16
+ANSWERS_PER_S: Final = 0.25  # to one address range: each costs two signatures
+ANSWERS_AT_ONCE: Final = 4
+ALL_ANSWERS_PER_S: Final = 8.0
+ALL_ANSWERS_AT_ONCE: Final = 64
 
 _Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
 
@@ -67,6 +69,7 @@ class DuplicateCheck:
         self._duplicates = duplicates
         self._sequence = sequence
         self._answers = RateLimit(ANSWERS_PER_S, ANSWERS_AT_ONCE)
+        self._all_answers = RateLimit(ALL_ANSWERS_PER_S, ALL_ANSWERS_AT_ONCE)
 
     def serve(self, host: Host) -> None:
         """Answer from now on."""
@@ -74,7 +77,8 @@ class DuplicateCheck:
         async def answer(stream: PeerStream) -> None:
             with trio.move_on_after(ANSWER_S):
                 asked = self._open(await receive_value(stream, MAX_RECORD_BYTES))
-                if not self._answers.take("", trio.current_time()):
+                now = trio.current_time()
+                if not (self._answers.take(stream.address_range, now) and self._all_answers.take("", now)):
                     raise ProtocolViolation("too many questions", stream.peer_id)
                 if asked.heard == self._duplicates.instance != asked.instance:
                     self._duplicates.meet(asked.instance, asked.uptime_s)

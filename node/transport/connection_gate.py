@@ -72,6 +72,7 @@ class Gate:
         self._max_streams_per_peer = config.max_streams_per_peer
         self._rate = RateLimit(config.streams_per_s, config.streams_at_once)
         self._open = Counter[str]()
+        self._of_range = Counter[str]()
         self._total = 0
         self._on_refusal = on_refusal
         self._turned_us_away = Recent[str, None](MAX_REMEMBERED)
@@ -151,19 +152,27 @@ class Gate:
         if self.take_turn_to_tell(peer_id):
             logger.warning("hung up on peer %s: its messages take too much of this node's time", peer_id)
 
-    def take_stream(self, peer_id: str) -> int:
-        """Count a stream that a peer opens: 0, or the number to refuse it with."""
-        code = self._judge(peer_id)
+    def take_stream(self, peer_id: str, address_range: str = "") -> int:
+        """Count a stream that a peer opens: 0, or the number to refuse it with.
+
+        Peers of a range that has many get another one only while more are free than those have: sixteen keys
+        of one machine would take all of `max_streams` otherwise. An empty range is none.
+        """
+        code = self._judge(peer_id, address_range)
         if code:
             self._on_refusal("rate" if code == RATE_LIMITED else "streams")
             return code
         self._open[peer_id] += 1
+        self._of_range[address_range] += 1
         self._total += 1
         return 0
 
-    def give_back(self, peer_id: str) -> None:
+    def give_back(self, peer_id: str, address_range: str = "") -> None:
         """A stream that `take_stream` counted is over."""
         self._total -= 1
+        self._of_range[address_range] -= 1
+        if not self._of_range[address_range]:
+            del self._of_range[address_range]
         self._open[peer_id] -= 1
         if not self._open[peer_id]:
             del self._open[peer_id]
@@ -183,8 +192,11 @@ class Gate:
         self._turned_us_away.pop(peer_id, None)
         return has
 
-    def _judge(self, peer_id: str) -> int:
-        if self._total >= self._max_streams or self._open[peer_id] >= self._max_streams_per_peer:
+    def _judge(self, peer_id: str, address_range: str) -> int:
+        free = self._max_streams - self._total
+        if free <= 0 or self._open[peer_id] >= self._max_streams_per_peer:
+            return RESOURCE_LIMIT_EXCEEDED
+        if address_range and self._of_range[address_range] >= free:
             return RESOURCE_LIMIT_EXCEEDED
         return 0 if self._rate.take(peer_id, trio.current_time()) else RATE_LIMITED
 

@@ -89,9 +89,9 @@ class YamuxConnection(Carrier):
         self.heard_at = trio.current_time()  # when the peer last sent anything
         self._max_streams = max_streams
         self._streams: dict[int, YamuxStream] = {}
-        self._theirs = 0  # how many of them the peer opened
+        self._theirs, self._growth = 0, 0  # how many the peer opened; bytes of windows above the first
+        self._who = str(peer_id), conn.meter.address_range
         self._next_id = 1 if conn.is_initiator else 2
-        self._growth = 0
         self._closed = trio.Event()
         self._control = bytearray()
         self._control_ready = trio.Event()
@@ -245,7 +245,7 @@ class YamuxConnection(Carrier):
             if not stream.ours:
                 self._theirs -= 1
                 if self._gate is not None:
-                    self._gate.give_back(str(self.peer_id))
+                    self._gate.give_back(*self._who)
 
     # ------------------------------------------------------------------ tasks
 
@@ -371,12 +371,12 @@ class YamuxConnection(Carrier):
 
     def _refusal(self) -> int:
         """The number to refuse the peer's next stream with; 0 lets it in."""
-        code = self._gate.take_stream(str(self.peer_id)) if self._gate is not None else 0
+        code = self._gate.take_stream(*self._who) if self._gate is not None else 0
         waiting = self._accept_in.statistics().current_buffer_used
         if code or max(self._theirs, waiting) < self._max_streams:
             return code
         if self._gate is not None:
-            self._gate.give_back(str(self.peer_id))
+            self._gate.give_back(*self._who)
         return RESOURCE_LIMIT_EXCEEDED
 
     # ------------------------------------------------------------------ ending

@@ -63,6 +63,21 @@ def test_what_is_neither_an_id_nor_a_list_is_named(tmp_path: Path) -> None:
         Gate(HostConfig(allow=(str(listed),)))
 
 
+async def test_many_keys_of_one_address_range_leave_streams_to_others() -> None:
+    gate = Gate(HostConfig(max_streams=1000, max_streams_per_peer=100))
+    taken = {
+        address_range: sum(
+            gate.take_stream(f"{address_range} {number // 100}", address_range) == 0 for number in range(2000)
+        )
+        for address_range in ("11.0.0.0/24", "2a00::/48")
+    }
+    assert taken == {"11.0.0.0/24": 500, "2a00::/48": 250}
+    assert gate.take_stream(ANNA, "12.0.0.0/24") == 0
+    for number in range(500):
+        gate.give_back(f"11.0.0.0/24 {number // 100}", "11.0.0.0/24")
+    assert gate.streams == 251
+
+
 async def test_streams_are_limited_for_each_peer_and_for_all() -> None:
     refused: list[str] = []
     gate = Gate(HostConfig(max_streams=3, max_streams_per_peer=2), refused.append)

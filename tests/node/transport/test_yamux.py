@@ -22,6 +22,7 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from p2pinfer.node.concurrency.loop_share import LoopShares
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport import yamux
 from p2pinfer.node.transport.connection_gate import GATED, RATE_LIMITED, RESOURCE_LIMIT_EXCEEDED, Gate
@@ -69,6 +70,7 @@ class Wire:
         self.stalled = False  # whether writes wait
         self.takes_at_once = True
         self.raw = Raw()
+        self.meter = LoopShares().meter("peer", "11.0.0.0/24")
         self._arriving, self._arrived = trio.open_memory_channel[bytes](1000)
         self.sent: list[bytes] = []
 
