@@ -8,7 +8,8 @@ A processor computes as an older one would where ONEDNN_MAX_CPU_ISA says so. Eac
 every mode: own kernels, and transformers' eager and SDPA; in bfloat16, float16 and float32; prompts, steps,
 batches. Then each kind judges what all of them gave. It does so as a client that holds the blocks, of all
 tokens and of the last ones alone, and as one that does not, with two and with three opinions of others. A
-check is one chunk of about 32 tokens. Among the texts are a word that repeats itself and random tokens;
+check is one chunk of about 32 tokens, judged by itself; a client judges a whole session, and these
+verdicts are counted beside. Among the texts are a word that repeats itself and random tokens;
 `experts` and `deep-experts` are mixtures with random weights and routers that are as decisive as trained
 ones. `--seed` gives other weights.
 
@@ -159,6 +160,7 @@ class Count:
 
     def __init__(self) -> None:
         self.verdicts: Counter[str] = Counter()
+        self.sessions: Counter[str] = Counter()  # verdicts on whole sessions, as a client has them
         self.worst: dict[str, float] = {}  # largest part of what FAILs, by figure
         self.means: dict[str, list[float]] = {}  # by peer and span, x of the two tests of small lies
         self.failures: list[str] = []
@@ -209,6 +211,7 @@ def judge_all(source: str, folder: Path, kinds: Sequence[str]) -> Count:
                 who = f"{source} {span} text {number} {name}"
                 whole = compare(floor, outputs[number], range(TOKENS), tail)
                 count.add("all tokens", who, whole)
+                count.sessions[f"text {number}: {judge(whole).verdict.value}"] += 1
                 count.add_sample(f"{source} {span} {name}", sample_of(whole))
                 last = range(TOKENS - LAST, TOKENS)
                 count.add("last tokens", who, compare(floor, outputs[number][-LAST:], last, tail))
@@ -257,6 +260,10 @@ def report(judges: dict[str, dict[str, Any]]) -> None:
         print(f"| {client} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
     checks, failed = sum(total.values()), sum(total[f"{client} fail"] for client in clients)
     print(f"{failed} of {checks} checks failed: below {bound(failed, checks):.4%} at 95 %, one-sided")
+    sessions: Counter[str] = Counter()
+    for told in judges.values():
+        sessions.update(told["sessions"])
+    print("whole sessions, all tokens:", dict(sorted(sessions.items())))
     worst: dict[str, float] = {}
     means: dict[str, float] = {}
     for told in judges.values():
@@ -295,6 +302,7 @@ def main() -> None:
         for source in sources:
             found = judge_all(source, options.folder, options.isa)
             total.verdicts += found.verdicts
+            total.sessions += found.sessions
             total.failures += found.failures
             total.means |= found.means
             total.worst = {

@@ -119,6 +119,14 @@ def test_the_fewer_tokens_the_further_their_median_may_stray() -> None:
     assert verdict_on(chunk(upper=LIMITS.upper.fails + 1, tokens=LIMITS.full_chunk - 1)) is not Verdict.FAIL
 
 
+def test_chunks_that_are_too_few_alone_are_judged_together() -> None:
+    """Two words in turn: each chunk counts as five to eight tokens, a session as more than twenty."""
+    alternating = chunk(alike=0.24)
+    assert verdict_on(alternating) is Verdict.INCONCLUSIVE
+    assert verdict_on(*4 * [alternating]) is Verdict.PASS
+    assert verdict_on(*3 * [alternating], chunk(median=4.0, alike=0.24)) is Verdict.FAIL
+
+
 def test_tokens_that_round_alike_say_as_little_as_few_of_them() -> None:
     """A text that repeats itself is one throw of the dice: nobody is banned, and nobody praised, for it."""
     repeated = chunk(median=1.5, upper=LIMITS.upper.passes + 0.1, shared=1.9, alike=1.0)
