@@ -76,3 +76,15 @@ def test_every_pair_goes_on_and_is_found_again_within_15_s() -> None:
 
 def test_the_document_has_the_moves_that_were_kept() -> None:
     assert f"{moves.BEGIN}\n{moves.render(moves.load())}\n{moves.END}" in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_every_prompt_over_thin_lines_gave_the_right_text() -> None:
+    """Right in every cell that was run; `make lab-lines` also lists which were too slow."""
+    runs = thin_lines.load()
+    assert len(runs) >= 25
+    assert [run for run in runs if run.why] == []
+
+
+def test_the_document_has_the_lines_that_were_kept() -> None:
+    table = f"{thin_lines.BEGIN}\n\n{thin_lines.render(thin_lines.load())}\n\n{thin_lines.END}"
+    assert table in thin_lines.DOCUMENT.read_text(encoding="utf-8")

@@ -52,16 +52,15 @@ ROUND_TRIPS: Final = 5 + 2 + 2 + 1.5
 
 Cell = tuple[float, float, float, int]
 CELLS: Final[tuple[Cell, ...]] = (
-    # Mbit/s up, ms one way, % lost, tokens of the prompt
+    # Mbit/s up, ms one way, % lost, tokens of the prompt: the bundled model takes no more than 1,024
     *((rate, 50, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300, 1000)),
-    *((rate, 50, 0, 2000) for rate in (1, 8)),
     *((rate, 400, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300)),
     *((rate, 800, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300)),
-    (8, 400, 0, 2000),
+    (8, 400, 0, 1000),
     (8, 800, 0, 1000),
     *((rate, 50, loss, 300) for rate in (0.25, 1, 8) for loss in (1, 5)),
     (1, 50, 1, 1000),
-    (8, 50, 1, 2000),
+    (8, 50, 1, 1000),
     (8, 50, 5, 1000),
     *((1, delay, loss, 10) for delay in (400, 800) for loss in (1, 5)),
     (8, 400, 1, 300),
@@ -118,6 +117,9 @@ class Prefill:
 
 def measure_lines(cells: Iterable[Cell] = CELLS, at_once: int = AT_ONCE) -> Iterator[Prefill]:
     """One prompt in every cell, each with a lab and nodes of its own."""
+    cells = list(cells)
+    for tokens in {cell[3] for cell in cells}:  # here, as transformers does not load a model in two threads
+        greedy_ids(prompt_of(tokenizer(), tokens), TOKENS)
     with ThreadPoolExecutor(at_once) as pool:
         for done in as_completed([pool.submit(_measure, cell) for cell in cells]):
             yield done.result()
