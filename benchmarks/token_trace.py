@@ -4,10 +4,12 @@
     python benchmarks/token_trace.py --calls     # and every entry, in order
 
 A client and two nodes run in this process, over libp2p on loopback, so that one trace sees all three. Decode
-steps 6 to 29 of a generation are recorded, all threads included, each until its last task has done its work.
-The step with the fewest entries is shown: the others hold work that no token brings along, as gossip, pings,
-anti-entropy, and the check of sixteen steps' receipts. An entry is a function's beginning; a coroutine that
-goes on after a wait does not count again.
+steps 6 to 53 of a generation are recorded, all threads included, each until its last task has done its work.
+Of those that went through the hops, the one with the fewest modules is shown, and of these the one with the
+fewest entries. The others hold work that no token brings along, as gossip, pings, looks for a better path by
+the clock, and the check of sixteen steps' receipts. A token that was guessed needs no step of its own.
+
+An entry is a function's beginning; a coroutine that goes on after a wait does not count again.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import p2pinfer
 from p2pinfer.node.events import Ready
 
 FIRST_STEP = 6
-STEPS = 24
-TAIL_S = 0.05  # after a token, in which hops finish their accounts of it
+STEPS = 48
+TAIL_S = 0.02  # after a token, in which hops finish their accounts of it
 
 
 class Recorder:
@@ -42,8 +44,9 @@ class Recorder:
 
     @property
     def quietest(self) -> list[tuple[str, str]]:
-        """The entries of the step with the fewest."""
-        return min(self.steps, key=len)
+        """The entries of the step with the fewest modules, of those that went through the hops."""
+        sent = [step for step in self.steps if ("session.session", "Session.decode") in step]
+        return min(sent, key=lambda step: (len({module for module, _ in step}), len(step)))
 
     def watch(self) -> None:
         """Be told of calls in this thread and in all that begin from now on."""

@@ -17,7 +17,7 @@ MODULES, ENTRIES = 35, 500
 @pytest.mark.slow
 @pytest.mark.skipif(not TRACE.is_file(), reason="the benchmarks are not here")
 def test_a_decoded_token_meets_few_modules_and_functions() -> None:
-    """The quietest of 24 steps, so neither gossip nor a slow machine adds to it."""
+    """The quietest of 48 steps, so neither gossip nor a slow machine adds to it."""
     run = subprocess.run(
         [sys.executable, str(TRACE)], capture_output=True, text=True, timeout=120, check=False
     )
