@@ -91,13 +91,21 @@ async def _run(nodes: Sequence[NodeProcess], home: Path, clients: int, seconds: 
                 texts[number] += 1
             at += 1
 
-    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        for number in range(clients):
-            folder = home / f"client-{number}"
-            client = Client(
-                bootstrap=[node.address for node in nodes], config=config, cache_dir=home, data_dir=folder
+    async with AsyncExitStack() as stack:
+        joined = [
+            await stack.enter_async_context(
+                Client(
+                    bootstrap=[node.address for node in nodes],
+                    config=config,
+                    cache_dir=home,
+                    data_dir=home / f"client-{number}",
+                )
             )
-            nursery.start_soon(generate, number, await stack.enter_async_context(client))
+            for number in range(clients)
+        ]
+        nursery = await stack.enter_async_context(trio.open_nursery())  # ends before the clients do
+        for number, client in enumerate(joined):
+            nursery.start_soon(generate, number, client)
         print(f"{clients} clients, {len(nodes)} nodes, {seconds:g} s", flush=True)
         began, said_at = time.monotonic(), time.monotonic()
         while (now := time.monotonic()) < began + seconds:
