@@ -72,7 +72,8 @@ class Client:
         session_config: How prompts are cut, and how long hops may take.
         routing_config: What the built-in policies weigh by.
         reputation: What is known of peers, kept by whoever passes it; that of `data_dir` by default.
-        cache_dir, data_dir: Where downloads, and ledger and kept texts, are; the user's folders by default.
+        cache_dir: Where downloaded models are kept; by default in the user's cache folder.
+        data_dir: Where the ledger and kept texts are; by default the user's data folder.
         weights_bytes: Disk that downloaded models may take there, bytes; 0: whatever is free.
         progress: Told of downloads and hashing.
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
@@ -339,8 +340,6 @@ class Client:
     def spec(self) -> ModelSpec:
         """The model this client talks about."""
         return self._source.spec
-
-    # ------------------------------------------------------------------ what a generation asks of us
 
     @property
     def table_changed(self) -> trio.Event:

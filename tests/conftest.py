@@ -20,8 +20,8 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .spares import hidden_states, on_one_machine
 
 # The first draw of a text takes seconds on a machine that has never made one: hypothesis builds its tables of
-# characters then. How fast examples are made says nothing of what is tested.
-settings.register_profile("p2pinfer", suppress_health_check=[HealthCheck.too_slow])
+# characters then. How fast examples are made or run says nothing of what is tested.
+settings.register_profile("p2pinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("p2pinfer")
 
 

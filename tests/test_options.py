@@ -62,7 +62,7 @@ async def test_a_prompt_is_one_text_and_a_client_is_opened_first() -> None:
     unopened = client()
     for prompt, complaint in (
         (["Once", "Twice"], "the prompt is a list; call generate once for each text"),
-        ([{"role": "user", "content": "Hi"}], "join the messages of a chat"),
+        ([{"role": "user", "content": "Hi"}], r"client\.chat_template\.render\(messages\) makes of a chat"),
         (b"Once", "the prompt is of type bytes; it must be a str"),
         (None, "the prompt is of type NoneType"),
     ):

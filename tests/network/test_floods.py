@@ -90,10 +90,15 @@ async def test_who_floods_is_hung_up_on_and_a_neighbour_beside_it_never_waits(
     await trio.sleep(0.2)
     done = False
 
+    def is_refused() -> bool:
+        return victim.counts.by_label("refusals").get("overspent", 0) > 0
+
     async def attack() -> None:
         nonlocal done
-        with suppress(PeerError, BaseLibp2pError):  # whichever of its sends meets the end of the connection
-            await flood(attacker, gossip, victim)
+        while not is_refused():  # a busy computer may lose the connection for another reason
+            with suppress(PeerError, BaseLibp2pError):  # whichever of its sends meets the end of it
+                await attacker.connect(victim.peer_id, victim.addrs)
+                await flood(attacker, gossip, victim)
         done = True
 
     worst = 0.0
@@ -104,6 +109,5 @@ async def test_who_floods_is_hung_up_on_and_a_neighbour_beside_it_never_waits(
             assert await neighbour.ping(victim.peer_id) > 0
             worst = max(worst, trio.current_time() - began)
             await trio.sleep(0.05)
-    assert victim.counts.by_label("refusals").get("overspent", 0) >= 1
     assert neighbour.connection_kind(victim.peer_id) == "direct"
     assert worst < 1
