@@ -91,7 +91,7 @@ async def test_who_floods_is_hung_up_on_and_a_neighbour_beside_it_never_waits(
     done = False
 
     def is_refused() -> bool:
-        return victim.counts.by_label("refusals").get("overspent", 0) > 0
+        return bool(victim.counts.by_label("refusals").get("overspent"))
 
     async def attack() -> None:
         nonlocal done
