@@ -310,7 +310,7 @@ class Chain:
 
     async def _feed(self, hops: Sequence[HopStream], start: int, stop: int, epoch: int) -> None:
         """Replay from here through `hops`, as if this were the hop before them."""
-        if start == stop:
+        if start >= stop:
             return
         if self._replay_source is None:
             raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)

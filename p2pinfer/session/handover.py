@@ -144,9 +144,10 @@ class Handovers:
         # that outruns its replacement would never end this; what is left after some rounds is replayed in the
         # pause below.
         for _ in range(_MAX_ROUNDS):
-            if steps.length - replacement.filled <= _SETTLED_TOKENS:
+            # Not `length`: a step under way may be giving positions below it another content.
+            if steps.confirmed - replacement.filled <= _SETTLED_TOKENS:
                 break
-            await chain.attended(living, partial(chain.fill, replacement, steps.length))
+            await chain.attended(living, partial(chain.fill, replacement, steps.confirmed))
         async with steps.quiescent():
             # Looked at again: a repair goes before whoever waits here, and may have used or closed the
             # replacement.

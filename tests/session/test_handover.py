@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from p2pinfer.errors import NoRoute, PeerError, PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.session import handover
+from p2pinfer.session.chain import Replacement
 from p2pinfer.session.session import Session
 from p2pinfer.session.stragglers import Stragglers
 
@@ -157,3 +160,36 @@ async def test_who_was_to_take_over_is_let_go_when_a_failure_ends_the_session(
                 given_up.cancel()
                 await swarm.network.kill("b")
             may_go.set()
+
+
+async def test_positions_that_are_about_to_get_another_content_are_not_taken_for_the_past(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong guesses: the next step rolls them back, and is under way while others are warmed up."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, **OTHERS)
+        async with running(swarm, route_over(**WAY), Spares(**OTHERS), inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            fill, steps = session.chain.fill, vars(session)["_steps"]
+            overlaps: list[bool] = []
+
+            async def watched(replacement: Replacement, stop: int) -> None:
+                under_way = [sent.step.position for sent in steps.awaited]
+                overlaps.append(bool(under_way) and stop > min(under_way))
+                await fill(replacement, stop)
+
+            monkeypatch.setattr(session.chain, "fill", watched)
+            monkeypatch.setattr(handover, "_SETTLED_TOKENS", 0)
+            guesses = torch.randn(5, inputs.shape[1], generator=torch.Generator().manual_seed(1))
+            position = PROMPT
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(swarm.served["a"].server.drain, 30.0)
+                while not session.handovers.done:
+                    hidden = torch.cat([inputs[position : position + 1], guesses])
+                    outputs = await session.decode(hidden, position)
+                    close_to(outputs[:1], expected[position : position + 1])
+                    position = position + 1 if position < TOTAL - 8 else PROMPT
+            await decode_rest(session, inputs, expected)
+            assert session.failovers == 0
+            assert overlaps
+            assert not any(overlaps)
