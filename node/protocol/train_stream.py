@@ -112,11 +112,10 @@ class TrainStream:
         """Read until so much is in the buffer, which grows only by what has really arrived."""
         await trio.lowlevel.checkpoint()
         while len(self._buffer) < size:
-            begun = deadline if self._buffer or deadline < math.inf else math.inf
-            if begun == math.inf and self._buffer:
-                begun = trio.current_time() + self._limit_s(size)
+            if self._buffer and deadline == math.inf:  # a frame has begun to come
+                deadline = trio.current_time() + self._limit_s(size)
             try:
-                with trio.fail_at(begun) if begun < math.inf else nullcontext():
+                with trio.fail_at(deadline) if deadline < math.inf else nullcontext():
                     received = await self._stream.receive_some(_READ_BYTES)
             except trio.TooSlowError as exc:
                 raise ProtocolViolation("a frame that comes too slowly", self.peer_id) from exc

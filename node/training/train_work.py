@@ -68,6 +68,8 @@ class PassWork(ABC):
     """One pass, from its arrival to its answer.
 
     Attributes:
+        span: Blocks that it runs.
+        lengths: Tokens of each sequence.
         payload: What the answer carries, once the pass is done.
         digests: What its receipt says.
         inputs: What is kept of it.
@@ -78,13 +80,15 @@ class PassWork(ABC):
     def __init__(
         self,
         passing: Passing,
-        size: int,
+        request: Forward | Backward,
+        payload: bytearray,
         adapter: Adapter | None,
-        digest: bytes | None,
         on_end: Callable[[], None],
     ) -> None:
-        """A pass with an adapter and its digest; `on_end` is called in the event loop when it is over."""
-        self.size = size
+        """Set up; `on_end` is called in the event loop when the pass is over."""
+        self.span = BlockSpan(request.start, request.stop)
+        self.lengths: Sequence[int] = request.lengths
+        self.size = len(payload)
         self.is_decode = False
         self.payload: tuple[bytes, ...] = ()
         self.digests: PassDigests | None = None
@@ -98,19 +102,10 @@ class PassWork(ABC):
         self.session: object = self  # and no two slices of it wait at once
         self._passing = passing
         self._adapter = adapter
-        self._adapter_digest = digest
+        self._adapter_digest = request.adapter
+        self._payload = payload
         self._on_end = on_end
         self._steps: Generator[None, None, None] | None = None
-
-    @property
-    @abstractmethod
-    def span(self) -> BlockSpan:
-        """Blocks that it runs."""
-
-    @property
-    @abstractmethod
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sequence."""
 
     @property
     @abstractmethod
@@ -180,19 +175,8 @@ class ForwardWork(PassWork):
         adapter: Adapter | None,
         on_end: Callable[[], None],
     ) -> None:
-        super().__init__(passing, len(payload), adapter, request.adapter, on_end)
+        super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
-        self._payload = payload
-
-    @property
-    def span(self) -> BlockSpan:
-        """See `PassWork`."""
-        return BlockSpan(self.request.start, self.request.stop)
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """See `PassWork`."""
-        return self.request.lengths
 
     @property
     def tokens(self) -> int:
@@ -224,20 +208,9 @@ class BackwardWork(PassWork):
         adapter: Adapter | None,
         on_end: Callable[[], None],
     ) -> None:
-        super().__init__(passing, len(payload), adapter, request.adapter, on_end)
+        super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
-        self._payload = payload
         self._kept = kept
-
-    @property
-    def span(self) -> BlockSpan:
-        """See `PassWork`."""
-        return BlockSpan(self.request.start, self.request.stop)
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """See `PassWork`."""
-        return self.request.lengths
 
     @property
     def tokens(self) -> int:

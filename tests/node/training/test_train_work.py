@@ -7,6 +7,7 @@ import trio
 
 from p2pinfer.models.learning.span_passes import SpanPasses
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.train_messages import Forward
 from p2pinfer.node.serve.worker import BatchReport, Worker, open_worker
 from p2pinfer.node.training.train_work import Passing, PassWork
 
@@ -15,16 +16,8 @@ class Blocks(PassWork):
     """A pass of three blocks, in whose first one somebody else's step arrives."""
 
     def __init__(self, passing: Passing, arrive: Callable[[], None], on_end: Callable[[], None]) -> None:
-        super().__init__(passing, 0, None, None, on_end)
+        super().__init__(passing, Forward(0, 0, 3, (30,)), bytearray(), None, on_end)
         self.arrive = arrive
-
-    @property
-    def span(self) -> BlockSpan:
-        return BlockSpan(0, 3)
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        return (30,)
 
     @property
     def tokens(self) -> int:
