@@ -63,6 +63,11 @@ def is_circuit(address: str) -> bool:
     return CIRCUIT in address
 
 
+def relays_of(addresses: Iterable[str]) -> set[str]:
+    """The ids of the relays that some of `addresses` lead through."""
+    return {found[1] for each in addresses if (found := _RELAY.search(each))}
+
+
 def split_peer(address: str) -> tuple[str, str]:
     """`address` without `/p2p/<id>` of whom it leads to, and the id.
 

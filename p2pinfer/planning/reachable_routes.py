@@ -30,6 +30,7 @@ from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.node.transport.addresses import relays_of
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.hearsay import in_turns
 from p2pinfer.routing.route import Hop, Route
@@ -39,7 +40,8 @@ from .route_planner import RoutePlanner, SessionPlan
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S: Final = 0.5  # for an answer, before others are tried beside
+PATIENCE_S: Final = 0.5  # for an answer, before others are tried beside; and the round trips that it takes:
+CONNECT_ROUND_TRIPS: Final = 12.0  # TCP, Noise and yamux to a relay, a circuit, and both again through it
 MOST_BESIDE: Final = 32  # peers that are tried at one turn beside those of the route
 SEARCH_S: Final = 60.0  # for which the search goes on as long as somebody is left to be tried
 
@@ -229,8 +231,13 @@ class _Search:
             self._news.fire()
 
     async def _is_there(self, route: Route) -> bool:
-        """Wait for the route's hops for a moment; False as soon as one of them does not answer."""
-        with trio.move_on_after(PATIENCE_S):
+        """Wait for the route's hops for a moment; False as soon as one of them does not answer.
+
+        Far hops, and hops behind far relays, have as much longer as the line makes of a connection's
+        round trips. Nobody else has: a round trip counts once it was measured.
+        """
+        on_the_way = {relay for hop in route.hops for relay in relays_of(hop.addrs)}
+        with self._member.host.within(PATIENCE_S, on_the_way.union(route.peer_ids), CONNECT_ROUND_TRIPS):
             while hops := absent(self._member, route):
                 news = self._news.next
                 if any(hop.peer_id not in self._pending for hop in hops):

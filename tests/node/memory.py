@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from p2pinfer.errors import PeerError, PeerUnreachable
 from p2pinfer.node.host.network import Handler
+from p2pinfer.node.host.round_trips import RoundTrips
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.connection_gate import Gate
 from p2pinfer.node.transport.counters import Counts
@@ -139,6 +140,7 @@ class MemoryHost:
         self.handlers: dict[str, Handler] = {}
         self.sign = partial(sign, peer_id)
         self.verify = verify
+        self.round_trips = RoundTrips()  # as a test notes them
         self._network = network
 
     def serve(self, protocol: str, handler: Handler, *, is_metered: bool = True) -> None:
@@ -163,7 +165,7 @@ class MemoryHost:
     def within(
         self, base_s: float, peer_ids: Iterable[str], round_trips: float
     ) -> AbstractContextManager[trio.CancelScope]:
-        return trio.move_on_after(base_s)
+        return self.round_trips.within(base_s, peer_ids, round_trips)
 
     def rtt_s(self, peer_id: str) -> float | None:
         return None

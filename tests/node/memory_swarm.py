@@ -194,6 +194,7 @@ class MemorySwarm:
         free_cache_tokens: int = 4096,
         leaving: bool = False,
         told_by: str = "",
+        addrs: tuple[str, ...] = (),
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -206,7 +207,7 @@ class MemorySwarm:
             tokens_per_s=tokens_per_s,
             free_cache_tokens=free_cache_tokens,
             sequence=self._sequence,
-            addrs=(f"/memory/{peer_id}",),
+            addrs=addrs or (f"/memory/{peer_id}",),
             leaving=leaving,
             weights=self.spec.weights,
             numbers=self.spec.numbers,

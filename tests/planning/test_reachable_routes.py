@@ -110,6 +110,24 @@ async def test_a_peer_that_is_slow_to_answer_is_waited_for_if_there_is_nobody_el
         assert plan.route.peer_ids == ("far",)
 
 
+@pytest.mark.parametrize(("far", "chosen"), [("relay", "home"), ("home", "home"), ("another", "near")])
+async def test_far_peers_have_the_time_of_a_connection_s_round_trips(
+    far: str, chosen: str, tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Through a relay that is 100 ms away a connection takes a second; a near route is no reason to drop it."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        there(swarm, "home", after_s=1.2)
+        swarm.announce(
+            "home", tokens_per_s=1e3, addrs=("/ip4/11.0.1.1/tcp/4001/p2p/relay/p2p-circuit/p2p/home",)
+        )
+        swarm.network.host("near")
+        swarm.announce("near", tokens_per_s=1.0)
+        routes = routes_of(swarm)
+        swarm.network.hosts["client"].round_trips.note(far, 0.1)
+        plan = await routes.plan_session(64, NOBODY)
+        assert plan.route.peer_ids == (chosen,)
+
+
 async def test_where_nobody_answers_there_is_no_route_and_the_reason_is_said(
     tiny_stories: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
