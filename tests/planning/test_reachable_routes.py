@@ -114,7 +114,7 @@ async def test_a_peer_that_is_slow_to_answer_is_waited_for_if_there_is_nobody_el
 async def test_far_peers_have_the_time_of_a_connection_s_round_trips(
     far: str, chosen: str, tiny_stories: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Through a relay that is 100 ms away a connection takes a second; a near route is no reason to drop it."""
+    """Through a relay that is 100 ms away a connection takes a second; it has it, whoever else is near."""
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
         there(swarm, "home", after_s=1.2)
         swarm.announce(
