@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from p2pinfer.client import ClientConfig
-from p2pinfer.client_config import AuditConfig, SessionConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig, TuneConfig
 from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
 from p2pinfer.generation.generation import GenerationConfig
 from p2pinfer.idle_audits import VerifyConfig
@@ -25,16 +25,17 @@ from p2pinfer.routing.config import RoutingConfig
 
 LAYERS = (
     (NodeConfig, "node"),
-    (HostConfig, "node, generate, swarm"),
+    (HostConfig, "node, generate, swarm, tune"),
     (ComputeConfig, "node"),
     (ServeConfig, "node"),
     (RelayConfig, "node"),
     (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
-    (ClientConfig, "generate, swarm"),
+    (ClientConfig, "generate, swarm, tune"),
     (SessionConfig, "generate"),
-    (RoutingConfig, "generate"),
+    (RoutingConfig, "generate, tune"),
     (AuditConfig, "generate, node --verify"),
+    (TuneConfig, "tune"),
 )
 
 INTRODUCTION = """\

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .client_config import ClientConfig as ClientConfig
     from .client_config import GenerationConfig as GenerationConfig
     from .client_config import SessionConfig as SessionConfig
+    from .client_config import TuneConfig as TuneConfig
     from .errors import AddressUnusable as AddressUnusable
     from .errors import CacheFull as CacheFull
     from .errors import CheckpointError as CheckpointError
@@ -88,7 +89,7 @@ _HOMES = {
     "reputation.verdict": ("Finding", "Verdict"),
     "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client",),
-    "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig"),
+    "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig", "TuneConfig"),
     "errors": (
         "AddressUnusable",
         "CacheFull",

@@ -15,9 +15,12 @@ import trio
 from torch import Tensor
 
 from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
+from p2pinfer.learning.examples import Example
 from p2pinfer.learning.swarm_trainer import Batch, SwarmTrainer, Trace, open_trainer
 from p2pinfer.learning.trained_adapter import AdapterGradient, ModelAdapter
+from p2pinfer.learning.tuner import PassResult, StepResult, Tuner
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.learning.ends import Loss, cross_entropy
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
@@ -26,6 +29,7 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Route
 
 from .client import Client, PeerView
+from .client_config import TuneConfig
 from .embedded import client_host_config, may_embed, swarm_in_reach
 from .errors import LocalError, P2PInferError
 from .options import ClientOptions, GenerationOptions, addresses_of, suggesting
@@ -116,6 +120,10 @@ class BlockingClient:
     def trainer(self) -> BlockingTrainer:
         """Training passes over the swarm, for as long as this client is open."""
         return BlockingTrainer(self._loop)
+
+    def tuner(self, config: TuneConfig | None = None) -> BlockingTuner:
+        """The four verbs of tuning, for as long as this client is open; see `Client.tuner`."""
+        return BlockingTuner(self._loop, config)
 
     def close(self) -> None:
         """Leave the swarm, ending what is still being generated. Harmless twice."""
@@ -210,6 +218,57 @@ class BlockingTrainer:
     ) -> tuple[Tensor | None, AdapterGradient | None]:
         """Gradients of a batch and of its adapter; see `SwarmTrainer.backward`."""
         return self._loop.wait(lambda: self._trainer.backward(trace, gradient, wants_hidden=wants_hidden))
+
+
+class BlockingTuner:
+    """A `Tuner` for ordinary code. One thread at a time uses it."""
+
+    def __init__(self, loop: _Loop, config: TuneConfig | None) -> None:
+        self._loop = loop
+        self._config = config
+        self._opened: Future[Tuner] = Future()
+        loop.spawn(self._hold)
+        self._tuner = self._opened.result()
+
+    async def _hold(self) -> None:
+        try:
+            async with self._loop.client.tuner(self._config) as tuner:
+                self._opened.set_result(tuner)
+                await trio.sleep_forever()
+        except LocalError as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+
+    def example(self, prompt: str, completion: str) -> Example:
+        """An example whose completion is learnt; see `Tuner.example`."""
+        return self._tuner.example(prompt, completion)
+
+    def forward_backward(
+        self, examples: Sequence[Example], loss: Loss = cross_entropy
+    ) -> Callable[[], PassResult]:
+        """Begin to run a batch there and back; what is returned waits for its result when it is called."""
+        tuner = self._tuner
+        pending = self._loop.call(lambda _: tuner.forward_backward(examples, loss))
+
+        async def wait() -> PassResult:
+            return await pending
+
+        return lambda: self._loop.wait(wait)
+
+    def optim_step(self, learning_rate: float | None = None) -> StepResult:
+        """Change the adapter by the gradients of the batches that were begun; see `Tuner.optim_step`."""
+        return self._loop.wait(lambda: self._tuner.optim_step(learning_rate))
+
+    def sample(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int | None = None
+    ) -> str:
+        """Text that the model continues `prompt` with; see `Tuner.sample`."""
+        return self._loop.wait(lambda: self._tuner.sample(prompt, max_new_tokens, temperature, seed))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in peft's files."""
+        self._loop.wait(lambda: self._tuner.save(folder))
 
 
 class _Pump:

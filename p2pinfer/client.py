@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,9 @@ from p2pinfer.generation.generation import Generation, generation_config, new_st
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
-from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
+from p2pinfer.learning.tuner import Tuner
+from p2pinfer.learning.tuning import tuner_over
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.config import ComputeConfig
@@ -47,12 +49,12 @@ from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
 
-from .client_config import AuditConfig, GenerationConfig, SessionConfig
+from .client_config import AuditConfig, GenerationConfig, SessionConfig, TuneConfig
 from .client_config import ClientConfig as ClientConfig
 from .errors import LocalError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
-from .local_model import LocalModel, load_local_model
+from .local_model import load_local_model
 from .options import GenerationOptions, addresses_of, check_arguments, check_prompt, suggesting
 from .served import joining_options
 from .swarm_view import PeerView as PeerView
@@ -138,14 +140,7 @@ class Client:
         self._report = guarded(on_event) if on_event is not None else None
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
-        self._source: ModelSource
-        self._local: LocalModel
         self._member: SwarmMember
-        self._planner: RoutePlanner
-        self.routes: ReachableRoutes
-        self._race: OpeningRace
-        self._nursery: trio.Nursery
-        self._token: trio.lowlevel.TrioToken
         self._is_open = False
 
     async def __aenter__(self) -> Client:
@@ -199,7 +194,7 @@ class Client:
             )
             self._nursery.start_soon(self._auditor.serve)
             compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
-            self._local = await trio.to_thread.run_sync(
+            self.local = await trio.to_thread.run_sync(
                 load_local_model, self._source, compute, self._progress, abandon_on_cancel=True
             )
             self._token = trio.lowlevel.current_trio_token()
@@ -234,7 +229,7 @@ class Client:
     @property
     def chat_template(self) -> ChatTemplate | None:
         """Chat template of the model, which writes a conversation as a prompt; None if it has none."""
-        return self._local.chat_template
+        return self.local.chat_template
 
     def generate(
         self,
@@ -255,10 +250,10 @@ class Client:
         """
         check_prompt(prompt)
         check_arguments(generation_config=config)
-        if not hasattr(self, "_local"):
+        if not hasattr(self, "local"):
             raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
-        return self._go_on(new_state(self.spec, self._local.tokenizer, prompt, asked, self._local.defaults))
+        return self._go_on(new_state(self.spec, self.local.tokenizer, prompt, asked, self.local.defaults))
 
     def resume(self, token: str, max_new_tokens: int | None = None) -> Generation:
         """Go on with a generation that could not, or that was left, from its `resume_token`.
@@ -276,8 +271,13 @@ class Client:
         GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
         return self._go_on(extend_state(decode_state(token), max_new_tokens, self.spec.max_positions))
 
+    def tuner(self, config: TuneConfig | None = None) -> AbstractAsyncContextManager[Tuner]:
+        """A `Tuner` of this client's model for as long as the block runs; see docs/learning.md."""
+        asked = config or TuneConfig()
+        return tuner_over(self._member.host, self.local, self.routes, lambda: self.table_changed, asked)
+
     def _go_on(self, state: GenerationState) -> Generation:
-        config, local = self._config, self._local
+        config, local = self._config, self.local
         return Generation(
             self,
             self.spec,
@@ -334,7 +334,7 @@ class Client:
     @property
     def ends(self) -> EmbeddingAndHead:
         """Embedding and head, which run here."""
-        return self._local.embedding_and_head
+        return self.local.embedding_and_head
 
     @property
     def spec(self) -> ModelSpec:

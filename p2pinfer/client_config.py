@@ -20,6 +20,7 @@ from .text_files import is_text
 
 DRAWN_BY: Final = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 MAX_DEPTH: Final = 32  # guesses in one trip
+METHODS: Final = ("lora", "prompt")  # of tuning
 RULED_BY: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
@@ -174,3 +175,43 @@ class VerifyConfig:
             raise ValueError("idle_s and pause_s must not be negative")
         if min(self.texts, self.max_new_tokens) < 1:
             raise ValueError("texts and max_new_tokens must be 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class TuneConfig:
+    """Settings of a training over the swarm."""
+
+    method: str = "lora"  # what is trained: lora, or prompt: virtual tokens before every text
+    rank: int = 8  # of LoRA's matrices
+    alpha: float = 16.0  # scale of LoRA, divided by the rank
+    targets: tuple[str, ...] = ()  # products that take LoRA, such as q_proj; empty: all of them
+    prompt_tokens: int = 16  # virtual tokens of a prompt
+    learning_rate: float | None = None  # AdamW's; not set: 5e-4 for LoRA, 1e-2 for a prompt
+    weight_decay: float = 0.0  # AdamW's
+    max_gradient_norm: float = 1.0  # longer gradients are shortened to it; 0: none is
+    warmup_steps: int = 0  # steps in which the learning rate rises from 0
+    batch_rows: int = 8  # texts of one step
+    epochs: int = 1  # times that every text is used
+    max_tokens: int = 512  # longer texts are cut, tokens
+    seed: int = 0  # of the first values, and of the order of the texts
+    checkpoint_steps: int = 20  # steps between two checkpoints
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; it takes {' or '.join(METHODS)}")
+        for name in ("rank", "prompt_tokens", "batch_rows", "epochs", "max_tokens", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("weight_decay", "max_gradient_norm", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be 0 or more")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha is {self.alpha:g}; it must be above 0")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate:g}; it must be above 0")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, from 0."""
+        rate = self.learning_rate or (5e-4 if self.method == "lora" else 1e-2)
+        return rate * min(1.0, (step + 1) / (self.warmup_steps + 1))

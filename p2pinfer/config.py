@@ -43,6 +43,7 @@ SECTIONS = (
     "routing",
     "audit",
     "generation",
+    "tune",
 )
 
 _Config = TypeVar("_Config")

@@ -20,6 +20,7 @@ from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.reputation import reputation
 from p2pinfer.cli.commands.swarm import swarm
+from p2pinfer.cli.commands.tune import tune
 from p2pinfer.cli.output.plain import printable
 from p2pinfer.cli.output.terminal import OutputClosed, note, occupy_streams, spare_no_text, write_out
 from p2pinfer.errors import LocalError
@@ -71,6 +72,7 @@ def app(ctx: click.Context) -> None:
 
     \b
     p2pinfer generate "Once upon a time"    generate text with the swarm in reach
+    p2pinfer tune --data FILE --out FOLDER  train an adapter over the swarm
     p2pinfer node                           serve blocks of a model to the swarm
     p2pinfer swarm                          list peers and the blocks they serve
     p2pinfer reputation                     list the trust scores of known peers
@@ -100,6 +102,7 @@ def completion(call: Invocation, shell: str) -> None:
 
 
 app.add_command(generate)
+app.add_command(tune)
 app.add_command(node)
 app.add_command(swarm)
 app.add_command(reputation)

@@ -34,6 +34,7 @@ _HEADINGS = {
     "node": "Model",
     "compute": "Model",
     "generation": "Text",
+    "tune": "Training",
     "bootstrap": "Network",
     "host": "Network",
     "client": "Network",

@@ -19,7 +19,7 @@ from p2pinfer.cli.app import app, run
 from p2pinfer.cli.commands.generate import POLICIES
 from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
-from p2pinfer.client_config import AuditConfig
+from p2pinfer.client_config import AuditConfig, TuneConfig
 from p2pinfer.config import SharedConfig, section_of
 from p2pinfer.generation.generation import GenerationConfig
 from p2pinfer.idle_audits import VerifyConfig
@@ -40,8 +40,9 @@ LAYERS = (
     AuditConfig,
     VerifyConfig,
     RelayConfig,
+    TuneConfig,
 )
-COMMANDS = ("generate", "node", "swarm")
+COMMANDS = ("generate", "tune", "node", "swarm")
 
 
 def all_settings() -> dict[str, object]:
@@ -296,6 +297,7 @@ def test_the_values_of_a_choice_stand_in_the_help() -> None:
         "client.speculate",
         "compute.dtype",
         "compute.device",
+        "tune.method",
     }
     for option in choosing:
         assert all(choice in (option.help or "") for choice in option.choices)
