@@ -6,6 +6,7 @@ midbreak   a receipt in the middle of a session is garbage
 late       evidence comes 12 s after it was asked for
 trickle    evidence comes piece by piece, each just in time
 withhold   no evidence is handed out
+wary       the truth to whatever may be a second opinion: an inner span that the client feeds itself
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import trio
 import p2pinfer.node.evidence.store as store
 import p2pinfer.node.serve.server as server
 import p2pinfer.node.swarm.membership as membership
-from p2pinfer.node.protocol.messages import Step
+from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.node.protocol.messages import Open, Step
+from p2pinfer.node.serve.hop_session import HopSession
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Payload, Receipt, digest_of, sign_receipt
 
 LATE_S: Final = 12.0
 PIECE_S: Final = 7.0
-EVASIONS: Final = ("gap", "lastbreak", "midbreak", "late", "trickle", "withhold")
+EVASIONS: Final = ("gap", "lastbreak", "midbreak", "late", "trickle", "withhold", "wary")
 
 Break = Callable[[int, int, bytes], bytes]  # position, positions reserved, receipt -> what is handed on
 Answer = Callable[[Any], Awaitable[None]]
 made_up: dict[bytes, bytes] = {}
+spared: list[CacheLease] = []  # of sessions that are told the truth
 
 
 def install(evasion: str) -> None:
@@ -52,6 +56,8 @@ def install(evasion: str) -> None:
             hand_out(lambda _, held: only_first(held))
         case "withhold":
             hand_out(lambda _, held: [None for _ in held])
+        case "wary":
+            spare_second_opinions()
         case _:
             raise SystemExit(f"no evasion is called {evasion!r}; there are {', '.join(EVASIONS)}")
 
@@ -101,6 +107,19 @@ def only_first(held: list[Payload | None]) -> list[Payload | None]:
     """The first content that is held, and none of the others."""
     first = next((index for index, each in enumerate(held) if each is not None), None)
     return [each if index == first else None for index, each in enumerate(held)]
+
+
+def spare_second_opinions() -> None:
+    """Note the sessions of an inner span that have no hop before them."""
+    honest = server.SpanServer._admit
+
+    def admit(self: server.SpanServer, opening: Open, *rest: Any) -> HopSession:
+        session = honest(self, opening, *rest)
+        if opening.start and opening.predecessor is None:
+            spared.append(session.room.lease)
+        return session
+
+    server.SpanServer._admit = admit  # type: ignore[method-assign]
 
 
 def delay_answers(seconds: float) -> None:

@@ -3,6 +3,9 @@
     python benchmarks/honest.py                              # this processor, and as two older ones
     python benchmarks/honest.py --isa ALL AVX2 --sources tiny-stories experts
     python benchmarks/honest.py --isa ALL --device cpu cuda  # peers on a GPU beside
+    python benchmarks/honest.py --processes 16 --limit-s 500 --out honest
+
+What comes is written to `--out` at once: honest.json, all that was found so far, and a log of each process.
 
 A processor computes as an older one would where ONEDNN_MAX_CPU_ISA says so. Each kind runs every span in
 every mode: own kernels, and transformers' eager and SDPA; in bfloat16, float16 and float32; prompts, steps,
@@ -23,17 +26,17 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import trio
 from audit_sessions import (
     Outputs,
     StockBlocks,
@@ -46,6 +49,7 @@ from audit_sessions import (
 )
 from calibrate_audit import bound
 from safetensors.torch import load_file, save_file
+from side_by_side import Done, Job, python, run_all
 from torch import Tensor
 
 from p2pinfer.audit.opinions import judge_by_opinions
@@ -132,27 +136,18 @@ def write_inputs(source: str, folder: Path, count: int, first: int) -> None:
         save_file({"inputs": torch.stack(inputs[span.start])}, folder / f"in_{name_of(source, span)}")
 
 
-def write_outputs(source: str, folder: Path, kind: str, devices: Sequence[str]) -> None:
-    """What every mode gives on this kind of processor, as it would travel in bfloat16."""
-    checkpoint = open_source(source, folder)
-    stock = {
-        f"{device} {str(dtype).removeprefix('torch.')} {attention}": StockBlocks(
-            checkpoint.folder, dtype, device, attention
-        )
-        for device in devices
-        for dtype, attention in ((torch.bfloat16, "eager"), (torch.bfloat16, "sdpa"))
+def write_outputs(source: str, folder: Path, kind: str, span: BlockSpan) -> None:
+    """What every mode gives on this kind of processor, or on the GPU, as it would travel in bfloat16."""
+    checkpoint, device = open_source(source, folder), "cuda" if kind == "cuda" else "cpu"
+    inputs = list(load_file(folder / f"in_{name_of(source, span)}")["inputs"])
+    outputs: dict[str, Outputs] = {
+        mode.name: run_mode(mode, checkpoint, span, inputs) for mode in honest_modes(device)
     }
-    for span in map(BlockSpan.parse, SPANS[source]):
-        print(f"{kind} {source} {span}", file=sys.stderr)
-        inputs = list(load_file(folder / f"in_{name_of(source, span)}")["inputs"])
-        outputs: dict[str, Outputs] = {
-            mode.name: run_mode(mode, checkpoint, span, inputs)
-            for device in devices
-            for mode in honest_modes(device)
-        }
-        outputs |= {name: blocks.run(span, inputs) for name, blocks in stock.items()}
-        kept = {name: torch.stack(each).to(torch.bfloat16) for name, each in outputs.items()}
-        save_file(kept, folder / f"out_{kind}_{name_of(source, span)}")
+    for attention in ("eager", "sdpa"):
+        stock = StockBlocks(checkpoint.folder, torch.bfloat16, device, attention)
+        outputs[f"{device} bfloat16 {attention}"] = stock.run(span, inputs)
+    kept = {name: torch.stack(each).to(torch.bfloat16) for name, each in outputs.items()}
+    save_file(kept, folder / f"out_{kind}_{name_of(source, span)}")
 
 
 class Count:
@@ -177,6 +172,16 @@ class Count:
                 name = what.split(" tokens ")[0]
                 self.worst[name] = max(self.worst.get(name, 0.0), part)
 
+    def add_all(self, told: dict[str, Any]) -> None:
+        """Take in what another process found."""
+        self.verdicts.update(told["verdicts"])
+        self.sessions.update(told["sessions"])
+        self.failures += told["failures"]
+        for who, each in told["means"].items():
+            self.means.setdefault(who, []).extend(each)
+        for what, part in told["worst"].items():
+            self.worst[what] = max(part, self.worst.get(what, 0.0))
+
     def add_sample(self, who: str, sample: Sample) -> None:
         """One session of a peer: what the tests of small lies make of it."""
         for test, bets in (
@@ -188,34 +193,33 @@ class Count:
                 self.means.setdefault(f"{test} {who}", []).append((bets.wealth * 2 - 1) / 10 + 0.05)
 
 
-def judge_all(source: str, folder: Path, kinds: Sequence[str]) -> Count:
+def judge_span(source: str, folder: Path, kinds: Sequence[str], span: BlockSpan, kind: str) -> Count:
     """Judge the outputs of all kinds of peers with this kind of processor."""
-    checkpoint, count, rng = open_source(source, folder), Count(), random.Random(0)
+    checkpoint, count, rng = open_source(source, folder), Count(), random.Random(f"{kind} {source} {span}")
     head = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
-    for span in map(BlockSpan.parse, SPANS[source]):
-        print(f"judging {source} {span}", file=sys.stderr)
-        inputs = load_file(folder / f"in_{name_of(source, span)}")["inputs"].float()
-        peers = {
-            f"{kind}, {mode}": outputs.float()
-            for kind in kinds
-            for mode, outputs in load_file(folder / f"out_{kind}_{name_of(source, span)}").items()
-        }
-        reference = open_reference(checkpoint, span, max_tokens=TOKENS)
-        is_last = span.stop == checkpoint.spec.num_blocks
-        tail = Tail(None, head) if is_last else None
-        for number, given in enumerate(inputs):
-            # Every attempt at other experts is a run: a third of the peers, in turn, will do.
-            looked_at = peers if source not in EXPERTS else dict(islice(peers.items(), number % 3, None, 3))
-            floor = rerun(reference, span, given, torch.bfloat16)
-            for name, outputs in looked_at.items():
-                who = f"{source} {span} text {number} {name}"
-                whole = compare(floor, outputs[number], range(TOKENS), tail)
-                count.add("all tokens", who, whole)
-                count.sessions[f"text {number}: {judge(whole).verdict.value}"] += 1
-                count.add_sample(f"{source} {span} {name}", sample_of(whole))
-                last = range(TOKENS - LAST, TOKENS)
-                count.add("last tokens", who, compare(floor, outputs[number][-LAST:], last, tail))
-            ask_others(count, rng, span, given, {name: each[number] for name, each in peers.items()})
+    inputs = load_file(folder / f"in_{name_of(source, span)}")["inputs"].float()
+    peers = {
+        f"{kind}, {mode}": outputs.float()
+        for kind in kinds
+        for mode, outputs in load_file(folder / f"out_{kind}_{name_of(source, span)}").items()
+    }
+    reference = open_reference(checkpoint, span, max_tokens=TOKENS)
+    is_last = span.stop == checkpoint.spec.num_blocks
+    tail = Tail(None, head) if is_last else None
+    for number, given in enumerate(inputs):
+        print(f"judging {source} {span}, text {number}", file=sys.stderr)
+        # Every attempt at other experts is a run: a third of the peers, in turn, will do.
+        looked_at = peers if source not in EXPERTS else dict(islice(peers.items(), number % 3, None, 3))
+        floor = rerun(reference, span, given, torch.bfloat16)
+        for name, outputs in looked_at.items():
+            who = f"{source} {span} text {number} {name}"
+            whole = compare(floor, outputs[number], range(TOKENS), tail)
+            count.add("all tokens", who, whole)
+            count.sessions[f"text {number}: {judge(whole).verdict.value}"] += 1
+            count.add_sample(f"{source} {span} {name}", sample_of(whole))
+            last = range(TOKENS - LAST, TOKENS)
+            count.add("last tokens", who, compare(floor, outputs[number][-LAST:], last, tail))
+        ask_others(count, rng, span, given, {name: each[number] for name, each in peers.items()})
     return count
 
 
@@ -240,11 +244,83 @@ def name_of(source: str, span: BlockSpan) -> str:
     return f"{source}_{span.start}_{span.stop}.safetensors"
 
 
-def in_process(kind: str, folder: Path, *words: str) -> str:
-    """Run a part of this with a processor that computes as `kind` does."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": kind}
-    command = [sys.executable, __file__, "--folder", str(folder), "--kind", kind, *words]
-    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+def jobs_of(options: argparse.Namespace, folder: Path) -> list[Job]:
+    """The processes of a run: inputs, then what each kind of peer gives, then each kind's judgement."""
+    script = Path(__file__)
+    words = ("--folder", str(folder), "--sessions", str(options.sessions), "--first", str(options.first))
+    words += ("--seed", str(options.seed), "--isa", *options.isa, "--device", *options.device)
+    inputs = [
+        Job(f"inputs {source}", python(script, "--step", "inputs", "--sources", source, *words))
+        for source in options.sources
+    ]
+    jobs = inputs
+    for source in options.sources:
+        for span in SPANS[source]:
+            about = ("--sources", source, "--span", span, *words)
+            runs = [
+                Job(
+                    f"run {source} {span} on {kind}",
+                    python(script, "--step", "run", "--kind", kind, *about),
+                    env=environment_of(kind),
+                    waits_for=(f"inputs {source}",),
+                )
+                for kind in kinds_of(options)
+            ]
+            judgements = [
+                Job(
+                    f"judge {source} {span} on {kind}",
+                    python(script, "--step", "judge", "--kind", kind, *about),
+                    env=environment_of(kind),
+                    waits_for=tuple(run.name for run in runs),
+                )
+                for kind in options.isa
+            ]
+            jobs += [*runs, *judgements]
+    return jobs
+
+
+def kinds_of(options: argparse.Namespace) -> list[str]:
+    """Kinds of peers: processors, and the GPU, which is one whatever the processor beside it."""
+    return [
+        *(options.isa if "cpu" in options.device else ()),
+        *(("cuda",) if "cuda" in options.device else ()),
+    ]
+
+
+def environment_of(kind: str) -> dict[str, str]:
+    """Environment of a process whose processor computes as `kind` does."""
+    return {**os.environ, **({} if kind == "cuda" else {"ONEDNN_MAX_CPU_ISA": kind})}
+
+
+async def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """What each kind of verifier found in all that it came to, by kind."""
+    judges: dict[str, Count] = {kind: Count() for kind in options.isa}
+
+    def take_in(done: Done) -> None:
+        print(f"{done.name}: {done.seconds:.0f} s", file=sys.stderr)
+        if not done.name.startswith("judge") or not done.said:
+            return
+        judges[done.name.rpartition(" ")[2]].add_all(json.loads(done.said))
+        told = {kind: vars(count) for kind, count in judges.items()}
+        (options.out / "honest.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        print(summary_of(told), file=sys.stderr, flush=True)
+
+    await run_all(
+        jobs_of(options, folder), options.processes, take_in, logs=options.out, limit_s=options.limit_s
+    )
+    return {kind: vars(count) for kind, count in judges.items()}
+
+
+def summary_of(judges: dict[str, dict[str, Any]]) -> str:
+    """Checks that failed, and the bound that follows."""
+    total: Counter[str] = Counter()
+    for told in judges.values():
+        total.update(told["verdicts"])
+    checks = sum(total.values())
+    failed = sum(count for name, count in total.items() if name.endswith(" fail"))
+    if not checks:
+        return "no check came to an end"
+    return f"{failed} of {checks} checks failed: below {bound(failed, checks):.4%} at 95 %, one-sided"
 
 
 def report(judges: dict[str, dict[str, Any]]) -> None:
@@ -258,8 +334,7 @@ def report(judges: dict[str, dict[str, Any]]) -> None:
     for client in clients:
         counts = [total[f"{client} {verdict}"] for verdict in verdicts]
         print(f"| {client} | {sum(counts)} | " + " | ".join(map(str, counts)) + " |")
-    checks, failed = sum(total.values()), sum(total[f"{client} fail"] for client in clients)
-    print(f"{failed} of {checks} checks failed: below {bound(failed, checks):.4%} at 95 %, one-sided")
+    print(summary_of(judges))
     sessions: Counter[str] = Counter()
     for told in judges.values():
         sessions.update(told["sessions"])
@@ -288,44 +363,33 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=2, help="usual texts beside the three odd ones")
     parser.add_argument("--seed", type=int, default=0, help="of the mixtures' weights")
     parser.add_argument("--first", type=int, default=40, help="number of the first text; others are new")
+    parser.add_argument("--processes", type=int, default=2, help="at once")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="of everything")
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir(), "honest"), help="folder for what comes"
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
-    parser.add_argument("--step", choices=("run", "judge"), help=argparse.SUPPRESS)
+    parser.add_argument("--span", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("inputs", "run", "judge"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sources: Iterator[str] = iter(options.sources)
-    if options.step == "run":
-        for source in sources:
-            write_outputs(source, options.folder, options.kind, options.device)
-    elif options.step == "judge":
-        total = Count()
-        for source in sources:
-            found = judge_all(source, options.folder, options.isa)
-            total.verdicts += found.verdicts
-            total.sessions += found.sessions
-            total.failures += found.failures
-            total.means |= found.means
-            total.worst = {
-                what: max(found.worst.get(what, 0.0), total.worst.get(what, 0.0))
-                for what in {**found.worst, **total.worst}
-            }
-        print(json.dumps(vars(total)))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            for name, (blocks, hidden_size) in EXPERTS.items():
-                write_experts(folder / name, blocks, hidden_size, options.seed)
-            for source in sources:
-                write_inputs(source, folder, options.sessions, options.first)
-            words = ["--sources", *options.sources, "--isa", *options.isa, "--device", *options.device]
-            for kind in options.isa:
-                in_process(kind, folder, "--step", "run", *words)
-            report(
-                {
-                    kind: json.loads(in_process(kind, folder, "--step", "judge", *words))
-                    for kind in options.isa
-                }
-            )
+    match options.step:
+        case "inputs":
+            (source,) = options.sources
+            if source in EXPERTS:
+                write_experts(options.folder / source, *EXPERTS[source], options.seed)
+            write_inputs(source, options.folder, options.sessions, options.first)
+        case "run":
+            write_outputs(options.sources[0], options.folder, options.kind, BlockSpan.parse(options.span))
+        case "judge":
+            span = BlockSpan.parse(options.span)
+            found = judge_span(options.sources[0], options.folder, kinds_of(options), span, options.kind)
+            print(json.dumps(vars(found)))
+        case _:
+            options.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as temporary:
+                report(trio.run(measure, options, Path(temporary)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     python benchmarks/liars.py --flood 20                          # and proofs against throw-away keys
     python benchmarks/liars.py --flood 20 --cheat                  # the same, and nobody lies
     python benchmarks/liars.py --cheat skip+gap int8+late          # that get around audits: evasions.py
+    python benchmarks/liars_table.py                               # all of them, side by side
 
 The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
 the cheats are and how often they happen. One client makes short generations, one after the other, with the
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,7 @@ from flood import flooded
 
 import p2pinfer.models
 from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.generation.generation import GenerationResult
@@ -61,6 +64,7 @@ from p2pinfer.node.host_config import HostConfig
 SPANS = ("0:3", "3:5", "5:8")
 LEAD = 0.1
 ASKED_FOR_PRICE = 10
+PROOFS_COME_S = 20.0  # what small lies come to is no proof, and then nothing comes
 OPENINGS = (
     "Once upon a time, there was a {} who",
     "One day, a {} found a",
@@ -179,12 +183,12 @@ async def open_bystander(
 
 
 async def stand_by(home: Path, liars: Sequence[str], bootstrap: Sequence[str]) -> None:
-    """Be the bystander until standard input closes, and then until the liars are banned, or a minute."""
+    """Be the bystander until standard input closes, then until the liars are banned or `PROOFS_COME_S`."""
     torch.set_num_threads(1)
     verifier = await trio.to_thread.run_sync(new_verifier, home)
     async with Client(bootstrap=bootstrap, data_dir=home, cache_dir=home, verifier=verifier) as client:
         await trio.to_thread.run_sync(sys.stdin.read)
-        with trio.move_on_after(60):
+        with trio.move_on_after(PROOFS_COME_S):
             while not all(map(client.ledger.is_banned, liars)):
                 await trio.sleep(0.1)
         proofs = client.ledger.proofs()
@@ -202,6 +206,17 @@ def new_verifier(cache_dir: Path) -> LocalVerifier:
     return LocalVerifier(resolve_model(BUNDLED_MODEL, cache_dir=cache_dir), AuditConfig())
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the client does, and for how long at most."""
+
+    generations: int = 200
+    new_tokens: int = 32
+    audit_rate: float | None = None
+    flood: float = 0.0  # messages a second
+    seconds: float = math.inf
+
+
 @dataclass
 class Told:
     """One generation and what the ledger thought then."""
@@ -212,13 +227,20 @@ class Told:
 
 
 async def generate_all(
-    client: Client, nodes: Sequence[NodeProcess], count: int, new_tokens: int
+    client: Client, nodes: Sequence[NodeProcess], terms: Terms, found_after: dict[str, int]
 ) -> list[Told]:
+    """Texts one after the other; `found_after` gets the sessions that each banned node had by then."""
     cheats = {node.peer_id: node.cheat for node in nodes if node.cheat}
     told: list[Told] = []
     used_by: Counter[str] = Counter()
-    banned: set[str] = set()
+    count, new_tokens, started = terms.generations, terms.new_tokens, trio.current_time()
     for number in range(count):
+        if trio.current_time() - started > terms.seconds:
+            print(f"out of time after {number} generations", file=sys.stderr)
+            break
+        if number % 20 == 0:
+            so_far = ", ".join(f"{cheats.get(who, 'HONEST')} {n}" for who, n in found_after.items())
+            print(f"{number} of {count}: {client.audits}; found: {so_far or 'nobody'}", file=sys.stderr)
         opening = OPENINGS[number % len(OPENINGS)]
         prompt = opening.format(HEROES[number // len(OPENINGS) % len(HEROES)])
         generation = client.generate(prompt, max_new_tokens=new_tokens)
@@ -227,13 +249,17 @@ async def generate_all(
             used |= {hop.peer_id for hop in generation.result.route}
         used_by.update(used)
         told.append(Told(generation.result, prompt, tuple(cheats[each] for each in used & {*cheats})))
-        for each in {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)} - banned:
-            banned.add(each)
-            why = client.ledger.account(each).ban
-            who, times = cheats.get(each, "HONEST"), used_by[each]
-            print(f"after {number + 1}, {times} of its sessions: {who} banned: {why}", file=sys.stderr)
+        note_found(client, used_by, found_after, number + 1)
     await client.audits_settled()
+    note_found(client, used_by, found_after, len(told))
     return told
+
+
+def note_found(client: Client, used_by: Counter[str], found_after: dict[str, int], number: int) -> None:
+    for each in {who for who in used_by if client.ledger.is_banned(who)} - {*found_after}:
+        found_after[each] = used_by[each]
+        why = client.ledger.account(each).ban
+        print(f"after {number}, {used_by[each]} of its sessions: {each} banned: {why}", file=sys.stderr)
 
 
 async def price_of_opinion(client: Client, nodes: Sequence[NodeProcess]) -> float:
@@ -262,9 +288,7 @@ def count_wrong(told: Sequence[Told]) -> list[int]:
     return wrong
 
 
-async def contest(
-    cheats: Sequence[str], count: int, new_tokens: int, rate: float | None, flood: float = 0.0
-) -> dict[str, Any]:
+async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         verifier = new_verifier(home / "cache")
@@ -272,13 +296,13 @@ async def contest(
             host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
             data_dir=home / "client",
             cache_dir=home / "cache",
-            audit=AuditConfig(rate=rate),
+            audit=AuditConfig(rate=terms.audit_rate),
             verifier=verifier,
         )
         async with (
             client,
             open_nodes(home, client.member.addrs, cheats) as nodes,
-            flooded(client.member.addrs[0], flood),
+            flooded(client.member.addrs[0], terms.flood),
         ):
             with trio.fail_after(60):
                 while len(client.peers()) < len(nodes):
@@ -287,9 +311,11 @@ async def contest(
             async with open_bystander(home / "early", liars, client.member.addrs) as early:
                 before = [node.cpu_s() for node in nodes]
                 client_before, started = time.process_time(), time.perf_counter()
-                told = await generate_all(client, nodes, count, new_tokens)
+                found_after: dict[str, int] = {}
+                told = await generate_all(client, nodes, terms, found_after)
                 seconds, client_s = time.perf_counter() - started, time.process_time() - client_before
                 spent = [node.cpu_s() - was for node, was in zip(nodes, before, strict=True)]
+                verifier_s, audits = verifier.spent_s, client.audits
                 others = [await early.ask()]
             opinions = sum(sum(node.sessions.values()) for node in nodes)
             opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
@@ -297,19 +323,23 @@ async def contest(
             addrs = nodes[-1].addrs
             async with open_bystander(home / "late", liars, addrs) as late:
                 others.append(await late.ask())
-        return summary(client, nodes, told, verifier, spent, opinions_s, client_s, seconds, others)
+        return summary(
+            client, nodes, told, audits, verifier_s, spent, opinions_s, client_s, seconds, others, found_after
+        )
 
 
 def summary(
     client: Client,
     nodes: Sequence[NodeProcess],
     told: Sequence[Told],
-    verifier: LocalVerifier,
+    audits: AuditTally,
+    verifier_s: float,
     spent: Sequence[float],
     opinions_s: float,
     client_s: float,
     seconds: float,
     others: Sequence[dict[str, Any]],
+    found_after: dict[str, int],
 ) -> dict[str, Any]:
     liars = {node.peer_id for node in nodes if node.cheat}
     honest = {node.peer_id for node in nodes} - liars
@@ -319,17 +349,18 @@ def summary(
     lied_to = [length if each.liars else 0 for each, length in zip(told, lengths, strict=True)]
     own = sum(node.tokens.get(client.member.peer_id, 0) for node in nodes)
     bystanders_s = sum(other["spent_s"] for other in others)
-    extra_s = verifier.spent_s + bystanders_s + opinions_s
+    extra_s = verifier_s + bystanders_s + opinions_s
     serving_s = sum(spent) - opinions_s
-    audits = client.audits
+    half = len(told) // 2
     return {
         "cheats": " ".join(node.cheat for node in nodes if node.cheat),
         "generations": len(told),
         "tokens": sum(lengths),
         "by liars": sum(lied_to),
         "wrong": sum(wrong),
-        "by liars, last 100": sum(lied_to[-100:]),
-        "wrong, last 100": sum(wrong[-100:]),
+        "by liars, last half": sum(lied_to[half:]),
+        "wrong, last half": sum(wrong[half:]),
+        "found after": " ".join(str(found_after.get(node.peer_id, "never")) for node in nodes if node.cheat),
         "banned": f"{len(banned & liars)} of {len(liars)}",
         "by bystanders": ", ".join(f"{len({*other['banned']} & liars)} of {len(liars)}" for other in others),
         "honest banned": sum(
@@ -340,7 +371,7 @@ def summary(
         "suspect": audits.suspect,
         "no result": audits.inconclusive,
         "serving s": round(serving_s, 1),
-        "audits s": round(verifier.spent_s, 2),
+        "audits s": round(verifier_s, 2),
         "bystanders s": round(bystanders_s, 2),
         "opinions s": round(opinions_s, 2),
         "extra": f"{extra_s / serving_s:.2%}",
@@ -361,6 +392,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--audit-rate", type=float, help="the adaptive one by default")
     parser.add_argument("--flood", type=float, default=0.0, help="messages a second; see flood.py")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after which no further text is begun"
+    )
     parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gc.freeze()  # as the command line does; there is more of it here, since transformers is imported
@@ -369,9 +403,8 @@ def main() -> None:
         trio.run(stand_by, Path(home), liars.split(",") if liars else [], addrs)
         return
     torch.set_num_threads(1)
-    row = trio.run(
-        contest, options.cheat, options.generations, options.new_tokens, options.audit_rate, options.flood
-    )
+    terms = Terms(options.generations, options.new_tokens, options.audit_rate, options.flood, options.seconds)
+    row = trio.run(contest, options.cheat, terms)
     report(f"{len(options.cheat)} of six nodes lie", [row])
 
 

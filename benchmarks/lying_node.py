@@ -104,6 +104,8 @@ class Liar:
 
     def lies_to(self, lease: CacheLease) -> bool:
         """Whether this session is lied to."""
+        if any(each is lease for each in evasions.spared):
+            return False
         if id(lease) not in self._lies:
             self._kept.append(lease)
             begun = len(self._kept) > self._honest_sessions
