@@ -29,7 +29,6 @@ from p2pinfer.learning.tuning import tuner_over
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
-from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
@@ -153,12 +152,11 @@ class Client:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
             resolve = partial(
                 resolve_model,
-                self.model,
                 cache_dir=self.cache_dir,
                 weights_bytes=self._weights_bytes,
                 progress=self._progress,
             )
-            self._source = await trio.to_thread.run_sync(resolve, abandon_on_cancel=True)
+            self._source = await trio.to_thread.run_sync(resolve, self.model, abandon_on_cancel=True)
             given = self._config.identity_file if self._identity is None else self._identity
             identity = await trio.to_thread.run_sync(client_identity, given)
             if self._keeps_ledger:
@@ -193,10 +191,8 @@ class Client:
                 kept_in=self._data_dir if self._keeps_ledger else None,
             )
             self._nursery.start_soon(self._auditor.serve)
-            compute = ComputeConfig(dtype=self._config.dtype, device=self._config.device)
-            self.local = await trio.to_thread.run_sync(
-                load_local_model, self._source, compute, self._progress, abandon_on_cancel=True
-            )
+            load = partial(load_local_model, self._source, self._config, self._progress, resolve)
+            self.local = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
             self._token = trio.lowlevel.current_trio_token()
             self._is_open = True
             self._stack = stack.pop_all()
@@ -286,6 +282,7 @@ class Client:
             state,
             retry_limits=RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts),
             speculation=speculation_by(config.speculate),
+            draft_model=local.draft_model,
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )

@@ -37,6 +37,9 @@ class ClientConfig:
     identity_file: Path | None = None  # file of a permanent identity; not set: a new peer id at every start
     # guesses sent along with a token: auto: as many as pay, off, or a number from 1 to 32
     speculate: str = "auto"
+    # small model with the same tokenizer that guesses tokens: a folder or a Hugging Face id; off: none; auto:
+    # the one that is bundled with the bundled model
+    draft: str = "auto"
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 

@@ -1,16 +1,22 @@
-"""Parts of a model that a client runs itself: embedding, head and tokenizer."""
+"""Parts of a model that a client runs itself: embedding, head and tokenizer, and a draft model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from p2pinfer.models.checkpoint.source import ModelSource
+from p2pinfer.client_config import ClientConfig
+from p2pinfer.generation.draft_model import DraftModel, check_tokenizers
+from p2pinfer.models.checkpoint.source import ModelSource, bundled_drafter_of
+from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.target import choose_target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import refusals_named
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.chat_template import ChatTemplate, load_chat_template
 from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
@@ -27,14 +33,25 @@ class LocalModel:
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     chat_template: ChatTemplate | None = None
+    draft_model: DraftModel | None = None
 
 
-def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Progress | None) -> LocalModel:
+def load_local_model(
+    source: ModelSource,
+    config: ClientConfig,
+    progress: Progress | None,
+    find: Callable[[str], ModelSource],
+) -> LocalModel:
     """Fetch and load what a client needs of a model; this may take minutes.
 
+    Args:
+        find: Gives the source of the draft model that `config` names.
+
     Raises:
+        ConfigError: The draft model has another tokenizer.
         LocalError: There is no memory for it.
     """
+    compute = ComputeConfig(dtype=config.dtype, device=config.device)
     checkpoint = source.fetch(None, embedding_and_head=True, progress=progress)
     folder = checkpoint.folder
     defaults = read_generation_defaults(folder)
@@ -48,9 +65,38 @@ def load_local_model(source: ModelSource, compute: ComputeConfig, progress: Prog
     with refusals_named(
         f"embedding and head of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
     ):
-        return LocalModel(
-            load_embedding_and_head(checkpoint, compute),
-            load_tokenizer(folder),
-            defaults,
-            load_chat_template(folder),
-        )
+        ends, tokenizer = load_embedding_and_head(checkpoint, compute), load_tokenizer(folder)
+        template = load_chat_template(folder)
+    name = _draft_name(folder, config)
+    draft = load_draft_model(find(name), source, tokenizer, compute, progress) if name else None
+    return LocalModel(ends, tokenizer, defaults, template, draft)
+
+
+def load_draft_model(
+    draft: ModelSource,
+    source: ModelSource,
+    tokenizer: Tokenizer,
+    compute: ComputeConfig,
+    progress: Progress | None,
+) -> DraftModel:
+    """Fetch and load a model that guesses the tokens of another one, whose `tokenizer` that is.
+
+    Raises:
+        ConfigError: It has another tokenizer.
+        LocalError: There is no memory for it.
+    """
+    spec = draft.spec
+    span = BlockSpan(0, spec.num_blocks)
+    checkpoint = draft.fetch(span, embedding_and_head=True, progress=progress)
+    check_tokenizers(spec.model, load_tokenizer(checkpoint.folder), source.spec.model, tokenizer)
+    target = choose_target(compute, spec.dtype)
+    with refusals_named(f"the draft model {spec.model}", target.device, "take a smaller one, or --draft off"):
+        blocks = load_blocks(checkpoint, span, target, progress=progress)
+        return DraftModel(blocks, load_embedding_and_head(checkpoint, compute), source.spec.vocab_size)
+
+
+def _draft_name(folder: Path, config: ClientConfig) -> str:
+    """Name of the draft model that is asked for, for the model in `folder`; empty if there is to be none."""
+    if config.speculate == "off" or config.draft == "off":
+        return ""
+    return bundled_drafter_of(folder) if config.draft == "auto" else config.draft

@@ -14,14 +14,24 @@ from .model_source import FolderSource
 from .model_source import ModelSource as ModelSource
 
 BUNDLED_MODEL = "tiny-stories"
+BUNDLED_DRAFTER = "tiny-stories-drafter"  # guesses that one's tokens
 
+_BUNDLE = Path(__file__).parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@(?!.*\.\.)\w[\w./+-]{0,199})?")
+
+
+def bundled_drafter_of(folder: Path) -> str:
+    """Name of the bundled draft model for the model in `folder`; empty if that is not the bundled one."""
+    here = (_BUNDLE / BUNDLED_DRAFTER).is_dir()
+    return BUNDLED_DRAFTER if here and folder.resolve() == (_BUNDLE / BUNDLED_MODEL).resolve() else ""
 
 
 def resolve_model(
     model: str, *, cache_dir: Path, weights_bytes: int = 0, progress: Progress | None = None
 ) -> ModelSource:
-    """Find the model: `tiny-stories` is the bundled one, then come folders, then ids of the hub.
+    """Find the model: `tiny-stories` is the bundled one, and `tiny-stories-drafter` guesses its tokens.
+
+    Then come folders, then ids of the hub.
 
     An id may name a branch, a tag or a commit: `owner/name@revision`.
 
@@ -32,8 +42,8 @@ def resolve_model(
         ModelNotFound: Nothing of that name can be reached.
         CheckpointError: It is there but cannot be used.
     """
-    if model == BUNDLED_MODEL:
-        return FolderSource(Path(__file__).parents[1] / BUNDLED_MODEL, cache_dir=cache_dir, progress=progress)
+    if model in (BUNDLED_MODEL, BUNDLED_DRAFTER):
+        return FolderSource(_BUNDLE / model, cache_dir=cache_dir, progress=progress)
     folder = expand(model)
     if model and folder.is_dir() and not is_text(str(folder.resolve())):
         raise ModelNotFound(

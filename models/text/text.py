@@ -58,6 +58,11 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(token_id)
         return piece or ""
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token by its name in the vocabulary, those that were added included."""
+        known: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return known
+
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token adds to a text; none for special tokens and those past the vocabulary."""
         return b"" if token_id in self.special_texts else self._pieces.piece_bytes(self.piece(token_id))

@@ -1,4 +1,4 @@
-"""Drafts of the tokens to come, copied from earlier in the text.
+"""Drafts of the tokens to come: what a drafter is, and the one that copies from earlier in the text.
 
 Prompt lookup decoding (Saxena, 2023; Yang et al., "Inference with reference", 2023): where the end of the
 text has occurred before, what followed it then is a good guess at what follows now. It costs no model, and it
@@ -7,9 +7,9 @@ is right most often where texts quote, extract, edit, list or repeat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 MAX_ORDER: Final = 3  # tokens by which an earlier occurrence is found; it is compared further back after that
 MAX_MATCH: Final = 16  # tokens that are compared
@@ -26,6 +26,19 @@ class Draft:
 
     token_ids: tuple[int, ...] = ()
     matched: int = 0
+
+
+class LazyDrafter(Protocol):
+    """Source of guesses each of which takes time; no more of them are found than are asked for."""
+
+    @property
+    def guess_s(self) -> float:
+        """Seconds that a guess takes; 0 before the first."""
+        ...
+
+    def guesses(self, ids: Sequence[int], last_id: int) -> Iterator[tuple[int, float]]:
+        """Guesses at what follows `ids` and then `last_id`, each with the drafter's own probability of it."""
+        ...
 
 
 class NgramDrafter:

@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import trio
@@ -29,6 +30,7 @@ from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.text import Tokenizer
 
+from .draft_model import DraftModel, ModelDrafter
 from .first_state import generation_config as generation_config
 from .first_state import new_state as new_state
 from .first_state import sampling_of
@@ -103,6 +105,7 @@ class Generation:
         *,
         retry_limits: RetryLimits | None = None,
         speculation: Speculation | None = None,
+        draft_model: DraftModel | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -110,6 +113,7 @@ class Generation:
 
         Args:
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
+            draft_model: Draws guesses, beside those that are copied from the text.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -123,10 +127,14 @@ class Generation:
         self._on_wait = on_wait
         self._sampler = Sampler(sampling_of(state))
         self._transcript = transcript = Transcript(tokenizer, state)
-        self._process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
+        process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
+        # No method of this one: a cycle of references would keep one that was dropped from being closed.
+        self._choose = partial(_choose, process, self._sampler)
         self._tokens_before = len(state.token_ids)
         self._remote = RemoteBlocks(source, embedding_and_head, self._transcript)
         self._speculation = speculation
+        if speculation is not None and draft_model is not None:
+            speculation.drafter = ModelDrafter(draft_model, transcript.max_ids, self._choose)
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
         self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
         self._clock = _Clock()
@@ -211,16 +219,13 @@ class Generation:
     def _draw(self, hidden: Tensor) -> int:
         """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
         ids = self._transcript.ids
-        logits = self._embedding_and_head.logits(hidden)[-1]
-        if self._process.applies:
-            logits = self._process(logits, ids)
-        token_id = self._sampler.pick(logits, len(ids))
+        token_id = self._choose(self._embedding_and_head.logits(hidden)[-1], ids)
         if (speculation := self._speculation) is not None:
             seen = speculation.seen
             if not seen:
                 seen.update(ids)
-            # Nothing has ever followed a token that is new to the text, so there is nothing to guess from.
-            if self._rows or token_id in seen:
+            # Nothing has ever followed a token that is new to the text, so there is nothing to copy.
+            if self._rows or token_id in seen or speculation.drafter is not None:
                 self._speculate(ids, token_id, speculation)
             seen.add(token_id)
         return token_id
@@ -286,3 +291,8 @@ class Generation:
             self._sampler.seed if self._sampler.config.temperature else None,
             self._speculation.stats(drawn) if self._speculation else None,
         )
+
+
+def _choose(process: Processors, sampler: Sampler, logits: Tensor, ids: Sequence[int]) -> int:
+    """The token behind `ids` that logits (vocab,) give, by a text's rules, settings and seed."""
+    return sampler.pick(process(logits, ids) if process.applies else logits, len(ids))

@@ -22,6 +22,7 @@ from p2pinfer.errors import (
     Unfinished,
 )
 from p2pinfer.generation import remote_blocks
+from p2pinfer.generation.draft_model import DraftModel
 from p2pinfer.generation.first_state import check_lengths
 from p2pinfer.generation.generation import Generation, GenerationConfig, Token, generation_config, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
@@ -65,6 +66,7 @@ class Walk:
     def __init__(self, swarm: MemorySwarm, *routes: Route) -> None:
         self.asked: list[tuple[int, frozenset[str]]] = []
         self.outcomes: list[tuple[Route, RouteOutcome]] = []
+        self.chunk_tokens = 3
         self._swarm = swarm
         self._host = swarm.network.host("client")
         self._routes = list(routes)
@@ -91,7 +93,7 @@ class Walk:
                 self._swarm.spec,
                 max_tokens=tokens,
                 codec="float32",
-                config=SessionConfig(chunk_tokens=3),
+                config=SessionConfig(chunk_tokens=self.chunk_tokens),
             ),
         )
 
@@ -111,6 +113,7 @@ def start(
     *,
     retry_limits: RetryLimits | None = None,
     speculation: Speculation | None = None,
+    draft_model: DraftModel | None = None,
     on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:
@@ -124,6 +127,7 @@ def start(
         state,
         retry_limits=retry_limits,
         speculation=speculation,
+        draft_model=draft_model,
         on_wait=on_wait,
     )
 

@@ -121,6 +121,12 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     choices=("auto", "off"),
 )
 @setting(
+    "client.draft",
+    "--draft MODEL",
+    "Small model with the same tokenizer that guesses tokens here; auto: the bundled model's own; off: none. "
+    "[default: auto]",
+)
+@setting(
     "client.wait_s",
     "--wait SECONDS",
     "How long to wait for a replacement when a peer fails. [default: 60.0]",

@@ -1,0 +1,349 @@
+"""Draft models: the text stays the same whatever they guess, and good guesses save trips."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import safetensors.torch
+from torch import Tensor
+
+from p2pinfer.client_config import ClientConfig
+from p2pinfer.errors import ConfigError
+from p2pinfer.generation.draft_model import DraftModel, ModelDrafter, check_tokenizers
+from p2pinfer.generation.speculation import Speculation
+from p2pinfer.local_model import load_draft_model
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.model_source import FolderSource
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.text.text import Tokenizer, load_tokenizer
+
+from ..memory_client import open_memory_client
+from ..node.memory_swarm import FLOAT32, open_memory_swarm, route_over
+from .test_generation import PROMPT, Walk, local_ids, start
+
+TRIP_S = 0.25  # four hops, 50 ms from one to the next
+
+
+# ---------------------------------------------------------------------- how many guesses
+
+
+class Oracle:
+    """Draws from the text itself, right with the probability that it says; each guess takes `guess_s`."""
+
+    def __init__(self, text: Sequence[int], sureness: float, right: float, guess_s: float) -> None:
+        self.guess_s = guess_s
+        self.asked = 0
+        self._text, self._sureness, self._right, self._rng = text, sureness, right, random.Random(1)
+
+    def guesses(self, ids: Sequence[int], last_id: int) -> Iterator[tuple[int, float]]:
+        for token_id in self._text[len(ids) + 1 :]:
+            self.asked += 1
+            yield token_id if self._rng.random() < self._right else -1, self._sureness
+
+
+def seconds_of(text: Sequence[int], speculation: Speculation, position_s: float) -> float:
+    """Time that a text takes at `TRIP_S` a trip, its first token given; finding guesses included."""
+    drafter = cast("Oracle | None", speculation.drafter)
+    spent, length = 0.0, 1
+    while length < len(text):
+        asked = drafter.asked if drafter else 0
+        guesses = speculation.guess(text[: length - 1], text[length - 1], len(text) - length - 1, 0.02)
+        seconds = TRIP_S + position_s * (1 + len(guesses))
+        spent += seconds + (drafter.guess_s * (drafter.asked - asked) if drafter else 0.0)
+        speculation.trips.append((1 + len(guesses), seconds))
+        length += 1
+        for guess in guesses:
+            right = guess == text[length - 1]
+            speculation.note_guess(right=right)
+            if not right:
+                break
+            length += 1
+    return spent
+
+
+def new_text(count: int) -> list[int]:
+    """Tokens none of which occurs twice, so that nothing can be copied."""
+    return random.Random(0).sample(range(10 * count), count)
+
+
+def gain(sureness: float, right: float, guess_s: float = 0.001, position_s: float = 0.001) -> float:
+    """Factor by which a drafter that is right so often makes a text come sooner."""
+    text = new_text(400)
+    speculation = Speculation()
+    plain = seconds_of(text, speculation, position_s)
+    speculation = Speculation()
+    speculation.drafter = Oracle(text, sureness, right, guess_s)
+    return plain / seconds_of(text, speculation, position_s)
+
+
+@pytest.mark.parametrize(("right", "least"), [(0.7, 2.5), (0.8, 3.3), (0.95, 6.0)])
+def test_far_away_a_draft_model_saves_most_trips(right: float, least: float) -> None:
+    assert gain(right, right) > least
+
+
+@pytest.mark.parametrize("sureness", [0.05, 0.5, 0.99])
+def test_one_that_is_always_wrong_costs_little(sureness: float) -> None:
+    assert gain(sureness, 0.0) > 0.95
+    assert gain(sureness, 0.0, position_s=0.05) > 0.95
+
+
+@pytest.mark.parametrize("guess_s", [0.25, 1.0])
+def test_one_that_takes_as_long_as_a_trip_is_hardly_used(guess_s: float) -> None:
+    assert gain(0.6, 0.6, guess_s=guess_s) > 0.93
+
+
+def test_no_more_guesses_are_drawn_than_would_pay() -> None:
+    text = new_text(400)
+    speculation = Speculation()
+    speculation.drafter = drafter = Oracle(text, 0.1, 0.1, 0.02)
+    seconds_of(text, speculation, 0.01)
+    assert drafter.asked < 800  # two a token; all of the text would be 80,000
+
+
+def test_a_setting_says_how_many_are_drawn() -> None:
+    text = new_text(100)
+    speculation = Speculation(5)
+    speculation.drafter = Oracle(text, 0.5, 1.0, 0.0)
+    assert speculation.guess(text[:9], text[9], 90) == tuple(text[10:15])
+    assert speculation.guess(text[:9], text[9], 2) == tuple(text[10:12])
+    assert speculation.guess(text[:9], text[9], 0) == ()
+
+
+def test_what_occurred_before_is_copied_where_that_is_right_more_often() -> None:
+    speculation = Speculation(4)
+    speculation.drafter = Oracle([9] * 100, 0.5, 1.0, 0.0)
+    assert speculation.guess([*range(8), *range(7)], 7, 90) == (0, 1, 2, 3)
+    speculation = Speculation(4)
+    speculation.drafter = Oracle([9] * 100, 0.5, 1.0, 0.0)
+    assert speculation.guess([3, 5, 3], 6, 90) == (9, 9, 9, 9)
+
+
+# ---------------------------------------------------------------------- the model's guesses
+
+
+def first_blocks(tiny_stories: Path, folder: Path, blocks: int = 2, **config: Any) -> Path:
+    """A model folder: the bundled model's first blocks, which now and then guess what all of them say."""
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(tiny_stories.glob("*.safetensors")):
+        weights |= cast("Any", safetensors.torch).load_file(shard)
+    kept = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < blocks
+    }
+    folder.mkdir()
+    cast("Any", safetensors.torch).save_file(kept, folder / "model.safetensors")
+    said = json.loads((tiny_stories / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"num_hidden_layers": blocks} | config))
+    shutil.copy(tiny_stories / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weak_folder(tiny_stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return first_blocks(tiny_stories, tmp_path_factory.mktemp("weak") / "model")
+
+
+def draft_model(folder: Path, tiny_stories: Path, cache_dir: Path) -> DraftModel:
+    source = FolderSource(tiny_stories, cache_dir=cache_dir)
+    draft = FolderSource(folder, cache_dir=cache_dir)
+    return load_draft_model(draft, source, load_tokenizer(tiny_stories), FLOAT32, None)
+
+
+@pytest.fixture(params=["the model itself", "its first blocks"])
+def drafts(
+    request: pytest.FixtureRequest, tiny_stories: Path, weak_folder: Path, tmp_path: Path
+) -> tuple[DraftModel, bool]:
+    """A draft model, and whether it is as good as can be."""
+    best = request.param == "the model itself"
+    return draft_model(tiny_stories if best else weak_folder, tiny_stories, tmp_path), best
+
+
+@pytest.mark.parametrize(("depth", "seed"), [(5, 3), (None, 0)])
+async def test_the_text_is_the_one_without_a_draft_model(
+    depth: int | None,
+    seed: int,
+    drafts: tuple[DraftModel, bool],
+    checkpoint: Checkpoint,
+    ends: EmbeddingAndHead,
+    tokenizer: Tokenizer,
+) -> None:
+    model, best = drafts
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", 0, 3)
+        await swarm.serve("b", 3, 8)
+        walk = Walk(swarm, route_over(a=(0, 3), b=(3, 8)))
+        walk.chunk_tokens = 16
+        options: dict[str, Any] = {"temperature": 1.0 if seed else 0.0, "seed": seed, "max_new_tokens": 30}
+        generation = start(
+            walk, swarm, ends, tokenizer, speculation=Speculation(depth), draft_model=model, **options
+        )
+        ids = [token.id async for token in generation]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), len(ids), seed=seed)
+        stats = generation.result.speculation
+        assert stats is not None
+        if depth is not None:
+            assert stats.drafted > 20
+            assert best == all(looked_at == right for looked_at, right in stats.by_depth)
+            assert not best or stats.tokens_per_trip > 4
+        await swarm.all_closed()
+
+
+async def test_a_draft_model_goes_by_the_rules_of_the_text(
+    tiny_stories: Path,
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    ends: EmbeddingAndHead,
+    tokenizer: Tokenizer,
+) -> None:
+    """The model itself, as it is drawn from, guesses every token of its own."""
+    model = draft_model(tiny_stories, tiny_stories, tmp_path)
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 5, "top_p": 0.9, "top_k": 40}
+    options |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 20}
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        texts: list[tuple[int, ...]] = []
+        for given in (None, model):
+            speculation = None if given is None else Speculation(6)
+            walk = Walk(swarm, route_over(a=(0, 8)))
+            walk.chunk_tokens = 16
+            generation = start(
+                walk,
+                swarm,
+                ends,
+                tokenizer,
+                speculation=speculation,
+                draft_model=given,
+                max_new_tokens=25,
+                **options,
+            )
+            texts.append(tuple([token.id async for token in generation]))
+            stats = generation.result.speculation
+        assert texts[0] == texts[1]
+        assert stats is not None
+        assert all(looked_at == right for looked_at, right in stats.by_depth)
+        await swarm.all_closed()
+
+
+def greedy(logits: Tensor, _: Sequence[int]) -> int:
+    return int(logits.argmax())
+
+
+def taken(drafter: ModelDrafter, text: Sequence[int], count: int) -> list[tuple[int, float]]:
+    guesses = drafter.guesses(text[:-1], text[-1])
+    return [next(guesses) for _ in range(count)]
+
+
+def test_guesses_behind_wrong_ones_are_those_of_a_drafter_that_never_made_them(
+    weak_folder: Path, tiny_stories: Path, tmp_path: Path
+) -> None:
+    model = draft_model(weak_folder, tiny_stories, tmp_path)
+    rng = random.Random(2)
+    text, drafter = [1, *(rng.randrange(3, 4000) for _ in range(530))], ModelDrafter(model, 900, greedy)
+    while len(text) < 560:
+        count = rng.randrange(1, 6)
+        guesses = taken(drafter, text, count)
+        fresh = taken(ModelDrafter(model, 900, greedy), text, count)
+        assert [token_id for token_id, _ in guesses] == [token_id for token_id, _ in fresh]
+        assert [p for _, p in guesses] == pytest.approx([p for _, p in fresh], rel=1e-3)
+        right = rng.randrange(count + 1)
+        text += [token_id for token_id, _ in guesses[:right]]
+        text += [rng.randrange(3, 4000) for _ in range(rng.randrange(1, 4))]
+
+
+def test_guesses_end_where_the_draft_model_s_context_does(tiny_stories: Path, tmp_path: Path) -> None:
+    folder = first_blocks(tiny_stories, tmp_path / "short", 1, max_position_embeddings=64)
+    drafter = ModelDrafter(draft_model(folder, tiny_stories, tmp_path), 900, greedy)
+    text = list(range(3, 63))
+    assert len([*drafter.guesses(text[:-1], text[-1])]) == 4
+    assert [*drafter.guesses([*text, 9, 9, 9], 9)] == []
+    assert [*drafter.guesses([*text, *text], 9)] == []
+
+
+async def test_a_draft_model_that_fails_costs_no_token(
+    weak_folder: Path,
+    tiny_stories: Path,
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    ends: EmbeddingAndHead,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = draft_model(weak_folder, tiny_stories, tmp_path)
+    logits, left = model.ends.logits, 20
+
+    def fail_in_time(hidden: Tensor) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("out of memory")
+        return logits(hidden)
+
+    monkeypatch.setattr(model.ends, "logits", fail_in_time)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk, speculation = Walk(swarm, route_over(a=(0, 8))), Speculation(4)
+        generation = start(
+            walk, swarm, ends, tokenizer, speculation=speculation, draft_model=model, max_new_tokens=40
+        )
+        ids = [token.id async for token in generation]
+        assert ids == local_ids(checkpoint, ends, tokenizer.encode(PROMPT), len(ids), seed=0)
+        assert speculation.drafter is None
+        assert "going on without it: out of memory" in caplog.text
+
+
+# ---------------------------------------------------------------------- whose guesses
+
+
+def other_tokenizer(folder: Path) -> None:
+    """Exchange two tokens."""
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    vocab = said["model"]["vocab"]
+    names = [name for name, token_id in vocab.items() if token_id in (500, 501)]
+    vocab[names[0]], vocab[names[1]] = vocab[names[1]], vocab[names[0]]
+    path.write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_a_tokenizer_that_differs_is_told(tiny_stories: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = first_blocks(tiny_stories, tmp_path / "other", 1)
+    check_tokenizers("small", load_tokenizer(folder), "large", tokenizer)
+    other_tokenizer(folder)
+    with pytest.raises(ConfigError, match=r"small cannot draft for large.* token 500 is") as told:
+        check_tokenizers("small", load_tokenizer(folder), "large", tokenizer)
+    assert repr(tokenizer.piece(500)) in str(told.value)
+
+
+@pytest.mark.slow
+async def test_a_client_checks_and_uses_the_draft_model_that_it_is_given(
+    tiny_stories: Path, tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = first_blocks(tiny_stories, tmp_path / "small", 2)
+    config = ClientConfig(dtype="float32", speculate="4", draft="off")
+    texts: list[tuple[int, ...]] = []
+    drafted: list[int] = []
+    for draft in ("off", str(folder)):
+        async with open_memory_client(
+            checkpoint, monkeypatch, tmp_path, config=replace(config, draft=draft)
+        ) as (client, swarm):
+            await swarm.serve("a")
+            generation = client.generate("Once upon a time", max_new_tokens=20, temperature=1.0, seed=4)
+            texts.append(tuple([token.id async for token in generation]))
+            assert generation.result.speculation is not None
+            drafted.append(generation.result.speculation.drafted)
+    assert texts[0] == texts[1]
+    assert drafted[0] < 30 < drafted[1]
+    other_tokenizer(folder)
+    with pytest.raises(ConfigError, match="their tokenizers differ"):
+        async with open_memory_client(
+            checkpoint, monkeypatch, tmp_path, config=replace(config, draft=str(folder))
+        ):
+            pass
