@@ -283,6 +283,7 @@ class Client:
             retry_limits=RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts),
             speculation=speculation_by(config.speculate),
             draft_model=local.draft_model,
+            expected_s=self._planner.expected_s,
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )

@@ -69,6 +69,7 @@ class TimingsDocument(msgspec.Struct, frozen=True):
     first_token_s: float
     tokens_per_s: float
     per_hop_ms: tuple[float, ...]
+    predicted_tokens_per_s: float | None = None  # what was to be expected, before the first token
 
 
 class SpeculationDocument(msgspec.Struct, frozen=True):
@@ -78,6 +79,7 @@ class SpeculationDocument(msgspec.Struct, frozen=True):
     drafted: int
     accepted: int
     by_depth: tuple[tuple[int, int], ...]  # guesses looked at, and right
+    predicted_tokens_per_s: float | None = None  # as in the timings
 
 
 class AuditsDocument(msgspec.Struct, frozen=True):
@@ -159,20 +161,22 @@ def result_document(
             )
             for hop in result.route
         ),
-        TimingsDocument(timings.first_token_s, timings.tokens_per_s, timings.per_hop_ms),
+        TimingsDocument(
+            timings.first_token_s, timings.tokens_per_s, timings.per_hop_ms, timings.predicted_tokens_per_s
+        ),
         result.failovers,
         result.seed,
         AuditsDocument(audits.done, audits.passed, audits.failed, audits.suspect, audits.inconclusive),
         resume_token,
-        _speculation(result.speculation),
+        _speculation(result.speculation, timings.predicted_tokens_per_s),
     )
 
 
-def _speculation(stats: SpeculationStats | None) -> SpeculationDocument | None:
+def _speculation(stats: SpeculationStats | None, predicted: float | None) -> SpeculationDocument | None:
     if stats is None:
         return None
     per_trip = round(stats.tokens_per_trip, 3)
-    return SpeculationDocument(per_trip, stats.drafted, stats.accepted, stats.by_depth)
+    return SpeculationDocument(per_trip, stats.drafted, stats.accepted, stats.by_depth, predicted)
 
 
 def to_json(document: SwarmDocument | ResultDocument) -> str:

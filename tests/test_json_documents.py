@@ -93,7 +93,7 @@ def test_the_json_of_all_models_tells_the_usual_one_as_if_asked_for() -> None:
 def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
     ledger = Ledger()
     route = (HopUsed("peer", BlockSpan(0, 8), "relayed"),)
-    timings = Timings(0.5, 20.0, (1.5,), 3.0)
+    timings = Timings(0.5, 20.0, (1.5,), 3.0, 21.5)
     result = GenerationResult(
         "déjà ✓", (1, 2), 3, "length", route, timings, 1, 7, SpeculationStats(1.5, 4, 1, ((2, 1),))
     )
@@ -114,12 +114,23 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
                 "reliability": round(score.reliability, 3),
             }
         ],
-        "timings": {"first_token_s": 0.5, "tokens_per_s": 20.0, "per_hop_ms": [1.5]},
+        "timings": {
+            "first_token_s": 0.5,
+            "tokens_per_s": 20.0,
+            "per_hop_ms": [1.5],
+            "predicted_tokens_per_s": 21.5,
+        },
         "failovers": 1,
         "seed": 7,
         "audits": {"done": 1, "passed": 1, "failed": 0, "suspect": 0, "inconclusive": 0},
         "resume_token": "token",
-        "speculation": {"tokens_per_trip": 1.5, "drafted": 4, "accepted": 1, "by_depth": [[2, 1]]},
+        "speculation": {
+            "tokens_per_trip": 1.5,
+            "drafted": 4,
+            "accepted": 1,
+            "by_depth": [[2, 1]],
+            "predicted_tokens_per_s": 21.5,
+        },
     }
     assert to_json(msgspec.json.decode(line, type=ResultDocument)) == line
 

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
+from typing import Final
 
 import torch
 import trio
@@ -29,6 +31,7 @@ from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.routing.route import Route
 
 from .draft_model import DraftModel, ModelDrafter
 from .first_state import generation_config as generation_config
@@ -39,6 +42,8 @@ from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
 from .speculation import Speculation, SpeculationStats
 from .transcript import FinishReason, Transcript
+
+_LAST_DRAWS: Final = 15  # whose median counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +56,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Time that a generation took. `per_hop_ms`: each hop's median per decoded position, with its queue."""
+    """Time that a generation took. `per_hop_ms`: each hop's median per decoded position, with its queue.
+
+    `predicted_tokens_per_s` follows from what the planner knew of the hops before a token came, and from what
+    was measured here: a draw, a guess, and how many guesses were right.
+    """
 
     first_token_s: float
     tokens_per_s: float  # after the first token
     per_hop_ms: tuple[float, ...]
     per_step_ms: float  # the same as the client saw it, network and all hops included
+    predicted_tokens_per_s: float | None = None  # None: nothing is known of a hop
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,7 @@ class Generation:
         retry_limits: RetryLimits | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
+        expected_s: Callable[[Route], float | None] = lambda _: None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -114,6 +125,7 @@ class Generation:
         Args:
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             draft_model: Draws guesses, beside those that are copied from the text.
+            expected_s: Gives the seconds that a token should take over a route; None if nobody can tell.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -131,13 +143,14 @@ class Generation:
         # No method of this one: a cycle of references would keep one that was dropped from being closed.
         self._choose = partial(_choose, process, self._sampler)
         self._tokens_before = len(state.token_ids)
-        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript)
+        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript, expected_s)
         self._speculation = speculation
         if speculation is not None and draft_model is not None:
             speculation.drafter = ModelDrafter(draft_model, transcript.max_ids, self._choose)
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
         self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
         self._clock = _Clock()
+        self._draws_s = deque[float](maxlen=_LAST_DRAWS)
         self._changed: trio.Event | None = None  # set with news of the table since it was taken
         self._dropped = weakref.finalize(self, on_dropped, self._remote.aclose)
         self._dropped.atexit = False
@@ -218,8 +231,9 @@ class Generation:
 
     def _draw(self, hidden: Tensor) -> int:
         """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
-        ids = self._transcript.ids
+        ids, started = self._transcript.ids, time.perf_counter()
         token_id = self._choose(self._embedding_and_head.logits(hidden)[-1], ids)
+        self._draws_s.append(time.perf_counter() - started)
         if (speculation := self._speculation) is not None:
             seen = speculation.seen
             if not seen:
@@ -286,11 +300,22 @@ class Generation:
                 (drawn - 1) / spent if spent > 0 else 0.0,
                 remote.per_hop_ms,
                 remote.per_step_ms,
+                self._predicted_tokens_per_s(drawn),
             ),
             remote.failovers,
             self._sampler.seed if self._sampler.config.temperature else None,
             self._speculation.stats(drawn) if self._speculation else None,
         )
+
+    def _predicted_tokens_per_s(self, drawn: int) -> float | None:
+        """Tokens a second that were to be expected of the last route, `drawn` being those that came."""
+        if (trip_s := self._remote.expected_s) is None or not self._draws_s:
+            return None
+        tokens = 1.0
+        if self._speculation is not None:
+            tokens = self._speculation.stats(drawn).tokens_per_trip
+            trip_s += self._speculation.seconds_of_guesses
+        return tokens / (trip_s + tokens * median(self._draws_s))
 
 
 def _choose(process: Processors, sampler: Sampler, logits: Tensor, ids: Sequence[int]) -> int:

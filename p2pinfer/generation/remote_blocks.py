@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -88,13 +89,20 @@ class RemoteBlocks:
     Attributes:
         route: The hops of the last session.
         excluded: Who is left out of the next one.
+        expected_s: Seconds that a token was expected to take over these hops; None if nobody can tell.
     """
 
     def __init__(
-        self, source: SessionSource, embedding_and_head: EmbeddingAndHead, transcript: Transcript
+        self,
+        source: SessionSource,
+        embedding_and_head: EmbeddingAndHead,
+        transcript: Transcript,
+        expect_s: Callable[[Route], float | None] = lambda _: None,
     ) -> None:
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
+        self.expected_s: float | None = None
+        self._expect_s = expect_s
         self._accused: dict[str, set[str]] = {}  # by who complained: of which neighbours
         self._source = source
         self._embedding_and_head = embedding_and_head
@@ -258,6 +266,7 @@ class RemoteBlocks:
         """Keep who takes part, and what these hops take; they may have been replaced."""
         self._noted = route = session.route
         self._most_guesses = session.chain.flow_limits.chunk_tokens - 1
+        self.expected_s = self._expect_s(route)
         self.route = tuple(
             HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops
         )

@@ -180,6 +180,14 @@ class Speculation:
             tuple(zip(self._checked[:deepest], self._right[:deepest], strict=True)),
         )
 
+    @property
+    def seconds_of_guesses(self) -> float:
+        """Seconds that the guesses of a usual trip so far add to it, finding them included."""
+        trips = self._trips + len(self.trips)
+        sent = self._drafted + sum(positions - 1 for positions, _ in self.trips)
+        _, guess_s = self._prices(self.drafter.guess_s if self.drafter else 0.0)
+        return guess_s * sent / trips if trips else 0.0
+
     def _note_trip(self, positions: int, seconds: float) -> None:
         self._trips += 1
         self._undrawn += 1

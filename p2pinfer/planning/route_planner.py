@@ -106,6 +106,22 @@ class RoutePlanner:
                 route = await self._choose(alike, self._request(tokens, excluded, alike, codec))
         return SessionPlan(route, codec)
 
+    def expected_s(self, route: Route) -> float | None:
+        """Seconds a token over a route, by what is known of its hops; None if one is not known any more.
+
+        Compute, delays and bytes, where no hop fails or lies: what is seen, not what the planner weighs.
+        """
+        now = trio.current_time()
+        hops = [
+            self._hop_timings.known(candidate, now)
+            for candidate in self._candidates(frozenset(), None)
+            if candidate.peer_id in route.peer_ids
+        ]
+        if len(hops) < len(route.hops):
+            return None
+        request = self._request(1, frozenset(), hops, _codec_of(hops))
+        return route_cost(route, hops, request, None, self._routing_config)
+
     async def _choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> Route:
         """The policy's first choice.
 

@@ -114,6 +114,7 @@ def start(
     retry_limits: RetryLimits | None = None,
     speculation: Speculation | None = None,
     draft_model: DraftModel | None = None,
+    expected_s: Callable[[Route], float | None] = lambda _: None,
     on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:
@@ -128,6 +129,7 @@ def start(
         retry_limits=retry_limits,
         speculation=speculation,
         draft_model=draft_model,
+        expected_s=expected_s,
         on_wait=on_wait,
     )
 
@@ -138,6 +140,34 @@ def resume(
     """As another process would."""
     assert token is not None
     return Generation(walk, swarm.spec, ends, tokenizer, decode_state(token))
+
+
+@pytest.mark.parametrize("depth", [None, 8])
+async def test_what_was_to_be_expected_counts_trips_and_not_tokens(
+    depth: int | None, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
+) -> None:
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk, speculation = Walk(swarm, route_over(a=(0, 8))), None if depth is None else Speculation(depth)
+        walk.chunk_tokens = 16
+        generation = start(
+            walk,
+            swarm,
+            ends,
+            tokenizer,
+            "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a",
+            max_new_tokens=30,
+            speculation=speculation,
+            expected_s=lambda route: 100.0 * len(route.hops),
+        )
+        assert generation.result.timings.predicted_tokens_per_s is None
+        _ = [token async for token in generation]
+        result = generation.result
+        per_trip = 1.0 if result.speculation is None else result.speculation.tokens_per_trip
+        assert (per_trip > 1) == (depth is not None)
+        # Draws and guesses were measured, and take next to nothing of 100 s.
+        assert result.timings.predicted_tokens_per_s == pytest.approx(per_trip / 100, rel=0.02)
+        await swarm.all_closed()
 
 
 async def test_a_generation_gives_what_one_machine_gives(

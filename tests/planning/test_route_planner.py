@@ -24,7 +24,7 @@ from p2pinfer.routing.policy import RiskAdjusted, RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.session.failover import Gap
 
-from ..node.memory_swarm import MemorySwarm, open_memory_swarm
+from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 
 NO_TRIALS = RoutingConfig(explore_share=0.0, probation_share=0.0)  # which would be drawn by chance
 
@@ -144,6 +144,25 @@ async def test_an_edge_costs_what_travels_over_it(
         policy = Told()
         plan = await planner_of(swarm, policy).plan_session(64, frozenset({"excluded"}))
         assert (plan.route.peer_ids, plan.codec, policy.sizes) == (("a", "b"), codec, sizes)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+async def test_a_token_is_expected_to_take_compute_delays_and_bytes(
+    dtype: str, width: int, tiny_stories: Path
+) -> None:
+    """Risks are for the choice of a route: of a token that comes they say nothing."""
+    config = RoutingConfig(hop_overhead_s=0.003, default_rtt_ms=80.0, bandwidth_bytes_per_s=1e5)
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        swarm.announce("a", 0, 4, dtype=dtype, tokens_per_s=100)
+        swarm.announce("b", 4, 8, dtype=dtype, tokens_per_s=50)
+        policy_runner = PolicyRunner(RiskAdjusted(NO_TRIALS), RiskAdjusted(NO_TRIALS), timeout_s=5.0)
+        planner = RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, 2.0, config)
+        route = route_over(a=(0, 2), b=(2, 8))
+        edges_s = 3 * (0.04 + 320 * width / 1e5)
+        part = route_over(a=(0, 4), b=(4, 8))
+        assert planner.expected_s(part) == pytest.approx(0.006 + 0.01 + 0.02 + edges_s)
+        assert planner.expected_s(route) == pytest.approx(0.006 + 0.01 / 2 + 0.02 * 6 / 4 + edges_s)
+        assert planner.expected_s(route_over(a=(0, 4), gone=(4, 8))) is None
 
 
 async def test_a_route_of_one_codec_among_peers_of_several_is_chosen_at_its_own_size(

@@ -39,9 +39,11 @@ def route_table(result: GenerationResult, view: ReputationView, audits: AuditTal
     elsewhere = timings.per_step_ms - sum(timings.per_hop_ms)
     if timings.per_hop_ms and elsewhere > 0:
         table.add_row("network", "", "", f"{elsewhere:.2f}", style="dim")
+    predicted = timings.predicted_tokens_per_s
+    expected = "" if predicted is None else f" (expected: {predicted:.1f})"
     summary = (
         f"{len(result.token_ids)} tokens generated from a prompt of {result.prompt_tokens}: "
-        f"{timings.tokens_per_s:.1f} tok/s, first token after {timings.first_token_s * 1e3:.0f} ms"
+        f"{timings.tokens_per_s:.1f} tok/s{expected}, first token after {timings.first_token_s * 1e3:.0f} ms"
     )
     if result.failovers:
         summary += f"; {result.failovers} failover{'s' * (result.failovers > 1)}"

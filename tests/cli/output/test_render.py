@@ -122,6 +122,14 @@ def test_the_bill_lists_the_hops_and_the_network() -> None:
     )
 
 
+def test_the_bill_says_what_was_to_be_expected() -> None:
+    told = shown(result(Timings(0.25, 40.0, (4.5, 3.25), 10.0, 43.26), failovers=0))
+    assert (
+        "\n3 tokens generated from a prompt of 5: 40.0 tok/s (expected: 43.3), first token after 250 ms\n"
+        in told
+    )
+
+
 def test_the_bill_says_what_was_checked() -> None:
     timings = Timings(0.1, 1.0, (), 0.0)
     one = shown(result(timings, failovers=0), AuditTally(done=1, passed=1))
