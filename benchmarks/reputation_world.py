@@ -26,7 +26,7 @@ from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.reputation.attestation import Attestation, Opinion, seal_attestation
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proofs import ProofDecision
-from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt, digest_of
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.address_ranges import ranges_of
 from p2pinfer.routing.announcement import Announcement
@@ -433,7 +433,7 @@ def _record(output: str, peer_id: str, span: BlockSpan) -> HopRecord:
     payloads = encode_hidden(given, "bfloat16"), encode_hidden(returned, "bfloat16")
     into, out = map(digest_of, payloads)
     receipt = Receipt(
-        1,
+        RECEIPT_VERSION,
         bytes(16),
         0,
         NO_RECEIPT,

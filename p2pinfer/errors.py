@@ -118,12 +118,13 @@ class PeerVanished(PeerError):
 class PeerRefused(PeerError):
     """The peer answered, and said no. `code` is one of `p2pinfer.node.protocol.messages.RefusalCode`.
 
-    Or it is `not_admitted`, where the peer does not serve this client whatever it asks for.
+    Or it is `not_admitted`, where the peer does not serve this client whatever it asks for, or `not_spoken`,
+    where it does not know the protocol.
     `fits` is how many tokens of a session it would have room for; 0 if none, or if it does not say.
     """
 
     _PASSING = frozenset(("busy", "cache_full", "over_share"))
-    _LASTING = frozenset(("wrong_model", "not_admitted"))
+    _LASTING = frozenset(("wrong_model", "not_admitted", "not_spoken"))
 
     def __init__(
         self, message: str, peer_id: str = "", code: str = "", *, fits: int = 0, told_by: str = ""

@@ -2,6 +2,7 @@
 
     receipt of the hop before        receipt of this hop             receipt of the step before
       output: blake3  ── equals ──>    input: blake3
+          <── blake3 of all of it ──   received
                                        previous: blake3  ── of ──>     session, nonce, sequence - 1
 
 The digests fix what was done before anyone knows whether it will be looked at; `previous` binds each step to
@@ -9,17 +10,21 @@ the history it attended to; session, revision, span and positions say what shoul
 wrong output is a lie that can be shown to third parties. A hop that signs two different receipts for one
 place in a chain has lied to one of their holders, whatever it computed.
 
+`received` says which bytes a hop was given as the receipt of the hop before it. A step comes with the
+receipts of all hops before, and a hop takes none in whose receipts do not name each other. So the hops behind
+cannot change or drop one unnoticed: what does not fit is the work of the last hop that handed it on.
+
 The nonce is the hop's own and new for every session it lets in. A chain that the client named alone could be
 opened twice under one name, and the hop's honest receipts would look like two for one place.
 
 Canonical form: a MessagePack array of the fields in order, followed by the 64-byte Ed25519 signature over
-`p2pinfer/1/receipt`, a zero byte, and that array. What does not encode back to the very same bytes is none.
+`p2pinfer/2/receipt`, a zero byte, and that array. What does not encode back to the very same bytes is none.
 Signatures are made and checked by functions that are handed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias
 
@@ -29,10 +34,10 @@ from blake3 import blake3
 from p2pinfer.errors import Equivocation, ProtocolViolation
 from p2pinfer.models.numerics import Codec
 
-RECEIPT_VERSION: Final = 1
+RECEIPT_VERSION: Final = 2
 MAX_RECEIPT_BYTES: Final = 1024
-DOMAIN: Final = b"p2pinfer/1/receipt\0"
-NO_RECEIPT: Final = bytes(32)  # `previous` of a chain's first receipt
+DOMAIN: Final = b"p2pinfer/2/receipt\0"
+NO_RECEIPT: Final = bytes(32)  # `previous` of a chain's first receipt, `received` of a route's first hop
 _SIGNATURE_BYTES: Final = 64
 
 Payload: TypeAlias = bytes | bytearray | memoryview
@@ -64,6 +69,8 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     input: _Digest
     output: _Digest
     nonce: _Id  # the hop's own, one for each chain
+    # blake3 of the signed receipt of the hop before, as it came; zeros where none came with the step
+    received: _Digest = NO_RECEIPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,10 @@ class ReceiptChain:
         self._last, self._last_signed = receipt, signed
         return receipt
 
+    def has_passed(self, receipt: Receipt) -> bool:
+        """True if the chain has come past the place of this one, so that others may have kept a copy."""
+        return self._last is not None and receipt.sequence <= self._last.sequence
+
     def _check_follows(self, receipt: Receipt, signed: bytes, last: Receipt) -> None:
         if contradict(last, receipt):
             raise Equivocation(
@@ -220,6 +231,20 @@ def contradict(one: Receipt, other: Receipt) -> bool:
     """True if these two of one signer prove fraud: one place in one chain, and not the same words."""
     places = [(each.session, each.nonce, each.sequence) for each in (one, other)]
     return places[0] == places[1] and one != other
+
+
+def name_each_other(signed: Sequence[Payload]) -> bool:
+    """True if the receipts of one step, one a hop in the route's order, are those that their hops were given.
+
+    Raises:
+        ProtocolViolation: One of them is no receipt.
+    """
+    received = NO_RECEIPT
+    for each in signed:
+        if decode_receipt(each).received != received:
+            return False
+        received = digest_of(each)
+    return True
 
 
 def broken_link(receipts: list[Receipt], sent: bytes, got: bytes) -> int | None:

@@ -14,7 +14,9 @@ import msgspec
 
 from p2pinfer.models.numerics import Codec
 
-SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"  # client and hop: a session, its steps, its results
+SESSION_PROTOCOL: Final = "/p2pinfer/session/2.0.0"  # client and hop: a session, its steps, its results
+# The same with receipts that name no other hop's: whoever asks for it is told why it is not served.
+FORMER_SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"
 CHAIN_PROTOCOL: Final = "/p2pinfer/chain/1.0.0"  # hop -> its successor: carries steps
 
 RefusalCode: TypeAlias = Literal[

@@ -22,6 +22,7 @@ from p2pinfer.reputation.receipt import (
     Sign,
     decode_receipt,
     digest_of,
+    name_each_other,
     sign_receipt,
 )
 
@@ -57,7 +58,8 @@ class ReceiptSigner:
         """The receipt for a step that took in `received` and gives out `sent`, `returned` rows of it.
 
         Raises:
-            ProtocolViolation: What was received is not what the predecessor signed for.
+            ProtocolViolation: What was received is not what the predecessor signed for, or the receipts of
+                the hops before do not name each other.
         """
         if len(received) + len(sent) <= INLINE_BYTES:
             digests = digest_of(received), digest_of(sent)
@@ -82,6 +84,7 @@ class ReceiptSigner:
             input=digests[0],
             output=digests[1],
             nonce=self._nonce,
+            received=digest_of(step.receipts[-1]) if step.receipts else NO_RECEIPT,
         )
         signed = sign_receipt(receipt, self._sign)
         self._sequence += 1
@@ -89,12 +92,21 @@ class ReceiptSigner:
         return SignedReceipt(signed, self._previous, *digests)
 
     def _compare_with_predecessor(self, step: Step, received: bytes) -> None:
-        """Check that the predecessor signed what it sent, or the blame for its output would be ours."""
+        """Check that the predecessor signed what it sent, or the blame for its output would be ours.
+
+        So would that for receipts of hops before it, which it had to check in the same way.
+        """
         predecessor = self.predecessor
-        if predecessor is None or not step.receipts:
+        if predecessor is None or (step.replay and not step.receipts):
             return
         try:
-            agrees = decode_receipt(step.receipts[-1]).output == received
+            agrees = bool(step.receipts) and name_each_other(step.receipts)
+            if agrees:
+                signed = decode_receipt(step.receipts[-1])
+                place = (signed.session, signed.stop, signed.position, signed.tokens, signed.epoch)
+                opening = self._opening
+                due = (opening.session, opening.start, step.position, step.tokens, step.epoch)
+                agrees = place == due and signed.output == received
         except ProtocolViolation:
             agrees = False
         if not agrees:

@@ -24,9 +24,11 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.former_sessions import serve_former_clients
 from p2pinfer.node.protocol.frames import FrameStream, MinimumRate
 from p2pinfer.node.protocol.messages import (
     CHAIN_PROTOCOL,
+    FORMER_SESSION_PROTOCOL,
     SESSION_PROTOCOL,
     Alive,
     Attach,
@@ -110,11 +112,13 @@ class SpanServer:
     def register(self) -> None:
         """Answer both protocols from now on."""
         # What they say beside their steps is metered where it is read.
+        serve_former_clients(self._host)
         self._host.serve(SESSION_PROTOCOL, self._answer_client, is_metered=False)
         self._host.serve(CHAIN_PROTOCOL, self._answer_predecessor, is_metered=False)
 
     def unregister(self) -> None:
         """Answer no more streams; those that are open stay."""
+        self._host.stop_serving(FORMER_SESSION_PROTOCOL)
         self._host.stop_serving(SESSION_PROTOCOL)
         self._host.stop_serving(CHAIN_PROTOCOL)
 

@@ -60,7 +60,7 @@ async def negotiate(stream: YamuxStream, protocol: str, peer_id: str) -> None:
     if await _read_line(stream) != MULTISTREAM:
         raise PeerRefused(f"peer {peer_id} does not speak multistream", peer_id)
     if await _read_line(stream) != protocol.encode():
-        raise PeerRefused(f"peer {peer_id} does not speak {protocol}", peer_id)
+        raise PeerRefused(f"peer {peer_id} does not speak {protocol}", peer_id, "not_spoken")
 
 
 def _line(text: bytes) -> bytes:

@@ -76,7 +76,7 @@ async def open_hops(
                 case other:
                     raise ProtocolViolation(f"answered {type(other).__name__} to an opening", hop.peer_id)
         except PeerError as exc:
-            failures.append(exc)
+            failures.append(_explained(exc))
             scope.cancel()
 
     try:
@@ -121,6 +121,14 @@ def refusal_error(refused: Refused, sender: str, route: Route) -> PeerError:
             return PeerRefused(refused.message, blamed, refused.code, told_by=told_by)
         case _:
             return PeerRefused(refused.message, sender, refused.code, fits=refused.fits)
+
+
+def _explained(error: PeerError) -> PeerError:
+    """The error, and where the hop does not know our protocol, what can be done."""
+    if not (isinstance(error, PeerRefused) and error.code == "not_spoken"):
+        return error
+    why = "it serves no sessions of this version of p2pinfer; one of the two sides has to be updated"
+    return PeerRefused(why, error.peer_id, error.code)
 
 
 async def end_all(streams: Sequence[FrameStream | HopStream]) -> None:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.reputation.receipt import (
@@ -26,6 +26,7 @@ from p2pinfer.reputation.receipt import (
     decode_receipt,
     digest_of,
     is_signed_by,
+    name_each_other,
 )
 from p2pinfer.routing.route import Hop
 
@@ -96,13 +97,10 @@ class ReceiptBook:
 
     def _check_one(self, passed: PassedStep) -> None:
         hops, step = passed.hops, passed.step
-        if len(passed.receipts) != len(hops):
-            raise _missing(passed)
-        receipts = [self._extend(hops, index, signed) for index, signed in enumerate(passed.receipts)]
+        self._check_handing_on(passed)
+        receipts = [self._extend(passed, index) for index in range(len(hops))]
         for index, (hop, receipt) in enumerate(zip(hops, receipts, strict=True)):
-            returned = step.returns if index == len(hops) - 1 else step.tokens
-            said = (receipt.position, receipt.tokens, receipt.returned, receipt.epoch)
-            if said != (step.position, step.tokens, returned, step.epoch):
+            if receipt.returned != (step.returns if index == len(hops) - 1 else step.tokens):
                 raise ProtocolViolation(f"a receipt for another step than {step.number}", hop.peer_id)
             # Or a hop could open in bfloat16 and sign for what no audit can run again.
             if reference_for(parse_numerics(receipt.dtype)) is None:
@@ -115,18 +113,51 @@ class ReceiptBook:
                 f"the receipts of step {step.number} do not link up", hops[blamed].peer_id
             )
 
-    def _extend(self, hops: Sequence[Hop], index: int, signed: bytes) -> Receipt:
+    def _check_handing_on(self, passed: PassedStep) -> None:
+        """Check that each hop handed on the receipts that the hops before it signed.
+
+        A hop takes in no receipts that do not name each other, down to one that names none. So if those that
+        came back do not, the last hop made them so, whomever they seem to speak against.
+        """
+        hops, receipts, number = passed.hops, passed.receipts, passed.step.number
+        try:
+            is_whole = bool(receipts) and name_each_other(receipts)
+        except ProtocolViolation:
+            is_whole = False
+        if not is_whole:
+            raise ProtocolViolation(
+                f"step {number} came back with receipts that do not name each other", hops[-1].peer_id
+            )
+        if len(receipts) == len(hops):
+            return
+        count = f"step {number} came back with {len(receipts)} receipts from {len(hops)} hops"
+        for hop, signed in zip(reversed(hops), reversed(receipts), strict=False):
+            if not is_signed_by(signed, hop.peer_id, self._check_signature):
+                raise ProtocolViolation(count, hop.peer_id, told_by=_behind(hops, hop))
+        # Whoever signed the first one left out those before it, or the first hop made some up.
+        raise ProtocolViolation(count, hops[max(0, len(hops) - len(receipts))].peer_id)
+
+    def _extend(self, passed: PassedStep, index: int) -> Receipt:
         """Content of a hop's next receipt.
 
-        What a hop signed speaks against it alone. Bytes that it did not sign may as well be the work of those
-        behind it, through whose hands they went: then it is the next hop's word.
+        What a hop signed speaks against it alone, unless it is of another place: the next hop has those too,
+        and may hand one on instead, which it would refuse to take in if it was honest. Bytes that the hop did
+        not sign were its own or the next one's: neighbours do not check each other's signatures.
         """
-        hop = hops[index]
+        hops, signed = passed.hops, passed.receipts[index]
+        hop, behind = hops[index], _behind(hops, hops[index])
+        receipt, step = decode_receipt(signed), passed.step
+        place = (receipt.session, receipt.stop, receipt.position, receipt.tokens, receipt.epoch)
+        if place != (self.session, hop.span.stop, step.position, step.tokens, step.epoch):
+            raise ProtocolViolation(f"a receipt for another step than {step.number}", behind or hop.peer_id)
+        chain = self._chain_of(hop)
         try:
-            return self._chain_of(hop).extend(signed)
+            return chain.extend(signed)
+        except Equivocation:
+            raise
         except ProtocolViolation as exc:
-            if not is_signed_by(signed, hop.peer_id, self._check_signature):
-                exc.told_by = _behind(hops, hop)
+            if chain.has_passed(receipt) or not is_signed_by(signed, hop.peer_id, self._check_signature):
+                exc.told_by = behind
             raise
 
     def _chain_of(self, hop: Hop) -> ReceiptChain:
@@ -137,32 +168,7 @@ class ReceiptBook:
         return self._chains[hop.peer_id]
 
 
-def _missing(passed: PassedStep) -> ProtocolViolation:
-    """Last hop without a receipt, which is the one that left it out as far as anybody can tell."""
-    spans: set[tuple[int, int]] = set()
-    for signed in passed.receipts:
-        receipt: Receipt | None = _decoded(signed)
-        if receipt is not None:
-            spans.add((receipt.start, receipt.stop))
-    absent = [hop for hop in passed.hops if (hop.span.start, hop.span.stop) not in spans]
-    blamed = absent[-1] if absent else passed.hops[-1]
-    count = f"{len(passed.receipts)} receipts from {len(passed.hops)} hops"
-    # It left its receipt out, or one behind it did.
-    return ProtocolViolation(
-        f"step {passed.step.number} came back with {count}",
-        blamed.peer_id,
-        told_by=_behind(passed.hops, blamed),
-    )
-
-
 def _behind(hops: Sequence[Hop], hop: Hop) -> str:
     """The next hop's peer id; empty if there is none."""
     at = hops.index(hop)
     return hops[at + 1].peer_id if at + 1 < len(hops) else ""
-
-
-def _decoded(signed: bytes) -> Receipt | None:
-    try:
-        return decode_receipt(signed)
-    except ProtocolViolation:
-        return None

@@ -17,7 +17,7 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.store import ANSWER_S
 from p2pinfer.node.protocol.messages import Step
-from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt, digest_of, sign_receipt
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
 
@@ -52,7 +52,8 @@ class Evidence:
         """The hop's receipt for a step; what it names is held."""
         span = SPANS[name]
         said: dict[str, Any] = {
-            "version": 1, "session": b"s" * 16, "sequence": number, "previous": self._previous[name],
+            "version": RECEIPT_VERSION, "session": b"s" * 16, "sequence": number,
+            "previous": self._previous[name],
             "revision": "r" * 32, "start": span.start, "stop": span.stop, "position": number, "tokens": 1,
             "returned": 1, "epoch": 0, "dtype": "float32", "codec": "float32",
             "input": digest_of(given), "output": digest_of(got), "nonce": b"n" * 16,

@@ -17,7 +17,7 @@ from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.swarm.proof_gossip import Heard, Notice
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Accusation
-from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 NOW = 1e9
@@ -79,7 +79,7 @@ class Judge(Verifier):
 def accusation_of(peer_id: str, tokens: int = 32) -> Accusation:
     digests = bytes(32), bytes(32)
     receipt = Receipt(
-        1,
+        RECEIPT_VERSION,
         b"s" * 16,
         0,
         NO_RECEIPT,

@@ -9,12 +9,12 @@ import pytest
 
 from p2pinfer.audit.hop_chain import MAX_UNSEEN, HopChain, TooManyUnseen, Withheld, fill_chain
 from p2pinfer.errors import Equivocation, ProtocolViolation
-from p2pinfer.reputation.receipt import NO_RECEIPT, Receipt, digest_of, sign_receipt
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt, digest_of, sign_receipt
 
 from ..node.memory import sign, verify
 
 BASE: dict[str, Any] = {
-    "version": 1,
+    "version": RECEIPT_VERSION,
     "session": b"s" * 16,
     "revision": "r" * 32,
     "start": 3,

@@ -33,7 +33,7 @@ from p2pinfer.models.verify.reference import Reference, open_reference
 from p2pinfer.models.verify.sessions import run_session
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.reputation.ledger import Ledger
-from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Payload, Receipt, digest_of
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement
 
@@ -79,8 +79,8 @@ def record_of(
     span: BlockSpan, given: Payload, got: Payload, tokens: int, revision: str = "", dtype: str = "float32"
 ) -> HopRecord:
     receipt = Receipt(
-        1, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0, tokens, tokens,
-        0, dtype, "float32", digest_of(given), digest_of(got), bytes(16),
+        RECEIPT_VERSION, bytes(16), 0, NO_RECEIPT, revision or bundled_revision(), span.start, span.stop, 0,
+        tokens, tokens, 0, dtype, "float32", digest_of(given), digest_of(got), bytes(16),
     )  # fmt: skip
     return HopRecord("hop", (), (receipt,), {digest_of(given): given, digest_of(got): got})
 

@@ -29,6 +29,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof, decode_proof, encode_proof, open_proof
 from p2pinfer.reputation.receipt import (
     NO_RECEIPT,
+    RECEIPT_VERSION,
     Receipt,
     ReceiptChain,
     Terms,
@@ -265,7 +266,7 @@ def _receipts() -> list[bytes]:
 def _said(sequence: int, previous: bytes, position: int, tokens: int, epoch: int) -> Receipt:
     given, returned = map(digest_of, _rows(sequence, tokens))
     return Receipt(
-        version=1,
+        version=RECEIPT_VERSION,
         session=bytes(16),
         sequence=sequence,
         previous=previous,

@@ -14,6 +14,7 @@ from p2pinfer.errors import Equivocation, ProtocolViolation
 from p2pinfer.reputation.receipt import (
     MAX_RECEIPT_BYTES,
     NO_RECEIPT,
+    RECEIPT_VERSION,
     Receipt,
     ReceiptChain,
     Terms,
@@ -38,7 +39,7 @@ COUNTS = st.integers(0, 2**32 - 1)
 def receipts(draw: st.DrawFn) -> Receipt:
     start, tokens = draw(st.integers(0, 2**16 - 1)), draw(COUNTS)
     return Receipt(
-        1,
+        RECEIPT_VERSION,
         draw(st.binary(min_size=16, max_size=16)),
         draw(COUNTS),
         draw(DIGESTS),
@@ -73,7 +74,7 @@ def receipt(sequence: int = 0, previous: bytes = NO_RECEIPT, **fields: Any) -> R
         "nonce": NONCE,
     }
     return Receipt(
-        version=1,
+        version=RECEIPT_VERSION,
         session=SESSION,
         sequence=sequence,
         previous=previous,

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from p2pinfer.client_config import SessionConfig
-from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
+from p2pinfer.errors import Equivocation, PeerError, PeerRefused, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.messages import Open, Step
+from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Open, Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop, Route
@@ -28,7 +28,17 @@ from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 
 SESSION, REVISION = b"s" * 16, "r" * 32
 HOPS = (Hop("a", BlockSpan(0, 3)), Hop("b", BlockSpan(3, 5)), Hop("c", BlockSpan(5, 8)))
-Tamper = Callable[[list[bytes]], list[bytes]]
+
+
+class Tamper:
+    """What one hop does to the receipts of a step, its own among them."""
+
+    def __init__(self, change: Callable[[list[bytes]], list[bytes]], at: int = -1) -> None:
+        self._change = change
+        self.at = at
+
+    def __call__(self, receipts: list[bytes]) -> list[bytes]:
+        return self._change(receipts)
 
 
 class Chain:
@@ -46,16 +56,21 @@ class Chain:
             for hop in self.hops
         ]
 
-    async def passed(self, tamper: Tamper = lambda receipts: receipts) -> PassedStep:
-        """The next step, with its receipts after `tamper`."""
-        step = Step(self.number, 0, self.number, 1, 1)
-        payloads = [b"%d at %d" % (self.number, index) for index in range(len(self.hops) + 1)]
+    async def passed(
+        self, tamper: Callable[[list[bytes]], list[bytes]] = list, at: int = -1, position: int | None = None
+    ) -> PassedStep:
+        """The next step, with its receipts after `tamper` by the hop `at`; the hops behind take in all."""
+        position = self.number if position is None else position
+        step = Step(self.number, 0, position, 1, 1)
+        payloads = [b"%d at %d" % (position, index) for index in range(len(self.hops) + 1)]
         self.number += 1
-        receipts = [
-            (await notary.attest(step, payloads[index], payloads[index + 1], 1)).receipt
-            for index, notary in enumerate(self._notaries)
-        ]
-        return PassedStep(step, self.hops, payloads[0], payloads[-1], tuple(tamper(receipts)))
+        receipts: list[bytes] = []
+        for index, notary in enumerate(self._notaries):
+            given = msgspec.structs.replace(step, receipts=tuple(receipts))
+            receipts.append((await notary.attest(given, payloads[index], payloads[index + 1], 1)).receipt)
+            if index == at % len(self.hops):
+                receipts = tamper(receipts)
+        return PassedStep(step, self.hops, payloads[0], payloads[-1], tuple(receipts))
 
 
 def book(*, keep: bool = False) -> ReceiptBook:
@@ -70,21 +85,21 @@ def resigned(index: int, **fields: Any) -> Tamper:
         receipts[index] = sign_receipt(said, partial(sign, HOPS[index].peer_id))
         return receipts
 
-    return tamper
+    return Tamper(tamper, index)
 
 
-def changed(tamper: Tamper) -> Tamper:
-    return tamper
+def changed(change: Callable[[list[bytes]], list[bytes]]) -> Tamper:
+    return Tamper(change)
 
 
 def without(*gone: int) -> Tamper:
-    return lambda receipts: [each for index, each in enumerate(receipts) if index not in gone]
+    return Tamper(lambda receipts: [each for index, each in enumerate(receipts) if index not in gone])
 
 
 @pytest.mark.parametrize("dtype", ["int8_bfloat16", "bfloat16_float32", "no_such_dtype"])
 async def test_a_hop_whose_receipts_name_what_no_audit_can_run_again_is_to_blame(dtype: str) -> None:
     ours = book()
-    ours.unchecked.append(await Chain().passed(resigned(1, dtype=dtype)))
+    ours.unchecked.append(await Chain().passed(resigned(1, dtype=dtype), 1))
     with pytest.raises(ProtocolViolation, match="cannot be checked") as caught:
         await ours.check()
     assert caught.value.peer_id == "b"
@@ -102,62 +117,112 @@ async def test_honest_receipts_pass_and_are_kept_only_if_asked() -> None:
 @pytest.mark.parametrize(
     ("tamper", "blamed", "complaint"),
     [
-        (without(0), "a", "2 receipts from 3 hops"),
-        (without(1), "b", "2 receipts from 3 hops"),
-        (without(0, 1), "b", "1 receipts from 3 hops"),
-        (without(0, 1, 2), "c", "0 receipts from 3 hops"),
-        (changed(lambda receipts: [*receipts, receipts[-1]]), "c", "4 receipts from 3 hops"),
-        (changed(lambda receipts: [receipts[0], b"junk", receipts[2]]), "b", "a receipt of 4 bytes"),
-        (changed(lambda receipts: [receipts[1], receipts[0], receipts[2]]), "a", "signature"),
-        (resigned(0, position=7), "a", "another step"),
-        (resigned(1, tokens=2), "b", "another step"),
         (resigned(1, returned=0), "b", "another step"),
-        (resigned(2, epoch=1), "c", "another step"),
         (resigned(1, dtype="bfloat16"), "b", "two chains"),
-        (resigned(2, session=b"t" * 16), "c", "another session"),
+        (resigned(2, epoch=1), "c", "another step"),
+        (resigned(2, session=b"t" * 16), "c", "another step"),
+        (resigned(2, revision="q" * 32), "c", "another session"),
         (resigned(0, input=bytes(32)), "a", "do not link"),
         (resigned(1, input=bytes(32)), "b", "do not link"),
-        (resigned(1, output=bytes(32)), "c", "do not link"),  # an honest hop refuses such an input
+        (resigned(1, received=bytes(32)), "c", "do not name each other"),  # an honest hop refuses those
+        (resigned(0, position=7), "b", "another step"),
+        (resigned(1, tokens=2), "c", "another step"),
+        (resigned(1, output=bytes(32)), "c", "do not link"),
         (resigned(2, output=bytes(32)), "c", "do not link"),
     ],
 )
-async def test_what_is_wrong_with_a_receipt_is_its_hop_s_fault(
+async def test_what_a_hop_signs_speaks_against_it_or_against_who_takes_it_in(
     tamper: Tamper, blamed: str, complaint: str
 ) -> None:
     ours, chain = book(), Chain()
     ours.unchecked.append(await chain.passed())
-    ours.unchecked.append(await chain.passed(tamper))
+    ours.unchecked.append(await chain.passed(tamper, tamper.at))
     with pytest.raises(ProtocolViolation, match=complaint) as caught:
         await ours.check()
-    assert caught.value.peer_id == blamed
+    assert (caught.value.peer_id, caught.value.told_by) == (blamed, "")
+
+
+JUNK_FOR_B = changed(lambda receipts: [receipts[0], b"junk", *receipts[2:]])
+BREAKS_A = changed(lambda receipts: [receipts[0][:-1] + b"?", *receipts[1:]])
+BREAKS_B = changed(lambda receipts: [receipts[0], receipts[1][:-1] + b"?", *receipts[2:]])
 
 
 @pytest.mark.parametrize(
-    ("tamper", "blamed", "told_by"),
+    ("tamper", "at"),
     [
-        (without(1), "b", "c"),
-        (changed(lambda receipts: [receipts[0], b"junk", receipts[2]]), "b", "c"),
-        (changed(lambda receipts: [receipts[0][:-1] + b"?", *receipts[1:]]), "a", "b"),
-        (changed(lambda receipts: [*receipts[:2], receipts[2][:-1] + b"?"]), "c", ""),
-        (resigned(1, tokens=2), "b", ""),  # it signed that
-        (resigned(1, input=bytes(32)), "b", ""),
+        (without(0), 2),
+        (without(0), 1),
+        (without(1), 2),
+        (without(2), 2),
+        (without(0, 1), 2),
+        (without(0, 1, 2), 2),
+        (changed(lambda receipts: [*receipts, receipts[-1]]), 2),
+        (changed(lambda receipts: [receipts[1], receipts[0], receipts[2]]), 2),
+        (JUNK_FOR_B, 2),
+        (JUNK_FOR_B, 1),
+        (BREAKS_A, 2),
+        (BREAKS_A, 1),
+        (BREAKS_B, 2),
+        (changed(lambda receipts: [*receipts[:2], receipts[2][:-1] + b"?"]), 2),
     ],
 )
-async def test_what_a_hop_did_not_sign_may_be_the_work_of_the_next_one(
-    tamper: Tamper, blamed: str, told_by: str
+async def test_receipts_that_do_not_name_each_other_are_the_work_of_the_last_hop(
+    tamper: Tamper, at: int
 ) -> None:
-    """Receipts go through the hands of all hops behind: one that spoils another's must not be believed."""
+    """Whoever spoilt or dropped one: an honest last hop would have refused the step."""
     ours = book()
-    ours.unchecked.append(await Chain().passed(tamper))
+    ours.unchecked.append(await Chain().passed(tamper, at))
+    with pytest.raises(ProtocolViolation) as caught:
+        await ours.check()
+    assert (caught.value.peer_id, caught.value.told_by) == ("c", "")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "at", "blamed", "told_by"),
+    [
+        (BREAKS_A, 0, "a", "b"),  # b signed for these bytes: a gave them, or b made them
+        (BREAKS_B, 1, "b", "c"),
+        (changed(lambda _: []), 0, "b", ""),  # it signed for having been given none
+        (changed(lambda _: []), 1, "c", ""),
+    ],
+)
+async def test_what_two_neighbours_agree_on_is_between_the_two(
+    tamper: Tamper, at: int, blamed: str, told_by: str
+) -> None:
+    ours = book()
+    ours.unchecked.append(await Chain().passed(tamper, at))
     with pytest.raises(ProtocolViolation) as caught:
         await ours.check()
     assert (caught.value.peer_id, caught.value.told_by) == (blamed, told_by)
 
 
+async def test_a_receipt_kept_from_another_step_speaks_against_who_hands_it_on() -> None:
+    """A neighbour has all receipts of a hop. One of another step it would have to refuse."""
+    ours, chain = book(), Chain()
+    ours.unchecked.append(earlier := await chain.passed())
+    old = earlier.receipts[0]
+    ours.unchecked.append(await chain.passed(lambda receipts: [old, *receipts[1:]], at=0))
+    with pytest.raises(ProtocolViolation, match="another step") as caught:
+        await ours.check()
+    assert (caught.value.peer_id, caught.value.told_by) == ("b", "")
+
+
+async def test_a_receipt_kept_from_the_same_step_computed_before_is_between_the_two() -> None:
+    """After a roll-back the same tokens give the same receipt but for its place in the chain."""
+    ours, chain = book(), Chain()
+    ours.unchecked.append(earlier := await chain.passed(position=0))
+    old = earlier.receipts[0]
+    again = await chain.passed(lambda receipts: [old, *receipts[1:]], at=0, position=0)
+    ours.unchecked.append(again)
+    with pytest.raises(ProtocolViolation, match="came after") as caught:
+        await ours.check()
+    assert (caught.value.peer_id, caught.value.told_by) == ("a", "b")
+
+
 async def test_two_receipts_for_one_step_are_equivocation() -> None:
     ours, chain = book(), Chain()
     ours.unchecked.append(await chain.passed())
-    ours.unchecked.append(await chain.passed(resigned(1, sequence=0)))
+    ours.unchecked.append(await chain.passed(resigned(1, sequence=0), 1))
     with pytest.raises(Equivocation) as caught:
         await ours.check()
     assert caught.value.peer_id == "b"
@@ -254,3 +319,17 @@ async def test_a_hop_refuses_what_its_predecessor_did_not_sign_for(
             await session.decode(hidden_states(1), 0)
         assert caught.value.peer_id == "a"
         await session.aclose()
+
+
+async def test_a_hop_of_an_earlier_version_is_left_out_with_a_sentence(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(*_: object, **__: object) -> None:
+        raise PeerRefused(f"peer a does not speak {SESSION_PROTOCOL}", "a", "not_spoken")
+
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a", 0, 8)
+        monkeypatch.setattr(type(swarm.network.host("client")), "open_stream", unknown)
+        with pytest.raises(PeerRefused, match="has to be updated") as caught:
+            await opened(swarm, route_over(a=(0, 8)))
+        assert (caught.value.peer_id, caught.value.is_lasting) == ("a", True)

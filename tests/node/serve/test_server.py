@@ -10,7 +10,17 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.events import SessionClosed, SessionOpened, SessionRefused
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.protocol.frames import FrameStream, encode_header
-from p2pinfer.node.protocol.messages import CHAIN_PROTOCOL, SESSION_PROTOCOL, Attach, End, Move, Opened, Step
+from p2pinfer.node.protocol.messages import (
+    CHAIN_PROTOCOL,
+    FORMER_SESSION_PROTOCOL,
+    SESSION_PROTOCOL,
+    Attach,
+    End,
+    Move,
+    Opened,
+    Refused,
+    Step,
+)
 from p2pinfer.node.transport.connection_gate import Gate
 from p2pinfer.node.transport.identity import new_identity
 
@@ -264,3 +274,15 @@ async def test_a_client_moves_no_session_but_its_own(checkpoint: Checkpoint) -> 
         await session.decode(hidden_states(2), 0)
         await session.aclose()
         await swarm.all_closed()
+
+
+async def test_a_client_of_an_earlier_version_hears_why_it_gets_no_session(checkpoint: Checkpoint) -> None:
+    async with open_swarm(checkpoint) as swarm:
+        frames = await swarm.frames("a", FORMER_SESSION_PROTOCOL)
+        await frames.send(swarm.opening())
+        refused, _ = await frames.receive()
+        assert isinstance(refused, Refused)
+        assert refused.code == "protocol"
+        assert "your version of p2pinfer" in refused.message
+        assert isinstance((await frames.receive())[0], End)
+        assert not swarm.events

@@ -23,7 +23,7 @@ from p2pinfer.node.swarm.proof_gossip import (
     ProofCarrier,
 )
 from p2pinfer.reputation.proof import Accusation, Proof
-from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of, sign_receipt
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Payload, Receipt, digest_of, sign_receipt
 
 from ..memory import MemoryNetwork, sign
 
@@ -34,7 +34,21 @@ def proof_against(peer_id: str, output: bytes = OUTPUT) -> tuple[Proof, dict[byt
     """A chain of one receipt, and the tensors that it names."""
     digests = digest_of(INPUT), digest_of(output)
     receipt = Receipt(
-        1, b"s" * 16, 0, NO_RECEIPT, "r", 0, 1, 0, 1, 1, 0, "bfloat16", "bfloat16", *digests, b"n" * 16
+        RECEIPT_VERSION,
+        b"s" * 16,
+        0,
+        NO_RECEIPT,
+        "r",
+        0,
+        1,
+        0,
+        1,
+        1,
+        0,
+        "bfloat16",
+        "bfloat16",
+        *digests,
+        b"n" * 16,
     )
     signed = sign_receipt(receipt, partial(sign, peer_id))
     return Proof(1, peer_id, "output", (signed,)), dict(zip(digests, (INPUT, output), strict=True))
