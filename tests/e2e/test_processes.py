@@ -53,12 +53,23 @@ SHAPE: dict[str, Any] = {
     "prompt_tokens": int,
     "finish_reason": str,
     "route": [{"peer_id": str, "blocks": [int], "connection": str, "integrity": float, "reliability": float}],
-    "timings": {"first_token_s": float, "tokens_per_s": float, "per_hop_ms": [float]},
+    "timings": {
+        "first_token_s": float,
+        "tokens_per_s": float,
+        "per_hop_ms": [float],
+        "predicted_tokens_per_s": float,
+    },
     "failovers": int,
     "seed": type(None),  # it is greedy
     "audits": dict.fromkeys(("done", "passed", "failed", "suspect", "inconclusive"), int),
     "resume_token": str,
-    "speculation": {"tokens_per_trip": float, "drafted": int, "accepted": int, "by_depth": list},
+    "speculation": {
+        "tokens_per_trip": float,
+        "drafted": int,
+        "accepted": int,
+        "by_depth": list,
+        "predicted_tokens_per_s": float,
+    },
 }
 
 

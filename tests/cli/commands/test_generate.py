@@ -112,7 +112,12 @@ def test_json_is_one_object_with_everything(swarm_address: str, capsys: pytest.C
     assert told["finish_reason"] == "length"
     assert [hop["blocks"] for hop in told["route"]] in ([[0, 5], [5, 8]], [[0, 3], [3, 8]], [[0, 4], [4, 8]])
     assert {hop["connection"] for hop in told["route"]} == {"direct"}
-    assert set(told["timings"]) == {"first_token_s", "tokens_per_s", "per_hop_ms"}
+    assert set(told["timings"]) == {
+        "first_token_s",
+        "tokens_per_s",
+        "per_hop_ms",
+        "predicted_tokens_per_s",
+    }
     assert len(told["timings"]["per_hop_ms"]) == 2
     assert told["failovers"] == 0
     assert decode_state(told["resume_token"]).token_ids == tuple(told["token_ids"])
