@@ -38,6 +38,8 @@ class ServeConfig:
     train_slice_s: float = 0.02  # of training after which others have their turn, seconds; one block at least
     train_bytes: int = 512 << 20  # host memory for inputs kept for backward passes, bytes
     client_adapter_bytes: int = 128 << 20  # one adapter of a client, for this node's blocks, bytes
+    # of adapters that sessions and trainings hold at once, bytes; 0: no session may use one
+    session_adapter_bytes: int = 1 << 30
     max_adapter_rank: int = 256  # of one low-rank update
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message or attachment, seconds
@@ -54,6 +56,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
+            if each.name == "session_adapter_bytes" and value == 0:  # which refuses all
+                continue
             if value <= 0:
                 raise ValueError(f"{each.name} is {value:g}; it must be above 0")
         if self.client_share > 1:

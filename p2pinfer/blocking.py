@@ -27,6 +27,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Route
+from p2pinfer.session.terms import SessionAdapter
 
 from .client import Client, PeerView
 from .client_config import TuneConfig
@@ -101,14 +102,22 @@ class BlockingClient:
         self,
         prompt: str | ChatPrompt,
         config: GenerationConfig | None = None,
+        *,
+        adapter: SessionAdapter | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> BlockingGeneration:
         """Continue `prompt`; see `Client.generate`."""
-        return self._run(lambda client: client.generate(prompt, config, **overrides))
+        return self._run(lambda client: client.generate(prompt, config, adapter=adapter, **overrides))
 
-    def resume(self, token: str, max_new_tokens: int | None = None) -> BlockingGeneration:
+    def resume(
+        self, token: str, max_new_tokens: int | None = None, adapter: SessionAdapter | None = None
+    ) -> BlockingGeneration:
         """Go on with a generation that stopped; see `Client.resume`."""
-        return self._run(lambda client: client.resume(token, max_new_tokens))
+        return self._run(lambda client: client.resume(token, max_new_tokens, adapter))
+
+    def load_adapter(self, folder: str | Path) -> SessionAdapter:
+        """LoRA in peft's files, for `generate`; see `Client.load_adapter`."""
+        return self._loop.wait(lambda: self._loop.client.load_adapter(folder))
 
     def _run(self, begin: Callable[[Client], Generation]) -> BlockingGeneration:
         return BlockingGeneration(self._loop, self._loop.call(begin))

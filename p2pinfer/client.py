@@ -19,11 +19,13 @@ import trio
 from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
+from p2pinfer.generation.adapted_sessions import AdaptedSessions
 from p2pinfer.generation.first_state import check_lengths
 from p2pinfer.generation.generation import Generation, generation_config, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
+from p2pinfer.learning.session_adapter import load_session_adapter
 from p2pinfer.learning.tuner import Tuner
 from p2pinfer.learning.tuning import tuner_over
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
@@ -39,14 +41,15 @@ from p2pinfer.planning.ledger_sync import kept_ledger
 from p2pinfer.planning.opening_race import OpeningRace
 from p2pinfer.planning.policy_runner import PolicyRunner
 from p2pinfer.planning.reachable_routes import ReachableRoutes
-from p2pinfer.planning.route_planner import RoutePlanner, SessionPlan
+from p2pinfer.planning.route_planner import RoutePlanner
+from p2pinfer.planning.session_opener import SessionOpener
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
-from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
+from p2pinfer.session.terms import SessionAdapter
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig, TuneConfig
 from .client_config import ClientConfig as ClientConfig
@@ -139,7 +142,6 @@ class Client:
         self._report = guarded(on_event) if on_event is not None else None
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
-        self._member: SwarmMember
         self._is_open = False
 
     async def __aenter__(self) -> Client:
@@ -191,6 +193,10 @@ class Client:
                 kept_in=self._data_dir if self._keeps_ledger else None,
             )
             self._nursery.start_soon(self._auditor.serve)
+            host, config, told = self._member.host, self._session_config, self._report
+            self._opener = SessionOpener(
+                host, self._nursery, self.spec, config, self.routes, self._auditor, told
+            )
             load = partial(load_local_model, self._source, self._config, self._progress, resolve)
             self.local = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
             self._token = trio.lowlevel.current_trio_token()
@@ -231,12 +237,15 @@ class Client:
         self,
         prompt: str | ChatPrompt,
         config: GenerationConfig | None = None,
+        *,
+        adapter: SessionAdapter | None = None,
         **overrides: Unpack[GenerationOptions],
     ) -> Generation:
         """Continue `prompt`, a text or what `chat_template` made of a conversation.
 
         Args:
             config: What to generate; the defaults of `GenerationConfig` otherwise.
+            adapter: Tunes the model for this text; from `load_adapter`.
             overrides: Single fields of it, such as `max_new_tokens=50`.
 
         Raises:
@@ -249,15 +258,19 @@ class Client:
         if not hasattr(self, "local"):
             raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
-        return self._go_on(new_state(self.spec, self.local.tokenizer, prompt, asked, self.local.defaults))
+        state = new_state(self.spec, self.local.tokenizer, prompt, asked, self.local.defaults)
+        return self._go_on(state, adapter)
 
-    def resume(self, token: str, max_new_tokens: int | None = None) -> Generation:
+    def resume(
+        self, token: str, max_new_tokens: int | None = None, adapter: SessionAdapter | None = None
+    ) -> Generation:
         """Go on with a generation that could not, or that was left, from its `resume_token`.
 
         Its `result` holds all of the text; iterating gives the tokens that are still to come.
 
         Args:
             max_new_tokens: How many more; None: those that were left, or 128 where none were.
+            adapter: That of the text so far, which a token does not hold.
 
         Raises:
             ConfigError: It is no resume token, or one of other weights.
@@ -265,17 +278,24 @@ class Client:
         """
         check_arguments(token=token)
         GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
-        return self._go_on(extend_state(decode_state(token), max_new_tokens, self.spec.max_positions))
+        return self._go_on(
+            extend_state(decode_state(token), max_new_tokens, self.spec.max_positions), adapter
+        )
 
     def tuner(self, config: TuneConfig | None = None) -> AbstractAsyncContextManager[Tuner]:
         """A `Tuner` of this client's model for as long as the block runs; see docs/learning.md."""
         asked = config or TuneConfig()
         return tuner_over(self._member.host, self.local, self.routes, lambda: self.table_changed, asked)
 
-    def _go_on(self, state: GenerationState) -> Generation:
+    async def load_adapter(self, folder: str | Path) -> SessionAdapter:
+        """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
+        host = self._member.host
+        return await trio.to_thread.run_sync(load_session_adapter, Path(folder), self.ends, host)
+
+    def _go_on(self, state: GenerationState, adapter: SessionAdapter | None) -> Generation:
         config, local = self._config, self.local
         return Generation(
-            self,
+            self if adapter is None else AdaptedSessions(self, adapter),
             self.spec,
             local.embedding_and_head,
             local.tokenizer,
@@ -345,12 +365,17 @@ class Client:
         return self._member.table_changed
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource | None = None,
+        adapter: SessionAdapter | None = None,
     ) -> Session:
         """A session for `tokens` positions on the policy's best route that is there, without the `excluded`.
 
         Args:
             replay_source: What went in at past positions; with it the first hop can be replaced too.
+            adapter: Brought to every hop.
 
         Raises:
             PromptTooLong: The model's context is shorter. `check_lengths` tells of a prompt's own limit.
@@ -359,34 +384,10 @@ class Client:
         """
         check_lengths(self.spec, tokens)
         return await self._race.open(
-            tokens, excluded, lambda plan: self._open_on(plan, tokens, excluded, replay_source)
+            tokens,
+            excluded,
+            lambda plan: self._opener.open_on(plan, tokens, excluded, replay_source, adapter),
         )
-
-    async def _open_on(
-        self, plan: SessionPlan, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None
-    ) -> Session:
-        route, auditor = plan.route, self._auditor
-        logger.debug("session.open route=%s codec=%s", route, plan.codec)
-        chosen = auditor.toss(route) if auditor else frozenset[str]()
-
-        def closed(session: Session) -> None:
-            if auditor is not None:
-                auditor.session_closed(session, chosen)
-
-        opening = open_session(
-            self._member.host,
-            route,
-            self._source.spec,
-            max_tokens=tokens,
-            codec=plan.codec,
-            config=self._session_config,
-            replay_source=replay_source,
-            replanner=self.routes,
-            excluded=excluded,
-            keep_steps=bool(chosen),
-            report=self._report,
-        )
-        return await start_session(self._nursery, opening, on_closed=closed)
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note how a route fared."""

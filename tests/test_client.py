@@ -24,7 +24,7 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
-from p2pinfer.planning import opening_race
+from p2pinfer.planning import opening_race, session_opener
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.config import RoutingConfig
@@ -339,7 +339,7 @@ async def test_hidden_states_travel_in_what_all_hops_compute_in_or_in_float32(
         codecs.append(codec)
         return open_session(*args, codec=codec, **more)
 
-    monkeypatch.setattr(client_module, "open_session", note)
+    monkeypatch.setattr(session_opener, "open_session", note)
     async with open_client() as (client, swarm):
         for peer_id, span, dtype in zip("ab", ((0, 3), (3, 8)), dtypes, strict=True):
             compute = ComputeConfig(device="cpu", dtype=dtype, threads=1, cache_bytes=1 << 22)
@@ -370,7 +370,7 @@ async def test_what_travels_does_not_change_when_an_announcement_ends_before_the
         codecs.append(codec)
         return open_session(*args, codec=codec, **more)
 
-    monkeypatch.setattr(client_module, "open_session", note)
+    monkeypatch.setattr(session_opener, "open_session", note)
     policy = Slow()
     async with open_client(policy=policy) as (client, swarm):
         for peer_id, span in (("a", (0, 3)), ("b", (3, 8))):

@@ -30,6 +30,7 @@ from .mlp import ExpertMlp, GatedMlp, load_mlp
 from .rope import Rope, Rotation, rotate
 from .routing import ExpertChoice
 from .target import Target
+from .updates import RowUpdates
 from .weights import Weights
 
 # Left behind by checkpoints of old; it is computed.
@@ -108,17 +109,25 @@ class Blocks:
         """The rotation of tokens at `positions`, (tokens,)."""
         return self._rope.at(positions, self.dtype)
 
-    def forward(self, hidden: Tensor, attention: Attention, span: BlockSpan | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        attention: Attention,
+        span: BlockSpan | None = None,
+        updates: RowUpdates | None = None,
+    ) -> Tensor:
         """Hidden states after the span, or after the part of it that `span` names.
 
         Args:
             hidden: (tokens, hidden_size), the blocks' dtype and device; left as it is.
             attention: Which tokens these are; its cache is extended.
+            updates: Low-rank updates of some of the rows.
         """
         part = self.span if span is None else span
         rotation = self._rope.at(attention.positions, self.dtype)
         for index in range(part.start - self.span.start, part.stop - self.span.start):
-            hidden = self._blocks[index].forward(index, hidden, rotation, attention)
+            changes = None if updates is None else (self.span.start + index, updates)
+            hidden = self._blocks[index].forward(index, hidden, rotation, attention, changes)
         return hidden
 
 
@@ -214,18 +223,37 @@ class _Block:
             other._mlp = self._mlp.choosing(number, choice)
         return other
 
-    def forward(self, index: int, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        heads = self._qkv(self._attention_norm(hidden)).view(len(hidden), *self._head_shape)
+    def forward(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotation: Rotation,
+        attention: Attention,
+        changes: tuple[int, RowUpdates] | None = None,
+    ) -> Tensor:
+        normed = self._attention_norm(hidden)
+        product = self._qkv(normed)
+        if changes is not None:
+            block, updates = changes
+            updates.add(block, "qkv", normed, product)
+        heads = product.view(len(hidden), *self._head_shape)
         queries, keys = heads[:, : self._heads], heads[:, self._heads : self._turned]
         if self._query_norm and self._key_norm:
             queries.copy_(self._query_norm(queries))
             keys.copy_(self._key_norm(keys))
         rotate(heads[:, : self._turned], rotation, stepwise=self._stepwise)
-        output = self._output(attention.attend(index, queries, heads[:, self._heads :]))
+        attended = attention.attend(index, queries, heads[:, self._heads :])
+        output = self._output(attended)
+        if changes is not None:
+            block, updates = changes
+            updates.add(block, "output", attended, output)
         if self._attention_output_norm:
             output = self._attention_output_norm(output)
         hidden = output.add_(hidden)
-        output = self._mlp(self._mlp_norm(hidden))
+        if changes is not None and isinstance(self._mlp, GatedMlp):
+            output = self._mlp.updated(self._mlp_norm(hidden), *changes)
+        else:
+            output = self._mlp(self._mlp_norm(hidden))
         if self._mlp_output_norm:
             output = self._mlp_output_norm(output)
         return output.add_(hidden)

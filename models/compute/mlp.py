@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .families import Architecture, ExpertNames
 from .routing import ExpertChoice
+from .updates import RowUpdates
 from .weights import Weights
 
 
@@ -32,6 +33,16 @@ class GatedMlp:
     def __call__(self, rows: Tensor) -> Tensor:
         gate, up = self.gate_up(rows).chunk(2, -1)
         return self.down(self.activation(gate).mul_(up))
+
+    def updated(self, rows: Tensor, block: int, updates: RowUpdates) -> Tensor:
+        """The same with low-rank updates of this block's products."""
+        both = self.gate_up(rows)
+        updates.add(block, "gate_up", rows, both)
+        gate, up = both.chunk(2, -1)
+        inner = self.activation(gate).mul_(up)
+        output = self.down(inner)
+        updates.add(block, "down", inner, output)
+        return output
 
 
 class ExpertMlp:

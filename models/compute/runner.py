@@ -21,6 +21,7 @@ from .cache import CacheLease, PagedCache
 from .paged_decode import PagedDecoder
 from .routing import ExpertChoice
 from .target import choose_target
+from .updates import RowUpdates, SpanUpdates
 
 
 class Chunk(NamedTuple):
@@ -29,6 +30,7 @@ class Chunk(NamedTuple):
     lease: CacheLease
     position: int  # of the first one; below the lease's length it rolls the session back
     hidden: Tensor  # (tokens, hidden_size), any float dtype, any device
+    updates: SpanUpdates | None = None  # the session's adapter
 
 
 class SpanRunner:
@@ -103,20 +105,28 @@ class SpanRunner:
                 pieces.append(Piece(chunk.lease, chunk.position, len(chunk.hidden)))
                 parts.append(chunk.hidden.to("cpu", self.dtype))
             hidden = torch.cat(parts).to(self.device)
-            output = self._forward(pieces, hidden, self.span if span is None else span).cpu()
+            updates: RowUpdates | None = None
+            if any(chunk.updates is not None for chunk in chunks):
+                rows = [(len(chunk.hidden), chunk.updates) for chunk in chunks]
+                updates = RowUpdates(rows, self.device)
+            part = self.span if span is None else span
+            output = self._forward(pieces, hidden, part, updates).cpu()
         for lease, end in ends.items():
             lease.length = end
         return list(torch.split(output, [piece.tokens for piece in pieces])) if len(pieces) > 1 else [output]
 
-    def _forward(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
+    def _forward(
+        self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan, updates: RowUpdates | None
+    ) -> Tensor:
         # Only the whole span is recorded: a client chooses the part, and each recording holds memory.
-        if self._decoder is not None and span == self.span and self._decoder.accepts(pieces):
+        is_plain = span == self.span and updates is None
+        if self._decoder is not None and is_plain and self._decoder.accepts(pieces):
             return self._decoder.run(pieces, hidden, span)
         blocks = self._blocks
         attention = PackedAttention(
             blocks.architecture, blocks.windows, self.cache, pieces, blocks.rounds_stepwise
         )
-        return blocks.forward(hidden, attention, span)
+        return blocks.forward(hidden, attention, span, updates)
 
     def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
         """Length that every lease will have."""

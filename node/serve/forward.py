@@ -10,7 +10,7 @@ what is not finite must not reach the cache, and its output is encoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import trio
@@ -20,10 +20,11 @@ from p2pinfer.errors import WrongOutput
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.learning.brought import MARK, AdapterShelf, BroughtAdapter
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.messages import Step
+from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
 
 from .decode_speed import DecodeSpeed
@@ -48,6 +49,28 @@ class ServedSpan:
     runner: SpanRunner
     worker: Worker
     speed: DecodeSpeed
+    adapters: AdapterShelf = field(default_factory=AdapterShelf)  # that clients have brought
+
+    def check_terms(self, opening: Open, client: str, adapter_bytes: int) -> None:
+        """Nothing, if these blocks can be run for a session as it asks.
+
+        Raises:
+            SessionRefusal: It asks for another model, for other blocks, or for an adapter that is not here.
+        """
+        revision, mark, _ = opening.revision.partition(MARK)
+        if revision != self.spec.revision:
+            raise SessionRefusal("wrong_model", f"this node serves {self.spec.model} ({self.spec.revision})")
+        held = self.runner.span
+        if not held.start <= opening.start < opening.stop <= held.stop:
+            raise SessionRefusal("wrong_span", f"this node holds blocks {held}")
+        if mark and self.adapters.held_bytes > adapter_bytes:
+            raise SessionRefusal("busy", f"adapters of sessions take {adapter_bytes} bytes, the limit")
+        try:
+            self.adapters.find(client, opening.revision, BlockSpan(opening.start, opening.stop))
+        except KeyError:
+            raise SessionRefusal(
+                "wrong_model", "the adapter of this session was not brought to this node"
+            ) from None
 
 
 class ForwardPass:
@@ -132,6 +155,7 @@ class StepContext:
     lifetime: Lifetime
     outbox: trio.MemorySendChannel[StepWork]
     speed: DecodeSpeed
+    adapter: BroughtAdapter | None = None
 
 
 class StepWork(ForwardPass):
@@ -155,7 +179,7 @@ class StepWork(ForwardPass):
         feeder: FrameStream,
         arrived_at: float,
     ) -> None:
-        chunk = Chunk(context.lease, step.position, hidden)
+        chunk = Chunk(context.lease, step.position, hidden, context.adapter)
         super().__init__(context.runner, context.span, chunk, context.client, arrived_at)
         self._context = context
         self.step = step

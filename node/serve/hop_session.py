@@ -88,6 +88,7 @@ class HopSession:
             self.lifetime,
             self.outbox.sender,
             served.speed,
+            served.adapters.find(client_id, opening.revision, span),
         )
         self._is_closed = False
 

@@ -212,12 +212,7 @@ class SpanServer:
         served, config = self._served, self._config
         if self._leaving:
             raise SessionRefusal("leaving", "this node is shutting down")
-        if opening.revision != served.spec.revision:
-            raise SessionRefusal(
-                "wrong_model", f"this node serves {served.spec.model} ({served.spec.revision})"
-            )
-        if not (served.runner.span.start <= opening.start < opening.stop <= served.runner.span.stop):
-            raise SessionRefusal("wrong_span", f"this node holds blocks {served.runner.span}")
+        served.check_terms(opening, client_id, config.session_adapter_bytes)
         if opening.session in self._sessions:
             raise SessionRefusal("busy", "this session is already open")
         if len(self._sessions) >= config.max_sessions:

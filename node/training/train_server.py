@@ -105,7 +105,7 @@ class TrainServer:
             runner.claim_thread,
         )
         signer = TrainSigner(begin, runner.numerics, self._host.sign)
-        session = TrainSession(passing, frames, signer, self._kept, config)
+        session = TrainSession(passing, frames, signer, self._kept, self._served.adapters, config)
         frames.max_payload_bytes = largest_payload(self._served.spec.hidden_size, config)
         self._sessions.add(session)
         self._on_change()

@@ -11,6 +11,7 @@ import trio
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.learning.brought import AdapterShelf, BroughtAdapter
 from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.config import ServeConfig
@@ -70,6 +71,7 @@ class TrainSession:
         frames: TrainStream,
         signer: TrainSigner,
         kept: KeptInputs,
+        shelf: AdapterShelf,
         config: ServeConfig,
     ) -> None:
         self.client_id = frames.peer_id
@@ -79,6 +81,8 @@ class TrainSession:
         self._frames = frames
         self._signer = signer
         self._kept = kept
+        self._shelf = shelf
+        self._brought: OrderedDict[bytes, BroughtAdapter] = OrderedDict()  # for sessions of this client
         self._config = config
         self._adapters: OrderedDict[bytes, Adapter] = OrderedDict()
         self._in_flight: set[PassWork] = set()
@@ -143,8 +147,12 @@ class TrainSession:
         adapter = await trio.to_thread.run_sync(self._checked, message, payload)
         self._adapters[message.digest] = adapter
         self._adapters.move_to_end(message.digest)
-        while len(self._adapters) > KEPT_ADAPTERS:
-            self._adapters.popitem(last=False)
+        architecture = self._passing.passes.blocks.architecture
+        brought = BroughtAdapter(adapter, architecture, self._passing.span)
+        self._brought[message.digest] = self._shelf.put(self.client_id, message.digest, brought)
+        for kept in (self._adapters, self._brought):
+            while len(kept) > KEPT_ADAPTERS:
+                kept.popitem(last=False)
         await self._frames.send(Adapted(message.number))
 
     def _checked(self, message: Adapt, payload: bytearray) -> Adapter:

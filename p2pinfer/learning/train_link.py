@@ -186,7 +186,7 @@ class TrainLink:
         """Have a pass done, its adapter sent before if the hop lacks it; waits while the hop is full."""
         pause_s, times = BUSY_PAUSE_S, 0
         while True:
-            await self._hold(call.adapter)
+            await self.hold(call.adapter)
             try:
                 return await self._ask(request, kind, payload)
             except PeerRefused as exc:
@@ -199,8 +199,8 @@ class TrainLink:
                     pause_s *= 2
                 times += 1
 
-    async def _hold(self, adapter: SpanAdapter | None) -> None:
-        """Have the hop hold an adapter."""
+    async def hold(self, adapter: SpanAdapter | None) -> None:
+        """Have the hop hold an adapter; raises as `forward` does."""
         if adapter is None:
             return
         async with self._adapting:

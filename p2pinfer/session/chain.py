@@ -331,13 +331,19 @@ class Chain:
 
     async def _open_hops(self, openings: Sequence[Open], route: Route, within_s: float) -> list[HopStream]:
         hops = {hop.span.start: hop for hop in route.hops}
-        opened = await open_hops(
-            self.host,
-            [(hops[opening.start], opening) for opening in openings],
-            route,
-            max_payload_bytes=self._config.chunk_tokens * self.terms.row_bytes,
-            within_s=within_s,
-        )
+        asking = [hops[opening.start] for opening in openings]
+        async with self.terms.adapter_at(asking):
+            named = [
+                (hop, msgspec.structs.replace(opening, revision=self.terms.revision(hop.span)))
+                for hop, opening in zip(asking, openings, strict=True)
+            ]
+            opened = await open_hops(
+                self.host,
+                named,
+                route,
+                max_payload_bytes=self._config.chunk_tokens * self.terms.row_bytes,
+                within_s=within_s,
+            )
         for each in opened:
             self._nursery.start_soon(each.watch, self._listener)
         return opened

@@ -25,7 +25,7 @@ from .chain import ReplaySource
 from .failover import Replanner
 from .receipt_checks import ReceiptBook
 from .session import Session
-from .terms import SessionTerms
+from .terms import SessionAdapter, SessionTerms
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ async def open_session(
     check_receipts: bool = True,
     keep_steps: bool = False,
     report: Report | None = None,
+    adapter: SessionAdapter | None = None,
 ) -> AsyncGenerator[Session]:
     """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
 
@@ -56,14 +57,15 @@ async def open_session(
         check_receipts: Demand a receipt from every hop for every step.
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
         report: Called with the session's events.
+        adapter: Brought to every hop, whose receipts then name it.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
     """
-    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens)
+    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens, adapter)
     book: ReceiptBook | None = None
     if check_receipts:
-        book = ReceiptBook(terms.session, spec.revision, codec, host.verify, keep=keep_steps)
+        book = ReceiptBook(terms.session, terms.revision, codec, host.verify, keep=keep_steps)
     async with open_nursery() as nursery:
         session = Session(
             host,

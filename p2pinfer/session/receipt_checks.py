@@ -8,13 +8,14 @@ good as they were, and are audited like those of any other session; what has not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import trio
 
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.numerics import parse_numerics, reference_for
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.reputation.receipt import (
     CheckSignature,
@@ -47,6 +48,7 @@ class ReceiptBook:
     """The receipts of one session.
 
     Args:
+        revision: Of the model, or what gives it for a hop's blocks.
         keep: Remember every step, payloads included, for an audit after the session.
 
     Attributes:
@@ -57,7 +59,13 @@ class ReceiptBook:
     """
 
     def __init__(
-        self, session: bytes, revision: str, codec: str, check: CheckSignature, *, keep: bool = False
+        self,
+        session: bytes,
+        revision: str | Callable[[BlockSpan], str],
+        codec: str,
+        check: CheckSignature,
+        *,
+        keep: bool = False,
     ) -> None:
         self.session = session
         self.revision = revision
@@ -163,7 +171,8 @@ class ReceiptBook:
     def _chain_of(self, hop: Hop) -> ReceiptChain:
         """Receipt chain of a hop; where it was replaced by another peer, that one's chain begins."""
         if hop.peer_id not in self._chains:
-            terms = Terms(self.session, self.revision, hop.span.start, hop.span.stop, self.codec)
+            revision = self.revision if isinstance(self.revision, str) else self.revision(hop.span)
+            terms = Terms(self.session, revision, hop.span.start, hop.span.stop, self.codec)
             self._chains[hop.peer_id] = ReceiptChain(hop.peer_id, terms, self._check_signature)
         return self._chains[hop.peer_id]
 

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec, row_bytes
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.routing.route import Hop
+
+
+class SessionAdapter(Protocol):
+    """Adapter of one session, which its client brings to every hop."""
+
+    def revision(self, revision: str, span: BlockSpan) -> str:
+        """The model with the adapter, as sessions and receipts of these blocks name it."""
+        ...
+
+    def brought(self, hops: Sequence[Hop], codec: Codec) -> AbstractAsyncContextManager[None]:
+        """Have the adapter at each hop for as long as the block runs, in which the session is opened.
+
+        Raises:
+            PeerError: A hop takes none, or not this one.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +37,23 @@ class SessionTerms:
         session: The session's random 16-byte name.
         codec: The dtype in which hidden states travel.
         max_tokens: Positions that every hop reserves.
+        adapter: Low-rank updates of the model for this session; None: there are none.
     """
 
     session: bytes
     spec: ModelSpec
     codec: Codec
     max_tokens: int
+    adapter: SessionAdapter | None = None
+
+    def revision(self, span: BlockSpan) -> str:
+        """The model with the adapter, as a hop of these blocks is asked for it."""
+        revision = self.spec.revision
+        return revision if self.adapter is None else self.adapter.revision(revision, span)
+
+    def adapter_at(self, hops: Sequence[Hop]) -> AbstractAsyncContextManager[None]:
+        """Have the adapter at each hop, if there is one, for as long as the block runs."""
+        return nullcontext() if self.adapter is None else self.adapter.brought(hops, self.codec)
 
     @property
     def row_bytes(self) -> int:

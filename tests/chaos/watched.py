@@ -28,6 +28,7 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 from p2pinfer.session.chain import Replacement, ReplaySource
 from p2pinfer.session.session import Session
+from p2pinfer.session.terms import SessionAdapter
 
 from ..lab.pinned import can_be_dialled
 from .requests import Request, history
@@ -93,9 +94,13 @@ class WatchedClient(Client):
         self._is_armed = self._moment == "inside a step"
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource | None = None,
+        adapter: SessionAdapter | None = None,
     ) -> Session:
-        session = await super().open_session(tokens, excluded, replay_source)
+        session = await super().open_session(tokens, excluded, replay_source, adapter)
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session

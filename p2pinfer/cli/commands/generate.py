@@ -45,6 +45,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
         'p2pinfer generate --temperature 0.8 --seed 7 --stats "The little fox"',
         "cat prompt.txt | p2pinfer generate --json -",
         'p2pinfer generate --policy my_module:MyPolicy "Once upon a time"',
+        'p2pinfer generate --adapter my-adapter "Once upon a time"',
         "p2pinfer generate --resume 1f9c2a7b",
         "p2pinfer generate -- '-5 degrees'",
     ],
@@ -132,6 +133,12 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     "How long to wait for a replacement when a peer fails. [default: 60.0]",
 )
 @DATA_DIR
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Tune the model by this adapter, LoRA in peft's files, for this text.",
+)
 @click.option("--resume", metavar="TOKEN", help="Continue an interrupted text; give no PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--stats", is_flag=True, help="Print the route, timings and audits at the end.")
@@ -140,6 +147,7 @@ def generate(
     prompt: str | None,
     as_chat: bool | None,
     system: str | None,
+    adapter: Path | None,
     resume: str | None,
     echo: bool,
     stats: bool,
@@ -214,19 +222,20 @@ def generate(
         waiting.say(f"opening {shared.model}")
         with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
             async with client:
+                tuned = None if adapter is None else await client.load_adapter(adapter)
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
                 if token is not None:
-                    generation = client.resume(token, more)
+                    generation = client.resume(token, more, tuned)
                     before = generation.prompt + generation.result.text
                 else:
                     sent = await as_prompt(client.chat_template, text or "", as_chat, system)
-                    generation = client.generate(sent, generation_config)
+                    generation = client.generate(sent, generation_config, adapter=tuned)
                     before = (text or "") + ("" if isinstance(sent, str) else "\n\n")
                 waiting.say("looking for peers")
                 async with swarm_in_reach(
                     client, embedding=embedding, on_embedding=starting, on_others=_others_teller(call)
                 ):
-                    with _kept(generation, client, call, shared.data_dir, resume):
+                    with _kept(generation, client, call, shared.data_dir, resume, adapter):
                         await _stream(generation, waiting, before=before if echo else "", silent=call.json)
                     if generation_config.temperature is None and resume is None:
                         _tell_of_draws(generation.result, generation_config.seed, call)
@@ -281,7 +290,12 @@ def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation)
 
 @contextmanager
 def _kept(
-    generation: Generation, client: Client, call: Invocation, data_dir: Path, resumed: str | None
+    generation: Generation,
+    client: Client,
+    call: Invocation,
+    data_dir: Path,
+    resumed: str | None,
+    adapter: Path | None,
 ) -> Generator[None]:
     """Keep what it takes to go on if the text is cut off, and say how; else forget what was kept."""
     from p2pinfer.generation.saved_state import drop_token, keep_token
@@ -304,15 +318,15 @@ def _kept(
                 if resumed is not None and resumed != name:
                     drop_token(resumed, data_dir)
                 if not call.quiet:
-                    note(f"interrupted; to continue: {_command_to_resume(name, call)}")
+                    note(f"interrupted; to continue: {_command_to_resume(name, call, adapter)}")
         raise
     if generation.is_cut and call.is_for_people and not call.json:
-        _tell_of_the_cut(generation, call, data_dir)
+        _tell_of_the_cut(generation, call, data_dir, adapter)
     if resumed is not None:
         drop_token(resumed, data_dir)
 
 
-def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path) -> None:
+def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path, adapter: Path | None) -> None:
     """A text that has come to its last token may be one that was to go on; keep what that takes."""
     from p2pinfer.generation.saved_state import keep_token
 
@@ -326,13 +340,14 @@ def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path) -
     except LocalError as error:
         note(f"stopped after {tokens:,} tokens (--max-new-tokens); {error}")
     else:
-        how = _command_to_resume(name, call)
+        how = _command_to_resume(name, call, adapter)
         note(f"stopped after {tokens:,} tokens (--max-new-tokens); to continue: {how}")
 
 
-def _command_to_resume(name: str, call: Invocation) -> str:
-    """With what was said of model, swarm and folder, which a token does not hold."""
+def _command_to_resume(name: str, call: Invocation, adapter: Path | None) -> str:
+    """With what was said of adapter, model, swarm and folder, which a token does not hold."""
     words = ["p2pinfer", "generate", "--resume", name]
+    words += [] if adapter is None else ["--adapter", str(adapter)]
     for key in ("model", "bootstrap", "host.swarm_key", "client.identity_file", "data_dir"):
         if key in call.flags:
             flag = call.flags[key]

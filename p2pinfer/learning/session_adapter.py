@@ -1,0 +1,93 @@
+"""Adapter that a client brings to the hops of its sessions, so that its texts are those of the tuned model.
+
+It travels as for training, over `/p2pinfer/train/1.0.0`: digest, layout, values, within a limit.
+A session is then opened under the revision of the model, a plus sign, and the adapter's name. So receipts
+say by what the outputs were changed, and nobody takes them for those of the model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from p2pinfer.errors import PeerError
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.learning.brought import MARK, name_of
+from p2pinfer.models.numerics import Codec
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.host.network import Network
+from p2pinfer.routing.route import Hop
+
+from .peft_files import read_lora
+from .train_link import TrainLink, open_link
+from .trained_adapter import ModelAdapter
+from .tuned_adapter import TunedAdapter
+
+AT_ONCE: Final = 2  # sessions that are opened: each takes a training session of this client's on every hop
+
+
+class SessionAdapter:
+    """Adapter of a whole model for sessions. Made by `load_session_adapter`; many texts may use it."""
+
+    def __init__(self, adapter: ModelAdapter, ends: EmbeddingAndHead, host: Network) -> None:
+        self._adapter = adapter
+        self._spec = ends.spec
+        self._host = host
+        self._turns = trio.CapacityLimiter(AT_ONCE)
+
+    def revision(self, revision: str, span: BlockSpan) -> str:
+        """The model with this adapter, as sessions and receipts of these blocks name it."""
+        part = self._adapter.part(span)
+        return revision if part is None else revision + MARK + name_of(part.digest)
+
+    @asynccontextmanager
+    async def brought(self, hops: Sequence[Hop], codec: Codec) -> AsyncGenerator[None]:
+        """Have the adapter at each hop until the block ends. A session that was opened in it keeps it.
+
+        Raises:
+            PeerError: A hop cannot be reached, takes no adapters, or not this one.
+        """
+        async with self._turns, open_nursery() as nursery:
+            links: list[TrainLink] = []
+            failures: list[PeerError] = []
+
+            async def bring(hop: Hop, scope: trio.CancelScope) -> None:
+                try:
+                    part = await trio.to_thread.run_sync(self._adapter.part, hop.span)
+                    if part is not None:
+                        link = await open_link(self._host, hop, self._spec, codec)
+                        links.append(link)
+                        nursery.start_soon(link.read)
+                        await link.hold(part)
+                except PeerError as exc:
+                    failures.append(exc)
+                    scope.cancel()
+
+            async with trio.open_nursery() as bringing:
+                for hop in hops:
+                    bringing.start_soon(bring, hop, bringing.cancel_scope)
+            try:
+                if failures:
+                    raise failures[0]
+                yield
+            finally:
+                with trio.CancelScope(shield=True):
+                    for link in links:
+                        await link.close()
+
+
+def load_session_adapter(folder: Path, ends: EmbeddingAndHead, host: Network) -> SessionAdapter:
+    """LoRA from peft's files, for sessions of the model whose ends these are.
+
+    Raises:
+        ConfigError: It is for another model, or of a kind that does not run on the swarm.
+    """
+    tuned: TunedAdapter = read_lora(folder, ends.spec, ends.architecture)
+    adapter = tuned.snapshot()
+    assert adapter is not None
+    return SessionAdapter(adapter, ends, host)

@@ -1,0 +1,87 @@
+"""Opening of a client's sessions: with the client's settings, its auditor, and an adapter if there is one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from p2pinfer.client_config import SessionConfig
+from p2pinfer.events import Report
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.host.network import Network
+from p2pinfer.routing.route import Route
+from p2pinfer.session.chain import ReplaySource
+from p2pinfer.session.hosting import open_session, start_session
+from p2pinfer.session.session import Session
+from p2pinfer.session.terms import SessionAdapter
+
+from .reachable_routes import ReachableRoutes
+from .route_planner import SessionPlan
+
+logger = logging.getLogger(__name__)
+
+
+class Auditor(Protocol):
+    """Chooser of hops that are checked after a session."""
+
+    def toss(self, route: Route) -> frozenset[str]:
+        """Peers of a route whose work is to be kept for an audit."""
+        ...
+
+    def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
+        """Take over what was kept."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpener:
+    """Everything that a client's sessions share."""
+
+    host: Network
+    nursery: trio.Nursery
+    spec: ModelSpec
+    config: SessionConfig
+    routes: ReachableRoutes
+    auditor: Auditor | None
+    report: Report | None
+
+    async def open_on(
+        self,
+        plan: SessionPlan,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource | None,
+        adapter: SessionAdapter | None,
+    ) -> Session:
+        """A session on the route of a plan.
+
+        Raises:
+            PeerError: A hop of the route could not be reached or refused.
+        """
+        route, auditor = plan.route, self.auditor
+        logger.debug("session.open route=%s codec=%s", route, plan.codec)
+        # With an adapter, outputs are not those of the model, which is all that audits run again.
+        chosen = auditor.toss(route) if auditor and adapter is None else frozenset[str]()
+
+        def closed(session: Session) -> None:
+            if auditor is not None and adapter is None:
+                auditor.session_closed(session, chosen)
+
+        opening = open_session(
+            self.host,
+            route,
+            self.spec,
+            max_tokens=tokens,
+            codec=plan.codec,
+            config=self.config,
+            replay_source=replay_source,
+            replanner=self.routes,
+            excluded=excluded,
+            keep_steps=bool(chosen),
+            report=self.report,
+            adapter=adapter,
+        )
+        return await start_session(self.nursery, opening, on_closed=closed)
