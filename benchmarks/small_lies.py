@@ -56,6 +56,8 @@ class NextLikeliest:
         moved = output.clone()
         for more in (1.05, 1.2, 1.5, 2.0, 3.0):
             still = close & (self._head.logits(moved).argmax(-1) != second)
+            if not still.any():
+                break
             shifted = output.float() + more * step[:, None] * direction
             moved[still] = shifted[still].to(output.dtype)
         return moved

@@ -199,10 +199,20 @@ def after_audit(account: Account, result: AuditResult, now: float, why: str, con
     return account
 
 
-def after_small_lies(account: Account, sample: Sample, now: float, config: LedgerConfig) -> Account:
-    """An audit was measured, whatever its verdict: what all of them come to may be too much."""
-    state = account.small_lies.after(sample)
+def after_small_lies(
+    account: Account, sample: Sample, now: float, config: LedgerConfig, *, is_short: bool = False
+) -> Account:
+    """An audit was measured, whatever its verdict: what all of them come to may be too much.
+
+    Args:
+        is_short: The session had too few tokens for a verdict. Such sessions pass together, once they have
+            tokens enough: else a peer that is asked for short answers only would be a newcomer for ever.
+    """
+    before = account.small_lies
+    state = before.after(sample)
     account = _changed(account, small_lies=state)
+    if is_short and state.are_clean_since(before):
+        account = after_audit(account, "pass", now, "", config)
     if state.is_guilty and not account.vouched:
         why = "small deviations in many sessions add up to more than honest peers' ever do"
         account = _changed(

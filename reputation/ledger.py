@@ -164,9 +164,15 @@ class Ledger:
         if self.is_banned(peer_id) and not was_banned:
             logger.warning("%s is banned: %s", peer_id, why or "its audits failed")
 
-    def record_small_lies(self, peer_id: str, sample: Sample, now: float) -> None:
-        """An audit was measured: beside its verdict, what all audits of the peer come to together."""
-        change = partial(accounts.after_small_lies, sample=sample, now=now, config=self.config)
+    def record_small_lies(self, peer_id: str, sample: Sample, now: float, *, is_short: bool = False) -> None:
+        """An audit was measured: beside its verdict, what all audits of the peer come to together.
+
+        Args:
+            is_short: The session had too few tokens for a verdict of its own.
+        """
+        change = partial(
+            accounts.after_small_lies, sample=sample, now=now, config=self.config, is_short=is_short
+        )
         was_banned = self.is_banned(peer_id)
         self._records.change(peer_id, change, now)
         if self.is_banned(peer_id) and not was_banned:

@@ -64,6 +64,7 @@ class Thresholds:
     """Limits of honest deviations. Ratios are in units of bfloat16's rounding."""
 
     chunk: Limit = Limit(1.17, 1.35)  # of a chunk's median token
+    honest_chunk: float = 1.2  # the largest such value of any honest peer
     shared: Limit = Limit(0.35, 0.5)  # square of what a chunk's tokens deviate by in common
     upper: Limit = Limit(1.8, 2.4)  # of the worst tenth of a chunk's tokens
     token: Limit = Limit(4.5, 7.0)  # of any token
@@ -143,6 +144,22 @@ def independent_tokens(chunk: ChunkDeviation, thresholds: Thresholds | None = No
     usual = (thresholds or Thresholds()).usual_alike
     alike = (chunk.alike - usual) / (1 - usual)
     return chunk.tokens / (1 + (chunk.tokens - 1) * min(max(alike, 0.0), 1.0))
+
+
+def typical_excess(chunk: ChunkDeviation, thresholds: Thresholds | None = None) -> float:
+    """Way of a chunk's typical token from the largest one of any honest peer to where it FAILs, 0..1."""
+    limits = thresholds or Thresholds()
+    room = Limit(limits.honest_chunk, limits.chunk.fails).widened(_scarcity(chunk, limits))
+    return min(1.0, max(0.0, (chunk.median_rho - room.passes) / (room.fails - room.passes)))
+
+
+def is_too_short(deviation: Deviation, thresholds: Thresholds | None = None) -> bool:
+    """True if nothing but the number of tokens stands in the way of a verdict."""
+    limits = thresholds or Thresholds()
+    tokens = sum(independent_tokens(chunk, limits) for chunk in deviation.chunks)
+    return 0 < tokens < limits.least_tokens and all(
+        _says_something(each, limits) for each in deviation.chunks
+    )
 
 
 def _says_something(chunk: ChunkDeviation, limits: Thresholds) -> bool:

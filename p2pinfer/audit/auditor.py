@@ -36,7 +36,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.small_lies import sample_of
-from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.reputation.verdict import Finding, Verdict, is_too_short
 from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
@@ -255,7 +255,12 @@ class Auditor:
             self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
         self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=bool(fault), why=why)
         if finding.deviation is not None and finding.verdict is not Verdict.FAIL:
-            self._ledger.record_small_lies(peer_id, sample_of(finding.deviation), self._clock())
+            self._ledger.record_small_lies(
+                peer_id,
+                sample_of(finding.deviation),
+                self._clock(),
+                is_short=finding.verdict is Verdict.INCONCLUSIVE and is_too_short(finding.deviation),
+            )
         if finding.verdict is Verdict.PASS:
             self._has_passed = True
         if finding.verdict is not Verdict.FAIL or opinion.record is None:

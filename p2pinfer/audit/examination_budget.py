@@ -12,6 +12,7 @@ from typing import Final
 from p2pinfer.recent import Recent
 
 BURST_S: Final = 20.0  # of processor time after a quiet while
+STRANGERS_BURST_S: Final = 5.0  # the same for proofs about peers that this client has not met
 TELLERS_PART: Final = 0.25  # of it for one who tells
 _FLOPS: Final = 5e10  # per second, until the first proof has shown what there are
 _NEW: Final = 0.3  # weight of the latest measurement
@@ -24,11 +25,13 @@ class ExaminationBudget:
     Args:
         share: Of all time, 0 to 1.
         block_parameters: Weights of a block, for a first estimate.
+        burst_s: Processor time that it has after a quiet while.
     """
 
-    def __init__(self, share: float, block_parameters: int, now: float) -> None:
+    def __init__(self, share: float, block_parameters: int, now: float, burst_s: float = BURST_S) -> None:
         self._share = share
-        self._all = _Bucket(BURST_S, share, now)
+        self._burst_s = burst_s
+        self._all = _Bucket(burst_s, share, now)
         self._tellers = Recent[str, _Bucket](_MAX_TELLERS)
         self._unit_s = 2 * block_parameters / _FLOPS  # of one token through one block
 
@@ -50,7 +53,7 @@ class ExaminationBudget:
 
     def _bucket_of(self, teller: str, now: float) -> _Bucket:
         if teller not in self._tellers:
-            self._tellers[teller] = _Bucket(TELLERS_PART * BURST_S, TELLERS_PART * self._share, now)
+            self._tellers[teller] = _Bucket(TELLERS_PART * self._burst_s, TELLERS_PART * self._share, now)
         return self._tellers[teller]
 
 

@@ -28,7 +28,7 @@ from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 from .backlog import contained
-from .examination_budget import ExaminationBudget
+from .examination_budget import BURST_S, STRANGERS_BURST_S, ExaminationBudget
 from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Examiner:
         self._stopwatch = stopwatch
         self._turn = trio.Lock()
         self._budgets = {
-            about_met: ExaminationBudget(config.proofs_share / 2, spec.block_parameters, stopwatch())
-            for about_met in (True, False)
+            about_met: ExaminationBudget(config.proofs_share / 2, spec.block_parameters, stopwatch(), burst_s)
+            for about_met, burst_s in ((True, BURST_S), (False, STRANGERS_BURST_S))
         }
 
     def is_wanted(self, heard: Heard) -> bool:

@@ -27,6 +27,7 @@ from p2pinfer.reputation.verdict import Verdict
 
 FAIR = Sample(32, 1, 32, 0)
 HALF_INT8 = Sample(32, 12, 32, 0)
+CACHE_IN_INT8 = Sample(32, 4, 32, 0, 11)  # its typical tokens lie between those of honest peers and the limit
 NEXT_LIKELIEST = Sample(32, 1, 32, 8)
 SHORT = Sample(4, 2, 4, 0)
 
@@ -43,9 +44,9 @@ def rounds_until_guilty(*samples: Sample, honest: int = 0, most: int = 200) -> i
     return most + 1
 
 
-def chunk(tokens: int, high: int, lost: int = 0, alike: float = 0.1) -> ChunkDeviation:
+def chunk(tokens: int, high: int, lost: int = 0, alike: float = 0.1, typical: float = 1.0) -> ChunkDeviation:
     logits = LogitDeviation(1.0, 1.5, 0.0, lost)
-    return ChunkDeviation(1, 1 + tokens, tokens, 1.0, 1.2, 1.5, 0.1, logits, alike, high)
+    return ChunkDeviation(1, 1 + tokens, tokens, typical, 1.2, 1.5, 0.1, logits, alike, high)
 
 
 @pytest.mark.parametrize("lie", [HALF_INT8, NEXT_LIKELIEST])
@@ -61,6 +62,32 @@ def test_short_answers_are_put_together() -> None:
 
 def test_who_lies_after_a_long_honest_time_is_found_a_little_later() -> None:
     assert rounds_until_guilty(HALF_INT8, honest=2000) <= rounds_until_guilty(HALF_INT8) + 10
+
+
+def test_typical_tokens_that_are_always_suspect_are_found_and_honest_ones_are_not() -> None:
+    """A single session between the limits blames nobody. Other software reaches 1.20, and stays there."""
+    assert rounds_until_guilty(CACHE_IN_INT8) <= 15
+    for typical, guilty in ((1.2, False), (1.26, True), (1.35, True)):
+        sample = sample_of(Deviation((chunk(32, 0, typical=typical),)))
+        assert (sample.beyond > 0) is guilty
+        assert (rounds_until_guilty(sample, most=30) <= 30) is guilty
+
+
+def test_few_tokens_have_room_for_their_typical_one() -> None:
+    sample = sample_of(Deviation((chunk(8, 0, typical=1.9),)))
+    assert sample.beyond == 0
+
+
+def test_short_sessions_pass_together_and_not_where_they_lie() -> None:
+    for high, passes in ((0, 8), (1, 0)):
+        account = NEWCOMER
+        for _ in range(48):
+            account = after_small_lies(account, Sample(4, high, 4, 0), 1.0, LedgerConfig(), is_short=True)
+        assert account.passed == passes
+    account = NEWCOMER
+    for _ in range(48):
+        account = after_small_lies(account, Sample(32, 0, 32, 0), 1.0, LedgerConfig())
+    assert account.passed == 0  # those have verdicts of their own
 
 
 def test_who_lies_in_one_session_of_three_is_found() -> None:
