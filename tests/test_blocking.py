@@ -104,7 +104,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     node = start_node(tmp_path_factory.mktemp("node"), "0:8")
     yield wait_ready(node)["addrs"][0]
     node.terminate()
-    node.communicate(timeout=20)
+    node.communicate(timeout=90)
 
 
 def test_a_failure_on_the_way_comes_out_of_the_iteration(address: str, tmp_path: Path) -> None:

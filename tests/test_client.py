@@ -604,7 +604,7 @@ async def test_entering_can_be_cancelled_while_weights_are_fetched(
 
     monkeypatch.setattr(client_module, "resolve_model", fetch_slowly)
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Client(cache_dir=tmp_path, data_dir=tmp_path).__aenter__)
                 await asked.wait()

@@ -107,7 +107,7 @@ trio.run(main)
         nodes = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(nodes) == 2
-    _, left = psutil.wait_procs(nodes, timeout=20)
+    _, left = psutil.wait_procs(nodes, timeout=90)
     assert left == []
 
 

@@ -41,4 +41,4 @@ def swarm_address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     finally:
         for node in (first, second):
             node.terminate()
-            node.communicate(timeout=20)
+            node.communicate(timeout=90)

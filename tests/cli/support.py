@@ -30,5 +30,5 @@ def wait_ready(node: Command) -> dict[str, Any]:
         event: dict[str, Any] = json.loads(line)
         if event["event"] == "ready":
             return event
-    _, said = node.communicate(timeout=20)
+    _, said = node.communicate(timeout=90)
     pytest.fail(f"the node did not start: {said}")

@@ -38,7 +38,7 @@ def test_a_client_on_the_list_is_served_and_others_hear_how_to_get_there(
         assert json.loads(capsys.readouterr().out)["missing"] == []
     finally:
         node.terminate()
-        _, log = node.communicate(timeout=20)
+        _, log = node.communicate(timeout=90)
     assert "which is not admitted for clients: it is not on the allow list" in log
 
 

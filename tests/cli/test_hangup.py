@@ -29,7 +29,7 @@ def test_a_node_whose_terminal_is_closed_says_goodbye(tmp_path: Path) -> None:
     node = start_node(tmp_path, "0:1")
     wait_ready(node)
     node.send_signal(signal.SIGHUP)
-    events, said = node.communicate(timeout=20)
+    events, said = node.communicate(timeout=90)
     assert json.loads(events.splitlines()[0])["event"] == "leaving"
     assert (node.returncode, said) == (0, "")
 
@@ -60,7 +60,7 @@ def test_a_text_whose_terminal_is_closed_is_kept_and_its_session_freed(tmp_path:
         while b"..." in os.read(ours, 4096):  # what it waits for, before there is any text
             pass
         os.close(ours)
-        assert client.wait(timeout=20) in (1, 128 + signal.SIGHUP)  # or the terminal failed us first
+        assert client.wait(timeout=90) in (1, 128 + signal.SIGHUP)  # or the terminal failed us first
         assert wait_for(node, "session_closed")["sessions"] == 0
         (kept,) = (homes[1] / "resume").iterdir()
         assert find_token(kept.name, homes[1]).startswith(PREFIX)
@@ -68,7 +68,7 @@ def test_a_text_whose_terminal_is_closed_is_kept_and_its_session_freed(tmp_path:
         client.kill()
         client.wait()
         node.terminate()
-        node.communicate(timeout=20)
+        node.communicate(timeout=90)
 
 
 def test_a_second_node_in_the_same_directory_is_refused_and_one_in_the_place_of_a_killed_one_is_not(
@@ -77,14 +77,14 @@ def test_a_second_node_in_the_same_directory_is_refused_and_one_in_the_place_of_
     first = start_node(tmp_path, "0:1")
     peer_id = wait_ready(first)["peer_id"]
     second = start_node(tmp_path, "0:1")
-    events, said = second.communicate(timeout=30)
+    events, said = second.communicate(timeout=90)
     assert (second.returncode, "ready" in events) == (1, False)
     assert f"another node uses {tmp_path}: process {first.pid} since " in said
     looking = ["reputation", "--json", "--data-dir", str(tmp_path)]
-    assert fork_server().run(looking, cwd=tmp_path, timeout=30).returncode == 0
+    assert fork_server().run(looking, cwd=tmp_path, timeout=90).returncode == 0
     first.kill()
     first.communicate()
     third = start_node(tmp_path, "0:1")
     assert wait_ready(third)["peer_id"] == peer_id
     third.terminate()
-    third.communicate(timeout=20)
+    third.communicate(timeout=90)

@@ -71,7 +71,7 @@ async def main():
 
 run(main)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=90, check=False)
     assert ended.returncode == 130
     assert b"Traceback" not in ended.stderr
 

@@ -128,7 +128,7 @@ def attack(victim: Victim, use: Callable[[Host], Any]) -> Any:
     """What `use` gives, with a host that is connected to the victim."""
 
     async def run() -> Any:
-        with trio.fail_after(30):
+        with trio.fail_after(120):
             async with open_host(new_identity(), HostConfig(listen=())) as host:
                 await host.connect(victim.peer_id, [victim.address])
                 return await use(host)

@@ -82,7 +82,7 @@ def test_a_member_is_served_and_no_log_tells_what_was_said(private: Private) -> 
 
 def test_metrics_tell_what_was_served(private: Private) -> None:
     assert private.generate("--swarm-key", str(private.key), "--max-new-tokens", "10").returncode == 0
-    with urllib.request.urlopen(f"http://127.0.0.1:{private.metrics_port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{private.metrics_port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["p2pinfer_sessions_opened_total"]) >= 1

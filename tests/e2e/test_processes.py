@@ -141,7 +141,7 @@ def test_nodes_of_a_client_that_was_killed_end_by_themselves(tmp_path: Path) -> 
     with in_the_middle(tmp_path) as (process, nodes):
         process.kill()
         process.wait()
-        _, alive = psutil.wait_procs(nodes, timeout=30)
+        _, alive = psutil.wait_procs(nodes, timeout=90)
         assert alive == []
 
 

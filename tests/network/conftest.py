@@ -12,7 +12,7 @@ from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .support import LOOPBACK, StartHost, accept
 
-LIMIT_S = 20.0
+LIMIT_S = 120.0  # what hangs must end; a machine may be slow
 
 
 @pytest.fixture

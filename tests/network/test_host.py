@@ -146,7 +146,7 @@ async def test_an_address_that_accepts_and_says_nothing_does_not_hide_a_good_one
 
 
 async def test_nobody_answering_says_who_what_and_why(start_host: StartHost) -> None:
-    alice = await start_host(HostConfig(listen=(), dial_timeout_s=0.1, dial_stagger_s=0.01))
+    alice = await start_host(HostConfig(listen=(), dial_timeout_s=0.5, dial_stagger_s=0.01))
     nobody = new_identity().peer_id
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent_address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
@@ -158,7 +158,7 @@ async def test_nobody_answering_says_who_what_and_why(start_host: StartHost) -> 
     assert nobody in message
     assert f"{DEAD}: " in message
     assert "refused" in message
-    assert f"{silent_address}: no answer within 0.1 s" in message
+    assert f"{silent_address}: no answer within 0.5 s" in message
     assert "/ip4/nonsense: " in message
     assert f"that is peer {alice.peer_id}" in message
 
@@ -368,7 +368,7 @@ async def test_one_peer_has_so_many_connections_and_no_more(start_host: StartHos
     dialled = Multiaddr(bob.addrs[0].partition("/p2p/")[0])
     for _ in range(5):
         await alice.libp2p.get_network().dial_addr(dialled, ID.from_base58(bob.peer_id))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         for one, other in ((bob, alice), (alice, bob)):
             while len(one.libp2p.get_network().connections[ID.from_base58(other.peer_id)]) > 2:
                 await trio.sleep(0.01)
@@ -384,7 +384,7 @@ async def test_no_limit_but_ours_keeps_connections_out(start_host: StartHost) ->
     dialled = Multiaddr(bob.addrs[0].partition("/p2p/")[0])
     for _ in range(12):
         await alice.libp2p.get_network().dial_addr(dialled, ID.from_base58(bob.peer_id))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while len(bob.libp2p.get_network().connections[ID.from_base58(alice.peer_id)]) < 12:
             await trio.sleep(0.01)
     assert len(alice.libp2p.get_network().connections[ID.from_base58(bob.peer_id)]) == 12
@@ -492,7 +492,7 @@ async def test_a_host_ends_at_once_and_leaves_neither_tasks_nor_threads(
                     scope.cancel()
                     await trio.sleep_forever()
 
-    with trio.fail_after(5), caplog.at_level(logging.WARNING):
+    with trio.fail_after(60), caplog.at_level(logging.WARNING):
         tasks = len(_all_tasks())
         await live(cancel=False)
         await live(cancel=True)

@@ -17,7 +17,7 @@ from p2pinfer.routing.announcement import Announcement
 
 ONE, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32
 CONFIG = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, upnp=False)
-LIMIT_S = 20.0
+LIMIT_S = 120.0
 
 Join = Callable[..., Awaitable[SwarmMember]]
 

@@ -20,7 +20,7 @@ from p2pinfer.routing.announcement import Announcement
 
 from .support import DEAD, LOOPBACK, StartHost
 
-WITHIN_S = 5.0
+WITHIN_S = 60.0
 
 
 def announced(peer_id: str, addrs: tuple[str, ...], sequence: int = 1) -> Announcement:
@@ -105,7 +105,7 @@ async def test_who_does_not_let_us_in_has_answered(start_host: StartHost) -> Non
     assert not watch.is_silent(said)
 
 
-async def test_a_host_that_was_ended_is_silent_within_seconds(
+async def test_a_host_that_was_ended_is_silent_at_the_next_call(
     start_host: StartHost,
 ) -> None:
     view, looker = LiveTable(), await start_host()

@@ -122,7 +122,7 @@ async def test_a_node_asks_a_client_for_what_a_successor_says_of_itself(tmp_path
     async with open_swarm(new_identity(), config, (), tmp_path / "node") as node:
         client_config = HostConfig(listen=(), mdns=False)
         async with open_swarm(new_identity(), client_config, node.addrs, tmp_path / "client") as client:
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await client.wait_settled(10)
                 peer_id, sealed = record(addrs=("/ip4/11.0.0.7/tcp/9",))
                 assert await node.addresses_of(peer_id, REVISION, client.peer_id) == ()

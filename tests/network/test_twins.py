@@ -24,7 +24,7 @@ from p2pinfer.routing.announcement import Announcement, encode_announcement
 
 REVISION = "a" * 32
 CONFIG = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, upnp=False)
-LIMIT_S = 25.0
+LIMIT_S = 120.0
 
 Join = Callable[..., Awaitable[SwarmMember]]
 

@@ -350,7 +350,7 @@ async def test_loading_can_be_cancelled(open_node: OpenNode, monkeypatch: pytest
 
     monkeypatch.setattr(node_module, "open_runner", load_slowly)
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with open_node(blocks="0:2") as node:
                 await asked.wait()
                 node.scope.cancel()

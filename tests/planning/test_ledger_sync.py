@@ -22,7 +22,7 @@ async def test_what_is_learnt_is_written_while_the_program_runs(
     async with kept_ledger(tmp_path) as ledger:
         ledger.ban("bad")
         other = Ledger.open(tmp_path / "ledger.sqlite")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not other.is_banned("bad"):
                 await trio.sleep(0)
                 other.flush()
@@ -48,7 +48,7 @@ async def test_a_file_that_cannot_be_written_is_told_once_and_at_the_end(
     async with kept_ledger(tmp_path) as ledger:
         monkeypatch.setattr(store.LedgerStore, "write", fail)
         ledger.ban("bad")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await enough.wait()
     assert caplog.messages == [
         "no space left; trying again",

@@ -91,7 +91,7 @@ def test_a_writer_killed_at_any_moment_damages_nothing(path: Path, caplog: pytes
             writer.stdout.readline()
         writer.send_signal(signal.SIGKILL)
         said = writer.stdout.read().split()
-        writer.wait(timeout=20)
+        writer.wait(timeout=90)
         writer.stdout.close()
         acknowledged += int(said[-1]) if said else events
         ledger = Ledger.open(path)

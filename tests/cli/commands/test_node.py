@@ -104,7 +104,7 @@ def test_what_cannot_work_is_one_line(
 def test_a_node_leaves_when_its_standard_input_ends(tmp_path: Path) -> None:
     node = start_node(tmp_path, None)
     assert wait_ready(node)["blocks"] is None
-    _, said = node.communicate(timeout=20)
+    _, said = node.communicate(timeout=90)
     assert (node.returncode, said) == (0, "")
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:
     node = start_node(tmp_path, "0:1")
     wait_ready(node)
     node.send_signal(signal.SIGINT)
-    events, said = node.communicate(timeout=20)
+    events, said = node.communicate(timeout=90)
     assert [json.loads(line)["event"] for line in events.splitlines()][-2:] == ["leaving", "stopped"]
     assert (node.returncode, said) == (130, "")
 
@@ -143,8 +143,8 @@ def test_a_node_says_whom_it_joined_and_what_it_did(tmp_path: Path) -> None:
     finally:
         for each in (node, there):
             each.terminate()
-    lines = [json.loads(line) for line in node.communicate(timeout=20)[0].splitlines()]
-    there.communicate(timeout=20)
+    lines = [json.loads(line) for line in node.communicate(timeout=90)[0].splitlines()]
+    there.communicate(timeout=90)
     assert lines[-1]["event"] == "stopped"
     assert lines[-1]["sessions"] == 1
     assert lines[-1]["tokens"] >= 3
@@ -174,7 +174,7 @@ def test_a_node_with_nothing_to_do_checks_others(tmp_path: Path) -> None:
     finally:
         for each in (node, other):
             each.send_signal(signal.SIGTERM)
-            each.communicate(timeout=20)
+            each.communicate(timeout=90)
 
 
 def test_a_full_disk_under_the_output_costs_lines_and_no_sessions(

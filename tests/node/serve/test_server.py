@@ -173,8 +173,10 @@ async def test_one_session_cannot_have_more_than_its_part_of_the_replay_log(chec
         assert swarm.servers["a"].replay_bytes == 0
 
 
-async def test_only_the_named_predecessor_may_feed_a_session(checkpoint: Checkpoint) -> None:
-    async with open_swarm(checkpoint, handshake_timeout_s=0.2) as swarm:
+async def test_only_the_named_predecessor_may_feed_a_session(
+    checkpoint: Checkpoint, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_swarm(checkpoint, handshake_timeout_s=10) as swarm:
         swarm.network.host("mallory")
         swarm.network.host("friend")
         control = await swarm.ask(predecessor="friend")
@@ -232,9 +234,9 @@ async def test_a_predecessor_that_says_something_else_ends_the_session(checkpoin
 
 @pytest.mark.parametrize("protocol", [SESSION_PROTOCOL, CHAIN_PROTOCOL])
 async def test_a_stream_that_begins_wrongly_or_not_at_all_is_dropped(
-    checkpoint: Checkpoint, protocol: str
+    checkpoint: Checkpoint, protocol: str, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with open_swarm(checkpoint, handshake_timeout_s=0.05) as swarm:
+    async with open_swarm(checkpoint, handshake_timeout_s=10) as swarm:
         wrong, silent = await swarm.frames("a", protocol), await swarm.frames("a", protocol)
         await wrong.send(End())
         for frames in (wrong, silent):

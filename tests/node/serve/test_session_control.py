@@ -121,17 +121,21 @@ async def test_a_successor_out_of_reach_is_named(checkpoint: Checkpoint) -> None
         await swarm.all_closed()
 
 
-async def test_a_successor_that_does_not_expect_us_is_named(checkpoint: Checkpoint) -> None:
+async def test_a_successor_that_does_not_expect_us_is_named(
+    checkpoint: Checkpoint, autojump_clock: trio.testing.MockClock
+) -> None:
     """The client opened a session here, and none there."""
-    async with open_swarm(checkpoint, 4, handshake_timeout_s=0.05) as swarm:
+    async with open_swarm(checkpoint, 4, handshake_timeout_s=10) as swarm:
         frames = await swarm.ask(successor=Successor("b"))
         refused = await refusal(frames)
         assert (refused.code, refused.peer_id) == ("successor_unreachable", "b")
         await swarm.all_closed()
 
 
-async def test_a_successor_that_never_answers_is_given_up(checkpoint: Checkpoint) -> None:
-    async with open_swarm(checkpoint, 4, dial_timeout_s=0.05) as swarm:
+async def test_a_successor_that_never_answers_is_given_up(
+    checkpoint: Checkpoint, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_swarm(checkpoint, 4, dial_timeout_s=10) as swarm:
 
         async def say_nothing(stream: object) -> None:
             await trio.sleep_forever()

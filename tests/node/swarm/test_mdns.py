@@ -126,7 +126,7 @@ async def test_a_network_without_multicast_is_no_error(
         raise OSError("no such device")
 
     monkeypatch.setattr(mdns, "Zeroconf", refuse)
-    with caplog.at_level(logging.INFO, "p2pinfer"), trio.fail_after(5):
+    with caplog.at_level(logging.INFO, "p2pinfer"), trio.fail_after(60):
         await keep_looking_around(ADDRS, ignore)
     assert "no such device" in caplog.text
 
@@ -138,7 +138,7 @@ async def test_a_browser_that_cannot_start_leaves_nothing_open(
         raise OSError("not permitted")
 
     monkeypatch.setattr(mdns, "ServiceBrowser", refuse)
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         await keep_looking_around(ADDRS, ignore)
     assert multicast.closed
 

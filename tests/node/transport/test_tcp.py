@@ -25,7 +25,7 @@ async def pair() -> AsyncGenerator[Pair]:
     """A stream of ours, and the socket at the other end."""
     ours, theirs = trio.socket.socketpair()
     stream, other = TcpStream(trio.SocketStream(ours)), trio.SocketStream(theirs)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         yield stream, other
     await stream.close()
     await other.aclose()
@@ -60,7 +60,7 @@ async def test_both_ends_of_a_dialled_connection_are_tuned() -> None:
         await trio.sleep_forever()  # as libp2p does
 
     listener = transport.create_listener(handle)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await listener.listen(Multiaddr("/ip4/127.0.0.1/tcp/0"))
         address = listener.get_addrs()[0]
         for connection in (
