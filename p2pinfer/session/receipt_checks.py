@@ -104,8 +104,20 @@ class ReceiptBook:
                 self.kept.append(passed)
 
     def _check_one(self, passed: PassedStep) -> None:
-        hops, step = passed.hops, passed.step
         self._check_handing_on(passed)
+        try:
+            self._check_receipts(passed)
+        except Equivocation:
+            raise
+        except ProtocolViolation as exc:
+            # What stands in a receipt that its hop did not sign says nothing of those before it: whoever made
+            # it up may have made those up as well.
+            self._check_signatures(passed, str(exc))
+            raise
+
+    def _check_receipts(self, passed: PassedStep) -> None:
+        """Check what the receipts of a step say, one for each hop."""
+        hops, step = passed.hops, passed.step
         receipts = [self._extend(passed, index) for index in range(len(hops))]
         for index, (hop, receipt) in enumerate(zip(hops, receipts, strict=True)):
             if receipt.returned != (step.returns if index == len(hops) - 1 else step.tokens):
@@ -139,18 +151,24 @@ class ReceiptBook:
         if len(receipts) == len(hops):
             return
         count = f"step {number} came back with {len(receipts)} receipts from {len(hops)} hops"
-        for hop, signed in zip(reversed(hops), reversed(receipts), strict=False):
-            if not is_signed_by(signed, hop.peer_id, self._check_signature):
-                raise ProtocolViolation(count, hop.peer_id, told_by=_behind(hops, hop))
+        self._check_signatures(passed, count)
         # Whoever signed the first one left out those before it, or the first hop made some up.
         raise ProtocolViolation(count, hops[max(0, len(hops) - len(receipts))].peer_id)
+
+    def _check_signatures(self, passed: PassedStep, complaint: str) -> None:
+        """Check that all receipts bear their hops' signatures, from the last one on.
+
+        One that does not was made by its hop or by the next one, which named it: none of them checks others'.
+        """
+        for hop, signed in zip(reversed(passed.hops), reversed(passed.receipts), strict=False):
+            if not is_signed_by(signed, hop.peer_id, self._check_signature):
+                raise ProtocolViolation(complaint, hop.peer_id, told_by=_behind(passed.hops, hop))
 
     def _extend(self, passed: PassedStep, index: int) -> Receipt:
         """Content of a hop's next receipt.
 
         What a hop signed speaks against it alone, unless it is of another place: the next hop has those too,
-        and may hand one on instead, which it would refuse to take in if it was honest. Bytes that the hop did
-        not sign were its own or the next one's: neighbours do not check each other's signatures.
+        and may hand one on instead, which it would refuse to take in if it was honest.
         """
         hops, signed = passed.hops, passed.receipts[index]
         hop, behind = hops[index], _behind(hops, hops[index])
@@ -164,7 +182,7 @@ class ReceiptBook:
         except Equivocation:
             raise
         except ProtocolViolation as exc:
-            if chain.has_passed(receipt) or not is_signed_by(signed, hop.peer_id, self._check_signature):
+            if chain.has_passed(receipt):
                 exc.told_by = behind
             raise
 

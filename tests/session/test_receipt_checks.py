@@ -196,6 +196,24 @@ async def test_what_two_neighbours_agree_on_is_between_the_two(
     assert (caught.value.peer_id, caught.value.told_by) == (blamed, told_by)
 
 
+@pytest.mark.parametrize("lies", [{}, {"position": 7}, {"output": bytes(32)}])
+async def test_who_makes_up_the_receipts_of_all_before_it_harms_none_but_its_neighbour(
+    lies: dict[str, Any],
+) -> None:
+    """The last of three hops could else have the first two charged, and go free."""
+
+    def make_up(receipts: list[bytes]) -> list[bytes]:
+        first = sign_receipt(msgspec.structs.replace(decode_receipt(receipts[0]), **lies), partial(sign, "c"))
+        second = msgspec.structs.replace(decode_receipt(receipts[1]), received=digest_of(first))
+        return [first, sign_receipt(second, partial(sign, "c"))]
+
+    ours = book()
+    ours.unchecked.append(await Chain().passed(make_up, at=1))
+    with pytest.raises(ProtocolViolation) as caught:
+        await ours.check()
+    assert (caught.value.peer_id, caught.value.told_by) == ("b", "c")
+
+
 async def test_a_receipt_kept_from_another_step_speaks_against_who_hands_it_on() -> None:
     """A neighbour has all receipts of a hop. One of another step it would have to refuse."""
     ours, chain = book(), Chain()
