@@ -25,7 +25,7 @@ from p2pinfer.generation.generation import Generation, generation_config, new_st
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
-from p2pinfer.learning.session_adapter import load_session_adapter
+from p2pinfer.learning.session_adapter import AT_ONCE, load_session_adapter
 from p2pinfer.learning.tuner import Tuner
 from p2pinfer.learning.tuning import tuner_over
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
@@ -143,6 +143,7 @@ class Client:
         self._auditor: Auditor | None = None
         self._stack = AsyncExitStack()
         self._is_open = False
+        self._bringing = trio.CapacityLimiter(AT_ONCE)  # adapters, to hops that take few trainings at once
 
     async def __aenter__(self) -> Client:
         if not trio.lowlevel.in_trio_run():
@@ -289,8 +290,8 @@ class Client:
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
         """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
-        host = self._member.host
-        return await trio.to_thread.run_sync(load_session_adapter, Path(folder), self.ends, host)
+        load = partial(load_session_adapter, Path(folder), self.ends, self._member.host, self._bringing)
+        return await trio.to_thread.run_sync(load)
 
     def _go_on(self, state: GenerationState, adapter: SessionAdapter | None) -> Generation:
         config, local = self._config, self.local

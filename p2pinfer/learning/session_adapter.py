@@ -34,11 +34,14 @@ AT_ONCE: Final = 2  # sessions that are opened: each takes a training session of
 class SessionAdapter:
     """Adapter of a whole model for sessions. Made by `load_session_adapter`; many texts may use it."""
 
-    def __init__(self, adapter: ModelAdapter, ends: EmbeddingAndHead, host: Network) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, ends: EmbeddingAndHead, host: Network, turns: trio.CapacityLimiter
+    ) -> None:
+        """An adapter; `turns` is what all adapters of a client share, of `AT_ONCE` places."""
         self._adapter = adapter
         self._spec = ends.spec
         self._host = host
-        self._turns = trio.CapacityLimiter(AT_ONCE)
+        self._turns = turns
 
     def revision(self, revision: str, span: BlockSpan) -> str:
         """The model with this adapter, as sessions and receipts of these blocks name it."""
@@ -81,7 +84,9 @@ class SessionAdapter:
                         await link.close()
 
 
-def load_session_adapter(folder: Path, ends: EmbeddingAndHead, host: Network) -> SessionAdapter:
+def load_session_adapter(
+    folder: Path, ends: EmbeddingAndHead, host: Network, turns: trio.CapacityLimiter
+) -> SessionAdapter:
     """LoRA from peft's files, for sessions of the model whose ends these are.
 
     Raises:
@@ -90,4 +95,4 @@ def load_session_adapter(folder: Path, ends: EmbeddingAndHead, host: Network) ->
     tuned: TunedAdapter = read_lora(folder, ends.spec, ends.architecture)
     adapter = tuned.snapshot()
     assert adapter is not None
-    return SessionAdapter(adapter, ends, host)
+    return SessionAdapter(adapter, ends, host, turns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import warnings
@@ -89,8 +90,9 @@ async def test_texts_with_different_adapters_at_once_equal_those_of_peft(
     checkpoint: Checkpoint, tuned: dict[str, Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_memory_client(checkpoint, monkeypatch, tmp_path) as (client, swarm):
-        await swarm.serve("a", 0, 3)
-        await swarm.serve("b", 3, 8)
+        few = ServeConfig(max_train_sessions_per_client=2)  # no more than one client takes at once
+        await swarm.serve("a", 0, 3, config=few)
+        await swarm.serve("b", 3, 8, config=few)
         plain = await ids_of(client, None)
         adapters = {kind: await client.load_adapter(each.folder) for kind, each in tuned.items()}
         found: dict[tuple[str, int], list[int]] = {}
@@ -109,7 +111,9 @@ async def test_texts_with_different_adapters_at_once_equal_those_of_peft(
         await swarm.all_closed()
         for served in swarm.served.values():
             server: Any = served.server
-            assert server._served.adapters.held_bytes == 0
+            while server._served.adapters.held_bytes:  # until the swarm's limit, if something keeps one
+                gc.collect()
+                await trio.lowlevel.checkpoint()
 
 
 async def test_a_hop_that_dies_is_replaced_by_one_that_is_brought_the_adapter(
