@@ -11,7 +11,8 @@ is one way between any two hosts, `mbit` every host's uplink.
 transformers takes for a token of the same text, in the same run and with one thread. A chain without guesses
 cannot be faster by more than it computes faster. `of bound` is plain over bound. `gain` is the median over
 rounds of speculated over plain, which take turns. Texts by kind: a story, and one that quotes its prompt.
-`same ids` compares both with each other and, in float32, with transformers.
+`same ids` compares both with each other and, in float32, with transformers. `predicted` is what the client
+expected of the speculated runs.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Run:
     tokens_per_s: float
     first_token_s: float
     tokens_per_trip: float
+    predicted: float | None
 
 
 class Chain:
@@ -110,6 +112,7 @@ class Chain:
             timings["tokens_per_s"],
             timings["first_token_s"],
             trips.get("tokens_per_trip", 1.0),
+            timings["predicted_tokens_per_s"],
         )
 
 
@@ -158,6 +161,7 @@ def contest(
         "speculated": rounded([run.tokens_per_s for run in guessed]),
         "gain": rounded([b.tokens_per_s / a.tokens_per_s for a, b in zip(plain, guessed, strict=True)]),
         "a trip": rounded([run.tokens_per_trip for run in guessed]),
+        "predicted": rounded([run.predicted or 0.0 for run in guessed]),
         "first s": rounded([run.first_token_s for run in plain]),
         "same ids": same,
         "as local": plain[0].token_ids == tuple(expected[: len(plain[0].token_ids)]),

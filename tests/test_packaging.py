@@ -124,8 +124,9 @@ def test_the_wheel_holds_every_module_the_bundled_model_and_libp2p_and_nothing_e
     expected = set(DATA)
     for name, folder in packages().items():
         expected |= {f"{name.replace('.', '/')}/{module.name}" for module in folder.glob("*.py")}
-    story = ROOT / "models" / "tiny-stories"
-    expected |= {f"p2pinfer/models/tiny-stories/{file.name}" for file in story.iterdir()}
+    for name in ("tiny-stories", "tiny-stories-drafter"):
+        bundled = (ROOT / "models" / name).iterdir()
+        expected |= {f"p2pinfer/models/{name}/{file.name}" for file in bundled}
     with zipfile.ZipFile(bundle().RELEASE) as release:
         libp2p = {name for name in release.namelist() if re.match(r"libp2p/(.*\.py|py\.typed)$", name)}
     kept = ("METADATA", "WHEEL", "licenses/LICENSE-APACHE", "licenses/LICENSE-MIT")

@@ -22,8 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@(?!.*
 
 def bundled_drafter_of(folder: Path) -> str:
     """Name of the bundled draft model for the model in `folder`; empty if that is not the bundled one."""
-    here = (_BUNDLE / BUNDLED_DRAFTER).is_dir()
-    return BUNDLED_DRAFTER if here and folder.resolve() == (_BUNDLE / BUNDLED_MODEL).resolve() else ""
+    return BUNDLED_DRAFTER if folder.resolve() == (_BUNDLE / BUNDLED_MODEL).resolve() else ""
 
 
 def resolve_model(
