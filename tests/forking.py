@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -95,7 +96,8 @@ class Command:
     def send_signal(self, signum: signal.Signals) -> None:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with suppress(ProcessLookupError):  # it ends just now: who forked it waits for it
+                os.kill(self.pid, signum)
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -119,9 +119,9 @@ class SpanRunner:
         self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan, updates: RowUpdates | None
     ) -> Tensor:
         # Only the whole span is recorded: a client chooses the part, and each recording holds memory.
-        is_plain = span == self.span and updates is None
-        if self._decoder is not None and is_plain and self._decoder.accepts(pieces):
-            return self._decoder.run(pieces, hidden, span)
+        decoder = self._decoder if updates is None else None
+        if decoder is not None and span == self.span and decoder.accepts(pieces):
+            return decoder.run(pieces, hidden, span)
         blocks = self._blocks
         attention = PackedAttention(
             blocks.architecture, blocks.windows, self.cache, pieces, blocks.rounds_stepwise

@@ -7,12 +7,22 @@ import pytest
 
 from p2pinfer.node.config import ServeConfig
 
+MAY_BE_ZERO = {"session_adapter_bytes"}  # then no session may use an adapter
 
-@pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig)])
+
+@pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig) if each.name not in MAY_BE_ZERO])
 def test_nothing_can_be_served_with_nothing(name: str) -> None:
     nothing: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
         ServeConfig(**nothing)
+
+
+@pytest.mark.parametrize("name", sorted(MAY_BE_ZERO))
+def test_what_may_be_zero_is_not_below(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
+    assert getattr(ServeConfig(**options), name) == 0
+    with pytest.raises(ValueError, match=f"{name} is -1; it must be above 0"):
+        ServeConfig(**{name: -1})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.node.protocol.tensors import encode_hidden
-from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, Receipt, digest_of
+from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Payload, Receipt, digest_of
 
 HIDDEN = 4
 
@@ -31,7 +31,9 @@ def record_of(steps: Sequence[tuple[int, Tensor, Tensor]]) -> HopRecord:
         contents |= dict(zip(digests, payloads, strict=True))
         sizes = (position, len(given), len(got))
         said = (*sizes, 0, "float32", "float32", *digests, b"n" * 16)
-        receipts.append(msgspec.convert((1, b"s" * 16, number, NO_RECEIPT, "r", 0, 1, *said), Receipt))
+        receipts.append(
+            msgspec.convert((RECEIPT_VERSION, b"s" * 16, number, NO_RECEIPT, "r", 0, 1, *said), Receipt)
+        )
     return HopRecord("hop", (), tuple(receipts), contents)
 
 
