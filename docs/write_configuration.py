@@ -11,6 +11,7 @@ import tokenize
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from p2pinfer.api.config import ApiConfig
 from p2pinfer.client import ClientConfig
 from p2pinfer.client_config import AuditConfig, SessionConfig, TuneConfig
 from p2pinfer.config import SHARED, SharedConfig, describe_type, section_of, to_toml, variable_of
@@ -31,10 +32,11 @@ LAYERS = (
     (RelayConfig, "node"),
     (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
-    (ClientConfig, "generate, swarm, tune"),
-    (SessionConfig, "generate"),
-    (RoutingConfig, "generate, tune"),
-    (AuditConfig, "generate, node --verify"),
+    (ApiConfig, "serve"),
+    (ClientConfig, "generate, serve, swarm, tune"),
+    (SessionConfig, "generate, serve"),
+    (RoutingConfig, "generate, serve, tune"),
+    (AuditConfig, "generate, serve, node --verify"),
     (TuneConfig, "tune"),
 )
 

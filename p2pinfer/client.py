@@ -83,8 +83,7 @@ class Client:
         on_wait: Called when a text cannot go on at the moment, with what it waits for.
         audit: How often peers are checked, and what that may take.
         verifier: Who says whether a peer's output is right; by default, its blocks run again here.
-        identity: A lasting name, or its file, made on first use, by which operators can list this client and
-            nodes follow it; a new one each time by default. `config.identity_file` says the same.
+        identity: Lasting peer id, or its file, made on first use; else a new one (`config.identity_file`).
         on_event: Called with every event of `p2pinfer.events`: routes, steps, failed hops, audits.
 
     Raises:
@@ -260,7 +259,7 @@ class Client:
             raise LocalError("this client is not open yet: async with p2pinfer.Client(...) as client")
         asked = generation_config(config, overrides)
         state = new_state(self.spec, self.local.tokenizer, prompt, asked, self.local.defaults)
-        return self._go_on(state, adapter)
+        return self._go_on(state, adapter, asked.logprobs)
 
     def resume(
         self, token: str, max_new_tokens: int | None = None, adapter: SessionAdapter | None = None
@@ -280,7 +279,7 @@ class Client:
         check_arguments(token=token)
         GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
         return self._go_on(
-            extend_state(decode_state(token), max_new_tokens, self.spec.max_positions), adapter
+            extend_state(decode_state(token), max_new_tokens, self.spec.max_positions), adapter, None
         )
 
     def tuner(self, config: TuneConfig | None = None) -> AbstractAsyncContextManager[Tuner]:
@@ -293,7 +292,7 @@ class Client:
         load = partial(load_session_adapter, Path(folder), self.ends, self._member.host, self._bringing)
         return await trio.to_thread.run_sync(load)
 
-    def _go_on(self, state: GenerationState, adapter: SessionAdapter | None) -> Generation:
+    def _go_on(self, state: GenerationState, adapter: SessionAdapter | None, logs: int | None) -> Generation:
         config, local = self._config, self.local
         return Generation(
             self if adapter is None else AdaptedSessions(self, adapter),
@@ -305,6 +304,7 @@ class Client:
             speculation=speculation_by(config.speculate),
             draft_model=local.draft_model,
             expected_s=self._planner.expected_s,
+            logprobs=logs,
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )

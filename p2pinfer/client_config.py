@@ -80,11 +80,15 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()  # the text ends before the first of these; special tokens may be among them
     stop_ids: tuple[int, ...] = ()  # the text ends before the first of these tokens
     show_special: bool = False  # print special tokens too
+    # with each token its log probability, and those of this many likeliest ones; not set: none
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ConfigError(f"logprobs is {self.logprobs}; it must be 0 or more")
         if not all(is_text(text) for text in self.stop):
             raise ConfigError("a stop contains half of a surrogate pair, which is not valid text; remove it")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:

@@ -44,6 +44,7 @@ SECTIONS = (
     "audit",
     "generation",
     "tune",
+    "api",
 )
 
 _Config = TypeVar("_Config")

@@ -19,6 +19,7 @@ from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.reputation import reputation
+from p2pinfer.cli.commands.serve import serve
 from p2pinfer.cli.commands.swarm import swarm
 from p2pinfer.cli.commands.tune import tune
 from p2pinfer.cli.output.plain import printable
@@ -73,6 +74,7 @@ def app(ctx: click.Context) -> None:
     \b
     p2pinfer generate "Once upon a time"    generate text with the swarm in reach
     p2pinfer tune --data FILE --out FOLDER  train an adapter over the swarm
+    p2pinfer serve                          answer programs over HTTP, by OpenAI's API
     p2pinfer node                           serve blocks of a model to the swarm
     p2pinfer swarm                          list peers and the blocks they serve
     p2pinfer reputation                     list the trust scores of known peers
@@ -103,6 +105,7 @@ def completion(call: Invocation, shell: str) -> None:
 
 app.add_command(generate)
 app.add_command(tune)
+app.add_command(serve)
 app.add_command(node)
 app.add_command(swarm)
 app.add_command(reputation)

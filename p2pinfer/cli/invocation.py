@@ -35,6 +35,7 @@ _HEADINGS = {
     "compute": "Model",
     "generation": "Text",
     "tune": "Training",
+    "api": "API",
     "bootstrap": "Network",
     "host": "Network",
     "client": "Network",

@@ -28,6 +28,7 @@ from p2pinfer.client_config import GenerationConfig as GenerationConfig
 from p2pinfer.errors import NoRoute, PeerError, Unfinished
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.text.log_probabilities import LogProbabilities, log_probabilities
 from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.text import Tokenizer
@@ -52,6 +53,7 @@ class Token:
 
     id: int
     text: str
+    log_probabilities: LogProbabilities | None = None  # None: they were not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,9 @@ class Generation:
 
     Use as `async with client.generate(...) as generation`, iterate to the end, or call `aclose`: until then
     hops keep cache reserved for it. One that is dropped, by a `break` say, is closed soon after.
+
+    Attributes:
+        tokenizer: The model's.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Generation:
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
         expected_s: Callable[[Route], float | None] = lambda _: None,
+        logprobs: int | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -126,6 +132,8 @@ class Generation:
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             draft_model: Draws guesses, beside those that are copied from the text.
             expected_s: Gives the seconds that a token should take over a route; None if nobody can tell.
+            logprobs: How many of the likeliest tokens to give the log probabilities of, with each token's
+                own; None: give none.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -138,6 +146,7 @@ class Generation:
         self._retry_limits = retry_limits or RetryLimits()
         self._on_wait = on_wait
         self._sampler = Sampler(sampling_of(state))
+        self.tokenizer = tokenizer
         self._transcript = transcript = Transcript(tokenizer, state)
         process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
         # No method of this one: a cycle of references would keep one that was dropped from being closed.
@@ -147,6 +156,7 @@ class Generation:
         self._speculation = speculation
         if speculation is not None and draft_model is not None:
             speculation.drafter = ModelDrafter(draft_model, transcript.max_ids, self._choose)
+        self._logprobs = logprobs
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
         self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
         self._clock = _Clock()
@@ -176,19 +186,19 @@ class Generation:
             raise StopAsyncIteration
         self._clock.start()
         try:
-            token_id = await self._next_id()
+            token_id, logs = await self._next_id()
         except BaseException:
             self._rows.clear()  # the one that was in work is lost, and the others are of no use without it
             self._guesses = ()
             await self.aclose()
             raise
         self._clock.tick()
-        token = Token(token_id, self._transcript.take(token_id))
+        token = Token(token_id, self._transcript.take(token_id), logs)
         if self._transcript.finish_reason is not None:
             await self.aclose()
         return token
 
-    async def _next_id(self) -> int:
+    async def _next_id(self) -> tuple[int, LogProbabilities | None]:
         outage: Outage | None = None
         while not self._rows:
             # Taken before the attempt, since news may come during it; and taken anew only once it is set.
@@ -229,11 +239,13 @@ class Generation:
             raise error
         raise NoRoute(reason, missing) from cause
 
-    def _draw(self, hidden: Tensor) -> int:
+    def _draw(self, hidden: Tensor) -> tuple[int, LogProbabilities | None]:
         """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
         ids, started = self._transcript.ids, time.perf_counter()
-        token_id = self._choose(self._embedding_and_head.logits(hidden)[-1], ids)
+        logits = self._embedding_and_head.logits(hidden)[-1]
+        token_id = self._choose(logits, ids)
         self._draws_s.append(time.perf_counter() - started)
+        logs = None if self._logprobs is None else log_probabilities(logits, token_id, self._logprobs)
         if (speculation := self._speculation) is not None:
             seen = speculation.seen
             if not seen:
@@ -242,7 +254,7 @@ class Generation:
             if self._rows or token_id in seen or speculation.drafter is not None:
                 self._speculate(ids, token_id, speculation)
             seen.add(token_id)
-        return token_id
+        return token_id, logs
 
     def _speculate(self, ids: Sequence[int], token_id: int, speculation: Speculation) -> None:
         """Look whether the outputs that are left presume this token behind `ids`; else guess what follows."""

@@ -1,0 +1,153 @@
+"""Answers to a request as one stream of events, the same for every dialect.
+
+A dialect turns its request into an `Asked` and these events into its own shapes. Several answers to one
+request are as many generations side by side, whose events are told apart by their index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol, TypeAlias
+
+import trio
+
+from p2pinfer.client_config import GenerationConfig
+from p2pinfer.generation.generation import Generation, GenerationResult, Token
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
+from p2pinfer.node.concurrency.nurseries import bare_errors
+
+from .errors import ApiError
+
+Message: TypeAlias = Mapping[str, Any]
+_SEEDS: Final = 1 << 63
+
+
+class TextSource(Protocol):
+    """Source of generations: the client."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Its chat template; None if it has none."""
+        ...
+
+    def generate(self, prompt: str | ChatPrompt, config: GenerationConfig) -> Generation:
+        """Continue `prompt`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for texts.
+
+    Attributes:
+        prompt: A text that is continued, or a conversation that is answered.
+        choices: Number of answers.
+        variables: Of the chat template, such as `enable_thinking`.
+    """
+
+    prompt: str | tuple[Message, ...]
+    config: GenerationConfig
+    choices: int = 1
+    variables: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An answer's first token is there."""
+
+    index: int
+    result: GenerationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One more token of an answer."""
+
+    index: int
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An answer is complete."""
+
+    index: int
+    result: GenerationResult
+
+
+Event: TypeAlias = Begun | Piece | Ended
+Tell: TypeAlias = Callable[[Event], Awaitable[None]]
+
+
+async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
+    """Generations that answer the request, one for each choice. Nothing has been sent to a peer yet.
+
+    Raises:
+        LocalError: The prompt is too long, or the model's template refuses the conversation.
+    """
+    prompt = await _prompt(source.chat_template, asked)
+
+    def begin() -> list[Generation]:  # in a thread: a long prompt takes long to become tokens
+        return [source.generate(prompt, _config_of(asked, index)) for index in range(asked.choices)]
+
+    return await trio.to_thread.run_sync(begin)
+
+
+async def run(generations: Sequence[Generation], tell: Tell) -> None:
+    """Generate, and tell of every event as it happens; when this ends, no hop holds anything any more.
+
+    Raises:
+        NoRoute, PeerError: The swarm cannot serve the request, or not any longer.
+    """
+
+    async def answer(index: int, generation: Generation) -> None:
+        begun = False
+        async with generation:
+            async for token in generation:
+                if not begun:
+                    begun = True
+                    await tell(Begun(index, generation.result))
+                await tell(Piece(index, token))
+        await tell(Ended(index, generation.result))
+
+    if len(generations) == 1:
+        return await answer(0, generations[0])
+    with bare_errors():
+        async with trio.open_nursery() as nursery:
+            for index, generation in enumerate(generations):
+                nursery.start_soon(answer, index, generation)
+    return None
+
+
+async def _prompt(template: ChatTemplate | None, asked: Asked) -> str | ChatPrompt:
+    if isinstance(asked.prompt, str):
+        return asked.prompt
+    if template is not None:
+        render = template.render
+        return await trio.to_thread.run_sync(lambda: render(asked.prompt, **asked.variables or {}))  # type: ignore[arg-type]
+    # A model that was not made for chats continues what was said, as `p2pinfer generate` does.
+    return "\n\n".join(str(message["content"]) for message in asked.prompt if message.get("content"))
+
+
+def _config_of(asked: Asked, index: int) -> GenerationConfig:
+    seed = asked.config.seed
+    if seed is None or index == 0:
+        return asked.config
+    return replace(asked.config, seed=(seed + index + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+
+
+def check_choices(choices: int, most: int, name: str) -> None:
+    """Nothing, if so many answers may be asked for.
+
+    Raises:
+        ApiError: They may not.
+    """
+    if not 1 <= choices <= most:
+        raise ApiError(f"{name} is {choices}; this server gives 1 to {most} answers", param=name)

@@ -1,0 +1,119 @@
+"""Objects of the OpenAI dialect that several of its endpoints share: errors, models, usage, tokens."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from p2pinfer.generation.generation import GenerationResult, Token
+from p2pinfer.generation.transcript import FinishReason
+from p2pinfer.models.text.log_probabilities import LogProbabilities
+from p2pinfer.models.text.text import Tokenizer
+
+from .errors import ApiError, Kind
+from .exchange import encode
+from .fields import Unhonoured, bounded
+from .served_model import ServedModel
+
+SSE: Final = "text/event-stream; charset=utf-8"
+PING: Final = b": ping\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+FINISH: Final[Mapping[FinishReason | None, str]] = {"eos": "stop", "stop": "stop", "length": "length"}
+MAX_STOPS: Final = 16
+_TYPES: Final[Mapping[Kind, tuple[str, str | None]]] = {  # type and code
+    "invalid_request": ("invalid_request_error", None),
+    "too_long": ("invalid_request_error", "context_length_exceeded"),
+    "authentication": ("invalid_request_error", "invalid_api_key"),
+    "forbidden": ("permission_error", "forbidden"),
+    "not_found": ("invalid_request_error", "not_found"),
+    "busy": ("rate_limit_error", "rate_limit_exceeded"),
+    "unavailable": ("server_error", "service_unavailable"),
+    "bug": ("server_error", "internal_error"),
+}
+
+# Of both endpoints.
+UNHONOURED: Final[Mapping[str, Unhonoured]] = {
+    "frequency_penalty": Unhonoured("use repetition_penalty", (None, 0)),
+    "presence_penalty": Unhonoured("use repetition_penalty", (None, 0)),
+    "response_format": Unhonoured("answers follow no grammar", (None, {"type": "text"})),
+    "store": Unhonoured("nothing is kept", (None, False)),
+    "service_tier": Unhonoured("there is one", (None, "auto", "default")),
+}
+HARMLESS: Final = frozenset(
+    ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+
+
+def new_id(prefix: str) -> str:
+    """Name of one answer."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def event(document: Mapping[str, Any]) -> bytes:
+    """One event of a stream."""
+    return b"data: " + encode(document) + b"\n\n"
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    kind, code = _TYPES[error.kind]
+    if error.kind == "not_found" and error.param == "model":
+        code = "model_not_found"
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": code}}
+
+
+def model_object(model: ServedModel) -> dict[str, Any]:
+    """The model as lists show it. `max_model_len` is vLLM's name for its context, tokens."""
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.id.partition("/")[0] if "/" in model.id else "p2pinfer",
+        "max_model_len": model.spec.max_positions,
+    }
+
+
+def model_list(model: ServedModel) -> dict[str, Any]:
+    """Body of /v1/models."""
+    return {"object": "list", "data": [model_object(model)]}
+
+
+def usage(results: Sequence[GenerationResult]) -> dict[str, int]:
+    """Tokens of a request; those of the prompt are counted once."""
+    prompt = results[0].prompt_tokens
+    completion = sum(len(result.token_ids) for result in results)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def logit_bias(said: Mapping[str, float] | None) -> dict[int, float]:
+    """Biases by token id.
+
+    Raises:
+        ApiError: A name is no token id, or a bias is out of range.
+    """
+    biases: dict[int, float] = {}
+    for name, bias in (said or {}).items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise ApiError(f"logit_bias names {name[:50]!r}, which is no token id", param="logit_bias")
+        bounded(bias, "logit_bias", -100, 100)
+        biases[int(name)] = bias
+    return biases
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
+    """Text and bytes of one token, which need not be whole characters."""
+    if token_id in tokenizer.special_texts:
+        text = tokenizer.special_texts[token_id]
+        return text, list(text.encode())
+    written = tokenizer.token_bytes(token_id)
+    return written.decode("utf-8", "replace"), list(written)
+
+
+def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[tuple[int, LogProbabilities]]:
+    """Tokens that are part of the text, with their log probabilities."""
+    return [
+        (token.id, token.log_probabilities)
+        for token in tokens
+        if token.log_probabilities is not None and token.id not in tokenizer.special_texts
+    ]

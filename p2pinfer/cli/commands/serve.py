@@ -1,0 +1,122 @@
+"""`p2pinfer serve`: the HTTP API, for clients that speak OpenAI's."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from p2pinfer.cli.invocation import (
+    ALLOW,
+    BOOTSTRAP,
+    DATA_DIR,
+    DENY,
+    IDENTITY,
+    MODEL,
+    SWARM_KEY,
+    Invocation,
+    command,
+    setting,
+)
+from p2pinfer.cli.output.terminal import note, write_out
+from p2pinfer.cli.output.waiting import WaitingLine
+
+from .generate import POLICIES
+
+
+@command(
+    "serve",
+    examples=[
+        "p2pinfer serve",
+        "p2pinfer serve --model Qwen/Qwen3-8B --bootstrap /ip4/192.0.2.7/tcp/41234/p2p/12D3KooW...",
+        "p2pinfer serve --host 0.0.0.0 --api-key-file keys.txt",
+    ],
+)
+@MODEL
+@setting("api.host", "--host ADDRESS", "Listen on this address. [default: 127.0.0.1]")
+@setting("api.port", "--port PORT", "Listen on this TCP port; 0: any. [default: 8000]")
+@setting(
+    "api.key_file",
+    "--api-key-file FILE",
+    "Ask clients for one of these API keys, one per line. [default: no key, on this computer only]",
+)
+@BOOTSTRAP
+@SWARM_KEY
+@ALLOW
+@DENY
+@IDENTITY
+@setting(
+    "client.policy",
+    "--policy POLICY",
+    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
+    choices=POLICIES,
+)
+@DATA_DIR
+def serve(call: Invocation) -> None:
+    """Serve the model to programs on this computer, over HTTP.
+
+    OpenAI's API is at http://127.0.0.1:8000/v1. Stop with Ctrl-C.
+
+    If no swarm in reach serves the model, three temporary nodes on this computer run it. This works for the
+    bundled model and for a model in a folder.
+    """
+    from p2pinfer.api.access import load_keys
+    from p2pinfer.api.config import ApiConfig
+    from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
+    from p2pinfer.config import SharedConfig
+    from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.routing.config import RoutingConfig
+    from p2pinfer.routing.policy import check_policy_name
+
+    settings = call.settings(ApiConfig, ClientConfig, SessionConfig, RoutingConfig, AuditConfig, HostConfig)
+    shared, config = settings.build(SharedConfig), settings.build(ClientConfig)
+    api_config, host_config = settings.build(ApiConfig), settings.build(HostConfig)
+    session_config, audit_config = settings.build(SessionConfig), settings.build(AuditConfig)
+    routing_config = settings.build(RoutingConfig)
+    check_policy_name(config.policy)
+    keys = load_keys(api_config)
+
+    waiting = click.get_current_context().with_resource(WaitingLine(quiet=not call.is_for_people))
+    waiting.say("loading torch and libp2p", at_once="torch" not in sys.modules)
+    import trio
+
+    from p2pinfer.api.app import App
+    from p2pinfer.api.http_server import serve_http
+    from p2pinfer.cli.output.progress import Bars, NodesStarting
+    from p2pinfer.cli.running import run
+    from p2pinfer.client import Client
+    from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
+    from p2pinfer.node.concurrency.nurseries import open_nursery, outlasting
+
+    def tell(addresses: list[tuple[str, int]]) -> None:
+        waiting.pause()
+        urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]
+        if call.json:
+            write_out(json.dumps({"event": "ready", "urls": urls, "model": client.spec.model}) + "\n")
+        elif not call.quiet:
+            note(f"serving {client.spec.model} at {' and '.join(f'{url}/v1' for url in urls)}")
+
+    embedding = may_embed(shared.model, shared.bootstrap, host_config)
+    client = Client(
+        **settings.shared(),
+        config=config,
+        host_config=client_host_config(host_config, embedding=embedding),
+        session_config=session_config,
+        routing_config=routing_config,
+        audit=audit_config,
+        progress=Bars(quiet=call.quiet, waiting=waiting),
+    )
+
+    async def main() -> None:
+        waiting.say(f"opening {shared.model}")
+        with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
+            async with outlasting(client):
+                waiting.say("looking for peers")
+                async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
+                    app = App(client, api_config, keys)
+                    async with open_nursery() as nursery:
+                        tell(await nursery.start(serve_http, app.handle, api_config))
+                        await trio.sleep_forever()
+
+    run(main)
