@@ -117,7 +117,6 @@ def test_a_conversation_is_told_as_templates_know_it() -> None:
         b"[]",
         b"\xff\xfe",
         b'{"model": "\\ud800"}',
-        b'{"a":' * 5000 + b"1" + b"}" * 5000,
         b"1" * 10_000,
         b'{"model": NaN}',
     ],
@@ -126,6 +125,15 @@ def test_what_is_no_request_is_refused(body: bytes) -> None:
     for dialect in DIALECTS:
         for planner in dialect.generate.values():
             with pytest.raises(ApiError, match="JSON"):
+                planner(body, MODEL)
+
+
+def test_a_request_that_is_nested_deeply_is_refused() -> None:
+    """As no JSON by Pythons whose parser has that limit, for its unknown field by the others."""
+    body = b'{"a":' * 5000 + b"1" + b"}" * 5000
+    for dialect in DIALECTS:
+        for planner in dialect.generate.values():
+            with pytest.raises(ApiError, match="JSON|a is not a field"):
                 planner(body, MODEL)
 
 
