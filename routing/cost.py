@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from p2pinfer.reputation.score import Score
 from p2pinfer.reputation.view import ReputationView
@@ -54,6 +55,8 @@ def edge_s(
     detour_s = 0.0
     if rtt_ms is None:
         rtt_ms = _predicted_rtt_ms(_place(start, request), _place(end, request), config)
+        if rtt_ms is None:
+            rtt_ms = config.default_rtt_ms
         relayed = relayed or _must_be_relayed(start, end)
         if relayed:
             detour_s = config.relay_detour_s
@@ -84,6 +87,20 @@ def route_cost(
     return total_s + edge_s(before, request.sink, request, config)
 
 
+def edges_are_known(
+    route: Route, candidates: Sequence[Candidate], request: RouteRequest, config: RoutingConfig | None = None
+) -> bool:
+    """True if each edge was measured or follows from coordinates, so that none goes by the default."""
+    config = config or RoutingConfig()
+    by_id = {candidate.peer_id: candidate for candidate in candidates}
+    places = [request.source, *(by_id[hop.peer_id] for hop in route.hops), request.sink]
+    return all(
+        _measured(start, end, request)[0] is not None
+        or _predicted_rtt_ms(_place(start, request), _place(end, request), config) is not None
+        for start, end in pairwise(places)
+    )
+
+
 def _measured(
     start: Candidate | None, end: Candidate | None, request: RouteRequest
 ) -> tuple[float | None, bool]:
@@ -100,9 +117,9 @@ def _place(peer: Candidate | None, request: RouteRequest) -> Coordinate | None:
     return request.coordinate if peer is None else peer.announcement.coordinate
 
 
-def _predicted_rtt_ms(a: Coordinate | None, b: Coordinate | None, config: RoutingConfig) -> float:
+def _predicted_rtt_ms(a: Coordinate | None, b: Coordinate | None, config: RoutingConfig) -> float | None:
     if a is None or b is None or max(a.error, b.error) > config.max_coordinate_error:
-        return config.default_rtt_ms
+        return None
     return distance_ms(a, b)
 
 

@@ -7,28 +7,27 @@ the Kullback-Leibler divergence from the target (Hinton, Vinyals and Dean, 2015)
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..training_steps import endless_batches, new_optimizer, schedule
 from .llama import Llama
 from .settings import Settings
 
 _LOOK_EVERY, _REPORT_EVERY = 20, 250  # steps
-_WEIGHT_DECAY = 0.1
 
 
 def distil(target: Llama, drafter: Llama, rows: Tensor, settings: Settings) -> None:
     """Train `drafter`, in float32, on `rows` (rows, length) for the time that is given."""
-    optimizer = new_optimizer(drafter, settings)
+    optimizer = new_optimizer(drafter.parameters(), settings.lr, settings.device)
     loss_of = compiled_loss(target, drafter, settings)
     loss_of(rows[: settings.batch].long()).backward()  # compiles before the clock starts
     optimizer.zero_grad()
     start, step, epoch = time.time(), 0, 0
-    batches = endless_batches(rows, settings)
+    batches = endless_batches(rows, settings.batch)
     while (part := (time.time() - start) / settings.train_seconds) < 1:
         epoch, batch = next(batches)
         for group in optimizer.param_groups:
@@ -44,23 +43,6 @@ def distil(target: Llama, drafter: Llama, rows: Tensor, settings: Settings) -> N
         if step % _REPORT_EVERY == 0:
             print(f"step {step} epoch {epoch} {time.time() - start:.0f} s loss {loss.item():.4f}", flush=True)
     print(f"{step} steps of {settings.batch} rows, epoch {epoch}", flush=True)
-
-
-def schedule(part: float) -> float:
-    """The share of the highest learning rate: linear warm-up, then a cosine over the time allowed."""
-    return min(1, 40 * part + 1e-3) * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
-
-
-def new_optimizer(drafter: Llama, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and leaves norms alone."""
-    groups = [
-        {
-            "params": [parameter for parameter in drafter.parameters() if (parameter.dim() > 1) == wide],
-            "weight_decay": _WEIGHT_DECAY * wide,
-        }
-        for wide in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=settings.device == "cuda")
 
 
 def compiled_loss(target: Llama, drafter: Llama, settings: Settings) -> Callable[[Tensor], Tensor]:
@@ -79,16 +61,3 @@ def compiled_loss(target: Llama, drafter: Llama, settings: Settings) -> Callable
         return (divergence + variation).mean()
 
     return loss_of
-
-
-def endless_batches(rows: Tensor, settings: Settings) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, batch) without end; every epoch in another order, its last, smaller batch left out."""
-    epoch = 0
-    while True:
-        epoch += 1
-        order = torch.randperm(len(rows), device=rows.device).split(settings.batch)
-        whole = [each for each in order if len(each) == settings.batch]
-        if not whole:
-            raise SystemExit(f"{len(rows)} rows make no batch of {settings.batch}: write more")
-        for each in whole:
-            yield epoch, rows[each]

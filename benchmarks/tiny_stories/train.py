@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from ..training_steps import endless_batches, new_optimizer, schedule
 from .settings import BOS, EOS, PAD, STUDENT, Settings
 
 _LOOK_EVERY, _REPORT_EVERY, _SAVE_EVERY = 20, 500, 5000  # steps
-_WEIGHT_DECAY = 0.1
 
 
 def train(settings: Settings) -> None:
@@ -31,12 +31,12 @@ def train(settings: Settings) -> None:
     model = new_student(settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters; {rows.numel() / 1e6:.0f}M packed tokens", flush=True)
-    optimizer = new_optimizer(model, settings)
+    optimizer = new_optimizer(model.parameters(), settings.lr, settings.device)
     loss_of = compiled_loss(model, settings.device)
     loss_of(held.long()).backward()  # compiles before the clock starts
     optimizer.zero_grad()
     start, step = time.time(), 0
-    batches = endless_batches(rows, settings)
+    batches = endless_batches(rows, settings.batch)
     million = settings.batch * settings.length / 1e6
     epoch = 0
     while (part := (time.time() - start) / settings.train_seconds) < 1:
@@ -62,11 +62,6 @@ def train(settings: Settings) -> None:
     save_student(model, settings)
     last = loss_of(held.long()).item()
     print(f"{step} steps, {step * million:.0f}M tokens, epoch {epoch}, held {last:.3f}", flush=True)
-
-
-def schedule(part: float) -> float:
-    """The share of the highest learning rate: linear warm-up, then a cosine over the time allowed."""
-    return min(1, 40 * part + 1e-3) * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
 
 
 def causal_attention(
@@ -96,18 +91,6 @@ def new_student(settings: Settings) -> Any:
     return model
 
 
-def new_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and leaves norms alone."""
-    groups = [
-        {
-            "params": [parameter for parameter in model.parameters() if (parameter.dim() > 1) == wide],
-            "weight_decay": _WEIGHT_DECAY * wide,
-        }
-        for wide in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=settings.device == "cuda")
-
-
 def compiled_loss(model: Any, device: str) -> Callable[[Tensor], Any]:
     """Next-token loss of a batch (rows, length), in bfloat16 where that is safe."""
 
@@ -118,19 +101,6 @@ def compiled_loss(model: Any, device: str) -> Callable[[Tensor], Any]:
             return loss
 
     return loss_of
-
-
-def endless_batches(rows: Tensor, settings: Settings) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, batch) without end; every epoch in another order, its last, smaller batch left out."""
-    epoch = 0
-    while True:
-        epoch += 1
-        shuffled: Any = torch.randperm(len(rows), device=settings.device)
-        order: list[Tensor] = list(shuffled.split(settings.batch)[:-1])
-        if not order:
-            raise SystemExit(f"{len(rows)} rows make no batch of {settings.batch}: generate more")
-        while order:
-            yield epoch, rows[order.pop()]
 
 
 def save_student(model: Any, settings: Settings) -> None:

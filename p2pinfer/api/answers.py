@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 import trio
@@ -130,8 +131,8 @@ async def _prompt(template: ChatTemplate | None, asked: Asked) -> str | ChatProm
     if isinstance(asked.prompt, str):
         return asked.prompt
     if template is not None:
-        render = template.render
-        return await trio.to_thread.run_sync(lambda: render(asked.prompt, **asked.variables or {}))  # type: ignore[arg-type]
+        render = partial(template.render, asked.prompt, **dict[str, Any](asked.variables or {}))
+        return await trio.to_thread.run_sync(render)
     # A model that was not made for chats continues what was said, as `p2pinfer generate` does.
     return "\n\n".join(str(message["content"]) for message in asked.prompt if message.get("content"))
 

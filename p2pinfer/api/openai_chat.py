@@ -5,36 +5,21 @@ As https://platform.openai.com/docs/api-reference/chat, with vLLM's names for wh
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
 
-from p2pinfer.client_config import GenerationConfig
-from p2pinfer.generation.generation import GenerationResult, Token
+from p2pinfer.generation.generation import Token
 from p2pinfer.models.text.text import Tokenizer
 
-from .answers import Asked, Begun, Ended, Event, Piece, check_choices
+from .answers import Asked
 from .errors import ApiError
-from .exchange import Answer, Plan, report
-from .fields import Unhonoured, bounded, decode, stops
-from .openai_objects import (
-    DONE,
-    FINISH,
-    HARMLESS,
-    MAX_STOPS,
-    PING,
-    SSE,
-    UNHONOURED,
-    error_body,
-    event,
-    logit_bias,
-    new_id,
-    token_text,
-    told_tokens,
-    usage,
-)
+from .exchange import Answer, Plan
+from .fields import Unhonoured, bounded, decode
+from .openai_generation import OpenAIRequest, OpenAIShape
+from .openai_objects import HARMLESS, UNHONOURED, token_text, told_tokens
 from .served_model import ServedModel
 
 MAX_TOP_LOGPROBS: Final = 20
@@ -52,6 +37,7 @@ _UNHONOURED: Final[Mapping[str, Unhonoured]] = {
     "verbosity": Unhonoured("say it in the messages", (None, "medium")),
     "web_search_options": Unhonoured("nothing is searched"),
 }
+_OWN_VARIABLES: Final = frozenset(("self", "messages", "tools", "add_generation_prompt"))  # of a template
 _HARMLESS: Final = HARMLESS | {"parallel_tool_calls"}
 
 
@@ -75,31 +61,11 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
     annotations: list[Any] | None = None
 
 
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """Options of a stream. `include_obfuscation` pads the lengths of events, which changes no answer."""
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    model: str
+class _Request(OpenAIRequest):
     messages: list[_Message]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -110,35 +76,30 @@ def plan_chat(body: bytes, model: ServedModel) -> Plan:
         ApiError: It cannot be honoured.
     """
     said = decode(body, _Request, _UNHONOURED, _HARMLESS)
-    model.check(said.model)
-    choices = 1 if said.n is None else said.n
-    check_choices(choices, model.config.max_choices, "n")
+    said.check(model)
     if not said.messages:
         raise ApiError("messages is empty", param="messages")
     if said.top_logprobs is not None and not said.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
     bounded(said.top_logprobs, "top_logprobs", 0, MAX_TOP_LOGPROBS)
-    bounded(said.temperature, "temperature", 0, 2)
+    if taken := _OWN_VARIABLES.intersection(said.chat_template_kwargs or ()):
+        raise ApiError(f"{min(taken)} is set by the request itself", param="chat_template_kwargs")
     limit = said.max_completion_tokens if said.max_completion_tokens is not None else said.max_tokens
-    config = GenerationConfig(
-        max_new_tokens=model.max_tokens(limit, "max_tokens"),
-        temperature=said.temperature,
-        top_p=said.top_p,
-        top_k=said.top_k,
-        min_p=said.min_p,
-        seed=said.seed,
-        repetition_penalty=said.repetition_penalty,
-        logit_bias=logit_bias(said.logit_bias),
-        stop=stops(said.stop, MAX_STOPS),
-        logprobs=(said.top_logprobs or 0) if said.logprobs else None,
+    config = said.config(
+        model.max_tokens(limit, "max_tokens"), (said.top_logprobs or 0) if said.logprobs else None
     )
     messages = tuple(_as_told(message) for message in said.messages)
-    wants_usage = bool(said.stream_options and said.stream_options.include_usage)
     return Plan(
-        Asked(messages, config, choices, said.chat_template_kwargs),
+        Asked(messages, config, said.choices, said.chat_template_kwargs),
         bool(said.stream),
-        lambda tokenizer: ChatShape(model.id, tokenizer, choices, config.logprobs, wants_usage=wants_usage),
+        partial(_shape, model.id, said),
     )
+
+
+def _shape(model: str, said: _Request, tokenizer: Tokenizer) -> ChatShape:
+    kinds = ("chat.completion", "chat.completion.chunk")
+    options = {"has_logprobs": bool(said.logprobs), "wants_usage": said.wants_usage}
+    return ChatShape(kinds, "chatcmpl", model, tokenizer, said.choices, **options)
 
 
 def _as_told(message: _Message) -> dict[str, Any]:
@@ -174,90 +135,21 @@ def text_of(content: str | Sequence[_Part]) -> str:
     return "".join(part.text or "" for part in content)
 
 
-class ChatShape:
+class ChatShape(OpenAIShape):
     """Answers as `chat.completion` and `chat.completion.chunk` objects."""
 
-    content_type = SSE
-    ping = PING
+    def _begin(self, index: int) -> bytes:
+        return self._event(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None})
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, choices: int, logprobs: int | None, *, wants_usage: bool
-    ) -> None:
-        self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
-        self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._wants_usage = wants_usage
-        self._waiting: list[list[Token]] = [[] for _ in range(choices)]  # for text that they are part of
-        self._results: dict[int, GenerationResult] = {}
-        self._choices = choices
+    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> Mapping[str, Any]:
+        return {"delta": {"content": text} if text else {}, "logprobs": self._told_logprobs(tokens)}
 
-    def chunk(self, said: Event) -> bytes:
-        """See `Shape`."""
-        match said:
-            case Begun():
-                return self._event(said.index, {"role": "assistant", "content": ""})
-            case Piece():
-                return self._piece(said)
-            case Ended():
-                return self._end(said)
-
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """See `Shape`."""
-        results = [answer.result for answer in answers]
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.result.text, "refusal": None},
-                "logprobs": self._told_logprobs(answer.tokens),
-                "finish_reason": FINISH[answer.result.finish_reason],
-            }
-            for index, answer in enumerate(answers)
-        ]
-        told = {"choices": choices, "usage": usage(results), "p2pinfer": report(results[0])}
-        return {**self._head, "object": "chat.completion", **told}
-
-    def failed(self, error: ApiError) -> bytes:
-        """See `Shape`."""
-        return event(error_body(error))
-
-    def _piece(self, said: Piece) -> bytes:
-        if self._logprobs is not None:
-            self._waiting[said.index].append(said.token)
-        if not said.token.text:
-            return b""
-        logprobs = self._told_logprobs(self._waiting[said.index])
-        self._waiting[said.index] = []
-        return self._event(said.index, {"content": said.token.text}, logprobs=logprobs)
-
-    def _end(self, said: Ended) -> bytes:
-        self._results[said.index] = said.result
-        own = {"p2pinfer": report(said.result)}
-        told = self._event(said.index, {}, finish_reason=FINISH[said.result.finish_reason], **own)
-        if len(self._results) < self._choices:
-            return told
-        if self._wants_usage:
-            results = list(self._results.values())
-            told += event({**self._chunk_head, "choices": [], "usage": usage(results)})
-        return told + DONE
-
-    @property
-    def _chunk_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk"}
-
-    def _event(
-        self,
-        index: int,
-        delta: Mapping[str, Any],
-        *,
-        logprobs: Any = None,
-        finish_reason: str | None = None,
-        **own: Any,
-    ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event({**self._chunk_head, "choices": [choice], **own})
+    def _choice(self, answer: Answer) -> Mapping[str, Any]:
+        message = {"role": "assistant", "content": answer.result.text, "refusal": None}
+        return {"message": message, "logprobs": self._told_logprobs(answer.tokens)}
 
     def _told_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if self._logprobs is None:
+        if not self._has_logprobs:
             return None
         told = told_tokens(self._tokenizer, tokens)
         content = [

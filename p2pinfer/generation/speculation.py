@@ -125,11 +125,10 @@ class Speculation:
         self._copier = NgramDrafter()
         self._cost = TripCost()
         self._acceptance = Acceptance()
-        self._kinds: Sequence[
-            int
-        ] = ()  # of the guesses that were sent last, as `Acceptance` tells them apart
+        self._kinds: Sequence[int] = ()  # classes in `Acceptance` of the guesses that were sent last
         self._at = 0  # which of these is due
-        self._undrawn = 0  # trips since guesses were drawn
+        self._draws = 0  # trips for which guesses were drawn
+        self._undrawn = 0  # trips since
         self._reach = _TRIAL_DEPTH  # most guesses that are drawn for a trip
         self._trips = self._plain = self._without = self._trials = self._drafted = 0
         self._checked = [0] * MAX_DEPTH
@@ -207,7 +206,7 @@ class Speculation:
             return False  # none would be sent
         assert self.drafter is not None
         plain_s, guess_s = self._prices(self.drafter.guess_s)
-        if self._trials < _TRIALS or self._undrawn * plain_s >= max(_TRY_AGAIN * plain_s, _REDRAW * guess_s):
+        if self._draws < _TRIALS or self._undrawn * plain_s >= max(_TRY_AGAIN * plain_s, _REDRAW * guess_s):
             return True
         tokens = chance = 1.0
         for depth in range(1, self._reach + 1):
@@ -222,6 +221,7 @@ class Speculation:
     ) -> tuple[list[int], list[int]]:
         """Guesses and their classes: so many that another one would not pay if all of them were right."""
         guesses, kinds = list[int](), list[int]()
+        self._draws += 1
         self._undrawn = 0
         tokens = chance = 1.0
         try:

@@ -20,7 +20,7 @@ from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.routing.cost import route_cost
+from p2pinfer.routing.cost import edges_are_known, route_cost
 from p2pinfer.routing.eligibility import eligible
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.served import describe_served, served_models
@@ -107,9 +107,10 @@ class RoutePlanner:
         return SessionPlan(route, codec)
 
     def expected_s(self, route: Route) -> float | None:
-        """Seconds a token over a route, by what is known of its hops; None if one is not known any more.
+        """Seconds a token over a route, by what is known of its hops; None if a hop or a line is not known.
 
-        Compute, delays and bytes, where no hop fails or lies: what is seen, not what the planner weighs.
+        Compute, delays and bytes, where no hop fails or lies: what is seen, not what the planner weighs. A
+        choice needs some delay for every line, a prediction none that was never measured.
         """
         now = trio.current_time()
         hops = [
@@ -120,6 +121,8 @@ class RoutePlanner:
         if len(hops) < len(route.hops):
             return None
         request = self._request(1, frozenset(), hops, _codec_of(hops))
+        if not edges_are_known(route, hops, request, self._routing_config):
+            return None
         return route_cost(route, hops, request, None, self._routing_config)
 
     async def _choose(self, candidates: Sequence[Candidate], request: RouteRequest) -> Route:

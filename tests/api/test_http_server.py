@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import Any
 
 import h11
 import pytest
@@ -93,9 +94,9 @@ Connect = Callable[..., AbstractAsyncContextManager[tuple[Talk, Handler, HttpSer
 @pytest.fixture
 def connect() -> Connect:
     @asynccontextmanager
-    async def connected(**settings: float) -> AsyncGenerator[tuple[Talk, Handler, HttpServer]]:
+    async def connected(**settings: Any) -> AsyncGenerator[tuple[Talk, Handler, HttpServer]]:
         handler = Handler()
-        server = HttpServer(handler, ApiConfig(**settings))  # type: ignore[arg-type]
+        server = HttpServer(handler, ApiConfig(**settings))
         ours, theirs = memory_stream_pair()
         async with open_nursery() as nursery:
             nursery.start_soon(server.serve, theirs)

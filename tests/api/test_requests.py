@@ -79,6 +79,13 @@ def test_what_is_not_honoured_of_completions_is_refused(wish: dict[str, Any], sa
         plan(plan_completion, TEXT | wish)
 
 
+@pytest.mark.parametrize("name", ["self", "messages", "tools", "add_generation_prompt"])
+def test_a_template_s_own_variables_are_not_for_requests(name: str) -> None:
+    """They would be given twice, which is no fault of the server."""
+    with pytest.raises(ApiError, match=f"{name} is set by the request itself"):
+        plan(plan_chat, CHAT | {"chat_template_kwargs": {name: None}})
+
+
 def test_what_clients_send_without_asking_for_anything_is_taken() -> None:
     sent: dict[str, Any] = {
         "tools": [],

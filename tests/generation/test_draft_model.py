@@ -383,3 +383,22 @@ async def test_a_client_checks_and_uses_the_draft_model_that_it_is_given(
             checkpoint, monkeypatch, tmp_path, config=replace(config, draft=str(folder))
         ):
             pass
+
+
+def test_a_drafter_that_is_unsure_is_not_asked_at_every_trip() -> None:
+    """Its guesses are not worth sending, and finding them takes as long as a token does."""
+
+    class Unsure:
+        guess_s = 0.01
+        asked = 0
+
+        def guesses(self, ids: Sequence[int], last_id: int) -> Iterator[tuple[int, float]]:
+            self.asked += 1
+            yield from ((1, 0.01) for _ in range(8))
+
+    speculation, drafter = Speculation(), Unsure()
+    speculation.drafter = drafter
+    for number in range(60):
+        assert not speculation.guess(range(1000, 1000 + number), 2000 + number, 8, 0.01)
+        speculation.trips.append((1, 0.012))
+    assert 1 <= drafter.asked <= 3

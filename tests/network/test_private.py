@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -93,8 +94,8 @@ async def test_who_is_not_let_in_is_told_so(
     start_host: StartHost, listed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     anna, eve = new_identity(), new_identity()
-    lists = {"allow": (anna.peer_id,)} if listed == "allow" else {"deny": (eve.peer_id,)}
-    bob = await start_host(replace(PATIENT, **lists))  # type: ignore[arg-type]
+    lists: dict[str, Any] = {"allow": (anna.peer_id,)} if listed == "allow" else {"deny": (eve.peer_id,)}
+    bob = await start_host(replace(PATIENT, **lists))
     bob.serve(ECHO, echo)
     welcome, unwelcome = await start_host(PATIENT, identity=anna), await start_host(PATIENT, identity=eve)
     await (await welcome.open_stream(bob.peer_id, ECHO, bob.addrs)).send_all(b"hello")

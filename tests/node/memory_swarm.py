@@ -33,6 +33,7 @@ from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.swarm.proof_gossip import Heard, Notice, ProofCarrier
 from p2pinfer.node.training.train_server import TrainServer
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.route import Hop, Route
 
 from .memory import MemoryNetwork
@@ -195,6 +196,7 @@ class MemorySwarm:
         leaving: bool = False,
         told_by: str = "",
         addrs: tuple[str, ...] = (),
+        coordinate: Coordinate | None = None,
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -209,6 +211,7 @@ class MemorySwarm:
             sequence=self._sequence,
             addrs=addrs or (f"/memory/{peer_id}",),
             leaving=leaving,
+            coordinate=coordinate,
             weights=self.spec.weights,
             numbers=self.spec.numbers,
         )

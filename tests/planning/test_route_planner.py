@@ -20,6 +20,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import RoutingConfig
+from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.policy import RiskAdjusted, RoutingPolicy
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.session.failover import Gap
@@ -148,21 +149,28 @@ async def test_an_edge_costs_what_travels_over_it(
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
 async def test_a_token_is_expected_to_take_compute_delays_and_bytes(
-    dtype: str, width: int, tiny_stories: Path
+    dtype: str, width: int, tiny_stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Risks are for the choice of a route: of a token that comes they say nothing."""
-    config = RoutingConfig(hop_overhead_s=0.003, default_rtt_ms=80.0, bandwidth_bytes_per_s=1e5)
+    config = RoutingConfig(hop_overhead_s=0.003, bandwidth_bytes_per_s=1e5)
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
-        swarm.announce("a", 0, 4, dtype=dtype, tokens_per_s=100)
-        swarm.announce("b", 4, 8, dtype=dtype, tokens_per_s=50)
+        # All three are 80 ms apart.
+        places = ((0.0, 0.0), (80.0, 0.0), (40.0, 4800**0.5))
+        here, a, b = (Coordinate(x, y, 0.0, 0.0, 0.1) for x, y in places)
+        swarm.announce("a", 0, 4, dtype=dtype, tokens_per_s=100, coordinate=a)
+        swarm.announce("b", 4, 8, dtype=dtype, tokens_per_s=50, coordinate=b)
         policy_runner = PolicyRunner(RiskAdjusted(NO_TRIALS), RiskAdjusted(NO_TRIALS), timeout_s=5.0)
-        planner = RoutePlanner(swarm.member("client"), swarm.spec, Ledger(), policy_runner, 2.0, config)
+        member = swarm.member("client")
+        monkeypatch.setattr(type(member), "coordinate", here)
+        planner = RoutePlanner(member, swarm.spec, Ledger(), policy_runner, 2.0, config)
         route = route_over(a=(0, 2), b=(2, 8))
         edges_s = 3 * (0.04 + 320 * width / 1e5)
         part = route_over(a=(0, 4), b=(4, 8))
         assert planner.expected_s(part) == pytest.approx(0.006 + 0.01 + 0.02 + edges_s)
         assert planner.expected_s(route) == pytest.approx(0.006 + 0.01 / 2 + 0.02 * 6 / 4 + edges_s)
         assert planner.expected_s(route_over(a=(0, 4), gone=(4, 8))) is None
+        swarm.announce("b", 4, 8, dtype=dtype, tokens_per_s=50, coordinate=b._replace(error=0.9))
+        assert planner.expected_s(part) is None, "the line to b was never measured"
 
 
 async def test_a_route_of_one_codec_among_peers_of_several_is_chosen_at_its_own_size(
