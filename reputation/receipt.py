@@ -233,18 +233,20 @@ def contradict(one: Receipt, other: Receipt) -> bool:
     return places[0] == places[1] and one != other
 
 
-def name_each_other(signed: Sequence[Payload]) -> bool:
-    """True if the receipts of one step, one a hop in the route's order, are those that their hops were given.
+def last_of_step(signed: Sequence[Payload]) -> Receipt | None:
+    """The last receipt of one step's, which are one a hop in the route's order.
+
+    None if there is none, or if one does not name the receipt that its hop was given.
 
     Raises:
         ProtocolViolation: One of them is no receipt.
     """
-    received = NO_RECEIPT
-    for each in signed:
-        if decode_receipt(each).received != received:
-            return False
-        received = digest_of(each)
-    return True
+    last: Receipt | None = None
+    for index, each in enumerate(signed):
+        last = decode_receipt(each)
+        if last.received != (digest_of(signed[index - 1]) if index else NO_RECEIPT):
+            return None
+    return last
 
 
 def broken_link(receipts: list[Receipt], sent: bytes, got: bytes) -> int | None:

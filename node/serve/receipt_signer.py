@@ -20,9 +20,8 @@ from p2pinfer.reputation.receipt import (
     Payload,
     Receipt,
     Sign,
-    decode_receipt,
     digest_of,
-    name_each_other,
+    last_of_step,
     sign_receipt,
 )
 
@@ -100,14 +99,16 @@ class ReceiptSigner:
         if predecessor is None or (step.replay and not step.receipts):
             return
         try:
-            agrees = bool(step.receipts) and name_each_other(step.receipts)
-            if agrees:
-                signed = decode_receipt(step.receipts[-1])
-                place = (signed.session, signed.stop, signed.position, signed.tokens, signed.epoch)
-                opening = self._opening
-                due = (opening.session, opening.start, step.position, step.tokens, step.epoch)
-                agrees = place == due and signed.output == received
+            last = last_of_step(step.receipts)
         except ProtocolViolation:
-            agrees = False
-        if not agrees:
+            last = None
+        due = (self._opening.session, self._opening.start, step.position, step.tokens, step.epoch, received)
+        if last is None or due != (
+            last.session,
+            last.stop,
+            last.position,
+            last.tokens,
+            last.epoch,
+            last.output,
+        ):
             raise ProtocolViolation(f"step {step.number} is not what its receipt says", predecessor)

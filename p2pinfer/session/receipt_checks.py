@@ -27,7 +27,7 @@ from p2pinfer.reputation.receipt import (
     decode_receipt,
     digest_of,
     is_signed_by,
-    name_each_other,
+    last_of_step,
 )
 from p2pinfer.routing.route import Hop
 
@@ -141,7 +141,7 @@ class ReceiptBook:
         """
         hops, receipts, number = passed.hops, passed.receipts, passed.step.number
         try:
-            is_whole = bool(receipts) and name_each_other(receipts)
+            is_whole = last_of_step(receipts) is not None
         except ProtocolViolation:
             is_whole = False
         if not is_whole:
