@@ -269,6 +269,7 @@ class Host:
             raise PeerUnreachable(f"{peer_id!r} is not a peer id of an Ed25519 key", peer_id)
         if not self.gate.admits(peer_id):
             raise NotAdmitted(f"peer {peer_id} is on our deny list, or not on our allow list", peer_id)
+        await trio.lowlevel.checkpoint()  # so a caller that tries again lets a dead connection be noticed
         while self._connection(peer_id) is None:
             ongoing = self.dials.get(peer_id)
             if ongoing is None:

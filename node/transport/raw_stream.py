@@ -12,6 +12,7 @@ from abc import abstractmethod
 
 import trio
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import ConnectionClosedError
 
 from .line_rate import LineRate
 
@@ -66,6 +67,9 @@ class RawStream(ReadWriteCloser):
         Raises:
             ConnectionClosedError: The connection has ended.
         """
+        if self.closed.is_set():  # what is never sent is not kept
+            await trio.lowlevel.checkpoint()
+            raise ConnectionClosedError("the connection is closed")
         self._outbox += data
         self._taken += len(data)
         self.is_clear = False

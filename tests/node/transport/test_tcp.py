@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -224,3 +225,27 @@ async def test_a_broken_connection_is_found_out_by_the_next_write(pair: Pair) ->
     assert ours.write_now(b"x")
     with pytest.raises(ConnectionClosedError):
         await ours.write(b"y")
+
+
+async def test_writes_to_a_lost_connection_let_others_run_and_keep_nothing(pair: Pair) -> None:
+    """Or a caller that tries again would stop the whole process, and fill its memory."""
+    ours, theirs = pair
+    await theirs.aclose()
+    while not ours.closed.is_set():
+        with suppress(ConnectionClosedError):
+            await ours.write(b"x")
+        await trio.sleep(0)
+    kept = len(ours._outbox)
+    ran = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(set_later, ran)
+        for _ in range(3):
+            with pytest.raises(ConnectionClosedError):
+                await ours.write(b"x" * 1000)
+        assert ran.is_set()
+    assert len(ours._outbox) == kept
+
+
+async def set_later(event: trio.Event) -> None:
+    await trio.lowlevel.checkpoint()
+    event.set()
