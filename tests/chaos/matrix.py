@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ from ..lab.table import put_between
 from .processes import ROOT
 from .requests import expected_ids, history
 from .stages import SPANS, Internet, Loopback, Stage, open_internet, open_loopback
+from .watched import NEW_TOKENS
 
 DOCUMENT: Final = ROOT / "docs" / "reliability.md"
 BEGIN: Final = "<!-- make matrix writes from here -->"
@@ -64,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of it. `stall_s` is from the harm to the next token."""
+    """What came of it. `stall_s` is the longest pause of the text after the harm."""
 
     case: Case
     stall_s: float
@@ -111,7 +113,7 @@ class Bench:
             "anywhere": self._stage.anywhere,
         }
         self._write(json.dumps(order))
-        harmed_at, next_at, again = None, None, "spare1" in victims
+        harmed_at, last_at, stall_s, again = None, None, 0.0, "spare1" in victims
         try:
             while True:
                 event = self._read()
@@ -126,29 +128,25 @@ class Bench:
                             again = False
                         self._write("go on")
                     case "token":
-                        if harmed_at is not None and next_at is None:
-                            next_at = event["at"]
+                        # Tokens of a step that had passed the hop come at once; the pause is behind them.
+                        if harmed_at is not None:
+                            stall_s = max(stall_s, event["at"] - (last_at or harmed_at))
+                            last_at = event["at"]
                     case _:
-                        return self._judge(case, peers, event, harmed_at, next_at)
+                        return self._judge(case, peers, event, stall_s)
         finally:
             self._stage.mend()
 
     def _judge(
-        self,
-        case: Case,
-        peers: Mapping[str, str],
-        ended: Mapping[str, Any],
-        harmed_at: float | None,
-        next_at: float | None,
+        self, case: Case, peers: Mapping[str, str], ended: Mapping[str, Any], stall_s: float
     ) -> Run | None:
         if ended["went"] != [peers[place] for place in SPANS]:
             return None
         why = ended.get("error", "")
-        if harmed_at is None or next_at is None:
+        if not stall_s:
             why = why or "it was over before"
         elif ended["ids"] != expected(case.seed):
             why = why or f"wrong ids {ended['ids']}"
-        stall_s = 0.0 if harmed_at is None or next_at is None else next_at - harmed_at
         return Run(case, stall_s, ended["failovers"], why)
 
     def _write(self, line: str) -> None:
@@ -178,7 +176,7 @@ class Bench:
 @cache
 def expected(seed: int | None) -> list[int]:
     """What transformers says."""
-    (ids,) = expected_ids([history(seed)])
+    (ids,) = expected_ids([history(seed, new_tokens=NEW_TOKENS)])
     return ids
 
 
@@ -187,26 +185,33 @@ def run_matrix(
     rounds: int,
     say: Callable[[str], None] = print,
     chosen: Sequence[Case] | None = None,
+    at_once: int = 1,
 ) -> list[Run]:
-    """Every case of these faults, or those that are chosen."""
+    """Every case of these faults, or those that are chosen; `at_once` stages side by side."""
     todo = [case for case in chosen or cases(faults, rounds) if case.fault in faults]
+    with ThreadPoolExecutor(at_once) as pool:
+        batches = pool.map(partial(_run_batch, say=say), _batches(todo))
+        return [run for batch in batches for run in batch]
+
+
+def _run_batch(batch: Sequence[Case], say: Callable[[str], None]) -> list[Run]:
+    """Cases on a stage of their own."""
     done: list[Run] = []
-    for batch in _batches(todo):
-        with ExitStack() as stack:
-            if batch[0].fault in Loopback.faults:
-                home = stack.enter_context(tempfile.TemporaryDirectory(prefix="p2pinfer-matrix-"))
-                bench = Bench(stack.enter_context(open_loopback(Path(home))), stack)
-            else:
-                bench = Bench(stack.enter_context(open_internet()), stack)
-            for case in batch:
-                done.append(bench.run(case))
-                say(describe(done[-1]))
+    with ExitStack() as stack:
+        if batch[0].fault in Loopback.faults:
+            home = stack.enter_context(tempfile.TemporaryDirectory(prefix="p2pinfer-matrix-"))
+            bench = Bench(stack.enter_context(open_loopback(Path(home))), stack)
+        else:
+            bench = Bench(stack.enter_context(open_internet()), stack)
+        for case in batch:
+            done.append(bench.run(case))
+            say(describe(done[-1]))
     return done
 
 
 def _batches(todo: Sequence[Case]) -> Iterator[list[Case]]:
     """The cases that share a stage. Peers shun relays that died often, so those cases have one each."""
-    for faults in (Loopback.faults, Internet.faults[:-1]):
+    for faults in (Loopback.faults, *([fault] for fault in Internet.faults[:-1])):
         if batch := [case for case in todo if case.fault in faults]:
             yield batch
     yield from ([case] for case in todo if case.fault == Internet.faults[-1])
@@ -233,7 +238,7 @@ def shortcomings(runs: Sequence[Run]) -> list[str]:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The table: seconds from the harm to the next token, median and longest."""
+    """The table: the longest pause after the harm in seconds, median and longest."""
     lines = [
         f"| | | {' | '.join(MOMENTS)} |",
         f"| --- | --- |{' ---: |' * len(MOMENTS)}",
@@ -272,13 +277,14 @@ def write(document: Path, runs: Sequence[Run]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.matrix")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="so many stages side by side")
     parser.add_argument("--fault", action="append", choices=FAULTS, help="only this one; nothing is written")
     asked = parser.parse_args()
     faults = asked.fault or FAULTS
     if set(faults) & set(Internet.faults) and (obstacle := why_not()):
         print(obstacle, file=sys.stderr)
         return 1
-    runs = run_matrix(faults, asked.rounds, lambda line: print(line, flush=True))
+    runs = run_matrix(faults, asked.rounds, lambda line: print(line, flush=True), at_once=asked.at_once)
     print(render(runs))
     if not asked.fault:
         write(DOCUMENT, runs)

@@ -168,11 +168,14 @@ def test_a_hop_that_dies_or_freezes_changes_no_token() -> None:
         Case("kill -9", "at prefill", "first hop", SEED),
         Case("kill -9", "between steps", "two hops"),
         Case("kill -9", "inside a step", "a hop and its replacement", SEED),
+        Case("SIGSTOP", "between steps", "last hop"),
         Case("SIGSTOP", "inside a step", "last hop"),
     ]
     runs = run_matrix(("kill -9", "SIGSTOP"), 1, chosen=chosen)
-    assert [run.why for run in runs] == [""] * 4, runs
+    assert [run.why for run in runs] == [""] * 5, runs
     assert all(run.failovers >= 1 for run in runs)
+    # A silent hop is given up after seconds, so a shorter pause would be one that was not measured.
+    assert all(run.stall_s > 1 for run in runs if run.case.fault == "SIGSTOP"), runs
 
 
 def test_every_fault_comes_at_every_moment_to_every_hop(tmp_path: Path) -> None:

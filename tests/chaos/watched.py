@@ -35,6 +35,7 @@ from .requests import Request, history
 
 CHUNK_TOKENS = 128  # a prompt of 512 tokens is four steps
 HARMED_CHUNK = 2  # of them, when "at prefill" has come
+NEW_TOKENS = 60  # so that several speculated steps follow the one that is harmed
 TOKENS_BEFORE = 6  # until "between steps" and "inside a step" have come
 FIND_S = 60.0
 
@@ -51,7 +52,7 @@ def main() -> None:
 async def _generate(order: Mapping[str, Any], bootstrap: Sequence[str], home: Path) -> None:
     hops = [(str(peer), BlockSpan(*span)) for peer, span in order["route"]]
     policy = Laid(hops, order["spares"], anywhere=order["anywhere"])
-    request: Request = history(seed=order["seed"])
+    request: Request = history(order["seed"], new_tokens=NEW_TOKENS)
     client = WatchedClient(
         order["moment"],
         bootstrap=bootstrap,
@@ -70,8 +71,6 @@ async def _generate(order: Mapping[str, Any], bootstrap: Sequence[str], home: Pa
                 say("token", at=time.monotonic())
                 ids.append(token.id)
                 if len(ids) == TOKENS_BEFORE:
-                    if order["moment"] == "between steps":
-                        say_and_wait("now")
                     client.arm()
             result = generation.result
             say("ended", ids=ids, failovers=result.failovers, went=client.opened)
@@ -90,8 +89,8 @@ class WatchedClient(Client):
         self._pushed = 0
 
     def arm(self) -> None:
-        """The next step is the one in which harm is to come, if that is the moment."""
-        self._is_armed = self._moment == "inside a step"
+        """The next step is the one that harm is to meet, unless it met the prompt."""
+        self._is_armed = self._moment != "at prefill"
 
     async def open_session(
         self,
@@ -109,6 +108,11 @@ class WatchedClient(Client):
         return session
 
     async def _submit(self, submit: Any, *args: Any) -> Any:
+        # A speculated step brings several tokens, so "between steps" is where the next one is sent and not
+        # where a token came: others of the same step follow at once, whatever happens to the hops.
+        if self._is_armed and self._moment == "between steps":
+            self._is_armed = False
+            say_and_wait("now")
         promise = await submit(*args)
         self._pushed += 1
         if self._is_armed or (self._moment == "at prefill" and self._pushed == HARMED_CHUNK):
