@@ -2,10 +2,11 @@
 
     python benchmarks/flood.py                              # a tenth of ten minutes at the full rate
     python benchmarks/flood.py --seconds 600 --rate 167     # 100,000 of them
+    python benchmarks/flood.py --seconds 420 --rate 240 --quiet-s 60 --attackers 4 --out flood    # faster
 
 Two `p2pinfer node` processes serve the bundled model on loopback, the first with `--verify`. A client makes
-short texts over both and audits every hop. First nobody attacks, then for as long a process with eight
-connections to the verifying node publishes: two of three messages are notices of proofs that nobody has; the
+short texts over both and audits every hop. First nobody attacks, then processes with eight connections to the
+verifying node publish: two of three messages are notices of proofs that nobody has; the
 third has a proof behind it, true and as heavy as a session of 2,048 tokens, about a key that was made for it.
 Each is by an author of its own.
 
@@ -127,8 +128,8 @@ async def publish(member: SwarmMember, key: Identity, notice: Notice) -> None:
     await pubsub.push_msg(pubsub.my_id, message)
 
 
-async def attack(address: str, seconds: float, rate: float) -> None:
-    """Publish over all connections, each its part of the rate; prints how much."""
+async def attack(address: str, seconds: float, rate: float, connections: int = CONNECTIONS) -> None:
+    """Publish over so many connections, each its part of the rate; prints how much."""
     tensors, told = bundled(), [0, 0]
 
     async def flood_one() -> None:
@@ -139,7 +140,7 @@ async def attack(address: str, seconds: float, rate: float) -> None:
                 await trio.sleep(3.0)
                 began_at, count = trio.current_time(), 0
                 while (passed_s := trio.current_time() - began_at) < seconds:
-                    if count > passed_s * rate / CONNECTIONS:
+                    if count > passed_s * rate / connections:
                         await trio.sleep(0.01)
                         continue
                     count += 1
@@ -161,7 +162,7 @@ async def attack(address: str, seconds: float, rate: float) -> None:
         )
 
     async with trio.open_nursery() as nursery:
-        for _ in range(CONNECTIONS):
+        for _ in range(connections):
             nursery.start_soon(flood_one)
     print(json.dumps({"notices of nothing": told[0], "self-accusations": told[1]}))
 
@@ -172,7 +173,7 @@ async def flooded(address: str, rate: float) -> AsyncGenerator[None]:
     if not rate:
         yield
         return
-    command = [sys.executable, __file__, "--attack", address, "86400", str(rate)]
+    command = [sys.executable, __file__, "--attack", address, "86400", str(rate), str(CONNECTIONS)]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL)
     try:
         yield
@@ -301,7 +302,37 @@ def row(name: str, found: Stretch) -> dict[str, Any]:
     }
 
 
-async def contest(seconds: float, rate: float) -> None:
+@asynccontextmanager
+async def attacked(
+    address: str, seconds: float, rate: float, attackers: int
+) -> AsyncGenerator[list[dict[str, int]]]:
+    """Processes that share the connections and the rate; what each has told, once the block has ended."""
+    told: list[dict[str, int]] = []
+    words = (str(seconds), str(rate / attackers), str(max(1, CONNECTIONS // attackers)))
+    command = [sys.executable, __file__, "--attack", address, *words]
+    processes = [await trio.lowlevel.open_process(command, stdout=subprocess.PIPE) for _ in range(attackers)]
+    try:
+        yield told
+        for process in processes:
+            assert process.stdout is not None
+            told.append(json.loads(b"".join([part async for part in process.stdout])))
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+
+def write(out: Path | None, name: str, found: object) -> None:
+    """Keep a result at once, where the rest may not come."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+async def contest(options: argparse.Namespace) -> None:
+    seconds, out = options.seconds, options.out
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
@@ -323,22 +354,20 @@ async def contest(seconds: float, rate: float) -> None:
                         await trio.sleep(0.1)
                 node = psutil.Process(process.pid)
                 await stretch(client, node, 2 * TEXTS_EVERY_S)  # weights are loaded, connections made
-                quiet = await stretch(client, node, seconds)
-                command = [sys.executable, __file__, "--attack", address, str(seconds), str(rate)]
-                attacker = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
-                await trio.sleep(4.0)
-                flooded = await stretch(client, node, seconds)
-                assert attacker.stdout is not None
-                told = json.loads(b"".join([part async for part in attacker.stdout]))
-                await attacker.wait()
+                quiet = await stretch(client, node, min(seconds, options.quiet_s))
+                write(out, "quiet", row("quiet", quiet))
+                async with attacked(address, seconds, options.rate, options.attackers) as told:
+                    await trio.sleep(4.0)
+                    flooded = await stretch(client, node, seconds)
+                    write(out, "flood", row("flood", flooded))
         ledgers = {each: lost_of(home / each) for each in ("node", "client")}
-    report("before the flood and in it", [row("quiet", quiet), row("flood", flooded)])
-    report("published", [told | {"seconds": seconds}])
-    report(
-        f"ledgers, of {len(HONEST)} honest records",
-        [{"of": each, **found} for each, found in ledgers.items()],
-    )
+    published = {kind: sum(each[kind] for each in told) for kind in told[0]} | {"seconds": seconds}
+    kept = [{"of": each, **found} for each, found in ledgers.items()]
     extra = flooded.node_share - quiet.node_share
+    write(out, "end", {"published": published, "ledgers": kept, "of a processor for the flood": extra})
+    report("before the flood and in it", [row("quiet", quiet), row("flood", flooded)])
+    report("published", [published])
+    report(f"ledgers, of {len(HONEST)} honest records", kept)
     print(f"the flood takes {extra:.1%} of a processor at the node", file=sys.stderr)
 
 
@@ -346,15 +375,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the flood")
     parser.add_argument("--rate", type=float, default=167.0, help="messages a second, all together")
-    parser.add_argument("--attack", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--quiet-s", type=float, default=60.0, help="before it, at most")
+    parser.add_argument("--attackers", type=int, default=1, help="processes that share rate and connections")
+    parser.add_argument("--out", type=Path, help="folder for what comes, as it comes")
+    parser.add_argument("--attack", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if options.attack:
-        address, seconds, rate = options.attack
-        trio.run(attack, address, float(seconds), float(rate))
+        address, seconds, rate, connections = options.attack
+        trio.run(attack, address, float(seconds), float(rate), int(connections))
     else:
-        trio.run(contest, options.seconds, options.rate)
+        trio.run(contest, options)
 
 
 if __name__ == "__main__":

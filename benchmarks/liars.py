@@ -3,6 +3,7 @@
     python benchmarks/liars.py                                     # int8 weights, and a skipped block
     python benchmarks/liars.py --cheat tamper noise:0.2 --generations 200
     python benchmarks/liars.py --cheat - - next                    # the last hop's; - is an honest node
+    python benchmarks/liars.py --cheat - - next - - slow           # its honest twin is a slower computer
     python benchmarks/liars.py --cheat - half-int8 kv-int8         # small lies, see small_lies.py
     python benchmarks/liars.py --cheat skip --new-tokens 4         # short answers only
     python benchmarks/liars.py --flood 20                          # and proofs against throw-away keys
@@ -93,6 +94,10 @@ class NodeProcess:
     ready: trio.Event = field(default_factory=trio.Event)
     tokens: dict[str, int] = field(default_factory=dict)  # computed, by client
     sessions: dict[str, int] = field(default_factory=dict)  # the same
+
+    @property
+    def lies(self) -> bool:
+        return self.cheat not in ("", "slow")
 
     def cpu_s(self) -> float:
         times = psutil.Process(self.process.pid).cpu_times()
@@ -230,7 +235,7 @@ async def generate_all(
     client: Client, nodes: Sequence[NodeProcess], terms: Terms, found_after: dict[str, int]
 ) -> list[Told]:
     """Texts one after the other; `found_after` gets the sessions that each banned node had by then."""
-    cheats = {node.peer_id: node.cheat for node in nodes if node.cheat}
+    cheats = {node.peer_id: node.cheat for node in nodes if node.lies}
     told: list[Told] = []
     used_by: Counter[str] = Counter()
     count, new_tokens, started = terms.generations, terms.new_tokens, trio.current_time()
@@ -307,7 +312,7 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
             with trio.fail_after(60):
                 while len(client.peers()) < len(nodes):
                     await trio.sleep(0.1)
-            liars = [node.peer_id for node in nodes if node.cheat]
+            liars = [node.peer_id for node in nodes if node.lies]
             async with open_bystander(home / "early", liars, client.member.addrs) as early:
                 before = [node.cpu_s() for node in nodes]
                 client_before, started = time.process_time(), time.perf_counter()
@@ -341,7 +346,7 @@ def summary(
     others: Sequence[dict[str, Any]],
     found_after: dict[str, int],
 ) -> dict[str, Any]:
-    liars = {node.peer_id for node in nodes if node.cheat}
+    liars = {node.peer_id for node in nodes if node.lies}
     honest = {node.peer_id for node in nodes} - liars
     banned = {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)}
     lengths = [len(each.result.token_ids) for each in told]
@@ -353,14 +358,14 @@ def summary(
     serving_s = sum(spent) - opinions_s
     half = len(told) // 2
     return {
-        "cheats": " ".join(node.cheat for node in nodes if node.cheat),
+        "cheats": " ".join(node.cheat for node in nodes if node.lies),
         "generations": len(told),
         "tokens": sum(lengths),
         "by liars": sum(lied_to),
         "wrong": sum(wrong),
         "by liars, last half": sum(lied_to[half:]),
         "wrong, last half": sum(wrong[half:]),
-        "found after": " ".join(str(found_after.get(node.peer_id, "never")) for node in nodes if node.cheat),
+        "found after": " ".join(str(found_after.get(node.peer_id, "never")) for node in nodes if node.lies),
         "banned": f"{len(banned & liars)} of {len(liars)}",
         "by bystanders": ", ".join(f"{len({*other['banned']} & liars)} of {len(liars)}" for other in others),
         "honest banned": sum(
@@ -385,9 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--cheat", nargs="*", default=["int8", "skip"], help="of as many nodes, at most three"
-    )
+    parser.add_argument("--cheat", nargs="*", default=["int8", "skip"], help="of as many nodes, at most six")
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--audit-rate", type=float, help="the adaptive one by default")

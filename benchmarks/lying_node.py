@@ -5,6 +5,7 @@
     python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
     python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
     python benchmarks/lying_node.py skip+gap node ...        # and gets around audits; see evasions.py
+    python benchmarks/lying_node.py slow node ...            # does not lie; a slower computer
 
 Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
 the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
 
 BOAST = 2.0
+SLOW_STEP_S = 0.004  # by which each step of a slower computer takes longer
 Run = Callable[[Sequence[Chunk], BlockSpan | None], list[Tensor]]
 Lie = Callable[[Run, Chunk, BlockSpan], Tensor]
 
@@ -134,6 +137,9 @@ def install(cheat: str) -> None:
         if name in NAMES:
             return open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[NAMES[name]]), span, *rest, **options)
         runner = open_runner(checkpoint, span, *rest, **options)
+        if name == "slow":
+            slow_down(runner)
+            return runner
         if name == "kv-int8":
             keep_cache_in_int8(runner)
             return runner
@@ -149,7 +155,19 @@ def install(cheat: str) -> None:
         return runner
 
     serving.open_runner = opened
-    serving.DecodeSpeed = Boastful
+    if name != "slow":
+        serving.DecodeSpeed = Boastful
+
+
+def slow_down(runner: SpanRunner) -> None:
+    """Have every step take longer, without work."""
+    quick = runner.run
+
+    def run(chunks: Sequence[Chunk], part: BlockSpan | None = None) -> list[Tensor]:
+        time.sleep(SLOW_STEP_S)
+        return quick(chunks, part)
+
+    runner.run = run  # type: ignore[method-assign]
 
 
 class Boastful(DecodeSpeed):

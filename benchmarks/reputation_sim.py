@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import mean
 
-from reputation_world import STAGES, Attack, Defence, Peer, Tally, World
+from reputation_world import AUDIT_COST, STAGES, Attack, Defence, Peer, Tally, World
 
-AUDIT_COST = 0.08  # of having served what is run again: three prefills instead of decoding
 NONE, OWN, ALL = "none", "own", "all"
 DEFENCES = {
     NONE: Defence(weighs=False, audits=False, shares=False),

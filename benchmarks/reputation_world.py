@@ -1,7 +1,7 @@
 """A swarm of peers, some of them malicious, and the clients that find out; for reputation_sim.py.
 
 What decides here is what decides in production: `Ledger` keeps what clients see, `RiskAdjusted` and the
-planner choose their routes, `audit_probability` the hops that are checked, `choose_auditors` and
+planner choose their routes, `AuditDraw` the hops that are checked and how closely, `choose_auditors` and
 `compare_elsewhere` what peers say where the blocks do not fit, `weigh_proof` whose proofs are looked at,
 `attest` whose opinions count. Simulated are the peers, their network, and the outcome of re-executing a span,
 whose error rates are those of detect_cheats.py and calibrate_audit.py.
@@ -18,8 +18,10 @@ from functools import cache
 
 import torch
 
+from p2pinfer.audit.draw import AuditDraw
 from p2pinfer.audit.opinions import compare_elsewhere
 from p2pinfer.audit.second_opinion import choose_auditors
+from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.protocol.tensors import encode_hidden
@@ -43,6 +45,8 @@ ROUND_S = 300.0  # every client has one session in each
 ATTEST_EVERY = 12  # rounds
 SESSIONS_AT_ONCE = 2  # that a peer has cache for
 TOKENS = 200  # of a session
+AUDIT_COST = 0.08  # of having served what is run again: three prefills instead of decoding
+GLANCE = 1 / 3  # of that: one of them
 HIDDEN_SIZE = 64
 WRONG, WRONG_TOGETHER, RIGHT = "wrong", "wrong together", "right"
 
@@ -116,6 +120,7 @@ class Client:
     ledger: Ledger
     policy: RoutingPolicy
     holds_spans: bool
+    draw: AuditDraw
 
 
 @dataclass(slots=True)
@@ -125,7 +130,7 @@ class Tally:
     sessions: int = 0
     corrupted: int = 0
     hops: int = 0
-    audits: int = 0  # spans that were run again, here or elsewhere
+    audits: float = 0.0  # spans that were run again, here or elsewhere
     proofs: int = 0  # of others, run again
     seconds: float = 0.0  # for a token, summed up over the sessions
 
@@ -188,12 +193,14 @@ class World:
     def _new_client(self, number: int) -> Client:
         rng = random.Random(self.rng.random())
         adjusted = RiskAdjusted(self.routing, rng=rng, alternatives=1)  # only the first is walked here
+        ledger = Ledger()
         return Client(
             f"client{number}",
             self._somewhere(),
-            Ledger(),
+            ledger,
             adjusted if self.defence.weighs else Fastest(self.routing),
             self.rng.random() >= self.attack.remote,
+            AuditDraw(ledger, AuditConfig(), lambda: self.round * ROUND_S, self.rng),
         )
 
     def _somewhere(self) -> Coordinate:
@@ -235,7 +242,7 @@ class World:
 
     def _session(self, client: Client, now: float, tally: Tally) -> None:
         route = self.route_of(client, now)
-        chosen = self._toss(client, route, now)
+        chosen = self._toss(client, route)
         outputs = [self._serve(self.peers[peer_id]) for peer_id in route.peer_ids]
         tally.sessions += 1
         tally.hops += len(outputs)
@@ -243,16 +250,14 @@ class World:
         tally.seconds += self._cost(client, route)
         for peer_id in route.peer_ids:
             self._free[peer_id] -= 1
+            client.draw.budget.earn(1.0)
             client.ledger.record_success(peer_id, now)
         for index, peer_id in enumerate(route.peer_ids):
             if peer_id in chosen and not client.ledger.is_banned(peer_id):
                 self._audit(client, route, outputs, index, now, tally)
 
-    def _toss(self, client: Client, route: Route, now: float) -> set[str]:
-        if not self.defence.audits:
-            return set()
-        rate = client.ledger.audit_probability
-        return {peer_id for peer_id in route.peer_ids if self.rng.random() < rate(peer_id, now)}
+    def _toss(self, client: Client, route: Route) -> set[str]:
+        return {*client.draw.toss(route)} if self.defence.audits else set()
 
     def _serve(self, peer: Peer) -> str:
         peer.served += 1
@@ -271,8 +276,12 @@ class World:
         if self._is_withheld(route, outputs, index):
             client.ledger.record_audit(peer_id, Verdict.INCONCLUSIVE, now, withheld=True)
             return
+        before = tally.audits
         verdict = self._verdict(client, route, outputs[index], index, tally)
-        client.ledger.record_audit(peer_id, verdict, now)
+        client.draw.budget.pay(AUDIT_COST * (tally.audits - before))
+        client.draw.budget.count_audit()
+        contradicted = verdict is Verdict.SUSPECT and not client.holds_spans
+        client.ledger.record_audit(peer_id, verdict, now, contradicted=contradicted)
         if verdict is Verdict.FAIL:
             address = hashlib.blake2b(f"{client.name}{peer_id}{now}".encode(), digest_size=16).hexdigest()
             client.ledger.add_proof(address, peer_id, now, verified=True)
@@ -290,26 +299,32 @@ class World:
 
     def _verdict(self, client: Client, route: Route, output: str, index: int, tally: Tally) -> Verdict:
         """As `Auditor._judge` comes to it."""
-        tally.audits += 1
         if client.holds_spans:
             wrong = output != RIGHT
+            tally.audits += GLANCE if client.draw.is_glance(route.peer_ids[index]) and not wrong else 1
             if self.rng.random() >= (self.odds.detects if wrong else self.odds.false_alarm):
                 return Verdict.PASS
             tally.audits += 2
             return (
                 Verdict.FAIL if self._opinions(client, route, index)[:1] in ([], [RIGHT]) else Verdict.SUSPECT
             )
-        tally.audits += 1
-        opinions = self._opinions(client, route, index)
-        return _elsewhere(output, *opinions) if len(opinions) == 2 else Verdict.INCONCLUSIVE
+        tally.audits += 2
+        opinions = self._opinions(client, route, index, 3)
+        if len(opinions) < 2:
+            return Verdict.INCONCLUSIVE
+        verdict = _elsewhere(output, *opinions[:2])
+        if verdict is Verdict.INCONCLUSIVE and len(opinions) > 2:
+            tally.audits += 1
+            verdict = _elsewhere(output, *opinions)
+        return verdict
 
-    def _opinions(self, client: Client, route: Route, index: int) -> list[str]:
+    def _opinions(self, client: Client, route: Route, index: int, most: int = 2) -> list[str]:
         """What the peers give that are asked to run a span again."""
         hop = route.hops[index]
         accused = _record(RIGHT, hop.peer_id, hop.span)
         known = [peer.candidate.announcement for peer in self.peers.values()]
         able = choose_auditors(known, accused, client.ledger, route.peer_ids, self.rng)
-        return [self._opinion(self.peers[each.peer_id], self.peers[hop.peer_id]) for each in able[:2]]
+        return [self._opinion(self.peers[each.peer_id], self.peers[hop.peer_id]) for each in able[:most]]
 
     def _opinion(self, auditor: Peer, accused: Peer) -> str:
         """An auditor does not know that it is one, unless it is told what the accused was given."""
@@ -415,11 +430,13 @@ def _is_signed(author: str, payload: bytes, signature: bytes) -> bool:
 
 
 @cache
-def _elsewhere(output: str, one: str, other: str) -> Verdict:
+def _elsewhere(output: str, *opinions: str) -> Verdict:
     """What `compare_elsewhere` says of such outputs, over 32 tokens of noise."""
     span = STAGES[0]
-    records = (_record(each, str(number), span) for number, each in enumerate((output, one, other)))
-    return compare_elsewhere(*records, HIDDEN_SIZE).verdict
+    record, one, other, *third = (
+        _record(each, str(number), span) for number, each in enumerate((output, *opinions))
+    )
+    return compare_elsewhere(record, one, other, HIDDEN_SIZE, *third).verdict
 
 
 @cache

@@ -48,6 +48,8 @@ class NextLikeliest:
         best = logits.topk(2)
         chances = logits.softmax(-1).gather(-1, best.indices)
         close = chances[:, 0] - chances[:, 1] < LEAD
+        if not close.any():
+            return output
         first, second = best.indices.unbind(-1)
         # The norm divides by a length that hardly changes, so the logits are linear in what is added.
         direction = (self._rows[second] - self._rows[first]) * self._gain

@@ -133,13 +133,16 @@ class AuditConfig:
 
     # share of hops to audit, 0 to 1; not set: higher for less-known peers
     rate: float | None = None
+    # processor time of audits, of what hops spend on this client's sessions; above 0 to 1. New peers may take
+    # more at first, which is repaid
+    share: float = 0.02
     logits_share: float = 0.1  # share of audits of inner hops that also compare logits, 0 to 1
     memory_bytes: int = 0  # memory for weights to audit with, bytes; 0: a quarter of free memory
     download_bytes: int = 1 << 30  # download limit of one audit, bytes; beyond it, other peers run the blocks
     max_tokens: int = 4096  # longer sessions are audited up to this many tokens
     evidence_bytes: int = 32 << 20  # tensors to fetch for one audit, from the session's start, bytes
     timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict, seconds
-    proofs_share: float = 0.05  # share of time for checking fraud proofs of others, above 0 to 1
+    proofs_share: float = 0.02  # share of time for checking fraud proofs of others, above 0 to 1
     linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
     # audits that a client leaves to the next one, in data_dir, bytes; 0: none are kept
     queue_bytes: int = 64 << 20
@@ -152,6 +155,8 @@ class AuditConfig:
             raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
         if not 0 <= self.logits_share <= 1:
             raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
         if not 0 < self.proofs_share <= 1:
             raise ValueError(f"proofs_share is {self.proofs_share:g}; it must be above 0 and at most 1")
         for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):

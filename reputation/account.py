@@ -54,7 +54,8 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         alpha, beta: The Beta posterior of own audits; both 1 for a newcomer.
         suspicion: Running mean of SUSPECT verdicts, 0..1.
         small_lies: What its audits come to together, see `small_lies`.
-        evasion: Running mean of audits without a result for a reason that lay with the peer, 0..1.
+        evasion: Running mean of audits that it did not pass for a reason that lay with it, or that three
+            others agree on, 0..1.
         good, bad: Sessions that went well and failed, each worth what is left of it at `as_of`.
         passed, failed, suspected, inconclusive, withheld: Audits ever, by verdict.
         sessions, failures: Sessions ever, and those the peer ended.
@@ -163,11 +164,27 @@ def after_session(
     return noted(account, now, why) if why else account
 
 
-def after_audit(account: Account, result: AuditResult, now: float, why: str, config: LedgerConfig) -> Account:
-    """An audit of the peer came out. `fail` is a confirmed one; one still to be confirmed is `suspect`."""
+def after_audit(
+    account: Account,
+    result: AuditResult,
+    now: float,
+    why: str,
+    config: LedgerConfig,
+    *,
+    contradicted: bool = False,
+) -> Account:
+    """An audit of the peer came out. `fail` is a confirmed one; one still to be confirmed is `suspect`.
+
+    Args:
+        contradicted: It is suspect because three other peers agree on another output, where the blocks do not
+            fit here. That proves nothing, as they may be one person. If it repeats with whomever is asked, it
+            costs integrity as evidence does that is withheld again and again; it bans nobody.
+    """
     account = _changed(seen(account, now), last_audit=max(now, account.last_audit))
     memory, keep = config.audit_memory, config.suspicion_memory
-    if result != "inconclusive":
+    if contradicted:
+        account = _evaded(account, config)
+    elif result != "inconclusive":
         account = _changed(account, evasion=account.evasion * config.evasion_memory)
     match result:
         case "pass":
@@ -230,11 +247,8 @@ def after_withholding(account: Account, now: float, why: str, config: LedgerConf
     Such audits are no proof, so they alone ban nobody.
     """
     account = after_session(account, False, now, why or "withheld the evidence of an audit", config)
-    keep = config.evasion_memory
     return _changed(
-        account,
-        beta=min(account.beta + account.evasion, 1e6),
-        evasion=account.evasion * keep + (1 - keep),
+        _evaded(account, config),
         withheld=account.withheld + 1,
         inconclusive=account.inconclusive + 1,
     )
@@ -331,6 +345,16 @@ def noted(account: Account, now: float, text: str) -> Account:
 
 
 _TIMES = ("as_of", "first_seen", "last_seen", "last_audit", "forgiven_at")
+
+
+def _evaded(account: Account, config: LedgerConfig) -> Account:
+    """An audit that the peer did not pass, without a proof: it costs as much as were like that of late."""
+    keep = config.evasion_memory
+    return _changed(
+        account,
+        beta=min(account.beta + account.evasion, 1e6),
+        evasion=account.evasion * keep + (1 - keep),
+    )
 
 
 def _left(seconds: float, config: LedgerConfig) -> float:

@@ -40,7 +40,7 @@ def explain(account: Account, score: Score, heard: tuple[float, float], config: 
         )
     if not account.ban:
         rate = audit_probability(account, config)
-        lines.append(f"Its work is audited in {rate:.0%} of the sessions it takes part in.")
+        lines.append(f"Its work is audited in at least {rate:.0%} of the sessions it takes part in.")
     return lines + [f"{moment(note.at)}  {note.text}" for note in account.notes]
 
 

@@ -23,7 +23,7 @@ from .explain import explain as explain_peer
 from .proof_note import ProofNote, ProofState
 from .proofs import ProofDecision, ProofGate
 from .records import Records
-from .score import Score, audit_probability, score_of
+from .score import Score, audit_probability, full_audit_probability, score_of
 from .small_lies import Sample
 from .store import FILE_NAME, Change, open_store
 
@@ -96,6 +96,10 @@ class Ledger:
         self.advance(now)
         return audit_probability(self.account(peer_id), self.config)
 
+    def full_audit_probability(self, peer_id: str) -> float:
+        """Probability that an audit of the peer measures its outputs; see `score.full_audit_probability`."""
+        return full_audit_probability(self.account(peer_id), self.config)
+
     def account(self, peer_id: str) -> Account:
         """The peer's record; a stranger's is empty."""
         return self._records.account(peer_id)
@@ -138,6 +142,7 @@ class Ledger:
         *,
         confirmed: bool = True,
         withheld: bool = False,
+        contradicted: bool = False,
         why: str = "",
     ) -> None:
         """An audit of the peer came out.
@@ -149,6 +154,8 @@ class Ledger:
                 SUSPECT.
             withheld: It is INCONCLUSIVE because the peer did not hand out evidence that it had committed to:
                 a failure of reliability.
+            contradicted: It is SUSPECT since three other peers agree on another output: if that repeats, it
+                costs integrity as well.
             why: One sentence for people.
         """
         result: AuditResult = verdict.value
@@ -158,7 +165,14 @@ class Ledger:
         if result == "inconclusive" and withheld:
             change = partial(accounts.after_withholding, now=now, why=why, config=self.config)
         else:
-            change = partial(accounts.after_audit, result=result, now=now, why=why, config=self.config)
+            change = partial(
+                accounts.after_audit,
+                result=result,
+                now=now,
+                why=why,
+                config=self.config,
+                contradicted=contradicted,
+            )
         was_banned = self.is_banned(peer_id)
         self._records.change(peer_id, change, now)
         if self.is_banned(peer_id) and not was_banned:

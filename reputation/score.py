@@ -69,3 +69,14 @@ def audit_probability(account: Account, config: LedgerConfig) -> float:
     if account.is_newcomer(config):
         probability = max(probability, config.newcomer_audit_probability)
     return min(probability, 1.0)
+
+
+def full_audit_probability(account: Account, config: LedgerConfig) -> float:
+    """Probability with which an audit of the peer measures, instead of glancing, at its outputs.
+
+    Surely for the first ones and wherever there is a doubt, so that small lies add up as fast as they can.
+    """
+    doubts = account.suspicion > 0.01 or account.small_lies.suspicion > 0 or account.evasion > 0.01
+    if account.passed < config.first_full_audits or account.failed or doubts:
+        return 1.0
+    return config.full_audit_share

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation
+from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, Glance
 
 _SHARED = "the common part of"
 _LOST = "among"
@@ -76,6 +76,8 @@ class Thresholds:
     least_tokens: int = 8  # fewer than these, together, cannot pass
     usual_alike: float = 0.12  # what tokens of ordinary text have in common of their rounding
     most_rerouted: float = 0.75  # share of a chunk's tokens that may take other experts; else it says nothing
+    glance_chunk: float = 5.0  # of a chunk's median token at a glance, in units of what is carried
+    glance_token: float = 14.0  # of any token at a glance, in the same units
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,16 @@ class Finding:
         deviation: What was measured; None where nothing could be.
         logits_checked: Whether the effect on the logits was looked at. Without that, a small and well aimed
             change may have passed.
+        contradicted: Whether three other peers agree on another output, and nothing else is known.
+        spent_s: Processor time that it took, seconds.
     """
 
     verdict: Verdict
     reason: str
     deviation: Deviation | None = None
     logits_checked: bool = False
+    contradicted: bool = False
+    spent_s: float = 0.0
 
 
 def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding:
@@ -124,6 +130,16 @@ def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding
     most = max(chunk.median_rho for chunk in deviation.chunks)
     reason = f"{deviation.tokens} tokens deviate {most:.2f} times as much as rounding does, or less"
     return finding(Verdict.PASS, reason if seen else f"{reason}; their effect on the logits was not checked")
+
+
+def judge_glance(glance: Glance, thresholds: Thresholds | None = None) -> Finding:
+    """PASS where outputs lie about as near as rounding leaves them; else INCONCLUSIVE, never more."""
+    limits = thresholds or Thresholds()
+    reason = f"{glance.tokens} tokens lie {glance.typical:.2f} times as far off as carried values are rounded"
+    is_near = glance.typical <= limits.glance_chunk and glance.worst <= limits.glance_token
+    if not is_near or glance.tokens < limits.least_tokens:
+        return Finding(Verdict.INCONCLUSIVE, f"{reason}, which a glance does not settle")
+    return Finding(Verdict.PASS, f"{reason}, or less; they were not looked at more closely")
 
 
 def judged_figures(deviation: Deviation, limits: Thresholds) -> Iterator[tuple[str, float, Limit]]:

@@ -89,3 +89,20 @@ class Deviation:
     def tokens(self) -> int:
         """Number of tokens in the chunks."""
         return sum(chunk.tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """Distance of outputs from a span in float32, in units of the rounding of what is carried.
+
+    See `glance.glance_at`.
+
+    Attributes:
+        tokens: Number of tokens that were looked at; the sequence's first one is not.
+        typical: Median token's distance, in the chunk where it is largest.
+        worst: Largest distance of any token.
+    """
+
+    tokens: int
+    typical: float
+    worst: float

@@ -53,6 +53,18 @@ def check_rows(rows: Tensor, tokens: int, hidden_size: int, peer_id: str = "") -
     return rows
 
 
+def check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
+    """Positions of outputs, ascending; those of all `tokens` inputs if None.
+
+    Raises:
+        ValueError: They are not the inputs'.
+    """
+    at = list(range(tokens)) if positions is None else list(positions)
+    if at != sorted(set(at)) or (at and not 0 <= at[0] <= at[-1] < tokens):
+        raise ValueError(f"outputs for positions that the {tokens} inputs have not")
+    return at
+
+
 def measure_span(
     reference: Reference,
     span: BlockSpan,
@@ -82,7 +94,7 @@ def measure_span(
         ValueError: The inputs cannot be run, or the positions are not theirs.
         WrongOutput: The outputs are misshapen, not finite or absurdly large.
     """
-    at = _check_positions(positions, len(inputs))
+    at = check_positions(positions, len(inputs))
     outputs = check_rows(outputs, len(at), reference.spec.hidden_size, peer_id)
     floor = rerun(reference, span, inputs, wire_dtype).explaining(outputs, at)
     deviation = compare(floor, outputs, at)
@@ -220,13 +232,6 @@ def compare(
         for part in split_chunks(1 if at[:1] == [0] else 0, len(at))
     )
     return Deviation(chunks, first)
-
-
-def _check_positions(positions: Sequence[int] | None, tokens: int) -> list[int]:
-    at = list(range(tokens)) if positions is None else list(positions)
-    if at != sorted(set(at)) or (at and not 0 <= at[0] <= at[-1] < tokens):
-        raise ValueError(f"outputs for positions that the {tokens} inputs have not")
-    return at
 
 
 def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: Tensor) -> LogitEffect | None:

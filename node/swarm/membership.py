@@ -326,7 +326,7 @@ async def _open_member(
             host.stranger_dials.teller = view.teller
             latency = Latency(host, view.everybody)
             evidence = EvidenceStore(serve.evidence_bytes, serve.evidence_keep_s)
-            proofs = new_carrier(host, gossip, serve, is_known=lambda peer: bool(view.records_of(peer)))
+            proofs = new_carrier(host, gossip, serve, view)
             gossip.on_notice = proofs.hear
             await gossip.join_all_models()
             view.is_foreign = lambda revision: bool(ours := gossip.revisions) and revision not in ours

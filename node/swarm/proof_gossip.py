@@ -13,7 +13,8 @@ against a flood are the bounds. A neighbour may pass on so many notices, before 
 has its own places in the queue. A notice says how large its proof is, and how many tokens and blocks it takes
 to run it again; what comes is held to it. So the bytes of an author, and of all of them, are bounded before
 they are fetched, and what examining takes before it is paid. Proofs about peers that nobody here has heard of
-take a small part of the store: keys that were made up for them push out nothing else.
+take a small part of the store, so keys that were made up for them push out nothing else, and are not examined
+before such a peer announces itself: until then nobody can use it, and nobody needs to know.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from p2pinfer.reputation.proof import (
 )
 from p2pinfer.reputation.receipt import CheckSignature, Payload, digest_of
 
+from .live_table import LiveTable
 from .proof_fetch import Holders, fetch_parts
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ MAX_TOLD_OF_UNKNOWN: Final = 8  # about peers that nobody here has heard of
 FETCHED_AT_ONCE: Final = 4  # one that nobody has must not hold up the others
 RETRIES_S: Final = (0.5, 2.0, 5.0, 15.0)  # between rounds: a neighbour may be fetching it just now
 UNKNOWNS_PART: Final = 8  # proofs about peers that were never announced here have this part of the memory
+ARRIVALS_EVERY_S: Final = 0.5  # at most so often it is seen who has announced itself
 MAX_RETRYING: Final = 64  # notices that wait for their next round
 MAX_BYTES: Final = (
     MAX_PROOF_BYTES + MAX_TENSOR_BYTES
@@ -146,6 +149,7 @@ class ProofCarrier:
         is_known: Whether a peer has been heard of in the swarm. Of others anybody can make as many as it
             likes, and proofs about them are kept apart, in `aside`.
         aside: Where those are kept; None: where all are.
+        news: Gives the event of the next announcement, after which peers may be known that were not.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class ProofCarrier:
         *,
         is_known: Callable[[str], bool] = lambda _: True,
         aside: EvidenceStore | None = None,
+        news: Callable[[], trio.Event] = trio.Event,
     ) -> None:
         self.store = store
         self._on_proof: OnProof | None = None
@@ -163,6 +168,7 @@ class ProofCarrier:
         self._host = host
         self._board = board
         self._is_known = is_known
+        self._news = news
         self._known: dict[bytes, None] = {}  # proofs; oldest first
         self._liars: dict[str, None] = {}
         self._handing_out: dict[bytes, trio.Event] = {}  # proofs of ours
@@ -234,8 +240,20 @@ class ProofCarrier:
     async def serve(self) -> None:
         """Fetch and check what was heard of, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_arrivals)
             for _ in range(FETCHED_AT_ONCE):
                 nursery.start_soon(self._follow_all, nursery)
+
+    async def _watch_arrivals(self) -> None:
+        """Take up what was put aside once its peer has announced itself."""
+        while True:
+            news = self._news()
+            for proof, (heard, _) in list(self._aside.held.items()):
+                if self._is_known(heard.notice.accused):
+                    del self._aside.held[proof]
+                    self._waiting.put("aside", _Errand(heard, is_paid=True))
+            await news.wait()
+            await trio.sleep(ARRIVALS_EVERY_S)
 
     async def _follow_all(self, nursery: trio.Nursery) -> None:
         while True:
@@ -285,6 +303,8 @@ class ProofCarrier:
         shelf = self._shelf if self._is_known(notice.accused) else self._aside
         shelf.keep(notice.proof, encoded, contents)
         shelf.note(heard)
+        if shelf is self._aside:
+            return
         if self._on_proof is not None and await self._on_proof(heard, accusation, contents) is False:
             shelf.held.pop(notice.proof, None)
             raise ProtocolViolation(f"the outputs of {notice.accused} are correct")
@@ -296,13 +316,16 @@ class ProofCarrier:
         return self._bytes.take("", now, size)
 
 
-def new_carrier(
-    host: Network, board: NoticeBoard, config: ServeConfig, *, is_known: Callable[[str], bool]
-) -> ProofCarrier:
-    """A carrier with as much memory as the settings grant."""
-    kept = EvidenceStore(config.proof_bytes, config.proof_keep_s, groups_at_least=2)
-    aside = EvidenceStore(config.proof_bytes // UNKNOWNS_PART, config.proof_keep_s, groups_at_least=1)
-    return ProofCarrier(host, kept, board, is_known=is_known, aside=aside)
+def new_carrier(host: Network, board: NoticeBoard, config: ServeConfig, view: LiveTable) -> ProofCarrier:
+    """A carrier with as much memory as the settings grant; `view` says who has been heard of."""
+    return ProofCarrier(
+        host,
+        EvidenceStore(config.proof_bytes, config.proof_keep_s, groups_at_least=2),
+        board,
+        is_known=lambda peer_id: bool(view.records_of(peer_id)),
+        aside=EvidenceStore(config.proof_bytes // UNKNOWNS_PART, config.proof_keep_s, groups_at_least=1),
+        news=lambda: view.changed,
+    )
 
 
 @dataclass(frozen=True, slots=True)

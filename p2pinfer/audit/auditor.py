@@ -42,6 +42,7 @@ from p2pinfer.session.session import Session
 
 from .backlog import Backlog, ClosedSession, Job, contained
 from .collect import Collected, collect_record
+from .draw import AuditDraw
 from .evidence_source import Line
 from .examiner import Examiner
 from .kept_jobs import job_folder
@@ -94,6 +95,7 @@ class Auditor:
         self._clock = clock
         self._rng = rng or random.SystemRandom()
         self._report = report
+        self._draw = AuditDraw(ledger, config, clock, self._rng)
         self._has_passed = False  # whether our re-execution ever agreed with anybody
         self._line = Line()
         self._backlog = Backlog(job_folder(kept_in, spec.revision, config.queue_bytes), clock)
@@ -103,18 +105,14 @@ class Auditor:
 
     def toss(self, route: Route) -> frozenset[str]:
         """The hops to be checked after a session over `route` that is about to open."""
-        return frozenset(hop.peer_id for hop in route.hops if self._rng.random() < self._rate_of(hop.peer_id))
-
-    def _rate_of(self, peer_id: str) -> float:
-        if self._config.rate is not None:
-            return self._config.rate
-        return self._ledger.audit_probability(peer_id, self._clock())
+        return self._draw.toss(route)
 
     def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
         """Queue what the coin chose. Whoever replaced a hop meanwhile gets a coin of its own."""
         book = session.book
         if book is None:
             return
+        self._draw.budget.earn(book.work_s)
         was_told = session.broken_receipt is not None
         closed = ClosedSession(book, session.opened_route, chosen, was_told)
         try:
@@ -248,12 +246,20 @@ class Auditor:
             fault: What the hop is to blame for if there is no verdict; empty: nothing.
         """
         peer_id, finding = opinion.peer_id, opinion.finding
+        self._draw.budget.count_audit()
         self.tally = self.tally.plus(finding.verdict)
         self._member.host.counts.add("audits", finding.verdict.value)
         logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
         if self._report is not None:
             self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
-        self._ledger.record_audit(peer_id, finding.verdict, self._clock(), withheld=bool(fault), why=why)
+        self._ledger.record_audit(
+            peer_id,
+            finding.verdict,
+            self._clock(),
+            withheld=bool(fault),
+            contradicted=finding.contradicted,
+            why=why,
+        )
         if finding.deviation is not None and finding.verdict is not Verdict.FAIL:
             self._ledger.record_small_lies(
                 peer_id,
@@ -275,10 +281,14 @@ class Auditor:
         """
         if record is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
-        verifier = self._verifier
+        verifier, paid = self._verifier, self._draw.budget.paid
         if not verifier.can_hold(record.span):
             return await self._judge_elsewhere(record, others), []
-        finding = await verifier.verify(record)
+        if self._draw.is_glance(record.peer_id):
+            glance = paid(await verifier.glance(record))
+            if glance.verdict is Verdict.PASS:
+                return glance, []
+        finding = paid(await verifier.verify(record))
         if finding.verdict is not Verdict.FAIL:
             return finding, []
         # Others come before a second look of our own: a fault of this computer would fail honest peers again
@@ -286,7 +296,8 @@ class Auditor:
         failed: list[_Opinion] = []
         async with aclosing(self._ask_others(record, others)) as opinions:
             async for opinion in opinions:
-                other = await (verifier.verify_fully if finding.logits_checked else verifier.verify)(opinion)
+                verify = verifier.verify_fully if finding.logits_checked else verifier.verify
+                other = paid(await verify(opinion))
                 if other.verdict is Verdict.PASS:
                     self._has_passed = True
                     break
@@ -297,7 +308,7 @@ class Auditor:
             doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
             return Finding(Verdict.SUSPECT, doubt), []
         # From weights that are loaded anew: a bit that flipped in our memory must not ban an honest peer.
-        again = await verifier.confirm(record)
+        again = paid(await verifier.confirm(record))
         if again.verdict is not Verdict.FAIL:
             return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
         return again, failed
@@ -337,6 +348,7 @@ class Auditor:
                     after=after,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
+                    on_work=self._draw.budget.pay,
                 )
             except PeerError as exc:
                 logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)

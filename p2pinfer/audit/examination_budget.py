@@ -12,7 +12,7 @@ from typing import Final
 from p2pinfer.recent import Recent
 
 BURST_S: Final = 20.0  # of processor time after a quiet while
-STRANGERS_BURST_S: Final = 5.0  # the same for proofs about peers that this client has not met
+STRANGERS_BURST_S: Final = 2.0  # the same for proofs about peers that this client has not met
 TELLERS_PART: Final = 0.25  # of it for one who tells
 _FLOPS: Final = 5e10  # per second, until the first proof has shown what there are
 _NEW: Final = 0.3  # weight of the latest measurement

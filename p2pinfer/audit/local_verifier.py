@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -27,10 +27,11 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, reference_for
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.glance import glance_at
 from p2pinfer.models.verify.reference import Reference, Tail, open_reference, tail_of
 from p2pinfer.node.evidence.check import check_span
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
-from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.reputation.verdict import Finding, Verdict, judge_glance
 
 from .verifier import Verifier
 
@@ -70,8 +71,12 @@ class LocalVerifier(Verifier):
         logits = self._rng.random() < self._config.logits_share
         return await self._in_turn(lambda: self._verify(record, logits=logits))
 
+    async def glance(self, record: HopRecord) -> Finding:
+        """PASS where one run shows that the outputs are about right; INCONCLUSIVE where it does not."""
+        return await self._in_turn(lambda: self._glance(record))
+
     async def verify_fully(self, record: HopRecord) -> Finding:
-        """The same, and the logits are looked at wherever they can be, if it does not FAIL without."""
+        """As `verify`, and the logits are looked at wherever they can be, if it does not FAIL without."""
         finding = await self._in_turn(lambda: self._verify(record, logits=True, whole=False))
         if finding.verdict is Verdict.FAIL or finding.logits_checked:
             return finding
@@ -82,7 +87,7 @@ class LocalVerifier(Verifier):
         return finding.logits_checked
 
     async def confirm(self, record: HopRecord) -> Finding:
-        """The same from weights that are loaded anew: what was wrong with ours may have been the memory."""
+        """As `verify`, from weights that are loaded anew: what was wrong may have been our memory."""
         finding = await self._in_turn(lambda: self._verify_anew(record))
         if finding.verdict is Verdict.FAIL:
             return finding
@@ -103,6 +108,20 @@ class LocalVerifier(Verifier):
 
         return self._run(record, check)
 
+    def _glance(self, record: HopRecord) -> Finding:
+        """Judge a record by one run."""
+
+        def look(history: History, numerics: Numerics) -> Finding:
+            loaded = self._reference_for(record.span, len(history.inputs), numerics, whole=True)
+            exact = loaded.reference.exact
+            try:
+                glance = glance_at(exact, record.span, history.inputs, history.outputs, history.positions)
+            except ValueError as exc:
+                return Finding(Verdict.INCONCLUSIVE, f"the span could not be run again: {exc}")
+            return judge_glance(glance)
+
+        return self._run(record, look)
+
     def _verify_anew(self, record: HopRecord) -> Finding:
         """Judge a record by norms alone, from the blocks in question."""
 
@@ -116,7 +135,14 @@ class LocalVerifier(Verifier):
         return self._run(record, check)
 
     def _run(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
+        """The finding of `check`, or why it could not be made, with the time that it took."""
         started = time.thread_time()
+        finding = self._try(record, check)
+        spent_s = time.thread_time() - started
+        self.spent_s += spent_s
+        return replace(finding, spent_s=spent_s)
+
+    def _try(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
         try:
             spec = self._source.spec
             if record.revision != spec.revision:
@@ -145,8 +171,6 @@ class LocalVerifier(Verifier):
             return Finding(Verdict.INCONCLUSIVE, str(exc))
         except (MemoryError, RuntimeError) as exc:  # torch's own: no text should end for want of memory here
             return Finding(Verdict.INCONCLUSIVE, f"the blocks could not be run here: {exc}")
-        finally:
-            self.spent_s += time.thread_time() - started
 
     def _reference_for(self, span: BlockSpan, tokens: int, numerics: Numerics, *, whole: bool) -> _Loaded:
         loaded = self._loaded

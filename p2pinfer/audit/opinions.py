@@ -6,8 +6,8 @@ depth of a span makes of it, which was calibrated. Outputs that agree to the bit
 with the same software on the same kind of processor, and need no exception.
 
 Two peers that agree with the audited one pass it. Where somebody is alone, a third is asked. Only what three
-others contradict in one voice is SUSPECT, and no more than that: it raises the rate of audits, and is no
-proof, since three may be one person.
+others contradict in one voice is SUSPECT: it raises the rate of audits, costs integrity if it repeats, and is
+no proof, since three may be one person.
 
 Depth: honest outputs of 1 to 15 blocks, in bfloat16, float16 and float32, by own kernels and transformers',
 lay at most 5.4 units apart by a chunk's median, with the unit growing as blocks^0.4. nf4 lay 29 or more, fp8
@@ -76,7 +76,8 @@ def judge_by_opinions(audited: History, others: Sequence[History], blocks: int) 
     if own.count(_Pair.AGREE) >= 2:
         return Finding(Verdict.PASS, f"{own.count(_Pair.AGREE)} other peers gave the same but for rounding")
     if len(others) > 2 and set(own) == {_Pair.APART} and set(theirs) == {_Pair.AGREE}:
-        return Finding(Verdict.SUSPECT, "three other peers agree that its outputs are others; no proof")
+        reason = "three other peers agree that its outputs are others; no proof"
+        return Finding(Verdict.SUSPECT, reason, contradicted=True)
     if _Pair.APART in theirs:
         return Finding(Verdict.INCONCLUSIVE, "the other peers contradict each other")
     return Finding(Verdict.INCONCLUSIVE, "too few other peers agree on what its outputs should be")

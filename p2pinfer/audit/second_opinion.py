@@ -13,7 +13,7 @@ from __future__ import annotations
 import ipaddress
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -122,11 +122,13 @@ async def run_elsewhere(
     after: Sequence[Hop] = (),
     host_config: HostConfig,
     timeout_s: float,
+    on_work: Callable[[float], None] = lambda _: None,
 ) -> HopRecord:
     """Output of `hop` for the same inputs, with its own receipts.
 
     Args:
         after: Hops for the blocks behind it, to which its outputs go as in any other session.
+        on_work: Told how long all hops of such a session worked on it, seconds.
 
     Raises:
         PeerError: It cannot be reached, refuses, fails, or takes longer than `timeout_s`.
@@ -135,18 +137,24 @@ async def run_elsewhere(
         with trio.fail_after(timeout_s):
             async with open_host(new_identity(), host_config) as host:
                 try:
-                    return await _run_over(host, hop, after, spec, record, history)
+                    return await _run_over(host, hop, after, spec, record, history, on_work)
                 except PeerError as exc:
                     if exc.peer_id == hop.peer_id or not after:
                         raise
                     # One of those behind it has failed, which is not what was asked.
-                    return await _run_over(host, hop, (), spec, record, history)
+                    return await _run_over(host, hop, (), spec, record, history, on_work)
     except trio.TooSlowError as exc:
         raise PeerError(f"no second opinion in {timeout_s:g} s", hop.peer_id) from exc
 
 
 async def _run_over(
-    host: Host, hop: Hop, after: Sequence[Hop], spec: ModelSpec, record: HopRecord, history: History
+    host: Host,
+    hop: Hop,
+    after: Sequence[Hop],
+    spec: ModelSpec,
+    record: HopRecord,
+    history: History,
+    on_work: Callable[[float], None],
 ) -> HopRecord:
     """Record of `hop`, which is given the inputs of `history`."""
     inputs = history.inputs
@@ -175,6 +183,7 @@ async def _run_over(
         if error is not None:
             raise error
     assert session.book is not None
+    on_work(session.book.work_s)
     collected = await collect_record(
         host,
         session.book.kept,

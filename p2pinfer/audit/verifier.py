@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
-from p2pinfer.reputation.verdict import Finding
+from p2pinfer.reputation.verdict import Finding, Verdict
 
 
 class Verifier(ABC):
@@ -26,6 +26,13 @@ class Verifier(ABC):
 
         A FAIL bans the peer once `confirm` repeats it, so where in doubt the verdict is INCONCLUSIVE.
         """
+
+    async def glance(self, record: HopRecord) -> Finding:
+        """PASS at a lower price than `verify`'s, which may miss small lies; otherwise `verify` decides.
+
+        Most audits are glances, so that there can be more of them. By default nothing passes at a glance.
+        """
+        return Finding(Verdict.INCONCLUSIVE, "nothing passes at a glance")
 
     async def verify_fully(self, record: HopRecord) -> Finding:
         """The same with all means, for a proof that somebody else has published; `verify` by default."""

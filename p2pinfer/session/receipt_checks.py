@@ -8,6 +8,7 @@ good as they were, and are audited like those of any other session; what has not
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -16,7 +17,7 @@ import trio
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.messages import Step
+from p2pinfer.node.protocol.messages import Bill, Step
 from p2pinfer.reputation.receipt import (
     CheckSignature,
     Payload,
@@ -52,8 +53,7 @@ class ReceiptBook:
         keep: Remember every step, payloads included, for an audit after the session.
 
     Attributes:
-        unchecked: Steps that came back and were not checked yet. Whoever sees one come back adds it, and has
-            them checked when there are `CHECK_EVERY`.
+        unchecked: Steps that came back and were not checked yet.
         kept: Steps whose receipts were checked and are in order, oldest first.
         broken: The first thing that was wrong with a receipt. Nothing that came after it counts.
     """
@@ -73,10 +73,23 @@ class ReceiptBook:
         self.unchecked: list[PassedStep] = []
         self.kept: list[PassedStep] = []
         self.broken: PeerError | None = None
+        self._work_us = 0.0
+        self._opened_at = time.monotonic()
         self._check_signature = check
         self._keep = keep
         self._chains: dict[str, ReceiptChain] = {}
         self._turn = trio.Lock()
+
+    @property
+    def work_s(self) -> float:
+        """Seconds that hops say they worked on this session, and no more than have passed since it opened."""
+        return min(self._work_us / 1e6, time.monotonic() - self._opened_at)
+
+    def add(self, passed: PassedStep, bills: Sequence[Bill] = ()) -> bool:
+        """Take in a step that came back; True if enough have gathered for a check."""
+        self.unchecked.append(passed)
+        self._work_us += sum(_own_part_us(bill, passed.step.tokens) for bill in bills)
+        return len(self.unchecked) >= CHECK_EVERY
 
     async def check(self) -> None:
         """Check what is `unchecked`.
@@ -193,6 +206,12 @@ class ReceiptBook:
             terms = Terms(self.session, revision, hop.span.start, hop.span.stop, self.codec)
             self._chains[hop.peer_id] = ReceiptChain(hop.peer_id, terms, self._check_signature)
         return self._chains[hop.peer_id]
+
+
+def _own_part_us(bill: Bill, tokens: int) -> float:
+    """Part of a hop's work that was for this step: not its queue, nor other sessions' tokens of the batch."""
+    beside = max(0, bill.serve_us - bill.queue_us - bill.compute_us)
+    return beside + bill.compute_us * tokens / max(tokens, bill.batch_tokens)
 
 
 def _behind(hops: Sequence[Hop], hop: Hop) -> str:

@@ -44,7 +44,7 @@ from .in_flight import Answer, InFlight, Promise, SentStep
 from .liveness import keep_watch
 from .opening import end_all, refusal_error
 from .pending import Pending, StepTiming, Superseded
-from .receipt_checks import CHECK_EVERY, PassedStep, ReceiptBook
+from .receipt_checks import PassedStep, ReceiptBook
 from .relay_upgrade import leave_relays
 from .repair import Repair
 from .reporter import Reporter
@@ -299,8 +299,7 @@ class Session:
         sent = self._steps.answer(result, payload, stream.peer_id)
         if self.book is not None:
             passed = PassedStep(sent.step, self.chain.route.hops, sent.payload, payload, result.receipts)
-            self.book.unchecked.append(passed)
-            if len(self.book.unchecked) >= CHECK_EVERY:
+            if self.book.add(passed, result.bills):
                 self._receipts_due.set()
 
     def on_refused(self, stream: HopStream, refused: Refused) -> None:

@@ -35,7 +35,7 @@ from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.ledger import Ledger, LedgerConfig
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.reputation.verdict import Finding, Verdict
@@ -338,6 +338,32 @@ async def test_the_ledger_says_how_often_where_no_rate_is_set(
         tossed = [auditor.toss(route_over(known=(0, 3), new=(3, 8))) for _ in range(400)]
         known, new = (sum(name in each for each in tossed) / 400 for name in ("known", "new"))
         assert known < 0.1 < 0.5 < new
+
+
+@pytest.mark.parametrize("cheater", ["b", "c", ""])
+async def test_what_a_glance_does_not_pass_is_measured_and_convicted(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch, cheater: str
+) -> None:
+    measured: list[str] = []
+    verify = LocalVerifier.verify
+
+    async def note(self: LocalVerifier, record: HopRecord) -> Finding:
+        measured.append(record.peer_id)
+        return await verify(self, record)
+
+    monkeypatch.setattr(LocalVerifier, "verify", note)
+    for name, start, stop in (("a", 0, 3), ("b", 3, 5), ("c", 5, 8)):
+        served = await swarm.serve(name, start, stop)
+        if name == cheater:
+            cheat(served, noisy)
+    glances = Ledger(LedgerConfig(first_full_audits=0, full_audit_share=0.0))
+    async with open_client(audit=AuditConfig(linger_s=60.0), reputation=glances) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+        await client.audits_settled()
+        assert client.audits.done == 3
+        assert client.audits.failed == bool(cheater)
+        assert measured == [cheater] * bool(cheater)
+        assert [name for name in "abc" if client.ledger.is_banned(name)] == [cheater] * bool(cheater)
 
 
 async def test_a_proof_that_proves_nothing_costs_its_sender(

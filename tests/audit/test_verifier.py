@@ -123,6 +123,26 @@ async def test_logits_behind_inner_spans_are_looked_at_as_often_as_is_said(
     assert (await verifier.confirm(identity_over(SPAN))).verdict is Verdict.FAIL
 
 
+async def test_a_glance_passes_the_truth_and_leaves_lies_to_a_closer_look(
+    source: ModelSource, honest: tuple[Tensor, list[Tensor]]
+) -> None:
+    verifier, (inputs, runs) = LocalVerifier(source), honest
+    spent_s = 0.0
+    for run in runs:
+        finding = await verifier.glance(computed(inputs, run))
+        assert (finding.verdict, finding.deviation) == (Verdict.PASS, None)
+        assert not finding.logits_checked
+        assert finding.spent_s > 0
+        spent_s += finding.spent_s
+    for lie in (inputs, runs[0] * 1.1, torch.zeros_like(inputs)):
+        finding = await verifier.glance(computed(inputs, lie))
+        assert finding.verdict is Verdict.INCONCLUSIVE
+        spent_s += finding.spent_s
+    assert verifier.spent_s == pytest.approx(spent_s)
+    for strange in (identity_over(BlockSpan(7, 9)), identity_over(SPAN, 0)):
+        assert (await verifier.glance(strange)).verdict is Verdict.INCONCLUSIVE
+
+
 async def test_without_room_for_the_model_the_span_alone_is_loaded(source: ModelSource) -> None:
     room = 2 * source.spec.block_parameters * BYTES_PER_WEIGHT
     verifier = LocalVerifier(source, AuditConfig(memory_bytes=room, logits_share=1.0))

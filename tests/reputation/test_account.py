@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from p2pinfer.reputation.account import (
     NEWCOMER,
     Account,
+    AuditResult,
     after_audit,
     after_session,
     after_withholding,
@@ -125,6 +126,30 @@ def test_audits_that_are_evaded_cost_reliability_at_once_and_integrity_when_it_r
     assert ever.integrity_mean < 0.03
     assert ever.ban is None  # it is no proof
     assert audit_probability(ever, CONFIG) == 1.0
+
+
+def contradicted(pattern: str) -> Account:
+    """An account after audits of a client without the blocks: `p` passed, `c` three others contradicted."""
+    account = NEWCOMER
+    for result in pattern:
+        verdict: AuditResult = "pass" if result == "p" else "suspect"
+        account = after_audit(account, verdict, 1.0, "", CONFIG, contradicted=result == "c")
+    return account
+
+
+def test_whom_three_others_contradict_again_and_again_is_used_no_more_and_never_banned() -> None:
+    assert contradicted("c").beta == 1
+    assert not contradicted("cccc").is_newcomer(CONFIG)
+    ever = contradicted("c" * 60)
+    assert ever.integrity_mean < 0.03
+    assert ever.ban is None
+    # Three colluders among those asked, in one of fifteen audits, do an honest peer little harm.
+    assert contradicted(("p" * 14 + "c") * 4).integrity_mean > 0.95
+    # Where the blocks are at hand a suspicion is nothing of the kind.
+    suspect = NEWCOMER
+    for _ in range(10):
+        suspect = after_audit(suspect, "suspect", 1.0, "", CONFIG)
+    assert suspect.beta == 1
 
 
 @pytest.mark.parametrize(

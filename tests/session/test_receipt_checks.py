@@ -15,7 +15,7 @@ from p2pinfer.errors import Equivocation, PeerError, PeerRefused, ProtocolViolat
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Open, Step
+from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Bill, Open, Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop, Route
@@ -112,6 +112,24 @@ async def test_honest_receipts_pass_and_are_kept_only_if_asked() -> None:
         await ours.check()
         assert len(ours.kept) == keep * CHECK_EVERY
         await ours.check()
+
+
+async def test_what_hops_worked_is_added_up_and_is_no_more_than_the_time_that_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("p2pinfer.session.receipt_checks.time.monotonic", lambda: now[0])
+    ours, chain = book(), Chain()
+    # 9 ms in the queue; of 8 ms of a batch of four tokens a quarter; 1 ms of all else.
+    bill = Bill(queue_us=9000, compute_us=8000, serve_us=18_000, batch_tokens=4)
+    for number in range(CHECK_EVERY):
+        is_time = ours.add(await chain.passed(), (bill, bill, Bill(0, 0, 0, 0)))
+        assert is_time == (number == CHECK_EVERY - 1)
+    now[0] = 101.0
+    assert ours.work_s == pytest.approx(CHECK_EVERY * 2 * 0.003)
+    ours.add(await chain.passed(), (Bill(0, 1 << 50, 1 << 50, 1),))
+    assert ours.work_s == 1.0
+    await ours.check()
 
 
 @pytest.mark.parametrize(

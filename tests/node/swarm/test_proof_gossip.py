@@ -321,6 +321,36 @@ async def test_proofs_about_peers_that_nobody_has_heard_of_push_out_no_others(pl
     assert node.store.held_bytes < 400_000 < aside.held_bytes <= 1 << 20
 
 
+async def test_a_proof_about_nobody_known_is_looked_at_once_the_peer_announces_itself(place: Place) -> None:
+    """Throw-away keys accuse themselves for nothing, and a liar that comes back is known for one."""
+    author = place.join("author")
+    known, news = {"there"}, [trio.Event()]
+    node = ProofCarrier(
+        place.network.host("node"),
+        EvidenceStore(1 << 24, 900, groups_at_least=2),
+        BoardOf(place.board, "node"),
+        is_known=known.__contains__,
+        aside=EvidenceStore(1 << 24, 900, groups_at_least=1),
+        news=lambda: news[0],
+    )
+    judge = Judge(node)
+    place.network.nursery.start_soon(node.serve)
+    place.board.carriers["node"] = node
+    for name in ("away", "own", "there"):
+        await author.publish(*proof_against(name))
+    await judge.wait_for(1)
+    with trio.fail_after(30):
+        while len(node.records()) < 3:
+            await trio.sleep(0.01)
+    assert judge.seen == ["there"]
+    known.add("away")
+    was, news[0] = news[0], trio.Event()
+    was.set()
+    await judge.wait_for(2)
+    assert judge.seen == ["there", "away"]
+    assert len(node.records()) == 3
+
+
 async def test_every_neighbour_has_its_turn_in_the_queue() -> None:
     queue = TurnQueue[int](max_of_one=3, max_bringers=2)
     assert [queue.put("busy", n) for n in range(5)] == [True, True, True, False, False]

@@ -1,0 +1,62 @@
+"""Glance at a session's outputs: one run of the span, and a unit that needs no other.
+
+What the published blocks give in float32 is run once. The unit is the rounding of the values that are carried
+from block to block (`noise_floor.carried_unit`), which follows from that run. Honest outputs lie a little
+further away than that, since an operation rounds more than once a block; a span that was not computed as
+published lies ten times as far. So a glance tells a gross lie from the truth at a third of the price of
+`verify.measure_span`. It cannot tell small ones, and it never speaks against anybody: where it sees
+something, the session is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from p2pinfer.errors import WrongOutput
+from p2pinfer.models.compute.runner import SpanRunner
+from p2pinfer.models.span import BlockSpan
+
+from .deviation import Glance
+from .noise_floor import carried_unit, channel_scale
+from .sessions import run_session
+from .verify import check_positions, check_rows, split_chunks
+
+
+def glance_at(
+    exact: SpanRunner,
+    span: BlockSpan,
+    inputs: Tensor,
+    outputs: Tensor,
+    positions: Sequence[int] | None = None,
+) -> Glance:
+    """Distance of a session's outputs from what `span` gives; see `verify.measure_span` for the tensors.
+
+    Args:
+        exact: Runs the span in float32; it may hold more blocks.
+
+    Raises:
+        ValueError: The inputs cannot be run, or the positions are not theirs.
+        WrongOutput: The outputs are misshapen, not finite or absurdly large.
+    """
+    at = check_positions(positions, len(inputs))
+    outputs = check_rows(outputs, len(at), exact.spec.hidden_size)
+    try:
+        inputs = check_rows(inputs, len(inputs), exact.spec.hidden_size)
+    except WrongOutput as exc:
+        raise ValueError(f"the inputs cannot be: {exc}") from exc
+    where = torch.tensor(at, dtype=torch.long)
+    with torch.inference_mode():
+        carried = torch.zeros_like(inputs)
+        right = run_session(exact, inputs, span, carried)
+        scale = channel_scale(inputs, right)
+        unit = carried_unit(carried, scale).clamp_min(torch.finfo(torch.float32).tiny)
+        distances = ((outputs - right[where]) / scale).norm(dim=-1) / unit[where]
+    parts = [distances[part] for part in split_chunks(1 if at[:1] == [0] else 0, len(at))]
+    return Glance(
+        sum(map(len, parts)),
+        max((float(part.median()) for part in parts), default=0.0),
+        max((float(part.max()) for part in parts), default=0.0),
+    )

@@ -1,0 +1,113 @@
+"""Draw of the hops that are audited, how closely, and within which budget of processor time.
+
+Hops say with every step how long they worked on it (`Bill`). Of that, a share is what audits may take
+(`AuditConfig.share`). Each peer's record asks for a rate (`score.audit_probability`): high for newcomers and
+for those who deviate, low for the others. While the budget has something left, everybody is audited at
+`ROUTINE_RATE`; so all of it is spent, and the cheaper an audit, the more of them there are.
+
+Peers are new when nothing has been earned yet. Audits may therefore go ahead by `AHEAD`, which later sessions
+repay. Once that is used up the rate falls to `LEAST_RATE`, for everybody. So, at whatever price audits have,
+
+    spent <= share * work seen + AHEAD audits + LEAST_RATE of all sessions' audits
+
+A hop that understates its work lowers the budget by its own part of it; one that overstates it raises it to
+`share` of the time that the session took, and no further (`ReceiptBook.work_s`).
+
+Most audits are glances (`Verifier.glance`). A part of them that no hop can foresee measures, and all do
+for whom there is a doubt (`score.full_audit_probability`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.verdict import Finding
+from p2pinfer.routing.route import Route
+
+AHEAD: Final = 24  # audits that may be done before they are earned
+ROUTINE_RATE: Final = 0.25  # while the budget has something left
+LEAST_RATE: Final = 0.01  # where even what may go ahead is used up
+
+
+class AuditBudget:
+    """Processor time that audits have earned and spent.
+
+    Args:
+        share: Of the hops' work, 0 to 1.
+
+    Attributes:
+        spent_s: Seconds that were spent.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.spent_s = 0.0
+        self._share = share
+        self._earned_s = 0.0
+        self._audits = 0
+
+    def earn(self, work_s: float) -> None:
+        """Note a session on which hops worked for so long."""
+        self._earned_s += self._share * work_s
+
+    def pay(self, spent_s: float) -> None:
+        """Note what an audit took: runs, the loading of weights, the work of others who were asked."""
+        self.spent_s += spent_s
+
+    def paid(self, finding: Finding) -> Finding:
+        """The finding, once what it took is noted."""
+        self.pay(finding.spent_s)
+        return finding
+
+    def count_audit(self) -> None:
+        """Note that an audit is done."""
+        self._audits += 1
+
+    @property
+    def has_more(self) -> bool:
+        """True if less was spent than was earned."""
+        return self.spent_s < self._earned_s
+
+    @property
+    def has_any(self) -> bool:
+        """True if less was spent than was earned, and what `AHEAD` audits cost on average."""
+        return self._audits < AHEAD or self.spent_s * (1 - AHEAD / self._audits) < self._earned_s
+
+
+class AuditDraw:
+    """Decides whom to audit, on a coin that nobody but this process can know.
+
+    Args:
+        clock: The ledger's time in seconds.
+    """
+
+    def __init__(
+        self, ledger: Ledger, config: AuditConfig, clock: Callable[[], float], rng: random.Random
+    ) -> None:
+        self.budget = AuditBudget(config.share)
+        self._ledger = ledger
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+
+    def toss(self, route: Route) -> frozenset[str]:
+        """The hops to be checked after a session over `route` that is about to open."""
+        return frozenset(hop.peer_id for hop in route.hops if self._rng.random() < self.rate_of(hop.peer_id))
+
+    def rate_of(self, peer_id: str) -> float:
+        """Probability with which a peer is audited in a session that opens now."""
+        if self._config.rate is not None:
+            return self._config.rate
+        rate = self._ledger.audit_probability(peer_id, self._clock())
+        if self.budget.has_more:
+            return max(rate, ROUTINE_RATE)
+        return rate if self.budget.has_any else min(rate, LEAST_RATE)
+
+    def is_glance(self, peer_id: str) -> bool:
+        """True if a glance will do for an audit of this peer, unless it shows something."""
+        if self._config.rate is not None:
+            return False
+        return self._rng.random() >= self._ledger.full_audit_probability(peer_id)
