@@ -377,6 +377,7 @@ def summary(
         "no result": audits.inconclusive,
         "serving s": round(serving_s, 1),
         "audits s": round(verifier_s, 2),
+        "earned s": round(client._auditor.budget.earned_s, 2) if client._auditor else 0.0,  # pyright: ignore[reportPrivateUsage]
         "bystanders s": round(bystanders_s, 2),
         "opinions s": round(opinions_s, 2),
         "extra": f"{extra_s / serving_s:.2%}",

@@ -42,7 +42,7 @@ from p2pinfer.session.session import Session
 
 from .backlog import Backlog, ClosedSession, Job, contained
 from .collect import Collected, collect_record
-from .draw import AuditDraw
+from .draw import AuditBudget, AuditDraw
 from .evidence_source import Line
 from .examiner import Examiner
 from .kept_jobs import job_folder
@@ -102,6 +102,11 @@ class Auditor:
         self._closed_in, self._closed = trio.open_memory_channel[ClosedSession](MAX_CLOSED)
         self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
         member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
+
+    @property
+    def budget(self) -> AuditBudget:
+        """Processor time that audits have earned and spent."""
+        return self._draw.budget
 
     def toss(self, route: Route) -> frozenset[str]:
         """The hops to be checked after a session over `route` that is about to open."""

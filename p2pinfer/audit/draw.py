@@ -40,18 +40,19 @@ class AuditBudget:
         share: Of the hops' work, 0 to 1.
 
     Attributes:
-        spent_s: Seconds that were spent.
+        earned_s: Seconds that audits may take.
+        spent_s: Seconds that they took.
     """
 
     def __init__(self, share: float) -> None:
+        self.earned_s = 0.0
         self.spent_s = 0.0
         self._share = share
-        self._earned_s = 0.0
         self._audits = 0
 
     def earn(self, work_s: float) -> None:
         """Note a session on which hops worked for so long."""
-        self._earned_s += self._share * work_s
+        self.earned_s += self._share * work_s
 
     def pay(self, spent_s: float) -> None:
         """Note what an audit took: runs, the loading of weights, the work of others who were asked."""
@@ -69,12 +70,12 @@ class AuditBudget:
     @property
     def has_more(self) -> bool:
         """True if less was spent than was earned."""
-        return self.spent_s < self._earned_s
+        return self.spent_s < self.earned_s
 
     @property
     def has_any(self) -> bool:
         """True if less was spent than was earned, and what `AHEAD` audits cost on average."""
-        return self._audits < AHEAD or self.spent_s * (1 - AHEAD / self._audits) < self._earned_s
+        return self._audits < AHEAD or self.spent_s * (1 - AHEAD / self._audits) < self.earned_s
 
 
 class AuditDraw:

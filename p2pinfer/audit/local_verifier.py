@@ -64,7 +64,12 @@ class LocalVerifier(Verifier):
 
     def can_hold(self, span: BlockSpan) -> bool:
         """True if the blocks fit the budget of memory, and are here or nearly so."""
-        return not self._changed and self._cost_of(len(span)) <= self._budget() and self._is_near(span)
+        if self._changed:
+            return False
+        # To ask for free memory takes milliseconds, a third of a glance; what is loaded fits.
+        loaded = self._loaded
+        is_here = loaded is not None and loaded.reference.span.covers(span)
+        return is_here or (self._cost_of(len(span)) <= self._budget() and self._is_near(span))
 
     async def verify(self, record: HopRecord) -> Finding:
         """The verdict; INCONCLUSIVE where the blocks do not fit or cannot be run."""
@@ -174,6 +179,9 @@ class LocalVerifier(Verifier):
 
     def _reference_for(self, span: BlockSpan, tokens: int, numerics: Numerics, *, whole: bool) -> _Loaded:
         loaded = self._loaded
+        everything = BlockSpan(0, self._source.spec.num_blocks)
+        if loaded and loaded.serves(everything, tokens, numerics, embedding_and_head=True):
+            return loaded
         wanted, with_head = self._wanted(span, whole=whole)
         if loaded is None or not loaded.serves(wanted, tokens, numerics, embedding_and_head=with_head):
             self._loaded = loaded = None  # before the next one is loaded, so that both never are

@@ -26,6 +26,7 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.machine.memory import FreeMemory, free_memory
 from p2pinfer.models.numerics import Numerics
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
@@ -141,6 +142,28 @@ async def test_a_glance_passes_the_truth_and_leaves_lies_to_a_closer_look(
     assert verifier.spent_s == pytest.approx(spent_s)
     for strange in (identity_over(BlockSpan(7, 9)), identity_over(SPAN, 0)):
         assert (await verifier.glance(strange)).verdict is Verdict.INCONCLUSIVE
+
+
+async def test_free_memory_is_not_asked_for_again_once_the_model_is_loaded(
+    source: ModelSource, honest: tuple[Tensor, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took a third of a glance."""
+    asked: list[FreeMemory] = []
+
+    def count() -> FreeMemory:
+        asked.append(free_memory())
+        return asked[-1]
+
+    monkeypatch.setattr("p2pinfer.audit.local_verifier.free_memory", count)
+    verifier, record = LocalVerifier(source), computed(honest[0], honest[1][1])
+    assert verifier.can_hold(SPAN)
+    assert (await verifier.verify(record)).verdict is Verdict.PASS
+    loaded = len(asked)
+    assert loaded > 0
+    assert verifier.can_hold(SPAN) and verifier.can_hold(BlockSpan(0, 8))
+    for look in (verifier.glance, verifier.verify):
+        assert (await look(record)).verdict is Verdict.PASS
+    assert len(asked) == loaded
 
 
 async def test_without_room_for_the_model_the_span_alone_is_loaded(source: ModelSource) -> None:
