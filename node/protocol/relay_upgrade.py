@@ -15,11 +15,14 @@ from typing import Final, Protocol, TypeVar
 import trio
 
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.transport.line_rate import MAX_RTT_S, Line
 
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.25  # between looks whether a stream can leave its relay
 MOVE_S: Final = 5.0  # for one try, and until the next one
+PROMPT_S: Final = 10.0  # of a prompt, and so many round trips, before a stream moves in the middle of it
+PROMPT_ROUND_TRIPS: Final = 10
 
 
 class Relayed(Protocol):
@@ -51,6 +54,22 @@ async def leave_relays(
                 with trio.move_on_after(MOVE_S):
                     while line in lines():
                         await trio.sleep(LOOK_S)
+
+
+def is_worth_moving(prompt_at: float | None, line: Line) -> bool:
+    """True unless a prompt is on its way that will probably be through sooner than a move.
+
+    To move, a stream has to run dry, and then begins on a connection that is new: over a long way that is two
+    round trips in which nothing is sent, and five until the connection is as fast as the former one. A long
+    prompt is worth that, since relays carry no more than they have to.
+
+    Args:
+        prompt_at: When the prompt began, by trio's clock; None if none is on its way.
+    """
+    if prompt_at is None:
+        return True
+    patience_s = PROMPT_S + PROMPT_ROUND_TRIPS * min(line.rtt_s, MAX_RTT_S)
+    return trio.current_time() >= prompt_at + patience_s
 
 
 def note_moved(host: Network, peer_id: str, began_at: float) -> float:

@@ -42,6 +42,9 @@ class HopSession:
 
     `opening` is what the client asked for; `room` and `replay` are its reservations, which `close` gives
     back. Outputs go to the successor; on the last hop they return to the client on `control`.
+
+    Attributes:
+        prompt_at: When a prompt began whose end has not come, by trio's clock; else None.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class HopSession:
         self.opening = opening
         self.client_id = client_id
         self.lifetime = Lifetime()
+        self.prompt_at: float | None = None
         self.inbox = Inbox(opening.max_tokens, config)
         self.neighbours = Neighbours(opening, client_id, control)
         self.outbox = Outbox(
@@ -152,7 +156,11 @@ class HopSession:
                     raise SessionRefusal("cache_full", str(exc)) from exc
             room.filled = stop
         hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, feeder.peer_id)
-        self.lifetime.last_active = trio.current_time()
+        self.lifetime.last_active = now = trio.current_time()
+        if step.returns or step.replay:  # a token, the end of a prompt, or what is replayed of the past
+            self.prompt_at = None
+        elif self.prompt_at is None:
+            self.prompt_at = now
         self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at))
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ from p2pinfer.node.protocol.messages import (
     Relinked,
     Successor,
 )
-from p2pinfer.node.protocol.relay_upgrade import MOVE_S, leave_relays, note_moved
+from p2pinfer.node.protocol.relay_upgrade import MOVE_S, is_worth_moving, leave_relays, note_moved
 from p2pinfer.node.protocol.replay_log import LoggedStep, ReplayGap
 from p2pinfer.node.transport.peer_stream import PeerStream
 
@@ -183,7 +183,9 @@ class SessionControl:
             raise SessionRefusal("successor_unreachable", "could not reach the next hop", peer_id) from exc
 
     def _links(self) -> list[Link]:
-        return [] if self._neighbours.link is None else [self._neighbours.link]
+        """The link, while it may move."""
+        link, prompt_at = self._neighbours.link, self._session.prompt_at
+        return [link] if link is not None and is_worth_moving(prompt_at, link.line) else []
 
     async def _move(self, link: Link) -> bool:
         """Move the link to a direct connection; False if that failed, and no relinking came between."""

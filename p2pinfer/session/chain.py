@@ -35,6 +35,7 @@ from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanishe
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Open, Step, Successor
 from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.routing.route import Hop, Route
 
 from .flow_limits import FlowLimits, agree
@@ -105,6 +106,13 @@ class Chain:
             for hop in hops
         ]
         return agree(config.chunk_tokens, config.chunks_in_flight, self.terms.row_bytes, limits)
+
+    @property
+    def way_s(self) -> float:
+        """About the seconds from here through all hops and back, by the distance alone."""
+        # For want of better, two hops count as far from each other as the farther one of them is from us.
+        rtts_s = [min(hop.line.rtt_s, MAX_RTT_S) for hop in self.hops]
+        return (rtts_s[0] + rtts_s[-1] + sum(max(pair) for pair in pairwise(rtts_s))) / 2
 
     def begin_epoch(self) -> None:
         """Supersede what is under way: steps sent from now on are told from it by a higher epoch."""

@@ -10,6 +10,7 @@ from p2pinfer.node.protocol.messages import Opened
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
 
 CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
+AHEAD: Final = 8  # times what the line now takes until a result is back: a fresh connection becomes faster
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
 FIRST_BYTES: Final = 32 << 10  # of a chunk on a line of unknown rate
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
@@ -44,13 +45,23 @@ class ChunkSizes:
 
     A hop computes a chunk when it has all of it. On a line of 1 Mbit/s, 256 tokens of 1,280 bytes take 2.6 s,
     in which the next hop would have nothing to do, and its own line would be idle.
+
+    Over a long way chunks are longer: all that may be in flight have to last until the first one's result is
+    back. At 800 ms one way that is 2.4 s over two hops, in which eight chunks of 0.25 s leave the line idle.
+    The rate of a young connection is `AHEAD` times as high by then, because TCP doubles it every round trip.
     """
 
-    def __init__(self, agreed: FlowLimits, row_bytes: int) -> None:
-        """`row_bytes` is the size of one token's hidden state as it travels."""
+    def __init__(self, agreed: FlowLimits, row_bytes: int, way_s: float = 0.0) -> None:
+        """Sizes for one prompt.
+
+        Args:
+            row_bytes: Size of one token's hidden state as it travels.
+            way_s: Seconds until a result is back, by the distance alone.
+        """
         self._most = agreed.chunk_tokens
         self._row_bytes = row_bytes
-        self._chunk_s = CHUNK_S
+        self._chunk_s = max(CHUNK_S, min(AHEAD * way_s / agreed.chunks_in_flight, MOST_CHUNK_S))
+        self._first_bytes = FIRST_BYTES
 
     def next_tokens(self, line: Line) -> int:
         """Tokens of the next chunk."""
@@ -58,8 +69,9 @@ class ChunkSizes:
             tokens = self._most
         elif line.bytes_per_s:
             tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes
-        else:
-            tokens = FIRST_BYTES // self._row_bytes
+        else:  # nobody had to wait: the line has taken all chunks so far, and may take longer ones
+            tokens = self._first_bytes // self._row_bytes
+            self._first_bytes += FIRST_BYTES // 2
         return max(1, min(max(tokens, LEAST_TOKENS), self._most))
 
     def note_stall(self, waited_s: float, line: Line) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -31,19 +30,20 @@ from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.events import Report
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Refused, Result
+from p2pinfer.node.protocol.relay_upgrade import is_worth_moving
 from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, ReplaySource
 from .failover import Failover, Replanner
 from .faults import Faults
-from .flow_limits import ChunkSizes
 from .handover import LOOK_EVERY, Handovers
 from .hop_stream import HopStream
 from .in_flight import Answer, InFlight, Promise, SentStep
 from .liveness import keep_watch
 from .opening import end_all, refusal_error
 from .pending import Pending, StepTiming, Superseded
+from .prefill import send_in_chunks
 from .receipt_checks import PassedStep, ReceiptBook
 from .relay_upgrade import leave_relays
 from .repair import Repair
@@ -102,6 +102,7 @@ class Session:
         self.repair = Repair(
             self.chain, self._faults, self._failover, self.handovers, self._steps, self.reporter, self._push
         )
+        self._prompt_at: float | None = None  # when the prompt began that is under way
         self._receipts_due = trio.Event()
         self._closing = trio.Event()
         self._closed = trio.Event()
@@ -173,24 +174,11 @@ class Session:
         Raises:
             PeerError: As for `decode`.
         """
-        limits = self.chain.flow_limits
-        sizes = ChunkSizes(limits, self._terms.row_bytes)
-        in_flight = deque[Pending]()
-        done = 0
-        while done < len(hidden):
-            if len(in_flight) == limits.chunks_in_flight:
-                full_at = trio.current_time()
-                await in_flight.popleft()
-                sizes.note_stall(trio.current_time() - full_at, self.chain.hops[0].line)
-            chunk = hidden[done : done + sizes.next_tokens(self.chain.hops[0].line)]
-            is_last = done + len(chunk) == len(hidden)
-            in_flight.append(await self.submit(chunk, position + done, returns=1 if is_last else 0))
-            done += len(chunk)
-        # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is
-        # left behind that nobody waits for.
-        while len(in_flight) > 1:
-            await in_flight.popleft()
-        return await in_flight.pop()
+        self._prompt_at = trio.current_time()
+        try:
+            return await send_in_chunks(hidden, position, self.submit, self.chain)
+        finally:
+            self._prompt_at = None
 
     async def roll_back(self, position: int) -> None:
         """Forget whatever was sent from `position` on.
@@ -358,10 +346,15 @@ class Session:
         await leave_relays(
             self.chain.host,
             self.session_id,
-            lambda: [*self.chain.hops],
+            self._movable,
             self._quiet,
             self.reporter.left_relay,
         )
+
+    def _movable(self) -> list[HopStream]:
+        """Hops whose streams may move to other connections: a move waits until nothing is under way."""
+        hops = self.chain.hops
+        return [*hops] if is_worth_moving(self._prompt_at, hops[0].line) else []
 
     @asynccontextmanager
     async def _quiet(self) -> AsyncGenerator[None]:

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from p2pinfer.node.protocol.messages import Opened
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
-from p2pinfer.session.flow_limits import FIRST_BYTES, LEAST_TOKENS, ChunkSizes, FlowLimits, agree
+from p2pinfer.session.flow_limits import (
+    AHEAD,
+    FIRST_BYTES,
+    LEAST_TOKENS,
+    MOST_CHUNK_S,
+    ChunkSizes,
+    FlowLimits,
+    agree,
+)
 
 
 def test_hops_that_allow_more_change_nothing() -> None:
@@ -72,6 +80,24 @@ def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
     for _ in range(10):
         sizes.note_stall(1.0, line)
     assert sizes.next_tokens(line) == 256
+
+
+def test_chunks_of_a_line_that_takes_everything_grow() -> None:
+    sizes, line = ChunkSizes(FlowLimits(256, 8), ROW), Line(rtt_s=0.1)
+    taken = [sizes.next_tokens(line) for _ in range(30)]
+    assert taken == sorted(taken)
+    assert (taken[0], taken[-1]) == (FIRST_BYTES // ROW, 256)
+
+
+@given(st.floats(1e4, 1e6), st.floats(0.0, 4.0), st.integers(1, 16))
+def test_what_may_be_in_flight_lasts_until_the_first_result_is_back(
+    rate: float, way_s: float, in_flight: int
+) -> None:
+    """On a line that has become `AHEAD` times as fast meanwhile, but for what a chunk may be at most."""
+    most = 1 << 20
+    tokens = ChunkSizes(FlowLimits(most, in_flight), ROW, way_s).next_tokens(Line(0.1, bytes_per_s=rate))
+    lasts_s = in_flight * (tokens + 1) * ROW / (AHEAD * rate)
+    assert lasts_s >= min(way_s, MOST_CHUNK_S * in_flight / AHEAD)
 
 
 def test_a_chunk_is_never_more_than_was_agreed_nor_nothing() -> None:

@@ -10,7 +10,16 @@ import trio
 import trio.testing
 
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.protocol.relay_upgrade import LOOK_S, MOVE_S, leave_relays, note_moved
+from p2pinfer.node.protocol.relay_upgrade import (
+    LOOK_S,
+    MOVE_S,
+    PROMPT_ROUND_TRIPS,
+    PROMPT_S,
+    is_worth_moving,
+    leave_relays,
+    note_moved,
+)
+from p2pinfer.node.transport import line_rate
 
 from ..memory import MemoryNetwork
 
@@ -85,3 +94,18 @@ async def test_a_move_is_counted_with_how_long_nothing_went_out(
         await trio.sleep(2)
         assert note_moved(host, "b", began_at) == pytest.approx(2)
         assert host.counts.total("upgrades") == 1
+
+
+async def test_a_prompt_goes_through_before_its_stream_moves_unless_it_is_long(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    began = trio.current_time()
+    near, far = line_rate.Line(rtt_s=0.1), line_rate.Line(rtt_s=1.6)
+    assert is_worth_moving(None, far)
+    assert not is_worth_moving(began, near)
+    await trio.sleep(PROMPT_S + 0.1 * PROMPT_ROUND_TRIPS)
+    assert is_worth_moving(began, near)
+    assert not is_worth_moving(began, far)
+    await trio.sleep(1.5 * PROMPT_ROUND_TRIPS)
+    assert is_worth_moving(began, far)
+    assert is_worth_moving(began - 100, line_rate.Line(rtt_s=1e9))  # by what the peer says

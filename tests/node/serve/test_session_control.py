@@ -211,6 +211,25 @@ async def test_the_clients_streams_leave_their_relays_in_the_middle_of_a_session
         assert [len(swarm.streams("client", target)) for target in "abc"] == [2, 1, 2]
 
 
+async def test_a_link_does_not_move_while_a_prompt_is_on_its_way(checkpoint: Checkpoint) -> None:
+    relayed = {("a", "b"), ("client", "a"), ("client", "b")}
+    async with relayed_text(checkpoint, 3, relayed=relayed) as (swarm, text):
+        chunk = await text.session.submit(text.hidden[8:12], 8, returns=0)
+        await chunk
+        relayed.remove(("a", "b"))
+        for number, hop in enumerate(
+            "ab", 1
+        ):  # the client has none on its way; between its two looks, a looks
+            relayed.remove(("client", hop))
+            await swarm.upgraded(number, "client")
+        assert swarm.network.hosts["a"].counts.total("upgrades") == 0
+        last = await text.session.submit(text.hidden[12:16], 12, returns=1)
+        assert_close(await last, text.expected[15:16])
+        await swarm.upgraded(1, "a")
+        text.position = 16
+        await text.go_on_to(24)
+
+
 async def test_a_link_that_cannot_be_made_anew_stays_on_its_relay(checkpoint: Checkpoint) -> None:
     async with relayed_text(checkpoint, 3, relayed={("a", "b")}) as (swarm, text):
         tried = trio.Event()

@@ -1,0 +1,56 @@
+"""A prompt on its way through the hops: chunks that follow each other without waiting."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Protocol
+
+import trio
+from torch import Tensor
+
+from .chain import Chain
+from .flow_limits import ChunkSizes
+from .pending import Pending
+
+logger = logging.getLogger(__name__)
+
+
+class Submit(Protocol):
+    """Sends hidden states without waiting for what becomes of them: `Session.submit`."""
+
+    async def __call__(self, hidden: Tensor, position: int, *, returns: int | None = None) -> Pending: ...
+
+
+async def send_in_chunks(hidden: Tensor, position: int, submit: Submit, chain: Chain) -> Tensor:
+    """Push a prompt through, as many chunks at a time as the hops take.
+
+    Args:
+        hidden: (tokens, hidden_size), for `position` and the positions behind it.
+
+    Returns:
+        (1, hidden_size): the last token's hidden state.
+
+    Raises:
+        PeerError: The session is over.
+    """
+    limits = chain.flow_limits
+    sizes = ChunkSizes(limits, chain.terms.row_bytes, chain.way_s)
+    in_flight = deque[Pending]()
+    done = 0
+    while done < len(hidden):
+        if len(in_flight) == limits.chunks_in_flight:
+            full_at = trio.current_time()
+            await in_flight.popleft()
+            sizes.note_stall(trio.current_time() - full_at, chain.hops[0].line)
+        line = chain.hops[0].line
+        chunk = hidden[done : done + sizes.next_tokens(line)]
+        logger.debug("prefill.chunk at=%d tokens=%d bytes_per_s=%.0f", done, len(chunk), line.bytes_per_s)
+        is_last = done + len(chunk) == len(hidden)
+        in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0))
+        done += len(chunk)
+    # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is left
+    # behind that nobody waits for.
+    while len(in_flight) > 1:
+        await in_flight.popleft()
+    return await in_flight.pop()
