@@ -44,7 +44,8 @@ class HopSession:
     back. Outputs go to the successor; on the last hop they return to the client on `control`.
 
     Attributes:
-        prompt_at: When a prompt began whose end has not come, by trio's clock; else None.
+        prompt_at: When a prompt began whose end has not come, by trio's clock; else None. A session begins
+            with one that is still on its way here.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class HopSession:
         self.opening = opening
         self.client_id = client_id
         self.lifetime = Lifetime()
-        self.prompt_at: float | None = None
+        self.prompt_at: float | None = trio.current_time()
         self.inbox = Inbox(opening.max_tokens, config)
         self.neighbours = Neighbours(opening, client_id, control)
         self.outbox = Outbox(

@@ -12,8 +12,11 @@ from p2pinfer.node.transport.line_rate import NO_LINE, Line
 CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
 AHEAD: Final = 8  # times what the line now takes until a result is back: a fresh connection becomes faster
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
+MIN_WAIT_S: Final = 0.01  # shorter ones are for a turn of the event loop
 FIRST_BYTES: Final = 32 << 10  # of a chunk on a line of unknown rate
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
+# Nodes hang up on whoever sends to them at less than twice this rate (`serve.min_bytes_per_s`).
+LEAST_BYTES_PER_S: Final = 8 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,17 @@ def agree(chunk_tokens: int, chunks_in_flight: int, row_bytes: int, hops: Iterab
         chunks_in_flight, most_bytes // (tokens * row_bytes), *(hop.max_steps_in_flight for hop in limits)
     )
     return FlowLimits(tokens, max(in_flight, 1))
+
+
+def replay_limit_s(positions: int, row_bytes: int, hops: int, base_s: float) -> float:
+    """Seconds that a replay may take, whatever its lines: each hop is fed by another one, or by the client.
+
+    Args:
+        row_bytes: Size of one token's hidden state as it travels.
+        hops: How many are fed.
+        base_s: For what takes time beside that.
+    """
+    return base_s + positions * row_bytes * hops / LEAST_BYTES_PER_S
 
 
 class ChunkSizes:
@@ -75,6 +89,12 @@ class ChunkSizes:
         return max(1, min(max(tokens, LEAST_TOKENS), self._most))
 
     def note_stall(self, waited_s: float, line: Line) -> None:
-        """Note that the line had run dry when all chunks that may be in flight were, and take longer ones."""
-        if waited_s > line.queue_s + CHUNK_S:
+        """Hear that all chunks that may be in flight were; take longer ones if the line ran dry meanwhile.
+
+        Args:
+            waited_s: Until the first one's result was back.
+            line: As it was then.
+        """
+        is_dry = waited_s > MIN_WAIT_S and not line.queued_bytes
+        if is_dry or waited_s > line.queue_s + CHUNK_S:
             self._chunk_s = min(2 * self._chunk_s, MOST_CHUNK_S)

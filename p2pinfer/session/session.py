@@ -102,7 +102,7 @@ class Session:
         self.repair = Repair(
             self.chain, self._faults, self._failover, self.handovers, self._steps, self.reporter, self._push
         )
-        self._prompt_at: float | None = None  # when the prompt began that is under way
+        self._prompt_at: float | None = trio.current_time()  # of what is under way; a session begins with one
         self._receipts_due = trio.Event()
         self._closing = trio.Event()
         self._closed = trio.Event()
@@ -155,6 +155,7 @@ class Session:
             PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
         """
         started = time.perf_counter()
+        self._prompt_at = None
         answer = await self._answered(await self._submit(hidden, position, len(hidden)))
         timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(hidden))
         self.timings.append(timing)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol.messages import Opened
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
 from p2pinfer.session.flow_limits import (
     AHEAD,
     FIRST_BYTES,
+    LEAST_BYTES_PER_S,
     LEAST_TOKENS,
     MOST_CHUNK_S,
     ChunkSizes,
     FlowLimits,
     agree,
+    replay_limit_s,
 )
 
 
@@ -73,10 +78,13 @@ def test_an_unknown_line_begins_with_a_short_chunk_unless_it_is_local() -> None:
 
 def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
     sizes, line = ChunkSizes(FlowLimits(256, 8), ROW), Line(1.6, bytes_per_s=125_000)
-    sizes.note_stall(0.2, line)
+    sizes.note_stall(0.2, replace(line, queued_bytes=12_500))  # it is busy
+    sizes.note_stall(0.001, line)
     assert sizes.next_tokens(line) == 24
-    sizes.note_stall(1.0, line)
+    sizes.note_stall(0.03, line)
     assert sizes.next_tokens(line) == 48
+    sizes.note_stall(1.0, replace(line, queued_bytes=12_500))  # it must have been idle for most of that
+    assert sizes.next_tokens(line) == 97
     for _ in range(10):
         sizes.note_stall(1.0, line)
     assert sizes.next_tokens(line) == 256
@@ -104,3 +112,12 @@ def test_a_chunk_is_never_more_than_was_agreed_nor_nothing() -> None:
     line = Line(0.05, bytes_per_s=1)
     assert ChunkSizes(FlowLimits(2, 1), ROW).next_tokens(line) == 2
     assert ChunkSizes(FlowLimits(256, 8), 1 << 24).next_tokens(Line(0.05)) == LEAST_TOKENS
+
+
+def test_a_replay_over_any_line_that_a_hop_bears_has_its_time() -> None:
+    assert ServeConfig().min_bytes_per_s >= 2 * LEAST_BYTES_PER_S
+    positions, row_bytes = 1000, 1280
+    slowest_s = positions * row_bytes / ServeConfig().min_bytes_per_s
+    # Through three hops one after the other, nothing at the same time.
+    assert replay_limit_s(positions, row_bytes, 3, 60.0) > 3 * slowest_s
+    assert replay_limit_s(0, row_bytes, 3, 60.0) == 60.0

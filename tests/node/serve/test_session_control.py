@@ -25,6 +25,8 @@ from p2pinfer.node.protocol.messages import (
     Relinked,
     Successor,
 )
+from p2pinfer.node.protocol.relay_upgrade import is_worth_moving
+from p2pinfer.node.transport.line_rate import NO_LINE
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.session.session import Session
 
@@ -228,6 +230,18 @@ async def test_a_link_does_not_move_while_a_prompt_is_on_its_way(checkpoint: Che
         await swarm.upgraded(1, "a")
         text.position = 16
         await text.go_on_to(24)
+
+
+async def test_a_session_begins_with_a_prompt_on_its_way(checkpoint: Checkpoint) -> None:
+    """Else its link begins to move just when the first chunk comes, which over a long way takes seconds."""
+    async with open_swarm(checkpoint, 3) as swarm:
+        session, hidden = await swarm.session(), hidden_states(9)
+        (hop,) = swarm.servers["a"]._sessions.values()  # pyright: ignore[reportPrivateUsage]
+        assert not is_worth_moving(hop.prompt_at, NO_LINE)
+        await session.prefill(hidden[:8], 0)
+        assert is_worth_moving(hop.prompt_at, NO_LINE)
+        await session.aclose()
+        await swarm.all_closed()
 
 
 async def test_a_link_that_cannot_be_made_anew_stays_on_its_relay(checkpoint: Checkpoint) -> None:
