@@ -20,7 +20,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from p2pinfer.errors import AddressUnusable, NotAdmitted, NotDialled, PeerRefused, PeerUnreachable
+from p2pinfer.errors import AddressUnusable, NotAdmitted, NotDialled, PeerUnreachable
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig as HostConfig
@@ -39,7 +39,6 @@ from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity, is_peer_id, libp2p_id, verify
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.tcp import on_round_trip
-from p2pinfer.node.transport.yamux_stream import StreamRefused
 from p2pinfer.routing.announcement import MAX_ADDRS
 
 from .address_race import race
@@ -51,7 +50,7 @@ from .network import Handler
 from .peer_notices import PeerCallback, PeerNotices
 from .round_trips import RoundTrips
 from .stranger_dials import StrangerDials
-from .streams import answering, open_stream_on
+from .streams import Agreement, answering, open_stream_on
 
 logger = logging.getLogger(__name__)
 
@@ -212,32 +211,32 @@ class Host:
     # ------------------------------------------------------------------ streams
 
     async def open_stream(
-        self, peer_id: str, protocol: str, addrs: Sequence[str] = (), *, hearsay: bool = False
+        self,
+        peer_id: str,
+        protocol: str,
+        addrs: Sequence[str] = (),
+        *,
+        hearsay: bool = False,
+        optimistic: bool = False,
     ) -> PeerStream:
         """A new stream to `peer_id` that speaks `protocol`; connects first if need be.
 
         Args:
             addrs: Multiaddrs to reach the peer at, best first, with or without `/p2p/<peer_id>`.
             hearsay: The addresses are a stranger's word: `StrangerDials` says what may be dialled.
+            optimistic: Do not wait for the peer to agree to `protocol`: the first receive does, and raises.
 
         Raises:
             PeerUnreachable: No address answered, or the connection was lost meanwhile.
-            NotAdmitted: The peer does not let us in, or we do not deal with it.
-            PeerRefused: The peer does not speak `protocol`, or opens no more streams for us (code "busy").
+            NotAdmitted: It does not let us in, or we do not deal with it.
+            PeerRefused: It does not speak `protocol`, or opens no more streams for us (code "busy").
         """
         await self.connect(peer_id, addrs, hearsay=hearsay)
-        timeout_s = self._config.stream_timeout_s
         connection = self._connection(peer_id)
         self._note_round_trip(peer_id, connection)
-        try:
-            with self.within(timeout_s, [peer_id], _STREAM_ROUND_TRIPS):
-                return await open_stream_on(connection, protocol, peer_id)
-            raise PeerUnreachable(f"peer {peer_id} opened no stream within {timeout_s:g} s", peer_id)
-        except StreamRefused as exc:
-            raise PeerRefused(f"peer {peer_id} opens no more streams: {exc}", peer_id, "busy") from exc
-        except BaseLibp2pError as exc:
-            self._raise_if_turned_away(peer_id)
-            raise PeerUnreachable(f"peer {peer_id} was lost while opening a stream: {exc}", peer_id) from exc
+        limit = partial(self.within, self._config.stream_timeout_s, [peer_id], _STREAM_ROUND_TRIPS)
+        agreement = Agreement(protocol, peer_id, limit, partial(self._turned_away, peer_id))
+        return await open_stream_on(connection, agreement, optimistic)
 
     def serve(self, protocol: str, handler: Handler, *, is_metered: bool = True) -> None:
         """Let `handler` answer every stream that a peer opens for `protocol`, in a task of its own.
@@ -320,9 +319,9 @@ class Host:
             self._round_trips.note(peer_id, connection.muxed_conn.rtt_s)
 
     def rtt_s(self, peer_id: str) -> float | None:
-        """The round trip as last measured: when the peer connected, and every half minute since."""
+        """The round trip as last measured, or what the connection's handshake took; None if not connected."""
         connection = self._connection(peer_id)
-        return None if connection is None else connection.muxed_conn.rtt_s or None
+        return None if connection is None else connection.muxed_conn.line.rtt_s or None
 
     def _connection(self, peer_id: str) -> Any:
         """The live connection to use for `peer_id`: a direct one if possible, see `freshest`; or None."""
@@ -365,10 +364,10 @@ class Host:
             if told and address not in usable:
                 self.stranger_dials.check_late(peer_id, address, late)
             if is_circuit(address):
-                relay_addr, relay_id, named = parse_circuit(address)
+                at, relay_id, named = parse_circuit(address)
                 check_named(named, peer_id)
-                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [relay_addr], hearsay=told)
-                await dial_circuit(self._network, stream, relay_addr, peer_id)
+                stream = await self.open_stream(relay_id, HOP_PROTOCOL, [at], hearsay=told, optimistic=True)
+                await dial_circuit(self._network, stream, at, peer_id)
             else:
                 check_named(parse_tcp(address)[3], peer_id)
                 await self.stranger_dials.dial(peer_id, address, dial_tcp, hearsay=told)
@@ -388,12 +387,13 @@ class Host:
         if kind == "relayed" and self._settle is not None:
             await self._settle(peer_id)
         elif kind is None:
-            self._raise_if_turned_away(peer_id)
-            raise dial_failure(peer_id, addrs, errors, self._config.dial_timeout_s)
+            limit_s = self._config.dial_timeout_s
+            raise self._turned_away(peer_id) or dial_failure(peer_id, addrs, errors, limit_s)
 
-    def _raise_if_turned_away(self, peer_id: str) -> None:
-        if self.gate.take_turned_away(peer_id):
-            raise NotAdmitted(f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}", peer_id)
+    def _turned_away(self, peer_id: str) -> NotAdmitted | None:
+        """The error for a peer that has not let us in."""
+        why = f"peer {peer_id}: {reason(GATED)}; {self._how_to_ask}"
+        return NotAdmitted(why, peer_id) if self.gate.take_turned_away(peer_id) else None
 
 
 async def _dial_with(dial: Any, target: ID, source: tuple[Any, ...], address: str) -> None:

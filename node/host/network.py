@@ -72,12 +72,19 @@ class Network(Protocol):
         ...
 
     async def open_stream(
-        self, peer_id: str, protocol: str, addrs: Sequence[str] = (), *, hearsay: bool = False
+        self,
+        peer_id: str,
+        protocol: str,
+        addrs: Sequence[str] = (),
+        *,
+        hearsay: bool = False,
+        optimistic: bool = False,
     ) -> PeerStream:
         """Open a stream, dialling `addrs` and what is known of the peer if there is no connection.
 
         Args:
             hearsay: True if another peer named the addresses; how often such are dialled is bounded.
+            optimistic: Do not wait for the peer to agree to the protocol: the first receive does, and raises.
 
         Raises:
             PeerError: The peer cannot be reached, or does not answer the protocol.

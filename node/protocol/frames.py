@@ -19,7 +19,7 @@ from typing import Final
 import trio
 import trio.abc
 
-from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.fast_lock import FastLock
 from p2pinfer.node.concurrency.loop_share import Meter
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
@@ -207,7 +207,7 @@ class FrameStream:
         self._ended = True
         try:
             await self.send(End())
-        except PeerVanished:
+        except PeerError:
             pass
         finally:
             await self.aclose()

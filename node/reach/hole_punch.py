@@ -95,6 +95,7 @@ class HolePuncher:
         self._on_end = on_end
         self._over: dict[str, trio.Event] = {}  # by peer that we wait for to punch
         self._begun: dict[str, trio.CancelScope] = {}  # by peer, an attempt of ours
+        self._turns: dict[str, trio.Lock] = {}  # by peer that has come through relays
         self._rounds = RateLimit(ROUNDS_PER_S, ROUNDS_AT_ONCE)
 
     def register(self) -> None:
@@ -103,7 +104,20 @@ class HolePuncher:
         self._host.when_relayed(self._wait)
 
     async def arrived(self, peer_id: str) -> None:
-        """Punch a way to a peer that has connected to us through a relay; returns when that is over."""
+        """Punch a way to a peer that has connected to us through a relay; returns when that is over.
+
+        A peer may come through two relays at once and hang up on one of them, which cancels this call. So one
+        call at a time makes attempts, and the next one begins as soon as that has ended.
+        """
+        turn = self._turns.setdefault(peer_id, trio.Lock())
+        try:
+            async with turn:
+                await self._attempt(peer_id)
+        finally:
+            if not turn.locked():
+                self._turns.pop(peer_id, None)
+
+    async def _attempt(self, peer_id: str) -> None:
         for attempt in range(ROUNDS):
             try:
                 if self._is_direct(peer_id) or not await self._begin(peer_id):
@@ -125,8 +139,13 @@ class HolePuncher:
 
     async def _stop_if_far(self, peer_id: str, patience: trio.CancelScope) -> None:
         """End a wait that would be in vain: an attempt takes several round trips."""
+        # What the handshake took says it without another one. On a busy computer that is longer than the way.
+        handshake_s = self._host.rtt_s(peer_id) or 0.0
         with suppress(PeerError):
-            if await self._host.ping(peer_id) * PUNCH_ROUND_TRIPS > self._wait_s:
+            if (
+                handshake_s * PUNCH_ROUND_TRIPS > 2 * self._wait_s
+                or await self._host.ping(peer_id) * PUNCH_ROUND_TRIPS > self._wait_s
+            ):
                 patience.cancel()
 
     async def _begin(self, peer_id: str) -> bool:
@@ -148,7 +167,7 @@ class HolePuncher:
 
     async def _initiate(self, peer_id: str) -> bool:
         """One round, as B. Returns whether another one makes sense."""
-        async with aclosing(await self._host.open_stream(peer_id, PUNCH_PROTOCOL)) as stream:
+        async with aclosing(await self._host.open_stream(peer_id, PUNCH_PROTOCOL, optimistic=True)) as stream:
             with trio.fail_after(ANSWER_S):
                 sent_at = trio.current_time()
                 await send_message(stream, self._connect())
@@ -180,6 +199,7 @@ class HolePuncher:
                 logger.debug("punch.one_is_enough peer=%s", peer_id)
                 return
             self._begun[peer_id].cancel()
+        is_over = True
         try:
             with trio.fail_after(ANSWER_S):
                 theirs = self._permitted(_addresses(await receive_message(stream, HolePunch)))
@@ -197,10 +217,16 @@ class HolePuncher:
                     nursery.cancel_scope.cancel()
         except trio.TooSlowError as exc:
             raise PeerVanished("said nothing while punching", peer_id) from exc
+        except PeerVanished:
+            # Of two relays to the peer one has lost the race and was hung up. It begins again over the other.
+            is_lost = stream.muxed.muxed_conn.is_closed
+            is_over = not is_lost or self._host.connection_kind(peer_id) != "relayed"
+            raise
         finally:
             logger.debug("punch.over peer=%s direct=%s", peer_id, self._is_direct(peer_id))
-            self._let_go(peer_id)
-            self._on_end(peer_id, self._is_direct(peer_id))
+            if is_over:
+                self._let_go(peer_id)
+                self._on_end(peer_id, self._is_direct(peer_id))
 
     async def _call(self, peer_id: str, addrs: Sequence[str]) -> None:
         """Dial in the ordinary way: all it takes if the peer can be reached as it is."""

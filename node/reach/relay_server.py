@@ -197,7 +197,7 @@ class Relay:
         """A stream to `target`, which has agreed to be connected with `source`."""
         try:
             with trio.fail_after(HANDSHAKE_S):
-                there = await self._host.open_stream(target, STOP_PROTOCOL)
+                there = await self._host.open_stream(target, STOP_PROTOCOL, optimistic=True)
                 peer = PeerId(id=ID.from_base58(source).to_bytes())
                 try:
                     await send_message(

@@ -151,7 +151,9 @@ class SessionControl:
             addrs: Sequence[str] = ()
             if self._host.connection_kind(successor.peer_id) is None:
                 addrs = await self._find_addrs(successor.peer_id, self._session.client_id)
-            stream = await self._host.open_stream(successor.peer_id, CHAIN_PROTOCOL, addrs, hearsay=True)
+            stream = await self._host.open_stream(
+                successor.peer_id, CHAIN_PROTOCOL, addrs, hearsay=True, optimistic=True
+            )
             return await self._attach(stream)
 
     async def _attach(self, stream: PeerStream) -> Link:

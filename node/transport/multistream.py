@@ -3,11 +3,16 @@
 libp2p's client waits for the peer to confirm multistream itself before it asks for a protocol. Both lines can
 go out at once, and those of other implementations do so too. A dial has two negotiations, so it takes four
 round trips instead of six: over two satellites, 6 s instead of 10.
+
+Whoever speaks first on a stream need not wait for the agreement at all: what it says follows the proposal,
+and the agreement is read before the first answer. That takes a round trip off each opening.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
 
 import trio
 from libp2p.abc import IMultiselectCommunicator
@@ -49,18 +54,41 @@ class OneTripClient(MultiselectClient):
         return protocols[0]
 
 
-async def negotiate(stream: YamuxStream, protocol: str, peer_id: str) -> None:
-    """Have the peer at the other end of a fresh `stream` speak `protocol` on it.
+class Proposal:
+    """A protocol that was proposed on a fresh stream, and what of the peer's agreement is still to come.
 
-    Raises:
-        PeerRefused: The peer does not know the protocol, or does not speak multistream.
-        BaseLibp2pError: The stream broke.
+    Attributes:
+        lines: What proposes it. A peer that agrees says the same.
     """
-    await stream.write(_line(MULTISTREAM) + _line(protocol.encode()))
-    if await _read_line(stream) != MULTISTREAM:
-        raise PeerRefused(f"peer {peer_id} does not speak multistream", peer_id)
-    if await _read_line(stream) != protocol.encode():
-        raise PeerRefused(f"peer {peer_id} does not speak {protocol}", peer_id, "not_spoken")
+
+    def __init__(self, protocol: str, peer_id: str) -> None:
+        self.lines = _line(MULTISTREAM) + _line(protocol.encode())
+        self._awaited = self.lines
+        self.protocol = protocol
+        self._peer_id = peer_id
+
+    async def read_agreement(self, stream: YamuxStream) -> None:
+        """Read what the peer says to the proposal. If it was cancelled, another call goes on.
+
+        Raises:
+            PeerRefused: The peer does not know the protocol, or does not speak multistream.
+            BaseLibp2pError: The stream broke.
+        """
+        while self._awaited:
+            try:
+                piece = await stream.read(len(self._awaited))
+            except MuxedStreamEOF:
+                piece = b""
+            if not piece or not self._awaited.startswith(piece):
+                raise self._refusal(piece)
+            self._awaited = self._awaited[len(piece) :]
+
+    def _refusal(self, piece: bytes) -> PeerRefused:
+        agreed = len(self.lines) - len(self._awaited) + sum(takewhile(bool, map(eq, piece, self._awaited)))
+        if agreed < len(_line(MULTISTREAM)):
+            return PeerRefused(f"peer {self._peer_id} does not speak multistream", self._peer_id)
+        why = f"peer {self._peer_id} does not speak {self.protocol}"
+        return PeerRefused(why, self._peer_id, "not_spoken")
 
 
 def _line(text: bytes) -> bytes:
@@ -68,15 +96,3 @@ def _line(text: bytes) -> bytes:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"a protocol id of {len(text)} bytes")
     return bytes([len(line)]) + line
-
-
-async def _read_line(stream: YamuxStream) -> bytes:
-    """The next line without its end, or as much of it as came."""
-    try:
-        size = (await stream.read(1))[0]
-        line = b""
-        while len(line) < min(size, MAX_LINE_BYTES):
-            line += await stream.read(size - len(line))
-    except MuxedStreamEOF:
-        return b""
-    return line.removesuffix(b"\n")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import index
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import trio
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
-from p2pinfer.errors import PeerVanished
+from p2pinfer.errors import PeerError, PeerVanished
 from p2pinfer.node.concurrency.loop_share import Meter
 from p2pinfer.node.concurrency.shield import shielded
 
@@ -26,6 +26,18 @@ class StreamBroken(PeerVanished, trio.BrokenResourceError):
     """A `PeerVanished` that generic trio code understands as well."""
 
 
+class Agreement(Protocol):
+    """Agreement of the peer to the stream's protocol, which comes before all that it says in it."""
+
+    async def read(self, muxed: YamuxStream) -> None:
+        """Read it; raises PeerError."""
+        ...
+
+    def explain(self, exc: BaseLibp2pError) -> PeerError:
+        """The error for a loss before it was read."""
+        ...
+
+
 class PeerStream(trio.abc.Stream):
     """One stream to `peer_id`, opened by `Host.open_stream` or handed to a handler of `Host.serve`.
 
@@ -33,8 +45,10 @@ class PeerStream(trio.abc.Stream):
     takes: who needs a limit uses `trio.fail_after`. Everything libp2p raises comes out as `PeerVanished`.
     """
 
-    def __init__(self, stream: Any, peer_id: str) -> None:
+    def __init__(self, stream: Any, peer_id: str, agreement: Agreement | None = None) -> None:
+        """`agreement` is read before what else comes."""
         self.peer_id = peer_id
+        self._agreement = agreement
         # libp2p's NetStream keeps account of streams; its reads and writes only add locks to the muxer's.
         self._account = stream
         self.muxed: YamuxStream = stream.muxed_stream
@@ -142,11 +156,28 @@ class PeerStream(trio.abc.Stream):
         finally:
             self._sending = False
 
+    async def confirm(self) -> None:
+        """Wait until the peer has agreed to the stream's protocol.
+
+        Raises:
+            PeerError: It does not, or is gone: as `Host.open_stream` has it.
+        """
+        if self._agreement is None:
+            return
+        try:
+            await self._agreement.read(self.muxed)
+        except PeerError as exc:
+            if self._closed:
+                raise trio.ClosedResourceError("another task closed this stream") from exc
+            raise
+        self._agreement = None
+
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Bytes that have arrived, at most `max_bytes`; b"" once the peer has ended its side.
 
         Raises:
             PeerVanished: The peer reset the stream, or the connection is gone.
+            PeerError: As `confirm`, if that was not awaited.
         """
         if max_bytes is not None and index(max_bytes) < 1:
             raise ValueError("max_bytes must be positive")
@@ -157,6 +188,7 @@ class PeerStream(trio.abc.Stream):
             if self._closed or self.muxed.has_input():
                 await trio.lowlevel.checkpoint()
                 self._check_open()
+            await self.confirm()
             return await self.muxed.read(max_bytes or RECEIVE_BYTES)
         except MuxedStreamEOF:
             return b""
@@ -190,4 +222,6 @@ class PeerStream(trio.abc.Stream):
         """Exception to raise for an error of libp2p's."""
         if self._closed:
             return trio.ClosedResourceError("another task closed this stream")
+        if self._agreement is not None:
+            return self._agreement.explain(exc)
         return StreamBroken(f"peer {self.peer_id} vanished {when}: {exc}", self.peer_id)

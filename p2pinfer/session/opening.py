@@ -53,7 +53,9 @@ async def open_hops(
 
     async def open_hop(index: int, hop: Hop, opening: Open, scope: trio.CancelScope) -> None:
         try:
-            stream = await host.open_stream(hop.peer_id, SESSION_PROTOCOL, hop.addrs, hearsay=True)
+            stream = await host.open_stream(
+                hop.peer_id, SESSION_PROTOCOL, hop.addrs, hearsay=True, optimistic=True
+            )
             frames = FrameStream(stream, max_payload_bytes=max_payload_bytes, peer_id=hop.peer_id)
             streams[index] = frames
             if stream.is_relayed:

@@ -18,10 +18,11 @@ from multiaddr import Multiaddr
 
 from p2pinfer.errors import AddressUnusable, PeerError, PeerRefused, PeerUnreachable, PeerVanished
 from p2pinfer.node.host.host import HostConfig, open_host
+from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.node.transport.peer_stream import PeerStream
 
-from .support import DEAD, ECHO, LOOPBACK, StartHost, accept, echo
+from .support import DEAD, ECHO, LOOPBACK, StartHost, accept, echo, receive_exactly
 
 
 async def test_two_hosts_talk(start_host: StartHost) -> None:
@@ -193,8 +194,9 @@ async def test_a_protocol_that_nobody_serves_is_refused(start_host: StartHost) -
         await alice.open_stream(bob.peer_id, ECHO)
 
 
+@pytest.mark.parametrize("optimistic", [False, True])
 async def test_a_peer_that_does_not_negotiate_in_time_is_unreachable(
-    start_host: StartHost, monkeypatch: pytest.MonkeyPatch
+    start_host: StartHost, optimistic: bool
 ) -> None:
     alice = await start_host(HostConfig(listen=(), stream_timeout_s=0.1))
     bob = await start_host()
@@ -204,10 +206,14 @@ async def test_a_peer_that_does_not_negotiate_in_time_is_unreachable(
 
     bob.libp2p.get_network().set_stream_handler(say_nothing)
     with pytest.raises(PeerUnreachable, match=r"no stream within 0\.1 s"):
-        await alice.open_stream(bob.peer_id, ECHO, bob.addrs)
+        stream = await alice.open_stream(bob.peer_id, ECHO, bob.addrs, optimistic=optimistic)
+        await stream.receive_some()
 
 
-async def test_too_many_streams_are_refused_and_room_is_made_when_one_ends(start_host: StartHost) -> None:
+@pytest.mark.parametrize("optimistic", [False, True])
+async def test_too_many_streams_are_refused_and_room_is_made_when_one_ends(
+    start_host: StartHost, optimistic: bool
+) -> None:
     alice = await start_host()
     bob = await start_host(HostConfig(listen=LOOPBACK.listen, max_streams_per_peer=3))
     accepted = accept(bob, ECHO)
@@ -215,7 +221,9 @@ async def test_too_many_streams_are_refused_and_room_is_made_when_one_ends(start
     streams: list[PeerStream] = []
     with pytest.raises(PeerRefused, match="as many streams open as it allows") as caught:
         while len(streams) < 4:
-            streams.append(await alice.open_stream(bob.peer_id, ECHO))
+            stream = await alice.open_stream(bob.peer_id, ECHO, optimistic=optimistic)
+            await stream.confirm()
+            streams.append(stream)
             await accepted.receive()
     assert streams
     assert caught.value.is_passing
@@ -223,6 +231,57 @@ async def test_too_many_streams_are_refused_and_room_is_made_when_one_ends(start
     await streams.pop().reset()
     await alice.ping(bob.peer_id)  # by its answer bob has seen the reset
     await alice.open_stream(bob.peer_id, ECHO)
+
+
+async def test_what_is_said_at_once_goes_out_before_the_peer_has_agreed(start_host: StartHost) -> None:
+    alice, bob = await start_host(), await start_host()
+
+    async def hear_all_first(stream: Any) -> None:
+        heard = b""
+        while not heard.endswith(b"hello"):
+            heard += await stream.muxed_stream.read(100)
+        await stream.muxed_stream.write(heard.removesuffix(b"hello") + b"well")
+
+    bob.libp2p.get_network().set_stream_handler(hear_all_first)
+    stream = await alice.open_stream(bob.peer_id, ECHO, bob.addrs, optimistic=True)
+    await stream.send_all(b"hello")
+    assert await receive_exactly(stream, 4) == b"well"
+
+
+async def test_an_ordinary_peer_takes_what_is_said_at_once(start_host: StartHost) -> None:
+    alice, bob = await start_host(), await start_host()
+    bob.serve(ECHO, echo)
+    async with await alice.open_stream(bob.peer_id, ECHO, bob.addrs, optimistic=True) as stream:
+        await stream.send_all(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+        await stream.confirm()  # it has
+
+
+async def test_a_refusal_of_what_was_said_at_once_has_its_reason(start_host: StartHost) -> None:
+    alice, bob = await start_host(), await start_host()
+    stream = await alice.open_stream(bob.peer_id, "/unknown", bob.addrs, optimistic=True)
+    await stream.send_all(b"\x00\x00\x00\x05hello")
+    with pytest.raises(PeerRefused, match="does not speak /unknown") as caught:
+        await stream.receive_some()
+    assert (caught.value.peer_id, caught.value.code) == (bob.peer_id, "not_spoken")
+    await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.receive_some()
+
+
+async def test_a_connection_that_is_lost_before_the_peer_agrees_says_so(start_host: StartHost) -> None:
+    alice, bob = await start_host(), await start_host()
+
+    async def hang_up(stream: Any) -> None:
+        await stream.muxed_stream.read(1)
+        await stream.muxed_conn.close()
+
+    bob.libp2p.get_network().set_stream_handler(hang_up)
+    stream = await alice.open_stream(bob.peer_id, ECHO, bob.addrs, optimistic=True)
+    frames = FrameStream(stream, max_payload_bytes=0, peer_id=bob.peer_id)
+    with pytest.raises(PeerUnreachable, match="was lost while opening a stream"):
+        await frames.receive()
+    await frames.end()  # nobody is there to hear it
 
 
 # ---------------------------------------------------------------------- handlers

@@ -82,10 +82,12 @@ async def test_a_peer_of_another_swarm_is_refused_at_once_on_both_sides(
     assert len(of_ours(caplog)) == 1  # once a minute for one address is enough
 
 
-async def refused(alice: Host, bob: Host) -> PeerError:
+async def refused(alice: Host, bob: Host, *, optimistic: bool = False) -> PeerError:
     """What becomes of a connection that bob does not want, whenever alice notices."""
     with trio.fail_after(AT_ONCE_S), pytest.raises(PeerError) as caught:
-        await alice.open_stream(bob.peer_id, ECHO, bob.addrs)
+        stream = await alice.open_stream(bob.peer_id, ECHO, bob.addrs, optimistic=optimistic)
+        await stream.send_all(b"hello")
+        await stream.receive_some()
     return caught.value
 
 
@@ -111,10 +113,13 @@ async def test_who_is_not_let_in_is_told_so(
     assert listed in told
 
 
-async def test_who_has_a_lasting_name_is_not_told_to_take_one(start_host: StartHost, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimistic", [False, True])
+async def test_who_has_a_lasting_name_is_not_told_to_take_one(
+    start_host: StartHost, tmp_path: Path, optimistic: bool
+) -> None:
     eve = client_identity(tmp_path / "client.key")
     bob = await start_host(replace(PATIENT, deny=(eve.peer_id,)))
-    error = await refused(await start_host(PATIENT, identity=eve), bob)
+    error = await refused(await start_host(PATIENT, identity=eve), bob, optimistic=optimistic)
     assert str(error).endswith(f"ask its operator to let in {eve.peer_id}")
 
 

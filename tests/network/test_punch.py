@@ -7,6 +7,8 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
+from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from p2pinfer.errors import PeerVanished
@@ -17,6 +19,7 @@ from p2pinfer.node.reach.hole_punch import PUNCH_PROTOCOL, HolePuncher
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.reach.relay_server import Relay
 from p2pinfer.node.transport.addresses import parse_tcp
+from p2pinfer.node.transport.circuit_stream import HOP_PROTOCOL, dial_circuit
 from p2pinfer.node.transport.delimited import receive_message, send_message
 
 from .support import DEAD, ECHO, StartHost, echo
@@ -101,9 +104,19 @@ async def test_two_that_dial_each_other_at_once_meet(start_host: StartHost) -> N
         assert await stream.receive_some() == b"hello"
 
 
-@pytest.mark.parametrize(("rtt_s", "most_s"), [(0.1, 2.1), (1.0, 1.1), (10.0, 2.1)])
+@pytest.mark.parametrize(
+    ("rtt_s", "handshake_s", "most_s"),
+    [
+        (0.1, None, 2.1),
+        (1.0, None, 1.1),
+        (10.0, None, 2.1),
+        (1.0, 1.0, 0.0),
+        (1.0, 0.5, 1.1),  # as on a busy computer
+        (0.1, 0.5, 2.1),
+    ],
+)
 async def test_nobody_waits_for_an_attempt_that_takes_longer(
-    rtt_s: float, most_s: float, autojump_clock: object
+    rtt_s: float, handshake_s: float | None, most_s: float, autojump_clock: object
 ) -> None:
     """Over satellites, six round trips take ten seconds, and the relay works meanwhile."""
 
@@ -115,6 +128,9 @@ async def test_nobody_waits_for_an_attempt_that_takes_longer(
         def when_relayed(self, settle: Callable[[str], Awaitable[None]]) -> None:
             self.settle = settle
 
+        def rtt_s(self, peer_id: str) -> float | None:
+            return handshake_s
+
         async def ping(self, peer_id: str) -> float:
             await trio.sleep(rtt_s)
             return rtt_s
@@ -124,6 +140,71 @@ async def test_nobody_waits_for_an_attempt_that_takes_longer(
     began_at = trio.current_time()
     await host.settle("peer")
     assert trio.current_time() - began_at == pytest.approx(most_s, abs=0.11)
+
+
+async def test_who_came_through_two_relays_is_begun_with_again_at_once_when_one_is_hung_up(
+    autojump_clock: object,
+) -> None:
+    opened = list[float]()
+
+    class Two:
+        def connection_kind(self, peer_id: str) -> str:
+            return "relayed"
+
+        async def open_stream(self, *_: object, **__: object) -> None:
+            opened.append(trio.current_time())
+            await trio.sleep_forever()
+
+    puncher = HolePuncher(cast(Host, Two()), list, lambda six: None, lambda: False, wait_s=2.0)
+    began_at = trio.current_time()
+    async with trio.open_nursery() as second, trio.open_nursery() as first:
+        first.start_soon(puncher.arrived, "peer")
+        await trio.testing.wait_all_tasks_blocked()
+        second.start_soon(puncher.arrived, "peer")
+        await trio.sleep(0.5)
+        assert opened == [began_at]  # one at a time
+        first.cancel_scope.cancel()
+        second.cancel_scope.deadline = trio.current_time() + 0.2
+    assert opened == [began_at, began_at + 0.5]
+
+
+async def test_an_attempt_over_a_relay_that_lost_the_race_keeps_the_wait(start_host: StartHost) -> None:
+    """The client has hung up on it, and waits for the attempt over the other one."""
+    one, other = await start_relay(start_host), await start_relay(start_host)
+    server, client = await start_host(), await start_host()
+    ends: list[tuple[str, bool]] = []
+    punching(client, [place(client)], wait_s=60.0, told=lambda peer, direct: ends.append((peer, direct)))
+    arrived, may_begin = trio.Event(), trio.Event()
+    puncher = punching(server, [place(server)])
+
+    async def begin_late(peer_id: str) -> None:
+        arrived.set()
+        await may_begin.wait()
+        await puncher.arrived(peer_id)
+
+    serve_circuits(server, begin_late)
+    for relay in (one, other):
+        await server.connect(relay.peer_id, relay.addrs)
+        await reserve(server, relay.peer_id)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.connect, server.peer_id, way(one))
+        await arrived.wait()
+        for one_side, other_side in ((server, client), (client, server)):
+            while one_side.connection_kind(other_side.peer_id) is None:
+                await trio.sleep(0.01)
+        loser = client.libp2p.get_network().connections[ID.from_base58(server.peer_id)][0]
+        stream = await client.open_stream(other.peer_id, HOP_PROTOCOL, other.addrs)
+        await dial_circuit(client.libp2p.get_network(), stream, other.addrs[0], server.peer_id)
+        await (await server.open_stream(client.peer_id, PUNCH_PROTOCOL)).confirm()
+        await loser.close()
+        while server.connection_kind(client.peer_id) is None:
+            await trio.sleep(0.01)
+        assert ends == []
+        may_begin.set()
+    assert client.connection_kind(server.peer_id) == "direct"
+    while not ends:
+        await trio.sleep(0.01)
+    assert ends == [(server.peer_id, True)]
 
 
 async def test_of_two_attempts_at_once_one_counts(

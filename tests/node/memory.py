@@ -186,7 +186,13 @@ class MemoryHost:
         self._network.swallowing.pop(peer_id, None)
 
     async def open_stream(
-        self, peer_id: str, protocol: str, addrs: Sequence[str] = (), *, hearsay: bool = False
+        self,
+        peer_id: str,
+        protocol: str,
+        addrs: Sequence[str] = (),
+        *,
+        hearsay: bool = False,
+        optimistic: bool = False,
     ) -> PeerStream:
         await trio.lowlevel.checkpoint()
         if self.connection_kind(peer_id) is None:

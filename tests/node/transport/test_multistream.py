@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
+import trio
 from libp2p.custom_types import TProtocol
 from libp2p.protocol_muxer.exceptions import MultiselectClientError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from p2pinfer.errors import PeerRefused
-from p2pinfer.node.transport.multistream import OneTripClient, negotiate
+from p2pinfer.node.transport.multistream import OneTripClient, Proposal
 from p2pinfer.node.transport.yamux_stream import YamuxStream
 
 MULTISTREAM = b"\x13/multistream/1.0.0\n"
@@ -37,7 +38,9 @@ class Script:
 
 
 async def run(script: Script, protocol: str = "/x/1") -> None:
-    await negotiate(cast(YamuxStream, script), protocol, "peer")
+    proposal = Proposal(protocol, "peer")
+    await script.write(proposal.lines)
+    await proposal.read_agreement(cast(YamuxStream, script))
 
 
 async def test_both_lines_are_sent_at_once_and_nothing_is_read_beyond_the_answer() -> None:
@@ -63,6 +66,23 @@ async def test_any_other_answer_is_a_refusal(answer: bytes, why: str) -> None:
     with pytest.raises(PeerRefused, match=why) as caught:
         await run(Script(answer, piece_bytes=7))
     assert caught.value.peer_id == "peer"
+
+
+async def test_an_agreement_whose_reading_was_cancelled_is_read_on() -> None:
+    class Slow(Script):
+        async def read(self, n: int) -> bytes:
+            if len(self._answer) == 9:
+                await trio.sleep_forever()
+            return await super().read(n)
+
+    script, proposal = Slow(MULTISTREAM + b"\x05/x/1\n" + b"abcd"), Proposal("/x/1", "peer")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await proposal.read_agreement(cast(YamuxStream, script))
+    assert scope.cancelled_caught
+    rest = Script(b"\x05/x/1\n"[1:] + b"abcd")
+    await proposal.read_agreement(cast(YamuxStream, rest))
+    assert await rest.read(4) == b"a"
 
 
 async def test_a_protocol_id_that_cannot_be_sent_is_our_mistake() -> None:
