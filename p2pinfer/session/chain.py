@@ -31,14 +31,14 @@ import trio
 from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
-from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable, PeerVanished
+from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Open, Step, Successor
 from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.routing.route import Hop, Route
 
-from .flow_limits import FlowLimits, agree
+from .flow_limits import FlowLimits, agree, replay_limit_s
 from .hop_stream import HopStream, Listener
 from .opening import OPENING_ROUND_TRIPS, end_all, open_hops
 from .terms import SessionTerms
@@ -114,6 +114,11 @@ class Chain:
         rtts_s = [min(hop.line.rtt_s, MAX_RTT_S) for hop in self.hops]
         return (rtts_s[0] + rtts_s[-1] + sum(max(pair) for pair in pairwise(rtts_s))) / 2
 
+    def replay_limit_s(self, replacement: Replacement, stop: int) -> float:
+        """Seconds that a replay of positions `0..stop` may take, wherever it begins."""
+        hops = len(self.hops) + len(replacement.hops)
+        return replay_limit_s(stop, self.terms.row_bytes, hops, self._config.step_timeout_s)
+
     def begin_epoch(self) -> None:
         """Supersede what is under way: steps sent from now on are told from it by a higher epoch."""
         self.epoch += 1
@@ -159,39 +164,6 @@ class Chain:
             for index, hop in enumerate(hops):
                 nursery.start_soon(probe, index, hop)
         return silent, [hop for hop in cut if hop not in silent]
-
-    async def attended(self, hops: Sequence[HopStream], work: Callable[[], Awaitable[None]]) -> None:
-        """Await `work()` for as long as all `hops` show signs of life.
-
-        Raises:
-            PeerError: One of them stopped to, or its stream ended; or what `work` raises.
-        """
-
-        # Collected, not raised where they occur: what leaves a nursery is an exception group, and callers go
-        # by the first `PeerError` and by the peer that it names.
-        errors: list[PeerError] = []
-
-        async def attend(hop: HopStream, scope: trio.CancelScope) -> None:
-            while not hop.lost.is_set():
-                with trio.move_on_after(self._config.probe_after_s):
-                    await hop.lost.wait()
-                # Its own sign of life alone: the hop behind may be the very one that is being replaced, and
-                # waiting for that would make a living hop look dead.
-                if await hop.probe(self._config.probe_timeout_s, ask_successor=False) is None:
-                    break
-            errors.append(PeerVanished("it does not answer pings", hop.peer_id))
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            for hop in hops:
-                nursery.start_soon(attend, hop, nursery.cancel_scope)
-            try:
-                await work()
-            except PeerError as exc:
-                errors.append(exc)
-            nursery.cancel_scope.cancel()
-        if errors:
-            raise errors[0]
 
     # ------------------------------------------------------------------ replacing
 

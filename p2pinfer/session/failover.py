@@ -26,6 +26,7 @@ from p2pinfer.routing.route import Hop, Route
 from .chain import Chain, NoReplay, Replacement
 from .faults import Faults
 from .hop_stream import HopStream
+from .liveness import attended
 from .opening import end_all
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,8 @@ class Failover:
         before, after = chain.neighbours(replacement.replaced)
         involved = [*replacement.hops, *([before] if before else [])]
         try:
-            await chain.attended(involved, partial(chain.take_over, replacement, upto))
+            limit_s = chain.replay_limit_s(replacement, upto)
+            await attended(involved, partial(chain.take_over, replacement, upto), self._config, limit_s)
         except PeerError as exc:
             # A sign of life may fail to come in the very moment in which the take-over succeeds. Then the
             # replacement is the chain: ending it would end the session, and the fault is noted below like any

@@ -24,6 +24,7 @@ from .failover import Failover, Replanner
 from .faults import Faults
 from .hop_stream import HopStream
 from .in_flight import InFlight
+from .liveness import attended
 from .opening import end_all
 from .stragglers import Stragglers
 
@@ -147,7 +148,8 @@ class Handovers:
             # Not `length`: a step under way may be giving positions below it another content.
             if steps.confirmed - replacement.filled <= _SETTLED_TOKENS:
                 break
-            await chain.attended(living, partial(chain.fill, replacement, steps.confirmed))
+            limit_s = chain.replay_limit_s(replacement, steps.confirmed)
+            await attended(living, partial(chain.fill, replacement, steps.confirmed), self._config, limit_s)
         async with steps.quiescent():
             # Looked at again: a repair goes before whoever waits here, and may have used or closed the
             # replacement.

@@ -7,16 +7,20 @@ Nor is a hop dead that is being sent a long prompt over a thin line. It is asked
 the prompt, and has as long as its line takes (`Line.patience_s`). Only the question for its successor goes
 behind the prompt, since the hop has to answer that one itself; so it is asked when what is under way has had
 its time.
+
+A hop may answer and still not do what it was asked for. Work that it takes part in has its time, too
+(`attended`): a replay that does not come to its end would hold up the session, whose steps wait for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import trio
 
+from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerVanished
 
 from .chain import Chain
@@ -65,3 +69,45 @@ async def keep_watch(
                 told_by = before.peer_id if before is not None else ""
                 on_cut(hop, PeerVanished("its predecessor cannot reach it", hop.peer_id, told_by=told_by))
         looked_at = trio.current_time()
+
+
+async def attended(
+    hops: Sequence[HopStream], work: Callable[[], Awaitable[None]], config: SessionConfig, limit_s: float
+) -> None:
+    """Await `work()` for as long as all `hops` show signs of life.
+
+    Args:
+        hops: Who takes part. The first counts as at fault if `work` does not end.
+
+    Raises:
+        PeerError: One of them stopped to, its stream ended, or the time is over; or what `work` raises.
+    """
+
+    # Collected, not raised where they occur: what leaves a nursery is an exception group, and callers go
+    # by the first `PeerError` and by the peer that it names.
+    errors: list[PeerError] = []
+
+    async def attend(hop: HopStream, scope: trio.CancelScope) -> None:
+        while not hop.lost.is_set():
+            with trio.move_on_after(config.probe_after_s):
+                await hop.lost.wait()
+            # Its own sign of life alone: the hop behind may be the very one that is being replaced, and
+            # waiting for that would make a living hop look dead.
+            if await hop.probe(config.probe_timeout_s, ask_successor=False) is None:
+                break
+        errors.append(PeerVanished("it does not answer pings", hop.peer_id))
+        scope.cancel()
+
+    with trio.move_on_after(limit_s) as patience:
+        async with trio.open_nursery() as nursery:
+            for hop in hops:
+                nursery.start_soon(attend, hop, nursery.cancel_scope)
+            try:
+                await work()
+            except PeerError as exc:
+                errors.append(exc)
+            nursery.cancel_scope.cancel()
+    if patience.cancelled_caught:
+        errors.append(PeerVanished(f"it was not fed within {limit_s:.0f} s", hops[0].peer_id))
+    if errors:
+        raise errors[0]

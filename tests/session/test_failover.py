@@ -119,6 +119,33 @@ async def test_a_replacement_that_dies_while_it_is_fed_is_replaced_too(
             assert (session.failovers, spares.failed) == (1, ["b", "d"])
 
 
+async def test_a_replacement_that_lives_and_is_never_fed_is_given_up(
+    checkpoint: Checkpoint, inputs: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers pings, and nobody says that anything is wrong; the steps that wait would wait for ever."""
+    async with open_memory_swarm(checkpoint) as swarm:
+        await serve(swarm, **WAY, d=(3, 5), e=(3, 5))
+        spares = Spares(d=(3, 5), e=(3, 5))
+        async with running(swarm, route_over(**WAY), spares, inputs) as session:
+            close_to(await session.prefill(inputs[:PROMPT], 0), expected[PROMPT - 1 : PROMPT])
+            chain, take_over = session.chain, session.chain.take_over
+
+            async def stop_there(spare: Replacement, stop: int) -> None:
+                if spare.hops[0].peer_id == "d":
+                    await trio.sleep_forever()
+                await take_over(spare, stop)
+
+            def limit_s(spare: Replacement, stop: int) -> float:
+                return 0.05 if spare.hops[0].peer_id == "d" else 60.0
+
+            monkeypatch.setattr(chain, "take_over", stop_there)
+            monkeypatch.setattr(chain, "replay_limit_s", limit_s)
+            await swarm.network.kill("b")
+            await decode_rest(session, inputs, expected)
+            assert session.route.peer_ids == ("a", "e", "c")
+            assert (session.failovers, spares.failed) == (1, ["b", "d"])
+
+
 async def test_a_session_without_a_replanner_ends_with_its_hop(
     checkpoint: Checkpoint, inputs: Tensor, expected: Tensor
 ) -> None:

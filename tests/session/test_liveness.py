@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from torch import Tensor
 
+from p2pinfer.client_config import SessionConfig
+from p2pinfer.errors import PeerVanished
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.session.hop_stream import HopStream
+from p2pinfer.session.liveness import attended
 
 from ..node.memory_swarm import open_memory_swarm, route_over
 from ..spares import CHUNKS, OTHERS, PROMPT, WAY, Spares, close_to, decode_rest, running, serve
@@ -70,3 +75,57 @@ async def test_a_hop_that_is_busy_is_waited_for(
                     await trio.sleep(0.01)
                 may_go.set()
             assert (session.failovers, spares.gaps) == (0, [])
+
+
+# ---------------------------------------------------------------------- work that hops take part in
+
+CONFIG = SessionConfig()
+
+
+@dataclass(eq=False)
+class Hop:
+    """A hop that answers pings until it is silent."""
+
+    peer_id: str
+    is_there: bool = True
+    lost: trio.Event = field(default_factory=trio.Event)
+
+    async def probe(self, within_s: float, *, ask_successor: bool = True) -> object:
+        await trio.sleep(0.01 if self.is_there else within_s)
+        return "alive" if self.is_there else None
+
+
+def hops(*there: bool) -> list[HopStream]:
+    return [cast(HopStream, Hop(name, is_there)) for name, is_there in zip("ab", there, strict=True)]
+
+
+async def work_for(seconds: float) -> None:
+    await trio.sleep(seconds)
+
+
+async def test_work_that_ends_in_time_is_left_alone(autojump_clock: trio.testing.MockClock) -> None:
+    await attended(hops(True, True), lambda: work_for(59.0), CONFIG, 60.0)
+
+
+async def test_work_that_never_ends_is_the_fault_of_the_first(autojump_clock: trio.testing.MockClock) -> None:
+    began_at = trio.current_time()
+    with pytest.raises(PeerVanished, match="not fed within 60 s") as caught:
+        await attended(hops(True, True), trio.sleep_forever, CONFIG, 60.0)
+    assert caught.value.peer_id == "a"
+    assert trio.current_time() - began_at == pytest.approx(60.0)
+
+
+async def test_a_hop_that_falls_silent_is_at_fault_whatever_the_limit(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    with pytest.raises(PeerVanished, match="does not answer pings") as caught:
+        await attended(hops(True, False), trio.sleep_forever, CONFIG, 60.0)
+    assert caught.value.peer_id == "b"
+
+
+async def test_what_the_work_raises_comes_first(autojump_clock: trio.testing.MockClock) -> None:
+    async def fail() -> None:
+        raise PeerVanished("the stream ended", "b")
+
+    with pytest.raises(PeerVanished, match="the stream ended"):
+        await attended(hops(True, True), fail, CONFIG, 60.0)
