@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz strangers docs lab lab-lines lab-moves lab-shell clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs lab lab-lines lab-moves lab-shell clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -86,6 +86,9 @@ drain: $(TESTABLE)  ## a node that is asked to leave while it serves eight sessi
 
 soak: $(TESTABLE)  ## 10,000 sessions on one node, 200 at once, and a client that vanishes
 	$(BIN)/python -m tests.chaos.soak
+
+sleepers: $(TESTABLE)  ## nodes and clients that sleep for a minute, and slow readers; DURATION=... of sleep in seconds
+	$(BIN)/python -m tests.chaos.sleepers --seconds $(or $(DURATION),60)
 
 endurance: $(TESTABLE)  ## 40 clients that never pause for 20 minutes, and the nodes' memory; DURATION=... in seconds
 	$(BIN)/python -m tests.chaos.endurance --seconds $(or $(DURATION),1200)

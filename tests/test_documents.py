@@ -226,6 +226,19 @@ def test_every_path_in_the_architecture_document_is_there() -> None:
     assert not {path for path in paths if not (ROOT / path).exists()}
 
 
+def test_every_test_that_a_document_names_is_there() -> None:
+    named = [
+        each
+        for document in (ROOT / "docs").glob("*.md")
+        for each in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text(encoding="utf-8"))
+    ]
+    assert len(named) >= 20
+    for path, name in named:
+        assert re.search(
+            rf"^(async )?def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE
+        ), name
+
+
 def test_every_method_in_the_architecture_document_is_there() -> None:
     names = {name for tree in modules().values() for name, _ in definitions(tree)}
     classes = {name for name in names if name and name[0].isupper()}

@@ -90,7 +90,7 @@ class Zygote:
             self.listen(1.0)
 
 
-class _Process:
+class Process:
     """One of them. It keeps its folder over restarts, and what it said there."""
 
     kind: Literal["node", "client", "crowd"]
@@ -143,7 +143,7 @@ class _Process:
         return self.exit_code
 
 
-class NodeProcess(_Process):
+class NodeProcess(Process):
     """A `p2pinfer node` that is the same peer, at the same port, every time it is started."""
 
     kind = "node"
@@ -192,7 +192,7 @@ class NodeProcess(_Process):
             self._zygote.listen(0.1)
 
 
-class ClientProcess(_Process):
+class ClientProcess(Process):
     """A tests.chaos client, another peer every time it is started."""
 
     kind = "client"
@@ -205,7 +205,7 @@ class ClientProcess(_Process):
         self.start(*argv)
 
 
-class CrowdProcess(_Process):
+class CrowdProcess(Process):
     """A crowd of tests.chaos, perhaps with a bootstrap node, that is killed when its time is over."""
 
     kind = "crowd"

@@ -155,12 +155,17 @@ def rounds(kinds: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 
 
 def generate(
-    commands: Commands, host: str, tokens: int, routes: Sequence[WrittenRoute], flags: Sequence[str]
+    commands: Commands,
+    host: str,
+    tokens: int,
+    routes: Sequence[WrittenRoute],
+    flags: Sequence[str],
+    prompt: str = PROMPT,
 ) -> Command:
     """Start a generation that goes the first of these routes, or the next one if a peer has failed."""
     return commands.generate(
         host,
-        PROMPT,
+        prompt,
         *flags,
         *("--max-new-tokens", str(tokens), "--policy", POLICY),
         *("--set", "client.find_timeout_s=30", "--set", "client.dtype=float32", "-v"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+
+from tests.chaos.requests import tokenizer
+from tests.e2e.support import prompt_of
 
 from .commands import Command, Commands, open_commands
 from .lab import lacks, open_lab
@@ -35,10 +39,10 @@ def swarm_in(scenario: str) -> Generator[tuple[Commands, list[str]]]:
         yield commands, start_relays(commands, [host for host in chosen.hosts if host.startswith("relay")])
 
 
-def assert_greedy(client: Command, tokens: int) -> None:
+def assert_greedy(client: Command, tokens: int, prompt: str = PROMPT) -> None:
     """The generation gave what it gives without a network in between."""
     assert client.wait() == 0, client.err
-    assert tuple(json.loads(client.out)["token_ids"]) == greedy_ids(PROMPT, tokens)
+    assert tuple(json.loads(client.out)["token_ids"]) == greedy_ids(prompt, tokens)
 
 
 @pytest.mark.usefixtures("in_a_lab")
@@ -64,6 +68,7 @@ def generate_in_three(
     fault: Callable[[Commands, dict[str, Command]], None] | None = None,
     tokens: int = 160,
     more_flags: Sequence[str] = (),
+    prompt: str = PROMPT,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """A generation over n1, n2 and n3, and a fault in the middle; what it told, and what nodes logged."""
     with swarm_in("volunteers") as (commands, flags):
@@ -72,13 +77,13 @@ def generate_in_three(
             for host, span in zip(("n1", "n2", "n3"), SPANS, strict=True)
         }
         route = [(reachable(node), span) for node, span in zip(nodes.values(), SPANS, strict=True)]
-        client = generate(commands, "me", tokens, [route], [*flags, *more_flags])
+        client = generate(commands, "me", tokens, [route], [*flags, *more_flags], prompt)
         nodes["n3"].event("session_opened")
         if fault is not None:
             fault(commands, {**nodes, "me": client})
             client.wait_until(lambda: True, "its going on")
             assert client.exit_code is None, "the generation was over before the fault"
-        assert_greedy(client, tokens)
+        assert_greedy(client, tokens, prompt)
         return json.loads(client.out), {each.host: each.err for each in (client, *nodes.values())}
 
 
@@ -140,6 +145,47 @@ def test_a_router_that_drops_its_table_changes_no_token(router: str) -> None:
         commands.lab.flush_nat(router)
 
     generate_in_three(fault)
+
+
+# ---------------------------------------------------------------------- a client that moves
+
+
+@on_request
+@pytest.mark.usefixtures("in_a_lab")
+def test_a_client_that_moves_twice_in_a_text_goes_on() -> None:
+    """The second time while it is still coming back from the first."""
+
+    def fault(commands: Commands, nodes: dict[str, Command]) -> None:
+        for _ in range(2):
+            time.sleep(1.0)
+            commands.lab.change_address("me")
+
+    generate_in_three(fault)
+
+
+@on_request
+@pytest.mark.usefixtures("in_a_lab")
+def test_a_client_that_sleeps_and_wakes_at_another_address_goes_on() -> None:
+    """As a laptop that is closed at home and opened elsewhere."""
+
+    def fault(commands: Commands, nodes: dict[str, Command]) -> None:
+        nodes["me"].signal(signal.SIGSTOP)
+        commands.lab.change_address("me")
+        time.sleep(20.0)
+        nodes["me"].signal(signal.SIGCONT)
+
+    generate_in_three(fault)
+
+
+@on_request
+@pytest.mark.usefixtures("in_a_lab")
+def test_a_client_that_moves_while_its_prompt_is_sent_goes_on() -> None:
+    prompt = prompt_of(tokenizer(), 900)
+
+    def fault(commands: Commands, nodes: dict[str, Command]) -> None:
+        commands.lab.change_address("me")
+
+    generate_in_three(fault, tokens=16, prompt=prompt)
 
 
 # ---------------------------------------------------------------------- neighbours that fall silent

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import suppress
-from typing import Any
+from contextlib import ExitStack, suppress
+from typing import Any, cast
 
 import pytest
 import trio
@@ -250,3 +250,44 @@ async def test_writes_to_a_lost_connection_let_others_run_and_keep_nothing(pair:
 async def set_later(event: trio.Event) -> None:
     await trio.lowlevel.checkpoint()
     event.set()
+
+
+@pytest.mark.parametrize(
+    ("one_line", "same_range", "elsewhere"),
+    [
+        (
+            ["2001:db8:1::1", "2001:db8:1:0:ff::2"],
+            ["2001:db8:1:ff00::1", "2001:db8:1:ee00::1"],
+            "2001:db8:2::1",
+        ),
+        (["11.0.0.1", "11.0.0.1"], ["11.0.0.2", "11.0.0.3"], "11.0.1.1"),
+    ],
+)
+def test_all_addresses_of_one_customer_share_its_connections(
+    one_line: list[str], same_range: list[str], elsewhere: str
+) -> None:
+    """An IPv6 customer has 2^64 addresses or more, and takes no more places for it."""
+
+    class From:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def get_remote_address(self) -> tuple[str, int]:
+            return self.address, 4001
+
+    refused = list[str]()
+    transport = TunedTCP(1.0, on_stranger=lambda address, why: refused.append(address), max_per_address=2)
+    with ExitStack() as stack:
+
+        def comes(address: str) -> bool:
+            counted = transport._counted(cast(TcpStream, From(address)))  # pyright: ignore[reportPrivateUsage]
+            return stack.enter_context(counted)
+
+        assert [comes(address) for address in one_line] == [True, True]
+        assert not comes(one_line[1])
+        assert [comes(address) for address in same_range] == [True, True]
+        assert not comes(same_range[0])
+        assert comes(elsewhere)
+        assert refused == [one_line[1], same_range[0]]
+    with ExitStack() as stack:
+        assert comes(one_line[0])  # all of them have left
