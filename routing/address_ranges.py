@@ -22,12 +22,13 @@ _LOCAL = tuple(
         ipaddress.ip_network,
         (
             *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"),
-            *("127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10", "::/48"),
+            *("127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10", "::/48", "64:ff9b:1::/48"),
         ),
     )
 )
 _CUSTOMER: Final = {4: 24, 6: 48}
 _ALLOCATION: Final = 32  # of IPv6
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052, 2.1: the well-known prefix
 _REMEMBERED: Final = 8192
 _FIRST_PARTS = re.compile(r"\A/(ip4|ip6|dns|dns4|dns6|dnsaddr)/([^/]+)")
 
@@ -108,5 +109,10 @@ def _network_of(ip: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None
 
 
 def _tunnelled(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """IPv4 address that a 6to4 or Teredo address is made of: whoever has that one has the other."""
+    """IPv4 address that a 6to4, Teredo or NAT64 address is made of: whoever has that one has the other.
+
+    In a network without IPv4 all IPv4 peers have an address of the last kind.
+    """
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.sixtofour or (address.teredo[1] if address.teredo else None)

@@ -88,6 +88,7 @@ def chosen(
         ("/ip6/2001:db8:1:2::3/tcp/1", "2001:db8:1::/48"),
         ("/ip6/2002:c000:22d::7/tcp/1", "192.0.2.0/24"),  # 6to4: whoever has the one has the other
         ("/ip6/::ffff:192.0.2.9/tcp/1", "192.0.2.0/24"),
+        ("/ip6/64:ff9b::192.0.2.9/tcp/1", "192.0.2.0/24"),  # NAT64: so all IPv4 peers look from IPv6 alone
         ("/dns4/Node.Example/tcp/1", NO_RANGE),
         ("/ip4/999.0.0.1/tcp/1", NO_RANGE),
         ("/onion3/abc:1", NO_RANGE),
