@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,9 +43,14 @@ class Holders:
 
 
 async def fetch_parts(
-    host: Network, stores: Sequence[EvidenceStore], holders: Holders, digests: Sequence[bytes], max_bytes: int
+    host: Network,
+    stores: Sequence[EvidenceStore],
+    holders: Holders,
+    digests: Sequence[bytes],
+    max_bytes: int,
+    on_bytes: Callable[[int], None],
 ) -> dict[bytes, bytes]:
-    """All of `digests`, of which `stores` may hold some.
+    """All of `digests`, of which `stores` may hold some; `on_bytes` is told of every piece that arrives.
 
     Each holder is asked again for what one answer had no room for, and not again if it has no more.
 
@@ -64,9 +69,10 @@ async def fetch_parts(
             left = max_bytes - sum(map(len, found.values()))
             addrs = holders.addrs if peer_id == holders.author else ()
             try:
-                more = bool(
-                    got := await fetch_evidence(host, peer_id, missing[:MAX_DIGESTS], addrs, max_bytes=left)
+                got = await fetch_evidence(
+                    host, peer_id, missing[:MAX_DIGESTS], addrs, max_bytes=left, on_bytes=on_bytes
                 )
+                more = bool(got)
             except PeerError as exc:
                 logger.debug("proof.not_there peer=%s why=%s", peer_id, exc)
                 break

@@ -8,28 +8,31 @@ later is told with a neighbour's table. Nobody is believed: what a proof says of
 
     notice (gossip, snapshot) -> queue, bounded -> fetch, bounded -> signatures -> store -> on_proof
 
-An author whose proof turns out to be false is not listened to any more. Authors cost nothing, so what counts
-against a flood are the bounds. A neighbour may pass on so many notices, before a signature is looked at, and
-has its own places in the queue. A notice says how large its proof is, and how many tokens and blocks it takes
-to run it again; what comes is held to it. So the bytes of an author, and of all of them, are bounded before
-they are fetched, and what examining takes before it is paid. Proofs about peers that nobody here has heard of
-take a small part of the store, so keys that were made up for them push out nothing else, and are not examined
-before such a peer announces itself: until then nobody can use it, and nobody needs to know.
+An author whose proof turns out to be false, or another than its notice says, is not listened to any more; of
+a proof that others tell of too, their notices are followed (`node/evidence/proof_errands.py`). Authors cost
+nothing, so what counts against a flood are the bounds. A neighbour may pass on so many notices, before a
+signature is looked at, and has its own places in the queue. A notice says how large its proof is, and how
+many tokens and blocks it takes to run it again; what comes is held to it. So the bytes of an author, and of
+all of them, are bounded before they are fetched, and what examining takes before it is paid. Proofs about
+peers that nobody here has heard of take a small part of the store, so keys that were made up for them push
+out nothing else, and are not examined before such a peer announces itself: until then nobody can use it, and
+nobody needs to know.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Final, Literal, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
-from p2pinfer.node.concurrency.turn_queue import TurnQueue
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.evidence.proof_errands import Errand, Errands
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.rate_limit import RateLimit
@@ -51,14 +54,12 @@ logger = logging.getLogger(__name__)
 
 MAX_NOTICE_BYTES: Final = 4096
 MAX_TENSOR_BYTES: Final = 1 << 25  # of one proof
-MAX_REMEMBERED: Final = 4096  # proofs and authors
+MAX_REMEMBERED: Final = 4096  # authors
 MAX_TOLD: Final = 64  # notices that a newcomer is told of
 MAX_TOLD_OF_UNKNOWN: Final = 8  # about peers that nobody here has heard of
 FETCHED_AT_ONCE: Final = 4  # one that nobody has must not hold up the others
-RETRIES_S: Final = (0.5, 2.0, 5.0, 15.0)  # between rounds: a neighbour may be fetching it just now
 UNKNOWNS_PART: Final = 8  # proofs about peers that were never announced here have this part of the memory
 ARRIVALS_EVERY_S: Final = 0.5  # at most so often it is seen who has announced itself
-MAX_RETRYING: Final = 64  # notices that wait for their next round
 MAX_BYTES: Final = (
     MAX_PROOF_BYTES + MAX_TENSOR_BYTES
 )  # of one proof, and what a notice counts as that says none
@@ -66,8 +67,6 @@ MAX_BYTES: Final = (
 BYTES_PER_S: Final = 1 << 16
 BYTES_AT_ONCE: Final = 4 * MAX_BYTES
 AUTHORS_BYTES_PER_S: Final = 1 << 12
-
-_Key = TypeVar("_Key", str, bytes)
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
@@ -169,14 +168,12 @@ class ProofCarrier:
         self._board = board
         self._is_known = is_known
         self._news = news
-        self._known: dict[bytes, None] = {}  # proofs; oldest first
-        self._liars: dict[str, None] = {}
+        self._errands = Errands[Heard]()
+        self._liars = Recent[str, None](MAX_REMEMBERED)
         self._handing_out: dict[bytes, trio.Event] = {}  # proofs of ours
         # Where proofs are kept, and by proof that is here: the notice, since when.
         self._shelf = _Shelf(store, MAX_TOLD)
         self._aside = _Shelf(store if aside is None else aside, MAX_TOLD_OF_UNKNOWN)
-        self._waiting = TurnQueue[_Errand]()
-        self._retrying = 0
         self._bytes = RateLimit(BYTES_PER_S, BYTES_AT_ONCE, max_remembered=1)
         self._authors_bytes = RateLimit(AUTHORS_BYTES_PER_S, MAX_BYTES)
 
@@ -196,23 +193,27 @@ class ProofCarrier:
         for shelf in (self._shelf, self._aside):
             for number, (heard, _) in enumerate(list(shelf.held.values())):
                 if is_wanted(heard):
-                    self._waiting.put(f"here {number}", _Errand(heard, is_paid=True))
+                    here = Errand(heard, heard.notice.proof, heard.author, f"here {number}", is_paid=True)
+                    self._errands.look_again(here)
 
     def hear(self, heard: Heard) -> bool:
         """Take in a notice; whether others should get it."""
-        notice = heard.notice
-        if heard.author in self._liars or notice.proof in self._known or not self._is_wanted(heard):
+        proof, author = heard.notice.proof, heard.author
+        if (
+            author in self._liars
+            or not self._errands.has_use_for(proof, author)
+            or not self._is_wanted(heard)
+        ):
             return False
-        if not self._waiting.put(heard.told_by or heard.author, _Errand(heard)):
+        if not self._errands.put(Errand(heard, proof, author, heard.told_by or author)):
             logger.debug("proof.too_many author=%s told_by=%s", heard.author, heard.told_by)
             return False
-        _remember(self._known, notice.proof)
         return True
 
     async def publish(self, proof: Proof, contents: Mapping[bytes, Payload]) -> bytes:
         """Hold a proof of ours for the swarm and tell of it; returns its content address."""
         encoded, address, accusation = await trio.to_thread.run_sync(_prepare, proof, self._host.verify)
-        _remember(self._known, address)
+        self._errands.remember(address)
         self._shelf.keep(address, encoded, contents)
         self._handing_out[address] = self.store.watch(address)
         notice = Notice(
@@ -251,55 +252,47 @@ class ProofCarrier:
             for proof, (heard, _) in list(self._aside.held.items()):
                 if self._is_known(heard.notice.accused):
                     del self._aside.held[proof]
-                    self._waiting.put("aside", _Errand(heard, is_paid=True))
+                    self._errands.look_again(Errand(heard, proof, heard.author, "aside", is_paid=True))
             await news.wait()
             await trio.sleep(ARRIVALS_EVERY_S)
 
     async def _follow_all(self, nursery: trio.Nursery) -> None:
+        errands = self._errands
         while True:
-            errand = await self._waiting.get()
-            heard = errand.heard
+            errand = await errands.get()
+            heard = errand.notice
             try:
-                await self._follow(errand)
+                with self._paid(errand) as note_bytes:
+                    await self._follow(heard, note_bytes)
+            except _Misdescribed as exc:
+                logger.info("rejected a notice of a fraud proof published by %s: %s", heard.author, exc)
+                self._liars[heard.author] = None
+                errands.note_in_vain(errand, nursery, again=False)
             except ProtocolViolation as exc:
                 logger.info("rejected a fraud proof published by %s: %s", heard.author, exc)
-                _remember(self._liars, heard.author)
+                self._liars[heard.author] = None
+                errands.done(errand)
             except PeerError as exc:
-                logger.debug("proof.unavailable proof=%s why=%s", heard.notice.proof.hex(), exc)
-                if errand.round < len(RETRIES_S) and self._retrying < MAX_RETRYING:
-                    self._retrying += 1
-                    nursery.start_soon(self._retry, errand)
-                else:
-                    self._known.pop(heard.notice.proof, None)  # another one may bring it
+                logger.debug("proof.unavailable proof=%s why=%s", errand.proof.hex(), exc)
+                errands.note_in_vain(errand, nursery, again=True)
+            else:
+                errands.done(errand)
 
-    async def _retry(self, errand: _Errand) -> None:
-        """Have one more round made for a proof that nobody had, while others are seen to."""
-        try:
-            await trio.sleep(RETRIES_S[errand.round])
-            heard = errand.heard
-            again = replace(errand, round=errand.round + 1, is_paid=True)
-            if not self._waiting.put(heard.told_by or heard.author, again):
-                self._known.pop(heard.notice.proof, None)
-        finally:
-            self._retrying -= 1
-
-    async def _follow(self, errand: _Errand) -> None:
-        heard, notice = errand.heard, errand.heard.notice
-        most, now = notice.size or MAX_BYTES, trio.current_time()
-        if not errand.is_paid and not self._pays(heard.author, most, now):
-            raise PeerError("too many bytes of proofs at the moment", heard.author)
+    async def _follow(self, heard: Heard, on_bytes: Callable[[int], None]) -> None:
+        notice = heard.notice
+        most = notice.size or MAX_BYTES
         stores = self._shelf.store, self._aside.store
         holders = Holders(heard.told_by, heard.author, notice.accused, notice.addrs)
-        found = await fetch_parts(self._host, stores, holders, [notice.proof], min(most, MAX_PROOF_BYTES))
+        at_most = min(most, MAX_PROOF_BYTES)
+        found = await fetch_parts(self._host, stores, holders, [notice.proof], at_most, on_bytes)
         encoded = found[notice.proof]
         accusation = await trio.to_thread.run_sync(_open, encoded, self._host.verify)
         if (accusation.peer_id, accusation.revision) != (notice.accused, notice.revision):
-            raise ProtocolViolation("a proof about somebody else than its notice says")
+            raise _Misdescribed("a proof about somebody else than its notice says")
         if notice.size and accusation.extent != (notice.tokens, notice.blocks):
-            raise ProtocolViolation("a proof that takes more to check than its notice says")
-        contents = await fetch_parts(
-            self._host, stores, holders, accusation.contents, min(most - len(encoded), MAX_TENSOR_BYTES)
-        )
+            raise _Misdescribed("a proof that takes more to check than its notice says")
+        at_most = min(most - len(encoded), MAX_TENSOR_BYTES)
+        contents = await fetch_parts(self._host, stores, holders, accusation.contents, at_most, on_bytes)
         shelf = self._shelf if self._is_known(notice.accused) else self._aside
         shelf.keep(notice.proof, encoded, contents)
         shelf.note(heard)
@@ -309,11 +302,28 @@ class ProofCarrier:
             shelf.held.pop(notice.proof, None)
             raise ProtocolViolation(f"the outputs of {notice.accused} are correct")
 
-    def _pays(self, author: str, size: int, now: float) -> bool:
-        """Take the bytes of a proof from what its author, and all of them, may have fetched."""
+    @contextmanager
+    def _paid(self, errand: Errand[Heard]) -> Generator[Callable[[int], None]]:
+        """Take a proof's bytes from what its author, and all of them, may have fetched; some are not needed.
+
+        Raises:
+            PeerError: There are not so many left.
+        """
+        author, now, came = errand.author, trio.current_time(), 0
+        size = 0 if errand.is_paid else errand.notice.notice.size or MAX_BYTES
+
+        def note(received: int) -> None:
+            nonlocal came
+            came += received
+
         if self._bytes.left("", now) < size or not self._authors_bytes.take(author, now, size):
-            return False
-        return self._bytes.take("", now, size)
+            raise PeerError("too many bytes of proofs at the moment", author)
+        self._bytes.take("", now, size)
+        try:
+            yield note
+        finally:  # a notice of nothing would else cost as much as it says
+            self._bytes.give_back("", max(0, size - came))
+            self._authors_bytes.give_back(author, max(0, size - came))
 
 
 def new_carrier(host: Network, board: NoticeBoard, config: ServeConfig, view: LiveTable) -> ProofCarrier:
@@ -328,18 +338,8 @@ def new_carrier(host: Network, board: NoticeBoard, config: ServeConfig, view: Li
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Errand:
-    """A proof to be fetched.
-
-    Attributes:
-        round: How often nobody had all of it.
-        is_paid: Its bytes have been counted.
-    """
-
-    heard: Heard
-    round: int = 0
-    is_paid: bool = False
+class _Misdescribed(ProtocolViolation):
+    """A notice says of a proof what is not so. Of the proof itself that says nothing."""
 
 
 class _Shelf:
@@ -374,9 +374,3 @@ def _prepare(proof: Proof, check: CheckSignature) -> tuple[bytes, bytes, Accusat
 
 def _open(encoded: bytes, check: CheckSignature) -> Accusation:
     return open_proof(decode_proof(encoded), check)
-
-
-def _remember(known: dict[_Key, None], key: _Key) -> None:
-    known[key] = None
-    if len(known) > MAX_REMEMBERED:
-        del known[next(iter(known))]

@@ -36,8 +36,8 @@ class RateLimit:
         """Seconds until `key` has so many tokens, which may not be more than there are at once."""
         return max(0.0, (min(amount, self._at_once) - self.left(key, now)) / self._per_s)
 
-    def give_back(self, key: str) -> None:
-        """Return a token that `key` took and did not need."""
+    def give_back(self, key: str, amount: float = 1) -> None:
+        """Return tokens that `key` took and did not need."""
         if key in self._buckets:
             left, since = self._buckets[key]
-            self._buckets[key] = (min(left + 1, float(self._at_once)), since)
+            self._buckets[key] = (min(left + amount, float(self._at_once)), since)

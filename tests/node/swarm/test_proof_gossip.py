@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -11,13 +12,13 @@ import trio
 from p2pinfer.errors import PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.turn_queue import TurnQueue
+from p2pinfer.node.evidence.proof_errands import RETRIES_S
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.swarm.proof_fetch import Holders
 from p2pinfer.node.swarm.proof_gossip import (
     MAX_BYTES,
     MAX_TOLD,
     MAX_TOLD_OF_UNKNOWN,
-    RETRIES_S,
     Heard,
     Notice,
     ProofCarrier,
@@ -185,7 +186,7 @@ async def test_newcomers_are_not_told_of_what_proves_nothing(place: Place) -> No
 async def test_a_proof_that_could_not_be_had_may_be_brought_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
     author, client = place.join("author"), place.join("client")
     judge = Judge(client)
     address = digest_of(b"nobody has this")
@@ -239,6 +240,47 @@ async def test_a_neighbour_that_passes_on_much_takes_no_place_of_another(place: 
     assert client.hear(nothing(1000, "author", told_by="quiet"))
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [{"accused": "honest"}, {"revision": "other"}, {"size": 1 << 20, "tokens": 2, "blocks": 1}, {"size": 9}],
+    ids=["about another", "of another model", "dearer", "smaller"],
+)
+async def test_who_tells_of_anothers_proof_first_and_wrongly_does_not_suppress_it(
+    place: Place, lie: dict[str, Any], autojump_clock: trio.testing.MockClock
+) -> None:
+    """The author's own notice was not looked at any more: not now, and not from a neighbour's table later."""
+    autojump_clock.autojump_threshold = 0.2  # else it jumps to the end while a thread looks at signatures
+    author = place.join("author")
+    address = await author.publish(*proof_against("liar"))
+    client = place.join("client")
+    judge = Judge(client)
+    said = {"kind": "proof", "revision": "r", "proof": address, "accused": "liar", **lie}
+    assert client.hear(Heard(Notice(**said), "forger", told_by="author"))
+    right = Heard(Notice("proof", "r", address, "liar"), "author", b"sealed")
+    assert client.hear(right)
+    assert not client.hear(right)
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
+
+
+async def test_many_wrong_notices_only_delay_a_proof(
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.2
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", (0.5,))
+    author = place.join("author")
+    address = await author.publish(*proof_against("liar"))
+    client = place.join("client")
+    judge = Judge(client)
+    for number in range(9):
+        client.hear(Heard(Notice("proof", "r", address, f"honest{number}"), f"forger{number}"))
+    right = Heard(Notice("proof", "r", address, "liar"), "author", b"sealed")
+    while not client.hear(right):  # as neighbours tell of it again and again
+        await trio.sleep(1)
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
+
+
 @pytest.mark.parametrize("lie", [(2, 1), (1, 2), (0, 0)], ids=["tokens", "blocks", "none"])
 async def test_who_says_less_than_a_proof_takes_is_not_heard_any_more(
     place: Place, lie: tuple[int, int]
@@ -264,7 +306,7 @@ async def test_who_says_less_than_a_proof_takes_is_not_heard_any_more(
 async def test_a_proof_that_is_larger_than_its_notice_says_is_not_fetched(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
     author, client = place.join("author"), place.join("client")
     address = await author.publish(*proof_against("liar"))
     await until_told(client)
@@ -282,14 +324,22 @@ async def test_a_proof_that_is_larger_than_its_notice_says_is_not_fetched(
 async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
     place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.RETRIES_S", ())
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
     client = place.join("client")
     asked: list[str] = []
 
-    async def fetch(host: object, stores: object, holders: Holders, *_: object) -> dict[bytes, bytes]:
+    async def fetch(
+        host: object,
+        stores: object,
+        holders: Holders,
+        digests: object,
+        most: int,
+        note: Callable[[int], None],
+    ) -> dict[bytes, bytes]:
         await trio.lowlevel.checkpoint()
         asked.append(holders.author)
-        raise PeerError("it is not there", holders.author)
+        note(MAX_BYTES)
+        raise PeerError("it is not all there", holders.author)
 
     monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.fetch_parts", fetch)
     for number in range(20):
@@ -297,6 +347,49 @@ async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
         client.hear(Heard(notice, f"author{number // 2}", told_by=f"n{number}"))
         await trio.testing.wait_all_tasks_blocked()
     assert asked == ["author0", "author1", "author2", "author3"]
+
+
+async def test_what_could_not_be_afforded_is_not_fetched_for_nothing_a_moment_later(
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    client = place.join("client")
+    asked: list[str] = []
+
+    async def fetch(
+        host: object,
+        stores: object,
+        holders: Holders,
+        digests: object,
+        most: int,
+        note: Callable[[int], None],
+    ) -> dict[bytes, bytes]:
+        await trio.lowlevel.checkpoint()
+        asked.append(holders.author)
+        note(MAX_BYTES)
+        raise PeerError("it is not all there", holders.author)
+
+    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.fetch_parts", fetch)
+    for number in range(20):
+        notice = Notice("proof", "r", digest_of(b"%d" % number), "own", size=MAX_BYTES)
+        client.hear(Heard(notice, f"author{number}", told_by=f"n{number}"))
+    await trio.sleep(sum(RETRIES_S) + 1)
+    assert len(asked) == 4
+
+
+async def test_notices_of_nothing_use_up_no_bytes(
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Four of them that say no size took all that there are for ten minutes."""
+    autojump_clock.autojump_threshold = 0.2
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
+    author, client = place.join("author"), place.join("client")
+    judge = Judge(client)
+    for number in range(12):
+        assert client.hear(nothing(number, f"stranger{number}", told_by=f"neighbour{number}"))
+    await trio.sleep(1)
+    await author.publish(*proof_against("liar"))
+    await judge.wait_for(1)
+    assert judge.seen == ["liar"]
 
 
 async def test_proofs_about_peers_that_nobody_has_heard_of_push_out_no_others(place: Place) -> None:
