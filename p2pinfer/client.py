@@ -191,6 +191,7 @@ class Client:
                 host_config=self._host_config,
                 report=self._report,
                 kept_in=self._data_dir if self._keeps_ledger else None,
+                blame=self._planner.blame,
             )
             self._nursery.start_soon(self._auditor.serve)
             host, config, told = self._member.host, self._session_config, self._report
@@ -220,8 +221,7 @@ class Client:
     async def audits_settled(self) -> None:
         """Wait until the sessions that were closed are checked as far as they are going to be."""
         if self._auditor is not None:
-            with trio.move_on_after(self._audit_config.linger_s):
-                await self._auditor.settled()
+            await self._auditor.linger(self._audit_config.linger_s)
 
     @property
     def member(self) -> SwarmMember:

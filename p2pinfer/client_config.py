@@ -141,7 +141,7 @@ class AuditConfig:
     download_bytes: int = 1 << 30  # download limit of one audit, bytes; beyond it, other peers run the blocks
     max_tokens: int = 4096  # longer sessions are audited up to this many tokens
     evidence_bytes: int = 32 << 20  # tensors to fetch for one audit, from the session's start, bytes
-    timeout_s: float = 60.0  # for one audit, from fetching the evidence to the verdict, seconds
+    timeout_s: float = 60.0  # for the evidence of one audit, and again for second opinions, seconds
     proofs_share: float = 0.02  # share of time for checking fraud proofs of others, above 0 to 1
     linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
     # audits that a client leaves to the next one, in data_dir, bytes; 0: none are kept

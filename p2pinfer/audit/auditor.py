@@ -18,9 +18,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -29,25 +29,24 @@ from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
 from p2pinfer.events import AuditDone, Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.node.evidence.hop_record import HopRecord, history_of
+from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.small_lies import sample_of
-from p2pinfer.reputation.verdict import Finding, Verdict, is_too_short
+from p2pinfer.reputation.verdict import Verdict, is_too_short
 from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
 from .backlog import Backlog, ClosedSession, Job, contained
-from .collect import Collected, collect_record
+from .collect import collect_record
 from .draw import AuditBudget, AuditDraw
 from .evidence_source import Line
 from .examiner import Examiner
+from .judge import Judge, Opinion
 from .kept_jobs import job_folder
-from .opinions import compare_elsewhere
-from .second_opinion import choose_auditors, draw_successors, run_elsewhere
 from .tally import AuditTally as AuditTally
 from .verifier import Verifier
 
@@ -55,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 4  # audits; evidence of one is fetched while another one is judged
 MAX_CLOSED = 64  # sessions whose receipts are still to be checked
-SECOND_OPINIONS = 4  # peers that are tried for up to three of them
 HAND_OUT_S = 5.0  # how long whoever publishes a proof stays for the first to fetch it
 
 
@@ -69,6 +67,7 @@ class Auditor:
         rng: The coin. Nobody but this process may know what it will show.
         report: Called with every audit's outcome.
         kept_in: Data directory where audits are kept until they are done; None: in memory alone.
+        blame: Charges the peer that broke a receipt, or both neighbours where it is between them.
     """
 
     def __init__(
@@ -84,21 +83,32 @@ class Auditor:
         rng: random.Random | None = None,
         report: Report | None = None,
         kept_in: Path | None = None,
+        blame: Callable[[PeerError], None],
     ) -> None:
         self.tally = AuditTally()
         self._member = member
         self._spec = spec
         self._ledger = ledger
-        self._verifier = verifier
         self._config = config
-        self._host_config = replace(host_config or HostConfig(), listen=())
         self._clock = clock
         self._rng = rng or random.SystemRandom()
         self._report = report
+        self._blame = blame
         self._draw = AuditDraw(ledger, config, clock, self._rng)
-        self._has_passed = False  # whether our re-execution ever agreed with anybody
         self._line = Line()
         self._backlog = Backlog(job_folder(kept_in, spec.revision, config.queue_bytes), clock)
+        self._judge = Judge(
+            member,
+            spec,
+            ledger,
+            verifier,
+            config,
+            self._draw,
+            host_config=replace(host_config or HostConfig(), listen=()),
+            rng=self._rng,
+        )
+        self._failing: set[str] = set()  # peers of which a FAIL is being confirmed
+        self._confirmed = Pulse()
         self._closed_in, self._closed = trio.open_memory_channel[ClosedSession](MAX_CLOSED)
         self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
         member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
@@ -130,6 +140,14 @@ class Auditor:
     async def settled(self) -> None:
         """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
         await self._backlog.settled()
+
+    async def linger(self, seconds: float) -> None:
+        """Wait so long for `settled`, and longer for the confirmation of a FAIL, which others may delay."""
+        with trio.move_on_after(seconds):
+            await self.settled()
+        with trio.move_on_after(self._config.timeout_s):
+            while self._failing:
+                await self._confirmed.wait()
 
     async def keep_nothing(self) -> None:
         """Leave no audit of our own peers to another process; those that were left here wait for a next one.
@@ -168,7 +186,7 @@ class Auditor:
         except PeerError as exc:
             error = exc
             if exc.peer_id and not closed.was_told:
-                self._ledger.record_failure(exc.peer_id, self._clock(), str(exc))
+                self._blame(exc)
         if isinstance(error, Equivocation):
             return [Job(error.peer_id, contradiction=error.receipts)]
         # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
@@ -182,7 +200,8 @@ class Auditor:
         if newcomers:
             chosen |= self.toss(Route(tuple(newcomers)))
         steps = tuple(book.kept)
-        faults = {error.peer_id: str(error)} if error else {}
+        # What may be its neighbour's doing is no reason to hold it against a hop that an audit has no result.
+        faults = {error.peer_id: str(error)} if error and not error.told_by else {}
         return [
             Job(peer_id, steps, fault=faults.get(peer_id, ""))
             for peer_id in chosen
@@ -198,6 +217,8 @@ class Auditor:
                 for address in published or ():
                     self._backlog.note_pending(1)
                     nursery.start_soon(self._hand_out, address)
+            self._failing.discard(job.peer_id)
+            self._confirmed.fire()
             await self._backlog.done(job, keep=published is None)
 
     async def _hand_out(self, address: bytes) -> None:
@@ -213,29 +234,31 @@ class Auditor:
             return await self._accuse_of_two(job.peer_id, job.contradiction)
         if self._ledger.is_banned(job.peer_id):
             return []
-        finding, collected = Finding(Verdict.INCONCLUSIVE, "it took too long"), Collected(None)
-        others: list[_Opinion] = []
-        with trio.move_on_after(self._config.timeout_s):
-            collected = await collect_record(
-                self._member.host,
-                job.steps,
-                job.peer_id,
-                self._spec.hidden_size,
-                max_bytes=self._config.evidence_bytes,
-                max_tokens=self._config.max_tokens,
-                line=self._line,
-                is_fresh=job.is_fresh,
-            )
-            if collected.contradiction:
-                return await self._accuse_of_two(job.peer_id, collected.contradiction)
-            finding, others = await self._judge(collected.record, job.others)
+        collected = await collect_record(
+            self._member.host,
+            job.steps,
+            job.peer_id,
+            self._spec.hidden_size,
+            max_bytes=self._config.evidence_bytes,
+            max_tokens=self._config.max_tokens,
+            timeout_s=self._config.timeout_s,
+            line=self._line,
+            is_fresh=job.is_fresh,
+            was_slow=job.was_slow,
+            on_slow=partial(self._backlog.note_slow, job),
+        )
+        if collected.contradiction:
+            return await self._accuse_of_two(job.peer_id, collected.contradiction)
+        finding, others = await self._judge.judge(
+            collected.record, job.others, partial(self._failing.add, job.peer_id)
+        )
         fault = collected.fault or job.fault if finding.verdict is Verdict.INCONCLUSIVE else ""
         if not job.is_fresh and collected.record is None and not fault:
             # Its evidence is not to be had from here, or not any more: no audit of ours.
             logger.debug("audit.left peer=%s", job.peer_id)
             return None
         published = await self._settle(
-            _Opinion(job.peer_id, collected.record, finding), fault=fault, why=fault or finding.reason
+            Opinion(job.peer_id, collected.record, finding), fault=fault, why=fault or finding.reason
         )
         for other in others:
             published += await self._settle(other, why=other.finding.reason)
@@ -244,7 +267,7 @@ class Auditor:
     async def _accuse_of_two(self, peer_id: str, receipts: tuple[bytes, ...]) -> list[bytes]:
         return await self._accuse(Proof(1, peer_id, "equivocation", receipts), {}, "it signed twice")
 
-    async def _settle(self, opinion: _Opinion, *, fault: str = "", why: str) -> list[bytes]:
+    async def _settle(self, opinion: Opinion, *, fault: str = "", why: str) -> list[bytes]:
         """Note an audit's outcome; returns the proof that was published, if it is one.
 
         Args:
@@ -273,92 +296,11 @@ class Auditor:
                 is_short=finding.verdict is Verdict.INCONCLUSIVE and is_too_short(finding.deviation),
             )
         if finding.verdict is Verdict.PASS:
-            self._has_passed = True
+            self._judge.has_passed = True
         if finding.verdict is not Verdict.FAIL or opinion.record is None:
             return []
         proof = Proof(1, peer_id, "output", opinion.record.signed)
         return await self._accuse(proof, opinion.record.contents, finding.reason)
-
-    async def _judge(self, record: HopRecord | None, others: Sequence[str]) -> tuple[Finding, list[_Opinion]]:
-        """The verdict; FAIL only if a second re-execution, independent of the first, says so too.
-
-        Beside it come peers that were asked for a second opinion and found to fail themselves.
-        """
-        if record is None:
-            return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
-        verifier, paid = self._verifier, self._draw.budget.paid
-        if not verifier.can_hold(record.span):
-            return await self._judge_elsewhere(record, others), []
-        if self._draw.is_glance(record.peer_id):
-            glance = paid(await verifier.glance(record))
-            if glance.verdict is Verdict.PASS:
-                return glance, []
-        finding = paid(await verifier.verify(record))
-        if finding.verdict is not Verdict.FAIL:
-            return finding, []
-        # Others come before a second look of our own: a fault of this computer would fail honest peers again
-        # and again. As long as nobody has passed here, a second peer that fails speaks against us.
-        failed: list[_Opinion] = []
-        async with aclosing(self._ask_others(record, others)) as opinions:
-            async for opinion in opinions:
-                verify = verifier.verify_fully if finding.logits_checked else verifier.verify
-                other = paid(await verify(opinion))
-                if other.verdict is Verdict.PASS:
-                    self._has_passed = True
-                    break
-                if other.verdict is Verdict.FAIL:
-                    failed.append(_Opinion(opinion.peer_id, opinion, other))
-        if failed and not self._has_passed:
-            names = ", ".join(each.peer_id for each in failed)
-            doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
-            return Finding(Verdict.SUSPECT, doubt), []
-        # From weights that are loaded anew: a bit that flipped in our memory must not ban an honest peer.
-        again = paid(await verifier.confirm(record))
-        if again.verdict is not Verdict.FAIL:
-            return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
-        return again, failed
-
-    async def _judge_elsewhere(self, record: HopRecord, others: Sequence[str]) -> Finding:
-        opinions: list[HopRecord] = []
-        finding = Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
-        async with aclosing(self._ask_others(record, others)) as asked:
-            async for opinion in asked:
-                opinions.append(opinion)
-                if len(opinions) < 2:
-                    continue
-                one, other, third = *opinions[:2], opinions[2] if len(opinions) > 2 else None
-                finding = await trio.to_thread.run_sync(
-                    compare_elsewhere, record, one, other, self._spec.hidden_size, third
-                )
-                if third or finding.verdict is not Verdict.INCONCLUSIVE:
-                    break
-        return finding
-
-    async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
-        """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
-        if not self._config.remote:
-            return
-        history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
-        avoided = (*others, *self._config.own_peers)
-        known = self._member.announcements(self._spec.revision)
-        for hop in choose_auditors(known, record, self._ledger, avoided, self._rng)[:SECOND_OPINIONS]:
-            accused = (record.peer_id, self._member.peer_id)
-            after = draw_successors(hop, known, self._spec, self._ledger, accused, self._rng)
-            try:
-                opinion = await run_elsewhere(
-                    hop,
-                    self._spec,
-                    record,
-                    history,
-                    after=after,
-                    host_config=self._host_config,
-                    timeout_s=self._config.timeout_s / 4,
-                    on_work=self._draw.budget.pay,
-                )
-            except PeerError as exc:
-                logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)
-            else:
-                yield opinion
 
     async def _accuse(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> list[bytes]:
         """Ban, and let everybody see why; returns the proof's content address if it was published."""
@@ -371,12 +313,3 @@ class Auditor:
             return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
         return [address]
-
-
-@dataclass(frozen=True, slots=True)
-class _Opinion:
-    """Record of a peer's work, and the verdict on it."""
-
-    peer_id: str
-    record: HopRecord | None
-    finding: Finding

@@ -41,6 +41,7 @@ class Job:
         contradiction: Two receipts for one step that the hop signed; then nothing else is looked at.
         fault: What is wrong with a receipt of its, which ended the session.
         is_fresh: True if the session ended in this process.
+        was_slow: True if the hop kept an earlier process waiting for its evidence.
         path: Its file, if it is kept.
     """
 
@@ -49,6 +50,7 @@ class Job:
     contradiction: tuple[bytes, ...] = ()
     fault: str = ""
     is_fresh: bool = True
+    was_slow: bool = False
     path: Path | None = None
 
     @property
@@ -88,6 +90,7 @@ class Backlog:
         self._waiting_bytes = 0
         self._pending = 0
         self._settled = Pulse()
+        self._slow: dict[Path, Path] = {}  # other names of the files of jobs whose hops keep us waiting
         self._jobs_in, self._jobs = trio.open_memory_channel[Job](MAX_WAITING)
 
     # ------------------------------------------------------------------ in
@@ -107,7 +110,7 @@ class Backlog:
         now = self._clock()
         for path, kept in await self._on_disk(lambda folder: folder.take_over(now)) or []:
             logger.debug("audit.left_over peer=%s", kept.peer_id)
-            self._queue(Job(kept.peer_id, kept.steps, is_fresh=False, path=path))
+            self._queue(Job(kept.peer_id, kept.steps, is_fresh=False, was_slow=kept.was_slow, path=path))
 
     def _has_room(self, job: Job) -> bool:
         waiting = self._jobs_in.statistics().current_buffer_used
@@ -127,13 +130,21 @@ class Backlog:
         """The job that waits longest; each goes to one of those that ask, who call `done` after it."""
         return await self._jobs.receive()
 
+    async def note_slow(self, job: Job) -> None:
+        """Note for the next process, if there will be one, that a job's hop keeps this one waiting."""
+        path = job.path
+        if path is not None and (marked := await self._on_disk(lambda folder: folder.mark_slow(path))):
+            self._slow[path] = marked
+
     async def done(self, job: Job, *, keep: bool = False) -> None:
         """Forget a job, with whatever result; with `keep`, the next process finds it all the same."""
         self._waiting_bytes -= job.size
         try:
             path = job.path
-            if path is not None and not keep:
-                await self._on_disk(lambda folder: folder.drop(path))
+            if path is not None:
+                path = self._slow.pop(path, path)
+                if not keep:
+                    await self._on_disk(lambda folder: folder.drop(path))
         finally:
             self.note_pending(-1)
 

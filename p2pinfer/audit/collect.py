@@ -5,28 +5,30 @@ that committed to it. What it does not hand out, its neighbours may have: one's 
 input.
 
 Nothing that comes in here is taken for checked. A hop is at fault if its receipts or tensors do not fit, if
-it withholds them, or if it is late with them. What cannot be had for another reason is nobody's fault.
+it withholds them, or if it is late with them. What cannot be had for another reason is nobody's fault. A hop
+that is slow and in time is audited by what has come when the time is over: the beginning of its session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation, WrongOutput
+from p2pinfer.errors import Equivocation, PeerError, PeerUnreachable, ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
+from p2pinfer.node.evidence.store import ANSWER_S
 from p2pinfer.node.host.network import Network
 from p2pinfer.reputation.proof import tensors_of
 from p2pinfer.reputation.receipt import Payload, Receipt, digest_of
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
 
-from .evidence_source import EvidenceSource, Line, NotTheirs
+from .evidence_source import EvidenceSource, Line, NotTheirs, next_piece
 from .hop_chain import HopChain, TooManyUnseen, Withheld, fill_chain
 
 HEAD_START_S: Final = 2.0  # for the hop itself, before its neighbours are asked as well
@@ -55,8 +57,11 @@ async def collect_record(
     *,
     max_bytes: int,
     max_tokens: int,
+    timeout_s: float = 60.0,
     line: Line | None = None,
     is_fresh: bool = True,
+    was_slow: bool = False,
+    on_slow: Callable[[], Awaitable[None]] | None = None,
 ) -> Collected:
     """Collect what `peer_id` did in the session of `steps`.
 
@@ -65,8 +70,11 @@ async def collect_record(
     Args:
         max_bytes: What all tensors may take.
         max_tokens: Positions that are of interest.
+        timeout_s: For half of it further pieces are asked for, and for all of it neighbours may take.
         line: Shared by all that is fetched at once.
         is_fresh: True if the session has just ended. Later on a hop may have had to make room.
+        was_slow: True if the hop kept an earlier process waiting; then it is no excuse for one in reach.
+        on_slow: Called if the hop has not handed out all after `ANSWER_S`.
     """
     mine = [
         (each, index)
@@ -88,17 +96,20 @@ async def collect_record(
     except Equivocation as exc:
         return Collected(None, str(exc), exc.receipts)
     except PeerError as exc:
+        counts = is_fresh or (was_slow and not isinstance(exc, PeerUnreachable))
         is_lie = isinstance(exc, ProtocolViolation) and not isinstance(exc, Withheld)
-        return Collected(None, f"its receipts do not fit: {exc}" if is_lie or is_fresh else "")
+        return Collected(None, f"its receipts do not fit: {exc}" if is_lie or counts else "")
     except (NotTheirs, TooManyUnseen):
         return Collected(None)
     wanted = await trio.to_thread.run_sync(_plan, chain, mine, hidden_size, max_bytes, max_tokens)
     if not wanted.signed:
         return Collected(None, wanted.fault)
-    withheld = await _fetch(host, source, mine, wanted)
-    if any(digest not in wanted.contents for digest in wanted.sizes):
-        return Collected(None, withheld if is_fresh else "")
-    record = HopRecord(peer_id, wanted.signed, wanted.receipts, wanted.contents)
+    withheld, is_gone = await _fetch(host, source, mine, wanted, timeout_s, on_slow)
+    count = _complete(wanted)
+    if not count or (withheld and count < len(wanted.receipts)):
+        counts = is_fresh or (was_slow and not is_gone)
+        return Collected(None, withheld if counts else "")
+    record = HopRecord(peer_id, wanted.signed[:count], wanted.receipts[:count], wanted.contents)
     unfit = await trio.to_thread.run_sync(_unfit, record, hidden_size, max_tokens)
     return Collected(None, unfit) if unfit else Collected(record, withheld)
 
@@ -154,46 +165,79 @@ def _plan(
 
 
 async def _fetch(
-    host: Network, source: EvidenceSource, mine: Sequence[tuple[PassedStep, int]], wanted: _Wanted
-) -> str:
-    """Add what is missing to `wanted.contents`; returns what the hop is to blame for, if anything.
+    host: Network,
+    source: EvidenceSource,
+    mine: Sequence[tuple[PassedStep, int]],
+    wanted: _Wanted,
+    timeout_s: float,
+    on_slow: Callable[[], Awaitable[None]] | None,
+) -> tuple[str, bool]:
+    """Add what is missing to `wanted.contents`.
+
+    Returns:
+        What the hop is to blame for, if anything, and whether it could not be reached at all.
 
     A hop that takes its time is not waited for where its neighbours have all that it has.
     """
-    withheld = ""
+    withheld, is_gone = "", False
     hop_done = trio.Event()
+    began_at = trio.current_time()
 
-    def missing() -> list[bytes]:
-        return [digest for digest in wanted.sizes if digest not in wanted.contents]
+    def missing() -> dict[bytes, int]:
+        return {digest: size for digest, size in wanted.sizes.items() if digest not in wanted.contents}
 
-    async def ask(each: EvidenceSource) -> None:
-        if digests := missing():
-            wanted.contents.update(
-                await each.fetch_all(digests, sum(wanted.sizes[digest] for digest in digests))
-            )
+    async def ask(each: EvidenceSource) -> bool:
+        """False if the peer does not hand something out."""
+        lacking: set[bytes] = set()
+        while trio.current_time() < began_at + timeout_s / 2:
+            piece = next_piece({digest: size for digest, size in missing().items() if digest not in lacking})
+            if not piece:
+                break
+            wanted.contents.update(await each.fetch_piece(piece))
+            lacking |= piece.keys() - wanted.contents.keys()
+        return not lacking
 
     async def ask_hop() -> None:
-        nonlocal withheld
+        nonlocal withheld, is_gone
         try:
-            await ask(source)
-            if missing():
+            if not await ask(source):
                 withheld = "it withholds evidence that it committed to"
         except NotTheirs:
             pass
         except PeerError as exc:
-            withheld = f"it withholds evidence: {exc}"
+            withheld, is_gone = f"it withholds evidence: {exc}", isinstance(exc, PeerUnreachable)
         hop_done.set()
+
+    async def look_at_the_clock() -> None:
+        with trio.move_on_after(ANSWER_S):
+            await hop_done.wait()
+        if on_slow is not None and not hop_done.is_set():
+            await on_slow()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask_hop)
+        nursery.start_soon(look_at_the_clock)
         with trio.move_on_after(HEAD_START_S):
             await hop_done.wait()
-        for hop in _neighbours(mine):
-            with suppress(PeerError, NotTheirs):
-                await ask(EvidenceSource(host, hop, source.line))
+        with trio.move_on_at(began_at + timeout_s):
+            for hop in _neighbours(mine):
+                with suppress(PeerError, NotTheirs):
+                    await ask(EvidenceSource(host, hop, source.line))
         if not missing():
             nursery.cancel_scope.cancel()
-    return withheld
+    return withheld, is_gone
+
+
+def _complete(wanted: _Wanted) -> int:
+    """Number of receipts in the longest beginning whose tensors are all here."""
+    count = len(wanted.receipts)
+    while missing := {*tensors_of(wanted.receipts[:count])} - wanted.contents.keys():
+        count = next(
+            index
+            for index, receipt in enumerate(wanted.receipts)
+            if receipt.input in missing or receipt.output in missing
+        )
+    return count
 
 
 def _unfit(record: HopRecord, hidden_size: int, max_tokens: int) -> str:

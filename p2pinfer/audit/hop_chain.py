@@ -80,7 +80,7 @@ async def fill_chain(
     """
     # Thousands of receipts take tens of milliseconds to read.
     seen = await trio.to_thread.run_sync(_decode_all, peer_id, signed)
-    _check_gaps(peer_id, seen)
+    seen = seen[: _check_gaps(peer_id, seen)]
     chain: list[Signed] = []
     for each in seen:
         chain += [*await _unseen_before(peer_id, each, chain, fetch, check), each]
@@ -130,17 +130,24 @@ def _decode_all(peer_id: str, signed: Sequence[bytes]) -> list[Signed]:
         raise
 
 
-def _check_gaps(peer_id: str, seen: Sequence[Signed]) -> None:
-    """Check before anything is asked for that no more is missing than the session's epochs explain."""
+def _check_gaps(peer_id: str, seen: Sequence[Signed]) -> int:
+    """Check before anything is asked for that no more is missing than the session's epochs explain.
+
+    Returns:
+        Number of receipts, from the first one on, between which no more than `MAX_UNSEEN` are missing. Who
+        leaves out more hides what comes after them, and not what came before.
+    """
     positions = max(receipt.position + receipt.tokens for _, receipt in seen)
-    due = epoch = unseen = 0
-    for _, receipt in seen:
+    due = epoch = unseen = count = 0
+    for index, (_, receipt) in enumerate(seen, 1):
         gap, epochs = receipt.sequence - due, receipt.epoch - epoch
         if gap < 0 or gap > epochs * (_UNSEEN_EACH_EPOCH + positions // _REPLAYED_AT_LEAST):
             raise ProtocolViolation(f"receipt {receipt.sequence} where {due} is due", peer_id)
         due, epoch, unseen = receipt.sequence + 1, receipt.epoch, unseen + gap
-    if unseen > MAX_UNSEEN:
+        count = index if unseen <= MAX_UNSEEN else count
+    if not count:
         raise TooManyUnseen(f"{unseen} receipts were never seen here")
+    return count
 
 
 def _check_chain(peer_id: str, chain: Sequence[Signed], check: CheckSignature) -> None:

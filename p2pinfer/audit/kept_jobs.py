@@ -11,6 +11,10 @@ them to its own name. So no job is done twice at once, and none is lost between 
 Bounded in number, bytes and age: hops keep evidence for a quarter of an hour (docs/wire.md), and an audit
 without evidence has no result. The files hold hidden states of the user's prompts, as saved texts do; only
 the user may read them.
+
+A hop may lose evidence before somebody else asks for it, and that is nobody's fault. But one that kept the
+first process waiting has its job's file marked, by the end of its name: what it does not hand out to the next
+one either is held against it. Or it would have to be slow with one and silent with the other, at no price.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ FOLDER: Final = "audits"  # in the data directory
 MAX_JOBS: Final = 64
 MAX_AGE_S: Final = 900.0
 _AHEAD_S: Final = 60.0  # by which another process's clock may have been ahead
+_SLOW: Final = "-slow.job"  # end of a file's name
 
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 _Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -84,11 +89,13 @@ class KeptJob:
     Attributes:
         closed_at: When its session ended, seconds of the wall clock.
         steps: Of the session, with the audited hop's receipts alone. None of it is checked.
+        was_slow: True if the hop kept an earlier process waiting for its evidence.
     """
 
     peer_id: str
     closed_at: float
     steps: tuple[PassedStep, ...]
+    was_slow: bool = False
 
 
 class JobFolder:
@@ -139,6 +146,20 @@ class JobFolder:
         self._own.add(path)
         return path
 
+    def mark_slow(self, path: Path) -> Path:
+        """Note that a job's hop keeps this process waiting; returns the file's new name.
+
+        Raises:
+            OSError: It cannot be renamed.
+        """
+        marked = path.with_name(path.name.removesuffix(_SLOW).removesuffix(".job") + _SLOW)
+        with suppress(FileNotFoundError):  # another process may have needed its room
+            path.replace(marked)
+        if path in self._own:
+            self._own.remove(path)
+            self._own.add(marked)
+        return marked
+
     def drop(self, path: Path) -> None:
         """Forget a job that is done."""
         path.unlink(missing_ok=True)
@@ -178,7 +199,8 @@ class JobFolder:
                         path.unlink(missing_ok=True)
                     elif path.name.startswith(f"{self._revision}-"):
                         self._number += 1
-                        ours = path.with_name(f"{self._revision}-{self._name}-{self._number}.job")
+                        end = _SLOW if job.was_slow else ".job"
+                        ours = path.with_name(f"{self._revision}-{self._name}-{self._number}{end}")
                         path.replace(ours)
                         jobs.append((ours, job))
         except Timeout:
@@ -240,7 +262,8 @@ def _read(path: Path, now: float) -> KeptJob | None:
         return None
     try:
         kept = _decoder.decode(path.read_bytes())
-        job = KeptJob(kept.peer_id, kept.closed_at, tuple(_passed(kept, step) for step in kept.steps))
+        steps = tuple(_passed(kept, step) for step in kept.steps)
+        job = KeptJob(kept.peer_id, kept.closed_at, steps, path.name.endswith(_SLOW))
     except (OSError, ValueError, LookupError, StopIteration, msgspec.MsgspecError) as exc:
         logger.warning("an audit that was left over cannot be read (%s): %s is removed", exc, path)
         return None

@@ -3,9 +3,12 @@
 What is certain is that the edge between the two does not work. So the edge is made expensive for a while, and
 routes keep the two apart where they can. Both are charged half a failed session, once for each pair in some
 hours, however often it quarrels: a hop that always complains would else drag down whoever works beside it.
+
 Who complains of one neighbour after the other is what those edges have in common, and is charged alone when
-it does so again. So is who is complained of by one neighbour after the other; but keys are free, and of those
-that complain only peers in good standing count.
+it does so again. But neighbours can give a hop good reason to complain, and keys are free. So of those that a
+peer in good standing complains of, only such peers count. The other way round it is the same: who is
+complained of by one neighbour after the other is charged alone, and of those that complain only peers in good
+standing count. That comes once for each pair, since two peers may have earned their standing for it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ class Quarrels:
 
     def __init__(self) -> None:
         self._charged_at = Recent[tuple[str, str], float](MAX_PAIRS)  # (who complained, of whom)
+        self._repeated_at = Recent[tuple[str, str], float](MAX_PAIRS)  # when the accused was charged alone
         self._heard_at = Recent[tuple[str, str], float](MAX_PAIRS)
 
     def note(
@@ -42,9 +46,12 @@ class Quarrels:
         if (accuser, accused) not in lately and (accused, accuser) not in lately:
             self._charged_at[accuser, accused] = now
             return {accuser: 0.5, accused: 0.5}
-        if sum(by == accuser for by, _ in lately) > 1:
+        counts_all = not in_standing(accuser)
+        if sum(by == accuser and (counts_all or in_standing(of)) for by, of in lately) > 1:
             return {accuser: 1.0}
-        if sum(of == accused and in_standing(by) for by, of in lately) > 1:
+        is_new = self._repeated_at.get((accuser, accused), -CHARGED_S) <= now - CHARGED_S
+        if is_new and sum(of == accused and in_standing(by) for by, of in lately) > 1:
+            self._repeated_at[accuser, accused] = now
             return {accused: 1.0}
         return {}
 

@@ -205,6 +205,14 @@ class RoutePlanner:
         else:
             self.route_ended(route, outcome)
 
+    def blame(self, error: PeerError) -> None:
+        """Note a fault that was found when its session was over; between neighbours, as while it ran."""
+        now = time.time()
+        if error.told_by:
+            self._note_quarrel(error.told_by, error.peer_id, str(error), now)
+        elif error.peer_id:
+            self._ledger.record_failure(error.peer_id, now, str(error))
+
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note in the ledger how the hops fared, and tell the policy."""
         for hop, spent_ms in zip(route.hops, outcome.per_hop_ms, strict=False):

@@ -331,6 +331,7 @@ async def test_the_ledger_says_how_often_where_no_rate_is_set(
             LocalVerifier(client._source),  # pyright: ignore[reportPrivateUsage]
             AuditConfig(),
             rng=random.Random(1),
+            blame=lambda _: None,
         )
         await text_of(client.generate(PROMPT, max_new_tokens=1))
         for _ in range(60):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,10 @@ from trio.testing import MockClock
 
 from p2pinfer.audit import evidence_source
 from p2pinfer.audit.collect import HEAD_START_S, Collected, collect_record
-from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.audit.evidence_source import Line
+from p2pinfer.errors import PeerUnreachable, PeerVanished, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.evidence.store import ANSWER_S
+from p2pinfer.node.evidence.store import ANSWER_S, LEAST_BYTES_PER_S
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt, digest_of, sign_receipt
 from p2pinfer.routing.route import Hop
@@ -182,6 +184,68 @@ async def test_what_may_be_our_own_line_is_nobodys_fault(
     assert await evidence.gather(connected=()) == Collected(None)
     gone = await evidence.gather(connected=("a", "c"))  # others are there, and it is not
     assert "withholds" in gone.fault
+
+
+@pytest.mark.parametrize("whose", ["its own", "others'"])
+async def test_a_line_that_is_busy_with_a_hops_own_bytes_is_no_excuse_for_it(
+    evidence: Evidence, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """It would only have to send fast enough, and hang up before the last byte."""
+    line = Line()
+
+    async def stream(
+        host: object, peer_id: str, *_: object, within_s: float, on_bytes: Callable[[int], None], **__: object
+    ) -> None:
+        for _ in range(math.floor(within_s) if peer_id == "b" else 0):
+            await trio.sleep(1.0)
+            (on_bytes if whose == "its own" else line.note)(2 * LEAST_BYTES_PER_S)
+        raise PeerVanished("the stream ended in the middle of evidence", "b")
+
+    monkeypatch.setattr(evidence_source, "fetch_evidence", stream)
+    assert bool((await evidence.gather(line=line)).fault) == (whose == "its own")
+
+
+async def test_of_a_slow_hop_that_is_in_time_the_beginning_is_audited(
+    evidence: Evidence, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much evidence over a line that is just fast enough took longer than an audit has, and had no result."""
+    monkeypatch.setattr(evidence_source, "PIECE_BYTES", 64)
+    monkeypatch.setattr(evidence_source, "LEAST_BYTES_PER_S", 8)
+    slow = Evidence(steps=40)
+    monkeypatch.setattr(evidence_source, "fetch_evidence", slow.fetch)
+    slow.trickles, slow.delay_s["b"] = False, 8.0
+    for name in "ac":
+        slow.held[name].clear()
+    collected = await slow.gather()
+    assert collected.record is not None and collected.fault == ""
+    assert 8 <= len(collected.record.receipts) < 40
+    assert trio.current_time() < 60
+    slow.held["b"].clear()
+    assert "withholds" in (await slow.gather()).fault
+
+
+async def test_what_a_slow_hop_has_lost_meanwhile_is_its_fault_unless_it_is_out_of_reach(
+    evidence: Evidence, autojump_clock: MockClock
+) -> None:
+    told: list[None] = []
+
+    async def note() -> None:
+        told.append(None)
+
+    evidence.delay_s["b"] = 7.0
+    for name in "ac":
+        evidence.held[name].clear()
+    await evidence.gather(on_slow=note)
+    assert told == []
+    evidence.delay_s["b"] = 60.0
+    await evidence.gather(on_slow=note)
+    assert told == [None]
+    evidence.delay_s["b"] = 0.0
+    evidence.held["b"].clear()
+    assert "withholds" in (await evidence.gather(is_fresh=False, was_slow=True)).fault
+    evidence.errors["b"] = PeerUnreachable("no address answered", "b")
+    assert await evidence.gather(is_fresh=False, was_slow=True) == Collected(None)
+    assert "withholds" in (await evidence.gather()).fault
 
 
 async def test_a_hop_that_hangs_up_is_asked_again(evidence: Evidence, autojump_clock: MockClock) -> None:

@@ -13,8 +13,9 @@ import pytest
 import trio
 import trio.testing
 
-from p2pinfer.audit import evidence_source
+from p2pinfer.audit import collect, evidence_source
 from p2pinfer.audit.auditor import Auditor
+from p2pinfer.audit.backlog import ClosedSession
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.client import Client
@@ -34,6 +35,7 @@ from p2pinfer.session.session import Session
 
 from ..node.memory import sign, verify
 from ..node.memory_swarm import MemorySwarm, route_over
+from ..session.test_receipt_checks import BREAKS_B, REVISION, SESSION, Chain
 from .test_auditor import ALWAYS, PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
@@ -93,6 +95,23 @@ async def test_unchecked_receipts_end_no_client_and_are_held_against_their_hop(
         await text_of(client.generate(PROMPT, max_new_tokens=12))
         await client.audits_settled()
         assert client.audits.passed == 3  # it goes on auditing
+
+
+async def test_a_receipt_that_is_between_two_neighbours_is_held_against_neither_of_them_alone(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    """Nor in the audits of what came before: b would evade them for what c did to its receipt."""
+    async with open_client() as client:
+        said = cast(Any, closed_session(client))
+        said.book = ReceiptBook(SESSION, REVISION, "float32", verify, keep=True)
+        chain = Chain()
+        said.book.unchecked += [await chain.passed(), await chain.passed(BREAKS_B, at=1)]
+        auditor = auditor_of(client)
+        closed = ClosedSession(said.book, said.opened_route, frozenset("abc"), was_told=False)
+        jobs = await auditor._jobs_of(closed)  # pyright: ignore[reportPrivateUsage]
+        assert {job.peer_id: job.fault for job in jobs} == dict.fromkeys("abc", "")
+        charged = {name: client.ledger.account(name).bad for name in "abc"}
+        assert charged == {"a": 0.0, "b": 0.5, "c": 0.5}
 
 
 async def test_an_error_of_ours_ends_one_audit(
@@ -218,6 +237,36 @@ async def test_what_a_client_could_not_finish_the_next_one_does(
         assert client.ledger.is_banned("b")
         assert not any(client.ledger.is_banned(name) for name in "ac")
     assert list((tmp_path / "audits").iterdir()) == []
+
+
+async def test_who_was_slow_with_one_client_and_is_silent_with_the_next_is_held_to_it(
+    swarm: MemorySwarm, open_client: OpenClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a hop would outlast every command line by being slow, and refuse what comes later, at no price."""
+    monkeypatch.setattr(collect, "ANSWER_S", 0.01)
+    await serve_three(swarm)
+    folder = tmp_path / "audits"
+
+    async def stall(stream: PeerStream) -> None:
+        await trio.sleep_forever()
+
+    async def refuse(stream: PeerStream) -> None:
+        await stream.aclose()
+
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
+    async with open_client(audit=AuditConfig(rate=1.0, linger_s=0.001), reputation=None) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+        while len(list(folder.glob("*-slow.job"))) < 3:
+            await trio.sleep(0.01)
+    assert client.audits.done == 0
+    for name in "abc":
+        swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, refuse)
+    async with open_client(audit=ALWAYS, reputation=None) as client:
+        while client.audits.done < 3:
+            await trio.sleep(0.01)
+        assert [client.ledger.account(name).withheld for name in "abc"] == [1, 1, 1]
+    assert not list(folder.glob("*.job"))
 
 
 async def test_audits_of_our_own_nodes_are_left_to_nobody(

@@ -142,6 +142,17 @@ async def test_more_unseen_than_are_asked_for_are_nobodys_fault_in_a_long_sessio
     assert hop.asked == 0
 
 
+async def test_what_came_before_more_unseen_than_are_asked_for_is_audited() -> None:
+    """Else a hop could leave out many after a repair, and all that it did in the session went unaudited."""
+    hop = Hop()
+    seen = [hop.step(256 * position, 256) for position in range(20)]
+    for _ in range(MAX_UNSEEN + 1):
+        hop.step(256 * 20)
+    chain = await hop.fill(*seen, hop.step(256 * 20, epoch=1), hop.step(256 * 20 + 1, epoch=1))
+    assert [signed for signed, _ in chain.receipts] == seen
+    assert hop.asked == 0
+
+
 async def test_what_is_not_handed_out_is_withheld() -> None:
     hop = Hop()
     first = hop.step(0)

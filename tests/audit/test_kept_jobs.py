@@ -66,6 +66,23 @@ def test_of_a_hop_that_took_over_its_own_steps_are_left(tmp_path: Path) -> None:
     ]
 
 
+def test_whose_hop_was_slow_is_known_to_all_who_come_later(tmp_path: Path) -> None:
+    first, second, third = (folder(tmp_path) for _ in range(3))
+    kept = [first.keep(job(peer_id=name)) for name in "ab"]
+    assert kept[0] is not None and kept[1] is not None
+    marked = first.mark_slow(kept[0])
+    assert first.mark_slow(marked) == marked
+    first.close()
+    for each in (second, third):
+        assert {found.peer_id: found.was_slow for _, found in each.take_over(1000.0)} == {
+            "a": True,
+            "b": False,
+        }
+        each.close()
+    kept[1].unlink(missing_ok=True)
+    assert third.mark_slow(kept[1]).name.endswith("-slow.job")  # another process needed its room
+
+
 def test_what_is_done_is_left_to_nobody(tmp_path: Path) -> None:
     first = folder(tmp_path)
     path = first.keep(job())

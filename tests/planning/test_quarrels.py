@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from p2pinfer.errors import PeerVanished, WrongOutput
+from p2pinfer.errors import PeerVanished, ProtocolViolation, WrongOutput
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.planning.policy_runner import PolicyRunner
@@ -55,6 +55,27 @@ def test_a_crowd_of_newcomers_cannot_drag_one_peer_down() -> None:
     for number in range(3):
         note(quarrels, f"crowd{number}", "honest", 0.0)
     assert all("honest" not in note(quarrels, f"crowd{n % 3}", "honest", float(n)) for n in range(30))
+
+
+def test_neighbours_that_give_reason_to_complain_do_not_drag_one_peer_down() -> None:
+    """Keys that send garbage to a hop make it complain of one after the other."""
+    quarrels = Quarrels()
+    for number in range(3):
+        assert note(quarrels, "honest", f"crowd{number}", 0.0) == {"honest": 0.5, f"crowd{number}": 0.5}
+    assert all(not note(quarrels, "honest", f"crowd{n % 3}", float(n)) for n in range(30))
+    for number in range(2):  # where nobody is in good standing, that says who is the common part of the edges
+        note(quarrels, "crowd9", f"crowd{number}", 0.0)
+    assert note(quarrels, "crowd9", "crowd0", 1.0) == {"crowd9": 1.0}
+
+
+def test_two_in_good_standing_charge_a_third_alone_once_each() -> None:
+    """Its repetition is free for the two, and would take the reliability of anybody they like."""
+    quarrels = Quarrels()
+    note(quarrels, "a", "honest", 0.0)
+    note(quarrels, "b", "honest", 0.0)
+    charged = [note(quarrels, "ab"[number % 2], "honest", float(number)) for number in range(40)]
+    assert sum(each.get("honest", 0.0) for each in charged) == 2.0
+    assert note(quarrels, "a", "honest", CHARGED_S - 1) == {}
 
 
 def test_the_edge_is_avoided_for_a_while() -> None:
@@ -108,6 +129,18 @@ async def test_routes_keep_apart_who_quarrelled_and_use_both(tiny_stories: Path)
         assert (await planner.plan_session(64, frozenset())).route.peer_ids == ("a2", "b")
         # Where nobody else is, they are used together after all.
         assert (await planner.plan_session(64, frozenset({"a2"}))).route.peer_ids == ("a", "b")
+
+
+async def test_what_is_found_when_a_session_is_over_is_charged_as_while_it_ran(tiny_stories: Path) -> None:
+    """A receipt that two neighbours may have broken would else be the fault of the first of them."""
+    ledger = Ledger()
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        planner = planner_of(swarm, ledger)
+        for _ in range(5):
+            planner.blame(ProtocolViolation("a broken receipt", "honest", told_by="liar"))
+        planner.blame(ProtocolViolation("a receipt of another model", "sloppy"))
+    assert ledger.score("honest").reliability == ledger.score("liar").reliability == pytest.approx(9.5 / 10.5)
+    assert ledger.score("sloppy").reliability == pytest.approx(9.5 / 11)
 
 
 async def test_what_this_process_saw_itself_is_the_peers_fault_alone(tiny_stories: Path) -> None:

@@ -1,0 +1,176 @@
+"""Judge of a hop's record: runs it again here or has others do it, and confirms a FAIL before it counts.
+
+    the blocks fit here    run again -> FAIL -> others run it -> weights loaded anew -> FAIL, or SUSPECT
+    they do not            two others run it, a third where those leave a doubt -> PASS, or SUSPECT
+
+Who is asked to confirm a FAIL has a limited time, all together. What was found here does not get lost where
+they are slow: whoever lies may have friends among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import trio
+
+from p2pinfer.client_config import AuditConfig
+from p2pinfer.errors import PeerError
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.evidence.hop_record import HopRecord, history_of
+from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.swarm.membership import SwarmMember
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.verdict import Finding, Verdict
+
+from .draw import AuditDraw
+from .opinions import compare_elsewhere
+from .second_opinion import choose_auditors, draw_successors, run_elsewhere
+from .verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+SECOND_OPINIONS = 4  # peers that are tried for up to three of them
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """Record of a peer's work, and the verdict on it."""
+
+    peer_id: str
+    record: HopRecord | None
+    finding: Finding
+
+
+class Judge:
+    """Judge of one client's audits.
+
+    Args:
+        draw: Whose coins say which audits are glances, and whose budget pays for all of them.
+        host_config: For the hosts under throw-away identities.
+        rng: Draws whom to ask.
+
+    Attributes:
+        has_passed: True if a re-execution here ever agreed with anybody.
+    """
+
+    def __init__(
+        self,
+        member: SwarmMember,
+        spec: ModelSpec,
+        ledger: Ledger,
+        verifier: Verifier,
+        config: AuditConfig,
+        draw: AuditDraw,
+        *,
+        host_config: HostConfig,
+        rng: random.Random,
+    ) -> None:
+        self.has_passed = False
+        self._member = member
+        self._spec = spec
+        self._ledger = ledger
+        self._verifier = verifier
+        self._config = config
+        self._draw = draw
+        self._host_config = host_config
+        self._rng = rng
+
+    async def judge(
+        self, record: HopRecord | None, others: Sequence[str], on_fail: Callable[[], None]
+    ) -> tuple[Finding, list[Opinion]]:
+        """The verdict; FAIL only if a second re-execution, independent of the first, says so too.
+
+        Args:
+            others: Peers that had to do with the session.
+            on_fail: Called when a FAIL is about to be confirmed.
+
+        Returns:
+            The verdict, and peers that were asked for a second opinion and found to fail themselves.
+        """
+        if record is None:
+            return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
+        verifier, paid = self._verifier, self._draw.budget.paid
+        if not verifier.can_hold(record.span):
+            return await self._judge_elsewhere(record, others), []
+        if self._draw.is_glance(record.peer_id):
+            glance = paid(await verifier.glance(record))
+            if glance.verdict is Verdict.PASS:
+                return glance, []
+        finding = paid(await verifier.verify(record))
+        if finding.verdict is not Verdict.FAIL:
+            return finding, []
+        on_fail()
+        # Others come before a second look of our own: a fault of this computer would fail honest peers again
+        # and again. As long as nobody has passed here, a second peer that fails speaks against us.
+        failed: list[Opinion] = []
+        with trio.move_on_after(self._config.timeout_s / 2):
+            await self._look_at_others(record, others, finding, failed)
+        if failed and not self.has_passed:
+            names = ", ".join(each.peer_id for each in failed)
+            doubt = f"{finding.reason}; {names} gave no better, and nobody has passed yet"
+            return Finding(Verdict.SUSPECT, doubt), []
+        # From weights that are loaded anew: a bit that flipped in our memory must not ban an honest peer.
+        again = paid(await verifier.confirm(record))
+        if again.verdict is not Verdict.FAIL:
+            return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
+        return again, failed
+
+    async def _look_at_others(
+        self, record: HopRecord, others: Sequence[str], finding: Finding, failed: list[Opinion]
+    ) -> None:
+        """Have others run it until one passes; those that fail as well are added to `failed`."""
+        verify = self._verifier.verify_fully if finding.logits_checked else self._verifier.verify
+        async with aclosing(self._ask_others(record, others)) as opinions:
+            async for opinion in opinions:
+                other = self._draw.budget.paid(await verify(opinion))
+                if other.verdict is Verdict.PASS:
+                    self.has_passed = True
+                    return
+                if other.verdict is Verdict.FAIL:
+                    failed.append(Opinion(opinion.peer_id, opinion, other))
+
+    async def _judge_elsewhere(self, record: HopRecord, others: Sequence[str]) -> Finding:
+        opinions: list[HopRecord] = []
+        finding = Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
+        async with aclosing(self._ask_others(record, others)) as asked:
+            async for opinion in asked:
+                opinions.append(opinion)
+                if len(opinions) < 2:
+                    continue
+                one, other, third = *opinions[:2], opinions[2] if len(opinions) > 2 else None
+                finding = await trio.to_thread.run_sync(
+                    compare_elsewhere, record, one, other, self._spec.hidden_size, third
+                )
+                if third or finding.verdict is not Verdict.INCONCLUSIVE:
+                    break
+        return finding
+
+    async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
+        """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
+        if not self._config.remote:
+            return
+        history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
+        avoided = (*others, *self._config.own_peers)
+        known = self._member.announcements(self._spec.revision)
+        for hop in choose_auditors(known, record, self._ledger, avoided, self._rng)[:SECOND_OPINIONS]:
+            accused = (record.peer_id, self._member.peer_id)
+            after = draw_successors(hop, known, self._spec, self._ledger, accused, self._rng)
+            try:
+                opinion = await run_elsewhere(
+                    hop,
+                    self._spec,
+                    record,
+                    history,
+                    after=after,
+                    host_config=self._host_config,
+                    timeout_s=self._config.timeout_s / 4,
+                    on_work=self._draw.budget.pay,
+                )
+            except PeerError as exc:
+                logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)
+            else:
+                yield opinion
