@@ -119,7 +119,8 @@ def judge(deviation: Deviation, thresholds: Thresholds | None = None) -> Finding
     telling = [chunk for chunk in deviation.chunks if _says_something(chunk, limits)]
     if len(telling) < len(deviation.chunks):
         return finding(
-            Verdict.INCONCLUSIVE, "too many of its tokens lie between two experts, and may take either"
+            Verdict.INCONCLUSIVE,
+            "too many of its tokens may be either of two things: they lie between two experts, or are faint",
         )
     if (tokens := sum(independent_tokens(chunk, limits) for chunk in telling)) < limits.least_tokens:
         what = "" if tokens > 0.9 * deviation.tokens else f", so much alike that they count as {tokens:.1f},"

@@ -49,7 +49,7 @@ class ChunkDeviation:
             repeats itself, since equal tokens round alike.
         high: How many of the tokens have a ratio above `HIGH_RHO`.
         undecided: Tokens that are left out of all figures, for there were more admissible choices of experts
-            than could be tried.
+            than could be tried, or their inputs are too faint for dtypes to round alike.
         clouded: Whether such a token precedes the last of these, so that what it left in the caches may be
             why a token deviates.
         swayed: As `shared`, of what other choices of experts for tokens that are not seen do to these.

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FAINT = 2.0**-14  # root mean square of an input: the smallest number that float16 has to full precision
 _LEAST_OF_MEDIAN = 0.5
 _PRIOR_TOKENS = 4.0  # the weight of the median over channels in `s`, in tokens
 _STORED_BITS = 8  # of a bfloat16's significand, the one that is not stored included
@@ -56,6 +57,7 @@ class NoiseFloor:
             do to the others is noise as well.
         rerouted: Tokens whose experts are not those that the reference takes by itself.
         undecided: Tokens with admissible choices that were not tried.
+        faint: Tokens with an input that dtypes do not round alike.
         doubtful: Tokens with a near tie. Where a swap moves a token no further than rounding does, nobody
             looks for it, and yet it may take the lead from the likeliest successor.
     """
@@ -70,6 +72,7 @@ class NoiseFloor:
     drawn: Sequence[Tensor] = ()
     rerouted: frozenset[int] = frozenset()
     undecided: frozenset[int] = frozenset()
+    faint: frozenset[int] = frozenset()
     doubtful: frozenset[int] = frozenset()
 
     def explaining(self, outputs: Tensor, positions: Sequence[int]) -> NoiseFloor:
@@ -120,7 +123,14 @@ def measure_floor(
     typical = distance[1:] if len(distance) > 1 else distance
     least = max(_LEAST_OF_MEDIAN * float(typical.median()), torch.finfo(torch.float32).tiny)
     carried = carried_square(exact) if carried is None else carried
-    return NoiseFloor(exact, rounded, scale, distance, least, carried_unit(carried, scale))
+    unit = carried_unit(carried, scale)
+    return NoiseFloor(exact, rounded, scale, distance, least, unit, faint=faint_tokens(inputs))
+
+
+def faint_tokens(inputs: Tensor) -> frozenset[int]:
+    """Tokens whose input, of (tokens, hidden_size), is so small that dtypes do not round it alike."""
+    sizes = inputs.float().square().mean(-1).sqrt()
+    return frozenset((sizes < FAINT).nonzero()[:, 0].tolist())
 
 
 def carried_square(values: Tensor) -> Tensor:

@@ -182,9 +182,11 @@ class _Rerun:
         # The unit of all attempts is this one: what the draws do is told from the run that they began from,
         # and against another attempt the draws would count that attempt's own swaps as noise.
         unit = floor.unit[where, None]
+        clear = torch.tensor([position not in floor.faint for position in positions])
 
         def ratios(output: Tensor) -> Tensor:
-            return ((outputs - output[where]) / floor.scale / unit).square().sum(-1).sqrt()
+            rho = ((outputs - output[where]) / floor.scale / unit).square().sum(-1).sqrt()
+            return rho * clear
 
         found = explain(run, Run(ratios(floor.exact), exact), positions, noise)
         log = exact
@@ -226,7 +228,8 @@ def compare(
     with torch.inference_mode():
         deviations = floor.deviations(outputs, where)
         effect = _measure_logits(tail, floor, outputs, where) if tail and at else None
-    first = float(deviations[0].norm()) if at and at[0] == 0 and 0 not in floor.undecided else None
+    unclear = floor.undecided | floor.faint
+    first = float(deviations[0].norm()) if at and at[0] == 0 and 0 not in unclear else None
     chunks = tuple(
         _describe(floor, at[part], deviations[part], effect.part(part) if effect else None)
         for part in split_chunks(1 if at[:1] == [0] else 0, len(at))
@@ -245,7 +248,8 @@ def _measure_logits(tail: Tail, floor: NoiseFloor, outputs: Tensor, positions: T
         return None
     else:
         runs = run_sessions(tail.runner, [*runs, outputs], tail.span)
-    doubtful = torch.tensor([position in floor.doubtful for position in positions.tolist()])
+    unclear = floor.doubtful | floor.faint
+    doubtful = torch.tensor([position in unclear for position in positions.tolist()])
     return measure_effect(tail.embedding_and_head, runs, drawn, doubtful)
 
 
@@ -262,7 +266,8 @@ def split_chunks(start: int, stop: int) -> list[slice]:
 def _describe(
     floor: NoiseFloor, positions: Sequence[int], deviations: Tensor, logits: LogitDeviation | None
 ) -> ChunkDeviation:
-    decided = torch.tensor([position not in floor.undecided for position in positions])
+    unclear = floor.undecided | floor.faint
+    decided = torch.tensor([position not in unclear for position in positions])
     looked_at = torch.tensor(positions)[decided]
     deviations = deviations[decided]
     rho = deviations.square().sum(-1).sqrt()

@@ -26,7 +26,12 @@ from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import are_comparable
-from p2pinfer.models.verify.noise_floor import carried_square, carried_unit, channel_scale
+from p2pinfer.models.verify.noise_floor import (
+    carried_square,
+    carried_unit,
+    channel_scale,
+    faint_tokens,
+)
 from p2pinfer.models.verify.verify import check_rows, split_chunks
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Limit, Verdict
@@ -94,7 +99,7 @@ def _relate(one: History, other: History, blocks: int) -> _Pair:
 
     Where they have too few tokens in common it is unclear.
     """
-    shared = sorted({*one.positions} & {*other.positions} - {0})
+    shared = sorted(({*one.positions} & {*other.positions}) - {0} - faint_tokens(one.inputs))
     if len(shared) < _LEAST_TOKENS or len(one.inputs) <= shared[-1]:
         return _Pair.UNCLEAR
     first, second = (_rows(each, shared) for each in (one, other))
