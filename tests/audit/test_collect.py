@@ -196,7 +196,7 @@ async def test_a_line_that_is_busy_with_a_hops_own_bytes_is_no_excuse_for_it(
     async def stream(
         host: object, peer_id: str, *_: object, within_s: float, on_bytes: Callable[[int], None], **__: object
     ) -> None:
-        for _ in range(math.floor(within_s) if peer_id == "b" else 0):
+        for _second in range(math.floor(within_s) if peer_id == "b" else 0):
             await trio.sleep(1.0)
             (on_bytes if whose == "its own" else line.note)(2 * LEAST_BYTES_PER_S)
         raise PeerVanished("the stream ended in the middle of evidence", "b")

@@ -58,6 +58,10 @@ class Asked:
         raise PeerError("no second opinion", hop.peer_id)
 
 
+def nothing(*_: object) -> tuple[()]:
+    return ()
+
+
 def record_of(peer_id: str) -> HopRecord:
     accusation = accusation_of(peer_id)
     return HopRecord(peer_id, accusation.signed, accusation.receipts, {})
@@ -69,9 +73,9 @@ async def judged(
     asked = Asked(*peers)
     monkeypatch.setattr(judge_module, "choose_auditors", asked.choose)
     monkeypatch.setattr(judge_module, "run_elsewhere", asked.run)
-    monkeypatch.setattr(judge_module, "history_of", lambda *_: None)
-    monkeypatch.setattr(judge_module, "draw_successors", lambda *_: ())
-    member: Any = SimpleNamespace(announcements=lambda _: [], peer_id="us")
+    for name in ("history_of", "draw_successors"):
+        monkeypatch.setattr(judge_module, name, nothing)
+    member: Any = SimpleNamespace(announcements=nothing, peer_id="us")
     ledger, rng = Ledger(), random.Random(1)
     draw = AuditDraw(ledger, CONFIG, lambda: 0.0, rng)
     judge = Judge(member, checkpoint.spec, ledger, Says(), CONFIG, draw, host_config=HostConfig(), rng=rng)

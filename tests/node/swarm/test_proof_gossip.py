@@ -254,7 +254,7 @@ async def test_who_tells_of_anothers_proof_first_and_wrongly_does_not_suppress_i
     address = await author.publish(*proof_against("liar"))
     client = place.join("client")
     judge = Judge(client)
-    said = {"kind": "proof", "revision": "r", "proof": address, "accused": "liar", **lie}
+    said: dict[str, Any] = {"kind": "proof", "revision": "r", "proof": address, "accused": "liar", **lie}
     assert client.hear(Heard(Notice(**said), "forger", told_by="author"))
     right = Heard(Notice("proof", "r", address, "liar"), "author", b"sealed")
     assert client.hear(right)
