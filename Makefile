@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs lab lab-lines lab-moves lab-shell clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -98,6 +98,10 @@ frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest clie
 
 strangers: $(TESTABLE)  ## a node that fifty identities attack in every way at once, and honest clients beside them
 	$(BIN)/python -m tests.chaos.strangers --seconds $(or $(DURATION),120) $(if $(JSON),--json $(JSON))
+
+page: $(TESTABLE)  ## the page in Chromium, which has to be installed, with axe's rules; on Debian: apt install chromium
+	@$(INSTALL) ".[page]"
+	$(BIN)/python -m pytest tests/web
 
 docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py

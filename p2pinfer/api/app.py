@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import unquote
 
 from p2pinfer.errors import P2PInferError
@@ -29,11 +29,26 @@ _HELLO: Final = b"p2pinfer is running\n"
 _MODEL: Final = "/v1/models/"
 
 
+class Pages(Protocol):
+    """Pages that a server shows beside its API. Both give False where they have nothing at the path."""
+
+    async def show(self, request: Request, reply: Reply, headers: Headers) -> bool:
+        """Send what everybody may see who reaches the server."""
+        ...
+
+    async def tell(self, request: Request, reply: Reply, headers: Headers) -> bool:
+        """Send what needs an API key where the API does."""
+        ...
+
+
 class App:
     """Answers requests with texts of `source`."""
 
-    def __init__(self, source: TextSource, config: ApiConfig, keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, source: TextSource, config: ApiConfig, keys: tuple[str, ...] = (), pages: Pages | None = None
+    ) -> None:
         self._source = source
+        self._pages = pages
         self._access = Access(keys, config)
         self._admission = Admission(config)
         self._model = ServedModel(source.spec, config, source.chat_template is not None)
@@ -63,9 +78,13 @@ class App:
         method, path = request.method, request.path
         if method == "OPTIONS":
             return await reply.whole(204, [*headers, *_preflight(request)], b"")
+        if self._pages is not None and await self._pages.show(request, reply, headers):
+            return None
         if path == "/" and method in ("GET", "HEAD"):
             return await reply.whole(200, [("Content-Type", "text/plain"), *headers], _HELLO)
         key = self._access.check_key(request.headers)
+        if self._pages is not None and await self._pages.tell(request, reply, headers):
+            return None
         if path in dialect.generate:
             _check_method(method, "POST", path)
             _check_encoding(request)

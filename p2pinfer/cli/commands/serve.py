@@ -54,9 +54,9 @@ from .generate import POLICIES
 )
 @DATA_DIR
 def serve(call: Invocation) -> None:
-    """Serve the model to programs on this computer, over HTTP.
+    """Serve the model to programs on this computer, over HTTP, and a page to chat in and look at the swarm.
 
-    OpenAI's API is at http://127.0.0.1:8000/v1. Stop with Ctrl-C.
+    The page is at http://127.0.0.1:8000, OpenAI's API at http://127.0.0.1:8000/v1. Stop with Ctrl-C.
 
     If no swarm in reach serves the model, three temporary nodes on this computer run it. This works for the
     bundled model and for a model in a folder.
@@ -88,6 +88,8 @@ def serve(call: Invocation) -> None:
     from p2pinfer.client import Client
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
     from p2pinfer.node.concurrency.nurseries import open_nursery, outlasting
+    from p2pinfer.web.feed import Feed
+    from p2pinfer.web.site import Site
 
     def tell(addresses: list[tuple[str, int]]) -> None:
         waiting.pause()
@@ -96,7 +98,9 @@ def serve(call: Invocation) -> None:
             write_out(json.dumps({"event": "ready", "urls": urls, "model": client.spec.model}) + "\n")
         elif not call.quiet:
             note(f"serving {client.spec.model} at {' and '.join(f'{url}/v1' for url in urls)}")
+            note(f"in a browser: {urls[0]}")
 
+    feed = Feed()
     embedding = may_embed(shared.model, shared.bootstrap, host_config)
     client = Client(
         **settings.shared(),
@@ -106,6 +110,7 @@ def serve(call: Invocation) -> None:
         routing_config=routing_config,
         audit=audit_config,
         progress=Bars(quiet=call.quiet, waiting=waiting),
+        on_event=feed.report,
     )
 
     async def main() -> None:
@@ -114,7 +119,7 @@ def serve(call: Invocation) -> None:
             async with outlasting(client):
                 waiting.say("looking for peers")
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    app = App(client, api_config, keys)
+                    app = App(client, api_config, keys, Site(client, feed))
                     async with open_nursery() as nursery:
                         tell(await nursery.start(serve_http, app.handle, api_config))
                         await trio.sleep_forever()

@@ -1,0 +1,128 @@
+"""Page to chat in and to look at the swarm: its files, the swarm's state, and the events of routes.
+
+The files are for everybody who reaches the server. What the page then asks for needs an API key where the
+API does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Final
+
+import msgspec
+import trio
+
+from p2pinfer.api.errors import ApiError
+from p2pinfer.api.exchange import JSON, encode
+from p2pinfer.api.http_server import Headers, Reply, Request
+from p2pinfer.node.concurrency.fast_lock import FastLock
+from p2pinfer.node.concurrency.nurseries import open_nursery
+
+from .feed import Feed, Following
+from .swarm_state import Observer, state_document
+
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+STATE: Final = "/p2pinfer/swarm"
+EVENTS: Final = "/p2pinfer/events"
+PING_S: Final = 15.0  # as in answers: proxies cut what is silent
+_KINDS: Final = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the page, and a name of its contents (`ETag`)."""
+
+    kind: str
+    body: bytes
+    tag: str
+
+
+def load_files() -> dict[str, File]:
+    """Files of the page by path; `/` is its beginning."""
+    found: dict[str, File] = {}
+    for each in (files("p2pinfer") / "web" / "page").iterdir():
+        kind = _KINDS.get(each.name.rpartition(".")[2])
+        if kind is not None:
+            body = each.read_bytes()
+            path = "/" if each.name == "index.html" else f"/page/{each.name}"
+            found[path] = File(kind, body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    return found
+
+
+class Site:
+    """Answers what the page asks of a server beside its API."""
+
+    def __init__(self, client: Observer, feed: Feed) -> None:
+        self._client = client
+        self._feed = feed
+        self._files = load_files()
+
+    async def show(self, request: Request, reply: Reply, headers: Headers) -> bool:
+        """Send a file of the page; False if there is none of that path."""
+        file = self._files.get(request.path)
+        if file is None or request.method not in ("GET", "HEAD"):
+            return False
+        headers = [
+            *((name, value) for name, value in headers if name != "Content-Security-Policy"),
+            ("Content-Security-Policy", POLICY),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-cache"),
+            ("ETag", file.tag),
+        ]
+        if request.headers.get("if-none-match") == file.tag:
+            await reply.whole(304, headers, b"")
+        else:
+            await reply.whole(200, [("Content-Type", file.kind), *headers], file.body)
+        return True
+
+    async def tell(self, request: Request, reply: Reply, headers: Headers) -> bool:
+        """Send the state of the swarm, or its events; False if the path is neither's.
+
+        Raises:
+            ApiError: Too many pages follow the events already.
+        """
+        if request.method != "GET" or request.path not in (STATE, EVENTS):
+            return False
+        headers = [("Cache-Control", "no-store"), *headers]
+        if request.path == STATE:
+            body = msgspec.json.encode(state_document(self._client))
+            await reply.whole(200, [("Content-Type", JSON), *headers], body)
+            return True
+        with self._feed.follow() as following:
+            if following is None:
+                raise ApiError("too many pages follow the events; close one", "busy", retry_after_s=60)
+            await reply.begin(200, [("Content-Type", "text/event-stream"), *headers])
+            await _send(following, reply)
+        await reply.end()
+        return True
+
+
+async def _send(following: Following, reply: Reply) -> None:
+    """Events as they happen, and a sign of life where none happens for long."""
+    lock = FastLock()
+
+    async def keep_alive() -> None:
+        while True:
+            async with lock:
+                await reply.send(b": still here\n\n")
+            await trio.sleep(PING_S)
+
+    async with open_nursery() as nursery:
+        nursery.start_soon(keep_alive)
+        for begun in following.begun:
+            async with lock:
+                await reply.send(b"data: " + encode(begun) + b"\n\n")
+        async for event in following.events:
+            async with lock:
+                await reply.send(b"data: " + encode(event) + b"\n\n")
+        nursery.cancel_scope.cancel()
