@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ KEY = "0123456789abcdef"
 
 
 @contextmanager
-def serving(home: Path, *flags: str) -> Iterator[str]:
+def serving(home: Path, *flags: str) -> Generator[str]:
     """URL of a `p2pinfer serve` that ends with the block."""
     argv = [
         sys.executable,
