@@ -99,9 +99,10 @@ frames: $(TESTABLE)  ## 100,000 wrong frames to a live node, with an honest clie
 strangers: $(TESTABLE)  ## a node that fifty identities attack in every way at once, and honest clients beside them
 	$(BIN)/python -m tests.chaos.strangers --seconds $(or $(DURATION),120) $(if $(JSON),--json $(JSON))
 
-page: $(TESTABLE)  ## the page in Chromium, which has to be installed, with axe's rules; on Debian: apt install chromium
+page: $(TESTABLE)  ## test the page in Chromium, and take its picture; on Debian, apt install chromium first
 	@$(INSTALL) ".[page]"
 	$(BIN)/python -m pytest tests/web
+	$(BIN)/python docs/write_page.py
 
 docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py
