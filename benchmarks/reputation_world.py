@@ -298,7 +298,7 @@ class World:
         return any(outputs[each] != RIGHT for each in beside)
 
     def _verdict(self, client: Client, route: Route, output: str, index: int, tally: Tally) -> Verdict:
-        """As `Auditor._judge` comes to it."""
+        """As `Judge.judge` (p2pinfer/audit/judge.py) comes to it."""
         if client.holds_spans:
             wrong = output != RIGHT
             tally.audits += GLANCE if client.draw.is_glance(route.peer_ids[index]) and not wrong else 1

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
+from collections.abc import Sequence
 from statistics import median
+
+import pytest
 
 from p2pinfer.audit.traffic import SHAPES_KEPT, TEXTS_KEPT, SessionShapes, Shape, Texts
 
@@ -37,6 +41,39 @@ def test_shapes_come_to_be_those_of_the_sessions_that_are_served() -> None:
     alike = [each for each in shapes if each.prompt + each.asked == 3000]
     assert len(alike) > 0.85 * len(shapes)
     assert all(90 <= each.prompt <= 720 and each.new == MOST for each in alike)
+
+
+def advantage(real: Sequence[float], checks: Sequence[float]) -> float:
+    """What a hop gains by the best bound on a figure, 0 to 1: the Kolmogorov-Smirnov distance."""
+    one, other = sorted(real), sorted(checks)
+    return max(
+        abs(bisect_right(one, bound) / len(one) - bisect_right(other, bound) / len(other))
+        for bound in (*one, *other)
+    )
+
+
+@pytest.mark.parametrize("usual", [True, False], ids=["prompts and texts of people", "many short questions"])
+def test_no_bound_on_a_length_tells_checks_from_the_sessions_of_clients(usual: bool) -> None:
+    rng = random.Random(2)
+    sessions: list[tuple[str, int, int]] = []
+    for number in range(240):
+        prompt = round(rng.lognormvariate(3.5 if usual else 1.5, 0.8)) + 1
+        asked = rng.choice([64, 128, 128, 256] if usual else [8, 16, 16, 32])
+        new = min(asked, MOST, round(rng.lognormvariate(4.0, 0.7)) + 1)
+        sessions.append((f"client {number}", prompt + asked, prompt + new))
+    checks = drawn(served(*sessions))
+    real = [(reserved, computed) for _, reserved, computed in sessions]
+    seen = [(each.prompt + each.asked, each.prompt + each.new) for each in checks]
+    for figure in (0, 1):
+        assert advantage([each[figure] for each in real], [each[figure] for each in seen]) < 0.2
+
+
+def test_the_openings_of_checks_are_as_various_as_their_texts() -> None:
+    """Twelve fixed ones told every check from a client."""
+    rng = random.Random(3)
+    texts = Texts(" ".join(f"w{text}-{word}" for word in range(400)) for text in range(40))
+    openings = [texts.draw(12, rng)[0].split()[0] for _ in range(300)]
+    assert len({*openings}) == len(openings)
 
 
 def test_a_flood_by_one_client_decides_nothing() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import Equivocation, ProtocolViolation
+from p2pinfer.reputation.proof import Proof, open_proof
 from p2pinfer.reputation.receipt import (
     MAX_RECEIPT_BYTES,
     NO_RECEIPT,
@@ -205,6 +206,24 @@ def test_two_receipts_for_one_step_are_kept_as_the_proof() -> None:
     with pytest.raises(Equivocation) as caught:
         following.extend(other)
     assert (caught.value.peer_id, caught.value.receipts) == ("hop", (one, other))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"epoch": 1}, {"position": 7}, {"returned": 0}, {"dtype": "float32"}, {"received": b"x" * 32}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_two_receipts_for_one_place_are_a_proof_whatever_they_differ_in(fields: dict[str, Any]) -> None:
+    """In another epoch as well: what a hop tells a neighbour it has told the client."""
+    following, one, other = chain(), signed(receipt()), signed(receipt(**fields))
+    following.extend(one)
+    with pytest.raises(Equivocation):
+        following.extend(other)
+    assert open_proof(Proof(1, "hop", "equivocation", (one, other)), verify).peer_id == "hop"
+    with pytest.raises(ProtocolViolation):
+        open_proof(Proof(1, "hop", "equivocation", (one, one)), verify)
+    with pytest.raises(ProtocolViolation):
+        open_proof(Proof(1, "hop", "equivocation", (one, signed(receipt(**fields), "other"))), verify)
 
 
 def test_a_session_that_was_opened_twice_is_no_contradiction() -> None:

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from p2pinfer.audit.opinions import judge_by_opinions
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
@@ -23,10 +26,12 @@ from p2pinfer.models.verify.experts import Paths, RoutingLog, Run, explain
 from p2pinfer.models.verify.reference import open_reference, open_tail
 from p2pinfer.models.verify.sessions import run_session, run_sessions
 from p2pinfer.models.verify.verify import compare, rerun
+from p2pinfer.node.evidence.hop_record import History
 from p2pinfer.reputation.verdict import Verdict, judge
 
 from ..conftest import WriteCheckpoint
 
+safetensors_files: Any = safetensors.torch  # untyped
 SPAN = BlockSpan(0, 3)
 TOKENS = 65
 BF16 = torch.bfloat16
@@ -153,6 +158,54 @@ def test_who_decides_near_ties_otherwise_is_honest(
     finding = judge(compare(floor, outputs, range(TOKENS)))
     assert finding.verdict is Verdict.PASS, finding.reason
     assert reference.exact.cache.free_tokens == reference.exact.cache.capacity_tokens
+
+
+@pytest.mark.parametrize("options", [{"num_experts_per_tok": 1}, {"num_experts_per_tok": 3}], ids=["1", "3"])
+def test_near_ties_are_nobodys_fault_however_many_experts_a_token_goes_to(
+    options: dict[str, int], tmp_path: Path, write_checkpoint: WriteCheckpoint, inputs: Tensor
+) -> None:
+    folder = write_checkpoint(tmp_path, "mixtral", hidden_size=64, num_local_experts=8, seed=2, **options)
+    checkpoint = open_checkpoint(folder, "mixture")
+    config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
+    contrary, runner = Contrary(0.006), open_runner(checkpoint, SPAN, config)
+    outputs = run_session(runner.choosing(contrary), inputs, SPAN)
+    assert contrary.turned
+    floor = rerun(open_reference(checkpoint, SPAN, max_tokens=128), SPAN, inputs, BF16)
+    finding = judge(compare(floor, outputs, range(TOKENS)))
+    assert finding.verdict is Verdict.PASS, finding.reason
+    assert judge(compare(floor, inputs, range(TOKENS))).verdict is Verdict.FAIL
+
+
+def test_experts_that_a_router_cannot_tell_apart_may_both_be_taken(
+    tmp_path: Path, write_checkpoint: WriteCheckpoint, inputs: Tensor
+) -> None:
+    """Two equal rows of a router give equal scores; which of the two experts comes first is an accident."""
+    folder = write_checkpoint(tmp_path, "mixtral", hidden_size=64, num_local_experts=8)
+    (file,) = folder.glob("*.safetensors")
+    weights = safetensors_files.load_file(file)
+    for name, weight in weights.items():
+        if "gate.weight" in name:
+            weight[5] = weight[2]
+    safetensors_files.save_file(weights, file, {"format": "pt"})
+    checkpoint = open_checkpoint(folder, "mixture")
+    config = ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 24)
+    contrary, runner = Contrary(1e-6), open_runner(checkpoint, SPAN, config)
+    outputs = run_session(runner.choosing(contrary), inputs, SPAN)
+    assert contrary.turned
+    floor = rerun(open_reference(checkpoint, SPAN, max_tokens=128), SPAN, inputs, BF16)
+    finding = judge(compare(floor, outputs, range(TOKENS)))
+    assert finding.verdict in (Verdict.PASS, Verdict.INCONCLUSIVE), finding.reason
+
+
+def test_opinions_of_peers_that_decided_near_ties_otherwise_make_nobody_suspect(
+    mixture: Checkpoint, runner: SpanRunner, inputs: Tensor
+) -> None:
+    """By others' outputs nobody can try which experts a peer took; the typical token has no near tie."""
+    outputs = run_session(runner.choosing(Contrary(0.008)), inputs, SPAN)
+    at = tuple(range(TOKENS))
+    others = [History(inputs, run_session(runner, inputs, SPAN), at)] * 3
+    finding = judge_by_opinions(History(inputs, outputs, at), others, len(SPAN))
+    assert finding.verdict in (Verdict.PASS, Verdict.INCONCLUSIVE), finding.reason
 
 
 def test_a_last_hop_that_decided_ties_of_the_prompt_otherwise_is_not_blamed(
