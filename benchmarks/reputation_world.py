@@ -278,7 +278,7 @@ class World:
             return
         before = tally.audits
         verdict = self._verdict(client, route, outputs[index], index, tally)
-        client.draw.budget.pay(AUDIT_COST * (tally.audits - before))
+        client.draw.pay(peer_id, AUDIT_COST * (tally.audits - before))
         client.draw.budget.count_audit()
         contradicted = verdict is Verdict.SUSPECT and not client.holds_spans
         client.ledger.record_audit(peer_id, verdict, now, contradicted=contradicted)

@@ -17,8 +17,8 @@ class LedgerConfig:
     min_audit_probability: float = 0.03  # nobody is trusted so far that nobody looks
     newcomer_audits: int = 8  # a peer with fewer audits is a newcomer
     newcomer_audit_probability: float = 1.0  # at least, while it is one
-    first_full_audits: int = 2  # of a peer, that measure its outputs
-    full_audit_share: float = 0.15  # of its later ones; the others glance at them
+    first_full_audits: int = 1  # of a peer, that measure its outputs
+    full_audit_share: float = 0.1  # of its later ones; the others glance at them
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
     evasion_memory: float = 0.7  # what the running mean of evaded audits keeps with every audit
     evader_beta: float = 2.4  # bad audits from which a peer is no newcomer; four evaded in a row

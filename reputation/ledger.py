@@ -23,7 +23,7 @@ from .explain import explain as explain_peer
 from .proof_note import ProofNote, ProofState
 from .proofs import ProofDecision, ProofGate
 from .records import Records
-from .score import Score, audit_probability, full_audit_probability, score_of
+from .score import Score, audit_probability, full_audit_probability, is_doubtful, score_of
 from .small_lies import Sample
 from .store import FILE_NAME, Change, open_store
 
@@ -95,6 +95,10 @@ class Ledger:
         """Probability with which to audit the peer in a session; see `score.audit_probability`."""
         self.advance(now)
         return audit_probability(self.account(peer_id), self.config)
+
+    def is_doubtful(self, peer_id: str) -> bool:
+        """True if some audit said more against the peer than those of honest peers usually do."""
+        return is_doubtful(self.account(peer_id))
 
     def full_audit_probability(self, peer_id: str) -> float:
         """Probability that an audit of the peer measures its outputs; see `score.full_audit_probability`."""

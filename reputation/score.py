@@ -76,7 +76,12 @@ def full_audit_probability(account: Account, config: LedgerConfig) -> float:
 
     Surely for the first ones and wherever there is a doubt, so that small lies add up as fast as they can.
     """
-    doubts = account.suspicion > 0.01 or account.small_lies.suspicion > 0 or account.evasion > 0.01
-    if account.passed < config.first_full_audits or account.failed or doubts:
+    if account.passed < config.first_full_audits or is_doubtful(account):
         return 1.0
     return config.full_audit_share
+
+
+def is_doubtful(account: Account) -> bool:
+    """True if some audit said more against the peer than those of honest peers usually do."""
+    unproven = account.suspicion > 0.01 or account.small_lies.suspicion > 0 or account.evasion > 0.01
+    return unproven or account.failed > 0

@@ -2,13 +2,15 @@
 
 Hops say with every step how long they worked on it (`Bill`). Of that, a share is what audits may take
 (`AuditConfig.share`). Each peer's record asks for a rate (`score.audit_probability`): high for newcomers and
-for those who deviate, low for the others. While the budget has something left, everybody is audited at
-`ROUTINE_RATE`; so all of it is spent, and the cheaper an audit, the more of them there are.
+for those who deviate, low for the others. Those others are audited at `ROUTINE_RATE` while the budget has
+something left for them, which is three fifths of it at least: so all of it is spent, and nobody who is new or
+doubtful, however often, keeps the others from being audited.
 
-Peers are new when nothing has been earned yet. Audits may therefore go ahead by `AHEAD`, which later sessions
-repay. Once that is used up the rate falls to `LEAST_RATE`, for everybody. So, at whatever price audits have,
+Peers are new when nothing has been earned yet. Their audits may therefore go ahead by `AHEAD`, those of
+doubtful peers by as many more, which later sessions repay. Where nothing is left the rate is `LEAST_RATE`.
+So, at whatever price audits have,
 
-    spent <= share * work seen + AHEAD audits + LEAST_RATE of all sessions' audits
+    spent <= share * work seen + 2 AHEAD audits + LEAST_RATE of all sessions' audits
 
 A hop that understates its work lowers the budget by its own part of it; one that overstates it raises it to
 `share` of the time that the session took, and no further (`ReceiptBook.work_s`).
@@ -28,9 +30,10 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Finding
 from p2pinfer.routing.route import Route
 
-AHEAD: Final = 24  # audits that may be done before they are earned
-ROUTINE_RATE: Final = 0.25  # while the budget has something left
-LEAST_RATE: Final = 0.01  # where even what may go ahead is used up
+AHEAD: Final = 24  # audits of newcomers that may be done before they are earned
+ROUTINE_RATE: Final = 0.25  # of all others, while the budget has something left for them
+ROUTINE_PART: Final = 0.6  # of the budget, that is theirs alone
+LEAST_RATE: Final = 0.01  # where nothing is left
 
 
 class AuditBudget:
@@ -48,34 +51,33 @@ class AuditBudget:
         self.earned_s = 0.0
         self.spent_s = 0.0
         self._share = share
+        self._routine_s = 0.0
         self._audits = 0
 
     def earn(self, work_s: float) -> None:
         """Note a session on which hops worked for so long."""
         self.earned_s += self._share * work_s
 
-    def pay(self, spent_s: float) -> None:
+    def pay(self, spent_s: float, *, routine: bool) -> None:
         """Note what an audit took: runs, the loading of weights, the work of others who were asked."""
         self.spent_s += spent_s
-
-    def paid(self, finding: Finding) -> Finding:
-        """The finding, once what it took is noted."""
-        self.pay(finding.spent_s)
-        return finding
+        self._routine_s += routine * spent_s
 
     def count_audit(self) -> None:
         """Note that an audit is done."""
         self._audits += 1
 
     @property
-    def has_more(self) -> bool:
-        """True if less was spent than was earned."""
-        return self.spent_s < self.earned_s
+    def has_for_routine(self) -> bool:
+        """True if there is something left for peers of whom nothing speaks for an audit."""
+        return self.spent_s < self.earned_s or self._routine_s < ROUTINE_PART * self.earned_s
 
-    @property
-    def has_any(self) -> bool:
-        """True if less was spent than was earned, and what `AHEAD` audits cost on average."""
-        return self._audits < AHEAD or self.spent_s * (1 - AHEAD / self._audits) < self.earned_s
+    def has_for_others(self, ahead: int) -> bool:
+        """True if there is something left for newcomers and doubtful peers, with so many audits ahead."""
+        if self._audits < ahead or self.spent_s < self.earned_s:
+            return True
+        ahead_s = ahead * self.spent_s / self._audits
+        return self.spent_s - self._routine_s < (1 - ROUTINE_PART) * self.earned_s + ahead_s
 
 
 class AuditDraw:
@@ -103,9 +105,20 @@ class AuditDraw:
         if self._config.rate is not None:
             return self._config.rate
         rate = self._ledger.audit_probability(peer_id, self._clock())
-        if self.budget.has_more:
-            return max(rate, ROUTINE_RATE)
-        return rate if self.budget.has_any else min(rate, LEAST_RATE)
+        if rate < ROUTINE_RATE:
+            return ROUTINE_RATE if self.budget.has_for_routine else LEAST_RATE
+        ahead = 2 * AHEAD if self._ledger.is_doubtful(peer_id) else AHEAD
+        return rate if self.budget.has_for_others(ahead) else LEAST_RATE
+
+    def pay(self, peer_id: str, spent_s: float) -> None:
+        """Note what an audit of a peer took."""
+        rate = self._ledger.audit_probability(peer_id, self._clock())
+        self.budget.pay(spent_s, routine=rate < ROUTINE_RATE)
+
+    def paid(self, peer_id: str, finding: Finding) -> Finding:
+        """The finding of an audit of the peer, once what it took is noted."""
+        self.pay(peer_id, finding.spent_s)
+        return finding
 
     def is_glance(self, peer_id: str) -> bool:
         """True if a glance will do for an audit of this peer, unless it shows something."""

@@ -14,6 +14,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -93,7 +94,7 @@ class Judge:
         """
         if record is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
-        verifier, paid = self._verifier, self._draw.budget.paid
+        verifier, paid = self._verifier, partial(self._draw.paid, record.peer_id)
         if not verifier.can_hold(record.span):
             return await self._judge_elsewhere(record, others), []
         if self._draw.is_glance(record.peer_id):
@@ -126,7 +127,7 @@ class Judge:
         verify = self._verifier.verify_fully if finding.logits_checked else self._verifier.verify
         async with aclosing(self._ask_others(record, others)) as opinions:
             async for opinion in opinions:
-                other = self._draw.budget.paid(await verify(opinion))
+                other = self._draw.paid(record.peer_id, await verify(opinion))
                 if other.verdict is Verdict.PASS:
                     self.has_passed = True
                     return
@@ -168,7 +169,7 @@ class Judge:
                     after=after,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
-                    on_work=self._draw.budget.pay,
+                    on_work=partial(self._draw.pay, record.peer_id),
                 )
             except PeerError as exc:
                 logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)
