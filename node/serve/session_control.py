@@ -313,10 +313,16 @@ class SessionControl:
         try:
             answers: bool | None = None
             if self._session.opening.successor is not None and asks_successor:
-                answers = neighbours.link is not None and await neighbours.link.is_there(
-                    probe.within_ms / 1e3
-                )
+                answers = await self._is_successor_there(probe.within_ms / 1e3)
             with self._guard():
                 await neighbours.control.send(Alive(probe.number, answers))
         finally:
             self._probing.discard(asks_successor)
+
+    async def _is_successor_there(self, within_s: float) -> bool:
+        while True:
+            link = self._neighbours.link
+            is_there = link is not None and await link.is_there(within_s)
+            # A link that was left by a move meanwhile is lost; the other one is asked.
+            if is_there or self._neighbours.link is link:
+                return is_there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import pytest
@@ -242,6 +243,27 @@ async def test_a_session_begins_with_a_prompt_on_its_way(checkpoint: Checkpoint)
         assert is_worth_moving(hop.prompt_at, NO_LINE)
         await session.aclose()
         await swarm.all_closed()
+
+
+async def test_a_successor_whose_link_moves_while_it_is_asked_is_there(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former link is lost by the move, and the edge need not be made anew for it."""
+    async with relayed_text(checkpoint, 3, relayed=set()) as (swarm, text):
+        (hop,) = swarm.servers["a"]._sessions.values()  # pyright: ignore[reportPrivateUsage]
+        former = hop.neighbours.link
+        assert former is not None
+        other = copy(former)
+
+        async def lost_by_a_move(within_s: float) -> bool:
+            hop.neighbours.link = other
+            return False
+
+        monkeypatch.setattr(former, "is_there", lost_by_a_move)
+        alive = await text.session.chain.hops[0].probe(15.0)
+        assert alive is not None
+        assert alive.successor
+        hop.neighbours.link = former
 
 
 async def test_a_link_that_cannot_be_made_anew_stays_on_its_relay(checkpoint: Checkpoint) -> None:
