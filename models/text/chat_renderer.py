@@ -1,16 +1,20 @@
-"""Process that renders one chat template: a program that came with a model, and is not trusted.
+"""Program that renders the chat templates of one model: they came with it, and are not trusted.
 
-It runs by itself, apart from whoever asks, and imports nothing of p2pinfer. Before the template is compiled
-it gives up new files and sockets, and bounds its memory and processor time, where the system can do that.
-Jinja's sandbox keeps the template from Python's internals.
+It runs by itself, apart from whoever asks (renderer_process.py), and imports nothing of p2pinfer. Before a
+template is compiled it gives up new files and sockets, and bounds its memory and the processor time of each
+request, where the system can do that. Jinja's sandbox keeps a template from Python's internals, and from
+changing what the next request finds.
 
-Reads one JSON object from standard input, {"template": text, "variables": {...}}, and writes one: {"text":
-text}, {"refused": reason} where the template itself raised an error, or {"broken": reason}.
+Reads lines of JSON. The first has the templates, {name: text}. Each of the others is a request, {"template":
+name, "variables": {...}}, and is answered by a line: {"text": text}, {"refused": reason} where the template
+itself raised an error, or {"broken": reason}, with "last" if this process had better not be used again.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -79,16 +83,31 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def render(template: str, variables: dict[str, Any]) -> dict[str, str]:
+class Templates:
+    """Templates of one model, compiled when they are first used."""
+
+    def __init__(self, sources: dict[str, str]) -> None:
+        self._sources = sources
+        self._environment = environment()
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def render(self, name: str, variables: dict[str, Any]) -> str:
+        """The text that a template makes; raises whatever Python's operators do."""
+        if name not in self._compiled:
+            self._compiled[name] = self._environment.from_string(self._sources[name])
+        return self._compiled[name].render(**variables)
+
+
+def answer(templates: Templates, request: dict[str, Any]) -> dict[str, str]:
     """The answer to a request."""
     try:
-        text = environment().from_string(template).render(**variables)
+        text = templates.render(request["template"], request["variables"])
     except RefusedByTemplateError as exc:
         return {"refused": str(exc)}
     except MemoryError:
-        return {"broken": "it needs too much memory"}
+        return {"broken": "it needs too much memory", "last": "yes"}
     except RecursionError:
-        return {"broken": "it calls itself without end"}
+        return {"broken": "it calls itself without end", "last": "yes"}
     except Exception as exc:  # a template can raise whatever Python's operators do
         return {"broken": f"{type(exc).__name__}: {exc}"}
     return {"text": text} if len(text) <= MAX_TEXT_CHARS else {"broken": "its text is too long"}
@@ -105,7 +124,6 @@ def give_up_rights() -> None:
         return
     for kind, most in (
         ("RLIMIT_AS", MEMORY_BYTES),
-        ("RLIMIT_CPU", PROCESSOR_S),
         ("RLIMIT_NOFILE", 0),
         ("RLIMIT_NPROC", 0),
         ("RLIMIT_FSIZE", 0),
@@ -116,12 +134,29 @@ def give_up_rights() -> None:
                 resource.setrlimit(number, (most, most))
 
 
+def grant_time() -> None:
+    """Let the next request have its processor time; one that takes more ends this process."""
+    try:
+        import resource
+    except ImportError:
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = math.ceil(used.ru_utime + used.ru_stime) + PROCESSOR_S
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CPU, (soft if hard < 0 else min(soft, hard), hard))
+
+
 def main() -> None:
-    """Answer the one request."""
-    request = json.load(sys.stdin)
+    """Answer request after request, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
+    requests, answers = sys.stdin.buffer, sys.stdout
+    templates = Templates(json.loads(requests.readline()))
     give_up_rights()
-    answer = render(request["template"], request["variables"])
-    sys.stdout.write(json.dumps(answer))
+    while line := requests.readline():
+        grant_time()
+        answers.write(json.dumps(answer(templates, json.loads(line))) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

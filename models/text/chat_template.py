@@ -1,18 +1,16 @@
 """Chat templates: how a checkpoint wants a conversation written as one text.
 
 A template is a Jinja program that comes with the model, and so from a stranger. It is rendered in a process
-of its own (chat_renderer.py) with bounds on time, memory and size, and as transformers' `apply_chat_template`
-renders it: the same settings, filters, functions and variables.
+of its own (renderer_process.py) with bounds on time, memory and size, and as transformers'
+`apply_chat_template` renders it: the same settings, filters, functions and variables.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -20,14 +18,14 @@ from p2pinfer.errors import ChatTemplateError, CheckpointError
 from p2pinfer.models.checkpoint.spec import read_json
 from p2pinfer.text_files import read_text
 
+from .renderer_process import RendererProcess
+
 Message: TypeAlias = Mapping[str, Any]  # "role", and "content" or what the template knows besides
 
 FILE: Final = "chat_template.jinja"
 FOLDER: Final = "additional_chat_templates"
-_RENDERER: Final = Path(__file__).with_name("chat_renderer.py")
 _PATIENCE_S: Final = 10.0
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")  # names of one thing; the first one counts
-_KEPT: Final = ("TZ", "LANG", "LC_ALL", "LC_TIME", "SYSTEMROOT")  # of the environment: what dates depend on
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +46,15 @@ class ChatTemplate:
 
     sources: Mapping[str, str]
     special_tokens: Mapping[str, str]
+    _renderer: RendererProcess = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_renderer", RendererProcess(self.sources, _PATIENCE_S))
+
+    def warm_up(self) -> None:
+        """Start the process that renders, so that the first conversation need not wait for it. Blocks."""
+        with suppress(ChatTemplateError):  # many templates refuse a conversation without a word
+            self.render([])
 
     def render(
         self,
@@ -57,7 +64,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> ChatPrompt:
-        """A conversation as a prompt. Blocks for a tenth of a second, in which another process runs.
+        """A conversation as a prompt. Blocks for about a millisecond, in which another process renders.
+
+        The first call starts that process, which takes a tenth of a second.
 
         Args:
             messages: The conversation so far; values that are None count as absent.
@@ -78,10 +87,20 @@ class ChatTemplate:
         }
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         try:
-            request = json.dumps({"template": self.sources[name], "variables": known})
+            request = json.dumps({"template": name, "variables": known})
         except (TypeError, ValueError, RecursionError) as exc:
             raise ChatTemplateError(f"these messages cannot be written as JSON: {exc}") from exc
-        return ChatPrompt(_answer_to(request))
+        answer = self._renderer.ask(request)
+        if "refused" in answer:
+            raise ChatTemplateError(
+                f"the model's chat template refuses these messages: {answer['refused']}"
+            )
+        if "broken" in answer:
+            raise ChatTemplateError(
+                f"the model's chat template cannot be used: {answer['broken']}; "
+                "--raw sends the prompt as it is"
+            )
+        return ChatPrompt(answer["text"])
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
@@ -135,31 +154,3 @@ def _plain(message: Message) -> dict[str, Any]:
     plain = {name: value for name, value in message.items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-
-
-def _answer_to(request: str) -> str:
-    """The renderer's text."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", str(_RENDERER)],
-            input=request.encode("utf-8", "replace"),
-            capture_output=True,
-            timeout=_PATIENCE_S,
-            env={name: os.environ[name] for name in _KEPT if name in os.environ},
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise ChatTemplateError(_BROKEN.format(f"it did not end within {_PATIENCE_S:g} s")) from exc
-    except OSError as exc:
-        raise ChatTemplateError(f"the process for the chat template could not be started: {exc}") from exc
-    try:
-        answer: dict[str, str] = json.loads(done.stdout)
-    except ValueError:
-        raise ChatTemplateError(_BROKEN.format("it took more time or memory than it may")) from None
-    if "refused" in answer:
-        raise ChatTemplateError(f"the model's chat template refuses these messages: {answer['refused']}")
-    if "broken" in answer:
-        raise ChatTemplateError(_BROKEN.format(answer["broken"]))
-    return answer["text"]
-
-
-_BROKEN: Final = "the model's chat template cannot be used: {}; --raw sends the prompt as it is"

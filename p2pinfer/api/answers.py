@@ -23,6 +23,9 @@ from .errors import ApiError
 
 Message: TypeAlias = Mapping[str, Any]
 _SEEDS: Final = 1 << 63
+# A template that hangs holds up conversations, and not the threads that draw tokens.
+_RENDERS_AT_ONCE: Final = 2
+_renders: Final[trio.lowlevel.RunVar[trio.CapacityLimiter]] = trio.lowlevel.RunVar("renders")
 
 
 class TextSource(Protocol):
@@ -132,9 +135,17 @@ async def _prompt(template: ChatTemplate | None, asked: Asked) -> str | ChatProm
         return asked.prompt
     if template is not None:
         render = partial(template.render, asked.prompt, **dict[str, Any](asked.variables or {}))
-        return await trio.to_thread.run_sync(render)
+        return await trio.to_thread.run_sync(render, limiter=_limiter())
     # A model that was not made for chats continues what was said, as `p2pinfer generate` does.
     return "\n\n".join(str(message["content"]) for message in asked.prompt if message.get("content"))
+
+
+def _limiter() -> trio.CapacityLimiter:
+    try:
+        return _renders.get()
+    except LookupError:
+        _renders.set(made := trio.CapacityLimiter(_RENDERS_AT_ONCE))
+        return made
 
 
 def _config_of(asked: Asked, index: int) -> GenerationConfig:

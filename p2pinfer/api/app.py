@@ -6,6 +6,8 @@ import logging
 from typing import Final, Protocol
 from urllib.parse import unquote
 
+import trio
+
 from p2pinfer.errors import P2PInferError
 
 from .access import Access
@@ -52,6 +54,11 @@ class App:
         self._access = Access(keys, config)
         self._admission = Admission(config)
         self._model = ServedModel(source.spec, config, source.chat_template is not None)
+
+    async def warm_up(self) -> None:
+        """Make the first conversation as quick as the next ones."""
+        if (template := self._source.chat_template) is not None:
+            await trio.to_thread.run_sync(template.warm_up, abandon_on_cancel=True)
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; whatever it is, it gets an answer in the shape of its dialect."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import transformers
 
@@ -182,6 +187,72 @@ def test_a_template_may_refuse() -> None:
 def test_a_hostile_template_reaches_nothing_and_is_stopped(source: str, said: str) -> None:
     with pytest.raises(ChatTemplateError, match=f"(?s)cannot be used: .*({said}).*--raw"):
         ChatTemplate({"default": source}, {}).render(CHAT)
+
+
+def renderers() -> set[int]:
+    """Processes of this one that render templates."""
+    children = psutil.Process().children()
+    return {child.pid for child in children if any("chat_renderer" in word for word in child.cmdline())}
+
+
+def test_one_process_renders_until_its_template_is_dropped_and_then_ends() -> None:
+    before = renderers()
+    template = ChatTemplate({"default": "{{ messages[0].content }}", "tool_use": "tools"}, {})
+    template.warm_up()
+    (process,) = renderers() - before
+    assert [template.render([{"content": text}]).text for text in "abc"] == ["a", "b", "c"]
+    assert template.render(CHAT, tools=[]).text == "tools"
+    assert renderers() - before == {process}
+    del template
+    assert not renderers() - before
+
+
+def test_conversations_are_not_mixed_up_and_leave_nothing_to_the_next() -> None:
+    source = (
+        "{% set ns = namespace(seen=ns.seen if ns is defined else '') %}"
+        "{% for message in messages %}{% set ns.seen = ns.seen ~ message.content %}{% endfor %}"
+        "{% macro seen() %}{{ ns.seen }}{% endmacro %}{{ ns.seen }}"
+    )
+    template = ChatTemplate({"default": source}, {})
+    chats = [[{"content": f"chat {index} "}] * (index + 1) for index in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        texts = [prompt.text for prompt in threads.map(template.render, chats)]
+    assert texts == [f"chat {index} " * (index + 1) for index in range(24)]
+
+
+def test_a_process_that_was_stopped_is_replaced() -> None:
+    source = (
+        "{% if messages[1] %}{{ 'x' * (999999999 * messages|length) }}{% endif %}{{ messages[0].content }}"
+    )
+    template = ChatTemplate({"default": source}, {})
+    for _ in range(2):
+        assert template.render(CHAT[3:]).text == "What is 2 + 2?"
+        with pytest.raises(ChatTemplateError, match="memory"):
+            template.render(CHAT)
+    for pid in renderers():  # as a system does that is short of memory
+        psutil.Process(pid).kill()
+        psutil.Process(pid).wait()
+    assert template.render(CHAT[3:]).text == "What is 2 + 2?"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_has_a_process_of_its_own(tmp_path: Path) -> None:
+    """Else two programs would read each other's conversations."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from p2pinfer.models.text.chat_template import ChatTemplate\n"
+        "template = ChatTemplate({'default': '{{ messages[0].content }}'}, {})\n"
+        "template.warm_up()\n"
+        "child = os.fork()\n"
+        "name = 'parent' if child else 'child'\n"
+        "for _ in range(20):\n"
+        "    assert template.render([{'content': name}]).text == name\n"
+        "if child:\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    assert template.render([{'content': 'still there'}]).text == 'still there'\n"
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=60)
 
 
 def test_messages_that_are_no_json_are_told() -> None:
