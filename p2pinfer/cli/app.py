@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 from click.shell_completion import get_completion_class
 
+from p2pinfer.cli.commands.chat import chat
 from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
@@ -73,8 +74,9 @@ def app(ctx: click.Context) -> None:
 
     \b
     p2pinfer generate "Once upon a time"    generate text with the swarm in reach
+    p2pinfer chat                           talk to a model
     p2pinfer tune --data FILE --out FOLDER  train an adapter over the swarm
-    p2pinfer serve                          answer programs over HTTP, by OpenAI's API
+    p2pinfer serve                          answer programs over HTTP, by OpenAI's and other APIs
     p2pinfer node                           serve blocks of a model to the swarm
     p2pinfer swarm                          list peers and the blocks they serve
     p2pinfer reputation                     list the trust scores of known peers
@@ -104,6 +106,7 @@ def completion(call: Invocation, shell: str) -> None:
 
 
 app.add_command(generate)
+app.add_command(chat)
 app.add_command(tune)
 app.add_command(serve)
 app.add_command(node)
