@@ -104,9 +104,10 @@ page: $(TESTABLE)  ## test the page in Chromium, and take its picture; on Debian
 	$(BIN)/python -m pytest tests/web
 	$(BIN)/python docs/write_page.py
 
-docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
+docs: $(TESTABLE)  ## write docs/configuration.md, docs/models.md and docs/openapi.json anew
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_models.py
+	$(BIN)/python docs/write_openapi.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .typing p2pinfer/_vendor build dist install.log .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

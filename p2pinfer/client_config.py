@@ -80,6 +80,8 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()  # the text ends before the first of these; special tokens may be among them
     stop_ids: tuple[int, ...] = ()  # the text ends before the first of these tokens
     show_special: bool = False  # print special tokens too
+    # JSON schema, or grammar in llguidance's form of Lark, that the text follows; not set: none
+    grammar: str | None = None
     # with each token its log probability, and those of this many likeliest ones; not set: none
     logprobs: int | None = None
 

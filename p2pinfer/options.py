@@ -69,6 +69,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     show_special: bool
+    grammar: str | None
     logprobs: int | None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import p2pinfer
+from p2pinfer.api.dialects import DIALECTS
 from p2pinfer.cli.app import run
 from p2pinfer.config import SECTIONS, SHARED, SharedConfig, section_of
 from p2pinfer.models.checkpoint.not_computed import NOT_COMPUTED
@@ -49,6 +51,14 @@ def test_the_models_document_is_what_make_docs_writes() -> None:
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == writer["models"](), "run `make docs`"
     named = {key for _, said in writer["REFUSED"] for key in said}
     assert NOT_COMPUTED.keys() <= named, "docs/write_models.py has no example of it"
+
+
+def test_the_description_of_the_api_is_what_make_docs_writes() -> None:
+    writer = runpy.run_path(str(ROOT / "docs" / "write_openapi.py"))
+    written = (ROOT / "docs" / "openapi.json").read_text(encoding="utf-8")
+    assert json.loads(written) == json.loads(writer["openapi"]()), "run `make docs`"
+    served = {path for dialect in DIALECTS for path in dialect.paths}
+    assert json.loads(written)["paths"].keys() == served
 
 
 def test_every_layer_has_its_section_and_every_setting_its_comment(writer: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ Message: TypeAlias = Mapping[str, Any]  # "role", and "content" or what the temp
 FILE: Final = "chat_template.jinja"
 FOLDER: Final = "additional_chat_templates"
 _PATIENCE_S: Final = 10.0
+_HERE: Final = "CONTINUE_FINAL_MESSAGE_TAG "  # where a message is to be continued, as in transformers
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")  # names of one thing; the first one counts
 
 
@@ -62,6 +63,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> ChatPrompt:
         """A conversation as a prompt. Blocks for about a millisecond, in which another process renders.
@@ -72,16 +74,20 @@ class ChatTemplate:
             messages: The conversation so far; values that are None count as absent.
             tools: JSON schemas of functions that the model may call.
             add_generation_prompt: End with the beginning of an answer.
+            continue_final_message: End within the last message, which has begun what is to be continued.
             variables: Others that the template knows, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: The template refuses these messages, is broken, or takes too long.
         """
+        plain = [_plain(message) for message in messages]
+        if continue_final_message and plain:
+            plain[-1]["content"] = f"{plain[-1].get('content', '')}{_HERE}"
         known: dict[str, Any] = {
             "documents": None,
             **self.special_tokens,
             **variables,
-            "messages": [_plain(message) for message in messages],
+            "messages": plain,
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -92,15 +98,13 @@ class ChatTemplate:
             raise ChatTemplateError(f"these messages cannot be written as JSON: {exc}") from exc
         answer = self._renderer.ask(request)
         if "refused" in answer:
-            raise ChatTemplateError(
-                f"the model's chat template refuses these messages: {answer['refused']}"
-            )
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {answer['refused']}")
         if "broken" in answer:
             raise ChatTemplateError(
                 f"the model's chat template cannot be used: {answer['broken']}; "
                 "--raw sends the prompt as it is"
             )
-        return ChatPrompt(answer["text"])
+        return ChatPrompt(_cut(answer["text"]) if continue_final_message else answer["text"])
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
@@ -124,6 +128,13 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     if not isinstance(settings.get("added_tokens_decoder"), dict):  # as in added_tokens.py
         settings |= read_json(folder / "special_tokens_map.json") or {}
     return ChatTemplate(sources, _special_tokens(settings))
+
+
+def _cut(text: str) -> str:
+    """A conversation up to where its last message is to be continued."""
+    if (at := text.rfind(_HERE.strip())) < 0:
+        raise ChatTemplateError("the model's chat template leaves out the message that is to be continued")
+    return text[:at] if text.startswith(_HERE, at) else text[:at].rstrip()  # the template strips messages
 
 
 def _listed(value: Any) -> dict[str, str]:

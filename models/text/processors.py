@@ -4,8 +4,8 @@ Every rule here is a logits processor of transformers' `generate`, computed in t
 same operations (`_get_logits_processor` in generation/utils.py), so that greedy tokens are the same.
 Whatever narrows a draw alone, such as top_p, is in `sampling`.
 
-A processor gets a copy of the logits to change in place, and the tokens so far. It keeps nothing from one
-token to the next, so a text that is resumed elsewhere or rolled back goes on as it would have.
+A processor gets a copy of the logits to change in place, and the tokens so far. What it does depends on them
+alone, so a text that is resumed elsewhere or rolled back goes on as it would have.
 """
 
 from __future__ import annotations
@@ -34,10 +34,20 @@ class Processors:
     """
 
     def __init__(
-        self, rules: LogitsRules, prompt_ids: Sequence[int], max_ids: int, eos_ids: Collection[int]
+        self,
+        rules: LogitsRules,
+        prompt_ids: Sequence[int],
+        max_ids: int,
+        eos_ids: Collection[int],
+        grammar: Processor | None = None,
     ) -> None:
-        """`max_ids` is how long the text may become, the prompt counted; `eos_ids` end it."""
+        """`max_ids` is how long the text may become, the prompt counted; `eos_ids` end it.
+
+        A grammar has the last word, since no rule can make up for a text that does not follow it.
+        """
         self._processors = _processors(rules, prompt_ids, max_ids, sorted(eos_ids))
+        if grammar is not None:
+            self._processors.append(grammar)
         self.applies = bool(self._processors)
 
     def __call__(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
@@ -58,7 +68,7 @@ class Processors:
         if scores.max() == -math.inf:
             raise ConfigError(
                 f"after {len(ids)} tokens every next token is forbidden; "
-                "relax bad_words_ids, suppress_tokens, logit_bias or no_repeat_ngram_size"
+                "relax bad_words_ids, suppress_tokens, logit_bias, no_repeat_ngram_size or the grammar"
             )
         return scores
 

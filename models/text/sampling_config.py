@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 from p2pinfer.errors import ConfigError
+
+MAX_GRAMMAR_CHARS: Final = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)

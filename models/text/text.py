@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import tokenizers
 
@@ -18,6 +19,9 @@ from p2pinfer.text_files import read_text
 
 from .added_tokens import add_tokens
 from .text_stream import PieceDecoder, TextStream
+
+if TYPE_CHECKING:
+    from .grammar import Vocabularies
 
 
 class Tokenizer:
@@ -42,6 +46,13 @@ class Tokenizer:
             for token_id, token in added.items()
             if token.special
         }
+
+    @cached_property
+    def vocabularies(self) -> Vocabularies:
+        """The tokens as grammars need them."""
+        from .grammar import Vocabularies  # which imports torch; a tokenizer alone does without
+
+        return Vocabularies(self)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text, with the special tokens that the checkpoint puts around it."""

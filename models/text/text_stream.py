@@ -77,6 +77,9 @@ class StopMatcher:
 
     What it returns does not depend on how the text is cut into pushes. Special tokens are hidden, as a rule:
     not part of the text. Stop strings that name one are looked for in the text as it would be with them.
+
+    Attributes:
+        met: The stop string that ended the text; None if none did.
     """
 
     def __init__(self, stops: Iterable[str], special_texts: Iterable[str] = ()) -> None:
@@ -96,6 +99,7 @@ class StopMatcher:
         self._held = ""  # with what is hidden
         self._shown: list[int] = []  # where in it what is not
         self._stopped = False
+        self.met: str | None = None
 
     def push(self, new: str, hidden: str = "") -> tuple[str, bool]:
         """The text that may be shown, and whether a stop string was met; after it comes no more.
@@ -110,7 +114,8 @@ class StopMatcher:
         self._shown += range(len(self._held), len(self._held) + len(new))
         self._held += new + hidden
         if met := self._met():
-            text = self._release(min(met)[1])
+            _, start, self.met = min(met)
+            text = self._release(start)
             self._stopped, self._held, self._shown = True, "", []
             return text, True
         return self._release(self._possible_start()), False
@@ -119,13 +124,13 @@ class StopMatcher:
         """Text that was held back because a stop string might have begun there."""
         return self._release(len(self._held))
 
-    def _met(self) -> list[tuple[int, int]]:
-        """The end and the start of every stop string that is complete in what is held."""
+    def _met(self) -> list[tuple[int, int, str]]:
+        """The end and the start of every stop string that is complete in what is held, and the string."""
         visible, shown = self._visible(), self._shown
         found = [(stop, visible.find(stop)) for stop in self._stops]
-        met = [(shown[at + len(stop) - 1] + 1, shown[at]) for stop, at in found if at >= 0]
+        met = [(shown[at + len(stop) - 1] + 1, shown[at], stop) for stop, at in found if at >= 0]
         raw = [(stop, self._held.find(stop)) for stop in self._raw_stops]
-        return met + [(at + len(stop), at) for stop, at in raw if at >= 0]
+        return met + [(at + len(stop), at, stop) for stop, at in raw if at >= 0]
 
     def _possible_start(self) -> int:
         """Index in the held text where the first incomplete stop string may begin."""

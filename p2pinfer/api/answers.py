@@ -17,9 +17,11 @@ from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import Generation, GenerationResult, Token
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
+from p2pinfer.models.text.grammar import check_grammar
 from p2pinfer.node.concurrency.nurseries import bare_errors
 
 from .errors import ApiError
+from .tool_calls import MARKS, CallReader, Toolbox, ToolCall
 
 Message: TypeAlias = Mapping[str, Any]
 _SEEDS: Final = 1 << 63
@@ -54,12 +56,16 @@ class Asked:
         prompt: A text that is continued, or a conversation that is answered.
         choices: Number of answers.
         variables: Of the chat template, such as `enable_thinking`.
+        toolbox: Tools that the answers may call.
+        continues: The last message is the beginning of the answer.
     """
 
     prompt: str | tuple[Message, ...]
     config: GenerationConfig
     choices: int = 1
     variables: Mapping[str, Any] | None = None
+    toolbox: Toolbox | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +78,27 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One more token of an answer."""
+    """More of an answer.
+
+    Attributes:
+        token: The next one; None at the end, for what was held back.
+        text: What became certain with it, less calls of tools.
+        calls: Those that are complete with it.
+    """
 
     index: int
-    token: Token
+    token: Token | None
+    text: str
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An answer is complete."""
+    """An answer is complete. `called`: it called a tool."""
 
     index: int
     result: GenerationResult
+    called: bool = False
 
 
 Event: TypeAlias = Begun | Piece | Ended
@@ -99,12 +114,14 @@ async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
     prompt = await _prompt(source.chat_template, asked)
 
     def begin() -> list[Generation]:  # in a thread: a long prompt takes long to become tokens
+        if asked.config.grammar is not None:
+            check_grammar(asked.config.grammar)
         return [source.generate(prompt, _config_of(asked, index)) for index in range(asked.choices)]
 
     return await trio.to_thread.run_sync(begin)
 
 
-async def run(generations: Sequence[Generation], tell: Tell) -> None:
+async def run(generations: Sequence[Generation], tell: Tell, toolbox: Toolbox | None = None) -> None:
     """Generate, and tell of every event as it happens; when this ends, no hop holds anything any more.
 
     Raises:
@@ -112,14 +129,28 @@ async def run(generations: Sequence[Generation], tell: Tell) -> None:
     """
 
     async def answer(index: int, generation: Generation) -> None:
-        begun = False
+        reader = None if toolbox is None else CallReader(toolbox)
+        begun = called = False
         async with generation:
             async for token in generation:
                 if not begun:
                     begun = True
                     await tell(Begun(index, generation.result))
-                await tell(Piece(index, token))
-        await tell(Ended(index, generation.result))
+                if reader is None or toolbox is None:
+                    await tell(Piece(index, token, token.text))
+                    continue
+                hidden = generation.tokenizer.special_texts.get(token.id)
+                text, calls = reader.push(token.text + (hidden if hidden in MARKS else ""))
+                await tell(Piece(index, token, text, calls))
+                called = called or bool(calls)
+                if called and toolbox.single:
+                    break
+            else:
+                if reader is not None:
+                    text, calls = reader.finish()
+                    called = called or bool(calls)
+                    await tell(Piece(index, None, text, calls))
+        await tell(Ended(index, generation.result, called))
 
     if len(generations) == 1:
         return await answer(0, generations[0])
@@ -134,7 +165,14 @@ async def _prompt(template: ChatTemplate | None, asked: Asked) -> str | ChatProm
     if isinstance(asked.prompt, str):
         return asked.prompt
     if template is not None:
-        render = partial(template.render, asked.prompt, **dict[str, Any](asked.variables or {}))
+        render = partial(
+            template.render,
+            asked.prompt,
+            tools=None if asked.toolbox is None else asked.toolbox.schemas,
+            add_generation_prompt=not asked.continues,
+            continue_final_message=asked.continues,
+            **dict[str, Any](asked.variables or {}),
+        )
         return await trio.to_thread.run_sync(render, limiter=_limiter())
     # A model that was not made for chats continues what was said, as `p2pinfer generate` does.
     return "\n\n".join(str(message["content"]) for message in asked.prompt if message.get("content"))

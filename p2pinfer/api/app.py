@@ -14,11 +14,10 @@ from .access import Access
 from .admission import Admission
 from .answers import TextSource
 from .config import ApiConfig
-from .dialects import Dialect, dialect_of
+from .dialects import MODELS, Dialect, dialect_of
 from .errors import ApiError, as_api_error
-from .exchange import JSON, encode, respond
+from .exchange import JSON, Plan, encode, respond
 from .http_server import BadBody, Gone, Headers, Reply, Request
-from .openai_objects import model_object
 from .served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ _SAFE: Final = (
     ("X-Content-Type-Options", "nosniff"),
 )
 _HELLO: Final = b"p2pinfer is running\n"
-_MODEL: Final = "/v1/models/"
+_MODEL: Final = f"{MODELS}/"
 
 
 class Pages(Protocol):
@@ -53,7 +52,7 @@ class App:
         self._pages = pages
         self._access = Access(keys, config)
         self._admission = Admission(config)
-        self._model = ServedModel(source.spec, config, source.chat_template is not None)
+        self._model = ServedModel(source.spec, config, source.chat_template)
 
     async def warm_up(self) -> None:
         """Make the first conversation as quick as the next ones."""
@@ -62,7 +61,7 @@ class App:
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; whatever it is, it gets an answer in the shape of its dialect."""
-        dialect = dialect_of(request.path)
+        dialect = dialect_of(request.path, request.headers)
         headers: Headers = _SAFE
         try:
             self._access.check_page(request.headers)
@@ -95,20 +94,26 @@ class App:
         if path in dialect.generate:
             _check_method(method, "POST", path)
             _check_encoding(request)
-            plan = dialect.generate[path](await request.read(), self._model)
+            told = dialect.generate[path](await request.read(), self._model)
+            if isinstance(told, Plan):
+                async with self._admission.turn(key):
+                    return await respond(self._source, told, reply, headers)
+        elif path in dialect.ask:
+            _check_method(method, "POST", path)
+            _check_encoding(request)
+            body = await request.read()
             async with self._admission.turn(key):
-                return await respond(self._source, plan, reply, headers)
-        if path in dialect.tell:
+                told = await dialect.ask[path](body, self._model, self._source)
+        elif path in dialect.tell:
             _check_method(method, "GET", path)
             told = dialect.tell[path](self._model)
-        elif path.startswith(_MODEL):
+        elif path.startswith(_MODEL) and dialect.model is not None:
             _check_method(method, "GET", path)
             self._model.check(unquote(path.removeprefix(_MODEL)))
-            told = model_object(self._model)
+            told = dialect.model(self._model)
         else:
             raise ApiError(
-                f"there is no {path[:200]} here; /v1/models, /v1/chat/completions and /v1/completions are",
-                "not_found",
+                f"there is no {path[:200]} here; there are {', '.join(sorted(dialect.paths))}", "not_found"
             )
         return await reply.whole(200, [("Content-Type", JSON), *headers], encode(told))
 

@@ -22,6 +22,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from .answers import Asked, Begun, Ended, Event, Piece, TextSource, prepare, run
 from .errors import ApiError, as_api_error
 from .http_server import Headers, Reply
+from .tool_calls import ToolCall
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,12 @@ _LINE_ENDS: Final = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"
 
 @dataclass(slots=True)
 class Answer:
-    """An answer that is complete, and its tokens."""
+    """An answer that is complete: its tokens, its text and the tools that it called."""
 
     result: GenerationResult
     tokens: list[Token] = field(default_factory=list[Token])
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list[ToolCall])
 
 
 class Shape(Protocol):
@@ -93,11 +96,15 @@ async def respond(source: TextSource, plan: Plan, reply: Reply, headers: Headers
                 case Begun():
                     answers[event.index] = Answer(event.result)
                 case Piece():
-                    answers[event.index].tokens.append(event.token)
+                    answer = answers[event.index]
+                    answer.text += event.text
+                    answer.calls += event.calls
+                    if event.token is not None:
+                        answer.tokens.append(event.token)
                 case Ended():
                     answers[event.index].result = event.result
 
-        await run(generations, collect)
+        await run(generations, collect, plan.asked.toolbox)
         results = [answers[index].result for index in range(len(generations))]
         headers = [*headers, *_told(results[0]), ("Server-Timing", server_timing(results[0]))]
         body = encode(shape.whole([answers[index] for index in range(len(generations))]))
@@ -107,7 +114,7 @@ async def respond(source: TextSource, plan: Plan, reply: Reply, headers: Headers
         async with open_nursery() as nursery:
             if shape.ping:
                 nursery.start_soon(stream.keep_alive)
-            await run(generations, stream.tell)
+            await run(generations, stream.tell, plan.asked.toolbox)
     except P2PInferError as exc:
         if not reply.is_begun:
             raise

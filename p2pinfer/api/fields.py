@@ -57,14 +57,25 @@ def decode(
     if not isinstance(said, dict):
         raise ApiError("the request must be a JSON object")
     fields = cast("dict[str, Any]", said)
-    for name, field in unhonoured.items():
-        if fields.get(name) not in field.neutral:
-            raise ApiError(f"{name} is not supported: {field.reason}", param=name)
+    check_neutral(fields, unhonoured)
     kept = {name: value for name, value in fields.items() if name not in unhonoured and name not in harmless}
     try:
         return msgspec.convert(kept, kind)
     except msgspec.ValidationError as exc:
         raise _refused(str(exc)) from exc
+    except RecursionError as exc:
+        raise ApiError("the request is nested too deeply") from exc
+
+
+def check_neutral(fields: Mapping[str, object], unhonoured: Mapping[str, Unhonoured]) -> None:
+    """Nothing, if no field asks for what is not honoured.
+
+    Raises:
+        ApiError: One does.
+    """
+    for name, field in unhonoured.items():
+        if fields.get(name) not in field.neutral:
+            raise ApiError(f"{name} is not supported: {field.reason}", param=name)
 
 
 def bounded(value: float | None, name: str, least: float, most: float) -> None:

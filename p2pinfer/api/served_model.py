@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.text.chat_template import ChatTemplate
 
 from .config import ApiConfig
 from .errors import ApiError
+from .tool_calls import Toolbox, fault_of, style_of
 
 _TAG = ":latest"  # what Ollama's clients put behind a name that has no tag
 
@@ -19,7 +23,7 @@ class ServedModel:
 
     spec: ModelSpec
     config: ApiConfig
-    has_template: bool
+    template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))  # when this began, Unix time
 
     @property
@@ -49,3 +53,46 @@ class ServedModel:
         if asked is not None and asked < 1:
             raise ApiError(f"{name} is {asked}; it must be 1 or more", param=name)
         return min(asked or self.config.max_new_tokens, self.config.max_new_tokens)
+
+    @property
+    def takes_tools(self) -> bool:
+        """True if the model can be given tools, and its calls can be read."""
+        return style_of(self.template) is not None
+
+    def knows(self, variable: str) -> bool:
+        """True if the chat template has a variable of that name."""
+        return self.template is not None and any(variable in each for each in self.template.sources.values())
+
+    def toolbox(self, schemas: Sequence[Mapping[str, Any]], *, single: bool = False) -> Toolbox | None:
+        """Tools for an answer; None if there are none. `single`: it ends with its first call.
+
+        Raises:
+            ApiError: The model takes none, or one has a fault.
+        """
+        if not schemas:
+            return None
+        if self.template is None:
+            raise ApiError("tools are not supported: this model has no chat template", param="tools")
+        if (style := style_of(self.template)) is None:
+            raise ApiError(
+                "tools are not supported: this model's chat template has none, or in a form whose calls are "
+                "not read here",
+                param="tools",
+            )
+        if fault := fault_of(schemas):
+            raise ApiError(f"a tool {fault}", param="tools")
+        return Toolbox(tuple(schemas), style, single)
+
+    def thinking(self, wanted: bool | None, name: str) -> dict[str, Any]:
+        """Variables of the chat template that switch thinking on or off.
+
+        Raises:
+            ApiError: It is wanted, and the template has no such switch.
+        """
+        if wanted is None or (not wanted and not self.knows("enable_thinking")):
+            return {}
+        if not self.knows("enable_thinking"):
+            raise ApiError(
+                f"{name} is not supported: this model's chat template has no switch for it", param=name
+            )
+        return {"enable_thinking": wanted}

@@ -85,6 +85,7 @@ def new_state(
         epsilon_cutoff=sampling.epsilon_cutoff,
         eta_cutoff=sampling.eta_cutoff,
         rules=_rules(config, defaults),
+        grammar=config.grammar or "",
     )
 
 

@@ -28,6 +28,7 @@ from p2pinfer.client_config import GenerationConfig as GenerationConfig
 from p2pinfer.errors import NoRoute, PeerError, Unfinished
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.text.grammar import Grammar
 from p2pinfer.models.text.log_probabilities import LogProbabilities, log_probabilities
 from p2pinfer.models.text.processors import Processors
 from p2pinfer.models.text.sampling import Sampler
@@ -84,6 +85,7 @@ class GenerationResult:
     failovers: int
     seed: int | None = None  # what its draws depend on; None if it is greedy
     speculation: SpeculationStats | None = None  # None: it was off
+    stopped_by: str | None = None  # the stop text that ended it; None: another end
 
 
 @dataclass(slots=True)
@@ -148,7 +150,8 @@ class Generation:
         self._sampler = Sampler(sampling_of(state))
         self.tokenizer = tokenizer
         self._transcript = transcript = Transcript(tokenizer, state)
-        process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids)
+        grammar = _grammar_of(state, spec, tokenizer, transcript)
+        process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids, grammar)
         # No method of this one: a cycle of references would keep one that was dropped from being closed.
         self._choose = partial(_choose, process, self._sampler)
         self._tokens_before = len(state.token_ids)
@@ -317,6 +320,7 @@ class Generation:
             remote.failovers,
             self._sampler.seed if self._sampler.config.temperature else None,
             self._speculation.stats(drawn) if self._speculation else None,
+            transcript.stopped_by,
         )
 
     def _predicted_tokens_per_s(self, drawn: int) -> float | None:
@@ -328,6 +332,15 @@ class Generation:
             tokens = self._speculation.stats(drawn).tokens_per_trip
             trip_s += self._speculation.seconds_of_guesses
         return tokens / (trip_s + tokens * median(self._draws_s))
+
+
+def _grammar_of(
+    state: GenerationState, spec: ModelSpec, tokenizer: Tokenizer, transcript: Transcript
+) -> Grammar | None:
+    if not state.grammar:
+        return None
+    prompt_tokens = len(state.prompt_ids)
+    return tokenizer.vocabularies.follow(state.grammar, prompt_tokens, spec.vocab_size, transcript.eos_ids)
 
 
 def _choose(process: Processors, sampler: Sampler, logits: Tensor, ids: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from blake3 import blake3
 from p2pinfer.errors import ConfigError, LocalError
 from p2pinfer.folders import make_private, write_private
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.text.sampling_config import LogitsRules
+from p2pinfer.models.text.sampling_config import MAX_GRAMMAR_CHARS, LogitsRules
 
 PREFIX: Final = "p2pr2."
 _PREFIXES: Final = (PREFIX, "p2pr1.")
@@ -63,6 +63,9 @@ class GenerationState(msgspec.Struct, frozen=True, array_like=True):
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
     rules: LogitsRules = LogitsRules()
+    grammar: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_CHARS)] = (
+        ""  # that the text follows; empty: none
+    )
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -57,6 +57,11 @@ class Transcript:
         return "".join(self._text)
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop text that ended it; None if none did."""
+        return self._stops.met
+
+    @property
     def resume_token(self) -> str | None:
         """All of this as a resume token; None if it has come to its end, and not only to its last token."""
         if self.finish_reason not in (None, "length"):

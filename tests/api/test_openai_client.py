@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ import trio
 
 from p2pinfer.api.config import ApiConfig
 from p2pinfer.client_config import ClientConfig
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 
 from .conftest import Door, OpenDoor
+from .scripted import serve_script
 
 openai: Any = pytest.importorskip("openai")
 
@@ -169,3 +172,106 @@ async def test_errors_are_the_ones_that_the_client_knows(open_door: OpenDoor) ->
             with pytest.raises(openai.InternalServerError) as failed:
                 await in_thread(client.chat.completions.create, **asked)
             assert failed.value.status_code == 503
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = 'Well.\n<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>\n' * 2
+
+
+async def test_calls_of_tools_are_read_from_the_text(checkpoint: Checkpoint) -> None:
+    asked: dict[str, Any] = {"model": "tiny-stories", "messages": STORY, "tools": [TOOL], "n": 2}
+    async with serve_script(checkpoint, CALL) as (url, script):
+
+        def talk(client: Any) -> tuple[Any, list[Any], Any]:
+            create = client.chat.completions.create
+            with client.chat.completions.stream(**asked | {"n": 1}) as stream:
+                final = stream.get_final_completion().choices[0]
+            return create(**asked), list(create(**asked, stream=True)), final
+
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            whole, chunks, final = await in_thread(talk, client)
+            single = await in_thread(client.chat.completions.create, **asked, parallel_tool_calls=False)
+            answer = whole.choices[0].message.to_dict()
+            result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "4"}
+            await in_thread(
+                client.chat.completions.create, **asked | {"messages": [*STORY, answer, result], "n": 1}
+            )
+    for choice in (*whole.choices, final):
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "Well.\nWell."
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+        assert calls == [("add", '{"a": 2}')] * 2
+    assert [len(choice.message.tool_calls) for choice in single.choices] == [1, 1]
+    for index in range(2):
+        told = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert [call.index for choice in told for call in choice.delta.tool_calls or ()] == [0, 1]
+        assert told[-1].finish_reason == "tool_calls"
+    assert "<tool_response>4</tool_response>" in script.prompts[-1]
+    assert '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>' in script.prompts[-1]
+
+
+async def test_responses_are_whole_or_events_and_keep_nothing(open_door: OpenDoor) -> None:
+    asked: dict[str, Any] = {"model": "tiny-stories", "input": "Once upon a time", "max_output_tokens": 13}
+    async with open_door() as door:
+
+        def talk(client: Any) -> None:
+            whole = client.responses.create(**asked)
+            assert (whole.output_text, whole.status) == (TEXT, "incomplete")
+            assert whole.incomplete_details.reason == "max_output_tokens"
+            assert (whole.usage.input_tokens, whole.usage.output_tokens) == (5, 13)
+            kinds: list[str] = []
+            last: Any = None
+            with client.responses.stream(**asked) as stream:
+                for event in stream:
+                    assert event.sequence_number == len(kinds)
+                    kinds.append(event.type)
+                    last = event
+            assert last.response.output_text == TEXT
+            assert kinds[0] == "response.created"
+            assert kinds[-1] == "response.incomplete"
+            assert kinds.count("response.output_text.delta") > 5
+            schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": [1, 2]}}}
+            schema |= {"required": ["a"], "additionalProperties": False}
+            form = {"format": {"type": "json_schema", "name": "a", "schema": schema}}
+            said = client.responses.create(**asked | {"max_output_tokens": 90}, text=form).output_text
+            assert json.loads(said)["a"] in (1, 2)
+            for wish in ({"previous_response_id": "resp_1"}, {"store": True}):
+                with pytest.raises(openai.BadRequestError, match="nothing is kept; send the whole"):
+                    client.responses.create(**asked | wish)
+
+        with client_of(door) as client:
+            await in_thread(talk, client)
+        await door.swarm.all_closed()
+
+
+async def test_responses_have_calls_of_tools_as_items(checkpoint: Checkpoint) -> None:
+    tool = {"type": "function", "name": "add", "parameters": {"type": "object"}}
+    asked: dict[str, Any] = {"model": "tiny-stories", "input": "Add", "tools": [tool]}
+    async with serve_script(checkpoint, CALL) as (url, script):
+
+        def talk(client: Any) -> tuple[Any, Any]:
+            whole = client.responses.create(**asked)
+            with client.responses.stream(**asked) as stream:
+                for _ in stream:
+                    pass
+                final = stream.get_final_response()
+            output = [item.to_dict() for item in whole.output]
+            results = [
+                {"type": "function_call_output", "call_id": item["call_id"], "output": "4"}
+                for item in output
+                if item["type"] == "function_call"
+            ]
+            question = {"role": "user", "content": [{"type": "input_text", "text": "Add"}]}
+            client.responses.create(
+                **asked | {"input": [question, *output, *results]}, instructions="Be brief."
+            )
+            return whole, final
+
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            for answer in await in_thread(talk, client):
+                calls = [item for item in answer.output if item.type == "function_call"]
+                assert [(call.name, call.arguments) for call in calls] == [("add", '{"a": 2}')] * 2
+                assert answer.status == "completed"
+    assert script.prompts[-1].count("<tool_call>") == 2
+    assert "Be brief." in script.prompts[-1]
+    assert "<tool_response>4" in script.prompts[-1]

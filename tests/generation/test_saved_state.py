@@ -153,7 +153,7 @@ def test_a_token_of_an_earlier_version_goes_on_as_it_began() -> None:
 
 def test_a_rule_that_makes_no_sense_is_refused() -> None:
     fields = msgspec.to_builtins(changed(rules=LogitsRules(repetition_penalty=2.0)))
-    fields[-1]["repetition_penalty"] = -2.0
+    fields[GenerationState.__struct_fields__.index("rules")]["repetition_penalty"] = -2.0
     with pytest.raises(ConfigError, match="repetition_penalty is -2"):
         decode_state(forged(msgspec.msgpack.encode(fields)))
 

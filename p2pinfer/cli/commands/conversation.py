@@ -91,7 +91,7 @@ def _rest(line: str, next_line: Callable[[bool], str | None]) -> str:
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said so far.
+    """Messages so far.
 
     Attributes:
         system: The system message; empty if there is none.

@@ -6,15 +6,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from p2pinfer.api.errors import ApiError, Kind
+from p2pinfer.api.exchange import encode
+from p2pinfer.api.fields import Unhonoured, bounded
+from p2pinfer.api.served_model import ServedModel
 from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.generation.transcript import FinishReason
 from p2pinfer.models.text.log_probabilities import LogProbabilities
 from p2pinfer.models.text.text import Tokenizer
-
-from .errors import ApiError, Kind
-from .exchange import encode
-from .fields import Unhonoured, bounded
-from .served_model import ServedModel
 
 SSE: Final = "text/event-stream; charset=utf-8"
 PING: Final = b": ping\n\n"
@@ -36,7 +35,6 @@ _TYPES: Final[Mapping[Kind, tuple[str, str | None]]] = {  # type and code
 UNHONOURED: Final[Mapping[str, Unhonoured]] = {
     "frequency_penalty": Unhonoured("use repetition_penalty", (None, 0)),
     "presence_penalty": Unhonoured("use repetition_penalty", (None, 0)),
-    "response_format": Unhonoured("answers follow no grammar", (None, {"type": "text"})),
     "store": Unhonoured("nothing is kept", (None, False)),
     "service_tier": Unhonoured("there is one", (None, "auto", "default")),
 }

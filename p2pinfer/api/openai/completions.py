@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
+from p2pinfer.api.answers import Asked
+from p2pinfer.api.errors import ApiError
+from p2pinfer.api.exchange import Answer, Plan
+from p2pinfer.api.fields import Unhonoured, bounded, decode
+from p2pinfer.api.served_model import ServedModel
+from p2pinfer.api.tool_calls import ToolCall
 from p2pinfer.generation.generation import Token
 from p2pinfer.models.text.text import Tokenizer
 
-from .answers import Asked
-from .errors import ApiError
-from .exchange import Answer, Plan
-from .fields import Unhonoured, bounded, decode
-from .openai_generation import OpenAIRequest, OpenAIShape
-from .openai_objects import HARMLESS, UNHONOURED, token_text, told_tokens
-from .served_model import ServedModel
+from .generation import OpenAIRequest, OpenAIShape
+from .objects import HARMLESS, UNHONOURED, token_text, told_tokens
 
 MAX_LOGPROBS: Final = 5
 _MAX_TOKENS: Final = 16  # OpenAI's default
@@ -30,7 +31,9 @@ _UNHONOURED: Final[Mapping[str, Unhonoured]] = {
 }
 
 
-class _Request(OpenAIRequest):
+class CompletionRequest(OpenAIRequest):
+    """A request to /v1/completions."""
+
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: bool | None = None
@@ -42,7 +45,7 @@ def plan_completion(body: bytes, model: ServedModel) -> Plan:
     Raises:
         ApiError: It cannot be honoured.
     """
-    said = decode(body, _Request, _UNHONOURED, HARMLESS)
+    said = decode(body, CompletionRequest, _UNHONOURED, HARMLESS)
     said.check(model)
     bounded(said.logprobs, "logprobs", 0, MAX_LOGPROBS)
     prompt = _prompt(said.prompt)
@@ -71,7 +74,7 @@ def _prompt(said: str | list[Any]) -> str:
 class CompletionShape(OpenAIShape):
     """Answers as `text_completion` objects."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, said: _Request, echoed: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, said: CompletionRequest, echoed: str) -> None:
         options = {"has_logprobs": said.logprobs is not None, "wants_usage": said.wants_usage}
         super().__init__(_KINDS, "cmpl", model, tokenizer, said.choices, **options)
         self._echoed = echoed
@@ -80,7 +83,9 @@ class CompletionShape(OpenAIShape):
     def _begin(self, index: int) -> bytes:
         return self._event(index, {"text": self._echoed, "logprobs": None}) if self._echoed else b""
 
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> Mapping[str, Any]:
+    def _part(
+        self, index: int, text: str, tokens: Sequence[Token], calls: Sequence[ToolCall] = ()
+    ) -> Mapping[str, Any]:
         logprobs = self._told_logprobs(tokens, self._lengths[index])
         self._lengths[index] += len(text)
         return {"text": text, "logprobs": logprobs}

@@ -9,15 +9,18 @@ from typing import Any
 
 import msgspec
 
+from p2pinfer.api.answers import Begun, Ended, Event, Piece, check_choices
+from p2pinfer.api.errors import ApiError
+from p2pinfer.api.exchange import Answer, report
+from p2pinfer.api.fields import bounded, stops
+from p2pinfer.api.formats import any_object, schema_grammar
+from p2pinfer.api.served_model import ServedModel
+from p2pinfer.api.tool_calls import ToolCall
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.models.text.text import Tokenizer
 
-from .answers import Begun, Ended, Event, Piece, check_choices
-from .errors import ApiError
-from .exchange import Answer, report
-from .fields import bounded, stops
-from .openai_objects import (
+from .objects import (
     DONE,
     FINISH,
     MAX_STOPS,
@@ -29,7 +32,6 @@ from .openai_objects import (
     new_id,
     usage,
 )
-from .served_model import ServedModel
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -55,6 +57,7 @@ class OpenAIRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] | None = None
     n: int | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
 
     @property
     def choices(self) -> int:
@@ -89,7 +92,24 @@ class OpenAIRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             logit_bias=logit_bias(self.logit_bias),
             stop=stops(self.stop, MAX_STOPS),
             logprobs=logprobs,
+            grammar=self._grammar(),
         )
+
+    def _grammar(self) -> str | None:
+        """Grammar of the form that the answer is to have; None if it may have any."""
+        said = self.response_format or {"type": "text"}
+        match said:
+            case {"type": "text"}:
+                return None
+            case {"type": "json_object"}:
+                return any_object()
+            case {"type": "json_schema", "json_schema": {"schema": schema}}:
+                return schema_grammar(schema, "response_format.json_schema.schema")
+            case _:
+                raise ApiError(
+                    "response_format must be of type text, json_object, or json_schema with a schema",
+                    param="response_format",
+                )
 
 
 class OpenAIShape(ABC):
@@ -135,7 +155,7 @@ class OpenAIShape(ABC):
             {
                 "index": index,
                 **self._choice(answer),
-                "finish_reason": FINISH[answer.result.finish_reason],
+                "finish_reason": "tool_calls" if answer.calls else FINISH[answer.result.finish_reason],
             }
             for index, answer in enumerate(answers)
         ]
@@ -150,8 +170,10 @@ class OpenAIShape(ABC):
         """Chunk before the first text of a choice; empty if there is none."""
 
     @abstractmethod
-    def _part(self, index: int, text: str, tokens: Sequence[Token]) -> Mapping[str, Any]:
-        """Fields of a choice that tell more text, and the tokens that end with it."""
+    def _part(
+        self, index: int, text: str, tokens: Sequence[Token], calls: Sequence[ToolCall] = ()
+    ) -> Mapping[str, Any]:
+        """Fields of a choice that tell more text, the tokens that end with it, and calls behind it."""
 
     @abstractmethod
     def _choice(self, answer: Answer) -> Mapping[str, Any]:
@@ -159,17 +181,18 @@ class OpenAIShape(ABC):
 
     def _piece(self, said: Piece) -> bytes:
         waiting = self._waiting[said.index]
-        if self._has_logprobs:
+        if self._has_logprobs and said.token is not None:
             waiting.append(said.token)
-        if not said.token.text:
+        if not said.text and not said.calls:
             return b""
         self._waiting[said.index] = []
-        return self._event(said.index, self._part(said.index, said.token.text, waiting))
+        return self._event(said.index, self._part(said.index, said.text, waiting, said.calls))
 
     def _end(self, said: Ended) -> bytes:
         self._results[said.index] = said.result
         part = {**self._part(said.index, "", ()), "logprobs": None}
-        told = self._event(said.index, part, FINISH[said.result.finish_reason], p2pinfer=report(said.result))
+        reason = "tool_calls" if said.called else FINISH[said.result.finish_reason]
+        told = self._event(said.index, part, reason, p2pinfer=report(said.result))
         if len(self._results) < len(self._waiting):
             return told
         if self._wants_usage:
