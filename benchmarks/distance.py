@@ -77,6 +77,7 @@ class Chain:
         self._model = ("--model", str(folder))
         self._dtype = dtype
         self._join: tuple[str, ...] = ()
+        self.bootstrap = ""
         self.nodes: list[Command] = []
         spans = [str(span) for span in evenly(blocks_of(folder), hops)]
         for number, span in enumerate(spans):
@@ -84,9 +85,10 @@ class Chain:
             listen = ("--listen", f"/ip4/{commands.lab.scenario.public_ipv4(host)}/tcp/4001")
             node = commands.node(host, *self._model, "--blocks", span, "--dtype", dtype, *listen, *self._join)
             self.nodes.append(node)
-            self._join = ("--bootstrap", node.event("ready", PATIENCE_S)["addrs"][0])
+            self.bootstrap = node.event("ready", PATIENCE_S)["addrs"][0]
+            self._join = ("--bootstrap", self.bootstrap)
         peers = [reachable(node) for node in self.nodes]
-        self._route = write_routes(list(zip(peers, spans, strict=True)))
+        self.route = write_routes(list(zip(peers, spans, strict=True)))
 
     def generate(self, prompt: str, speculate: str) -> Run:
         """One text; greedy, to its last token.
@@ -101,7 +103,7 @@ class Chain:
             *(*self._model, *self._join, "--max-new-tokens", str(TOKENS), "--temperature", "0"),
             *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0"),
             *(word for setting in settings for word in ("--set", setting)),
-            **{VARIABLE: self._route},
+            **{VARIABLE: self.route},
         )
         if client.wait(PATIENCE_S) != 0:
             raise OSError(client.err.strip().splitlines()[-1])

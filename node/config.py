@@ -29,6 +29,8 @@ class ServeConfig:
     max_relinks: int = 64  # how often a client may replace this hop's successor in one session
     evidence_bytes: int = 256 << 20  # host memory for evidence, kept for auditors, bytes
     evidence_keep_s: float = 900.0  # how long evidence is kept after a session's last step, seconds
+    # how long the cache and evidence of a session may be the beginning of its client's next one, seconds
+    prefix_keep_s: float = 900.0
     proof_bytes: int = 128 << 20  # host memory for fraud proofs, our own and those of other peers, bytes
     proof_keep_s: float = 86400.0  # how long a proof is kept for peers that have not seen it, seconds
     max_train_sessions: int = 16  # clients that train at once

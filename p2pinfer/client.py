@@ -22,6 +22,7 @@ from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.adapted_sessions import AdaptedSessions
 from p2pinfer.generation.first_state import check_lengths
 from p2pinfer.generation.generation import Generation, generation_config, new_state
+from p2pinfer.generation.kept_texts import KeptTexts
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
@@ -40,6 +41,7 @@ from p2pinfer.node.transport.identity import Identity, client_identity
 from p2pinfer.planning.ledger_sync import kept_ledger
 from p2pinfer.planning.opening_race import OpeningRace
 from p2pinfer.planning.policy_runner import PolicyRunner
+from p2pinfer.planning.prefix_opener import PrefixOpener
 from p2pinfer.planning.reachable_routes import ReachableRoutes
 from p2pinfer.planning.route_planner import RoutePlanner
 from p2pinfer.planning.session_opener import SessionOpener
@@ -194,10 +196,9 @@ class Client:
                 blame=self._planner.blame,
             )
             self._nursery.start_soon(self._auditor.serve)
-            host, config, told = self._member.host, self._session_config, self._report
-            self._opener = SessionOpener(
-                host, self._nursery, self.spec, config, self.routes, self._auditor, told
-            )
+            shared = self._member.host, self._nursery, self.spec, self._session_config, self.routes
+            self._opener = SessionOpener(*shared, self._auditor, self._report)
+            self._kept_texts = KeptTexts(PrefixOpener(self._planner, self._opener).open)
             load = partial(load_local_model, self._source, self._config, self._progress, resolve)
             self.local = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
             self._token = trio.lowlevel.current_trio_token()
@@ -305,6 +306,7 @@ class Client:
             draft_model=local.draft_model,
             expected_s=self._planner.expected_s,
             logprobs=logs,
+            kept_texts=self._kept_texts if adapter is None else None,
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )
@@ -384,10 +386,9 @@ class Client:
             PeerError: A hop of the route could not be reached or refused.
         """
         check_lengths(self.spec, tokens)
+        opener = self._opener
         return await self._race.open(
-            tokens,
-            excluded,
-            lambda plan: self._opener.open_on(plan, tokens, excluded, replay_source, adapter),
+            tokens, excluded, lambda plan: opener.open_on(plan, tokens, excluded, replay_source, adapter)
         )
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:

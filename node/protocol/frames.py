@@ -200,13 +200,13 @@ class FrameStream:
             raise PeerVanished(f"the stream ended {what}", self.peer_id)
         self._buffer += received
 
-    async def end(self) -> None:
-        """Say that nothing follows and close; quiet when the peer is already gone."""
+    async def end(self, *, keep: bool = False) -> None:
+        """Say that nothing follows and close; quiet when the peer is already gone. `keep` as in `End`."""
         if self._ended:
             return
         self._ended = True
         try:
-            await self.send(End())
+            await self.send(End(keep))
         except PeerError:
             pass
         finally:

@@ -55,11 +55,19 @@ class Successor(msgspec.Struct, frozen=True, array_like=True):
     addrs: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()
 
 
+class Prefix(msgspec.Struct, frozen=True, array_like=True):
+    """Beginning of an earlier session of the same client, which this hop was asked to keep."""
+
+    session: SessionId
+    tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 24)]
+
+
 class Open(_Message, frozen=True, tag="open"):
     """Client to every hop, first on a session stream: reserve a session on `[start, stop)`.
 
     `predecessor` names the only peer whose chain stream may feed this session; None is the client itself,
-    on this stream. `successor` None means: answer to the client, on this stream.
+    on this stream. `successor` None means: answer to the client, on this stream. `prefix` is what the session
+    begins with, as far as the hop still has it.
     """
 
     session: SessionId
@@ -70,6 +78,7 @@ class Open(_Message, frozen=True, tag="open"):
     codec: Codec
     predecessor: PeerIdText | None = None
     successor: Successor | None = None
+    prefix: Prefix | None = None
 
 
 class Opened(_Message, frozen=True, tag="opened"):
@@ -79,6 +88,8 @@ class Opened(_Message, frozen=True, tag="opened"):
     max_chunk_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1024  # tokens in one step
     max_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 16  # steps without a result
     max_bytes_in_flight: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = 64 << 20  # of their hidden states
+    prefix: Count = 0  # positions of the session that are in the cache already
+    keeps_s: Count = 0  # how long the hop keeps a session's cache that ends with `keep`, seconds
 
 
 class Move(_Message, frozen=True, tag="move"):
@@ -127,6 +138,9 @@ class Step(_Message, frozen=True, tag="step"):
 
     With `replay` it only fills caches and replay logs, of as many hops, the receiver being the first: nobody
     answers it with a `Result`, but the last of them says `Filled`.
+
+    With `kept` it has no payload: its positions are of the prefix that all hops have said to have, and each
+    signs for what it took in and gave out there. No other step may come before it.
     """
 
     number: Count
@@ -137,6 +151,7 @@ class Step(_Message, frozen=True, tag="step"):
     bills: Bills = ()
     receipts: Receipts = ()
     replay: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    kept: bool = False
 
 
 class Filled(_Message, frozen=True, tag="filled"):
@@ -223,7 +238,9 @@ class Leaving(_Message, frozen=True, tag="leaving"):
 
 
 class End(_Message, frozen=True, tag="end"):
-    """Last message on a stream."""
+    """Last message on a stream. With `keep`, the client may open a session that begins like this one."""
+
+    keep: bool = False
 
 
 Message: TypeAlias = (

@@ -23,6 +23,7 @@ from p2pinfer.errors import CacheFull, ProtocolViolation
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.loop_share import Meter, Overspent, clocked
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.evidence.prefixes import Prefix
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import End, Message, Open, Step
@@ -41,7 +42,8 @@ class HopSession:
     """One session on this hop, from its admission to its end.
 
     `opening` is what the client asked for; `room` and `replay` are its reservations, which `close` gives
-    back. Outputs go to the successor; on the last hop they return to the client on `control`.
+    back. Outputs go to the successor; on the last hop they return to the client on `control`. A session may
+    begin with a `prefix`, whose pages `room` shares.
 
     Attributes:
         prompt_at: When a prompt began whose end has not come, by trio's clock; else None. A session begins
@@ -60,6 +62,7 @@ class HopSession:
         config: ServeConfig,
         signer: ReceiptSigner,
         evidence: EvidenceStore,
+        prefix: Prefix | None = None,
     ) -> None:
         self.opening = opening
         self.client_id = client_id
@@ -96,6 +99,20 @@ class HopSession:
             served.adapters.find(client_id, opening.revision, span),
         )
         self._is_closed = False
+        self._prefix = prefix
+        self._begins_with = room.lease.length
+        self._has_begun = False  # to compute
+        self._is_kept = False  # by the client's wish
+
+    @property
+    def is_keepable(self) -> bool:
+        """True if another session of the client may begin as this one, which has ended as it should."""
+        return (
+            self._is_kept
+            and self.lifetime.ended_by is None
+            and not self.inbox.in_flight
+            and self._context.adapter is None
+        )
 
     async def read(
         self,
@@ -126,6 +143,7 @@ class HopSession:
                     if meter is not None:
                         meter.has_worked = True
                 case End():
+                    self._is_kept = message.keep and stream is self.neighbours.control
                     return
                 case _ if meter is not None:
                     is_metered = True
@@ -147,7 +165,12 @@ class HopSession:
             feeder, is_replay=step.replay > 0
         ):
             return
+        if step.kept:
+            self._take_kept(step, payload, feeder, arrived_at)
+            return
         self.inbox.take(step, len(payload), feeder.peer_id)
+        if not self._has_begun or step.position < self.room.lease.own_from:
+            self._begin(step.position)
         room, stop = self.room, step.position + step.tokens
         if stop > room.filled:
             if stop > room.lease.max_tokens:  # others have taken back what was not used
@@ -163,6 +186,35 @@ class HopSession:
         elif self.prompt_at is None:
             self.prompt_at = now
         self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at))
+
+    def _take_kept(self, step: Step, payload: bytearray, feeder: FrameStream, arrived_at: float) -> None:
+        """Sign for a piece of the prefix, which the step only names, and pass it on."""
+        prefix, peer = self._prefix, feeder.peer_id
+        if prefix is None or self._has_begun or step.position + step.tokens > self._begins_with:
+            raise ProtocolViolation(f"step {step.number} names a prefix that this session has not", peer)
+        if payload or step.replay or step.returns:  # a receipt for rows that nobody has would be a lie
+            raise ProtocolViolation(f"step {step.number} brings what it says is here", peer)
+        received, sent = prefix.piece(step.position, step.tokens)
+        self.inbox.take(step, len(received), peer)
+        hidden = view_hidden(received, step.tokens, self._hidden_size, self.opening.codec, peer)
+        work = StepWork(self._context, step, hidden, received, feeder, arrived_at)
+        work.output, work.sent = hidden, sent
+        self.lifetime.last_active = trio.current_time()
+        self.outbox.sender.send_nowait(work)  # never full: the inbox bounds what is in flight
+
+    def _begin(self, position: int) -> None:
+        """Let the session compute from `position` on, in pages that are its own."""
+        if position < self.room.lease.own_from:
+            # What is shared is never written. Pages may be exchanged only while nothing of ours reads them.
+            if self._has_begun:
+                raise SessionRefusal(
+                    "cache_full", f"position {position} is in pages that others read as well"
+                )
+            try:
+                self.room.lease.begin_at(position)
+            except CacheFull as exc:
+                raise SessionRefusal("cache_full", str(exc)) from exc
+        self._has_begun, self._prefix = True, None
 
     def close(self) -> None:
         """Give back every reservation. Steps still queued are dropped unread; harmless twice."""

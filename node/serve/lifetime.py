@@ -7,8 +7,9 @@ them, and no other session.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from typing import TypeVar
 
 import trio
 
@@ -16,6 +17,8 @@ from p2pinfer.errors import PeerVanished, ProtocolViolation, WrongOutput
 from p2pinfer.node.protocol.messages import RefusalCode
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class SessionRefusal(Exception):
@@ -94,3 +97,23 @@ class Lifetime:
         while (deadline := self.last_active + lease_s) > trio.current_time():
             await trio.sleep_until(deadline)
         self.end(SessionRefusal("lease_expired", f"no step for {lease_s:g} s"))
+
+
+def unlisted_client(peer_id: str, why: str) -> SessionRefusal:
+    """Answer to a client that the lists shut out. It may be of any version: how to ask stands in here."""
+    problem = (
+        f"this node does not serve client {peer_id}: {why}; ask its operator to add that id, "
+        "which a client keeps by --identity FILE and otherwise changes at every start"
+    )
+    return SessionRefusal("no_session", problem)
+
+
+def first_enough(gains: Iterable[tuple[_T, int]], missing: int) -> list[_T]:
+    """The first ones that together gain what is `missing`; none if all of them are not enough."""
+    chosen: list[_T] = []
+    for each, gained in gains:
+        if missing <= 0:
+            break
+        missing -= gained
+        chosen.append(each)
+    return [] if missing > 0 else chosen

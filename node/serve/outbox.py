@@ -12,6 +12,7 @@ import time
 import msgspec
 import trio
 
+from p2pinfer.node.evidence.prefixes import SignedStep, StandingSteps
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.messages import Bill, Open, Result
 from p2pinfer.node.protocol.replay_log import ReplayLog
@@ -30,6 +31,7 @@ class Outbox:
         sender: Where computed steps are put; it holds as many as may be in flight.
         replay: What has gone to the successor; None on the last hop, which has nobody to replay to.
         tokens_computed: Of all steps that have come by here.
+        standing: The steps that were signed for and not rolled back.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Outbox:
         """An outbox; `inbox` is told of every step that has left."""
         self.replay = replay
         self.tokens_computed = 0
+        self.standing = StandingSteps()
         self._opening = opening
         self._neighbours = neighbours
         self._inbox = inbox
@@ -77,7 +80,7 @@ class Outbox:
 
     async def _send(self, work: StepWork) -> None:
         step, payload, neighbours = work.step, work.sent, self._neighbours
-        self.tokens_computed += step.tokens
+        self.tokens_computed += 0 if step.kept else step.tokens
         self._lifetime.last_active = trio.current_time()
         successor = self._opening.successor
         returned = step.returns if successor is None else step.tokens
@@ -94,6 +97,8 @@ class Outbox:
                 await neighbours.control.send(result, payload)
         else:
             replay = max(0, step.replay - 1)
+            if step.kept:  # the successor has it
+                payload = b""
             onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)
             link = neighbours.link
             # Nothing suspends between this look and the frame, so nobody changes the link in between.
@@ -116,6 +121,8 @@ class Outbox:
             (signed.output_digest, work.sent),
         )
         self._evidence.add(self._opening.session, contents, trio.current_time())
+        step = work.step
+        self.standing.add(SignedStep(step.position, step.tokens, signed.input_digest, signed.output_digest))
         return signed.receipt
 
 

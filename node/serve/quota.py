@@ -22,6 +22,7 @@ from p2pinfer.errors import CacheFull
 from p2pinfer.models.compute.cache import CacheLease, PagedCache
 from p2pinfer.models.numerics import Codec
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.evidence.prefixes import Prefix
 from p2pinfer.node.protocol.messages import Open
 from p2pinfer.node.protocol.replay_log import ReplayBudget, ReplayLog
 
@@ -158,7 +159,7 @@ class CacheRoom:
         self._most = lease.max_tokens
         # A sixty-fourth of a small cache, so that many first steps do not fill it.
         self._first = min(FIRST_TOKENS, cache.capacity_tokens // 64)
-        self.filled = 0
+        self.filled = lease.length
 
     @property
     def held(self) -> int:
@@ -258,13 +259,18 @@ class Reservations:
         """Bytes that are reserved for replay logs."""
         return self._budget.reserved_bytes
 
-    def reserve(self, opening: Open, client: str, address_range: str) -> tuple[CacheRoom, ReplayRoom | None]:
+    def reserve(
+        self, opening: Open, client: str, address_range: str, prefix: Prefix | None = None
+    ) -> tuple[CacheRoom, ReplayRoom | None]:
         """Room for a session, to be added once there is one; None on the last hop, which replays to nobody.
+
+        Args:
+            prefix: What the session begins with. It holds those pages like all others.
 
         Raises:
             SessionRefusal: There is not so much, or not for this client.
         """
-        room = self._reserve_cache(opening.max_tokens, client, address_range)
+        room = self._reserve_cache(opening.max_tokens, client, address_range, prefix)
         if opening.successor is None:
             return room, None
         try:
@@ -285,7 +291,9 @@ class Reservations:
         if replay is not None:
             self._of_replay.discard(replay)
 
-    def _reserve_cache(self, max_tokens: int, client: str, address_range: str) -> CacheRoom:
+    def _reserve_cache(
+        self, max_tokens: int, client: str, address_range: str, prefix: Prefix | None
+    ) -> CacheRoom:
         cache, quota = self._cache, self._of_cache
         wanted, left = cache.whole_pages(max_tokens), quota.left_for(client, address_range)
         fits = left // cache.page_tokens * cache.page_tokens
@@ -300,7 +308,10 @@ class Reservations:
         if wanted <= left:
             quota.make_room(wanted, client)
         try:
-            lease = cache.reserve(max_tokens)
+            if prefix is None:
+                lease = cache.reserve(max_tokens)
+            else:
+                lease = cache.fork(prefix.pages, prefix.tokens, max_tokens)
         except CacheFull as exc:
             most = left_of_share(0, cache.capacity_tokens, self._config.client_share)
             never = f"; it could never have more than {most}" if max_tokens > most else ""

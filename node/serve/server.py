@@ -22,6 +22,7 @@ from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.concurrency.loop_share import clocked
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed, SessionOpened, SessionRefused
+from p2pinfer.node.evidence.prefixes import Prefixes
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.former_sessions import serve_former_clients
@@ -46,7 +47,7 @@ from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .forward import ServedSpan
 from .hop_session import HopSession
-from .lifetime import SessionRefusal
+from .lifetime import SessionRefusal, first_enough, unlisted_client
 from .quota import Reservations, exceeds_share
 from .receipt_signer import ReceiptSigner
 from .session_control import FindAddrs, SessionControl
@@ -89,6 +90,11 @@ class SpanServer:
         row = partial(row_bytes, served.spec.hidden_size)
         self._reservations = Reservations(served.runner.cache, config, row)
         self._evidence = evidence  # it outlives a span: who moved still answers for what it did
+        self._prefixes = Prefixes(
+            served.runner.cache,
+            lambda digest: evidence.get(digest, trio.current_time()),
+            config.prefix_keep_s,
+        )
         self._sessions: dict[SessionId, HopSession] = {}
         self._changed = trio.Event()  # set, and replaced, whenever a session begins, ends or expects another
         self._leaving = False
@@ -154,8 +160,7 @@ class SpanServer:
                     f"a session stream begins with {type(opening).__name__}", stream.peer_id
                 )
             if why := self._host.gate.refuses(stream.peer_id, "clients"):  # which counts it
-                unlisted = SessionRefusal("no_session", _not_a_client(stream.peer_id, why))
-                await self._refuse(control, unlisted)
+                await self._refuse(control, unlisted_client(stream.peer_id, why))
                 return
             try:
                 session = await _metered(control, self._admit_when_freed(opening, stream, control))
@@ -193,6 +198,11 @@ class SpanServer:
         we read first is chance, and pages come back through the worker's thread. Sessions of others end here
         if they rest.
         """
+        if opening.prefix is not None:
+            with trio.move_on_after(_FREED_S):
+                # Its end, on a stream of its own, may be read after this opening.
+                while self._is_open(opening.prefix.session, stream.peer_id):
+                    await self._changed.wait()
         try:
             return self._admit(opening, stream, control)
         except SessionRefusal as refusal:
@@ -227,7 +237,8 @@ class SpanServer:
             of_range + 1, places - 1, config.client_share
         ):
             raise SessionRefusal("busy", f"{of_range} sessions from your addresses are open, their share")
-        room, replay = self._reservations.reserve(opening, client_id, address_range)
+        prefix = self._prefixes.find(client_id, opening, trio.current_time())
+        room, replay = self._reservations.reserve(opening, client_id, address_range, prefix)
         session = HopSession(
             opening,
             client_id,
@@ -238,6 +249,7 @@ class SpanServer:
             config=config,
             signer=ReceiptSigner(opening, served.runner.numerics, self._host.sign),
             evidence=self._evidence,
+            prefix=prefix,
         )
         self._sessions[opening.session] = session
         self._reservations.add(room, replay)
@@ -247,6 +259,10 @@ class SpanServer:
         self._report(SessionOpened(client_id, blocks, opening.max_tokens, self.sessions))
         self._on_change()
         return session
+
+    def _is_open(self, session_id: SessionId, client_id: str) -> bool:
+        session = self._sessions.get(session_id)
+        return session is not None and session.client_id == client_id
 
     def _sessions_of(self, client_id: str) -> list[HopSession]:
         return [session for session in self._sessions.values() if session.client_id == client_id]
@@ -265,14 +281,7 @@ class SpanServer:
         if refused.code != "busy":
             missing = self._served.runner.cache.whole_pages(max_tokens) - self.free_tokens
             of_each = [each.room.earned for each in idle]
-        chosen: list[HopSession] = []
-        for session, gained in zip(idle, of_each, strict=True):
-            if missing <= 0:
-                break
-            missing -= gained
-            chosen.append(session)
-        if missing > 0:
-            return []
+        chosen = first_enough(zip(idle, of_each, strict=True), missing)
         for session in chosen:
             problem = f"no step for {session.lifetime.idle_s():.0f} s, and others need the room"
             session.lifetime.end(SessionRefusal("lease_expired", problem))
@@ -282,11 +291,15 @@ class SpanServer:
         """Everything between a session's admission and its end."""
         lifetime, neighbours = session.lifetime, session.neighbours
         try:
+            opened = self._opened(session.room.lease.length)
             control = SessionControl(
-                session, self._host, self._config, self._opened(), self._notify, self._find_addrs
+                session, self._host, self._config, opened, self._notify, self._find_addrs
             )
             await control.run()
         finally:
+            if session.is_keepable:
+                opening, lease, steps = session.opening, session.room.lease, session.outbox.standing
+                self._prefixes.keep(session.client_id, opening, lease, steps, trio.current_time())
             self._reservations.discard(session.room, session.replay_room)
             session.close()
             del self._sessions[session.opening.session]
@@ -306,13 +319,15 @@ class SpanServer:
             await neighbours.control.end()
         neighbours.leave()
 
-    def _opened(self) -> Opened:
+    def _opened(self, prefix: int) -> Opened:
         config = self._config
         return Opened(
             str(self._served.runner.numerics),
             config.max_chunk_tokens,
             config.max_steps_in_flight,
             config.max_bytes_in_flight,
+            prefix,
+            int(config.prefix_keep_s),
         )
 
     # ------------------------------------------------------------------ the predecessor's stream
@@ -381,11 +396,3 @@ async def _answer_on_chain(chain: FrameStream, message: Message) -> None:
 
 async def _know_nobody(peer_id: str, client_id: str) -> tuple[str, ...]:
     return ()
-
-
-def _not_a_client(peer_id: str, why: str) -> str:
-    """Answer to a client that the lists shut out. It may be of any version: how to ask stands in here."""
-    return (
-        f"this node does not serve client {peer_id}: {why}; ask its operator to add that id, "
-        "which a client keeps by --identity FILE and otherwise changes at every start"
-    )

@@ -39,6 +39,7 @@ from .draft_model import DraftModel, ModelDrafter
 from .first_state import generation_config as generation_config
 from .first_state import new_state as new_state
 from .first_state import sampling_of
+from .kept_texts import KeptTexts
 from .outage import Outage, RetryLimits, Waiting
 from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
@@ -86,6 +87,7 @@ class GenerationResult:
     seed: int | None = None  # what its draws depend on; None if it is greedy
     speculation: SpeculationStats | None = None  # None: it was off
     stopped_by: str | None = None  # the stop text that ended it; None: another end
+    reused_tokens: int = 0  # of the prompt: hops had them in their caches from an earlier text
 
 
 @dataclass(slots=True)
@@ -125,6 +127,7 @@ class Generation:
         draft_model: DraftModel | None = None,
         expected_s: Callable[[Route], float | None] = lambda _: None,
         logprobs: int | None = None,
+        kept_texts: KeptTexts | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -136,6 +139,7 @@ class Generation:
             expected_s: Gives the seconds that a token should take over a route; None if nobody can tell.
             logprobs: How many of the likeliest tokens to give the log probabilities of, with each token's
                 own; None: give none.
+            kept_texts: Texts with whose beginning this one may begin on their hops, and to which it is added.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -155,7 +159,7 @@ class Generation:
         # No method of this one: a cycle of references would keep one that was dropped from being closed.
         self._choose = partial(_choose, process, self._sampler)
         self._tokens_before = len(state.token_ids)
-        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript, expected_s)
+        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript, expected_s, kept_texts)
         self._speculation = speculation
         if speculation is not None and draft_model is not None:
             speculation.drafter = ModelDrafter(draft_model, transcript.max_ids, self._choose)
@@ -321,6 +325,7 @@ class Generation:
             self._sampler.seed if self._sampler.config.temperature else None,
             self._speculation.stats(drawn) if self._speculation else None,
             transcript.stopped_by,
+            remote.reused_tokens,
         )
 
     def _predicted_tokens_per_s(self, drawn: int) -> float | None:

@@ -27,6 +27,7 @@ from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
 
+from .kept_texts import KeptTexts, common_length, kept_s
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class RemoteBlocks:
         route: The hops of the last session.
         excluded: Who is left out of the next one.
         expected_s: Seconds that a token was expected to take over these hops; None if nobody can tell.
+        reused_tokens: Tokens that hops had in their caches already, in the first session.
     """
 
     def __init__(
@@ -98,10 +100,14 @@ class RemoteBlocks:
         embedding_and_head: EmbeddingAndHead,
         transcript: Transcript,
         expect_s: Callable[[Route], float | None] = lambda _: None,
+        kept_texts: KeptTexts | None = None,
     ) -> None:
+        """Begin sessions with those of `kept_texts`, and add to them, if there are any."""
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
         self.expected_s: float | None = None
+        self.reused_tokens = 0
+        self._kept_texts = kept_texts
         self._expect_s = expect_s
         self._accused: dict[str, set[str]] = {}  # by who complained: of which neighbours
         self._source = source
@@ -148,7 +154,9 @@ class RemoteBlocks:
             self._note_route(self._session)
             self._sent = (len(ids), ())
             embedded = await trio.to_thread.run_sync(self._embedding_and_head.embed, ids)
-            trip = Trip(await self._session.prefill(embedded, 0), None)
+            kept = self._session.chain.prefix
+            self.reused_tokens = self.reused_tokens or kept
+            trip = Trip(await self._session.prefill(embedded, 0, kept=kept), None)
         else:
             started = time.perf_counter()
             self._sent = (len(ids), guesses)
@@ -166,7 +174,7 @@ class RemoteBlocks:
         tokens = min(most, have + max(_AHEAD_TOKENS, have))
         while True:
             try:
-                session = await self._source.open_session(tokens, self.excluded, self._past_inputs)
+                session = await self._open_for(tokens)
             except NoRoute as error:
                 if not error.is_full or tokens == least:
                     raise
@@ -179,6 +187,14 @@ class RemoteBlocks:
             else:
                 self._reserved = tokens
                 return session
+
+    async def _open_for(self, tokens: int) -> Session:
+        """A session for so many tokens, behind what hops keep of an earlier one if they do."""
+        if self._kept_texts is not None:
+            ids, past = self._transcript.ids, self._past_inputs
+            if (session := await self._kept_texts.open(ids, tokens, self.excluded, past)) is not None:
+                return session
+        return await self._source.open_session(tokens, self.excluded, self._past_inputs)
 
     async def abandon(self, error: PeerError) -> None:
         """Give up the route and leave out who failed.
@@ -246,14 +262,20 @@ class RemoteBlocks:
     async def aclose(self) -> None:
         """Let the hops free what they hold; harmless twice."""
         if self._session is not None:
-            session = self._session
+            session, texts = self._session, self._kept_texts
             error: PeerError | None = None
+            keep = False
             try:
                 error = await session.settle()
+                keep = error is None and texts is not None and kept_s(session) > 0
             finally:  # cancelled: what was not checked is nobody's fault
                 self._settle(error)
                 self._session = None
-                await session.aclose()
+                await session.aclose(keep=keep)
+            if keep and texts is not None:
+                count, guesses = self._sent
+                ids = self._transcript.ids
+                texts.note(ids[: common_length([*ids[:count], *guesses], ids)], session)
 
     def _past_inputs(self, start: int, stop: int) -> Tensor:
         """Hidden states that a session was given at past positions, (tokens, hidden_size)."""

@@ -25,6 +25,7 @@ from p2pinfer.routing.eligibility import eligible
 from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.served import describe_served, served_models
 from p2pinfer.session.failover import Gap
+from p2pinfer.session.terms import KeptSession
 
 from .cooldowns import Cooldowns
 from .hop_timings import HopTimings
@@ -33,6 +34,7 @@ from .quarrels import Quarrels
 
 LEAST_TOKENS: Final = 64  # who has room for fewer has none
 _WORTH_CHANGING: Final = 0.5  # of what a slow hop takes: who saves less is not fed a session's past for it
+_MOST_FOR_PREFIX: Final = 1.25  # times as long a token may take over hops that keep a prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,31 @@ class RoutePlanner:
             with suppress(NoRoute):  # somebody's policy may change its mind
                 route = await self._choose(alike, self._request(tokens, excluded, alike, codec))
         return SessionPlan(route, codec)
+
+    async def plan_again(
+        self, kept: KeptSession, tokens: int, excluded: frozenset[str]
+    ) -> SessionPlan | None:
+        """The route of a session whose hops keep its cache; None if the policy would not take it any more.
+
+        It may be a little slower than the one that would be chosen otherwise.
+        """
+        excluded |= self._cooldowns.peers(trio.current_time())
+        candidates = self._candidates(excluded, None)
+        keeping = [each for each in candidates if each.peer_id in kept.route.peer_ids]
+        if _codec_of(keeping) != kept.codec or len(keeping) < len(kept.route.hops):
+            return None
+        request = self._request(tokens, excluded, candidates, kept.codec)
+        try:
+            again = await self._choose(keeping, self._request(tokens, excluded, keeping, kept.codec))
+            best = await self._choose(candidates, request)
+        except NoRoute:
+            return None
+        cost, least = (
+            route_cost(each, candidates, request, self._ledger, self._routing_config)
+            for each in (again, best)
+        )
+        is_worth_it = again == kept.route and cost <= _MOST_FOR_PREFIX * least
+        return SessionPlan(again, kept.codec) if is_worth_it else None
 
     def expected_s(self, route: Route) -> float | None:
         """Seconds a token over a route, by what is known of its hops; None if a hop or a line is not known.

@@ -12,6 +12,7 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.events import Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.routing.route import Route
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
@@ -55,8 +56,9 @@ class SessionOpener:
         excluded: frozenset[str],
         replay_source: ReplaySource | None,
         adapter: SessionAdapter | None,
+        prefix: Prefix | None = None,
     ) -> Session:
-        """A session on the route of a plan.
+        """A session on the route of a plan, behind a `prefix` as far as its hops still have that.
 
         Raises:
             PeerError: A hop of the route could not be reached or refused.
@@ -83,5 +85,6 @@ class SessionOpener:
             keep_steps=bool(chosen),
             report=self.report,
             adapter=adapter,
+            prefix=prefix,
         )
         return await start_session(self.nursery, opening, on_closed=closed)

@@ -33,12 +33,12 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.protocol.messages import Open, Step, Successor
+from p2pinfer.node.protocol.messages import Open, Prefix, Step, Successor
 from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.routing.route import Hop, Route
 
-from .flow_limits import FlowLimits, agree, replay_limit_s
+from .flow_limits import FlowLimits, agree, common_prefix, replay_limit_s
 from .hop_stream import HopStream, Listener
 from .opening import OPENING_ROUND_TRIPS, end_all, open_hops
 from .terms import SessionTerms
@@ -67,6 +67,7 @@ class Chain:
 
     Attributes:
         route: The hops as a route; another one, and not an equal one, after every change.
+        prefix: Positions that were in every hop's cache when the session opened.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Chain:
         self.hops: list[HopStream] = []
         self.route = Route(())
         self.epoch = 0
+        self.prefix = 0
         self.host = host
         self.terms = terms
         self._replay_source = replay_source
@@ -123,15 +125,19 @@ class Chain:
         """Supersede what is under way: steps sent from now on are told from it by a higher epoch."""
         self.epoch += 1
 
-    async def open(self, route: Route) -> None:
-        """Open the session on every hop of `route`.
+    async def open(self, route: Route, prefix: Prefix | None = None) -> None:
+        """Open the session on every hop of `route`, behind a `prefix` as far as all of them have it.
 
         Raises:
             PeerError: A hop could not be reached or refused; nothing stays open.
         """
         openings = self._openings(route.hops, None, None)
+        if prefix is not None:
+            openings = [msgspec.structs.replace(each, prefix=prefix) for each in openings]
         self.hops = await self._open_hops(openings, route, self._config.open_timeout_s)
         self.route = route
+        if prefix is not None:
+            self.prefix = common_prefix([hop.opened for hop in self.hops], prefix.tokens)
 
     async def close(self) -> None:
         """End the session on every hop."""

@@ -14,6 +14,7 @@ AHEAD: Final = 8  # times what the line now takes until a result is back: a fres
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
 MIN_WAIT_S: Final = 0.01  # shorter ones are for a turn of the event loop
 FIRST_BYTES: Final = 32 << 10  # of a chunk on a line of unknown rate
+PAGE_TOKENS: Final = 64  # of a hop's cache, unless its operator chose otherwise
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
 # Nodes hang up on whoever sends to them at less than twice this rate (`serve.min_bytes_per_s`).
 LEAST_BYTES_PER_S: Final = 8 << 10
@@ -52,6 +53,13 @@ def replay_limit_s(positions: int, row_bytes: int, hops: int, base_s: float) -> 
         base_s: For what takes time beside that.
     """
     return base_s + positions * row_bytes * hops / LEAST_BYTES_PER_S
+
+
+def common_prefix(hops: Iterable[Opened], asked: int) -> int:
+    """Positions with which a session can begin on all of these hops, at most `asked`."""
+    found = {min(hop.prefix, asked) for hop in hops}
+    # Who has more goes on from here in a page that others read as well, unless a page begins here.
+    return min(found) if len(found) == 1 else min(found) // PAGE_TOKENS * PAGE_TOKENS
 
 
 class ChunkSizes:

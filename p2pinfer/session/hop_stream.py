@@ -114,15 +114,15 @@ class HopStream:
 
     def send_now(self, step: Step, payload: Payload) -> bool:
         """Send a step if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
-        return not self._given_up and self._frames.send_now(step, payload)
+        return not self._given_up and self._frames.send_now(step, b"" if step.kept else payload)
 
     async def send(self, step: Step, payload: Payload) -> None:
-        """Send a step.
+        """Send a step; of what the hop has kept, only its place.
 
         Raises:
             PeerVanished: The hop is gone.
         """
-        await self._frames.send(step, payload)
+        await self._frames.send(step, b"" if step.kept else payload)
 
     @contextmanager
     def until_given_up(self, limit_s: float = math.inf) -> Generator[None]:
@@ -337,12 +337,12 @@ class HopStream:
             case _:
                 raise ProtocolViolation(f"{type(message).__name__} in the middle of a session", self.peer_id)
 
-    async def end(self) -> None:
-        """Say that the session is over here; quiet if the hop is gone."""
+    async def end(self, *, keep: bool = False) -> None:
+        """Say that the session is over here, and if its cache is to be kept; quiet if the hop is gone."""
         self._scope.cancel()
         if self._read_from is not self._frames:  # left, and not read to its end yet
             await self._read_from.aclose()
-        await self._frames.end()
+        await self._frames.end(keep=keep)
 
     def _ask(self) -> tuple[int, _Answer]:
         number = self._asked

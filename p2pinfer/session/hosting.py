@@ -19,6 +19,7 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.routing.route import Route
 
 from .chain import ReplaySource
@@ -46,6 +47,7 @@ async def open_session(
     keep_steps: bool = False,
     report: Report | None = None,
     adapter: SessionAdapter | None = None,
+    prefix: Prefix | None = None,
 ) -> AsyncGenerator[Session]:
     """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
 
@@ -58,6 +60,8 @@ async def open_session(
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
         report: Called with the session's events.
         adapter: Brought to every hop, whose receipts then name it.
+        prefix: What the session begins with, of one that ended on these hops; `chain.prefix` says how much of
+            it all of them still have.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
@@ -79,7 +83,7 @@ async def open_session(
             book=book,
             report=report,
         )
-        await session.chain.open(route)
+        await session.chain.open(route, prefix)
         session.reporter.started(session.chain.hops, max_tokens)
         try:
             nursery.start_soon(session.repair.keep_repaired)

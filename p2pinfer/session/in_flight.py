@@ -113,11 +113,14 @@ class InFlight:
         steps = [each.step for each in self.awaited]
         return all(a.position + a.tokens == b.position for a, b in pairwise(steps))
 
-    def begin(self, epoch: int, position: int, tokens: int, returns: int, payload: Payload) -> SentStep:
-        """Register a step that is about to be sent."""
+    def begin(
+        self, epoch: int, position: int, tokens: int, returns: int, payload: Payload, *, kept: bool = False
+    ) -> SentStep:
+        """Register a step that is about to be sent; of one that hops have `kept`, its payload does not go."""
         # A number is never used twice, not even after a roll-back: a late result of a dropped step is told by
         # it.
-        sent = SentStep(Step(self._next_number, epoch, position, tokens, returns), payload, Promise())
+        step = Step(self._next_number, epoch, position, tokens, returns, kept=kept)
+        sent = SentStep(step, payload, Promise())
         self._next_number += 1
         if not self.awaited:
             self.progress_at = trio.current_time()
@@ -127,9 +130,10 @@ class InFlight:
 
     def begin_anew(self, epoch: int) -> list[SentStep]:
         """All steps that have no result, for another epoch."""
-        # The promises stay: whoever waits for a step sees a pause, and not that it was sent twice.
+        # The promises stay: whoever waits for a step sees a pause, and not that it was sent twice. What hops
+        # have kept travels now, for one that has joined has not.
         self.awaited = deque(
-            SentStep(msgspec.structs.replace(each.step, epoch=epoch), each.payload, each.promise)
+            SentStep(msgspec.structs.replace(each.step, epoch=epoch, kept=False), each.payload, each.promise)
             for each in self.awaited
         )
         self.progress_at = trio.current_time()

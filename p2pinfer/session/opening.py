@@ -6,6 +6,7 @@ What a hop refuses is an error that names whom to leave out of the next route.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import trio
@@ -133,9 +134,13 @@ def _explained(error: PeerError) -> PeerError:
     return PeerRefused(why, error.peer_id, error.code)
 
 
-async def end_all(streams: Sequence[FrameStream | HopStream]) -> None:
-    """End every stream, shielded and within a second: a hop frees its cache when it hears of it."""
+async def end_all(streams: Sequence[FrameStream | HopStream], *, keep: bool = False) -> None:
+    """End every stream, shielded and within a second: a hop frees its cache when it hears of it.
+
+    Args:
+        keep: Ask the hops to keep the session's cache while they have room.
+    """
     with trio.CancelScope(shield=True), trio.move_on_after(1):
         async with trio.open_nursery() as closing:
             for stream in streams:
-                closing.start_soon(stream.end)
+                closing.start_soon(partial(stream.end, keep=keep))

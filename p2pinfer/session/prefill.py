@@ -19,14 +19,19 @@ logger = logging.getLogger(__name__)
 class Submit(Protocol):
     """Sends hidden states without waiting for what becomes of them: `Session.submit`."""
 
-    async def __call__(self, hidden: Tensor, position: int, *, returns: int | None = None) -> Pending: ...
+    async def __call__(
+        self, hidden: Tensor, position: int, *, returns: int | None = None, kept: bool = False
+    ) -> Pending: ...
 
 
-async def send_in_chunks(hidden: Tensor, position: int, submit: Submit, chain: Chain) -> Tensor:
+async def send_in_chunks(
+    hidden: Tensor, position: int, submit: Submit, chain: Chain, kept: int = 0
+) -> Tensor:
     """Push a prompt through, as many chunks at a time as the hops take.
 
     Args:
         hidden: (tokens, hidden_size), for `position` and the positions behind it.
+        kept: How many of them, the first ones, the hops have already; they do not travel.
 
     Returns:
         (1, hidden_size): the last token's hidden state.
@@ -42,12 +47,15 @@ async def send_in_chunks(hidden: Tensor, position: int, submit: Submit, chain: C
         if len(in_flight) == limits.chunks_in_flight:
             full_at = trio.current_time()
             await in_flight.popleft()
-            sizes.note_stall(trio.current_time() - full_at, chain.hops[0].line)
+            if done > kept:
+                sizes.note_stall(trio.current_time() - full_at, chain.hops[0].line)
         line = chain.hops[0].line
-        chunk = hidden[done : done + sizes.next_tokens(line)]
+        # Of what does not travel, the line says nothing.
+        tokens = min(limits.chunk_tokens, kept - done) if done < kept else sizes.next_tokens(line)
+        chunk = hidden[done : done + tokens]
         logger.debug("prefill.chunk at=%d tokens=%d bytes_per_s=%.0f", done, len(chunk), line.bytes_per_s)
         is_last = done + len(chunk) == len(hidden)
-        in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0))
+        in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0, kept=done < kept))
         done += len(chunk)
     # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is left
     # behind that nobody waits for.

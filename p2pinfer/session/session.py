@@ -105,6 +105,7 @@ class Session:
         self._prompt_at: float | None = trio.current_time()  # of what is under way; a session begins with one
         self._receipts_due = trio.Event()
         self._closing = trio.Event()
+        self._keep = False
         self._closed = trio.Event()
 
     @property
@@ -129,17 +130,20 @@ class Session:
 
     # ------------------------------------------------------------------ steps
 
-    async def submit(self, hidden: Tensor, position: int, *, returns: int | None = None) -> Pending:
+    async def submit(
+        self, hidden: Tensor, position: int, *, returns: int | None = None, kept: bool = False
+    ) -> Pending:
         """Send hidden states through every block, without waiting for what becomes of them.
 
         Args:
             hidden: (tokens, hidden_size). A `position` below what was sent last rolls the session back first.
             returns: Of how many tokens, the last ones, hidden states come back; all if None.
+            kept: Name them only: they are of the `chain.prefix`, and none come back.
 
         Raises:
             PeerError: The session is over.
         """
-        promise = await self._submit(hidden, position, len(hidden) if returns is None else returns)
+        promise = await self._submit(hidden, position, len(hidden) if returns is None else returns, kept=kept)
         return Pending(partial(self._output_of, promise))
 
     async def decode(self, hidden: Tensor, position: int) -> Tensor:
@@ -166,8 +170,12 @@ class Session:
             self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
         return self._decoded(answer)
 
-    async def prefill(self, hidden: Tensor, position: int) -> Tensor:
+    async def prefill(self, hidden: Tensor, position: int, *, kept: int = 0) -> Tensor:
         """Push a prompt through in chunks that follow each other without waiting.
+
+        Args:
+            hidden: (tokens, hidden_size).
+            kept: How many of them, from `position` 0 on, are of the `chain.prefix` and do not travel.
 
         Returns:
             (1, hidden_size): the last token's hidden state.
@@ -177,7 +185,7 @@ class Session:
         """
         self._prompt_at = trio.current_time()
         try:
-            return await send_in_chunks(hidden, position, self.submit, self.chain)
+            return await send_in_chunks(hidden, position, self.submit, self.chain, kept)
         finally:
             self._prompt_at = None
 
@@ -199,9 +207,7 @@ class Session:
 
     def per_step_ms(self) -> float:
         """Median time per position of a decode step, as seen from here; 0 before the first."""
-        if not self.timings:
-            return 0.0
-        return median(timing.seconds / timing.tokens for timing in self.timings) * 1e3
+        return median([timing.seconds / timing.tokens for timing in self.timings] or [0.0]) * 1e3
 
     async def settle(self) -> PeerError | None:
         """Check every receipt that has come; returns what is wrong with one, or None."""
@@ -240,25 +246,25 @@ class Session:
         spec, tokens = self._terms.spec, answer.result.tokens
         return decode_hidden(answer.payload, tokens, spec.hidden_size, self._terms.codec, answer.peer_id)
 
-    async def _submit(self, hidden: Tensor, position: int, returns: int) -> Promise:
+    async def _submit(self, hidden: Tensor, position: int, returns: int, *, kept: bool = False) -> Promise:
         # One holder of the lock from the number to the frame: steps leave in the order of their numbers, on
         # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out. Where the frame
         # needs no waiting there is no suspension between the two, so a look at the lock will do.
-        sent = None if self._steps.lock.is_held else self._begin(hidden, position, returns)
+        sent = None if self._steps.lock.is_held else self._begin(hidden, position, returns, kept)
         if sent is None or not self.chain.hops[0].send_now(sent.step, sent.payload):
             async with self._steps.lock:  # which suspends only if it was held
-                sent = sent or self._begin(hidden, position, returns)
+                sent = sent or self._begin(hidden, position, returns, kept)
                 await self._push(sent)
         return sent.promise
 
-    def _begin(self, hidden: Tensor, position: int, returns: int) -> SentStep:
+    def _begin(self, hidden: Tensor, position: int, returns: int, kept: bool) -> SentStep:
         """Give a step its number. It must be sent before any other one begins."""
         if self._faults.fatal is not None:
             raise self._faults.fatal
         if self.handovers.replacement is not None:
             self.handovers.note_rolled_back(position)
         payload = encode_hidden(hidden, self._terms.codec)
-        return self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload)
+        return self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload, kept=kept)
 
     async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
@@ -365,8 +371,9 @@ class Session:
 
     # ------------------------------------------------------------------ its end
 
-    async def aclose(self) -> None:
-        """End a session of `start_session`, and wait until every hop has been told; harmless twice."""
+    async def aclose(self, *, keep: bool = False) -> None:
+        """End a session of `start_session`; hops are asked to `keep` its cache, or not. Harmless twice."""
+        self._keep = keep or self._keep
         self._closing.set()
         await self._closed.wait()
 
@@ -378,7 +385,7 @@ class Session:
         """Tell every hop that the session is over, quickly; quiet about hops that are gone."""
         # The replacement too: it would keep its reservation until its lease ends.
         replacement = self.handovers.break_off()
-        await end_all([*self.chain.hops, *(replacement.hops if replacement else ())])
+        await end_all([*self.chain.hops, *(replacement.hops if replacement else ())], keep=self._keep)
 
     def note_ended(self, error: Exception | None) -> None:
         """Let nobody wait for a result any more; they get `error`, if the session broke on one."""
@@ -388,6 +395,5 @@ class Session:
         assert self._faults.fatal is not None
         self._steps.fail_all(self._faults.fatal)
         self._closed.set()
-        self.reporter.ended(
-            "closed" if was_whole and error is None else str(self._faults.fatal), self.failovers
-        )
+        why = "closed" if was_whole and error is None else str(self._faults.fatal)
+        self.reporter.ended(why, self.failovers)

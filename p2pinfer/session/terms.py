@@ -10,7 +10,7 @@ from typing import Protocol
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec, row_bytes
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.routing.route import Hop
+from p2pinfer.routing.route import Hop, Route
 
 
 class SessionAdapter(Protocol):
@@ -27,6 +27,21 @@ class SessionAdapter(Protocol):
             PeerError: A hop takes none, or not this one.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSession:
+    """A session that is over, whose cache its hops were asked to keep.
+
+    Attributes:
+        session: Its name.
+        tokens: Positions of it that are of interest, from 0 on.
+    """
+
+    session: bytes
+    route: Route
+    codec: Codec
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

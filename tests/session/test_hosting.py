@@ -56,7 +56,11 @@ async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
 ) -> None:
     """Whatever it has announced, and without a word of its own."""
     server = swarm.served["b"].server
-    monkeypatch.setattr(server, "_opened", lambda: Opened(dtype))
+
+    def opened(prefix: int) -> Opened:
+        return Opened(dtype, prefix=prefix)
+
+    monkeypatch.setattr(server, "_opened", opened)
     async with trio.open_nursery() as nursery:
         with pytest.raises(
             ProtocolViolation, match=r"computes in a format that cannot be audited here"

@@ -29,7 +29,7 @@ TRAIN_MESSAGES = (
     *("Begin", "Begun", "Adapt", "Adapted", "Forward", "Forwarded", "Backward", "Backwarded"),
     *("Forget", "Declined", "Done"),
 )
-LISTS = {"Successor": "successor", "Bill": "bills", "Update": "updates"}
+LISTS = {"Successor": "successor", "Prefix": "prefix", "Bill": "bills", "Update": "updates"}
 TABLES = {
     "_Wire": ("Announcements", 0),
     "_Sealed": ("Sealed records", 0),

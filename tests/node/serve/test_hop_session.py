@@ -50,7 +50,7 @@ class Echo:
 class Room:
     """Room for everything."""
 
-    lease = SimpleNamespace(max_tokens=1 << 20)
+    lease = SimpleNamespace(max_tokens=1 << 20, length=0, own_from=0)
     filled = 0
 
 

@@ -1,0 +1,161 @@
+"""First token of a chat's second question against that of the first: what hops keep, and what it saves.
+
+    python benchmarks/second_question.py                             # a quarter of an hour
+    python benchmarks/second_question.py --model tiny-stories --tokens 940 --rounds 1
+
+Hosts, lines and nodes are those of distance.py: public, one torch thread each, in the lab (so Linux, and root
+or user namespaces). The client is one process, as `p2pinfer serve` is. It asks about a text of `tokens`
+tokens, then again with the answer and another question behind it, then the same with nothing kept. `share` is
+the time of the second first token over that of the first one, `anew` that of the last; both are medians over
+rounds. `same ids` compares the second answer with the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the lab, which belongs to the tests
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from statistics import median
+from typing import Any, Final
+
+import trio
+from contest import model_folder, report
+from distance import QUEUE_MS, STORY, Chain
+
+from p2pinfer.client import Client
+from p2pinfer.client_config import AuditConfig, ClientConfig
+from p2pinfer.generation.generation import GenerationResult
+from tests.lab.commands import open_commands
+from tests.lab.lab import Lab, open_lab
+from tests.lab.namespaces import environ, why_not
+from tests.lab.pairs import leave
+from tests.lab.pinned import POLICY, VARIABLE
+from tests.lab.scenario import Line, Scenario, Site
+
+ANSWER_TOKENS: Final = 16
+QUESTION: Final = " Then he said: what"
+PATIENCE_S: Final = 300.0
+
+
+async def ask_in_turn(
+    folder: str, bootstrap: str, dtype: str, tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """What the client measures."""
+    config = ClientConfig(dtype=dtype, speculate="off", draft="off", find_timeout_s=60.0)
+    client = Client(
+        model=folder, bootstrap=bootstrap, policy=POLICY, config=config, audit=AuditConfig(rate=0.0)
+    )
+    rows: list[dict[str, Any]] = []
+    async with client:
+        if not await client.is_served(60.0):
+            sys.exit("nobody serves the model")
+
+        async def ask(prompt: str) -> GenerationResult:
+            generation = client.generate(prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+            async for _ in generation:
+                pass
+            return generation.result
+
+        tokenizer = client.local.tokenizer
+        await ask(STORY)  # which connects
+        for number in range(rounds):
+            text = f"{number} " + STORY * (tokens // 10)
+            text = tokenizer.decode(tokenizer.encode(text)[:tokens])
+            first = await ask(text)
+            longer = text + first.text + QUESTION
+            second = await ask(longer)
+            client._kept_texts._texts.clear()  # pyright: ignore[reportPrivateUsage]
+            anew = await ask(longer)
+            times = [each.timings.first_token_s for each in (first, second, anew)]
+            rows.append(
+                {"first_s": times, "reused": second.reused_tokens, "same": second.token_ids == anew.token_ids}
+            )
+    return rows
+
+
+def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[str, Any]]:
+    """The rows of one model over so many hops."""
+    hosts = (*(f"n{number}" for number in range(hops)), "me")
+    scenario = Scenario("second question", "public hosts", tuple(Site(host) for host in hosts))
+    with model_folder(name) as folder, open_lab(scenario) as lab, open_commands(lab) as commands:
+        chain = Chain(commands, folder, options.dtype, hops)
+        try:
+            for delay_ms, mbit in product(options.delay, options.mbit):
+                line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
+                for host in hosts:
+                    lab.set_line(host, line)
+                asked = _ask_inside(lab, chain, folder, options)
+                times = [[row["first_s"][at] for row in asked] for at in range(3)]
+                yield {
+                    "model": name,
+                    "hops": hops,
+                    "delay": delay_ms,
+                    "mbit": mbit,
+                    "tokens": options.tokens,
+                    "reused": min(row["reused"] for row in asked),
+                    "first s": round(median(times[0]), 2),
+                    "second s": round(median(times[1]), 2),
+                    "share": round(median(b / a for a, b in zip(times[0], times[1], strict=True)), 3),
+                    "anew": round(median(b / a for a, b in zip(times[0], times[2], strict=True)), 3),
+                    "same ids": all(row["same"] for row in asked),
+                }
+        finally:
+            leave(chain.nodes)
+
+
+def _ask_inside(lab: Lab, chain: Chain, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the client in its own host."""
+    words = ("--inside", str(folder), chain.bootstrap, "--dtype", options.dtype)
+    numbers = ("--tokens", str(options.tokens), "--rounds", str(options.rounds))
+    done = lab.popen(
+        "me",
+        [sys.executable, str(Path(__file__).resolve()), *words, *numbers],
+        stdout=-1,
+        env=environ(
+            **{VARIABLE: chain.route, "HOME": str(lab.home), "PYTHONPATH": str(Path(__file__).parents[1])}
+        ),
+    )
+    out, _ = done.communicate(timeout=PATIENCE_S * options.rounds)
+    if done.returncode:
+        raise OSError("the client failed")
+    rows: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["1024x16"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--hops", nargs="+", type=int, default=[4])
+    parser.add_argument("--delay", nargs="+", type=float, default=[25.0], help="ms, one way")
+    parser.add_argument("--mbit", nargs="+", type=float, default=[20.0])
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.inside:
+        folder, bootstrap = options.inside
+        told = trio.run(ask_in_turn, folder, bootstrap, options.dtype, options.tokens, options.rounds)
+        print(json.dumps(told))
+        return
+    if lacking := why_not():
+        sys.exit(lacking)
+    started, rows = time.monotonic(), list[dict[str, Any]]()
+    for name, hops in product(options.model, options.hops):
+        for row in measure(options, name, hops):
+            rows.append(row)
+            print(*(f"{key} {value}" for key, value in row.items()), file=sys.stderr, sep="  ")
+    report(f"second question, {time.monotonic() - started:.0f} s in all", rows)
+
+
+if __name__ == "__main__":
+    main()

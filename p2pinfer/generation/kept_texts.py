@@ -1,0 +1,88 @@
+"""Texts whose sessions are over, and with whose beginning another text may begin on the same hops.
+
+The next question of a chat begins with everything that was said before. Hops keep the cache of a session that
+ended in order for a while, for this client alone. They never see tokens: which text a session held is known
+here and nowhere else, and is forgotten with the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import trio
+
+from p2pinfer.session.chain import ReplaySource
+from p2pinfer.session.session import Session
+from p2pinfer.session.terms import KeptSession
+
+MAX_TEXTS: Final = 64  # as many as a hop keeps for one client
+LEAST_TOKENS: Final = 64  # fewer are computed sooner than a route is chosen for them
+
+# A session that begins with a kept one, on the same hops, for so many tokens; None if that cannot be had.
+OpenBehind: TypeAlias = Callable[[KeptSession, int, frozenset[str], ReplaySource], Awaitable[Session | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    ids: tuple[int, ...]
+    kept: KeptSession
+    until: float
+
+
+class KeptTexts:
+    """Texts of one client, by the sessions that held them."""
+
+    def __init__(self, open_behind: OpenBehind) -> None:
+        self._open_behind = open_behind
+        self._texts: list[_Text] = []  # oldest first
+
+    def note(self, ids: Sequence[int], session: Session) -> None:
+        """Note what a session held that has ended, and that its hops keep, in order of positions."""
+        terms, until = session.chain.terms, trio.current_time() + kept_s(session)
+        kept = KeptSession(terms.session, session.route, terms.codec, len(ids))
+        self._texts = [*self._texts[1 - MAX_TEXTS :], _Text(tuple(ids), kept, until)]
+
+    async def open(
+        self, ids: Sequence[int], tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+    ) -> Session | None:
+        """A session for `tokens` positions behind the longest beginning of `ids` that hops keep.
+
+        At least one of the ids is left to be computed. None if there is no such beginning, or it cannot be
+        had: then any other session does.
+        """
+        kept = self._longest(ids[:-1])
+        if kept is None:
+            return None
+        session = await self._open_behind(kept, tokens, excluded, replay_source)
+        if session is None or not session.chain.prefix:
+            self._texts = [each for each in self._texts if each.kept.session != kept.session]
+        return session
+
+    def _longest(self, ids: Sequence[int]) -> KeptSession | None:
+        now, ids = trio.current_time(), tuple(ids)
+        self._texts = [each for each in self._texts if each.until > now]
+        # Of equal ones the youngest: the others are nearer to their end.
+        counts = [(common_length(each.ids, ids), number) for number, each in enumerate(self._texts)]
+        count, number = max(counts, default=(0, 0))
+        return replace(self._texts[number].kept, tokens=count) if count >= LEAST_TOKENS else None
+
+
+def kept_s(session: Session) -> int:
+    """Seconds for which all hops would keep the session's cache beyond its end; 0 if one would not."""
+    # Who joined later may have computed the past anew, and its neighbours have it as it was before.
+    has_changed = session.repair.done or session.handovers.done
+    return 0 if has_changed else min((hop.opened.keeps_s for hop in session.chain.hops), default=0)
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of ids with which both begin; both sequences are of one type."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by halves, for comparing slices is a thousand times as fast as comparing ids
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
