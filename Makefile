@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs lab lab-lines lab-moves lab-shell page clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs families lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -105,6 +105,12 @@ page: $(TESTABLE)  ## test the page in Chromium, and take its picture; on Debian
 	$(BIN)/python docs/write_page.py
 
 docs: $(TESTABLE)  ## write docs/configuration.md, docs/models.md and docs/openapi.json anew
+
+families: $(TESTABLE)  ## every model family against transformers, each option and split; writes the table of docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.families
+	$(BIN)/python docs/write_models.py
+
+docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_models.py
 	$(BIN)/python docs/write_openapi.py

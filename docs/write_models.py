@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from p2pinfer.errors import CheckpointError
-from p2pinfer.models.checkpoint.defaults import ACTIVATIONS, FAMILIES, complete_config
+from p2pinfer.models.configs.defaults import ACTIVATIONS, complete_config
+from p2pinfer.models.configs.family_rules import FAMILIES
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # A family, and what its config.json says beyond its defaults.
 REFUSED: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("phi3", {}),
+    ("qwen3_5", {}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}),
     ("llama", {"partial_rotary_factor": 0.5}),
     ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     ("gemma2", {"rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}}),
     ("llama", {"rope_scaling": {"rope_type": "yarn"}}),
     ("llama", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}}),
@@ -42,11 +45,38 @@ TEXT = """\
 # Models
 
 p2pinfer reads config.json as transformers 5.24 does and computes what its eager models compute. In float32
-the greedy tokens are equal. tests/models/compute/test_config_options.py compares logits and tokens for every
-field of these families' config classes, in old and new spellings. `make docs` writes this page.
+the greedy tokens are equal. `make docs` writes this page.
 
-Supported families, by `model_type`: {families}. transformers calls a "mistral" with `layer_types`
-"ministral"; p2pinfer accepts both names.
+## Families
+
+Each row was written by `make families`. It gives a tiny model of each config random weights, and compares
+its greedy tokens in float32 with those of transformers. They go over 1 to 4 hops of uneven spans, with
+prompts in chunks of 1 to 36 tokens, three sessions in a batch, and once more with the steps that a GPU
+records. Each option that is named changes transformers' own logits. Here it gives the same tokens.
+"Tokens" are those compared, and all were equal. The last column is the largest difference of a logit.
+
+| `model_type` | options tried beside the family's own | tokens | logits differ by |
+| --- | --- | --- | --- |
+{parity}
+
+- The default of each config key is taken from transformers' classes by
+  `scripts/write_family_defaults.py`. A test holds each of their fields to be read, refused or without
+  effect.
+- For six of them, tests/models/compute/test_config_options.py tries every field in old and new spellings.
+- transformers calls a "mistral" with `layer_types` "ministral"; p2pinfer accepts both names.
+- **Audits** work for all of them, as does **training** of prompts. **LoRA** changes the products that
+  peft knows by the names `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` and `down_proj`,
+  and no others. So BLOOM, Falcon and GPT-NeoX take none, and those that join some of these take it in
+  part. An adapter of other products is refused.
+- **Mixtures of experts** decode with ordinary kernels on a GPU, and not with recorded steps.
+- **`phi3` with `longrope`**: transformers computes all keys again when a text passes the original length.
+  A hop cannot, so such a text ends there, at 4,096 tokens.
+- **`falcon` with ALiBi**: transformers' eager attention adds the slopes twice. p2pinfer computes what its
+  SDPA attention does.
+- **`gpt_oss`**: experts in MXFP4, as published, are laid out in bfloat16, which holds each of their
+  numbers exactly.
+- What keeps a recurrent state, attends to latent vectors or chosen keys, or passes more than hidden
+  states from block to block is refused with that reason.
 
 ## Bundled models
 
@@ -138,10 +168,20 @@ def refused_rows() -> list[str]:
     return rows
 
 
+def parity_rows() -> list[str]:
+    """The rows of the table of families."""
+    table = json.loads(Path(__file__).with_name("family_parity.json").read_text(encoding="utf-8"))
+    assert table.keys() == FAMILIES, "run `make families`"
+    return [
+        f"| `{family}` | {', '.join(row['options']) or 'none'} | {row['tokens']} | {row['logit']:g} |"
+        for family, row in table.items()
+    ]
+
+
 def models() -> str:
     """The whole of docs/models.md."""
     return TEXT.format(
-        families=", ".join(f"`{family}`" for family in sorted(FAMILIES)),
+        parity="\n".join(parity_rows()),
         activations=", ".join(f"`{name}`" for name in sorted(ACTIVATIONS)),
         refused="\n".join(refused_rows()),
     )

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, cast
 import msgspec
 
 from p2pinfer.errors import ProtocolViolation
-from p2pinfer.models.checkpoint.numbers import MAX_NUMBERS, revision_digest
+from p2pinfer.models.configs.numbers import MAX_NUMBERS, revision_digest
 from p2pinfer.models.numerics import Numerics, parse_numerics
 from p2pinfer.models.span import BlockSpan
 
@@ -53,7 +53,7 @@ class Announcement:
         leaving: The peer says goodbye; nothing else of the announcement counts.
         nat: What is between the peer and the internet: between two `symmetric` ones no hole can be punched.
         weights: The content address of the model's weights; empty where the peer does not say.
-        numbers: What the model's config says about the forward pass (`models/checkpoint/numbers.py`); empty
+        numbers: What the model's config says about the forward pass (`models/configs/numbers.py`); empty
             likewise. Weights and numbers together hash to `revision`.
         num_blocks: Blocks of the whole model, for those who do not have it; 0: the peer does not say.
         instance: Drawn anew whenever the peer starts, 8 bytes; empty: the peer does not say.

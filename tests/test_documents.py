@@ -19,7 +19,7 @@ import p2pinfer
 from p2pinfer.api.dialects import DIALECTS
 from p2pinfer.cli.app import run
 from p2pinfer.config import SECTIONS, SHARED, SharedConfig, section_of
-from p2pinfer.models.checkpoint.not_computed import NOT_COMPUTED
+from p2pinfer.models.configs.not_computed import NOT_COMPUTED
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.announcement import Announcement

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from p2pinfer.errors import CheckpointError
+from p2pinfer.models.configs.defaults import complete_config
 from p2pinfer.models.progress import Progress
 
-from .defaults import complete_config
 from .hashes import hash_shards
 from .shard import Shard
 from .shard_header import open_header
@@ -29,7 +29,9 @@ SINGLE_SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _SHARD_NAME = re.compile(r"[\w.+-]{1,200}\.safetensors")
-_BLOCK = re.compile(r"model\.layers\.(\d{1,5})\.")
+_BLOCK = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d{1,5})\.")
+# What checkpoints of BLOOM leave out: transformers adds the model's prefix where it is missing.
+_BARE = re.compile(r"(?:h\.\d{1,5}|word_embeddings|word_embeddings_layernorm|ln_f)\.")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,15 +51,15 @@ class Checkpoint:
         self.spec = spec
         self.config = config
         self._shards = shards
-        self._shard_of = {name: shard for shard in shards.values() for name in shard.names}
+        self._places = {full_name(name): (shard, name) for shard in shards.values() for name in shard.names}
 
     def names(self) -> frozenset[str]:
         """Every tensor that is here. Of a hub model only what was fetched is."""
-        return frozenset(self._shard_of)
+        return frozenset(self._places)
 
     def block_names(self, index: int) -> frozenset[str]:
         """The tensors of one block that are here."""
-        return frozenset(name for name in self._shard_of if block_of(name) == index)
+        return frozenset(name for name in self._places if block_of(name) == index)
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take as stored.
@@ -65,7 +67,7 @@ class Checkpoint:
         Raises:
             CheckpointError: A tensor is not here.
         """
-        return sum(self._locate(name).bytes_of(name) for name in names)
+        return sum(shard.bytes_of(stored) for shard, stored in map(self._locate, names))
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU and as stored, in memory that is the caller's.
@@ -74,11 +76,12 @@ class Checkpoint:
             CheckpointError: It is not here.
             ModelChanged: It is not what was hashed.
         """
-        return self._locate(name).read(name)
+        shard, stored = self._locate(name)
+        return shard.read(stored)
 
-    def _locate(self, name: str) -> Shard:
+    def _locate(self, name: str) -> tuple[Shard, str]:
         try:
-            return self._shard_of[name]
+            return self._places[name]
         except KeyError:
             raise CheckpointError(
                 f"{self.spec.model} lacks the tensor {name} (looked in {self.folder})"
@@ -180,5 +183,10 @@ def refuse_pickles(where: str, file_name: str) -> str:
 
 def block_of(name: str) -> int | None:
     """The block that a tensor belongs to by its name; None outside of all blocks."""
-    match = _BLOCK.match(name)
+    match = _BLOCK.match(full_name(name))
     return int(match[1]) if match else None
+
+
+def full_name(name: str) -> str:
+    """A tensor's name with the prefix of its model."""
+    return f"transformer.{name}" if _BARE.match(name) else name

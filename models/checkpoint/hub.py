@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pinfer.errors import CheckpointError, ModelChanged, ModelNotFound
+from p2pinfer.models.configs.defaults import complete_config
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
@@ -29,7 +30,6 @@ from .checkpoint import (
     parse_index,
     refuse_pickles,
 )
-from .defaults import complete_config
 from .download import Pause
 from .hub_errors import NoSuchModel, is_offline
 from .hub_store import HubStore, Listing

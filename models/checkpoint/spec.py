@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
+from p2pinfer.models.configs.defaults import complete_config, max_positions
+from p2pinfer.models.configs.family_rules import UNGATED
+from p2pinfer.models.configs.numbers import numbers_of, revision_digest, weights_digest
+from p2pinfer.models.configs.rope_config import prompt_limit
 from p2pinfer.models.numerics import CODECS, Numerics, plain
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.text_files import is_text
-
-from .defaults import complete_config, max_positions
-from .numbers import numbers_of, revision_digest, weights_digest
-from .rope_config import prompt_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,14 @@ def revision_of(config: Mapping[str, Any], shard_sha256: Mapping[str, str]) -> s
 
 
 def _block_parameters(complete: Mapping[str, Any]) -> int:
+    """Weights of the largest block's products."""
     heads = 2 * (complete["num_attention_heads"] + complete["num_key_value_heads"]) * complete["head_dim"]
-    feed_forward = 3 * complete["intermediate_size"] * complete.get("num_local_experts", 1)
-    block_parameters: int = complete["hidden_size"] * (heads + feed_forward)
+    inner = complete["intermediate_size"]
+    if experts := complete.get("num_local_experts", 0):
+        of_all = experts * complete.get("moe_intermediate_size", inner)
+        of_all += complete.get("shared_expert_intermediate_size", 0)
+        # Of some families a few blocks have no experts.
+        inner = max(of_all, inner) if complete.get("mlp_only_layers") else of_all
+    products = 2 if complete["model_type"] in UNGATED else 3
+    block_parameters: int = complete["hidden_size"] * (heads + products * inner)
     return block_parameters

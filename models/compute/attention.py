@@ -10,8 +10,7 @@ of 64), which decided the rest:
   number of cached tokens, hence for each step, and takes up to 5 ms for it.
 - A prompt's first piece is `is_causal`, which skips half of the work (2047 tokens: 123 ms, masked 216).
   Later pieces need a mask: SDPA aligns the diagonal of a rectangle to its upper left corner.
-- Soft caps (Gemma 2) are not to be had from SDPA. Those scores are computed in float32: accurate, and MKL
-  compiles nothing.
+- What SDPA does not compute (soft caps, ALiBi, sinks) goes by `scores.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .architecture import Architecture
 from .cache import CacheLease, PagedCache
-from .families import Architecture
-
-# Rows of scores held at once where they are not fused away.
-_SCORE_ROWS = 256
+from .scores import attend_by_scores, extras_of
 
 
 class Attention(Protocol):
@@ -36,13 +33,14 @@ class Attention(Protocol):
 
     positions: Tensor  # (tokens,) in their sequences, on the device
 
-    def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def attend(self, block: int, queries: Tensor, keys_values: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Cache a block's keys and values and attend to what is cached.
 
         Args:
             block: Index within the span.
             queries: (tokens, heads, head_dim), rotated.
             keys_values: (tokens, 2 * kv_heads, head_dim), rotated keys, then values.
+            sinks: (heads,) float32, scores that join each head's softmax and are dropped.
 
         Returns:
             (tokens, heads * head_dim).
@@ -86,14 +84,14 @@ class PackedAttention:
         group = architecture.heads // architecture.kv_heads
         self._groups = (architecture.kv_heads, group, architecture.head_dim)
 
-    def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def attend(self, block: int, queries: Tensor, keys_values: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `Attention`."""
         self._cache.write(block, self._slots, keys_values)
         grouped = queries.view(len(queries), *self._groups)
         if len(self._readers) == 1:
-            return self._readers[0].read(block, grouped).reshape(len(queries), -1)
+            return self._readers[0].read(block, grouped, sinks).reshape(len(queries), -1)
         parts = torch.split(grouped, self._counts)
-        outputs = [reader.read(block, part) for reader, part in zip(self._readers, parts, strict=True)]
+        outputs = [reader.read(block, part, sinks) for reader, part in zip(self._readers, parts, strict=True)]
         return torch.cat(outputs).reshape(len(queries), -1)
 
 
@@ -109,8 +107,9 @@ class _Reader:
         stepwise: bool,
     ) -> None:
         self._stepwise = stepwise
+        self._architecture = architecture
+        self._by_scores = stepwise or architecture.alibi or architecture.attention_softcap is not None
         self._scale = architecture.attention_scale
-        self._softcap = architecture.attention_softcap
         self._tokens = piece.tokens
         length = piece.position + piece.tokens
         self._windows: list[int | None] = []
@@ -123,7 +122,7 @@ class _Reader:
                 self._visible[limit] = _VisibleKeys(architecture, cache, piece, limit)
         self._whole = piece.position == 0
 
-    def read(self, block: int, queries: Tensor) -> Tensor:
+    def read(self, block: int, queries: Tensor, sinks: Tensor | None) -> Tensor:
         """(tokens, kv_heads, group, head_dim) -> the same shape."""
         window = self._windows[block]
         visible = self._visible[window]
@@ -131,20 +130,22 @@ class _Reader:
             keys, values = visible.gathered(block)
         else:
             keys, values = visible.in_place[0][block], visible.in_place[1][block]
-        if self._tokens == 1:
-            return self._read_rows(queries, keys, values, None)
-        if self._whole and window is None and self._softcap is None and not self._stepwise:
+        alone, by_scores = self._tokens == 1, self._by_scores or sinks is not None
+        if not alone and self._whole and window is None and not by_scores:
             return _attend_causally(queries, keys, values, self._scale)
-        rows = queries.transpose(0, 1).flatten(1, 2)[None]
-        output = self._read_rows(rows, keys, values, visible.mask)
+        rows = queries if alone else queries.transpose(0, 1).flatten(1, 2)[None]
+        mask = None if alone else visible.mask
+        if by_scores:
+            extras = extras_of(self._architecture, sinks, visible.start, keys.shape[2], keys.device)
+            output = attend_by_scores(rows, keys, values, mask, self._scale, extras, stepwise=self._stepwise)
+        else:
+            output = self._fused(rows, keys, values, mask)
+        if alone:
+            return output
         return output[0].view(len(rows[0]), len(queries), -1, rows.shape[-1]).transpose(0, 1)
 
-    def _read_rows(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _fused(self, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(1, kv_heads, tokens * group, head_dim) -> the same shape."""
-        if self._stepwise:
-            return attend_stepwise(rows, keys, values, mask, self._scale, self._softcap)
-        if self._softcap is not None:
-            return attend_capped(rows, keys, values, mask, self._scale, self._softcap)
         if rows.shape[2] == 1 and rows.dtype != torch.float32:
             doubled = rows.expand(-1, -1, 2, -1)
             return functional.scaled_dot_product_attention(doubled, keys, values, scale=self._scale)[:, :, :1]
@@ -155,6 +156,7 @@ class _VisibleKeys:
     """Keys that a piece's tokens see, through a window of so many tokens or without one.
 
     Attributes:
+        start: Position of the first key.
         in_place: Keys and values by block, each (1, kv_heads, seen, head_dim), if they follow each other.
     """
 
@@ -166,13 +168,13 @@ class _VisibleKeys:
         self._window = window
         self._group = architecture.heads // architecture.kv_heads
         self._stop = piece.position + piece.tokens
-        self._start = 0 if window is None else max(0, piece.position + 1 - window)
+        self.start = 0 if window is None else max(0, piece.position + 1 - window)
         first = piece.lease.start
         self.in_place: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
         if first is None:
-            self._slots = torch.tensor(piece.lease.slots(self._start, self._stop), device=cache.device)
+            self._slots = torch.tensor(piece.lease.slots(self.start, self._stop), device=cache.device)
         else:
-            self.in_place = cache.view(first + self._start, first + self._stop)
+            self.in_place = cache.view(first + self.start, first + self._stop)
 
     def gathered(self, block: int) -> Tensor:
         """A copy of keys and values that do not lie `in_place`, (2, 1, kv_heads, seen, head_dim)."""
@@ -183,7 +185,7 @@ class _VisibleKeys:
         """Mask to be added to the scores, (tokens * group, seen): 0 where a token sees a key, else -inf."""
         device = self._cache.device
         token = torch.arange(self._piece.position, self._stop, device=device)[:, None]
-        key = torch.arange(self._start, self._stop, device=device)
+        key = torch.arange(self.start, self._stop, device=device)
         hidden = key > token
         if self._window is not None:
             hidden |= key <= token - self._window
@@ -197,38 +199,3 @@ def _attend_causally(queries: Tensor, keys: Tensor, values: Tensor, scale: float
         heads, keys, values, is_causal=True, scale=scale, enable_gqa=True
     )
     return output[0].transpose(0, 1).view(queries.shape)
-
-
-def attend_capped(
-    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Attention under a soft cap: (any, kv_heads, rows, head_dim) -> the same, `mask` added to the scores."""
-    keys, values = keys.float().transpose(2, 3) * (scale / softcap), values.float()
-    outputs: list[Tensor] = []
-    for start in range(0, rows.shape[2], _SCORE_ROWS):
-        part = slice(start, start + _SCORE_ROWS)
-        scores = (rows[:, :, part].float() @ keys).tanh_().mul_(softcap)
-        if mask is not None:
-            scores.add_(mask[..., part, :])
-        outputs.append(scores.softmax(-1) @ values)
-    return torch.cat(outputs, 2).to(rows.dtype)
-
-
-def attend_stepwise(
-    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """Attention as transformers' eager one has it, scores and weights rounded to the rows' dtype.
-
-    (any, kv_heads, rows, head_dim) -> the same, `mask` added to the scores.
-    """
-    keys = keys.transpose(2, 3)
-    outputs: list[Tensor] = []
-    for start in range(0, rows.shape[2], _SCORE_ROWS):
-        part = slice(start, start + _SCORE_ROWS)
-        scores = (rows[:, :, part] @ keys) * scale
-        if softcap is not None:
-            scores = (scores / softcap).tanh_() * softcap
-        if mask is not None:
-            scores += mask[..., part, :]
-        outputs.append(scores.softmax(-1, dtype=torch.float32).to(rows.dtype) @ values)
-    return torch.cat(outputs, 2)

@@ -11,11 +11,11 @@ are three calls, their norms five, their rotation ten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
@@ -23,31 +23,32 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.progress import Progress, Silent
 from p2pinfer.models.span import BlockSpan
 
+from .architecture import Architecture, describe_architecture
 from .attention import Attention
-from .families import Architecture, describe_architecture
-from .layers import Linear, Norm
-from .mlp import ExpertMlp, GatedMlp, load_mlp
-from .rope import Rope, Rotation, rotate
+from .layers import HeadNorm, Linear, Norm, is_norm
+from .mlp import ExpertMlp, FeedForward, load_mlp
+from .rope import Ropes, Rotation, rotate
 from .routing import ExpertChoice
 from .target import Target
 from .updates import RowUpdates
 from .weights import Weights
 
 # Left behind by checkpoints of old; it is computed.
-_RECOMPUTED = "rotary_emb.inv_freq"
+_RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 class BlockLayers(NamedTuple):
     """The layers of one block, for whoever runs them in another way than `Blocks.forward`."""
 
-    attention_norm: Norm
+    attention_norm: Norm | None
     qkv: Linear  # queries, keys and values, side by side
-    query_norm: Norm | None
-    key_norm: Norm | None
+    query_norm: HeadNorm | None
+    key_norm: HeadNorm | None
+    sinks: Tensor | None
     output: Linear
     attention_output_norm: Norm | None
-    mlp_norm: Norm
-    mlp: GatedMlp | ExpertMlp
+    mlp_norm: Norm | None
+    mlp: FeedForward | ExpertMlp
     mlp_output_norm: Norm | None
 
 
@@ -69,7 +70,7 @@ class Blocks:
         span: BlockSpan,
         architecture: Architecture,
         target: Target,
-        rope: Rope,
+        ropes: Ropes,
         blocks: Sequence[_Block],
     ) -> None:
         self.spec = spec
@@ -80,7 +81,7 @@ class Blocks:
         self.numerics = target.numerics
         self.dtype = target.dtype
         self.rounds_stepwise = False
-        self._rope = rope
+        self._ropes = ropes
         self._blocks = blocks
 
     def stepwise(self) -> Blocks:
@@ -105,9 +106,9 @@ class Blocks:
         """The layers of the block with this index within the span."""
         return self._blocks[index].layers()
 
-    def rotation(self, positions: Tensor) -> Rotation:
-        """The rotation of tokens at `positions`, (tokens,)."""
-        return self._rope.at(positions, self.dtype)
+    def rotations(self, positions: Tensor) -> Sequence[Rotation | None]:
+        """The rotation of tokens at `positions`, (tokens,), in each block of the model."""
+        return self._ropes.at(positions, self.dtype)
 
     def forward(
         self,
@@ -124,9 +125,10 @@ class Blocks:
             updates: Low-rank updates of some of the rows.
         """
         part = self.span if span is None else span
-        rotation = self._rope.at(attention.positions, self.dtype)
+        rotations = self._ropes.at(attention.positions, self.dtype)
         for index in range(part.start - self.span.start, part.stop - self.span.start):
             changes = None if updates is None else (self.span.start + index, updates)
+            rotation = rotations[self.span.start + index]
             hidden = self._blocks[index].forward(index, hidden, rotation, attention, changes)
         return hidden
 
@@ -155,46 +157,40 @@ def load_blocks(
     try:
         blocks: list[_Block] = []
         for index, block_names in names.items():
-            weights = Weights(checkpoint, f"model.layers.{index}.", block_names, target, progress)
-            blocks.append(_Block(architecture, weights))
+            prefix = architecture.family.block.format(index)
+            weights = Weights(checkpoint, prefix, block_names, target, progress)
+            blocks.append(_Block(architecture, weights, index))
             weights.finish()
     finally:
         progress.done()
-    return Blocks(checkpoint.spec, span, architecture, target, Rope(checkpoint.config, target.device), blocks)
+    ropes = Ropes(checkpoint.config, architecture, target.device)
+    return Blocks(checkpoint.spec, span, architecture, target, ropes, blocks)
 
 
 class _Block:
     """One transformer block."""
 
-    def __init__(self, architecture: Architecture, weights: Weights) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights, number: int) -> None:
         family, hidden, size = architecture.family, architecture.hidden_size, architecture.head_dim
-        self._heads = architecture.heads
-        self._turned = architecture.heads + architecture.kv_heads  # heads that know their position
-        self._head_shape = (architecture.heads + 2 * architecture.kv_heads, size)
-        widths = (architecture.heads * size, architecture.kv_heads * size, architecture.kv_heads * size)
-        norm: Callable[[str, int], Norm] = partial(
-            weights.norm, eps=architecture.norm_eps, offset=family.norm_offset
-        )
-
-        self._attention_norm = norm(family.attention_norm, hidden)
-        self._qkv = weights.linear(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            hidden,
-            widths,
-            bias=architecture.query_bias,
-        )
-        self._query_norm = norm("self_attn.q_norm", size) if family.head_norms else None
-        self._key_norm = norm("self_attn.k_norm", size) if family.head_norms else None
-        self._output = weights.linear(
-            ("self_attn.o_proj",), widths[0], (hidden,), bias=architecture.output_bias
-        )
-        output_norm = family.attention_output_norm
-        self._attention_output_norm = norm(output_norm, hidden) if output_norm else None
-        self._mlp_norm = norm(family.mlp_norm, hidden)
-        self._mlp = load_mlp(architecture, weights)
-        output_norm = family.mlp_output_norm
-        self._mlp_output_norm = norm(output_norm, hidden) if output_norm else None
+        heads, kv_heads = architecture.heads, architecture.kv_heads
+        self._heads = heads
+        self._turned = heads + kv_heads  # heads that know their position
+        self._head_shape = (heads + 2 * kv_heads, size)
+        self._parallel = family.parallel
+        self._scale = architecture.residual_scale
         self._stepwise = False
+
+        self._attention_norm = _norm(architecture, weights, family.attention_norm)
+        self._qkv = _load_qkv(architecture, weights)
+        self._query_norm, self._key_norm = _load_head_norms(architecture, weights)
+        self._sinks = weights.scores(family.sinks, heads) if family.sinks else None
+        self._output = weights.linear(
+            (family.output,), heads * size, (hidden,), bias=architecture.output_bias
+        )
+        self._attention_output_norm = _norm(architecture, weights, family.attention_output_norm)
+        self._mlp_norm = _norm(architecture, weights, family.mlp_norm)
+        self._mlp = load_mlp(architecture, weights, number)
+        self._mlp_output_norm = _norm(architecture, weights, family.mlp_output_norm)
 
     def layers(self) -> BlockLayers:
         return BlockLayers(
@@ -202,6 +198,7 @@ class _Block:
             self._qkv,
             self._query_norm,
             self._key_norm,
+            self._sinks,
             self._output,
             self._attention_output_norm,
             self._mlp_norm,
@@ -213,7 +210,7 @@ class _Block:
         plain = copy(self)
         plain._stepwise = True
         for name, part in vars(self).items():
-            if isinstance(part, Norm):
+            if is_norm(part):
                 setattr(plain, name, part.stepwise())
         return plain
 
@@ -227,33 +224,88 @@ class _Block:
         self,
         index: int,
         hidden: Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         attention: Attention,
         changes: tuple[int, RowUpdates] | None = None,
     ) -> Tensor:
-        normed = self._attention_norm(hidden)
+        normed = hidden if self._attention_norm is None else self._attention_norm(hidden)
+        attended = self._attend(index, normed, rotation, attention, changes)
+        if self._scale != 1:
+            attended *= self._scale
+        if self._parallel:
+            seen = normed if self._mlp_norm is None else self._mlp_norm(hidden)
+            return attended.add_(hidden).add_(self._feed(seen, changes))
+        hidden = attended.add_(hidden)
+        output = self._feed(hidden if self._mlp_norm is None else self._mlp_norm(hidden), changes)
+        if self._scale != 1:
+            output *= self._scale
+        return output.add_(hidden)
+
+    def _attend(
+        self,
+        index: int,
+        normed: Tensor,
+        rotation: Rotation | None,
+        attention: Attention,
+        changes: tuple[int, RowUpdates] | None,
+    ) -> Tensor:
         product = self._qkv(normed)
         if changes is not None:
             block, updates = changes
             updates.add(block, "qkv", normed, product)
-        heads = product.view(len(hidden), *self._head_shape)
+        heads = product.view(len(normed), *self._head_shape)
         queries, keys = heads[:, : self._heads], heads[:, self._heads : self._turned]
-        if self._query_norm and self._key_norm:
+        if self._query_norm is not None and self._key_norm is not None:
             queries.copy_(self._query_norm(queries))
             keys.copy_(self._key_norm(keys))
-        rotate(heads[:, : self._turned], rotation, stepwise=self._stepwise)
-        attended = attention.attend(index, queries, heads[:, self._heads :])
+        if rotation is not None:
+            rotate(heads[:, : self._turned], rotation, stepwise=self._stepwise)
+        attended = attention.attend(index, queries, heads[:, self._heads :], self._sinks)
         output = self._output(attended)
         if changes is not None:
             block, updates = changes
             updates.add(block, "output", attended, output)
-        if self._attention_output_norm:
-            output = self._attention_output_norm(output)
-        hidden = output.add_(hidden)
-        if changes is not None and isinstance(self._mlp, GatedMlp):
-            output = self._mlp.updated(self._mlp_norm(hidden), *changes)
+        return output if self._attention_output_norm is None else self._attention_output_norm(output)
+
+    def _feed(self, seen: Tensor, changes: tuple[int, RowUpdates] | None) -> Tensor:
+        if changes is not None and isinstance(self._mlp, FeedForward):
+            output = self._mlp.updated(seen, *changes)
         else:
-            output = self._mlp(self._mlp_norm(hidden))
-        if self._mlp_output_norm:
-            output = self._mlp_output_norm(output)
-        return output.add_(hidden)
+            output = self._mlp(seen)
+        return output if self._mlp_output_norm is None else self._mlp_output_norm(output)
+
+
+def _norm(architecture: Architecture, weights: Weights, name: str | None, *shape: int) -> Norm | None:
+    """A norm of the family's kind, of the hidden size unless a shape is given; None without a name."""
+    if name is None:
+        return None
+    family, shape = architecture.family, shape or (architecture.hidden_size,)
+    if family.norm == "layer":
+        return weights.layer_norm(name, *shape, eps=architecture.norm_eps, bias=family.norm_bias)
+    return weights.norm(name, *shape, eps=architecture.norm_eps, offset=family.norm_offset)
+
+
+def _load_head_norms(architecture: Architecture, weights: Weights) -> tuple[HeadNorm | None, HeadNorm | None]:
+    """Norms of queries and keys."""
+    family, size = architecture.family, architecture.head_dim
+    norms: list[HeadNorm | None] = []
+    for name, heads in zip(family.head_norm_names, (architecture.heads, architecture.kv_heads), strict=True):
+        shapes = {"each head": (size,), "all heads": (heads * size,), "own of each head": (heads, size)}
+        shape = shapes.get(family.head_norms)
+        norm = _norm(architecture, weights, name, *shape) if shape else None
+        norms.append(None if norm is None else HeadNorm(norm, joined=family.head_norms == "all heads"))
+    return norms[0], norms[1]
+
+
+def _load_qkv(architecture: Architecture, weights: Weights) -> Linear:
+    """The product of queries, keys and values side by side, however the family stores them."""
+    family, hidden = architecture.family, architecture.hidden_size
+    heads, kv_heads, size = architecture.heads, architecture.kv_heads, architecture.head_dim
+    widths = (heads * size, kv_heads * size, kv_heads * size)
+    if len(family.qkv) == 3:
+        return weights.linear(family.qkv, hidden, widths, bias=architecture.query_bias)
+    order: Tensor | None = None
+    if family.grouped:
+        stored = torch.arange(sum(widths)).view(kv_heads, -1, size)  # by key head: queries, key, value
+        order = torch.cat([stored[:, :-2].flatten(), stored[:, -2].flatten(), stored[:, -1].flatten()])
+    return weights.linear(family.qkv, hidden, (sum(widths),), bias=architecture.query_bias, order=order)

@@ -1,4 +1,4 @@
-"""Linear layer and norm, from which blocks, embedding and LM head are built.
+"""Linear layer and norms, from which blocks, embedding and LM head are built.
 
 The product has its weight laid out once, at load, for the processor it will run on. On a CPU that is
 oneDNN's blocked layout. Measured on one core of an AMD EPYC (Zen 5, torch 2.13), a 5632 x 1024 weight,
@@ -20,7 +20,7 @@ beyond a few rows, zeros fill them up to the next of four sizes per power of two
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Linear:
         return product[:count]
 
 
-class Norm:
-    """Root mean square norm over the last dimension, computed in float32 as every family does.
+class RmsNorm:
+    """Root mean square norm.
 
     With `stepwise` the normed rows are rounded before they are weighted, as in transformers.
     """
@@ -72,9 +72,9 @@ class Norm:
         self._eps = eps
         self._stepwise = stepwise
 
-    def stepwise(self) -> Norm:
+    def stepwise(self) -> RmsNorm:
         """The same norm, rounding stepwise."""
-        return Norm(self._weight, self._eps, stepwise=True)
+        return RmsNorm(self._weight, self._eps, stepwise=True)
 
     def __call__(self, rows: Tensor) -> Tensor:
         if self._stepwise and rows.dtype == self._weight.dtype:
@@ -84,6 +84,55 @@ class Norm:
         if rows.dtype == self._weight.dtype:
             return functional.rms_norm(rows, self._shape, self._weight, self._eps)
         return functional.rms_norm(rows.float(), self._shape, self._weight, self._eps).to(rows.dtype)
+
+
+class LayerNorm:
+    """Norm of mean 0 and variance 1, with or without a bias; a weight may be (heads, head_dim)."""
+
+    __slots__ = ("_bias", "_eps", "_weight")
+
+    def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
+        self._weight = weight
+        self._eps = eps
+        self._bias = bias
+
+    def stepwise(self) -> LayerNorm:
+        """The same norm: transformers rounds it once, too."""
+        return self
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        size = rows.shape[-1:]
+        if self._weight.dim() == 1 and rows.dtype == self._weight.dtype:
+            return functional.layer_norm(rows, size, self._weight, self._bias, self._eps)
+        normed = functional.layer_norm(rows.float(), size, None, None, self._eps) * self._weight.float()
+        return (normed if self._bias is None else normed + self._bias.float()).to(rows.dtype)
+
+
+Norm: TypeAlias = RmsNorm | LayerNorm
+
+
+class HeadNorm:
+    """Norm of queries or keys, (tokens, heads, head_dim), head by head or over all heads together."""
+
+    __slots__ = ("_joined", "_norm")
+
+    def __init__(self, norm: Norm, *, joined: bool) -> None:
+        self._norm = norm
+        self._joined = joined
+
+    def stepwise(self) -> HeadNorm:
+        """The same norm, rounding stepwise."""
+        return HeadNorm(self._norm.stepwise(), joined=self._joined)
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        if self._joined:
+            return self._norm(heads.flatten(1)).view(heads.shape)
+        return self._norm(heads)
+
+
+def is_norm(part: object) -> bool:
+    """True for any of these."""
+    return isinstance(part, RmsNorm | LayerNorm | HeadNorm)
 
 
 def padded_rows(count: int) -> int:

@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from p2pinfer.models.span import BlockSpan
 
-from .attention import Piece, attend_capped
+from .attention import Piece
 from .blocks import Blocks
 from .cache import CacheLease, PagedCache
+from .scores import attend_by_scores, extras_of
 
 _MAX_BATCH = 32
 _MIN_CONTEXT = 256
@@ -134,7 +135,7 @@ class _PagedAttention:
         self._masks = {window: _mask(distance, window, cache.dtype) for window in set(self._windows)}
         self._seen_slots = torch.where(distance >= 0, slots, cache.null_slot).flatten()
 
-    def attend(self, block: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def attend(self, block: int, queries: Tensor, keys_values: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `Attention`."""
         shape, batch = self._architecture, len(queries)
         self._cache.write(block, self._slots, keys_values)
@@ -144,14 +145,14 @@ class _PagedAttention:
         split = gathered.view(2, shape.kv_heads, batch, -1, shape.head_dim).transpose(1, 2)
         keys, values = split[0], split[1]  # (batch, kv_heads, context, head_dim)
         rows = queries.view(batch, shape.kv_heads, -1, shape.head_dim)
-        mask = self._masks[self._windows[block]]
-        if shape.attention_softcap is not None:
-            output = attend_capped(rows, keys, values, mask, shape.attention_scale, shape.attention_softcap)
-        else:
-            mask = mask.expand(-1, -1, rows.shape[2], -1)
+        mask = self._masks[self._windows[block]].expand(-1, -1, rows.shape[2], -1)
+        extras = extras_of(shape, sinks, 0, keys.shape[2], keys.device)
+        if extras.are_none:
             output = functional.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=mask, scale=shape.attention_scale
             )
+        else:
+            output = attend_by_scores(rows, keys, values, mask, shape.attention_scale, extras)
         return output.reshape(batch, -1)
 
 

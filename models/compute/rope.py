@@ -3,46 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from p2pinfer.models.configs.rope_config import rotary_size
+
+from .architecture import Architecture
+
 
 class Rotation(NamedTuple):
-    """The angles of a batch: for each token a cosine and a sine, the sine's first half negated."""
+    """The angles of a batch: for each token a cosine and a sine, that of a pair's first number negated."""
 
-    cos: Tensor  # (tokens, 1, head_dim)
-    sin: Tensor  # (tokens, 1, head_dim)
+    cos: Tensor  # (tokens, 1, numbers of a head that are rotated)
+    sin: Tensor
+    neighbours: bool = False  # whether a pair's numbers lie side by side, and not half of them apart
+
+
+class Ropes:
+    """The rotary embeddings of a model's blocks.
+
+    Attributes:
+        by_kind: Each of them; the only one of a model has the kind "".
+    """
+
+    def __init__(self, config: Mapping[str, Any], architecture: Architecture, device: torch.device) -> None:
+        settings = config["rope_parameters"]
+        kinds = {"": settings} if "rope_type" in settings else settings
+        self._kinds = architecture.rope_kinds
+        self._blocks = len(architecture.windows)
+        self.by_kind = {
+            kind: Rope(rope, architecture.head_dim, device, neighbours=architecture.family.neighbours)
+            for kind, rope in kinds.items()
+            if rope["rope_type"] != "none"
+        }
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Sequence[Rotation | None]:
+        """The rotation of tokens at `positions` in each block; None where nothing is rotated.
+
+        Args:
+            positions: (tokens,) whole numbers.
+        """
+        found: dict[str | None, Rotation | None] = {
+            kind: rope.at(positions, dtype) for kind, rope in self.by_kind.items()
+        }
+        if not self._kinds:
+            return [found[""]] * self._blocks
+        return [found.get(kind) for kind in self._kinds]
 
 
 class Rope:
-    """The frequencies of a model's rotary embedding, by its config as `complete_config` gives it.
+    """The frequencies of one rotary embedding.
 
     Those of two types depend on how long the text is when a token is computed, which for a token that is
     generated is its position: see `rope_config.prompt_limit`.
     """
 
-    def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
-        rope, size = config["rope_parameters"], config["head_dim"]
+    def __init__(
+        self, rope: Mapping[str, Any], head_dim: int, device: torch.device, *, neighbours: bool = False
+    ) -> None:
+        """The embedding of one entry of a complete config's `rope_parameters`."""
+        size = rotary_size(rope["rope_type"], rope, head_dim)
         self._size = size
         self._type = rope["rope_type"]
-        self._frequencies = _twice(_frequencies(rope, size)).to(device)
+        self._neighbours = neighbours
+        self._frequencies = self._twice(_frequencies(rope, size)).to(device)
         self._scale = _scale(rope)
-        self._sign = torch.cat((-torch.ones(size // 2), torch.ones(size // 2))).to(device)
+        self._sign = self._twice(torch.ones(size // 2), first=-1).to(device)
         if self._type == "longrope":
-            self._beyond = _twice(_divided(rope, size, "long_factor")).to(device)
+            self._beyond = self._twice(_divided(rope, size, "long_factor")).to(device)
         if self._type == "dynamic":
             self._theta, self._factor = float(rope["rope_theta"]), float(rope["factor"])
-            self._exponents = _twice(_exponents(size)).to(device)
-        self._original = rope.get("original_max_position_embeddings")
+            self._exponents = self._twice(_exponents(size)).to(device)
+        self._original: int = rope.get("original_max_position_embeddings", 0)
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions`, a tensor of whole numbers (tokens,)."""
         angles = positions[:, None, None] * self._frequencies_at(positions[:, None, None])
         cos, sin = angles.cos() * self._scale, angles.sin() * (self._sign * self._scale)
-        return Rotation(cos.to(dtype), sin.to(dtype))
+        return Rotation(cos.to(dtype), sin.to(dtype), self._neighbours)
+
+    def _twice(self, values: Tensor, first: int = 1) -> Tensor:
+        """A value for both numbers of each pair, which lie side by side or half of all apart."""
+        pair = (values * first, values)
+        return torch.stack(pair, -1).flatten() if self._neighbours else torch.cat(pair)
 
     def _frequencies_at(self, positions: Tensor) -> Tensor:
         """(tokens, 1, 1) -> what broadcasts to (tokens, 1, head_dim); no branch looks at a position."""
@@ -58,17 +104,24 @@ class Rope:
 
 
 def rotate(heads: Tensor, rotation: Rotation, *, stepwise: bool = False) -> None:
-    """Turn `heads`, (tokens, any number of heads, head_dim), in place; see `Blocks.stepwise`."""
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    """Turn `heads`, (tokens, any number of heads, head_dim), in place; see `Blocks.stepwise`.
+
+    Where the rotation is narrower than a head, the first numbers are rotated.
+    """
+    width = rotation.cos.shape[-1]
+    turned = heads if width == heads.shape[-1] else heads[..., :width]
+    swapped = swap_pairs(turned, rotation) if rotation.neighbours else turned.roll(width // 2, -1)
     if stepwise:
-        heads.mul_(rotation.cos).add_(swapped * rotation.sin)
+        turned.mul_(rotation.cos).add_(swapped * rotation.sin)
         return
-    heads.mul_(rotation.cos).addcmul_(swapped, rotation.sin)
+    turned.mul_(rotation.cos).addcmul_(swapped, rotation.sin)
 
 
-def _twice(frequencies: Tensor) -> Tensor:
-    """For both numbers of each pair, which lie half a head apart."""
-    return torch.cat((frequencies, frequencies))
+def swap_pairs(turned: Tensor, rotation: Rotation) -> Tensor:
+    """A copy in which the two numbers of each pair have changed places."""
+    if rotation.neighbours:
+        return turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    return turned.roll(turned.shape[-1] // 2, -1)
 
 
 def _exponents(size: int) -> Tensor:

@@ -11,7 +11,7 @@ from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.progress import Progress
 
-from .layers import Linear, Norm
+from .layers import LayerNorm, Linear, Norm, RmsNorm
 from .target import Target
 
 
@@ -40,7 +40,13 @@ class Weights:
         return self._prefix + name in self._checkpoint.names()
 
     def linear(
-        self, names: Sequence[str], inputs: int, outputs: Sequence[int], *, bias: bool = False
+        self,
+        names: Sequence[str],
+        inputs: int,
+        outputs: Sequence[int],
+        *,
+        bias: bool = False,
+        order: Tensor | None = None,
     ) -> Linear:
         """Several products of the same rows as one, their outputs side by side.
 
@@ -49,18 +55,45 @@ class Weights:
             inputs: What a row has.
             outputs: What a row gets from each product.
             bias: Whether they have biases. Where none of them is stored they are zero, as in transformers.
+            order: Which stored output each output is, where that is another.
         """
         sizes = list(zip(names, outputs, strict=True))
         weight = _joined([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
+        weight = weight if order is None else weight[order]
         if not (bias and any(self.has(f"{name}.bias") for name in names)):
             return Linear(self._target.place(weight))
         biases = _joined([self._take(f"{name}.bias", size) for name, size in sizes])
+        biases = biases if order is None else biases[order]
         return Linear(self._target.place(weight), self._target.place(biases))
 
-    def norm(self, name: str, size: int, *, eps: float, offset: float = 0.0) -> Norm:
-        """A norm. A weight that is stored less an `offset` becomes float32: 1 + w needs the bits."""
-        weight = self._take(f"{name}.weight", size).float() + offset
-        return Norm(weight.to(self._target.device) if offset else self._target.place(weight), eps)
+    def stored(self, name: str, *shape: int) -> Tensor:
+        """A tensor as it is stored, of this shape."""
+        return self._take(name, *shape)
+
+    def placed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A product of tensors that were taken with `stored`."""
+        return Linear(self._target.place(weight), None if bias is None else self._target.place(bias))
+
+    def scores(self, name: str, count: int) -> Tensor:
+        """A vector in float32, as attention takes what joins its scores."""
+        return self._take(name, count).to(self._target.device, self._target.dtype).float()
+
+    def norm(self, name: str, *shape: int, eps: float, offset: float = 0.0) -> Norm:
+        """A root mean square norm.
+
+        A weight that is stored less an `offset` becomes float32: 1 + w needs the bits.
+        """
+        weight = self._take(f"{name}.weight", *shape)
+        if offset:
+            return RmsNorm((weight.float() + offset).to(self._target.device), eps)
+        return RmsNorm(self._target.place(weight), eps)
+
+    def layer_norm(self, name: str, *shape: int, eps: float, bias: bool) -> Norm:
+        """A norm of mean and variance."""
+        weight = self._target.place(self._take(f"{name}.weight", *shape))
+        return LayerNorm(
+            weight, eps, self._target.place(self._take(f"{name}.bias", *shape)) if bias else None
+        )
 
     def table(self, name: str, rows: int, columns: int) -> Tensor:
         """A plain matrix."""

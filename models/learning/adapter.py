@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.span import BlockSpan
 
 ATTENTION: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -82,22 +82,10 @@ def projection_shape(architecture: Architecture, projection: str) -> tuple[int, 
     Raises:
         ValueError: A model of this family has no such product that takes an update.
     """
-    hidden, inner, size = architecture.hidden_size, architecture.inner_size, architecture.head_dim
-    queries, keys = architecture.heads * size, architecture.kv_heads * size
-    shapes = {
-        "self_attn.q_proj": (hidden, queries),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.o_proj": (queries, hidden),
-    }
-    if architecture.family.experts is None:
-        shapes |= {
-            "mlp.gate_proj": (hidden, inner),
-            "mlp.up_proj": (hidden, inner),
-            "mlp.down_proj": (inner, hidden),
-        }
+    shapes = architecture.projections
     if projection not in shapes:
-        raise ValueError(f"{projection:.60} is no product that takes an adapter: {', '.join(shapes)} are")
+        known = f"{', '.join(shapes)} are" if shapes else "this family has none"
+        raise ValueError(f"{projection:.60} is no product that takes an adapter: {known}")
     return shapes[projection]
 
 

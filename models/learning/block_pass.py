@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.compute.blocks import BlockLayers
-from p2pinfer.models.compute.families import Architecture
-from p2pinfer.models.compute.mlp import ExpertMlp, GatedMlp
-from p2pinfer.models.compute.rope import Rotation
+from p2pinfer.models.compute.mlp import ExpertMlp, FeedForward
+from p2pinfer.models.compute.rope import Rotation, swap_pairs
 
 from .adapter import BlockAdapter
 from .products import Dropout, product, updated
@@ -23,7 +23,7 @@ def run_block(
     architecture: Architecture,
     window: int | None,
     hidden: Tensor,
-    rotation: Rotation,
+    rotation: Rotation | None,
     rows: Rows,
     adapter: BlockAdapter,
     dropout: Dropout,
@@ -32,24 +32,28 @@ def run_block(
 
     Args:
         hidden: (tokens, hidden_size), the sequences of `rows`; left as it is.
+        rotation: That of the block; None where it rotates nothing.
     """
     if adapter.prompt is not None:
         at, which = rows.first_tokens(len(adapter.prompt))
         hidden = hidden.index_add(0, at, adapter.prompt[which].to(hidden.dtype))
-    output = _attention(
-        layers, architecture, window, layers.attention_norm(hidden), rotation, rows, adapter, dropout
-    )
+    scale = architecture.residual_scale
+    normed = hidden if layers.attention_norm is None else layers.attention_norm(hidden)
+    output = _attention(layers, architecture, window, normed, rotation, rows, adapter, dropout)
     if layers.attention_output_norm is not None:
         output = layers.attention_output_norm(output)
-    hidden = hidden + output
-    normed = layers.mlp_norm(hidden)
+    attended = hidden + output * scale
+    if not architecture.family.parallel:
+        hidden = normed = attended
+    if layers.mlp_norm is not None:
+        normed = layers.mlp_norm(hidden)
     if isinstance(layers.mlp, ExpertMlp):
         output = _experts(layers.mlp, normed)
     else:
-        output = _gated(layers.mlp, normed, adapter, dropout)
+        output = _dense(layers.mlp, normed, architecture, adapter, dropout)
     if layers.mlp_output_norm is not None:
         output = layers.mlp_output_norm(output)
-    return hidden + output
+    return attended + output * scale
 
 
 def _attention(
@@ -57,13 +61,14 @@ def _attention(
     architecture: Architecture,
     window: int | None,
     normed: Tensor,
-    rotation: Rotation,
+    rotation: Rotation | None,
     rows: Rows,
     adapter: BlockAdapter,
     dropout: Dropout,
 ) -> Tensor:
     heads, kv_heads, size = architecture.heads, architecture.kv_heads, architecture.head_dim
     parts = torch.split(product(layers.qkv, normed), [heads * size, kv_heads * size, kv_heads * size], -1)
+    # Of a family that stores them as one, or by other names, no adapter has these.
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     queries, keys, values = (
         updated(part, normed, adapter.on(name), dropout).view(len(normed), -1, size)
@@ -71,35 +76,50 @@ def _attention(
     )
     if layers.query_norm is not None and layers.key_norm is not None:
         queries, keys = layers.query_norm(queries), layers.key_norm(keys)
-    queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
-    attended = rows.attend(architecture, window, queries, keys, values)
-    return updated(product(layers.output, attended), attended, adapter.on("self_attn.o_proj"), dropout)
+    if rotation is not None:
+        queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
+    attended = rows.attend(architecture, window, queries, keys, values, layers.sinks)
+    return updated(
+        product(layers.output, attended), attended, adapter.on(architecture.family.output), dropout
+    )
 
 
-def _gated(mlp: GatedMlp, normed: Tensor, adapter: BlockAdapter, dropout: Dropout) -> Tensor:
-    gate, up = product(mlp.gate_up, normed).chunk(2, -1)
-    gate = updated(gate, normed, adapter.on("mlp.gate_proj"), dropout)
-    up = updated(up, normed, adapter.on("mlp.up_proj"), dropout)
-    inner = mlp.activation(gate) * up
-    return updated(product(mlp.down, inner), inner, adapter.on("mlp.down_proj"), dropout)
+def _dense(
+    mlp: FeedForward, normed: Tensor, architecture: Architecture, adapter: BlockAdapter, dropout: Dropout
+) -> Tensor:
+    family = architecture.family
+    both = product(mlp.gate_up, normed)
+    parts = torch.split(both, both.shape[-1] // len(family.gate_up), -1)
+    both = torch.cat(
+        [
+            updated(part, normed, adapter.on(name), dropout)
+            for name, part in zip(family.gate_up, parts, strict=True)
+        ],
+        -1,
+    )
+    inner = mlp.inner(both)
+    return updated(product(mlp.down, inner), inner, adapter.on(family.down), dropout)
 
 
 def _experts(mlp: ExpertMlp, normed: Tensor) -> Tensor:
-    scores = product(mlp.router, normed).float()
-    odds = scores.softmax(-1)
-    chosen = scores.topk(mlp.experts_per_token, dim=-1).indices
-    weights = odds.gather(-1, chosen)
-    weights = (weights / weights.sum(-1, keepdim=True)).to(normed.dtype)
+    chosen, weights = mlp.weigh(product(mlp.router, normed).float(), normed.dtype)
     output = torch.zeros_like(normed)
     for index in sorted({int(expert) for expert in chosen.flatten()}):
         token, rank = torch.where(chosen == index)
-        expert = mlp.experts[index]
-        gate, up = product(expert.gate_up, normed[token]).chunk(2, -1)
-        inner = product(expert.down, expert.activation(gate) * up)
+        inner = _plain(mlp.experts[index], normed[token])
         output = output.index_add(0, token, inner * weights[token, rank, None])
+    if mlp.shared is not None and mlp.shared_gate is not None:
+        output = output + product(mlp.shared_gate, normed).sigmoid() * _plain(mlp.shared, normed)
     return output
+
+
+def _plain(layer: FeedForward, rows: Tensor) -> Tensor:
+    return product(layer.down, layer.inner(product(layer.gate_up, rows)))
 
 
 def _rotated(heads: Tensor, rotation: Rotation) -> Tensor:
     """`heads`, (tokens, any number of heads, head_dim), turned."""
-    return heads * rotation.cos + heads.roll(heads.shape[-1] // 2, -1) * rotation.sin
+    width = rotation.cos.shape[-1]
+    turned = heads[..., :width]
+    turned = turned * rotation.cos + swap_pairs(turned, rotation) * rotation.sin
+    return turned if width == heads.shape[-1] else torch.cat((turned, heads[..., width:]), -1)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.span import BlockSpan
 
 from .adapter import Adapter, projection_shape
@@ -60,7 +60,7 @@ class BroughtAdapter:
         if not rank:
             return None
         at = 0
-        for name in projections:
+        for name in (each for each in projections if each in self._architecture.projections):
             outputs = projection_shape(self._architecture, name)[1]
             up = torch.zeros(outputs, rank, device=self._adapter.values.device)
             for update, factors in part.on(name):

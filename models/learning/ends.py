@@ -65,6 +65,4 @@ class TrainedEnds:
         return total, gradient
 
     def _logits(self, rows: Tensor) -> Tensor:
-        logits = product(self._ends.head, self._ends.norm(rows)).float()
-        softcap = self._ends.softcap
-        return logits if softcap is None else (logits / softcap).tanh() * softcap
+        return self._ends.scaled(product(self._ends.head, self._ends.norm(rows)).float())

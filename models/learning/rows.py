@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
+from p2pinfer.models.compute.scores import Extras, attend_by_scores, extras_of
 
 
 class Rows:
@@ -52,7 +53,13 @@ class Rows:
         return torch.tensor(rows, device=device), torch.tensor(which, device=device)
 
     def attend(
-        self, architecture: Architecture, window: int | None, queries: Tensor, keys: Tensor, values: Tensor
+        self,
+        architecture: Architecture,
+        window: int | None,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention within each sequence; differentiable.
 
@@ -60,6 +67,7 @@ class Rows:
             window: How many tokens back a token sees, itself included; None: all.
             queries: (tokens, heads, head_dim).
             keys: (tokens, kv_heads, head_dim), as are the values.
+            sinks: (heads,) float32, scores that join each head's softmax and are dropped.
 
         Returns:
             (tokens, heads * head_dim).
@@ -73,7 +81,8 @@ class Rows:
                 each[part].view(*shape, *each.shape[1:]).transpose(1, 2) for each in (queries, keys, values)
             ]
             limit = None if window is None or window >= self._reach(part, length) else window
-            output = self._attend(architecture, part, length, limit, *heads)
+            extras = extras_of(architecture, sinks, 0, length, queries.device)
+            output = self._attend(architecture, part, length, limit, extras, *heads)
             outputs.append(output.transpose(1, 2).reshape(length * count, -1))
             start = part.stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -89,24 +98,28 @@ class Rows:
         part: slice,
         length: int,
         window: int | None,
+        extras: Extras,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
     ) -> Tensor:
-        scale, softcap = architecture.attention_scale, architecture.attention_softcap
-        if softcap is None and window is None:
+        scale = architecture.attention_scale
+        if extras.are_none and window is None:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
             )
         mask = self._mask(part, length, window, queries.dtype)
-        if softcap is None:
+        if extras.are_none:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             )
+        # Rows of one key head: its queries of one token after those of the other.
+        shape = (len(queries), architecture.kv_heads, -1, length, architecture.head_dim)
+        rows = queries.reshape(shape).transpose(2, 3).flatten(2, 3)
         group = architecture.heads // architecture.kv_heads
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        scores = ((queries.float() @ keys.float().transpose(2, 3)) * (scale / softcap)).tanh() * softcap
-        return ((scores + mask).softmax(-1) @ values.float()).to(queries.dtype)
+        output = attend_by_scores(rows, keys, values, mask.repeat_interleave(group, 2), scale, extras)
+        apart = output.view(*output.shape[:2], length, group, -1)
+        return apart.transpose(2, 3).reshape(queries.shape)
 
     def _mask(self, part: slice, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(sequences, 1, length, length): 0 where a token sees a key, else -inf."""

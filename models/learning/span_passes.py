@@ -133,7 +133,7 @@ class SpanPasses:
             blocks.architecture,
             blocks.windows[index],
             hidden,
-            blocks.rotation(batch.rows.positions),
+            blocks.rotations(batch.rows.positions)[block],
             batch.rows,
             part,
             Dropout(batch.seed),

@@ -8,9 +8,9 @@ from typing import Final
 
 import trio
 
-from p2pinfer.models.checkpoint.numbers import MAX_NUMBERS
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.runner import SpanRunner
+from p2pinfer.models.configs.numbers import MAX_NUMBERS
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol.messages import printable
 from p2pinfer.node.swarm.membership import SwarmMember

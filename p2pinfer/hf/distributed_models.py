@@ -23,13 +23,8 @@ from p2pinfer.errors import LocalError
 from p2pinfer.folders import cache_folder, expand
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
-from p2pinfer.models.compute.embedding_and_head import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    embedding_and_head_names,
-)
-from p2pinfer.models.compute.families import describe_architecture
+from p2pinfer.models.compute.architecture import describe_architecture
+from p2pinfer.models.compute.embedding_and_head import embedding_and_head_names, names_of_ends
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.options import ClientOptions
 
@@ -38,6 +33,7 @@ from .remote_pass import RemotePasses
 
 _IGNORED = -100  # transformers' label of what is not predicted
 TRAINED_FILE = "trained.safetensors"
+_ENDS = ("model", "layers", "embed_tokens", None, "norm")
 
 
 class _Loader:
@@ -104,6 +100,12 @@ class DistributedModelForSequenceClassification(_Loader):
 def _build(
     auto: str, checkpoint: Checkpoint, passes: RemotePasses, dtype: str | torch.dtype, changes: dict[str, Any]
 ) -> Any:
+    family = describe_architecture(checkpoint.config).family
+    if (family.root, family.layers, family.embedding, family.embedding_norm, family.final_norm) != _ENDS:
+        raise LocalError(
+            f"{checkpoint.spec.model} is a {checkpoint.spec.family}, whose parts have other names than "
+            "Llama's; transformers' classes are not made of it: use p2pinfer.Client"
+        )
     library: Any = transformers
     config = library.AutoConfig.from_pretrained(checkpoint.folder)
     for name, value in changes.items():
@@ -127,8 +129,8 @@ def _build(
     inner.layers = RemoteLayers(layers, passes, span)
     inner.rotary_emb = nn.Identity()  # positions are turned where the blocks are
     _fill(model, checkpoint)
-    family: Any = model.__class__
-    model.__class__ = _subclass(family, _Distributed, forward=_checking(family.forward))
+    own: Any = model.__class__
+    model.__class__ = _subclass(own, _Distributed, forward=_checking(own.forward))
     inner.__class__ = _subclass(inner.__class__, _DistributedBase)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config = _generation_config(library, checkpoint, config)
@@ -151,18 +153,22 @@ def _generation_config(library: Any, checkpoint: Checkpoint, config: Any) -> Any
 
 def _fill(model: Any, checkpoint: Checkpoint) -> None:
     """Copy embedding, norm and head out of the checkpoint."""
+    ends = names_of_ends(describe_architecture(checkpoint.config).family)
     names = embedding_and_head_names(checkpoint)
-    ends = [name for name in (EMBEDDING, HEAD) if f"{name}.weight" in names]
+    tables = [name for name in (ends.embedding, ends.head) if f"{name}.weight" in names]
     head = getattr(model, "lm_head", None)
-    if head is not None and len(ends) == 2 and head.weight is model.model.embed_tokens.weight:
+    if head is not None and len(tables) == 2 and head.weight is model.model.embed_tokens.weight:
         # The files have both, and then both count, whatever the config says of tying.
         head.weight = nn.Parameter(torch.empty_like(head.weight))
         model.config.tie_word_embeddings = False
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(checkpoint.read(f"{ends[0]}.weight"))
-        model.model.norm.weight.copy_(checkpoint.read(f"{NORM}.weight"))
+        model.model.embed_tokens.weight.copy_(checkpoint.read(f"{tables[0]}.weight"))
+        for name in sorted(each for each in names if each.startswith(f"{ends.norm}.")):
+            model.get_parameter(name).copy_(checkpoint.read(name))
         if head is not None:
-            head.weight.copy_(checkpoint.read(f"{ends[-1]}.weight"))
+            head.weight.copy_(checkpoint.read(f"{tables[-1]}.weight"))
+            if f"{ends.head}.bias" in names:
+                head.bias.copy_(checkpoint.read(f"{ends.head}.bias"))
 
 
 _made: dict[tuple[type, type], type] = {}
@@ -200,6 +206,7 @@ def _checking(forward: Any) -> Any:
 class _DistributedBase(nn.Module):
     """The model below the head: embedding, blocks on the swarm, norm."""
 
+    config: Any
     embed_tokens: nn.Embedding
     layers: RemoteLayers
     norm: nn.Module
@@ -235,6 +242,7 @@ class _DistributedBase(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
+        inputs_embeds = inputs_embeds * getattr(self.config, "embedding_multiplier", 1)  # Granite's
         hidden = self.norm(self.layers(inputs_embeds, attention_mask, position_ids))
         return MoeModelOutputWithPast(last_hidden_state=hidden)
 

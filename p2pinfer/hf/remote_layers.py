@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from p2pinfer.errors import LocalError
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.learning.adapter import PROJECTIONS, LowRank, projection_shape
 from p2pinfer.models.span import BlockSpan
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from p2pinfer.errors import ConfigError, LocalError
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.learning.adapter import LowRank, projection_shape
 from p2pinfer.text_files import read_text
 

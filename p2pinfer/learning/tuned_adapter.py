@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from p2pinfer.errors import ConfigError
-from p2pinfer.models.compute.families import Architecture
+from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.learning.adapter import PROJECTIONS, Factors, LowRank, projection_shape
 
 from .trained_adapter import AdapterGradient, ModelAdapter
@@ -82,9 +82,11 @@ def new_lora(
     for projection in PROJECTIONS:
         try:
             projection_shape(architecture, projection)
-        except ValueError:  # of experts, which take none
+        except ValueError:  # of experts, which take none, or by another name in this family
             continue
         known[projection.rpartition(".")[2]] = projection
+    if not known:
+        raise ConfigError("no product of this model's family takes LoRA here; tune a prompt instead")
     if strange := sorted(set(targets) - known.keys()):
         raise ConfigError(
             f"this model has no product {strange[0]} that takes LoRA; it has {', '.join(known)}"

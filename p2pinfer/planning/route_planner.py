@@ -12,9 +12,9 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import NoRoute, PeerError, PeerRefused
-from p2pinfer.models.checkpoint.numbers import differences
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.configs.numbers import differences
 from p2pinfer.models.numerics import LOSSLESS, Codec, common_codec, row_bytes
 from p2pinfer.models.span import BlockSpan, uncovered
 from p2pinfer.node.swarm.membership import SwarmMember

@@ -10,8 +10,8 @@ import pytest
 
 from p2pinfer.errors import NoRoute
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
-from p2pinfer.models.checkpoint.numbers import numbers_of, revision_digest
 from p2pinfer.models.checkpoint.spec import read_config
+from p2pinfer.models.configs.numbers import numbers_of, revision_digest
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.planning.policy_runner import PolicyRunner

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import ProtocolViolation
-from p2pinfer.models.checkpoint.numbers import MAX_NUMBERS, revision_digest
+from p2pinfer.models.configs.numbers import MAX_NUMBERS, revision_digest
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import (
     MAX_ANNOUNCEMENT_BYTES,

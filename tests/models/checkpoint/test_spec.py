@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
-from p2pinfer.models.checkpoint.numbers import revision_digest
 from p2pinfer.models.checkpoint.spec import model_spec, revision_of
+from p2pinfer.models.configs.numbers import revision_digest
 from p2pinfer.models.span import BlockSpan
 
 CONFIG: dict[str, Any] = {

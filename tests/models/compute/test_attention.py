@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from p2pinfer.models.checkpoint.defaults import complete_config
+from p2pinfer.models.compute.architecture import Architecture, describe_architecture
 from p2pinfer.models.compute.attention import PackedAttention, Piece
 from p2pinfer.models.compute.cache import CacheLease, PagedCache
-from p2pinfer.models.compute.families import Architecture, describe_architecture
+from p2pinfer.models.configs.defaults import complete_config
 
 from ..bounds import bound_of_attention
 

@@ -23,14 +23,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
-from p2pinfer.models.checkpoint.defaults import complete_config
-from p2pinfer.models.checkpoint.not_computed import NOT_COMPUTED
 from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.compute.activations import ACTIVATIONS
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.configs.defaults import complete_config
+from p2pinfer.models.configs.not_computed import NOT_COMPUTED
 from p2pinfer.models.span import BlockSpan
 
 from .config_options import (

@@ -8,9 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from p2pinfer.models.checkpoint.defaults import complete_config
 from p2pinfer.models.compute.activations import ACTIVATIONS
-from p2pinfer.models.compute.families import FAMILIES, Architecture, describe_architecture
+from p2pinfer.models.compute.architecture import Architecture, describe_architecture
+from p2pinfer.models.compute.families import FAMILIES
+from p2pinfer.models.configs.defaults import complete_config
 
 
 def architecture(family: str, **options: Any) -> Architecture:
@@ -39,6 +40,7 @@ def architecture_by_transformers(config: dict[str, Any]) -> Architecture:
         logit_softcap=getattr(read, "final_logit_softcapping", None),
         windows=tuple(window if kind == "sliding_attention" else None for kind in layer_types),
         num_experts=getattr(read, "num_local_experts", 0),
+        expert_size=read.intermediate_size if read.model_type == "mixtral" else 0,
         experts_per_token=getattr(read, "num_experts_per_tok", 0),
         query_bias=getattr(read, "attention_bias", read.model_type == "qwen2"),
         output_bias=getattr(read, "attention_bias", False),
@@ -102,7 +104,7 @@ _BY_FAMILY: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     """A config.json that leaves out what it likes."""
-    family = draw(st.sampled_from(sorted(FAMILIES)))
+    family = draw(st.sampled_from(sorted(_BY_FAMILY)))
     keys = {**_EVERY_FAMILY, **_BY_FAMILY[family]}
     blocks = draw(st.none() | st.integers(1, 40))
     if blocks is not None and family in {"qwen2", "qwen3", "gemma2"}:
@@ -123,7 +125,7 @@ def test_what_a_config_leaves_out_is_what_transformers_would_fill_in(config: dic
     assert describe_architecture(complete_config("m", config)) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _BY_FAMILY)
 def test_a_config_that_says_nothing_is_its_familys_own(family: str) -> None:
     config = {"model_type": family}
     complete = complete_config("m", config)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from p2pinfer.models.compute import layers
-from p2pinfer.models.compute.layers import Linear, Norm, can_pack, padded_rows
+from p2pinfer.models.compute.layers import Linear, RmsNorm, can_pack, padded_rows
 
 from ..bounds import bound_of_product
 
@@ -53,8 +53,8 @@ def test_a_norm_in_float32_serves_rows_of_less() -> None:
     weight = 1 + torch.arange(64) / 1000
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     expected = functional.rms_norm(rows, (64,), weight, 1e-6)
-    torch.testing.assert_close(Norm(weight, 1e-6)(rows), expected)
-    narrow = Norm(weight, 1e-6)(rows.bfloat16())
+    torch.testing.assert_close(RmsNorm(weight, 1e-6)(rows), expected)
+    narrow = RmsNorm(weight, 1e-6)(rows.bfloat16())
     assert narrow.dtype == torch.bfloat16
     exact = functional.rms_norm(rows.bfloat16().float(), (64,), weight, 1e-6)
     # One rounding at the end, half a unit of which is lost; the other half covers float32.

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from p2pinfer.models.checkpoint.defaults import complete_config
 from p2pinfer.models.compute.rope import Rope, rotate
+from p2pinfer.models.configs.defaults import complete_config
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -70,6 +70,11 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
+def rope(config: dict[str, Any]) -> Rope:
+    complete = complete_config("m", config)
+    return Rope(complete["rope_parameters"], complete["head_dim"], torch.device("cpu"))
+
+
 def rotary_of(config: dict[str, Any]) -> Any:
     """transformers' rotary embedding for the same config.json."""
     family: Any = LlamaConfig
@@ -81,9 +86,7 @@ def test_angles_are_those_of_transformers(config: dict[str, Any]) -> None:
     rotary = rotary_of(config)
     position = 1000
     rotary(torch.zeros(1), torch.tensor([[position]]))  # so that what depends on the length is of this one
-    turned = Rope(complete_config("m", config), torch.device("cpu")).at(
-        torch.tensor([position]), torch.float64
-    )
+    turned = rope(config).at(torch.tensor([position]), torch.float64)
     # The angle is a float32: a unit in its last place is a ten thousandth of a radian here.
     angles = position * rotary.inv_freq.double()
     torch.testing.assert_close(
@@ -98,7 +101,7 @@ def test_plain_frequencies_are_those_of_transformers_to_the_bit() -> None:
     rotary = rotary_of(CONFIG)
     positions = torch.arange(0, 4096, 7)
     cos, sin = rotary(torch.zeros(1), positions[None])
-    turned = Rope(complete_config("m", CONFIG), torch.device("cpu")).at(positions, torch.float32)
+    turned = rope(CONFIG).at(positions, torch.float32)
     assert torch.equal(turned.cos[:, 0], cos[0])
     assert torch.equal(turned.sin[:, 0].abs(), sin[0].abs())
 
@@ -111,9 +114,9 @@ def test_each_token_is_turned_by_its_own_position(rope_type: str) -> None:
     config = {**CONFIG, "max_position_embeddings": 60, "rope_parameters": {"rope_type": rope_type, **scaled}}
     rotary, positions = rotary_of(config), torch.tensor([0, 1, 58, 59, 60, 61, 200])
     expected = [rotary(torch.zeros(1), position.view(1, 1))[0][0, 0] for position in positions]
-    turned = Rope(complete_config("m", config), torch.device("cpu")).at(positions, torch.float32)
+    turned = rope(config).at(positions, torch.float32)
     torch.testing.assert_close(turned.cos[:, 0], torch.stack(expected), rtol=0, atol=3e-5)
-    plain = Rope(complete_config("m", {**config, "rope_parameters": {}}), torch.device("cpu"))
+    plain = rope({**config, "rope_parameters": {}})
     differs = ((turned.cos - plain.at(positions, torch.float32).cos)[:, 0].abs() > 1e-3).any(-1)
     assert differs.tolist() == [False] * 4 + [True] * 3
 
@@ -132,9 +135,9 @@ def test_heads_are_turned_as_transformers_turns_them(rope_type: str) -> None:
     apply = cast("Any", modeling_llama.apply_rotary_pos_emb)
     cos, sin = rotary_of(config)(heads, positions[None])
     expected, _ = apply(heads, heads, cos[0], sin[0], unsqueeze_dim=1)
-    rope = Rope(complete_config("m", config), torch.device("cpu"))
+    turning = rope(config)
     size = float(heads.abs().max())
-    rotate(heads, rope.at(positions, torch.float32))
+    rotate(heads, turning.at(positions, torch.float32))
     # Two ways to a frequency may end one unit apart, which an angle has as often as it has turned.
     unit = torch.finfo(torch.float32).eps * float(positions.max())
     torch.testing.assert_close(heads, expected, atol=2 * unit * size, rtol=0)

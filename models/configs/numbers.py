@@ -22,7 +22,8 @@ from typing import Any, Final, TypeAlias, cast
 
 from blake3 import blake3
 
-from .defaults import FAMILIES, complete_config
+from .defaults import complete_config
+from .family_rules import FAMILIES
 from .values import FULL, SLIDING
 
 Value: TypeAlias = "str | int | float | bool | None"

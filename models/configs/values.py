@@ -66,6 +66,10 @@ def _are_factors(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_scale, cast("Sequence[object]", value)))
 
 
+def _are_block_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in cast("list[object]", value))
+
+
 _MANY = 1e9
 _is_scale = _real(_MANY)
 _is_length = _whole(1 << 40)
@@ -89,6 +93,7 @@ _CHECKS: Mapping[str, Check] = {
     "attention_bias": _is_flag,
     "mlp_bias": _is_flag,
     "rms_norm_eps": _real(1.0),
+    "layer_norm_eps": _real(1.0),
     "query_pre_attn_scalar": _is_scale,
     "attn_logit_softcapping": _is_scale,
     "final_logit_softcapping": _is_scale,
@@ -107,7 +112,31 @@ _CHECKS: Mapping[str, Check] = {
     "short_factor": _are_factors,
     "long_factor": _are_factors,
     "partial_rotary_factor": _real(1.0),
+    "attention_out_bias": _is_flag,
+    "use_qk_norm": _is_flag,
+    "alibi": _is_flag,
+    "multi_query": _is_flag,
+    "new_decoder_architecture": _is_flag,
+    "parallel_attn": _is_flag,
+    "num_ln_in_parallel_attn": _whole(2),
+    "use_parallel_residual": _is_flag,
+    "embedding_multiplier": _is_scale,
+    "residual_multiplier": _is_scale,
+    "attention_multiplier": _is_scale,
+    "logits_scaling": _is_scale,
+    "logit_scale": _is_scale,
+    "moe_intermediate_size": _whole(1 << 24),
+    "shared_expert_intermediate_size": _whole(1 << 24),
+    "norm_topk_prob": _is_flag,
+    "decoder_sparse_step": _whole(1 << 16),
+    "mlp_only_layers": _are_block_numbers,
+    "no_rope_layers": _are_block_numbers,
+    "no_rope_layer_interval": _whole(1 << 16),
+    "sliding_window_pattern": _whole(10_000),
+    "swiglu_alpha": _is_scale,
+    "swiglu_limit": _is_scale,
 }
+READ = frozenset(_CHECKS)  # every key that some family's forward pass reads
 # Where null means none, or to be derived.
 _NULLABLE = frozenset(
     {
@@ -120,5 +149,9 @@ _NULLABLE = frozenset(
         "attention_factor",
         "mscale",
         "mscale_all_dim",
+        "num_ln_in_parallel_attn",
+        "mlp_only_layers",
+        "no_rope_layers",
+        "sliding_window_pattern",
     }
 )

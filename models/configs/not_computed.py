@@ -32,16 +32,20 @@ NOT_COMPUTED: Final[Mapping[str, NotComputed]] = {
     ),
     "kv_sharing_modes": NotComputed((None,), "blocks would share their KV caches"),
 }
+_NONE: Final[Mapping[str, NotComputed]] = {}
 # Checked with the rope, whose type decides.
 _OF_ROPE: Final = frozenset({"partial_rotary_factor"})
 
 
-def check_all_computed(model: str, config: Mapping[str, Any]) -> None:
+def check_all_computed(
+    model: str, config: Mapping[str, Any], of_family: Mapping[str, NotComputed] = _NONE
+) -> None:
     """Nothing, if the config sets no key that is not computed, those of the rope left out.
 
     Args:
         model: The name for people.
         config: config.json as it is.
+        of_family: Further keys, which only this family has.
 
     Raises:
         CheckpointError: It does; the sentence says which and what the key would do.
@@ -49,6 +53,9 @@ def check_all_computed(model: str, config: Mapping[str, Any]) -> None:
     for key in NOT_COMPUTED:
         if key not in _OF_ROPE:
             check_computed(model, key, config)
+    for key, refused in of_family.items():
+        if key in config and config[key] not in refused.harmless:
+            raise refusal(model, key, refused.why)
 
 
 def check_computed(model: str, key: str, values: Mapping[str, Any]) -> None:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.errors import CheckpointError
-from p2pinfer.models.checkpoint.defaults import ACTIVATIONS, FAMILIES, complete_config
 from p2pinfer.models.compute import activations, families
+from p2pinfer.models.compute.architecture import describe_architecture
+from p2pinfer.models.configs.defaults import ACTIVATIONS, complete_config
+from p2pinfer.models.configs.family_rules import FAMILIES
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -60,7 +62,15 @@ def test_every_activation_that_is_let_in_is_computed() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "", None, ["llama"], "x" * 10_000, "a\nb"])
 def test_an_unknown_family_is_refused_and_the_known_ones_are_listed(family: object) -> None:
-    assert "it supports gemma2, llama" in refusal_of({**CONFIG, "model_type": family})
+    assert "docs/models.md lists the " in refusal_of({**CONFIG, "model_type": family})
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("mamba2", "recurrent state"), ("gpt2", "position"), ("deepseek_v3", "latent vectors")],
+)
+def test_a_family_that_cannot_be_added_yet_is_refused_with_the_reason(family: str, reason: str) -> None:
+    assert reason in refusal_of({**CONFIG, "model_type": family})
 
 
 def test_quantised_weights_are_refused() -> None:
@@ -268,4 +278,4 @@ def test_any_config_is_completed_or_refused_in_a_line(family: str, data: st.Data
         assert "\n" not in str(refusal)
         assert len(str(refusal)) < 200
     else:
-        families.describe_architecture(complete)
+        describe_architecture(complete)
