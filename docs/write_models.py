@@ -87,6 +87,24 @@ records. Each option that is named changes transformers' own logits. Here it giv
   that this model writes. It chooses the same token in 91 % of cases greedily, and in 78 % at a temperature of
   0.7.
 
+## GGUF files
+
+`--model FILE.gguf` works as a folder does; of a file in parts, name any part. A span reads its own
+tensors and no others.
+
+- **Architectures**: `llama` (Mistral's too), `qwen2` and `qwen3`. Others, mixtures of experts, and
+  settings that nothing here computes are refused by name.
+- **Types**: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K, so Q4_K_M, Q5_K_M and
+  their like. The numbers are those of the package `gguf` to the bit.
+- **Memory**: each tensor is laid out in the dtype of the computation while it is loaded. A span takes as
+  much as one of a 16-bit checkpoint, and for a moment one more product.
+- **Llama 3's scaling** lies in the file as a tensor of divisors (`rope_freqs.weight`), and is honoured.
+- **The tokenizer** is made of the file for the rules `gpt-2`, `llama-bpe`, `qwen2` and `smollm`. With
+  other rules, put the model's tokenizer.json beside the file; it counts more than what is made.
+- **Audits**: the file's hash is the model's revision, so peers of one file serve each other and nobody
+  else's. They announce the dtype that they compute in. An audit lays out the same file in float32 and in
+  bfloat16.
+
 ## Supported options of config.json
 
 - **LM head.** `lm_head.weight` is used if the file contains it, even where `tie_word_embeddings` is true.

@@ -81,7 +81,7 @@ class ServeConfig:
 class NodeConfig:
     """Settings of a node: what it serves, and where it keeps its files."""
 
-    model: str = BUNDLED_MODEL  # hub id, folder, or the bundled model's name
+    model: str = BUNDLED_MODEL  # hub id, folder, GGUF file, or the bundled model's name
     blocks: str | None = None  # serve exactly these, A:B; not set: the blocks that the swarm needs most
     num_blocks: int | None = None  # serve at most this many; not set: as many as fit
     no_blocks: bool = False  # serve no blocks: only introduce peers to each other

@@ -70,7 +70,7 @@ class Client:
     """Generates text on a swarm. Use as `async with Client(...) as client`.
 
     Args:
-        model: A model's folder or hub id, `owner/name` or `owner/name@revision`; the bundled one by default.
+        model: A folder, GGUF file or hub id (`owner/name` or `owner/name@branch`); else the bundled one.
         bootstrap: Multiaddrs to join by, or one of them; those of bootstrap_peers.txt if empty.
         policy: A built-in policy's name, `module:Class`, or a `RoutingPolicy`; that of `config` if None.
         config: How it finds its way, and where embedding and head are computed.

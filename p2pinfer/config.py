@@ -54,7 +54,7 @@ _Config = TypeVar("_Config")
 class SharedConfig:
     """Settings that every command needs, set once for all."""
 
-    model: str = "tiny-stories"  # a Hugging Face id, a folder, or the bundled tiny-stories
+    model: str = "tiny-stories"  # a Hugging Face id, a folder, a GGUF file, or the bundled tiny-stories
     bootstrap: tuple[
         str, ...
     ] = ()  # multiaddrs of peers to join the swarm through; empty: bootstrap_peers.txt

@@ -61,10 +61,10 @@ class EmbeddedNode:
 def may_embed(model: str, bootstrap: Sequence[str], config: HostConfig) -> bool:
     """True if nodes of our own may stand in for a swarm that is not in reach.
 
-    They may if nobody named one, and all of the model is here: the bundled one, or a folder.
+    They may if nobody named one, and all of the model is here: the bundled one, a folder, or a GGUF file.
     """
     named = bootstrap or config.swarm_key is not None or config.allow
-    is_here = model == BUNDLED_MODEL or (bool(model) and Path(model).expanduser().is_dir())
+    is_here = model == BUNDLED_MODEL or (bool(model) and Path(model).expanduser().exists())
     return is_here and not named
 
 
@@ -182,8 +182,8 @@ def _configure(home: Path, compute: ComputeConfig, allow: Sequence[str], cache_d
 
 
 async def _start(home: Path, model: str, span: BlockSpan, meeting_point: Sequence[str]) -> EmbeddedNode:
-    if model != BUNDLED_MODEL and (folder := Path(model).expanduser()).is_dir():
-        model = str(folder.absolute())  # the node runs elsewhere
+    if model != BUNDLED_MODEL and (here := Path(model).expanduser()).exists():
+        model = str(here.absolute())  # the node runs elsewhere
     command = [sys.executable, "-m", "p2pinfer", "node", "--json", "--until-stdin-closes"]
     command += ["--model", model, "--blocks", str(span), "--data-dir", str(home)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0"]

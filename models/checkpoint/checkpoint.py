@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.configs.defaults import complete_config
@@ -35,6 +35,31 @@ _BARE = re.compile(r"(?:h\.\d{1,5}|word_embeddings|word_embeddings_layernorm|ln_
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+class TensorFile(Protocol):
+    """A file of tensors, of either format.
+
+    Attributes:
+        names: Its tensors.
+        sha256: What the whole file hashed to.
+    """
+
+    names: frozenset[str]
+    sha256: str
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype that its weights are whole in, by name."""
+        ...
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes that a tensor takes in the file."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own."""
+        ...
+
+
 class Checkpoint:
     """An opened model folder. Any thread may read; nothing has to be closed.
 
@@ -45,7 +70,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, spec: ModelSpec, shards: Mapping[str, Shard], config: Mapping[str, Any]
+        self, folder: Path, spec: ModelSpec, shards: Mapping[str, TensorFile], config: Mapping[str, Any]
     ) -> None:
         self.folder = folder
         self.spec = spec
@@ -70,7 +95,7 @@ class Checkpoint:
         return sum(shard.bytes_of(stored) for shard, stored in map(self._locate, names))
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU and as stored, in memory that is the caller's.
+        """The tensor, on the CPU, in memory that is the caller's: as stored, or float32 if it is quantised.
 
         Raises:
             CheckpointError: It is not here.
@@ -79,7 +104,7 @@ class Checkpoint:
         shard, stored = self._locate(name)
         return shard.read(stored)
 
-    def _locate(self, name: str) -> tuple[Shard, str]:
+    def _locate(self, name: str) -> tuple[TensorFile, str]:
         try:
             return self._places[name]
         except KeyError:

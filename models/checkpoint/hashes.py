@@ -24,6 +24,7 @@ from blake3 import blake3
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.progress import Progress
 
+from .gguf_file import is_gguf, read_gguf_header
 from .parallel import Count, run_counted
 from .shard_header import read_header
 
@@ -159,13 +160,12 @@ def _hash(file: BinaryIO, count: Count) -> FileHash:
     whole = hashlib.sha256()
     tensors: dict[str, str] = {}
     try:
-        stored = read_header(file)
-    except ValueError:
+        stored = read_gguf_header(file).tensors if is_gguf(file) else read_header(file)
+    except (ValueError, CheckpointError):
         stored = {}  # it is not for us to say what is wrong with it: a hash is of any file
-    head = file.tell() if stored else 0
     file.seek(0)
-    _feed(file, head, [whole.update], count)
     for name, tensor in stored.items():
+        _feed(file, tensor.start - file.tell(), [whole.update], count)  # the header, or what aligns tensors
         digest = tensor.digest()
         _feed(file, tensor.nbytes, [whole.update, digest.update], count)
         tensors[name] = digest.hexdigest()

@@ -38,11 +38,17 @@ class ModelSource(Protocol):
 
 
 class FolderSource:
-    """A model whose weights are all here."""
+    """A model whose weights are all here: a folder, or a GGUF file."""
 
     def __init__(
         self, folder: Path, *, cache_dir: Path, progress: Progress | None = None, name: str = ""
     ) -> None:
+        if folder.is_file():
+            from .gguf_model import open_gguf
+
+            path = folder.resolve()
+            self._checkpoint = open_gguf(path, name or path.stem, cache_dir=cache_dir, progress=progress)
+            return
         self._checkpoint = open_checkpoint(
             folder, name or folder.resolve().name, cache_dir=cache_dir, progress=progress
         )

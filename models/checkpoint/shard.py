@@ -48,7 +48,7 @@ class Shard:
         self.names = frozenset(header)
         self.sha256 = hashed.sha256
         self._header = header
-        self._digests = hashed.tensors
+        self._hashed = hashed
         self._cache_dir = cache_dir
 
     @property
@@ -75,22 +75,7 @@ class Shard:
         import torch  # by the first tensor that is read, not by the header
 
         stored = self._readable(name)
-        content = torch.empty(stored.nbytes, dtype=torch.uint8)
-        buffer = content.numpy().data
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(stored.start)
-                filled = 0
-                while filled < stored.nbytes and (count := file.readinto(buffer[filled:])):
-                    filled += count
-        except OSError as exc:
-            self._refuse(name, exc.strerror or str(exc))
-        if filled < stored.nbytes:
-            self._refuse(name, "it was cut short")
-        digest = stored.digest()
-        digest.update(buffer)
-        if digest.hexdigest() != self._digests.get(name):
-            self._refuse(name, "its content differs")
+        content = read_checked(self.path, name, stored, self._hashed, self._cache_dir)
         return content.view(getattr(torch, _TORCH_DTYPES[stored.dtype])).view(stored.shape)
 
     def _readable(self, name: str) -> Stored:
@@ -101,9 +86,36 @@ class Shard:
             )
         return stored
 
-    def _refuse(self, name: str, why: str) -> NoReturn:
-        forget_hash(self.path, cache_dir=self._cache_dir)
+
+def read_checked(path: Path, name: str, stored: Stored, hashed: FileHash, cache_dir: Path | None) -> Tensor:
+    """The bytes of a tensor, (n,) uint8, in memory of their own.
+
+    Raises:
+        ModelChanged: They are not what was hashed.
+    """
+    import torch
+
+    def refuse(why: str) -> NoReturn:
+        forget_hash(path, cache_dir=cache_dir)
         raise ModelChanged(
-            f"{self.path} changed after it was hashed: {name} is not used, because {why}; "
+            f"{path} changed after it was hashed: {name} is not used, because {why}; "
             f"start p2pinfer again when the folder is complete"
         )
+
+    content = torch.empty(stored.nbytes, dtype=torch.uint8)
+    buffer = content.numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            filled = 0
+            while filled < stored.nbytes and (count := file.readinto(buffer[filled:])):
+                filled += count
+    except OSError as exc:
+        refuse(exc.strerror or str(exc))
+    if filled < stored.nbytes:
+        refuse("it was cut short")
+    digest = stored.digest()
+    digest.update(buffer)
+    if digest.hexdigest() != hashed.tensors.get(name):
+        refuse("its content differs")
+    return content

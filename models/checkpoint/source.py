@@ -30,7 +30,7 @@ def resolve_model(
 ) -> ModelSource:
     """Find the model: `tiny-stories` is the bundled one, and `tiny-stories-drafter` guesses its tokens.
 
-    Then come folders, then ids of the hub.
+    Then come folders and GGUF files, then ids of the hub.
 
     An id may name a branch, a tag or a commit: `owner/name@revision`.
 
@@ -50,8 +50,12 @@ def resolve_model(
         )
     if model and folder.is_dir():
         return FolderSource(folder, cache_dir=cache_dir, progress=progress)
+    if model and folder.is_file() and folder.suffix == ".gguf":
+        return FolderSource(folder, cache_dir=cache_dir, progress=progress)
     if model and folder.exists():
-        raise ModelNotFound(f"{model} is a file; name the folder that holds config.json and the safetensors")
+        raise ModelNotFound(
+            f"{model} is a file; name a GGUF file, or the folder that holds config.json and the safetensors"
+        )
     if _HUB_ID.fullmatch(model) is None:
         raise ModelNotFound(
             f"there is no folder {model!r}, and it is no id of the Hugging Face hub (owner/name) either"

@@ -58,13 +58,13 @@ class Weights:
             order: Which stored output each output is, where that is another.
         """
         sizes = list(zip(names, outputs, strict=True))
-        weight = _joined([self._take(f"{name}.weight", size, inputs) for name, size in sizes])
+        # Placed before they are joined: of what is stored in more bits, only one is held in those.
+        weight = _joined([self.table(name, size, inputs) for name, size in sizes])
         weight = weight if order is None else weight[order]
         if not (bias and any(self.has(f"{name}.bias") for name in names)):
-            return Linear(self._target.place(weight))
-        biases = _joined([self._take(f"{name}.bias", size) for name, size in sizes])
-        biases = biases if order is None else biases[order]
-        return Linear(self._target.place(weight), self._target.place(biases))
+            return Linear(weight)
+        biases = _joined([self._target.place(self._take(f"{name}.bias", size)) for name, size in sizes])
+        return Linear(weight, biases if order is None else biases[order])
 
     def stored(self, name: str, *shape: int) -> Tensor:
         """A tensor as it is stored, of this shape."""
@@ -119,7 +119,7 @@ class Weights:
                 f"its config implies {shape}"
             )
         self._left.discard(self._prefix + name)
-        self._progress.advance(stored.nbytes)
+        self._progress.advance(self._checkpoint.bytes_of([self._prefix + name]))
         return stored
 
 

@@ -265,7 +265,7 @@ def setting(
 MODEL = setting(
     "model",
     "--model ID_OR_DIR",
-    "Hugging Face id (owner/name or owner/name@revision), or folder. [default: tiny-stories]",
+    "Hugging Face id (owner/name or owner/name@revision), folder, or GGUF file. [default: tiny-stories]",
 )
 BOOTSTRAP = setting(
     "bootstrap",

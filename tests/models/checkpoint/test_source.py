@@ -48,5 +48,5 @@ def test_a_name_that_can_be_nothing_is_refused_without_asking_the_hub(model: str
 
 
 def test_a_file_is_no_model(tiny_stories: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="is a file; name the folder"):
+    with pytest.raises(ModelNotFound, match="is a file; name a GGUF file"):
         resolve_model(os.fspath(tiny_stories / "config.json"), cache_dir=tmp_path)
