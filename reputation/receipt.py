@@ -24,9 +24,9 @@ Signatures are made and checked by functions that are handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 from blake3 import blake3
@@ -225,6 +225,38 @@ def standing_steps(receipts: Iterable[Receipt]) -> list[StandingStep]:
                 standing.append(StandingStep(last.receipt, receipt.position))
         standing.append(StandingStep(receipt, receipt.position + receipt.tokens))
     return standing
+
+
+class SignedStep(NamedTuple):
+    """A step that a hop signed for: its place, and the digests of what came in and went out."""
+
+    position: int
+    tokens: int
+    input: bytes
+    output: bytes
+
+
+class StandingSteps:
+    """Steps of a session that no later one has rolled back, by ascending positions."""
+
+    def __init__(self) -> None:
+        self._steps: list[SignedStep] = []
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one."""
+        return self._steps[-1].position + self._steps[-1].tokens if self._steps else 0
+
+    def add(self, step: SignedStep) -> None:
+        """Add a step, which rolls back what begins at its position or later."""
+        while self._steps and self._steps[-1].position >= step.position:
+            self._steps.pop()
+        self._steps.append(step)
+
+    def __iter__(self) -> Iterator[tuple[SignedStep, int]]:
+        """Each step, and how many of its rows stand: the next one may begin within it."""
+        ends = [*(each.position for each in self._steps[1:]), self.stop]
+        return ((each, end - each.position) for each, end in zip(self._steps, ends, strict=True))
 
 
 def contradict(one: Receipt, other: Receipt) -> bool:

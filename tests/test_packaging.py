@@ -127,6 +127,8 @@ def test_the_wheel_holds_every_module_the_bundled_model_and_libp2p_and_nothing_e
     for name in ("tiny-stories", "tiny-stories-drafter"):
         bundled = (ROOT / "models" / name).iterdir()
         expected |= {f"p2pinfer/models/{name}/{file.name}" for file in bundled}
+    page = ROOT / "p2pinfer" / "web" / "page"
+    expected |= {f"p2pinfer/web/page/{file.name}" for file in page.iterdir()}
     with zipfile.ZipFile(bundle().RELEASE) as release:
         libp2p = {name for name in release.namelist() if re.match(r"libp2p/(.*\.py|py\.typed)$", name)}
     kept = ("METADATA", "WHEEL", "licenses/LICENSE-APACHE", "licenses/LICENSE-MIT")

@@ -20,7 +20,7 @@ what another session left behind.
 from __future__ import annotations
 
 import bisect
-from array import array
+import mmap
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -164,8 +164,8 @@ class PagedCache:
         self.budget_bytes = self.capacity_tokens * self.bytes_per_token
         self.null_slot = self.capacity_tokens
         self._free = [range(pages)] if pages else []  # runs of free pages, in order, none touching the next
-        self._leases_of = array("H", bytes(2 * pages))  # by page: how many leases hold it
-        self._keepers_of = array("H", bytes(2 * pages))  # and how many of those that are kept
+        self._leases_of = _counts(pages)  # by page: how many leases hold it
+        self._keepers_of = _counts(pages)  # and how many of those that are kept
         self._kept: dict[KeptPages, None] = {}  # those that were used last come last
         self._yielding = 0  # pages that none but kept ones hold
         shape = (num_blocks, 2, kv_heads, self.capacity_tokens + 1, head_dim)
@@ -351,3 +351,8 @@ def _runs(pages: Sequence[int]) -> list[range]:
         else:
             runs.append(range(page, page + 1))
     return runs
+
+
+def _counts(pages: int) -> memoryview[int]:
+    """(pages,) 16-bit zeros, in memory that is taken when it is first written, like the pool's."""
+    return memoryview(mmap.mmap(-1, max(2 * pages, 1)))[: 2 * pages].cast("H")

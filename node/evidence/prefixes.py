@@ -11,48 +11,16 @@ computed it: nobody else can name it, and nothing is compared by content.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from p2pinfer.models.compute.cache import CacheLease, KeptPages, PagedCache
 from p2pinfer.node.protocol.messages import Open
-from p2pinfer.reputation.receipt import Payload
+from p2pinfer.reputation.receipt import Payload, StandingSteps
 
 MAX_PREFIXES: Final = 512  # a few kilobytes each, beside the pages
 MAX_OF_CLIENT: Final = 64
-
-
-class SignedStep(NamedTuple):
-    """A step that a hop signed for: its place, and the digests of what came in and went out."""
-
-    position: int
-    tokens: int
-    input: bytes
-    output: bytes
-
-
-class StandingSteps:
-    """The steps of a session that no later one has rolled back, by ascending positions."""
-
-    def __init__(self) -> None:
-        self._steps: list[SignedStep] = []
-
-    @property
-    def stop(self) -> int:
-        """The position after the last one."""
-        return self._steps[-1].position + self._steps[-1].tokens if self._steps else 0
-
-    def add(self, step: SignedStep) -> None:
-        """Add a step, which rolls back what begins at its position or later."""
-        while self._steps and self._steps[-1].position >= step.position:
-            self._steps.pop()
-        self._steps.append(step)
-
-    def __iter__(self) -> Iterator[tuple[SignedStep, int]]:
-        """Each step, and how many of its rows stand: the next one may begin within it."""
-        ends = [*(each.position for each in self._steps[1:]), self.stop]
-        return ((each, end - each.position) for each, end in zip(self._steps, ends, strict=True))
 
 
 class Rows(NamedTuple):

@@ -12,10 +12,10 @@ import time
 import msgspec
 import trio
 
-from p2pinfer.node.evidence.prefixes import SignedStep, StandingSteps
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.messages import Bill, Open, Result
 from p2pinfer.node.protocol.replay_log import ReplayLog
+from p2pinfer.reputation.receipt import SignedStep, StandingSteps
 
 from .forward import StepWork
 from .inbox import Inbox

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from p2pinfer.models.compute.cache import PagedCache
-from p2pinfer.node.evidence.prefixes import MAX_OF_CLIENT, Prefix, Prefixes, SignedStep, StandingSteps
+from p2pinfer.node.evidence.prefixes import MAX_OF_CLIENT, Prefix, Prefixes
 from p2pinfer.node.protocol.messages import Open, Successor
 from p2pinfer.node.protocol.messages import Prefix as Asked
+from p2pinfer.reputation.receipt import SignedStep, StandingSteps
 
 OPENING = Open(b"s" * 16, "r", 0, 3, 64, "float32", successor=Successor("next"))
 NEXT = msgspec.structs.replace(OPENING, session=b"t" * 16, prefix=Asked(OPENING.session, 12))
