@@ -28,7 +28,11 @@ from p2pinfer.bundled import LIBP2P_VERSION
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("models", "node", "reputation", "routing")
-DATA = {"p2pinfer/bootstrap_peers.txt", "p2pinfer/py.typed"}
+DATA = {
+    "p2pinfer/bootstrap_peers.txt",
+    "p2pinfer/models/configs/family_defaults.json",
+    "p2pinfer/py.typed",
+}
 NOT_SOURCE = (
     *(".git", ".venv", ".*_cache", ".coverage*", ".hypothesis", ".typing", ".unpacking-*"),
     *("__pycache__", "_vendor", "build", "dist", "htmlcov", "node_modules", "*.egg-info"),

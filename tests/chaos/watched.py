@@ -107,13 +107,13 @@ class WatchedClient(Client):
             watched.chain.open_replacement = partial(self._open_replacement, watched.chain.open_replacement)
         return session
 
-    async def _submit(self, submit: Any, *args: Any) -> Any:
+    async def _submit(self, submit: Any, *args: Any, **options: Any) -> Any:
         # A speculated step brings several tokens, so "between steps" is where the next one is sent and not
         # where a token came: others of the same step follow at once, whatever happens to the hops.
         if self._is_armed and self._moment == "between steps":
             self._is_armed = False
             say_and_wait("now")
-        promise = await submit(*args)
+        promise = await submit(*args, **options)
         self._pushed += 1
         if self._is_armed or (self._moment == "at prefill" and self._pushed == HARMED_CHUNK):
             self._is_armed = False

@@ -49,7 +49,7 @@ CASES = {
     "no such folder to serve": node("--model", "no/such/folder", exit_code=FAILED, says="there is no folder"),
     "a hub out of reach": generate("--model", "owner/name", exit_code=FAILED, says="owner/name"),
     "a file for a folder": node(
-        "--model", "{models}/file", exit_code=FAILED, says="is a file; name the folder"
+        "--model", "{models}/file", exit_code=FAILED, says="is a file; name a GGUF file, or the folder"
     ),
     "an empty folder": node("--model", "{models}/empty", exit_code=FAILED, says="empty"),
     "a truncated shard": node("--model", "{models}/truncated", exit_code=FAILED, says="model-00002-of-00003"),
