@@ -253,6 +253,9 @@ class StandingSteps:
             self._steps.pop()
         self._steps.append(step)
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def __iter__(self) -> Iterator[tuple[SignedStep, int]]:
         """Each step, and how many of its rows stand: the next one may begin within it."""
         ends = [*(each.position for each in self._steps[1:]), self.stop]

@@ -19,7 +19,8 @@ from p2pinfer.models.compute.cache import CacheLease, KeptPages, PagedCache
 from p2pinfer.node.protocol.messages import Open
 from p2pinfer.reputation.receipt import Payload, StandingSteps
 
-MAX_PREFIXES: Final = 512  # a few kilobytes each, beside the pages
+MAX_PREFIXES: Final = 512
+MAX_STEPS: Final = 1 << 16  # of all together, of some 300 bytes each: every token of a text is a step
 MAX_OF_CLIENT: Final = 64
 
 
@@ -80,7 +81,7 @@ class Prefixes:
 
     def keep(self, client: str, opening: Open, lease: CacheLease, steps: StandingSteps, now: float) -> None:
         """Keep what a session has computed, and release its lease. Nothing of it may be under way."""
-        self._forget_old(client, now)
+        self._forget_old(client, now, len(steps))
         if steps.stop:
             pages = lease.keep(steps.stop)
             lease.release()  # or the client's next session could not write where this one ended
@@ -114,14 +115,22 @@ class Prefixes:
             found.append(Rows(step.position, standing, memoryview(content)[: standing * row]))
         return tuple(found)
 
-    def _forget_old(self, client: str, now: float) -> None:
-        """Forget what is too old, or gone from the cache, and the oldest ones of who keeps too many."""
+    def _forget_old(self, client: str, now: float, coming: int) -> None:
+        """Forget what is too old, or gone from the cache, and the oldest ones where there are too many.
+
+        Args:
+            client: Has no more than its share of them.
+            coming: Steps of one that is about to be kept.
+        """
         own = [key for key in self._kept if key[0] == client]
         excess = {*own[: max(0, len(own) + 1 - MAX_OF_CLIENT)]}
+        steps = coming + sum(len(kept.steps) for kept in self._kept.values())
         for key, kept in list(self._kept.items()):
-            if kept.until < now or not kept.pages.length or key in excess or len(self._kept) >= MAX_PREFIXES:
+            is_gone = kept.until < now or not kept.pages.length
+            if is_gone or key in excess or len(self._kept) >= MAX_PREFIXES or steps > MAX_STEPS:
                 self._cache.drop(kept.pages)
                 del self._kept[key]
+                steps -= len(kept.steps)
 
 
 def _continues(opening: Open, former: Open) -> bool:

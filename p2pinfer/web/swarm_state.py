@@ -47,14 +47,13 @@ class StateDocument(msgspec.Struct, frozen=True):
     trust: dict[str, TrustDocument]
 
 
-def state_document(client: Observer) -> StateDocument:
-    """State of now. No peer is asked anything for it."""
-    view = SwarmView(client.spec, tuple(client.peers()))
+def state_document(view: SwarmView, ledger: Ledger) -> StateDocument:
+    """State as the view and the ledger have it. It may be called in a thread."""
     swarm = swarm_document(view)
     announced = tuple((span.start, span.stop) for span in view.unannounced)
     return StateDocument(
         msgspec.structs.replace(swarm, missing=announced, unknown=()),
-        {peer.peer_id: _trust(client.ledger, peer.peer_id) for peer in swarm.peers},
+        {peer.peer_id: _trust(ledger, peer.peer_id) for peer in swarm.peers},
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from p2pinfer.models.compute.cache import PagedCache
+from p2pinfer.node.evidence import prefixes as prefixes_module
 from p2pinfer.node.evidence.prefixes import MAX_OF_CLIENT, Prefix, Prefixes
 from p2pinfer.node.protocol.messages import Open, Successor
 from p2pinfer.node.protocol.messages import Prefix as Asked
@@ -138,3 +139,15 @@ def test_whoever_keeps_too_many_loses_the_oldest() -> None:
     assert hop.find(client="other") is not None
     assert hop.find(msgspec.structs.replace(NEXT, prefix=Asked(bytes(16), 12))) is None
     assert hop.find(msgspec.structs.replace(NEXT, prefix=Asked(bytes([2]) * 16, 12))) is not None
+
+
+def test_all_that_is_kept_has_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    hop = Hop()
+    hop.keep("a")
+    monkeypatch.setattr(prefixes_module, "MAX_STEPS", 2 * 4)  # of two such sessions
+    hop.keep("b")
+    assert len(hop.prefixes) == 2
+    hop.keep("c")
+    assert len(hop.prefixes) == 2
+    assert hop.find(client="a") is None
+    assert hop.find(client="c") is not None
