@@ -28,7 +28,7 @@ from p2pinfer.cli.output.waiting import WaitingLine
 from p2pinfer.errors import LocalError, P2PInferError
 
 from .conversation import HELP, Conversation, Typed, as_text, clean, read_typed
-from .generate import POLICIES
+from .generate import POLICY
 
 if TYPE_CHECKING:
     from p2pinfer.client import Client
@@ -62,12 +62,7 @@ if TYPE_CHECKING:
 @ALLOW
 @DENY
 @IDENTITY
-@setting(
-    "client.policy",
-    "--policy POLICY",
-    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
-    choices=POLICIES,
-)
+@POLICY
 @DATA_DIR
 def chat(call: Invocation, system: str) -> None:
     """Talk to a model. Answers are streamed to standard output; /help lists what else a line can ask for.

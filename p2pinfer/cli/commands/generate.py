@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from p2pinfer.generation.outage import Waiting
 
 POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
+POLICY = setting(
+    "client.policy",
+    "--policy POLICY",
+    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
+    choices=POLICIES,
+)
 
 
 @command(
@@ -108,12 +114,7 @@ POLICIES = ("risk-adjusted", "fastest", "spread", "trusted-only")
     "--audit-rate SHARE",
     "Share of hops to audit, 0 to 1. [default: higher for less-known peers]",
 )
-@setting(
-    "client.policy",
-    "--policy POLICY",
-    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
-    choices=POLICIES,
-)
+@POLICY
 @setting(
     "client.speculate",
     "--speculate HOW",

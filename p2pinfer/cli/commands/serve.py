@@ -22,7 +22,7 @@ from p2pinfer.cli.invocation import (
 from p2pinfer.cli.output.terminal import note, write_out
 from p2pinfer.cli.output.waiting import WaitingLine
 
-from .generate import POLICIES
+from .generate import POLICY
 
 
 @command(
@@ -46,12 +46,7 @@ from .generate import POLICIES
 @ALLOW
 @DENY
 @IDENTITY
-@setting(
-    "client.policy",
-    "--policy POLICY",
-    f"Routing policy: {', '.join(POLICIES)}, or module:Class. [default: risk-adjusted]",
-    choices=POLICIES,
-)
+@POLICY
 @DATA_DIR
 def serve(call: Invocation) -> None:
     """Serve the model to programs on this computer, over HTTP, and a page to chat in and look at the swarm.
