@@ -321,11 +321,8 @@ async def test_a_proof_that_is_larger_than_its_notice_says_is_not_fetched(
     await judge.wait_for(1)
 
 
-async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
-    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
-    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
-    client = place.join("client")
+def fetched_in_vain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every proof take all bytes that one may, and not be there; the authors it was asked for."""
     asked: list[str] = []
 
     async def fetch(
@@ -342,6 +339,15 @@ async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
         raise PeerError("it is not all there", holders.author)
 
     monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.fetch_parts", fetch)
+    return asked
+
+
+async def test_an_author_is_granted_so_many_bytes_and_all_authors_so_many(
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
+    client = place.join("client")
+    asked = fetched_in_vain(monkeypatch)
     for number in range(20):
         notice = Notice("proof", "r", digest_of(b"%d" % number), "own", size=MAX_BYTES)
         client.hear(Heard(notice, f"author{number // 2}", told_by=f"n{number}"))
@@ -353,22 +359,7 @@ async def test_what_could_not_be_afforded_is_not_fetched_for_nothing_a_moment_la
     place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     client = place.join("client")
-    asked: list[str] = []
-
-    async def fetch(
-        host: object,
-        stores: object,
-        holders: Holders,
-        digests: object,
-        most: int,
-        note: Callable[[int], None],
-    ) -> dict[bytes, bytes]:
-        await trio.lowlevel.checkpoint()
-        asked.append(holders.author)
-        note(MAX_BYTES)
-        raise PeerError("it is not all there", holders.author)
-
-    monkeypatch.setattr("p2pinfer.node.swarm.proof_gossip.fetch_parts", fetch)
+    asked = fetched_in_vain(monkeypatch)
     for number in range(20):
         notice = Notice("proof", "r", digest_of(b"%d" % number), "own", size=MAX_BYTES)
         client.hear(Heard(notice, f"author{number}", told_by=f"n{number}"))
