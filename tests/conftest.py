@@ -6,17 +6,23 @@ import importlib.util
 import logging
 import signal
 import warnings
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import p2pinfer.models
+from p2pinfer.client import Client
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
+from .clients import OpenClient
+from .memory_client import open_memory_client
+from .node.memory_swarm import MemorySwarm
 from .spares import hidden_states, on_one_machine
 
 # The first draw of a text takes seconds on a machine that has never made one: hypothesis builds its tables of
@@ -96,3 +102,15 @@ def undo_logging() -> Generator[None]:
         logger.handlers[:] = handlers
         logger.setLevel(level)
     logging.lastResort = last_resort
+
+
+@pytest.fixture
+def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
+    """Opens a client in a memory swarm."""
+
+    @asynccontextmanager
+    async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
+        async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as opened:
+            yield opened
+
+    return opened

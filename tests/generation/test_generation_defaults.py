@@ -26,7 +26,7 @@ from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.models.text.text import load_tokenizer
 
 from ..node.memory_swarm import FLOAT32, open_memory_swarm, route_over
-from .test_generation import Walk
+from .texts import Walk
 
 PROMPT: Final = "Once upon a time there was a little fox, a little fox who"
 AutoModel: Any = transformers.AutoModelForCausalLM

@@ -18,7 +18,7 @@ from p2pinfer.models.text.text import Tokenizer
 
 from ..memory_client import open_memory_client
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
-from .test_generation import Walk, local_ids, start
+from .texts import Walk, local_ids, start
 
 REPEATING = "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a"
 

@@ -7,9 +7,12 @@ import trio
 import trio.testing
 
 from p2pinfer.node.host.host import Host, HostConfig, open_host
+from p2pinfer.node.swarm.gossip import open_gossip
+from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.node.transport.peer_stream import PeerStream
 
+from .members import REVISION, Join, Member
 from .support import LOOPBACK, StartHost, accept
 
 LIMIT_S = 120.0  # what hangs must end; a machine may be slow
@@ -54,3 +57,28 @@ async def pair(hosts: tuple[Host, Host]) -> tuple[PeerStream, PeerStream]:
     ends = await near.open_stream(far.peer_id, "/pair"), await accepted.receive()
     await trio.testing.wait_all_tasks_blocked(0.01)
     return ends
+
+
+@pytest.fixture
+async def join(start_host: StartHost, nursery: trio.Nursery) -> Join:
+    """Starts members that end with the test; those with a revision are in its topic."""
+
+    async def run(
+        member_of: str | None, task_status: trio.TaskStatus[Member] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        identity, view = new_identity(), LiveTable()
+        host = await start_host(identity=identity)
+        async with open_gossip(host, identity, view) as gossip:
+            if member_of is not None:
+                await gossip.join(member_of)
+                await gossip.join(member_of)
+            task_status.started(Member(identity, host, gossip, view))
+            if member_of is None:
+                await gossip.follow_neighbours()
+            await trio.sleep_forever()
+
+    async def start(revision: str | None = REVISION) -> Member:
+        member: Member = await nursery.start(run, revision)
+        return member
+
+    return start

@@ -18,7 +18,7 @@ from p2pinfer.models.checkpoint.hub import open_hub
 from p2pinfer.models.span import BlockSpan
 
 from ..hub_server import HubServer
-from .test_hub import MODEL, little_model
+from .hub_client import MODEL, little_model
 
 FETCH = """
 import shutil

@@ -19,7 +19,7 @@ from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.models.span import BlockSpan
 
 from ..hub_server import COMMIT, HubServer
-from .test_hub import CONFIG, MODEL, SHARDS, little_model
+from .hub_client import CONFIG, MODEL, SHARDS, little_model
 
 EVERYTHING = BlockSpan(0, 3)
 PAGE = b"<html>please log in</html>"
