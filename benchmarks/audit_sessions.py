@@ -217,23 +217,23 @@ def honest_modes(device: str) -> list[Mode]:
     name = device.upper()
     modes = [Mode(f"{name} bfloat16, {shape}", compute, device=device) for shape, compute in shapes]
     modes += [
-        Mode(f"{name} bfloat16, unfused attention", alone, device=device, setting=_math_attention),
+        Mode(f"{name} bfloat16, unfused attention", alone, device=device, setting=math_attention),
         Mode(f"{name} float32, prefill", alone, "float32", device),
         Mode(f"{name} float32, decode, batched", decode_together, "float32", device),
         Mode(f"{name} float16, prefill", alone, "float16", device),
     ]
     if device == "cpu":
         modes += [
-            Mode("CPU bfloat16, weights as they lie", alone, setting=_unpacked),
-            Mode("CPU bfloat16, weights as they lie, mixed batches", mixed, setting=_unpacked),
-            Mode("CPU bfloat16, one thread, batched", together, setting=_one_thread),
+            Mode("CPU bfloat16, weights as they lie", alone, setting=unpacked),
+            Mode("CPU bfloat16, weights as they lie, mixed batches", mixed, setting=unpacked),
+            Mode("CPU bfloat16, one thread, batched", together, setting=one_thread),
         ]
     else:
         modes += [
-            Mode(f"{name} TF32, prefill", alone, "float32", device, _tf32),
-            Mode(f"{name} TF32, decode, batched", decode_together, "float32", device, _tf32),
+            Mode(f"{name} TF32, prefill", alone, "float32", device, tf32),
+            Mode(f"{name} TF32, decode, batched", decode_together, "float32", device, tf32),
             Mode(f"{name} float16, decode, batched", decode_together, "float16", device),
-            Mode(f"{name} bfloat16, sums in float32", together, device=device, setting=_full_sums),
+            Mode(f"{name} bfloat16, sums in float32", together, device=device, setting=full_sums),
         ]
     return modes
 
@@ -276,7 +276,7 @@ class StockBlocks:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1 if before > 1 else 2)
     try:
@@ -286,19 +286,19 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
+def unpacked() -> Iterator[None]:
     with patch.object(layers, "can_pack", lambda device, dtype: False):
         yield
 
 
 @contextmanager
-def _math_attention() -> Iterator[None]:
+def math_attention() -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
@@ -307,7 +307,7 @@ def _tf32() -> Iterator[None]:
 
 
 @contextmanager
-def _full_sums() -> Iterator[None]:
+def full_sums() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield

@@ -6,6 +6,7 @@
     python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
     python benchmarks/lying_node.py skip+gap node ...        # and gets around audits; see evasions.py
     python benchmarks/lying_node.py slow node ...            # does not lie; a slower computer
+    python benchmarks/lying_node.py grad-zeros:0.5 node ...  # in training; see gradient_cheats.py
 
 Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
 the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import evasions
+import gradient_cheats
 import torch
 from cheats import WEIGHTS, AlteredCheckpoint, skipped, swapped, with_noise
 from small_lies import NextLikeliest, PartInt8, keep_cache_in_int8
@@ -132,6 +134,10 @@ def install(cheat: str) -> None:
     for trick in tricks:
         evasions.install(trick)
     name, share, honest_sessions = [*cheat.split(":"), "1", "0"][:3] if ":" in cheat else [cheat, "1", "0"]
+    if name.startswith(gradient_cheats.PREFIX):
+        gradient_cheats.install(name, float(share))
+        serving.DecodeSpeed = Boastful
+        return
 
     def opened(checkpoint: Checkpoint, span: BlockSpan, *rest: Any, **options: Any) -> SpanRunner:
         if name in NAMES:

@@ -38,7 +38,9 @@ class ServeConfig:
     train_tokens: int = 2048  # tokens in one microbatch
     train_in_flight: int = 4  # requests of one training session without an answer
     train_slice_s: float = 0.02  # of training after which others have their turn, seconds; one block at least
-    train_bytes: int = 512 << 20  # host memory for inputs kept for backward passes, bytes
+    train_bytes: int = 1 << 30  # memory for what is kept for backward passes, bytes
+    # memory for transposed weights while somebody trains, bytes; a quarter of what is free at most
+    train_weight_bytes: int = 1 << 30
     client_adapter_bytes: int = 128 << 20  # one adapter of a client, for this node's blocks, bytes
     # of adapters that sessions and trainings hold at once, bytes; 0: no session may use one
     session_adapter_bytes: int = 1 << 30

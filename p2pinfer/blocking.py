@@ -199,7 +199,13 @@ class BlockingTrainer:
 
     async def _hold(self) -> None:
         client = self._loop.client
-        opening = open_trainer(client.member.host, client.spec, client.routes, lambda: client.table_changed)
+        opening = open_trainer(
+            client.member.host,
+            client.spec,
+            client.routes,
+            lambda: client.table_changed,
+            watch=client.training_watch,
+        )
         async with opening as trainer:
             self._opened.set_result(trainer)
             await trio.sleep_forever()

@@ -26,6 +26,8 @@ from p2pinfer.generation.kept_texts import KeptTexts
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
+from p2pinfer.learning.pass_watch import PassWatch
+from p2pinfer.learning.second_pass import run_pass_elsewhere
 from p2pinfer.learning.session_adapter import AT_ONCE, load_session_adapter
 from p2pinfer.learning.tuner import Tuner
 from p2pinfer.learning.tuning import tuner_over
@@ -154,12 +156,8 @@ class Client:
             )
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
-            resolve = partial(
-                resolve_model,
-                cache_dir=self.cache_dir,
-                weights_bytes=self._weights_bytes,
-                progress=self._progress,
-            )
+            folder, limit = self.cache_dir, self._weights_bytes
+            resolve = partial(resolve_model, cache_dir=folder, weights_bytes=limit, progress=self._progress)
             self._source = await trio.to_thread.run_sync(resolve, self.model, abandon_on_cancel=True)
             given = self._config.identity_file if self._identity is None else self._identity
             identity = await trio.to_thread.run_sync(client_identity, given)
@@ -194,8 +192,10 @@ class Client:
                 report=self._report,
                 kept_in=self._data_dir if self._keeps_ledger else None,
                 blame=self._planner.blame,
+                run_pass=partial(run_pass_elsewhere, spec=self._source.spec),
             )
             self._nursery.start_soon(self._auditor.serve)
+            self.training_watch: PassWatch = self._auditor.training  # of all trainers
             shared = self._member.host, self._nursery, self.spec, self._session_config, self.routes
             self._opener = SessionOpener(*shared, self._auditor, self._report)
             self._kept_texts = KeptTexts(PrefixOpener(self._planner, self._opener).open)
@@ -285,8 +285,8 @@ class Client:
 
     def tuner(self, config: TuneConfig | None = None) -> AbstractAsyncContextManager[Tuner]:
         """A `Tuner` of this client's model for as long as the block runs; see docs/learning.md."""
-        asked = config or TuneConfig()
-        return tuner_over(self._member.host, self.local, self.routes, lambda: self.table_changed, asked)
+        host, watch, asked = self._member.host, self.training_watch, config or TuneConfig()
+        return tuner_over(host, self.local, self.routes, lambda: self.table_changed, asked, watch=watch)
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
         """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
@@ -374,7 +374,7 @@ class Client:
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
     ) -> Session:
-        """A session for `tokens` positions on the policy's best route that is there, without the `excluded`.
+        """A session for `tokens` positions on the best route that is there, without the `excluded`.
 
         Args:
             replay_source: What went in at past positions; with it the first hop can be replaced too.

@@ -145,6 +145,7 @@ class AuditConfig:
     evidence_bytes: int = 32 << 20  # tensors to fetch for one audit, from the session's start, bytes
     timeout_s: float = 60.0  # for the evidence of one audit, and again for second opinions, seconds
     proofs_share: float = 0.02  # share of time for checking fraud proofs of others, above 0 to 1
+    training_share: float = 0.1  # share of time for audits of a training, after each hop's first ones
     linger_s: float = 10.0  # how long a closing client waits for its audits, seconds
     # audits that a client leaves to the next one, in data_dir, bytes; 0: none are kept
     queue_bytes: int = 64 << 20
@@ -157,10 +158,9 @@ class AuditConfig:
             raise ValueError(f"rate is {self.rate:g}; it must be from 0 to 1")
         if not 0 <= self.logits_share <= 1:
             raise ValueError(f"logits_share is {self.logits_share:g}; it must be from 0 to 1")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share:g}; it must be above 0 and at most 1")
-        if not 0 < self.proofs_share <= 1:
-            raise ValueError(f"proofs_share is {self.proofs_share:g}; it must be above 0 and at most 1")
+        for name in ("share", "proofs_share", "training_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0 and at most 1")
         for name in ("max_tokens", "evidence_bytes", "timeout_s", "linger_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")

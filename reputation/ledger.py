@@ -20,12 +20,11 @@ from .account import Account, AuditResult
 from .attestation import Attestation, Verify, open_attestation, own_attestation
 from .config import LedgerConfig
 from .explain import explain as explain_peer
-from .proof_note import ProofNote, ProofState
 from .proofs import ProofDecision, ProofGate
 from .records import Records
 from .score import Score, audit_probability, full_audit_probability, is_doubtful, score_of
 from .small_lies import Sample
-from .store import FILE_NAME, Change, open_store
+from .store import FILE_NAME, Change, ProofNote, ProofState, open_store
 
 if TYPE_CHECKING:
     from .verdict import Verdict

@@ -21,7 +21,7 @@ from p2pinfer.recent import Recent
 
 from .account import Account
 from .config import LedgerConfig
-from .proof_note import ProofNote
+from .store import ProofNote
 
 if TYPE_CHECKING:
     from .records import Records

@@ -30,9 +30,8 @@ from p2pinfer.recent import Recent
 from .account import Account, not_after
 from .attestation import Attestation, attested_evidence, weight
 from .config import LedgerConfig
-from .proof_note import ProofNote
 from .roster import CLOCK_SLACK_S, Roster
-from .store import Change, Changes, LedgerStore
+from .store import Change, Changes, LedgerStore, ProofNote
 
 _MAX_UNWRITTEN: Final = 100_000  # changes kept while the file cannot be written; beyond that the oldest go
 _MAX_UNCHECKED: Final = 1024  # proofs that were heard of and not checked yet

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -29,7 +29,6 @@ from p2pinfer.folders import create_private, make_private
 from .account import NEWCOMER, Account
 from .attestation import Attestation
 from .config import LedgerConfig
-from .proof_note import ProofNote
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,17 @@ CREATE TABLE proofs (address TEXT PRIMARY KEY, at REAL NOT NULL, record TEXT NOT
 """
 
 Change: TypeAlias = Callable[[Account], Account]
+ProofState: TypeAlias = Literal["seen", "verified", "false"]
 _Row = TypeVar("_Row")
+
+
+class ProofNote(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fate of one fraud proof, kept so that each is checked once and who lies in them is known."""
+
+    accused: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,128}\Z")]
+    sender: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,128}\Z")]  # empty: made here
+    state: ProofState
+    at: Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
 
 @dataclass(slots=True)

@@ -158,9 +158,13 @@ def independent_tokens(chunk: ChunkDeviation, thresholds: Thresholds | None = No
 
     As the effective size of a sample whose members correlate (Kish's design effect).
     """
-    usual = (thresholds or Thresholds()).usual_alike
-    alike = (chunk.alike - usual) / (1 - usual)
-    return chunk.tokens / (1 + (chunk.tokens - 1) * min(max(alike, 0.0), 1.0))
+    return independent(chunk.tokens, chunk.alike, thresholds or Thresholds())
+
+
+def independent(tokens: int, alike: float, limits: Thresholds) -> float:
+    """Number of tokens, of so many, that round in their own way if they have so much in common."""
+    correlation = (alike - limits.usual_alike) / (1 - limits.usual_alike)
+    return tokens / (1 + max(0, tokens - 1) * min(max(correlation, 0.0), 1.0))
 
 
 def typical_excess(chunk: ChunkDeviation, thresholds: Thresholds | None = None) -> float:

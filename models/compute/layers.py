@@ -29,22 +29,50 @@ from torch.nn import functional
 # What torch freezes a compiled CPU model's layers to. Not public, so its absence is a case: see can_pack.
 _MKLDNN: Any = torch.ops.mkldnn
 _linear_pointwise: Any = getattr(_MKLDNN, "_linear_pointwise", None)
+_FEW_ROWS = 128  # for which a weight is not worth being packed anew
 _EXACT_ROWS = 8  # up to which every number of rows, a batch of decode steps, has a kernel of its own
 
 
 class Linear:
     """`rows @ weight.T + bias`, for rows of shape (tokens, in_features)."""
 
-    __slots__ = ("_bias", "_packed", "_weight")
+    __slots__ = ("_bias", "_keeps_transposed", "_packed", "_transposed", "_weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._bias = bias
         self._packed = can_pack(weight.device, weight.dtype)
         self._weight: Tensor = _MKLDNN._reorder_linear_weight(weight) if self._packed else weight
+        self._keeps_transposed = False
+        self._transposed: Linear | None = None
 
     def dense(self) -> Tensor:
         """The weight, (out_features, in_features), as it was given; a copy where it is packed."""
         return self._weight.to_dense() if self._packed else self._weight
+
+    @property
+    def transposed_bytes(self) -> int:
+        """Bytes that `keep_transposed` takes; 0 where products with the transposed weight need no copy."""
+        return self._weight.nbytes if self._packed else 0
+
+    def keep_transposed(self, keep: bool) -> None:
+        """Keep the transposed weight from the first `times_weight` on, or keep it no longer."""
+        self._keeps_transposed = keep
+        if not keep:
+            self._transposed = None
+
+    def times_weight(self, rows: Tensor) -> Tensor:
+        """`rows @ weight`, (tokens, out_features) -> (tokens, in_features): the gradient of what went in."""
+        if not self._packed:
+            return rows @ self._weight
+        kept = self._transposed
+        if kept is None:
+            dense = self.dense()
+            if not self._keeps_transposed and len(rows) <= _FEW_ROWS:
+                return rows @ dense
+            kept = Linear(dense.t().contiguous())
+            if self._keeps_transposed:
+                self._transposed = kept
+        return kept(rows.contiguous())
 
     def __call__(self, rows: Tensor) -> Tensor:
         if not self._packed:

@@ -121,6 +121,25 @@ class Adapter:
             offset += update.rank * sum(projection_shape(architecture, update.projection))
         self._prompts_at = offset
 
+    def to(self, device: torch.device) -> Adapter:
+        """The same adapter on a device."""
+        values = self.values.to(device)
+        return self if values is self.values else Adapter(self.layout, values, self._architecture, self._span)
+
+    def places(self, span: BlockSpan) -> Iterator[tuple[str, slice]]:
+        """Name of each tensor that changes a block of `span`, and where in the vector it lies."""
+        for block in range(span.start, span.stop):
+            for update, offset in self._updates_of.get(block, ()):
+                inputs, outputs = projection_shape(self._architecture, update.projection)
+                middle, stop = offset + update.rank * inputs, offset + update.rank * (inputs + outputs)
+                name = f"{update.projection} in block {block}"
+                yield f"A of {name}", slice(offset, middle)
+                yield f"B of {name}", slice(middle, stop)
+            if tokens := self.layout.prompt_tokens:
+                size = tokens * self._architecture.hidden_size
+                start = self._prompts_at + (block - self._span.start) * size
+                yield f"the prompt of block {block}", slice(start, start + size)
+
     def first_block(self, span: BlockSpan) -> int | None:
         """The first block of a part of its span that it changes; None if it changes none there."""
         if self.layout.prompt_tokens:

@@ -5,6 +5,9 @@ The formulas are those of `compute/blocks.py`, without its writes in place and w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from p2pinfer.models.compute.mlp import ExpertMlp, FeedForward
 from p2pinfer.models.compute.rope import Rotation, swap_pairs
 
 from .adapter import BlockAdapter
-from .products import Dropout, product, updated
+from .products import Dropout, Inputs, product, updated
 from .rows import Rows
 
 
@@ -27,19 +30,23 @@ def run_block(
     rows: Rows,
     adapter: BlockAdapter,
     dropout: Dropout,
+    *,
+    stepwise: bool = False,
 ) -> Tensor:
     """Hidden states after one block.
 
     Args:
         hidden: (tokens, hidden_size), the sequences of `rows`; left as it is.
         rotation: That of the block; None where it rotates nothing.
+        stepwise: Attention rounds after every operation; the norms of `layers` say for themselves.
     """
     if adapter.prompt is not None:
         at, which = rows.first_tokens(len(adapter.prompt))
         hidden = hidden.index_add(0, at, adapter.prompt[which].to(hidden.dtype))
     scale = architecture.residual_scale
     normed = hidden if layers.attention_norm is None else layers.attention_norm(hidden)
-    output = _attention(layers, architecture, window, normed, rotation, rows, adapter, dropout)
+    attend = partial(rows.attend, architecture, window, stepwise=stepwise)
+    output = _attention(layers, architecture, attend, normed, rotation, adapter, dropout)
     if layers.attention_output_norm is not None:
         output = layers.attention_output_norm(output)
     attended = hidden + output * scale
@@ -59,10 +66,9 @@ def run_block(
 def _attention(
     layers: BlockLayers,
     architecture: Architecture,
-    window: int | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
     normed: Tensor,
     rotation: Rotation | None,
-    rows: Rows,
     adapter: BlockAdapter,
     dropout: Dropout,
 ) -> Tensor:
@@ -70,18 +76,18 @@ def _attention(
     parts = torch.split(product(layers.qkv, normed), [heads * size, kv_heads * size, kv_heads * size], -1)
     # Of a family that stores them as one, or by other names, no adapter has these.
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    inputs = Inputs(normed)
     queries, keys, values = (
-        updated(part, normed, adapter.on(name), dropout).view(len(normed), -1, size)
+        updated(part, inputs, adapter.on(name), dropout).view(len(normed), -1, size)
         for name, part in zip(names, parts, strict=True)
     )
     if layers.query_norm is not None and layers.key_norm is not None:
         queries, keys = layers.query_norm(queries), layers.key_norm(keys)
     if rotation is not None:
         queries, keys = _rotated(queries, rotation), _rotated(keys, rotation)
-    attended = rows.attend(architecture, window, queries, keys, values, layers.sinks)
-    return updated(
-        product(layers.output, attended), attended, adapter.on(architecture.family.output), dropout
-    )
+    attended = attend(queries, keys, values, layers.sinks)
+    output = product(layers.output, attended)
+    return updated(output, Inputs(attended), adapter.on(architecture.family.output), dropout)
 
 
 def _dense(
@@ -90,15 +96,13 @@ def _dense(
     family = architecture.family
     both = product(mlp.gate_up, normed)
     parts = torch.split(both, both.shape[-1] // len(family.gate_up), -1)
-    both = torch.cat(
-        [
-            updated(part, normed, adapter.on(name), dropout)
-            for name, part in zip(family.gate_up, parts, strict=True)
-        ],
-        -1,
-    )
-    inner = mlp.inner(both)
-    return updated(product(mlp.down, inner), inner, adapter.on(family.down), dropout)
+    inputs = Inputs(normed)
+    outputs = [
+        updated(part, inputs, adapter.on(name), dropout)
+        for name, part in zip(family.gate_up, parts, strict=True)
+    ]
+    inner = mlp.inner(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1))
+    return updated(product(mlp.down, inner), Inputs(inner), adapter.on(family.down), dropout)
 
 
 def _experts(mlp: ExpertMlp, normed: Tensor) -> Tensor:

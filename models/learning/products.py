@@ -1,20 +1,21 @@
 """Products of frozen weights, differentiable in what goes in, with low-rank updates on top.
 
 Weights that were packed for the processor (`compute/layers.py`) have no gradient of torch's. That of their
-input is a product with the transposed weight, which is laid out anew for each backward pass and dropped: a
-1024 x 5632 weight takes 7 ms of some 150 (1024 rows, float32), and a kept copy would double the weights.
+input is a product with the transposed weight, which is laid out anew for each backward pass and dropped,
+unless there is memory to keep it (`SpanPasses.keep_transposed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.models.compute.layers import Linear, can_pack
+from p2pinfer.models.compute.layers import Linear
 
 from .adapter import Factors, LowRank
 
@@ -30,10 +31,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        weight = ctx.linear.dense()
-        if not can_pack(weight.device, weight.dtype):
-            return gradient @ weight, None
-        return Linear(weight.t().contiguous())(gradient.contiguous()), None
+        return ctx.linear.times_weight(gradient), None
 
 
 def product(linear: Linear, rows: Tensor) -> Tensor:
@@ -44,14 +42,26 @@ def product(linear: Linear, rows: Tensor) -> Tensor:
     return output
 
 
+class Inputs:
+    """Rows that go into projections; in float32 as well, once for all that have updates."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """The rows in float32."""
+        return self.rows.float()
+
+
 def updated(
-    output: Tensor, rows: Tensor, updates: Sequence[tuple[LowRank, Factors]], dropout: Dropout
+    output: Tensor, inputs: Inputs, updates: Sequence[tuple[LowRank, Factors]], dropout: Dropout
 ) -> Tensor:
-    """`output` of a projection of `rows` with the updates, added as peft does: in float32, rounded once."""
+    """`output` of a projection with the updates, added as peft does: in float32, rounded once."""
     for update, factors in updates:
-        inputs = dropout.of(rows.float(), update)
-        low = functional.linear(functional.linear(inputs, factors.down), factors.up)
-        output = (output.float() + low * update.scale).to(output.dtype)
+        rows = dropout.of(inputs.wide, update)
+        low = functional.linear(functional.linear(rows, factors.down), factors.up)
+        output = torch.add(output.float(), low, alpha=update.scale).to(output.dtype)
     return output
 
 

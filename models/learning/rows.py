@@ -60,6 +60,8 @@ class Rows:
         keys: Tensor,
         values: Tensor,
         sinks: Tensor | None = None,
+        *,
+        stepwise: bool = False,
     ) -> Tensor:
         """Causal attention within each sequence; differentiable.
 
@@ -68,6 +70,7 @@ class Rows:
             queries: (tokens, heads, head_dim).
             keys: (tokens, kv_heads, head_dim), as are the values.
             sinks: (heads,) float32, scores that join each head's softmax and are dropped.
+            stepwise: Round after every operation, as `Blocks.stepwise` does.
 
         Returns:
             (tokens, heads * head_dim).
@@ -82,7 +85,7 @@ class Rows:
             ]
             limit = None if window is None or window >= self._reach(part, length) else window
             extras = extras_of(architecture, sinks, 0, length, queries.device)
-            output = self._attend(architecture, part, length, limit, extras, *heads)
+            output = self._attend(architecture, part, length, limit, extras, *heads, stepwise=stepwise)
             outputs.append(output.transpose(1, 2).reshape(length * count, -1))
             start = part.stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -102,14 +105,17 @@ class Rows:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
+        *,
+        stepwise: bool,
     ) -> Tensor:
         scale = architecture.attention_scale
-        if extras.are_none and window is None:
+        is_fused = extras.are_none and not stepwise
+        if is_fused and window is None:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
             )
         mask = self._mask(part, length, window, queries.dtype)
-        if extras.are_none:
+        if is_fused:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             )
@@ -117,7 +123,8 @@ class Rows:
         shape = (len(queries), architecture.kv_heads, -1, length, architecture.head_dim)
         rows = queries.reshape(shape).transpose(2, 3).flatten(2, 3)
         group = architecture.heads // architecture.kv_heads
-        output = attend_by_scores(rows, keys, values, mask.repeat_interleave(group, 2), scale, extras)
+        mask = mask.repeat_interleave(group, 2)
+        output = attend_by_scores(rows, keys, values, mask, scale, extras, stepwise=stepwise)
         apart = output.view(*output.shape[:2], length, group, -1)
         return apart.transpose(2, 3).reshape(queries.shape)
 

@@ -106,3 +106,39 @@ class Glance:
     tokens: int
     typical: float
     worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDeviation:
+    """Deviation of the gradient of one tensor of an adapter.
+
+    Attributes:
+        name: Block and tensor, for people.
+        rho: Length of the difference, in units of what rounding makes of it.
+    """
+
+    name: str
+    rho: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassDeviation:
+    """Deviation of a pass of training from a span.
+
+    Attributes:
+        hidden: That of the outputs, or of the gradient of the inputs; None where none were due.
+        tensors: Those of the adapter's gradient.
+        alike: Part of their squared rounding that the tokens have in common.
+        tokens: Number of tokens that are not the first of their sequence, nor in doubt.
+        roughness: Part of what the blocks do that rounding decides.
+        doubtful: Number of tokens whose router hangs between two experts, or whose inputs are too faint.
+        is_backward: The pass is a backward one.
+    """
+
+    hidden: Deviation | None
+    tensors: tuple[TensorDeviation, ...]
+    alike: float
+    tokens: int
+    roughness: float
+    doubtful: int
+    is_backward: bool

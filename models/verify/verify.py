@@ -231,7 +231,7 @@ def compare(
     unclear = floor.undecided | floor.faint
     first = float(deviations[0].norm()) if at and at[0] == 0 and 0 not in unclear else None
     chunks = tuple(
-        _describe(floor, at[part], deviations[part], effect.part(part) if effect else None)
+        describe_chunk(floor, at[part], deviations[part], effect.part(part) if effect else None)
         for part in split_chunks(1 if at[:1] == [0] else 0, len(at))
     )
     return Deviation(chunks, first)
@@ -263,9 +263,10 @@ def split_chunks(start: int, stop: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def _describe(
-    floor: NoiseFloor, positions: Sequence[int], deviations: Tensor, logits: LogitDeviation | None
+def describe_chunk(
+    floor: NoiseFloor, positions: Sequence[int], deviations: Tensor, logits: LogitDeviation | None = None
 ) -> ChunkDeviation:
+    """Deviation of a chunk: of the tokens at `positions`, whose deviations from `floor` are given."""
     unclear = floor.undecided | floor.faint
     decided = torch.tensor([position not in unclear for position in positions])
     looked_at = torch.tensor(positions)[decided]

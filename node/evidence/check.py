@@ -10,9 +10,13 @@ from p2pinfer.errors import WrongOutput
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.reference import Reference, Tail
+from p2pinfer.models.verify.train_passes import compare_pass, rerun_pass
 from p2pinfer.models.verify.verify import measure_span
 from p2pinfer.node.protocol.tensors import dtype_of
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge
+
+from .pass_record import PassHistory, PassRecord
+from .pass_verdict import PassThresholds, judge_pass
 
 
 def check_span(
@@ -60,3 +64,21 @@ def check_span(
     except ValueError as exc:
         return Finding(Verdict.INCONCLUSIVE, f"the span could not be run again: {exc}")
     return judge(deviation, thresholds)
+
+
+def check_pass(
+    reference: Reference, record: PassRecord, history: PassHistory, thresholds: PassThresholds | None = None
+) -> Finding:
+    """The verdict on a pass of training; computes three such passes, and blocks.
+
+    Returns:
+        INCONCLUSIVE where the pass cannot be run again, or rounding decides what it gives.
+    """
+    try:
+        floor = rerun_pass(reference, history.asked, dtype_of(record.receipt.codec))
+        deviation = compare_pass(floor, history.hidden, history.vector, record.peer_id)
+    except WrongOutput as exc:
+        return Finding(Verdict.FAIL, f"the results cannot be: {exc}")
+    except ValueError as exc:
+        return Finding(Verdict.INCONCLUSIVE, f"the pass could not be run again: {exc}")
+    return judge_pass(deviation, thresholds)

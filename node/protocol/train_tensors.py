@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import torch
@@ -16,11 +16,12 @@ from p2pinfer.models.numerics import Codec, row_bytes
 from p2pinfer.reputation.receipt import Payload, digest_of
 
 from .tensors import check_finite, encode_hidden, view_hidden
-from .train_messages import Update
+from .train_messages import Lengths, Update, Updates
 
 MAX_POSITION: Final = 1 << 24
 _INDEX_BYTES: Final = 8  # a position and an index, int32 each
 _VALUE_BYTES: Final = 4
+_DIGEST_BYTES: Final = 32
 
 
 def input_bytes(tokens: int, hidden_size: int, codec: Codec) -> int:
@@ -112,11 +113,64 @@ def layout_of(updates: Sequence[Update], prompt_tokens: int) -> AdapterLayout:
     )
 
 
+class AdapterHead(msgspec.Struct, frozen=True, array_like=True):
+    """Layout of an adapter, as its digest covers it."""
+
+    updates: Updates
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+
+
+class CallHead(msgspec.Struct, frozen=True, array_like=True):
+    """Part of a request that a receipt does not spell out."""
+
+    lengths: Lengths
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    wants_hidden: bool
+
+
+_adapters: Final = msgspec.msgpack.Decoder(AdapterHead)
+_calls: Final = msgspec.msgpack.Decoder(CallHead)
+
+
+def adapter_content(updates: Sequence[Update], prompt_tokens: int, values: bytes) -> bytes:
+    """Content whose digest names an adapter: its layout, then the digest of its values."""
+    return msgspec.msgpack.encode((tuple(updates), prompt_tokens)) + values
+
+
+def decode_adapter_content(content: Payload) -> tuple[AdapterHead, bytes]:
+    """Layout of an adapter, and the digest of its values.
+
+    Raises:
+        ProtocolViolation: It is no such content.
+    """
+    try:
+        return _adapters.decode(bytes(content[:-_DIGEST_BYTES])), bytes(content[-_DIGEST_BYTES:])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("no description of an adapter") from exc
+
+
 def digest_of_adapter(updates: Sequence[Update], prompt_tokens: int, values: Payload) -> bytes:
     """Digest of an adapter: of its layout, a MessagePack array, followed by the digest of its values."""
-    return digest_of(msgspec.msgpack.encode((tuple(updates), prompt_tokens)) + digest_of(values))
+    return digest_of(adapter_content(updates, prompt_tokens, digest_of(values)))
+
+
+def call_content(lengths: Sequence[int], seed: int, *, wants_hidden: bool) -> bytes:
+    """Content whose digest stands in a receipt for what that does not spell out of a request."""
+    return msgspec.msgpack.encode((tuple(lengths), seed, wants_hidden))
+
+
+def decode_call_content(content: Payload) -> CallHead:
+    """Lengths, seed, and what was wanted.
+
+    Raises:
+        ProtocolViolation: It is no such content.
+    """
+    try:
+        return _calls.decode(content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolViolation("no description of a pass") from exc
 
 
 def digest_of_call(lengths: Sequence[int], seed: int, *, wants_hidden: bool) -> bytes:
     """Digest of what a receipt does not spell out of a request."""
-    return digest_of(msgspec.msgpack.encode((tuple(lengths), seed, wants_hidden)))
+    return digest_of(call_content(lengths, seed, wants_hidden=wants_hidden))

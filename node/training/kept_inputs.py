@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from p2pinfer.models.learning.rows import Rows
+from p2pinfer.models.learning.span_passes import BlockGraph, Graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,22 @@ class Inputs:
         rows: The sequences.
         blocks: What went into each block, (tokens, hidden_size).
         digest: Of the inputs as they came.
+        adapter: Digest of the adapter that the pass was by, or None.
+        seed: Of its dropout.
+        graphs: Of some blocks, for one backward pass by the same adapter and seed.
     """
 
     rows: Rows
     blocks: tuple[Tensor, ...]
     digest: bytes
+    adapter: bytes | None = None
+    seed: int = 0
+    graphs: Graphs = field(default_factory=dict[int, BlockGraph])
 
     @property
     def size(self) -> int:
-        """Bytes of them."""
-        return sum(each.nbytes for each in self.blocks)
+        """Bytes of all that is kept, while no graph is used up."""
+        return sum(each.nbytes for each in self.blocks) + sum(each.size for each in self.graphs.values())
 
 
 class KeptInputs:
@@ -48,20 +55,28 @@ class KeptInputs:
         self.held_bytes = 0
         self.bytes_in_flight = 0
         self._max_bytes = max_bytes
-        self._kept: dict[tuple[Hashable, int], tuple[str, Inputs]] = {}  # oldest first
+        self._kept: dict[tuple[Hashable, int], tuple[str, Inputs, int]] = {}  # with its size, oldest first
         self._held_by: Counter[str] = Counter()
 
     def add(self, session: Hashable, number: int, client: str, inputs: Inputs) -> None:
         """Keep the inputs of a session's pass, unless they alone are more than all that is kept."""
         self.drop(session, number)
         if inputs.size > self._max_bytes:
+            inputs.graphs.clear()
+        size = inputs.size
+        if size > self._max_bytes:
             return
-        while self.held_bytes + inputs.size > self._max_bytes:
+        while self.held_bytes + size > self._max_bytes:
             greediest = max(self._held_by, key=lambda each: self._held_by[each])
-            self.drop(*next(key for key, (owner, _) in self._kept.items() if owner == greediest))
-        self._kept[session, number] = (client, inputs)
-        self.held_bytes += inputs.size
-        self._held_by[client] += inputs.size
+            self.drop(*next(key for key, (owner, *_) in self._kept.items() if owner == greediest))
+        self._kept[session, number] = (client, inputs, size)
+        self.held_bytes += size
+        self._held_by[client] += size
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the graphs of one more pass may take: half of what is left."""
+        return max(0, self._max_bytes - self.held_bytes) // 2
 
     def get(self, session: Hashable, number: int) -> Inputs | None:
         """Inputs of a pass, if they are still here."""
@@ -72,9 +87,9 @@ class KeptInputs:
         """Keep the inputs of a pass no longer."""
         kept = self._kept.pop((session, number), None)
         if kept is not None:
-            client, inputs = kept
-            self.held_bytes -= inputs.size
-            self._held_by[client] -= inputs.size
+            client, _, size = kept
+            self.held_bytes -= size
+            self._held_by[client] -= size
             if not self._held_by[client]:
                 del self._held_by[client]
 

@@ -11,6 +11,7 @@ import trio
 
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.learning.span_passes import SpanPasses
+from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host.network import Network
@@ -47,7 +48,7 @@ class TrainServer:
         self._config = config
         self._on_change = on_change
         self._passes = SpanPasses(served.runner.blocks)
-        self._kept = KeptInputs(config.train_bytes)
+        self._kept = KeptInputs(min(config.train_bytes, free_memory().bytes // 4))
         self._sessions: set[TrainSession] = set()
         self._leaving = False
         self._minimum_rate = MinimumRate(config.frame_timeout_s, config.min_bytes_per_s)
@@ -107,6 +108,8 @@ class TrainServer:
         signer = TrainSigner(begin, runner.numerics, self._host.sign)
         session = TrainSession(passing, frames, signer, self._kept, self._served.adapters, config)
         frames.max_payload_bytes = largest_payload(self._served.spec.hidden_size, config)
+        if not self._sessions:
+            self._passes.keep_transposed(min(config.train_weight_bytes, free_memory().bytes // 4))
         self._sessions.add(session)
         self._on_change()
         logger.info("client %s trains through blocks %s", client, passing.span)
@@ -123,6 +126,8 @@ class TrainServer:
             await session.run()
         finally:
             self._sessions.discard(session)
+            if not self._sessions:
+                self._passes.keep_transposed(0)
             logger.info("client %s has ended its training after %s tokens", client, session.tokens)
             self._on_change()
 

@@ -181,7 +181,14 @@ class TrainSession:
     def _begin_forward(self, message: Forward, payload: bytearray) -> None:
         self._check_room(message, len(payload))
         adapter = self._adapter(message.adapter)
-        work = ForwardWork(self._passing, message, payload, adapter, lambda: self._note_end(work))
+        work = ForwardWork(
+            self._passing,
+            message,
+            payload,
+            adapter,
+            lambda: self._note_end(work),
+            self._kept.graph_bytes,
+        )
         self._begin(work)
 
     def _begin_backward(self, message: Backward, payload: bytearray) -> None:

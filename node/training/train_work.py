@@ -11,13 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
-from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.errors import PeerError, ProtocolViolation, WrongOutput
 from p2pinfer.models.learning.adapter import Adapter
 from p2pinfer.models.learning.rows import Rows
-from p2pinfer.models.learning.span_passes import Forwarded, Gradients, Microbatch, Pass, SpanPasses
+from p2pinfer.models.learning.span_passes import (
+    Forwarded,
+    Gradients,
+    Graphs,
+    Microbatch,
+    Pass,
+    SpanPasses,
+)
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
 from p2pinfer.node.protocol.train_messages import Backward, Forward
 from p2pinfer.node.protocol.train_receipt import PassDigests
 from p2pinfer.node.protocol.train_tensors import (
@@ -174,9 +181,12 @@ class ForwardWork(PassWork):
         payload: bytearray,
         adapter: Adapter | None,
         on_end: Callable[[], None],
+        graph_bytes: int = 0,
     ) -> None:
+        """Set up; graphs for the backward pass may take so many bytes."""
         super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
+        self._graph_bytes = graph_bytes if request.keeps else 0
 
     @property
     def tokens(self) -> int:
@@ -187,10 +197,20 @@ class ForwardWork(PassWork):
         rows, hidden = self._decode(self._payload)
         digest = digest_of(self._payload)
         passing = self._passing
-        forwarded = yield from passing.passes.forward(self._microbatch(rows, self.request.seed), hidden)
+        batch = self._microbatch(rows, self.request.seed)
+        graph_bytes = min(self._graph_bytes, passing.passes.free_bytes() // 4)
+        forwarded = yield from passing.passes.forward(batch, hidden, graph_bytes)
         output = encode_hidden(forwarded.output, passing.codec)
+        _check_results(output, passing.codec, passing.client)
         if self.request.keeps:
-            self.inputs = Inputs(rows, forwarded.inputs, digest)
+            self.inputs = Inputs(
+                rows,
+                forwarded.inputs,
+                digest,
+                self._adapter_digest,
+                self.request.seed,
+                forwarded.graphs,
+            )
         call = digest_of_call(self.lengths, self.request.seed, wants_hidden=False)
         self.digests = PassDigests(self.span, call, self._adapter_digest, digest, None, digest_of(output))
         self.payload = (output,)
@@ -222,6 +242,7 @@ class BackwardWork(PassWork):
         size = input_bytes(tokens, passing.hidden_size, passing.codec) if request.sends_inputs else 0
         gradient_payload = self._payload[size:]
         gradient = decode_values(gradient_payload, tokens, passing.hidden_size, passing.codec, passing.client)
+        graphs: Graphs = {}
         if request.sends_inputs:
             rows, hidden = self._decode(self._payload[:size])
             batch = self._microbatch(rows, request.seed)
@@ -233,16 +254,32 @@ class BackwardWork(PassWork):
                 raise ProtocolViolation("another microbatch than that of the forward pass", passing.client)
             batch = self._microbatch(self._kept.rows, request.seed)
             inputs, digest = self._kept.blocks, self._kept.digest
+            if (self._kept.adapter, self._kept.seed) == (self._adapter_digest, request.seed):
+                graphs = self._kept.graphs
         gradients: Gradients = yield from passing.passes.backward(
-            batch, inputs, gradient, wants_hidden=request.wants_hidden
+            batch, inputs, gradient, wants_hidden=request.wants_hidden, graphs=graphs
         )
         self._encode(gradients, digest, digest_of(gradient_payload))
 
     def _encode(self, gradients: Gradients, input_digest: bytes, gradient_digest: bytes) -> None:
         hidden = b"" if gradients.hidden is None else encode_hidden(gradients.hidden, self._passing.codec)
         vector = b"" if gradients.adapter is None else encode_vector(gradients.adapter)
+        _check_results(hidden, self._passing.codec, self._passing.client)
+        _check_results(vector, "float32", self._passing.client)
         self.payload = (hidden, vector)
         call = digest_of_call(self.lengths, self.request.seed, wants_hidden=self.request.wants_hidden)
         self.digests = PassDigests(
             self.span, call, self._adapter_digest, input_digest, gradient_digest, digest_of(hidden + vector)
         )
+
+
+def _check_results(payload: bytes, codec: Codec, client: str) -> None:
+    """Nothing, if results are finite: a hop signs for no others.
+
+    Raises:
+        WrongOutput: They are not, which is a matter of what was sent.
+    """
+    try:
+        check_finite(payload, codec)
+    except WrongOutput as exc:
+        raise WrongOutput("what was sent leads to values that are not finite", client) from exc

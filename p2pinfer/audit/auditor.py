@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import Payload
 from p2pinfer.reputation.small_lies import sample_of
-from p2pinfer.reputation.verdict import Verdict, is_too_short
+from p2pinfer.reputation.verdict import Finding, Verdict, is_too_short
 from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
@@ -48,6 +48,8 @@ from .examiner import Examiner
 from .judge import Judge, Opinion
 from .kept_jobs import job_folder
 from .tally import AuditTally as AuditTally
+from .training_audits import TrainingAudits
+from .training_opinions import RunPass, opinions_by
 from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Auditor:
         report: Called with every audit's outcome.
         kept_in: Data directory where audits are kept until they are done; None: in memory alone.
         blame: Charges the peer that broke a receipt, or both neighbours where it is between them.
+        run_pass: Has another peer run a pass of training again; None: nobody is asked about training.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Auditor:
         rng: random.Random | None = None,
         report: Report | None = None,
         kept_in: Path | None = None,
+        run_pass: RunPass | None = None,
         blame: Callable[[PeerError], None],
     ) -> None:
         self.tally = AuditTally()
@@ -92,11 +96,12 @@ class Auditor:
         self._config = config
         self._clock = clock
         self._rng = rng or random.SystemRandom()
-        self._report = report
+        self._report: Report = report or (lambda _: None)
         self._blame = blame
         self._draw = AuditDraw(ledger, config, clock, self._rng)
         self._line = Line()
         self._backlog = Backlog(job_folder(kept_in, spec.revision, config.queue_bytes), clock)
+        hosts = replace(host_config or HostConfig(), listen=())  # under identities that are thrown away
         self._judge = Judge(
             member,
             spec,
@@ -104,12 +109,15 @@ class Auditor:
             verifier,
             config,
             self._draw,
-            host_config=replace(host_config or HostConfig(), listen=()),
+            host_config=hosts,
             rng=self._rng,
         )
         self._failing: set[str] = set()  # peers of which a FAIL is being confirmed
         self._confirmed = Pulse()
         self._closed_in, self._closed = trio.open_memory_channel[ClosedSession](MAX_CLOSED)
+        opinions = opinions_by(run_pass, member, ledger, config, hosts, self._rng)
+        told = (self._note, self._publish, opinions)
+        self.training = TrainingAudits(ledger, verifier, config, *told, clock=clock, rng=self._rng)
         self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
         member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
 
@@ -128,8 +136,7 @@ class Auditor:
         if book is None:
             return
         self._draw.budget.earn(book.work_s)
-        was_told = session.broken_receipt is not None
-        closed = ClosedSession(book, session.opened_route, chosen, was_told)
+        closed = ClosedSession(book, session.opened_route, chosen, session.broken_receipt is not None)
         try:
             self._closed_in.send_nowait(closed)
         except trio.WouldBlock:
@@ -139,6 +146,7 @@ class Auditor:
 
     async def settled(self) -> None:
         """Wait until every audit that was begun is done, and somebody else has the proofs that came of it."""
+        await self.training.settled()
         await self._backlog.settled()
 
     async def linger(self, seconds: float) -> None:
@@ -160,9 +168,11 @@ class Auditor:
         """Do the audits, a few at once, until cancelled; what is not done by then is for the next start."""
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery  # of proofs that are handed out
                 nursery.start_soon(self._queue_all)
+                nursery.start_soon(self.training.serve)
                 for _ in range(AT_ONCE):
-                    nursery.start_soon(self._work, nursery)
+                    nursery.start_soon(self._work)
         finally:
             with trio.CancelScope(shield=True):
                 await self._backlog.close()
@@ -208,18 +218,25 @@ class Auditor:
             if any(hop.peer_id == peer_id for each in steps for hop in each.hops)
         ]
 
-    async def _work(self, nursery: trio.Nursery) -> None:
+    async def _work(self) -> None:
         while True:
             job = await self._backlog.next_job()
             published: list[bytes] | None = []
             with contained(f"the audit of {job.peer_id}"):
                 published = await self._audit(job)
-                for address in published or ():
-                    self._backlog.note_pending(1)
-                    nursery.start_soon(self._hand_out, address)
+                self._begin_to_hand_out(published or ())
             self._failing.discard(job.peer_id)
             self._confirmed.fire()
             await self._backlog.done(job, keep=published is None)
+
+    async def _publish(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> None:
+        """Ban, publish the proof, and see that somebody fetches it."""
+        self._begin_to_hand_out(await self._accuse(proof, contents, why))
+
+    def _begin_to_hand_out(self, proofs: Sequence[bytes]) -> None:
+        for address in proofs:
+            self._backlog.note_pending(1)
+            self._nursery.start_soon(self._hand_out, address)
 
     async def _hand_out(self, address: bytes) -> None:
         with contained("a proof"), trio.move_on_after(HAND_OUT_S):
@@ -275,19 +292,7 @@ class Auditor:
         """
         peer_id, finding = opinion.peer_id, opinion.finding
         self._draw.budget.count_audit()
-        self.tally = self.tally.plus(finding.verdict)
-        self._member.host.counts.add("audits", finding.verdict.value)
-        logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
-        if self._report is not None:
-            self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
-        self._ledger.record_audit(
-            peer_id,
-            finding.verdict,
-            self._clock(),
-            withheld=bool(fault),
-            contradicted=finding.contradicted,
-            why=why,
-        )
+        self._note(peer_id, finding, fault=fault, why=why)
         if finding.deviation is not None and finding.verdict is not Verdict.FAIL:
             self._ledger.record_small_lies(
                 peer_id,
@@ -301,6 +306,20 @@ class Auditor:
             return []
         proof = Proof(1, peer_id, "output", opinion.record.signed)
         return await self._accuse(proof, opinion.record.contents, finding.reason)
+
+    def _note(self, peer_id: str, finding: Finding, *, fault: str = "", why: str = "") -> None:
+        self.tally = self.tally.plus(finding.verdict)
+        self._member.host.counts.add("audits", finding.verdict.value)
+        logger.info("audited %s: %s, %s", peer_id, finding.verdict.value, finding.reason)
+        self._report(AuditDone(peer_id, finding.verdict.value, finding.reason))
+        self._ledger.record_audit(
+            peer_id,
+            finding.verdict,
+            self._clock(),
+            withheld=bool(fault),
+            contradicted=finding.contradicted,
+            why=why or finding.reason,
+        )
 
     async def _accuse(self, proof: Proof, contents: Mapping[bytes, Payload], why: str) -> list[bytes]:
         """Ban, and let everybody see why; returns the proof's content address if it was published."""

@@ -20,6 +20,7 @@ import trio
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.swarm.proof_gossip import Heard
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Accusation
@@ -88,8 +89,7 @@ class Examiner:
             True if it holds, False if it does not, None if that cannot be told, or not at this price.
         """
         address, accused = heard.notice.proof.hex(), heard.notice.accused
-        told = {heard.notice.revision, *(each.revision for each in accusation.receipts)}
-        if told != {self._spec.revision}:
+        if {heard.notice.revision, *accusation.revisions} != {self._spec.revision}:
             return None
         # One after the other: each pays before the next one asks what is left.
         async with self._turn:
@@ -97,7 +97,7 @@ class Examiner:
                 return None
             holds: bool | None = True
             why = "two receipts for one step"
-            if accusation.kind == "output":
+            if accusation.kind != "equivocation":
                 holds, why = await self._run_again(heard, accusation, contents)
             if holds is not None:
                 now, said = self._clock(), why if holds else ""
@@ -118,9 +118,8 @@ class Examiner:
         began_at = self._stopwatch()
         finding = Finding(Verdict.INCONCLUSIVE, "")
         try:
-            record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
             with contained("a proof"):
-                finding = await self._verifier.verify_fully(record)
+                finding = await self._find(accusation, contents)
         finally:
             now = self._stopwatch()
             budget.pay(heard.author, units, now - began_at, now)
@@ -128,13 +127,24 @@ class Examiner:
             return True, finding.reason
         # A quick PASS does not refute a proof: what it misses may be the very lie, and who told of it would
         # be taken for a liar.
-        if finding.verdict is Verdict.PASS and self._verifier.is_thorough(finding):
+        thorough = accusation.training is not None or self._verifier.is_thorough(finding)
+        if finding.verdict is Verdict.PASS and thorough:
             return False, finding.reason
         return None, finding.reason
 
+    async def _find(self, accusation: Accusation, contents: Mapping[bytes, Payload]) -> Finding:
+        if accusation.training is None:
+            record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
+            return await self._verifier.verify_fully(record)
+        (signed,) = accusation.signed
+        return await self._verifier.verify_pass(
+            PassRecord(accusation.peer_id, signed, accusation.training, contents)
+        )
+
     def _units_of(self, accusation: Accusation) -> int:
         """Tokens times blocks of a re-execution: three runs of the span, and four of what follows it."""
-        first = accusation.receipts[0]
-        tokens = sum(receipt.tokens for receipt in accusation.receipts)
-        blocks = 3 * (first.stop - first.start) + 4 * max(0, self._spec.num_blocks - first.stop)
-        return tokens * blocks
+        tokens, blocks = accusation.extent
+        runs = 3 * blocks
+        if accusation.training is None:
+            runs += 4 * max(0, self._spec.num_blocks - accusation.receipts[0].stop)
+        return tokens * runs

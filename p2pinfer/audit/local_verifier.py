@@ -25,12 +25,13 @@ from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import free_memory
-from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, reference_for
+from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, parse_numerics, reference_for
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.glance import glance_at
 from p2pinfer.models.verify.reference import Reference, Tail, open_reference, tail_of
-from p2pinfer.node.evidence.check import check_span
+from p2pinfer.node.evidence.check import check_pass, check_span
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
+from p2pinfer.node.evidence.pass_record import PassRecord, pass_of
 from p2pinfer.reputation.verdict import Finding, Verdict, judge_glance
 
 from .verifier import Verifier
@@ -99,6 +100,17 @@ class LocalVerifier(Verifier):
         self._loaded = None  # what it said is not confirmed
         return await self.verify_fully(record)
 
+    async def verify_pass(self, record: PassRecord) -> Finding:
+        """The verdict on a pass of training; INCONCLUSIVE where the blocks do not fit or cannot be run."""
+        return await self._in_turn(lambda: self._verify_pass(record, anew=False))
+
+    async def confirm_pass(self, record: PassRecord) -> Finding:
+        """The same from weights that are loaded anew."""
+        finding = await self._in_turn(lambda: self._verify_pass(record, anew=True))
+        if finding.verdict is not Verdict.FAIL:
+            self._loaded = None  # what it said is not confirmed
+        return finding
+
     async def _in_turn(self, verify: Callable[[], Finding]) -> Finding:
         async with self._turn:
             return await trio.to_thread.run_sync(verify)
@@ -139,33 +151,57 @@ class LocalVerifier(Verifier):
 
         return self._run(record, check)
 
-    def _run(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
-        """The finding of `check`, or why it could not be made, with the time that it took."""
-        started = time.thread_time()
-        finding = self._try(record, check)
-        spent_s = time.thread_time() - started
-        self.spent_s += spent_s
-        return replace(finding, spent_s=spent_s)
+    def _verify_pass(self, record: PassRecord, *, anew: bool) -> Finding:
+        def check(numerics: Numerics) -> Finding:
+            if anew:
+                checkpoint = self._source.fetch(record.span, embedding_and_head=False)
+                reference = open_reference(checkpoint, record.span, max_tokens=1, numerics=numerics)
+            else:
+                reference = self._reference_for(record.span, 1, numerics, whole=True).reference
+            architecture = reference.exact.blocks.architecture
+            history = pass_of(record, architecture, max_tokens=self._config.max_tokens)
+            return check_pass(reference, record, history)
 
-    def _try(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
-        try:
+        return self._guarded(record.receipt.revision, record.receipt.dtype, record.span, check)
+
+    def _run(self, record: HopRecord, check: Callable[[History, Numerics], Finding]) -> Finding:
+        def run(numerics: Numerics) -> Finding:
             spec = self._source.spec
-            if record.revision != spec.revision:
-                return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
-            numerics = reference_for(record.numerics)
-            if numerics is None:
-                named = record.receipts[0].dtype
-                return Finding(Verdict.INCONCLUSIVE, f"the receipts name {named}, which is not computed here")
-            spec.check_span(record.span)  # whoever made a proof may have signed for any
             tokens = min(self._config.max_tokens, spec.max_positions)
             history = history_of(record, spec.hidden_size, max_tokens=tokens)
             if not len(history.inputs):
                 return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
+            return check(history, numerics)
+
+        return self._guarded(record.revision, record.receipts[0].dtype, record.span, run)
+
+    def _guarded(
+        self, revision: str, dtype: str, span: BlockSpan, check: Callable[[Numerics], Finding]
+    ) -> Finding:
+        """The finding of `check`, or why it could not be made, with the time that it took."""
+        started = time.thread_time()
+        finding = self._try(revision, dtype, span, check)
+        spent_s = time.thread_time() - started
+        self.spent_s += spent_s
+        return replace(finding, spent_s=spent_s)
+
+    def _try(
+        self, revision: str, dtype: str, span: BlockSpan, check: Callable[[Numerics], Finding]
+    ) -> Finding:
+        """The finding of `check`, which is given the numerics of the reference for `dtype`."""
+        try:
+            spec = self._source.spec
+            if revision != spec.revision:
+                return Finding(Verdict.INCONCLUSIVE, "the receipts are of another model than is here")
+            numerics = reference_for(parse_numerics(dtype))
+            if numerics is None:
+                return Finding(Verdict.INCONCLUSIVE, f"the receipts name {dtype}, which is not computed here")
+            spec.check_span(span)  # whoever made a proof may have signed for any
             if self._changed:
                 return Finding(Verdict.INCONCLUSIVE, self._changed)
-            if not self.can_hold(record.span):
-                return Finding(Verdict.INCONCLUSIVE, f"blocks {record.span} do not fit the memory budget")
-            return check(history, numerics)
+            if not self.can_hold(span):
+                return Finding(Verdict.INCONCLUSIVE, f"blocks {span} do not fit the memory budget")
+            return check(numerics)
         except WrongOutput as exc:
             return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
         except ModelChanged as exc:

@@ -14,7 +14,7 @@ import ipaddress
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 import trio
@@ -22,7 +22,7 @@ import trio
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.numerics import are_comparable, row_bytes
+from p2pinfer.models.numerics import Numerics, are_comparable, row_bytes
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import History, HopRecord
 from p2pinfer.node.host.host import Host, HostConfig, open_host
@@ -40,9 +40,20 @@ DECODED_TOKENS: Final = 8  # of the inputs, that come one by one
 _IP = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/")
 
 
+class Judged(Protocol):
+    """Work that is to be done again: a session's or a pass's."""
+
+    @property
+    def peer_id(self) -> str: ...
+    @property
+    def span(self) -> BlockSpan: ...
+    @property
+    def numerics(self) -> Numerics | None: ...
+
+
 def choose_auditors(
     announcements: Iterable[Announcement],
-    record: HopRecord,
+    record: Judged,
     view: ReputationView,
     avoid: Sequence[str],
     rng: random.Random,

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 
@@ -45,3 +46,11 @@ class Verifier(ABC):
     async def confirm(self, record: HopRecord) -> Finding:
         """A verdict that does not rest on what `verify` keeps in memory; `verify` by default."""
         return await self.verify(record)
+
+    async def verify_pass(self, record: PassRecord) -> Finding:
+        """The verdict on a pass of training; INCONCLUSIVE by default. A FAIL counts as that of `verify`."""
+        return Finding(Verdict.INCONCLUSIVE, "this verifier does not judge training")
+
+    async def confirm_pass(self, record: PassRecord) -> Finding:
+        """A verdict that does not rest on what `verify_pass` keeps in memory; `verify_pass` by default."""
+        return await self.verify_pass(record)

@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.learning.rows import Rows
+from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.tensors import dtype_of
 from p2pinfer.node.protocol.train_messages import Begin
-from p2pinfer.node.protocol.train_receipt import NOTHING, TrainReceipt, open_train_receipt
-from p2pinfer.node.protocol.train_tensors import digest_of_call
-from p2pinfer.reputation.receipt import NO_RECEIPT, digest_of
+from p2pinfer.node.protocol.train_tensors import adapter_content, call_content, digest_of_call
+from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, digest_of
+from p2pinfer.reputation.train_receipt import NOTHING, TrainReceipt, open_train_receipt
 
 from .trained_adapter import SpanAdapter
 
@@ -35,6 +41,11 @@ class Call:
     adapter: SpanAdapter | None
     seed: int
 
+    def hidden(self, codec: Codec) -> Tensor:
+        """The hidden states among the inputs, (tokens, hidden_size), as a copy."""
+        encoded = bytearray(memoryview(self.inputs)[8 * self.rows.tokens :])
+        return torch.frombuffer(encoded, dtype=dtype_of(codec)).view(self.rows.tokens, -1)
+
 
 @dataclass(frozen=True, slots=True)
 class Expected:
@@ -45,6 +56,26 @@ class Expected:
     wants_hidden: bool
     output: bytes
     gradient: bytes
+
+
+def record_of(
+    peer_id: str, signed: bytes, receipt: TrainReceipt, expected: Expected, gradient: Payload, output: Payload
+) -> PassRecord:
+    """Everything about a pass whose receipt is in order, for whoever runs it again; nothing is copied."""
+    call = expected.call
+    head = call_content(call.rows.lengths, call.seed, wants_hidden=expected.wants_hidden)
+    contents: dict[bytes, Payload] = {
+        receipt.call: head,
+        receipt.input: call.inputs,
+        receipt.output: output,
+    }
+    if expected.kind == "backward":
+        contents[receipt.gradient] = gradient
+    if call.adapter is not None:
+        values = digest_of(call.adapter.payload)
+        contents[values] = call.adapter.payload
+        contents[receipt.adapter] = adapter_content(call.adapter.updates, call.adapter.prompt_tokens, values)
+    return PassRecord(peer_id, signed, receipt, contents)
 
 
 class PassReceipts:

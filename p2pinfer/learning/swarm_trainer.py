@@ -26,11 +26,12 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import bare_errors, open_nursery
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.protocol.tensors import dtype_of, encode_hidden
+from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.node.protocol.train_tensors import encode_inputs
 from p2pinfer.routing.route import Route
 
 from .pass_receipts import Call
+from .pass_watch import PassWatch
 from .train_link import TrainLink
 from .train_route import Routes, TrainRoute
 from .trained_adapter import AdapterGradient, ModelAdapter
@@ -245,12 +246,10 @@ class SwarmTrainer:
 
     async def _again(self, trace: Trace, lost: _Segment) -> list[_Segment]:
         """The part of a lost hop, run by others from the same input."""
-        call, tokens = lost.call, lost.call.rows.tokens
-        encoded = bytearray(call.inputs[8 * tokens :])
-        hidden = torch.frombuffer(encoded, dtype=dtype_of(lost.link.codec)).view(
-            tokens, self._spec.hidden_size
+        call = lost.call
+        _, way = await self._run(
+            call.rows, call.hidden(lost.link.codec), trace.adapter, call.span, call.seed, keeps=True
         )
-        _, way = await self._run(call.rows, hidden, trace.adapter, call.span, call.seed, keeps=True)
         return way
 
     def _cuts(self, rows: Rows) -> list[tuple[slice, Rows]]:
@@ -280,10 +279,16 @@ async def open_trainer(
     routes: Routes,
     table_changed: Callable[[], trio.Event],
     wait_s: float = WAIT_S,
+    watch: PassWatch | None = None,
 ) -> AsyncGenerator[SwarmTrainer]:
-    """A trainer for as long as the block runs; hops are linked with the first pass."""
+    """A trainer for as long as the block runs; hops are linked with the first pass.
+
+    Args:
+        wait_s: How long blocks may be served by nobody.
+        watch: Is shown every pass, and says which hops are not wanted any more.
+    """
     async with open_nursery() as nursery:
-        route = TrainRoute(host, spec, routes, nursery, table_changed, wait_s)
+        route = TrainRoute(host, spec, routes, nursery, table_changed, wait_s, watch)
         try:
             yield SwarmTrainer(spec, route)
         finally:

