@@ -16,11 +16,14 @@ the cheats are and how often they happen. One client makes short generations, on
 default settings. Two other processes generate nothing and can know of the cheats by proofs alone: one is
 there from the beginning, one joins through an honest node when all is over.
 
-A token is corrupted if a hop computed for it that lied in that session. It shows as wrong if the published
-model in float32 gives another one a lead of more than 0.1. Extra compute is the processor time of everything
-that would not be done without audits: running spans again here and at the bystander's, and at nodes that are
-asked for a second opinion. It is held against the processor time of the nodes. What an opinion costs a node,
-a session of one step, is measured by asking for some such sessions at the end.
+A token is corrupted, "by liars", if a hop computed for it that lied in that session. It shows as wrong if the
+published model in float32 gives another one a lead of more than 0.1. "Chosen" counts the texts that went over
+a liar, whether it lied or not: a row in which none did says nothing about audits.
+
+Extra compute is the processor time of everything that would not be done without audits: running spans again
+here and at the bystander's, and at nodes that are asked for a second opinion. It is held against the
+processor time of the nodes. What an opinion costs a node, a session of one step, is measured by asking for
+some such sessions at the end.
 """
 
 from __future__ import annotations
@@ -53,14 +56,16 @@ from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
-from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
+from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.models.verify.sessions import run_session
+from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.reputation.verdict import Finding
 
 SPANS = ("0:3", "3:5", "5:8")
 LEAD = 0.1
@@ -94,10 +99,16 @@ class NodeProcess:
     ready: trio.Event = field(default_factory=trio.Event)
     tokens: dict[str, int] = field(default_factory=dict)  # computed, by client
     sessions: dict[str, int] = field(default_factory=dict)  # the same
+    begun_lies: int = 0  # sessions, where it does not lie in all of them
 
     @property
     def lies(self) -> bool:
         return self.cheat not in ("", "slow")
+
+    @property
+    def chooses(self) -> bool:
+        """True if it lies in some of its sessions only, and tells of each."""
+        return ":" in self.cheat
 
     def cpu_s(self) -> float:
         times = psutil.Process(self.process.pid).cpu_times()
@@ -114,6 +125,8 @@ class NodeProcess:
                 if event["event"] == "ready":
                     self.peer_id, self.addrs = event["peer_id"], tuple(event["addrs"])
                     self.ready.set()
+                elif event["event"] == "lies":
+                    self.begun_lies += 1
                 elif event["event"] == "session_closed":
                     client = event["peer_id"]
                     self.tokens[client] = self.tokens.get(client, 0) + event["tokens"]
@@ -206,9 +219,42 @@ async def stand_by(home: Path, liars: Sequence[str], bootstrap: Sequence[str]) -
         print(json.dumps(told))
 
 
-def new_verifier(cache_dir: Path) -> LocalVerifier:
+class ItemizingVerifier(LocalVerifier):
+    """The default one, which also tells what its time was spent on.
+
+    Attributes:
+        items: Number and seconds of each kind of work; the first one loads the weights.
+    """
+
+    def __init__(self, source: ModelSource, config: AuditConfig) -> None:
+        super().__init__(source, config)
+        self.items: dict[str, tuple[int, float]] = {}
+
+    async def verify(self, record: HopRecord) -> Finding:
+        """See `Verifier`."""
+        return self._noted("first" if not self.items else "whole", await super().verify(record))
+
+    async def glance(self, record: HopRecord) -> Finding:
+        """See `Verifier`."""
+        return self._noted("glances", await super().glance(record))
+
+    async def confirm(self, record: HopRecord) -> Finding:
+        """See `Verifier`."""
+        return self._noted("confirmations", await super().confirm(record))
+
+    def _noted(self, kind: str, finding: Finding) -> Finding:
+        count, seconds = self.items.get(kind, (0, 0.0))
+        self.items[kind] = (count + 1, seconds + finding.spent_s)
+        return finding
+
+    def itemized(self) -> str:
+        """The items in a line."""
+        return ", ".join(f"{kind} {count}: {seconds:.2f} s" for kind, (count, seconds) in self.items.items())
+
+
+def new_verifier(cache_dir: Path) -> ItemizingVerifier:
     """The default one, whose time can be read."""
-    return LocalVerifier(resolve_model(BUNDLED_MODEL, cache_dir=cache_dir), AuditConfig())
+    return ItemizingVerifier(resolve_model(BUNDLED_MODEL, cache_dir=cache_dir), AuditConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +274,8 @@ class Told:
 
     result: GenerationResult
     prompt: str
-    liars: tuple[str, ...]  # cheats on its route
+    over_liar: bool  # one was on its route
+    lied_to: bool  # and lied
 
 
 async def generate_all(
@@ -250,10 +297,16 @@ async def generate_all(
         prompt = opening.format(HEROES[number // len(OPENINGS) % len(HEROES)])
         generation = client.generate(prompt, max_new_tokens=new_tokens)
         used: set[str] = set()
+        before = [node.begun_lies for node in nodes]
         async for _ in generation:
             used |= {hop.peer_id for hop in generation.result.route}
         used_by.update(used)
-        told.append(Told(generation.result, prompt, tuple(cheats[each] for each in used & {*cheats})))
+        lied = [
+            node.peer_id in used and (not node.chooses or node.begun_lies > was)
+            for node, was in zip(nodes, before, strict=True)
+            if node.lies
+        ]
+        told.append(Told(generation.result, prompt, bool(used & {*cheats}), any(lied)))
         note_found(client, used_by, found_after, number + 1)
     await client.audits_settled()
     note_found(client, used_by, found_after, len(told))
@@ -320,7 +373,7 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
                 told = await generate_all(client, nodes, terms, found_after)
                 seconds, client_s = time.perf_counter() - started, time.process_time() - client_before
                 spent = [node.cpu_s() - was for node, was in zip(nodes, before, strict=True)]
-                verifier_s, audits = verifier.spent_s, client.audits
+                verifier_s, audits, items = verifier.spent_s, client.audits, verifier.itemized()
                 others = [await early.ask()]
             opinions = sum(sum(node.sessions.values()) for node in nodes)
             opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
@@ -328,9 +381,10 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
             addrs = nodes[-1].addrs
             async with open_bystander(home / "late", liars, addrs) as late:
                 others.append(await late.ask())
-        return summary(
+        found = summary(
             client, nodes, told, audits, verifier_s, spent, opinions_s, client_s, seconds, others, found_after
         )
+        return found | {"audits' items": items}
 
 
 def summary(
@@ -351,7 +405,7 @@ def summary(
     banned = {node.peer_id for node in nodes if client.ledger.is_banned(node.peer_id)}
     lengths = [len(each.result.token_ids) for each in told]
     wrong = count_wrong(told)
-    lied_to = [length if each.liars else 0 for each, length in zip(told, lengths, strict=True)]
+    lied_to = [length if each.lied_to else 0 for each, length in zip(told, lengths, strict=True)]
     own = sum(node.tokens.get(client.member.peer_id, 0) for node in nodes)
     bystanders_s = sum(other["spent_s"] for other in others)
     extra_s = verifier_s + bystanders_s + opinions_s
@@ -361,6 +415,7 @@ def summary(
         "cheats": " ".join(node.cheat for node in nodes if node.lies),
         "generations": len(told),
         "tokens": sum(lengths),
+        "chosen": sum(each.over_liar for each in told),
         "by liars": sum(lied_to),
         "wrong": sum(wrong),
         "by liars, last half": sum(lied_to[half:]),
@@ -409,7 +464,10 @@ def main() -> None:
     torch.set_num_threads(1)
     terms = Terms(options.generations, options.new_tokens, options.audit_rate, options.flood, options.seconds)
     row = trio.run(contest, options.cheat, terms)
-    report(f"{len(options.cheat)} of six nodes lie", [row])
+    if row["cheats"] and not row["chosen"]:
+        print("no liar was ever chosen: the row says nothing about audits", file=sys.stderr)
+    liars = sum(each.strip("-") not in ("", "slow") for each in options.cheat)
+    report(f"{liars} of six nodes lie", [row])
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
     python benchmarks/lying_node.py int8 node --blocks 3:5 --bootstrap ...
     python benchmarks/lying_node.py skip:0.2 node ...        # lies in a fifth of its sessions
     python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
+    python benchmarks/lying_node.py skip:0.2:0:7 node ...    # lies in another fifth of them: 7 is the seed
     python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
     python benchmarks/lying_node.py skip+gap node ...        # and gets around audits; see evasions.py
     python benchmarks/lying_node.py slow node ...            # does not lie; a slower computer
     python benchmarks/lying_node.py grad-zeros:0.5 node ...  # in training; see gradient_cheats.py
 
 Everything after the first word is the command line of `p2pinfer`. Only what the node computes is changed, and
-the speed it announces, which is twice what it has: who gains by lying wants to be chosen.
+the speed it announces, which is twice what it has: who gains by lying wants to be chosen. Where it lies in
+some sessions only, it tells on standard output when it begins to.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
@@ -99,11 +102,11 @@ def lie_called(name: str, checkpoint: Checkpoint, span: BlockSpan) -> Lie:
 class Liar:
     """Decides by session whether to lie, and sticks to it."""
 
-    def __init__(self, lie: Lie, share: float, honest_sessions: int) -> None:
+    def __init__(self, lie: Lie, share: float, honest_sessions: int, seed: int) -> None:
         self._lie = lie
         self._share = share
         self._honest_sessions = honest_sessions
-        self._rng = random.Random(0)
+        self._rng = random.Random(seed)
         self._lies: dict[int, bool] = {}
         self._kept: list[CacheLease] = []  # so that no two have one id
 
@@ -115,6 +118,8 @@ class Liar:
             self._kept.append(lease)
             begun = len(self._kept) > self._honest_sessions
             self._lies[id(lease)] = begun and self._rng.random() < self._share
+            if self._lies[id(lease)]:
+                print(json.dumps({"event": "lies"}), flush=True)
         return self._lies[id(lease)]
 
     def run(self, honest: Run, chunks: Sequence[Chunk], span: BlockSpan) -> list[Tensor]:
@@ -129,11 +134,12 @@ class Liar:
 
 
 def install(cheat: str) -> None:
-    """Have nodes of this process cheat: NAME, NAME:SHARE or NAME:SHARE:HONEST_SESSIONS."""
+    """Have nodes of this process cheat: NAME, NAME:SHARE, NAME:SHARE:HONEST_SESSIONS, or that and :SEED."""
     cheat, *tricks = cheat.split("+")
     for trick in tricks:
         evasions.install(trick)
-    name, share, honest_sessions = [*cheat.split(":"), "1", "0"][:3] if ":" in cheat else [cheat, "1", "0"]
+    name, *terms = cheat.split(":")
+    share, honest_sessions, seed = [*terms, *("1", "0", "0")[len(terms) :]]
     if name.startswith(gradient_cheats.PREFIX):
         gradient_cheats.install(name, float(share))
         serving.DecodeSpeed = Boastful
@@ -150,7 +156,7 @@ def install(cheat: str) -> None:
             keep_cache_in_int8(runner)
             return runner
         liar, honest = (
-            Liar(lie_called(name, checkpoint, span), float(share), int(honest_sessions)),
+            Liar(lie_called(name, checkpoint, span), float(share), int(honest_sessions), int(seed)),
             runner.run,
         )
 

@@ -137,7 +137,7 @@ class AuditConfig:
     rate: float | None = None
     # processor time of audits, of what hops spend on this client's sessions; above 0 to 1. New peers may take
     # more at first, which is repaid
-    share: float = 0.015
+    share: float = 0.013
     logits_share: float = 0.1  # share of audits of inner hops that also compare logits, 0 to 1
     memory_bytes: int = 0  # memory for weights to audit with, bytes; 0: a quarter of free memory
     download_bytes: int = 1 << 30  # download limit of one audit, bytes; beyond it, other peers run the blocks

@@ -7,10 +7,13 @@ something left for them, which is three fifths of it at least: so all of it is s
 doubtful, however often, keeps the others from being audited.
 
 Peers are new when nothing has been earned yet. Their audits may therefore go ahead by `AHEAD`, those of
-doubtful peers by as many more, which later sessions repay. Where nothing is left the rate is `LEAST_RATE`.
-So, at whatever price audits have,
+doubtful peers by up to `MOST_AHEAD`, which later sessions repay. Where nothing is left the rate is
+`LEAST_RATE`. So, at whatever price audits have,
 
-    spent <= share * work seen + 2 AHEAD audits + LEAST_RATE of all sessions' audits
+    spent <= share * work seen + MOST_AHEAD audits + LEAST_RATE of all sessions' audits
+
+where the price of an audit is the mean, the loading of weights included. Who comes after newcomers that have
+used all of it while there was nobody else may have another three tenths of the share, until that is repaid.
 
 A hop that understates its work lowers the budget by its own part of it; one that overstates it raises it to
 `share` of the time that the session took, and no further (`ReceiptBook.work_s`).
@@ -30,7 +33,8 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Finding
 from p2pinfer.routing.route import Route
 
-AHEAD: Final = 24  # audits of newcomers that may be done before they are earned
+AHEAD: Final = 16  # audits of newcomers that may be done before they are earned
+MOST_AHEAD: Final = 24  # those of doubtful peers included
 ROUTINE_RATE: Final = 0.25  # of all others, while the budget has something left for them
 ROUTINE_PART: Final = 0.6  # of the budget, that is theirs alone
 LEAST_RATE: Final = 0.01  # where nothing is left
@@ -70,14 +74,27 @@ class AuditBudget:
     @property
     def has_for_routine(self) -> bool:
         """True if there is something left for peers of whom nothing speaks for an audit."""
-        return self.spent_s < self.earned_s or self._routine_s < ROUTINE_PART * self.earned_s
+        if self.spent_s < self.earned_s:
+            return True
+        # What others took beyond their part was the routine audits', of which half is left to them whatever
+        # the loading of weights has taken.
+        theirs_s = ROUTINE_PART * self.earned_s
+        lent_s = self._others_s - (1 - ROUTINE_PART) * self.earned_s - self._price_of(MOST_AHEAD)
+        return self._routine_s < theirs_s - min(max(lent_s, 0.0), theirs_s / 2)
 
     def has_for_others(self, ahead: int) -> bool:
         """True if there is something left for newcomers and doubtful peers, with so many audits ahead."""
         if self._audits < ahead or self.spent_s < self.earned_s:
             return True
-        ahead_s = ahead * self.spent_s / self._audits
-        return self.spent_s - self._routine_s < (1 - ROUTINE_PART) * self.earned_s + ahead_s
+        return self._others_s < (1 - ROUTINE_PART) * self.earned_s + self._price_of(ahead)
+
+    @property
+    def _others_s(self) -> float:
+        return self.spent_s - self._routine_s
+
+    def _price_of(self, audits: int) -> float:
+        """Seconds that so many audits take, by what they have taken so far."""
+        return audits * self.spent_s / max(self._audits, 1)
 
 
 class AuditDraw:
@@ -107,7 +124,7 @@ class AuditDraw:
         rate = self._ledger.audit_probability(peer_id, self._clock())
         if rate < ROUTINE_RATE:
             return ROUTINE_RATE if self.budget.has_for_routine else LEAST_RATE
-        ahead = 2 * AHEAD if self._ledger.is_doubtful(peer_id) else AHEAD
+        ahead = MOST_AHEAD if self._ledger.is_doubtful(peer_id) else AHEAD
         return rate if self.budget.has_for_others(ahead) else LEAST_RATE
 
     def pay(self, peer_id: str, spent_s: float) -> None:

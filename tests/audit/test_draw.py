@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from p2pinfer.audit.draw import AHEAD, LEAST_RATE, ROUTINE_RATE, AuditBudget, AuditDraw
+from p2pinfer.audit.draw import AHEAD, LEAST_RATE, MOST_AHEAD, ROUTINE_RATE, AuditBudget, AuditDraw
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.ledger import Ledger
@@ -52,6 +52,22 @@ def test_what_is_spent_stays_within_the_share_and_what_goes_ahead(price_s: float
     floor = 2 * LEAST_RATE * client.hops * price_s
     assert client.draw.budget.spent_s <= SHARE * client.hops + (AHEAD + 1) * price_s + floor
     assert client.audits >= AHEAD
+
+
+def test_what_newcomers_have_taken_while_there_was_nobody_else_is_repaid() -> None:
+    """Routine audits do not stop for it, and do not take all of their part beside it either."""
+    client = Client(0.5)
+    for number in range(400):
+        client.has_session(Route(tuple(Hop(f"{hop.peer_id}{number}", hop.span) for hop in ROUTE.hops)))
+    for each in "abc":
+        for _ in range(30):
+            client.ledger.record_audit(each, Verdict.PASS, 1.0)
+    before = client.audits
+    for _ in range(200):
+        client.has_session()
+        room = MOST_AHEAD * client.price_s + 2 * LEAST_RATE * client.hops * client.price_s
+        assert client.draw.budget.spent_s <= 1.3 * SHARE * client.hops + room
+    assert client.audits - before > 20
 
 
 def test_the_cheaper_audits_are_the_more_of_them_there_are() -> None:
@@ -115,7 +131,7 @@ def test_a_budget_that_is_used_up_leaves_little_even_for_newcomers() -> None:
     assert client.draw.rate_of("stranger") == LEAST_RATE
     client.ledger.record_audit("doubtful", Verdict.SUSPECT, 1.0)
     assert client.draw.rate_of("doubtful") == 1.0
-    for _ in range(AHEAD):
+    for _ in range(MOST_AHEAD - AHEAD):
         client.draw.pay("stranger", 1.0)
         client.draw.budget.count_audit()
     assert client.draw.rate_of("doubtful") == LEAST_RATE
