@@ -35,6 +35,7 @@ class HostConfig:
     streams_per_s: float = 200.0  # streams that one peer may open, average per second
     streams_at_once: int = 500  # streams that one peer may open in a burst
     loop_share: float = 0.25  # of a core: what messages of all peers may take before the largest takers wait
+    loop_share_at_work: float = 0.1  # the same while steps of sessions are computed, if it is less
 
     def __post_init__(self) -> None:
         for name in (
@@ -49,8 +50,9 @@ class HostConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
-        if not 0 < self.loop_share <= 1:
-            raise ValueError("loop_share must be above 0 and at most 1")
+        for name in ("loop_share", "loop_share_at_work"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1")
         for name in ("relay_head_start_s", "relays", "punch_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

@@ -5,12 +5,14 @@ a few bytes may cost as much as a step of a session. So time is what is counted,
 time of this thread that each peer's messages take, by whoever handles them (`clocked`), as a share of a core
 over the last seconds.
 
-As long as all shares together are below `most`, nobody is limited. Beyond that the peers share it max-min
-fairly, as in fair queueing: first the address ranges among each other, because identities are free, then the
-peers of a range. Whoever takes less than its part never waits, however great the flood is. Whoever takes more
-is read from again when its share has fallen to its part. After `DROP_S` of such waits it is hung up on, if it
-is one of the few that take much: of many that take a little, as a bootstrap node's neighbours do, none is to
-blame. Neither is a client whose steps are computed here.
+As long as all shares together are below `most`, nobody is limited. It is less while steps are computed: the
+thread that computes them waits for the interpreter whenever this one runs. Beyond that the peers share it
+max-min fairly, as in fair queueing: first the address ranges among each other, because identities are free,
+then the peers of a range. Whoever takes less than its part never waits, however great the flood is. Whoever
+takes more is read from again when its share has fallen to its part. After `DROP_S` of such waits it is hung
+up on, if it is one of the few that take much: of many that take a little, as a bootstrap node's
+neighbours do, none is to blame. Neither is a client whose steps are computed here. What reading a step takes
+is not counted.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ import trio
 from p2pinfer.recent import Recent
 
 MOST: Final = 0.25  # of a core: what all messages may take before anybody waits
+AT_WORK_S: Final = 1.0  # after a step
+STEP_READ_S: Final = 0.0003  # of reading that a step pays for, on a slow processor
+BYTE_READ_S: Final = 1e-8  # the same for each byte of it, which is decrypted and copied
+MOST_PAID_S: Final = 0.1  # of reading that is paid for beforehand
 WINDOW_S: Final = 4.0  # time constant of the average
 LOOK_S: Final = 1.0  # after which a peer that waits is looked at again: the flood may be over
 DROP_S: Final = 20.0  # of waiting in `DROP_WINDOW_S`, after which a peer is hung up on
@@ -88,10 +94,25 @@ class LoopShares:
         is_over: False while all together take so little that nobody has to wait.
     """
 
-    def __init__(self, most: float = MOST, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        most: float = MOST,
+        clock: Callable[[], float] = trio.current_time,
+        *,
+        most_at_work: float | None = None,
+    ) -> None:
+        """Accounts without entries.
+
+        Args:
+            most: What all may take together, as a share of a core.
+            clock: Seconds.
+            most_at_work: The same while steps are computed, if that is less.
+        """
         self.is_over = False
         self.on_overspent: Callable[[str], None] = lambda peer: None  # a peer is hung up on
         self._most = most
+        self._most_at_work = most if most_at_work is None else min(most, most_at_work)
+        self._worked_at = -math.inf
         self._clock = clock
         self._all = _Use()
         self._ranges = Recent[str, _Range](MAX_RANGES)
@@ -102,11 +123,18 @@ class LoopShares:
         """The meter of one peer's messages."""
         return Meter(self, peer, address_range)
 
+    def note_step(self) -> None:
+        """Note that a step is computed for somebody."""
+        self._worked_at = self._clock()
+
+    def _limit(self, now: float) -> float:
+        return self._most_at_work if now - self._worked_at < AT_WORK_S else self._most
+
     def spend(self, peer: str, address_range: str, seconds: float) -> None:
         """Note processor time that a peer's messages have taken."""
         now = self._clock()
         self._all.add(seconds, now)
-        self.is_over = self._all.rate(now) > self._most
+        self.is_over = self._all.rate(now) > self._limit(now)
         of_range = self._ranges.get(address_range)
         if of_range is None:
             of_range = self._ranges[address_range] = _Range()
@@ -119,11 +147,12 @@ class LoopShares:
     def pause_s(self, peer: str, address_range: str) -> float:
         """Seconds that a peer should not be read from; 0 for whoever takes no more than its part."""
         now = self._clock()
-        if self._all.rate(now) <= self._most:
+        limit = self._limit(now)
+        if self._all.rate(now) <= limit:
             self.is_over = False  # until somebody spends more
             return 0.0
         if now - self._levelled_at > _LEVEL_S:
-            self._level = fair_level((each.use.rate(now) for each in self._ranges.values()), self._most)
+            self._level = fair_level((each.use.rate(now) for each in self._ranges.values()), limit)
             self._levelled_at = now
         of_range = self._ranges.get(address_range)
         if of_range is None or of_range.use.rate(now) <= self._level:
@@ -160,6 +189,13 @@ class Meter:
         self.address_range = address_range
         self._pending = 0.0
         self.has_worked = False
+
+    def note_step(self, payload_bytes: int) -> None:
+        """Note that a step of the peer is computed, which pays for its own reading."""
+        self.has_worked = True
+        self.shares.note_step()
+        paid_s = STEP_READ_S + payload_bytes * BYTE_READ_S
+        self._pending = max(self._pending - paid_s, -MOST_PAID_S)
 
     def spend(self, seconds: float) -> None:
         """Note processor time."""

@@ -16,6 +16,8 @@ import trio
 import trio.abc
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.concurrency.loop_share import Meter
+from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.receipt import Payload
 
 from .frames import MinimumRate
@@ -32,6 +34,7 @@ class TrainStream:
 
     Attributes:
         max_payload_bytes: A larger payload is refused before memory is taken for it.
+        meter: Counts what the peer's messages take of the event loop; None: nobody does.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class TrainStream:
         """A stream whose peer is cut off if it sends or reads a frame more slowly than `minimum_rate`."""
         self.peer_id = peer_id
         self.max_payload_bytes = max_payload_bytes
+        self.meter: Meter | None = stream.meter if isinstance(stream, PeerStream) else None
         self._stream = stream
         self._minimum_rate = minimum_rate
         self._sending = trio.Lock()

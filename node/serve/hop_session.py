@@ -141,7 +141,7 @@ class HopSession:
                 case Step() if has_steps:
                     self.accept(message, payload, stream)
                     if meter is not None:
-                        meter.has_worked = True
+                        meter.note_step(len(payload))
                 case End():
                     self._is_kept = message.keep and stream is self.neighbours.control
                     return

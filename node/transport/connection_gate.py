@@ -62,7 +62,7 @@ class Gate:
         self._config = config
         self._files = files_of((*config.allow, *config.deny))
         self._seen = _look(self._files)
-        self.loop_shares = LoopShares(config.loop_share)
+        self.loop_shares = LoopShares(config.loop_share, most_at_work=config.loop_share_at_work)
         self.loop_shares.on_overspent = self._note_overspent
         self._is_closed = False
         self._allowed, self._denied = read_lists(config.allow), read_lists(config.deny)

@@ -41,6 +41,7 @@ from .noise import NoiseSession
 from .yamux_frames import (
     ACK,
     DATA,
+    FRAMES_AT_ONCE,
     GO_AWAY,
     HEADER,
     INITIAL_WINDOW,
@@ -175,8 +176,6 @@ class YamuxConnection(Carrier):
     def get_remote_address(self) -> tuple[str, int] | None:
         return self.secured_conn.get_remote_address()
 
-    # ------------------------------------------------------------------ for the host
-
     async def ping(self) -> float:
         """See `Carrier.ping`; updates `rtt_s`."""
         if self._closed.is_set():
@@ -247,8 +246,6 @@ class YamuxConnection(Carrier):
                 if self._gate is not None:
                     self._gate.give_back(*self._who)
 
-    # ------------------------------------------------------------------ tasks
-
     def _fit_frames(self) -> None:
         raw = self.secured_conn.raw
         self.frame_bytes = frame_bytes(raw.rate.bytes_per_s, raw.least_rtt_s)
@@ -281,7 +278,8 @@ class YamuxConnection(Carrier):
                 message = await self.secured_conn.read()
                 self._traffic.received += len(message)
                 self.heard_at = trio.current_time()
-                self._feed(message)
+                while message := self._feed(message):  # thousands of frames fit into one message
+                    await trio.lowlevel.checkpoint()
         except YamuxViolation as exc:
             logger.debug("connection.violation peer=%s why=%s", self.peer_id, exc)
             with trio.move_on_after(1):
@@ -293,24 +291,25 @@ class YamuxConnection(Carrier):
         except Exception as exc:  # the socket's, Noise's, libp2p's: the connection is over in any case
             logger.debug("connection.ended peer=%s why=%r", self.peer_id, exc)
 
-    # ------------------------------------------------------------------ receiving
-
-    def _feed(self, message: bytes) -> None:
-        """Take in a decrypted message: any part of any number of frames."""
+    def _feed(self, message: bytes) -> bytes:
+        """Take in any part of any number of decrypted frames; returns what is for the next call."""
         if self._partial:
             message, self._partial = self._partial + message, b""
         at = 0
-        while at < len(message):
+        for _ in range(FRAMES_AT_ONCE):
+            if at == len(message):
+                return b""
             if self._body_left:
                 piece = message[at : at + self._body_left]
                 at += len(piece)
                 self._continue_body(piece)
             elif len(message) - at < HEADER.size:
                 self._partial = message[at:]
-                return
+                return b""
             else:
                 self._begin_frame(*HEADER.unpack_from(message, at))
                 at += HEADER.size
+        return message[at:]
 
     def _begin_frame(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
         if version:

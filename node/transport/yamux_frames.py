@@ -23,6 +23,7 @@ MAX_PAYLOAD = 65535 - 16 - HEADER.size  # header and payload fit one Noise messa
 SMALL_BYTES = 1024  # pieces up to this are put together while nobody reads them
 MAX_CONTROL_BYTES = 5000 * HEADER.size  # answers under way, all in one write; more is an attack
 MAX_STREAM_ID = (1 << 32) - 1
+FRAMES_AT_ONCE = 64  # taken in before others run: half a millisecond where each is a ping
 
 # A frame of data is as long as a line takes in a tenth of a second, since what is urgent waits for its end.
 FRAME_S = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pinfer.node.concurrency.loop_share import (
+    BYTE_READ_S,
     DROP_S,
+    STEP_READ_S,
     WINDOW_S,
     LoopShares,
     Meter,
@@ -30,7 +33,11 @@ class Clock:
 
 
 def run(
-    shares: LoopShares, clock: Clock, wants: dict[tuple[str, str], float], seconds: float
+    shares: LoopShares,
+    clock: Clock,
+    wants: dict[tuple[str, str], float],
+    seconds: float,
+    each_tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """What peers come to take each second who want so much of it, given as (peer, range) -> share."""
     tick = 0.05
@@ -38,6 +45,7 @@ def run(
     paused_until = dict.fromkeys(wants, 0.0)
     for _ in range(int(seconds / tick)):
         clock.now += tick
+        each_tick()
         for (peer, address_range), share in wants.items():
             if paused_until[peer, address_range] > clock.now:
                 continue
@@ -74,6 +82,40 @@ def test_identities_of_one_range_share_what_one_would_get_and_the_light_among_th
     together = sum(share for peer, share in taken.items() if peer.startswith("flood"))
     assert 0.08 < together < 0.2  # with what 20 newcomers take before anybody knows them
     assert 0.08 < taken["other flood"] < 0.2
+
+
+def test_a_flood_gets_less_while_steps_are_computed() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock, most_at_work=0.1)
+    wants = {("flood", "x"): 1.0, ("neighbour", "y"): 0.01}
+    idle = run(shares, clock, wants, 120)
+    at_work = run(shares, clock, wants, 120, shares.note_step)
+    idle_again = run(shares, clock, wants, 120)
+    assert 0.15 < idle["flood"] < 0.26 and 0.15 < idle_again["flood"] < 0.26
+    assert 0.05 < at_work["flood"] < 0.1
+    assert at_work["neighbour"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_step_pays_for_its_own_reading_and_for_no_more() -> None:
+    clock = Clock()
+    shares = LoopShares(0.25, clock)
+    client, loiterer = shares.meter("client", "r"), shares.meter("loiterer", "s")
+    for _ in range(10_000):  # 100 s
+        clock.now += 0.01
+        client.note_step(1280)
+        client.spend(STEP_READ_S)
+        loiterer.spend(0.01)
+        if clock.now % 10 < 0.01:
+            loiterer.note_step(1280)
+    assert client.has_worked
+    assert shares.pause_s("client", "r") == 0
+    assert shares.pause_s("loiterer", "s") > 1
+    big, size = shares.meter("big", "t"), 4 << 20
+    for _ in range(100):
+        clock.now += 0.1
+        big.spend(size * BYTE_READ_S)
+        big.note_step(size)
+    assert shares.pause_s("big", "t") == 0
 
 
 def test_whether_anybody_has_to_wait_is_known_without_asking_for_each_message() -> None:

@@ -23,6 +23,7 @@ from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.yamux_frames import (
     ACK,
     DATA,
+    FRAMES_AT_ONCE,
     GO_AWAY,
     HEADER,
     INITIAL_WINDOW,
@@ -143,6 +144,26 @@ async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.Mock
         assert connection.rtt_s == connection.line.rtt_s == pytest.approx(0.5)
 
 
+async def test_a_message_of_very_many_frames_lets_others_run_meanwhile() -> None:
+    turns = 0
+
+    async def run_beside() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with running() as (_, wire), trio.open_nursery() as nursery:
+        nursery.start_soon(run_beside)
+        wire.put(b"".join(HEADER.pack(0, PING, SYN, 0, number) for number in range(4000)))
+        answered, asked_at = 0, turns
+        while answered < 4000:
+            await trio.lowlevel.checkpoint()
+            answered += len(wire.taken())
+        assert turns - asked_at >= 4000 // (2 * FRAMES_AT_ONCE)
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -171,7 +192,7 @@ async def test_a_violation_ends_the_connection_and_says_so(frame: tuple[int, ...
 async def test_a_peer_that_asks_and_does_not_read_is_cut_off() -> None:
     async with running() as (connection, wire):
         wire.stalled = True
-        for _ in range(3):
+        for _ in range(2):
             wire.put(HEADER.pack(0, PING, SYN, 0, 1) * 4000)
             await settle()
         assert connection.is_closed
