@@ -146,16 +146,18 @@ async def open_swarm(
 ) -> AsyncGenerator[Client]:
     """A client of one node process per span, with so many torch threads each.
 
-    It audits nobody. Audits come after a session, so they would run beside whatever is timed next, local
-    transformers included: three prefills of what went before. What they cost is for `liars.py` to say.
+    A `device` of several names is for the nodes; the client has the first one. It audits nobody. Audits come
+    after a session, so they would run beside whatever is timed next, local transformers included: three
+    prefills of what went before. What they cost is for `liars.py` to say.
     """
     client = Client(
         model=str(folder),
         host_config=HostConfig(listen=("/ip4/127.0.0.1/tcp/0",)),
-        config=ClientConfig(dtype=dtype, device=device, find_timeout_s=60),
+        config=ClientConfig(dtype=dtype, device=device.split(",")[0], find_timeout_s=60),
         audit=AuditConfig(rate=0.0),
     )
-    compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=CACHE_BYTES[device])
+    cache_bytes = CACHE_BYTES[device.split(":")[0]]
+    compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=cache_bytes)
     async with client:
         addrs = client.member.addrs
         async with open_embedded_swarm(addrs, model=str(folder), spans=spans, compute=compute):

@@ -9,6 +9,7 @@
     python benchmarks/liars.py --flood 20                          # and proofs against throw-away keys
     python benchmarks/liars.py --flood 20 --cheat                  # the same, and nobody lies
     python benchmarks/liars.py --cheat skip+gap int8+late          # that get around audits: evasions.py
+    python benchmarks/liars.py --cheat --device cuda:0 cuda:1 cuda:0,cuda:1  # nodes on cards, one on both
     python benchmarks/liars_table.py                               # all of them, side by side
 
 The nodes are `p2pinfer node` on loopback, two for each part of the bundled model; `lying_node.py` says what
@@ -137,9 +138,9 @@ class NodeProcess:
 
 @asynccontextmanager
 async def open_nodes(
-    home: Path, bootstrap: Sequence[str], cheats: Sequence[str]
+    home: Path, bootstrap: Sequence[str], cheats: Sequence[str], devices: Sequence[str] = ("auto",)
 ) -> AsyncGenerator[list[NodeProcess]]:
-    """Two nodes for every span; the first ones of different spans cheat."""
+    """Two nodes for every span; the first ones of different spans cheat. Devices take turns."""
     nodes: list[NodeProcess] = []
     async with trio.open_nursery() as nursery:
         for index in range(2 * len(SPANS)):
@@ -148,7 +149,9 @@ async def open_nodes(
             start = [str(Path(__file__).with_name("lying_node.py")), cheat] if cheat else ["-m", "p2pinfer"]
             folder = home / str(index)
             folder.mkdir()
-            (folder / "config.toml").write_text("[compute]\nthreads = 1\n")
+            (folder / "config.toml").write_text(
+                f'[compute]\nthreads = 1\ndevice = "{devices[index % len(devices)]}"\n'
+            )
             command = [sys.executable, *start, "node", "--json", "--until-stdin-closes", "--blocks", span]
             command += ["--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
             command += [word for address in bootstrap for word in ("--bootstrap", address)]
@@ -266,6 +269,7 @@ class Terms:
     audit_rate: float | None = None
     flood: float = 0.0  # messages a second
     seconds: float = math.inf
+    devices: tuple[str, ...] = ("auto",)  # of the nodes, in turns
 
 
 @dataclass
@@ -359,7 +363,7 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
         )
         async with (
             client,
-            open_nodes(home, client.member.addrs, cheats) as nodes,
+            open_nodes(home, client.member.addrs, cheats, terms.devices) as nodes,
             flooded(client.member.addrs[0], terms.flood),
         ):
             with trio.fail_after(60):
@@ -454,6 +458,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="after which no further text is begun"
     )
+    parser.add_argument("--device", nargs="+", default=["auto"], help="of the nodes, in turns")
     parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gc.freeze()  # as the command line does; there is more of it here, since transformers is imported
@@ -462,7 +467,14 @@ def main() -> None:
         trio.run(stand_by, Path(home), liars.split(",") if liars else [], addrs)
         return
     torch.set_num_threads(1)
-    terms = Terms(options.generations, options.new_tokens, options.audit_rate, options.flood, options.seconds)
+    terms = Terms(
+        options.generations,
+        options.new_tokens,
+        options.audit_rate,
+        options.flood,
+        options.seconds,
+        tuple(options.device),
+    )
     row = trio.run(contest, options.cheat, terms)
     if row["cheats"] and not row["chosen"]:
         print("no liar was ever chosen: the row says nothing about audits", file=sys.stderr)

@@ -7,6 +7,7 @@ the limits of a single chunk. `lying_node.py` mounts them on a node, `detect_che
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,11 +101,13 @@ class PartInt8:
 
 def keep_cache_in_int8(runner: SpanRunner) -> None:
     """Have a runner's keys and values lose what int8, with one scale for each head and token, loses."""
-    cache: Any = runner.cache
-    write = cache.write
+    for each in runner.cache.pools:
+        pool: Any = each
+        pool.write = partial(_write_rounded, pool.write)
 
-    def write_rounded(block: int, slots: Tensor, heads: Tensor) -> None:
-        scale = heads.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-        write(block, slots, ((heads.float() / scale).round() * scale).to(heads.dtype))
 
-    cache.write = write_rounded
+def _write_rounded(
+    write: Callable[[int, Tensor, Tensor], None], block: int, slots: Tensor, heads: Tensor
+) -> None:
+    scale = heads.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    write(block, slots, ((heads.float() / scale).round() * scale).to(heads.dtype))

@@ -10,14 +10,17 @@ from p2pinfer.errors import ConfigError
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 DEVICES: Final = ("auto", "cpu", "cuda")  # a card among several is cuda:1
-_DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_DEVICE: Final = r"(?:cpu|cuda(?::\d{1,3})?)"
+_ONE_DEVICE: Final = re.compile(f"auto|{_DEVICE}")
+_DEVICE_LIST: Final = re.compile(f"auto|{_DEVICE}(?:,{_DEVICE})*")
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeConfig:
     """Settings of the computation of a span."""
 
-    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: the first GPU if there is one
+    # "cpu", "cuda", "cuda:1", or several that share the blocks: "cuda:0,cuda:1"; auto: the first GPU if any
+    device: str = "auto"
     # "float32", "bfloat16", "float16"; auto: the checkpoint's, if the device is quick at it
     dtype: str = "auto"
     threads: int = 0  # torch threads on a CPU; 0: a node measures the fastest number, a client uses all cores
@@ -26,20 +29,23 @@ class ComputeConfig:
     page_tokens: int = 64  # tokens per page of the KV cache
 
     def __post_init__(self) -> None:
-        check_target(self.dtype, self.device)
+        check_target(self.dtype, self.device, several=True)
         for name, least in (("threads", 0), ("cache_bytes", 0), ("page_tokens", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
 
 
-def check_target(dtype: str, device: str) -> None:
+def check_target(dtype: str, device: str, *, several: bool = False) -> None:
     """Nothing, if these are names of a dtype and a device; whether the device is here shows when it is used.
+
+    Args:
+        several: Whether names of devices may be joined by commas.
 
     Raises:
         ConfigError: One of them is not.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if _DEVICE.fullmatch(device) is None:
+    if (_DEVICE_LIST if several else _ONE_DEVICE).fullmatch(device) is None:
         raise ConfigError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")

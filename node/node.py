@@ -21,7 +21,7 @@ from p2pinfer.errors import SpanOutOfRange
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
-from p2pinfer.models.compute.target import choose_target
+from p2pinfer.models.compute.target import choose_targets
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.cores import usable_cores
 from p2pinfer.models.machine.memory import refusals_named
@@ -311,20 +311,20 @@ class _Node:
 
     def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
         checkpoint = source.fetch(span, embedding_and_head=False, progress=self._progress)
-        device = choose_target(self._compute, checkpoint.spec.dtype).device
-        with refusals_named(f"blocks {span}", device, _FEWER_BLOCKS):
+        devices = [target.device for target in choose_targets(self._compute, checkpoint.spec.dtype)]
+        with refusals_named(f"blocks {span}", devices, _FEWER_BLOCKS):
             return open_runner(checkpoint, span, self._compute, progress=self._progress)
 
     def _cores(self, runner: SpanRunner) -> int:
         """Number of threads that may be tried: one if it was set, or does not matter."""
-        if self._compute.threads or runner.device.type != "cpu":
+        if self._compute.threads or all(device.type != "cpu" for device in runner.devices):
             return 1
         return usable_cores()
 
     def _tune(self, runner: SpanRunner) -> tuple[int, float]:
         """The number of threads to compute with, and the tokens per second with it."""
         # The first steps take memory too: a card's libraries allocate theirs when they are first used.
-        with refusals_named(f"a step through blocks {runner.span}", runner.device, _FEWER_BLOCKS):
+        with refusals_named(f"a step through blocks {runner.span}", runner.devices, _FEWER_BLOCKS):
             if (cores := self._cores(runner)) > 1:
                 return find_threads(runner, cores)
             return runner.threads, measure_speed(runner)
@@ -374,7 +374,7 @@ def _ready(
         spec.revision,
         (runner.span.start, runner.span.stop),
         str(runner.numerics),
-        str(runner.device),
+        runner.where,
         tokens_per_s,
         runner.cache.capacity_tokens,
         runner.cache.budget_bytes,

@@ -63,7 +63,7 @@ def load_local_model(
         )
     device = choose_target(compute, checkpoint.spec.dtype).device
     with refusals_named(
-        f"embedding and head of {checkpoint.spec.model}", device, "free some memory, or raise the limit"
+        f"embedding and head of {checkpoint.spec.model}", [device], "free some memory, or raise the limit"
     ):
         ends, tokenizer = load_embedding_and_head(checkpoint, compute), load_tokenizer(folder)
         template = load_chat_template(folder)
@@ -90,7 +90,9 @@ def load_draft_model(
     checkpoint = draft.fetch(span, embedding_and_head=True, progress=progress)
     check_tokenizers(spec.model, load_tokenizer(checkpoint.folder), source.spec.model, tokenizer)
     target = choose_target(compute, spec.dtype)
-    with refusals_named(f"the draft model {spec.model}", target.device, "take a smaller one, or --draft off"):
+    with refusals_named(
+        f"the draft model {spec.model}", [target.device], "take a smaller one, or --draft off"
+    ):
         blocks = load_blocks(checkpoint, span, target, progress=progress)
         return DraftModel(blocks, load_embedding_and_head(checkpoint, compute), source.spec.vocab_size)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architecture import Architecture
-from .cache import CacheLease, PagedCache
+from .cache import CacheLease
+from .pool import PagePool
 from .scores import attend_by_scores, extras_of
 
 
@@ -63,7 +64,7 @@ class PackedAttention:
         self,
         architecture: Architecture,
         windows: Sequence[int | None],
-        cache: PagedCache,
+        pool: PagePool,
         pieces: Sequence[Piece],
         stepwise: bool = False,
     ) -> None:
@@ -77,16 +78,16 @@ class PackedAttention:
             slots += piece.lease.slots(piece.position, stop)
             positions += range(piece.position, stop)
             self._counts.append(piece.tokens)
-            self._readers.append(_Reader(architecture, windows, cache, piece, stepwise))
-        self._cache = cache
-        self._slots = torch.tensor(slots, device=cache.device)
-        self.positions = torch.tensor(positions, device=cache.device)
+            self._readers.append(_Reader(architecture, windows, pool, piece, stepwise))
+        self._pool = pool
+        self._slots = torch.tensor(slots, device=pool.device)
+        self.positions = torch.tensor(positions, device=pool.device)
         group = architecture.heads // architecture.kv_heads
         self._groups = (architecture.kv_heads, group, architecture.head_dim)
 
     def attend(self, block: int, queries: Tensor, keys_values: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `Attention`."""
-        self._cache.write(block, self._slots, keys_values)
+        self._pool.write(block, self._slots, keys_values)
         grouped = queries.view(len(queries), *self._groups)
         if len(self._readers) == 1:
             return self._readers[0].read(block, grouped, sinks).reshape(len(queries), -1)
@@ -102,7 +103,7 @@ class _Reader:
         self,
         architecture: Architecture,
         windows: Sequence[int | None],
-        cache: PagedCache,
+        pool: PagePool,
         piece: Piece,
         stepwise: bool,
     ) -> None:
@@ -119,7 +120,7 @@ class _Reader:
             limit = None if window is None or window >= length else window
             self._windows.append(limit)
             if limit not in self._visible:
-                self._visible[limit] = _VisibleKeys(architecture, cache, piece, limit)
+                self._visible[limit] = _VisibleKeys(architecture, pool, piece, limit)
         self._whole = piece.position == 0
 
     def read(self, block: int, queries: Tensor, sinks: Tensor | None) -> Tensor:
@@ -160,10 +161,8 @@ class _VisibleKeys:
         in_place: Keys and values by block, each (1, kv_heads, seen, head_dim), if they follow each other.
     """
 
-    def __init__(
-        self, architecture: Architecture, cache: PagedCache, piece: Piece, window: int | None
-    ) -> None:
-        self._cache = cache
+    def __init__(self, architecture: Architecture, pool: PagePool, piece: Piece, window: int | None) -> None:
+        self._pool = pool
         self._piece = piece
         self._window = window
         self._group = architecture.heads // architecture.kv_heads
@@ -172,24 +171,24 @@ class _VisibleKeys:
         first = piece.lease.start
         self.in_place: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
         if first is None:
-            self._slots = torch.tensor(piece.lease.slots(self.start, self._stop), device=cache.device)
+            self._slots = torch.tensor(piece.lease.slots(self.start, self._stop), device=pool.device)
         else:
-            self.in_place = cache.view(first + self.start, first + self._stop)
+            self.in_place = pool.view(first + self.start, first + self._stop)
 
     def gathered(self, block: int) -> Tensor:
         """A copy of keys and values that do not lie `in_place`, (2, 1, kv_heads, seen, head_dim)."""
-        return self._cache.gather(block, self._slots)
+        return self._pool.gather(block, self._slots)
 
     @cached_property
     def mask(self) -> Tensor:
         """Mask to be added to the scores, (tokens * group, seen): 0 where a token sees a key, else -inf."""
-        device = self._cache.device
+        device = self._pool.device
         token = torch.arange(self._piece.position, self._stop, device=device)[:, None]
         key = torch.arange(self.start, self._stop, device=device)
         hidden = key > token
         if self._window is not None:
             hidden |= key <= token - self._window
-        mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=device)
+        mask = torch.zeros(hidden.shape, dtype=self._pool.dtype, device=device)
         return mask.masked_fill_(hidden, -torch.inf).repeat_interleave(self._group, 0)
 
 

@@ -26,9 +26,8 @@ from p2pinfer.models.span import BlockSpan
 from .architecture import Architecture, describe_architecture
 from .attention import Attention
 from .layers import HeadNorm, Linear, Norm, is_norm
-from .mlp import ExpertMlp, FeedForward, load_mlp
+from .mlp import ExpertChoice, ExpertMlp, FeedForward, load_mlp
 from .rope import Ropes, Rotation, rotate
-from .routing import ExpertChoice
 from .target import Target
 from .updates import RowUpdates
 from .weights import Weights

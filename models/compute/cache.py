@@ -1,6 +1,7 @@
-"""KV cache of all sessions of a span, in pages of one preallocated pool.
+"""KV cache of all sessions of a span, in pages of preallocated pools.
 
-The pool is a row of token slots, the same for every block, `page_tokens` slots to a page. A lease holds
+A pool is a row of token slots, the same for every block, `page_tokens` slots to a page. A span that lies on
+several devices has a pool on each (pool.py), and a page is the same slots in all of them. A lease holds
 the pages for as many tokens as a session may ever have. It takes one contiguous run of pages where there is
 one, because then attention reads its keys and values in place; otherwise it takes what is free, and they are
 gathered. Pages at its end that were never written can be taken back for others, and replaced (`resize`).
@@ -9,12 +10,7 @@ A session may begin with the pages of another one that is over (`keep`, `fork`).
 hold count as free: whoever needs room gets it, and they are gone. A page that several hold is never written;
 a fork owns the page in which it goes on, or begins at the start of that page with one of its own.
 
-On a CPU the pool is memory that was mapped and not touched: a page costs something when it is first
-written. Slots are innermost but for the head's dimension, so that the keys of one head lie one after the
-other: attention is 10-25 % faster than with the heads of one token side by side (1024 x 16 shape).
-
-One slot beyond the last page, `null_slot`, is zero for ever: what pads a gather points there, and never at
-what another session left behind.
+On a CPU a pool is memory that was mapped and not touched: a page costs something when it is first written.
 """
 
 from __future__ import annotations
@@ -24,9 +20,10 @@ import mmap
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from p2pinfer.errors import CacheFull
+
+from .pool import PagePool
 
 
 class CacheLease:
@@ -138,40 +135,48 @@ class KeptPages:
 
 
 class PagedCache:
-    """A pool of key and value pages for `num_blocks` blocks, under one byte budget.
+    """Key and value pages for the blocks of a span, under one byte budget.
 
     Not for several threads at once, but for `free_tokens`.
+
+    Attributes:
+        pools: Where they lie, one for each device of the span, in the order of its blocks.
     """
 
     def __init__(
         self,
         *,
-        num_blocks: int,
+        layout: Sequence[tuple[torch.device, int]],
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device,
         budget_bytes: int,
         page_tokens: int = 64,
     ) -> None:
-        self.num_blocks = num_blocks
+        """A cache for so many blocks on each device of `layout`, in that order."""
         self.page_tokens = page_tokens
-        self.device = device
-        self.dtype = dtype
+        num_blocks = sum(blocks for _, blocks in layout)
         self.bytes_per_token = num_blocks * 2 * kv_heads * head_dim * dtype.itemsize
         pages = max(0, budget_bytes // (page_tokens * self.bytes_per_token))
         self.capacity_tokens = pages * page_tokens
         self.budget_bytes = self.capacity_tokens * self.bytes_per_token
-        self.null_slot = self.capacity_tokens
         self._free = [range(pages)] if pages else []  # runs of free pages, in order, none touching the next
         self._leases_of = _counts(pages)  # by page: how many leases hold it
         self._keepers_of = _counts(pages)  # and how many of those that are kept
         self._kept: dict[KeptPages, None] = {}  # those that were used last come last
         self._yielding = 0  # pages that none but kept ones hold
-        shape = (num_blocks, 2, kv_heads, self.capacity_tokens + 1, head_dim)
-        self._pool = torch.empty(shape, dtype=dtype, device=device)
-        self._pool[:, :, :, self.null_slot] = 0
-        self._blocks = self._pool.flatten(1, 2).unbind(0)  # each (2 * kv_heads, slots, head_dim)
+        self.pools = tuple(
+            PagePool(
+                num_blocks=blocks,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                capacity_tokens=self.capacity_tokens,
+                page_tokens=page_tokens,
+                dtype=dtype,
+                device=device,
+            )
+            for device, blocks in layout
+        )
 
     @property
     def free_tokens(self) -> int:
@@ -290,27 +295,6 @@ class PagedCache:
                 at -= 1
                 run = range(self._free.pop(at).start, run.stop)
             self._free.insert(at, run)
-
-    def write(self, block: int, slots: Tensor, heads: Tensor) -> None:
-        """Put the keys and values of one block's tokens into their slots.
-
-        Args:
-            block: Index within the span.
-            slots: (tokens,), on the pool's device.
-            heads: (tokens, 2 * kv_heads, head_dim), the keys' heads before the values'.
-        """
-        self._blocks[block].index_copy_(1, slots, heads.transpose(0, 1))
-
-    def view(self, start: int, stop: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values of adjacent slots in place, each by block: (1, kv_heads, slots, head_dim)."""
-        part = self._pool[:, :, None, :, start:stop]
-        return part[:, 0].unbind(0), part[:, 1].unbind(0)
-
-    def gather(self, block: int, slots: Tensor) -> Tensor:
-        """A copy of one block's keys and values in any slots, (2, 1, kv_heads, slots, head_dim)."""
-        _, kv_heads, _, head_dim = self._pool.shape[1:]
-        copy = self._blocks[block].index_select(1, slots)
-        return copy.view(2, 1, kv_heads, len(slots), head_dim)
 
     def _take(self, count: int) -> Sequence[int]:
         """Free pages: the smallest run that holds them all, or else the largest runs until it is enough."""

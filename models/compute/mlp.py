@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +14,25 @@ from .architecture import Architecture
 from .families import ExpertNames
 from .fused_experts import read_fused
 from .layers import Linear
-from .routing import ExpertChoice
 from .updates import RowUpdates
 from .weights import Weights
+
+
+class ExpertChoice(Protocol):
+    """Decision on the experts of each token, block by block."""
+
+    def choose(self, block: int, scores: Tensor, count: int) -> Tensor:
+        """Experts of a batch's tokens in a block.
+
+        Args:
+            block: Index within the model.
+            scores: (tokens, experts) float32, what the router gives, before the softmax.
+            count: How many experts a token goes to.
+
+        Returns:
+            (tokens, count) int64, in any order.
+        """
+        ...
 
 
 class FeedForward:

@@ -14,7 +14,7 @@ Nothing here needs CUDA but the recording; on a CPU the tests run the very same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from p2pinfer.models.span import BlockSpan
 
 from .attention import Piece
 from .blocks import Blocks
-from .cache import CacheLease, PagedCache
+from .cache import CacheLease
+from .pool import PagePool
 from .scores import attend_by_scores, extras_of
 
 _MAX_BATCH = 32
@@ -37,109 +38,122 @@ _MAX_GATHERED_BYTES = 1 << 30
 class PagedDecoder:
     """Decode steps of a span, recorded by size."""
 
-    def __init__(self, blocks: Blocks, cache: PagedCache) -> None:
+    def __init__(self, blocks: Blocks, pool: PagePool) -> None:
         self._blocks = blocks
-        self._cache = cache
+        self._pool = pool
         self._steps: dict[tuple[BlockSpan, int, int], _Step] = {}
-        # All recordings share their memory: only one of them runs at a time.
-        self._memory: Any = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
+        # All recordings of a device share their memory: only one of them runs at a time.
+        self._memory: Any = torch.cuda.graph_pool_handle() if pool.device.type == "cuda" else None
 
     def accepts(self, pieces: Sequence[Piece]) -> bool:
         """True if these are one token each of a few sessions, and there are no experts to be routed to."""
         if self._blocks.architecture.family.experts or len(pieces) > _MAX_BATCH:
             return False
         batch, context = _sizes(pieces)
-        gathered = batch * context * self._cache.bytes_per_token // self._cache.num_blocks
+        gathered = batch * context * self._pool.slot_bytes
         sessions = {piece.lease for piece in pieces}
         return len(sessions) == sum(piece.tokens for piece in pieces) and gathered <= _MAX_GATHERED_BYTES
 
-    def run(self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan) -> Tensor:
-        """Hidden states after `span`, (tokens, hidden_size), on the device; the next step overwrites them."""
+    def prepare(self, pieces: Sequence[Piece], span: BlockSpan) -> Callable[[Tensor], Tensor]:
+        """A step through `span`, of which the device knows all but the hidden states.
+
+        It takes and returns (tokens, hidden_size); the next step overwrites what it returns, and may be
+        prepared when this one has been launched.
+        """
         size = (span, *_sizes(pieces))
         step = self._steps.get(size)
         if step is None:
-            step = self._steps[size] = _Step(self._blocks, self._cache, *size, self._memory)
-        return step.run(pieces, hidden)
+            step = self._steps[size] = _Step(self._blocks, self._pool, *size, self._memory)
+        step.place(pieces)
+        return step.run
 
 
 class _Step:
     """A decode step of one size."""
 
     def __init__(
-        self, blocks: Blocks, cache: PagedCache, span: BlockSpan, batch: int, context: int, memory: Any
+        self, blocks: Blocks, pool: PagePool, span: BlockSpan, batch: int, context: int, memory: Any
     ) -> None:
         self._blocks = blocks
-        self._cache = cache
+        self._pool = pool
         self._span = span
         self._context = context
         self._memory = memory
-        device, pages = cache.device, -(-context // cache.page_tokens)
+        device, pages = pool.device, -(-context // pool.page_tokens)
         self._hidden = torch.zeros(batch, blocks.spec.hidden_size, dtype=blocks.dtype, device=device)
         self._positions = torch.zeros(batch, dtype=torch.long, device=device)
         self._pages = torch.zeros(batch, pages, dtype=torch.long, device=device)
+        self._tokens = 0  # of the step that was placed
         self._leases: list[CacheLease] = []  # whose pages these are
         self._recording: tuple[Any, Tensor] | None = None  # a CUDA graph, and where its output will be
 
-    def run(self, pieces: Sequence[Piece], hidden: Tensor) -> Tensor:
-        self._fill(pieces, hidden)
-        if self._cache.device.type != "cuda":
-            return self._compute()[: len(pieces)]
-        return self._compute_recorded()[: len(pieces)]  # pragma: no cover -- needs a GPU
-
-    def _fill(self, pieces: Sequence[Piece], hidden: Tensor) -> None:
+    def place(self, pieces: Sequence[Piece]) -> None:
+        """Tell the device which tokens the next step is of."""
+        self._tokens = len(pieces)
         rows = [*pieces, *[pieces[-1]] * (len(self._hidden) - len(pieces))]
         leases = [row.lease for row in rows]
         if leases != self._leases:
             self._pages.copy_(torch.tensor([lease.page_table(self._pages.shape[1]) for lease in leases]))
             self._leases = leases
         self._positions.copy_(torch.tensor([row.position for row in rows]))
-        self._hidden[: len(pieces)] = hidden
-        self._hidden[len(pieces) :] = hidden[-1]
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The step, (tokens, hidden_size) from any device to this one."""
+        self._hidden[: self._tokens] = hidden
+        if self._tokens < len(self._hidden):
+            self._hidden[self._tokens :] = self._hidden[self._tokens - 1]
+        output = self._compute() if self._pool.device.type != "cuda" else self._compute_recorded()
+        return output[: self._tokens]
 
     def _compute(self) -> Tensor:
-        attention = _PagedAttention(self._blocks, self._cache, self._pages, self._positions, self._context)
+        attention = _PagedAttention(self._blocks, self._pool, self._pages, self._positions, self._context)
         return self._blocks.forward(self._hidden, attention, self._span)
 
     def _compute_recorded(self) -> Tensor:  # pragma: no cover -- needs a GPU
         if self._recording is None:
-            cuda: Any = torch.cuda
-            stream = cuda.Stream()
+            self._recording = self._record()
+        graph, output = self._recording
+        graph.replay()
+        return output
+
+    def _record(self) -> tuple[Any, Tensor]:  # pragma: no cover -- needs a GPU
+        cuda: Any = torch.cuda
+        # A stream of this device: torch keeps one for recordings, of the device that recorded first.
+        with cuda.device(self._pool.device):
+            stream, graph = cuda.Stream(), cuda.CUDAGraph()
             stream.wait_stream(cuda.current_stream())
             with cuda.stream(stream):
                 self._compute()  # what libraries allocate on first use must not be recorded
             cuda.current_stream().wait_stream(stream)
-            graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._memory):
+            # Another thread may use a card meanwhile; in the mode that forbids it, both would fail.
+            with cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 output = self._compute()
-            self._recording = graph, output
-        graph, output = self._recording
-        graph.replay()
-        return output
+        return graph, output
 
 
 class _PagedAttention:
     """The attention of one token per row, all rows at once."""
 
     def __init__(
-        self, blocks: Blocks, cache: PagedCache, pages: Tensor, positions: Tensor, context: int
+        self, blocks: Blocks, pool: PagePool, pages: Tensor, positions: Tensor, context: int
     ) -> None:
         self._architecture = blocks.architecture
         self._windows = blocks.windows
-        self._cache = cache
+        self._pool = pool
         self.positions = positions
-        size = cache.page_tokens
-        token = torch.arange(context, device=cache.device)
+        size = pool.page_tokens
+        token = torch.arange(context, device=pool.device)
         slots = pages[:, token // size] * size + token % size  # (batch, context)
         self._slots = slots.gather(1, positions[:, None])[:, 0]
         distance = positions[:, None] - token
-        self._masks = {window: _mask(distance, window, cache.dtype) for window in set(self._windows)}
-        self._seen_slots = torch.where(distance >= 0, slots, cache.null_slot).flatten()
+        self._masks = {window: _mask(distance, window, pool.dtype) for window in set(self._windows)}
+        self._seen_slots = torch.where(distance >= 0, slots, pool.null_slot).flatten()
 
     def attend(self, block: int, queries: Tensor, keys_values: Tensor, sinks: Tensor | None = None) -> Tensor:
         """See `Attention`."""
         shape, batch = self._architecture, len(queries)
-        self._cache.write(block, self._slots, keys_values)
-        gathered = self._cache.gather(block, self._seen_slots)[
+        self._pool.write(block, self._slots, keys_values)
+        gathered = self._pool.gather(block, self._seen_slots)[
             :, 0
         ]  # (2, kv_heads, batch * context, head_dim)
         split = gathered.view(2, shape.kv_heads, batch, -1, shape.head_dim).transpose(1, 2)

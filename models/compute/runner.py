@@ -12,16 +12,17 @@ from torch import Tensor
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.cores import usable_cores
+from p2pinfer.models.machine.split import split_span
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
-from .attention import PackedAttention, Piece
+from .attention import Piece
 from .blocks import Blocks, load_blocks
 from .cache import CacheLease, PagedCache
-from .paged_decode import PagedDecoder
-from .routing import ExpertChoice
-from .target import choose_target
-from .updates import RowUpdates, SpanUpdates
+from .mlp import ExpertChoice
+from .stage import Row, Stage, run_stages
+from .target import cache_budget, choose_targets
+from .updates import SpanUpdates
 
 
 class Chunk(NamedTuple):
@@ -38,43 +39,57 @@ class SpanRunner:
 
     Attributes:
         spec: The model.
+        architecture: Shape of its blocks.
         span: The blocks that it runs.
         dtype: What it computes in and returns.
         numerics: What its weights are stored as and what it computes in, as announcements and receipts say.
-        device: Where.
+        devices: Where, in the order of the blocks.
         cache: Where sessions reserve.
+        stages: Parts of the span, one on each device.
     """
 
-    def __init__(self, blocks: Blocks, cache: PagedCache, decoder: PagedDecoder | None = None) -> None:
-        """A runner; steps of one token a session go to `decoder` where it accepts them."""
-        self.spec = blocks.spec
-        self.span = blocks.span
-        self.dtype = blocks.dtype
-        self.numerics = blocks.numerics
-        self.device = blocks.device
+    def __init__(self, stages: Sequence[Stage], cache: PagedCache) -> None:
+        """A runner of stages that follow each other."""
+        first = stages[0].blocks
+        self.spec = first.spec
+        self.architecture = first.architecture
+        self.span = BlockSpan(first.span.start, stages[-1].span.stop)
+        self.dtype = first.dtype
+        self.numerics = first.numerics
+        self.devices = tuple(stage.device for stage in stages)
         self.cache = cache
-        self._blocks = blocks
-        self._decoder = decoder
+        self.stages = stages
         self._num_threads = torch.get_num_threads()
         self._thread: int | None = None
 
     def stepwise(self) -> SpanRunner:
         """A runner of the same weights that shares this one's cache, and rounds as `Blocks.stepwise` does."""
-        return SpanRunner(self._blocks.stepwise(), self.cache)
+        return self._with_blocks([blocks.stepwise() for blocks in self.parts])
 
     def choosing(self, choice: ExpertChoice) -> SpanRunner:
         """A runner of the same weights that shares this one's cache, and leaves experts to `choice`."""
-        return SpanRunner(self._blocks.choosing(choice), self.cache)
+        return self._with_blocks([blocks.choosing(choice) for blocks in self.parts])
+
+    def _with_blocks(self, parts: Sequence[Blocks]) -> SpanRunner:
+        stages = [stage.with_blocks(blocks) for stage, blocks in zip(self.stages, parts, strict=True)]
+        return SpanRunner(stages, self.cache)
 
     @property
-    def blocks(self) -> Blocks:
-        """The blocks that it runs, for passes that need no cache."""
-        return self._blocks
+    def parts(self) -> Sequence[Blocks]:
+        """The blocks that it runs, device by device, for passes that need no cache."""
+        return [stage.blocks for stage in self.stages]
+
+    @property
+    def where(self) -> str:
+        """Devices and the blocks on each, in words: `cuda:0 (0:40), cuda:1 (40:80)`."""
+        if len(self.stages) == 1:
+            return str(self.devices[0])
+        return ", ".join(f"{stage.device} ({stage.span})" for stage in self.stages)
 
     @property
     def has_experts(self) -> bool:
         """True if its blocks choose among experts."""
-        return self._blocks.architecture.family.experts is not None
+        return self.architecture.family.experts is not None
 
     def run(self, chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
         """Run the span over all chunks as one batch, and extend their sessions by them.
@@ -99,34 +114,16 @@ class SpanRunner:
         for chunk in chunks:
             chunk.lease.truncate(min(chunk.position, chunk.lease.length))
         with torch.inference_mode():
-            pieces: list[Piece] = []
+            rows: list[Row] = []
             parts: list[Tensor] = []
             for chunk in chunks:
-                pieces.append(Piece(chunk.lease, chunk.position, len(chunk.hidden)))
+                rows.append(Row(Piece(chunk.lease, chunk.position, len(chunk.hidden)), chunk.updates))
                 parts.append(chunk.hidden.to("cpu", self.dtype))
-            hidden = torch.cat(parts).to(self.device)
-            updates: RowUpdates | None = None
-            if any(chunk.updates is not None for chunk in chunks):
-                rows = [(len(chunk.hidden), chunk.updates) for chunk in chunks]
-                updates = RowUpdates(rows, self.device)
             part = self.span if span is None else span
-            output = self._forward(pieces, hidden, part, updates).cpu()
+            output = run_stages(self.stages, rows, torch.cat(parts), part).cpu()
         for lease, end in ends.items():
             lease.length = end
-        return list(torch.split(output, [piece.tokens for piece in pieces])) if len(pieces) > 1 else [output]
-
-    def _forward(
-        self, pieces: Sequence[Piece], hidden: Tensor, span: BlockSpan, updates: RowUpdates | None
-    ) -> Tensor:
-        # Only the whole span is recorded: a client chooses the part, and each recording holds memory.
-        decoder = self._decoder if updates is None else None
-        if decoder is not None and span == self.span and decoder.accepts(pieces):
-            return decoder.run(pieces, hidden, span)
-        blocks = self._blocks
-        attention = PackedAttention(
-            blocks.architecture, blocks.windows, self.cache, pieces, blocks.rounds_stepwise
-        )
-        return blocks.forward(hidden, attention, span, updates)
+        return list(torch.split(output, [len(each) for each in parts])) if len(parts) > 1 else [output]
 
     def _check(self, chunks: Sequence[Chunk]) -> dict[CacheLease, int]:
         """Length that every lease will have."""
@@ -175,19 +172,24 @@ def open_runner(
         ConfigError: The config asks for what this machine has not.
         SpanOutOfRange: The model has no such blocks.
     """
-    target = choose_target(config, checkpoint.spec.dtype)
+    targets = choose_targets(config, checkpoint.spec.dtype)
+    block_bytes = checkpoint.spec.block_bytes(targets[0].numerics)
+    spans = split_span(span, [target.device for target in targets], block_bytes)
+    split = [(target, part) for target, part in zip(targets, spans, strict=True) if part is not None]
     # Torch counts the cores that it is bound to, and knows nothing of a share of their time.
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
-    blocks = load_blocks(checkpoint, span, target, progress=progress)
+    parts = [load_blocks(checkpoint, part, target, progress=progress) for target, part in split]
+    shape = parts[0].architecture
+    slot_bytes = 2 * shape.kv_heads * shape.head_dim * parts[0].dtype.itemsize
     cache = PagedCache(
-        num_blocks=len(span),
-        kv_heads=blocks.architecture.kv_heads,
-        head_dim=blocks.architecture.head_dim,
-        dtype=target.dtype,
-        device=target.device,
-        budget_bytes=config.cache_bytes or target.cache_budget(),
+        layout=[(target.device, len(part)) for target, part in split],
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=parts[0].dtype,
+        budget_bytes=config.cache_bytes
+        or cache_budget([(target, len(part)) for target, part in split], slot_bytes),
         page_tokens=config.page_tokens,
     )
+    stages = [Stage(blocks, pool) for blocks, pool in zip(parts, cache.pools, strict=True)]
     # A CPU launches kernels for nothing, and would gather keys and values that it can read in place.
-    decoder = PagedDecoder(blocks, cache) if target.device.type == "cuda" else None
-    return SpanRunner(blocks, cache, decoder)
+    return SpanRunner([stage.recorded() if stage.device.type == "cuda" else stage for stage in stages], cache)

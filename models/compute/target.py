@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,18 +51,44 @@ class Target:
         return min(int(free * _CPU_CACHE_SHARE), _CPU_CACHE_CAP)
 
 
+def cache_budget(parts: Sequence[tuple[Target, int]], slot_bytes: int) -> int:
+    """Bytes that an automatic KV cache of a whole span may take, the weights being in place.
+
+    Args:
+        parts: Targets, and the number of blocks on each.
+        slot_bytes: Of one token in one block. Every device caches the same tokens: the fullest one decides.
+    """
+    devices = [target.device for target, _ in parts]
+    tokens = min(
+        target.cache_budget() // devices.count(target.device) // (blocks * slot_bytes)
+        for target, blocks in parts
+    )
+    return tokens * slot_bytes * sum(blocks for _, blocks in parts)
+
+
 def choose_target(config: ComputeConfig, stored: str) -> Target:
-    """The target for a checkpoint whose weights are `stored` as that dtype.
+    """The target for a checkpoint whose weights are `stored` as that dtype; of several devices the first.
 
     Raises:
         ConfigError: The config asks for a device or a dtype that is not to be had.
     """
-    device = _device(config.device)
+    return choose_targets(config, stored)[0]
+
+
+def choose_targets(config: ComputeConfig, stored: str) -> tuple[Target, ...]:
+    """A target for each device that the config names; all of them compute in the same numerics.
+
+    Raises:
+        ConfigError: The config asks for a device or a dtype that is not to be had.
+    """
+    devices = [_device(name) for name in config.device.split(",")]
     if config.dtype != "auto":
-        return Target(device, plain(config.dtype))
-    # A CPU without kernels for a dtype would emulate it, slower than float32 by far.
-    slow = device.type == "cpu" and not can_pack(device, DTYPES[stored])
-    return Target(device, FLOAT32 if slow else plain(stored))
+        numerics = plain(config.dtype)
+    else:
+        # A CPU without kernels for a dtype would emulate it, slower than float32 by far.
+        slow = any(each.type == "cpu" and not can_pack(each, DTYPES[stored]) for each in devices)
+        numerics = FLOAT32 if slow else plain(stored)
+    return tuple(Target(device, numerics) for device in devices)
 
 
 def _device(name: str) -> torch.device:

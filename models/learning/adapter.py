@@ -194,6 +194,15 @@ class BlockAdapter(NamedTuple):
         prompt = None if self.prompt is None else self.prompt.detach().requires_grad_()
         return BlockAdapter(updates, prompt)
 
+    def to(self, device: torch.device) -> BlockAdapter:
+        """The same values on a device, where gradients come back from; itself where it lies there."""
+        if all(each.device == device for each in self.tensors()):
+            return self
+        updates = tuple(
+            (update, Factors(*(each.to(device) for each in factors))) for update, factors in self.updates
+        )
+        return BlockAdapter(updates, None if self.prompt is None else self.prompt.to(device))
+
     def on(self, projection: str) -> list[tuple[LowRank, Factors]]:
         """The updates of one projection."""
         return [(update, factors) for update, factors in self.updates if update.projection == projection]

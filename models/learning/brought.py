@@ -6,6 +6,7 @@ with it. So an adapter is gone with the last of these, and nothing of a client's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 from weakref import WeakValueDictionary
 
@@ -38,11 +39,19 @@ class BroughtAdapter:
     Updates that share a product are laid out as one pair when a block is first run, in the thread that does.
     """
 
-    def __init__(self, adapter: Adapter, architecture: Architecture, span: BlockSpan) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        architecture: Architecture,
+        span: BlockSpan,
+        device_of: Callable[[int], torch.device] | None = None,
+    ) -> None:
+        """An adapter of a span; `device_of` says where a block is computed if not where the adapter is."""
         self.span = span
         self.size = 2 * adapter.values.nbytes  # as it came, and as it is laid out
         self._adapter = adapter
         self._architecture = architecture
+        self._device_of = device_of
         self._pairs: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
 
     def pair(self, block: int, product: str) -> tuple[Tensor, Tensor] | None:
@@ -68,7 +77,8 @@ class BroughtAdapter:
                 up[:, at : at + update.rank] = factors.up * update.scale
                 at += update.rank
             ups.append(up)
-        return torch.cat(downs), torch.cat(ups)
+        device = self._adapter.values.device if self._device_of is None else self._device_of(block)
+        return torch.cat(downs).to(device), torch.cat(ups).to(device)
 
 
 class AdapterShelf:

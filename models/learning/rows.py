@@ -30,6 +30,7 @@ class Rows:
         self.indices = indices
         self._groups = [(length, len(list(alike))) for length, alike in groupby(self.lengths)]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._elsewhere: dict[torch.device, Rows] = {}
 
     @property
     def tokens(self) -> int:
@@ -37,8 +38,12 @@ class Rows:
         return len(self.positions)
 
     def to(self, device: torch.device) -> Rows:
-        """The same layout on a device."""
-        return Rows(self.lengths, self.positions.to(device), self.indices.to(device))
+        """The same layout on a device; the same object each time, since its masks are kept."""
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Rows(self.lengths, self.positions.to(device), self.indices.to(device))
+        return self._elsewhere[device]
 
     def first_tokens(self, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` tokens of every sequence: where they are, and which of the `count` each is."""

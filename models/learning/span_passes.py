@@ -98,26 +98,43 @@ class Gradients:
 
 
 class SpanPasses:
-    """Passes over the blocks of a runner, whose weights stay as they are. Belongs to the runner's thread."""
+    """Passes over the blocks of a runner, whose weights stay as they are. Belongs to the runner's thread.
 
-    def __init__(self, blocks: Blocks) -> None:
+    Attributes:
+        blocks: Those on the first device, where adapters lie.
+        span: All that can be run.
+    """
+
+    def __init__(self, blocks: Blocks, *others: Blocks) -> None:
+        """Passes over blocks, and over those that follow them on other devices."""
         self.blocks = blocks
+        self.span = BlockSpan(blocks.span.start, (blocks, *others)[-1].span.stop)
+        self._parts = (blocks, *others)
         self._graph_bytes = 0.0  # of one block and token, the largest so far; 0 before the first graph
+
+    def device_of(self, block: int) -> torch.device:
+        """Device that computes a block of the model."""
+        return self._part_with(block).device
+
+    def _part_with(self, block: int) -> Blocks:
+        return next(each for each in self._parts if each.span.start <= block < each.span.stop)
 
     def keep_transposed(self, max_bytes: int) -> None:
         """Keep transposed weights for backward passes to come, as far as they fit; 0 drops them all."""
         left = max_bytes
-        for index in reversed(range(len(self.blocks.span))):
-            for linear in _linears(self.blocks.layers(index)):
+        for block in reversed(range(self.span.start, self.span.stop)):
+            blocks = self._part_with(block)
+            for linear in _linears(blocks.layers(block - blocks.span.start)):
                 left -= linear.transposed_bytes
                 linear.keep_transposed(left >= 0 and max_bytes > 0)
 
     def free_bytes(self) -> int:
-        """Bytes that are free where graphs lie, if that is a card; there another allocation may fail."""
-        if self.blocks.device.type != "cuda":
-            return 1 << 62
-        free, _ = torch.cuda.mem_get_info(self.blocks.device)
-        return int(free)
+        """Bytes that are free where graphs lie, if that is a card; there another allocation may fail.
+
+        Of several cards those of the fullest one: any block may have a graph.
+        """
+        cards = [each.device for each in self._parts if each.device.type == "cuda"]
+        return min((int(torch.cuda.mem_get_info(card)[0]) for card in cards), default=1 << 62)
 
     def forward(self, batch: Microbatch, hidden: Tensor, graph_bytes: int = 0) -> Pass[Forwarded]:
         """Run the span.
@@ -181,7 +198,7 @@ class SpanPasses:
                 one that the adapter changes are left out.
         """
         factor = _factor(gradient, self.blocks.dtype)
-        gradient = gradient.to(self.blocks.device)
+        gradient = gradient.to(self.device_of(batch.span.stop - 1))
         gradient = (gradient if factor == 1 else gradient.float() * factor).to(self.blocks.dtype)
         adapter = batch.adapter
         of_adapter = None if adapter is None else torch.zeros_like(adapter.values)
@@ -213,15 +230,16 @@ class SpanPasses:
         return Gradients(gradient if wants_hidden else None, of_adapter)
 
     def _run(self, batch: Microbatch, block: int, hidden: Tensor, part: BlockAdapter) -> Tensor:
-        blocks, index = self.blocks, block - self.blocks.span.start
+        blocks = self._part_with(block)
+        index, rows = block - blocks.span.start, batch.rows.to(blocks.device)
         return run_block(
             blocks.layers(index),
             blocks.architecture,
             blocks.windows[index],
-            hidden,
-            blocks.rotations(batch.rows.positions)[block],
-            batch.rows,
-            part,
+            hidden.to(blocks.device),
+            blocks.rotations(rows.positions)[block],
+            rows,
+            part.to(blocks.device),
             Dropout(batch.seed),
             stepwise=blocks.rounds_stepwise,
         )

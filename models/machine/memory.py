@@ -7,7 +7,7 @@ of that makes room when room is needed, so it is free. What is mapped, the libra
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def free_on(device: torch.device) -> FreeMemory:
 
 
 @contextmanager
-def refusals_named(what: str, device: torch.device, advice: str) -> Generator[None]:
+def refusals_named(what: str, devices: Iterable[torch.device], advice: str) -> Generator[None]:
     """Turn a refusal of memory within the block into an error that says for what, and what to do.
 
     Raises:
@@ -100,7 +100,9 @@ def refusals_named(what: str, device: torch.device, advice: str) -> Generator[No
     except Exception as exc:  # a checkpoint that cannot be mapped is a CheckpointError
         if not is_refusal(exc):
             raise
-        raise OutOfMemory(f"no memory for {what} on {device}: {free_on(device)}; {advice}") from exc
+        named = list(dict.fromkeys(devices))
+        where, free = " and ".join(map(str, named)), " and ".join(str(free_on(each)) for each in named)
+        raise OutOfMemory(f"no memory for {what} on {where}: {free}; {advice}") from exc
 
 
 def is_refusal(exc: BaseException) -> bool:

@@ -99,11 +99,11 @@ def rerun_pass(reference: Reference, asked: TrainedPass, wire_dtype: torch.dtype
     tokens, size = asked.batch.rows.tokens, reference.spec.hidden_size
     choice = _FixedChoice()
     carried = torch.zeros(tokens, size)
-    exact = _run(reference.exact.blocks.choosing(choice), asked, torch.float32, carried)
+    exact = _run(reference.exact.choosing(choice).parts, asked, torch.float32, carried)
     rounded: list[_Run] = []
     for runner in reference.rounded:
         choice.begin_again()
-        rounded.append(_run(runner.blocks.choosing(choice), asked, wire_dtype))
+        rounded.append(_run(runner.choosing(choice).parts, asked, wire_dtype))
     results = [each for run in (exact, *rounded) for each in (run.output, run.hidden, run.vector)]
     # Whoever asked for a pass chose inputs and adapter, and may have chosen them so that this happens.
     if not all(bool((each.abs() < _LARGEST).all()) for each in results if each is not None):
@@ -158,9 +158,11 @@ def compare_pass(
     )
 
 
-def _run(blocks: Blocks, asked: TrainedPass, wire_dtype: torch.dtype, carried: Tensor | None = None) -> _Run:
+def _run(
+    parts: Sequence[Blocks], asked: TrainedPass, wire_dtype: torch.dtype, carried: Tensor | None = None
+) -> _Run:
     """One run; with `carried`, the rounding of what each block gives is added to it."""
-    passes, batch = SpanPasses(blocks), _on(blocks, asked.batch)
+    passes, batch = SpanPasses(*parts), _on(parts[0], asked.batch)
     forwarded = complete(passes.forward(batch, asked.hidden))
     if carried is not None:
         for each in (*forwarded.inputs[1:], forwarded.output):

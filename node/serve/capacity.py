@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -14,15 +15,14 @@ from p2pinfer.errors import LocalError, OutOfMemory
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.layers import Linear
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
-from p2pinfer.models.compute.target import Target, choose_target
+from p2pinfer.models.compute.target import Target, choose_targets
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.machine.memory import FreeMemory, free_on, refusals_named
+from p2pinfer.models.machine.memory import FreeMemory, refusals_named
+from p2pinfer.models.machine.split import blocks_that_fit, rooms_of
 from p2pinfer.models.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-# of free memory that weights may take; the rest is for cache, others and surprises
-WEIGHTS_SHARE: Final = 0.6
 _PROBE_RUNS: Final = 5
 _DECODE_STEPS: Final = 8
 
@@ -46,18 +46,24 @@ def measure_capacity(spec: ModelSpec, config: ComputeConfig) -> Capacity:
         ConfigError: The device or dtype asked for is not to be had.
         LocalError: Not even one block fits.
     """
-    target = choose_target(config, spec.dtype)
-    block_bytes = spec.block_bytes(target.numerics)
-    free = free_on(target.device)
-    blocks = min(int(free.bytes * WEIGHTS_SHARE / block_bytes), spec.num_blocks)
+    targets = choose_targets(config, spec.dtype)
+    block_bytes = spec.block_bytes(targets[0].numerics)
+    devices = [target.device for target in targets]
+    rooms = rooms_of(devices)
+    fitting = [blocks_that_fit(room, block_bytes) for room in rooms]
+    blocks = min(sum(fitting), spec.num_blocks)
+    free = _together(rooms)
     if blocks < 1:
         raise LocalError(
-            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB, and on {target.device} {free}: "
-            "free some memory, raise the limit if there is one, or serve a smaller model"
+            f"one block of {spec.model} takes {block_bytes / 2**30:.1f} GiB, and "
+            f"on {_named(devices)} {free}: free some memory, raise the limit if there is one, "
+            "or serve a smaller model"
         )
-    with refusals_named(f"a block of {spec.model}", target.device, "free some memory, or raise the limit"):
-        seconds = _block_seconds(spec, target)
-    return Capacity(blocks, 1 / seconds, free)
+    with refusals_named(f"a block of {spec.model}", devices, "free some memory, or raise the limit"):
+        seconds = {target.device: _block_seconds(spec, target) for target in targets}
+    # The time of a block, on average over those that each device would hold.
+    of_all = sum(count * seconds[device] for count, device in zip(fitting, devices, strict=True))
+    return Capacity(blocks, sum(fitting) / of_all, free)
 
 
 def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
@@ -69,16 +75,20 @@ def check_room(spec: ModelSpec, span: BlockSpan, config: ComputeConfig) -> None:
         ConfigError: The device or dtype asked for is not to be had.
         OutOfMemory: They exceed what a limit or a card leaves.
     """
-    target = choose_target(config, spec.dtype)
-    block_bytes = spec.block_bytes(target.numerics)
-    free = free_on(target.device)
-    if len(span) * block_bytes <= free.bytes:
+    targets = choose_targets(config, spec.dtype)
+    block_bytes = spec.block_bytes(targets[0].numerics)
+    rooms = rooms_of([target.device for target in targets])
+    if sum(room.bytes // block_bytes for room in rooms) >= len(span):
         return
+    free = _together(rooms)
     said = f"blocks {span} of {spec.model} take {len(span) * block_bytes / 2**30:.1f} GiB, and {free}"
-    if free.limit_bytes is None and target.device.type == "cpu":
+    if any(
+        room.limit_bytes is None and target.device.type == "cpu"
+        for room, target in zip(rooms, targets, strict=True)
+    ):
         logger.warning("%s: the computer will swap, or run out of memory", said)
         return
-    fit = int(free.bytes * WEIGHTS_SHARE / block_bytes)
+    fit = sum(blocks_that_fit(room, block_bytes) for room in rooms)
     advice = f"ask for {fit} blocks or fewer" if fit else "not even one block would fit"
     raise OutOfMemory(f"{said}: {advice}, or raise the limit")
 
@@ -107,6 +117,15 @@ def _timed(runner: SpanRunner, chunk: Chunk) -> float:
     started = time.perf_counter()
     runner.run([chunk])
     return time.perf_counter() - started
+
+
+def _together(rooms: Sequence[FreeMemory]) -> FreeMemory:
+    """Free memory of all devices; a limit is named where there is one device."""
+    return rooms[0] if len(rooms) == 1 else FreeMemory(sum(room.bytes for room in rooms))
+
+
+def _named(devices: Sequence[torch.device]) -> str:
+    return " and ".join(map(str, dict.fromkeys(devices)))
 
 
 def _block_seconds(spec: ModelSpec, target: Target) -> float:

@@ -47,7 +47,7 @@ class TrainServer:
         self._served = served
         self._config = config
         self._on_change = on_change
-        self._passes = SpanPasses(served.runner.blocks)
+        self._passes = SpanPasses(*served.runner.parts)
         self._kept = KeptInputs(min(config.train_bytes, free_memory().bytes // 4))
         self._sessions: set[TrainSession] = set()
         self._leaving = False

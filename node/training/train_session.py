@@ -149,8 +149,8 @@ class TrainSession:
         adapter = await trio.to_thread.run_sync(self._checked, message, payload)
         self._adapters[message.digest] = adapter
         self._adapters.move_to_end(message.digest)
-        architecture = self._passing.passes.blocks.architecture
-        brought = BroughtAdapter(adapter, architecture, self._passing.span)
+        passes = self._passing.passes
+        brought = BroughtAdapter(adapter, passes.blocks.architecture, self._passing.span, passes.device_of)
         self._brought[message.digest] = self._shelf.put(self.client_id, message.digest, brought)
         for kept in (self._adapters, self._brought):
             while len(kept) > KEPT_ADAPTERS:

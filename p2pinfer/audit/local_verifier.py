@@ -163,7 +163,7 @@ class LocalVerifier(Verifier):
                 reference = open_reference(checkpoint, record.span, max_tokens=1, numerics=numerics)
             else:
                 reference = self._reference_for(record.span, 1, numerics, whole=True).reference
-            architecture = reference.exact.blocks.architecture
+            architecture = reference.exact.architecture
             history = pass_of(record, architecture, max_tokens=self._config.max_tokens)
             return check_pass(reference, record, history)
 

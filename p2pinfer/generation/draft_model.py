@@ -23,6 +23,7 @@ from p2pinfer.models.compute.blocks import Blocks
 from p2pinfer.models.compute.cache import PagedCache
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.compute.stage import Stage
 from p2pinfer.models.text.text import Tokenizer
 
 _PAGE_TOKENS: Final = 64
@@ -117,17 +118,16 @@ class ModelDrafter:
         token_bytes = len(blocks.span) * 2 * shape.kv_heads * shape.head_dim * blocks.dtype.itemsize
         try:
             cache = PagedCache(
-                num_blocks=len(blocks.span),
+                layout=[(blocks.device, len(blocks.span))],
                 kv_heads=shape.kv_heads,
                 head_dim=shape.head_dim,
                 dtype=blocks.dtype,
-                device=blocks.device,
                 budget_bytes=pages * _PAGE_TOKENS * token_bytes,
                 page_tokens=_PAGE_TOKENS,
             )
         except RuntimeError as exc:  # torch's for memory that is not to be had
             raise CacheFull(f"no memory for the draft model's cache: {exc}") from exc
-        self._runner = SpanRunner(blocks, cache)
+        self._runner = SpanRunner([Stage(blocks, cache.pools[0])], cache)
         self._lease = cache.reserve(self._room)
         return self._runner
 

@@ -66,7 +66,7 @@ async def test_who_kept_another_cache_than_it_signed_for_is_banned(
     async with open_client() as client:
         prompt = await answered(client)
         cache = served["b"].runner.cache
-        for keys in cache.view(0, 128)[0]:
+        for keys in cache.pools[0].view(0, 128)[0]:
             keys.mul_(0.5)
         await text_of(client.generate(prompt, max_new_tokens=24))
         await client.audits_settled()

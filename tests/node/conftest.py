@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.config import ComputeConfig
 from p2pinfer.node import node as node_module
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.node import NodeConfig, run_node
@@ -33,6 +34,7 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
         invented: tuple[tuple[int, int], ...] = (),
         boast: tuple[int, int] | None = None,
         ghost: tuple[int, int] | None = None,
+        compute: ComputeConfig = FLOAT32,
         **options: Any,
     ) -> AsyncGenerator[Node]:
         async with open_memory_swarm(checkpoint) as swarm:
@@ -57,7 +59,7 @@ def open_node(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
             async def run() -> None:
                 with node.scope:
-                    await run_node(config, compute_config=FLOAT32, serve_config=serve, report=node.report)
+                    await run_node(config, compute_config=compute, serve_config=serve, report=node.report)
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run)

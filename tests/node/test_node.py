@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 import trio
 import trio.testing
 
 from p2pinfer.errors import PeerRefused
+from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Joined, Loading, NodeLeaving, Ready, SessionOpened, Starting
 from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
 
+from .memory_swarm import FLOAT32
 from .nodes import QUICK, OpenNode
 
 
@@ -44,6 +47,19 @@ async def test_a_node_serves_what_it_was_told_to_and_says_goodbye(open_node: Ope
         handlers = node.swarm.network.hosts[ready.peer_id].handlers
         while set(handlers) != {EVIDENCE_PROTOCOL}:  # once the last session has ended
             await trio.lowlevel.checkpoint()
+
+
+async def test_a_node_serves_a_span_on_several_devices(open_node: OpenNode) -> None:
+    async with open_node(blocks="2:7", compute=replace(FLOAT32, device="cpu,cpu")) as node:
+        ready = await node.wait_for(Ready)
+        assert (ready.blocks, ready.device) == ((2, 7), "cpu (2:5), cpu (5:7)")
+        session = await node.session()
+        hidden = torch.randn(5, node.swarm.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+        output = await session.prefill(hidden, 0)
+        expected = open_runner(node.swarm.checkpoint, BlockSpan(2, 7), FLOAT32)
+        (whole,) = expected.run([Chunk(expected.cache.reserve(5), 0, hidden)])
+        assert torch.equal(output, whole[-1:])
+        await session.aclose()
 
 
 async def test_a_node_that_leaves_in_the_middle_of_sessions_says_how_many(open_node: OpenNode) -> None:

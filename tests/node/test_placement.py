@@ -15,12 +15,12 @@ import trio.testing
 
 from p2pinfer.errors import ConfigError, LocalError, ModelNotFound, OutOfMemory, SpanOutOfRange
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
+from p2pinfer.models.machine import split
 from p2pinfer.models.machine.memory import FreeMemory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node import node as node_module
 from p2pinfer.node.events import Event, Joined, Loading, NodeLeaving, Ready
 from p2pinfer.node.node import NodeConfig, run_node
-from p2pinfer.node.serve import capacity
 from p2pinfer.node.serve.capacity import Capacity
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.session.session import Session
@@ -61,7 +61,7 @@ async def test_blocks_that_exceed_a_limit_are_refused_in_a_line(
     def free_on(_device: torch.device) -> FreeMemory:
         return room
 
-    monkeypatch.setattr(capacity, "free_on", free_on)
+    monkeypatch.setattr(split, "free_on", free_on)
     with pytest.raises(OutOfMemory, match=r"limited to 2\.0 GiB by ulimit -v"):
         async with open_node(blocks="0:4") as node:
             await node.wait_for(Ready)

@@ -13,11 +13,11 @@ import torch
 
 from p2pinfer.errors import LocalError, P2PInferError
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
-from p2pinfer.models.compute.target import Target, choose_target
+from p2pinfer.models.compute.target import choose_targets
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.cores import usable_cores
-from p2pinfer.models.machine.memory import free_memory, free_on, free_on_card
-from p2pinfer.node.serve.capacity import WEIGHTS_SHARE
+from p2pinfer.models.machine.memory import free_memory, free_on_card
+from p2pinfer.models.machine.split import WEIGHTS_SHARE, blocks_that_fit, rooms_of
 
 LEAST_DISK_BYTES: Final = 100 << 20  # below that not even notes and a small model have room
 _NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
@@ -131,11 +131,10 @@ def fits(cache_dir: Path, compute: ComputeConfig | None = None) -> list[Fit]:
     sizes += [(shape.model, shape.blocks, shape.block_parameters, "bfloat16") for shape in SHAPES]
     found: list[Fit] = []
     for model, blocks, parameters, stored in sizes:
-        target: Target = choose_target(compute, stored)
-        size = target.numerics.weight_bytes(parameters)
-        found.append(
-            Fit(model, min(blocks, int(free_on(target.device).bytes * WEIGHTS_SHARE / size)), blocks, size)
-        )
+        targets = choose_targets(compute, stored)
+        size = targets[0].numerics.weight_bytes(parameters)
+        fitting = sum(blocks_that_fit(room, size) for room in rooms_of([target.device for target in targets]))
+        found.append(Fit(model, min(blocks, fitting), blocks, size))
     return found
 
 

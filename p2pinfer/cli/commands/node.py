@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 @setting(
     "compute.device",
     "--device DEVICE",
-    f"Compute device: {', '.join(DEVICES)}, or cuda:N. [default: auto]",
+    f"Compute device: {', '.join(DEVICES)}, cuda:N, or several: cuda:0,cuda:1. [default: auto]",
     choices=DEVICES,
 )
 @setting(

@@ -16,8 +16,9 @@ from p2pinfer.cli.app import run
 from p2pinfer.cli.commands import checkup, doctor
 from p2pinfer.cli.commands.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.machine import split
 from p2pinfer.models.machine.memory import FreeMemory
-from p2pinfer.node.serve.capacity import WEIGHTS_SHARE
+from p2pinfer.models.machine.split import WEIGHTS_SHARE
 from p2pinfer.node.transport.identity import new_identity
 
 CPU = ComputeConfig(device="cpu", dtype="bfloat16")
@@ -41,7 +42,7 @@ def test_what_fits_is_what_a_node_would_take(tmp_path: Path, monkeypatch: pytest
     def free_on(device: torch.device) -> FreeMemory:
         return FreeMemory(2 << 30)
 
-    monkeypatch.setattr(checkup, "free_on", free_on)
+    monkeypatch.setattr(split, "free_on", free_on)
     found = fits(tmp_path, CPU)
     assert (found[0].model, found[0].blocks, found[0].of) == ("tiny-stories", 8, 8)
     for fit, shape in zip(found[1:], SHAPES, strict=True):

@@ -81,17 +81,17 @@ def test_every_mix_of_pieces_attends_as_the_definition_says(
     everywhere = torch.arange(cache.capacity_tokens)
     nowhere_to_be_seen = torch.full((len(everywhere), 2 * shape.kv_heads, 16), torch.nan)
     for block in range(2):
-        cache.write(block, everywhere, nowhere_to_be_seen)
+        cache.pools[0].write(block, everywhere, nowhere_to_be_seen)
     sessions: list[Session] = []
     batch: list[Piece] = []
     for seed, (position, tokens, scattered) in enumerate(pieces):
         session = Session(strewn(cache, ROW) if scattered else cache.reserve(ROW), shape, seed)
         slots = torch.tensor(session.lease.slots(0, position), dtype=torch.long)
         for block in range(2):
-            cache.write(block, slots, session.keys_values[:position])
+            cache.pools[0].write(block, slots, session.keys_values[:position])
         sessions.append(session)
         batch.append(Piece(session.lease, position, tokens))
-    attention = PackedAttention(shape, windows, cache, batch)
+    attention = PackedAttention(shape, windows, cache.pools[0], batch)
     expected_positions = [torch.arange(piece.position, piece.position + piece.tokens) for piece in batch]
     assert torch.equal(attention.positions, torch.cat(expected_positions))
     for block, window in enumerate(windows):
@@ -114,7 +114,7 @@ def test_a_long_prompt_under_a_soft_cap_is_cut_in_rows(dtype: torch.dtype) -> No
     cache = make_cache(shape, 1, dtype)
     session = Session(cache.reserve(ROW), shape, 0)
     queries, keys_values = session.queries(150).to(dtype), session.keys_values[:150].to(dtype)
-    attention = PackedAttention(shape, [None], cache, [Piece(session.lease, 0, 150)])
+    attention = PackedAttention(shape, [None], cache.pools[0], [Piece(session.lease, 0, 150)])
     output = attention.attend(0, queries, keys_values)
     expected = attend_plainly(shape, queries, keys_values, 0, None)
     assert (output.double() - expected).abs().max() <= bound_of_attention(keys_values[:, 1:])
@@ -126,9 +126,9 @@ def test_a_single_row_in_bfloat16_attends_as_the_definition_says() -> None:
     cache = make_cache(shape, 1, torch.bfloat16)
     session = Session(cache.reserve(ROW), shape, 0)
     keys_values = session.keys_values[:60].bfloat16()
-    cache.write(0, torch.tensor(session.lease.slots(0, 59)), keys_values[:59])
+    cache.pools[0].write(0, torch.tensor(session.lease.slots(0, 59)), keys_values[:59])
     queries = session.queries(1).bfloat16()
-    output = PackedAttention(shape, [None], cache, [Piece(session.lease, 59, 1)]).attend(
+    output = PackedAttention(shape, [None], cache.pools[0], [Piece(session.lease, 59, 1)]).attend(
         0, queries, keys_values[59:]
     )
     expected = attend_plainly(shape, queries, keys_values, 59, None)
@@ -137,11 +137,10 @@ def test_a_single_row_in_bfloat16_attends_as_the_definition_says() -> None:
 
 def make_cache(shape: Architecture, num_blocks: int, dtype: torch.dtype = torch.float32) -> PagedCache:
     return PagedCache(
-        num_blocks=num_blocks,
+        layout=[(torch.device("cpu"), num_blocks)],
         kv_heads=shape.kv_heads,
         head_dim=16,
         dtype=dtype,
-        device=torch.device("cpu"),
         budget_bytes=1 << 22,
         page_tokens=PAGE,
     )

@@ -12,15 +12,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from p2pinfer.errors import CacheFull
 from p2pinfer.models.compute.cache import CacheLease, PagedCache
 
+CPU = torch.device("cpu")
 BYTES_PER_TOKEN = 3 * 2 * 2 * 8 * 4
 
 
 def make_cache(budget_bytes: int = 10 * 4 * BYTES_PER_TOKEN, **options: Any) -> PagedCache:
     """Ten pages of four tokens, unless told otherwise."""
-    shape: dict[str, Any] = {"num_blocks": 3, "kv_heads": 2, "head_dim": 8, "dtype": torch.float32}
-    return PagedCache(
-        **shape, device=torch.device("cpu"), budget_bytes=budget_bytes, page_tokens=4, **options
-    )
+    shape: dict[str, Any] = {"layout": [(CPU, 3)], "kv_heads": 2, "head_dim": 8, "dtype": torch.float32}
+    return PagedCache(**shape, budget_bytes=budget_bytes, page_tokens=4, **options)
 
 
 def slots_of(lease: CacheLease) -> list[int]:
@@ -88,16 +87,16 @@ def test_rolling_back_forgets_and_cannot_go_forward() -> None:
 def test_what_is_written_is_seen_in_place_and_gathered_and_nowhere_else() -> None:
     cache = make_cache()
     for block in range(3):
-        cache.write(block, torch.arange(40), torch.zeros(40, 4, 8))
+        cache.pools[0].write(block, torch.arange(40), torch.zeros(40, 4, 8))
     heads = torch.arange(2 * 4 * 8, dtype=torch.float32).view(2, 4, 8)
-    cache.write(1, torch.tensor([9, 6]), heads)
-    keys, values = cache.view(6, 10)
+    cache.pools[0].write(1, torch.tensor([9, 6]), heads)
+    keys, values = cache.pools[0].view(6, 10)
     assert torch.equal(keys[1][0, :, 3], heads[0, :2])
     assert torch.equal(values[1][0, :, 0], heads[1, 2:])
     assert not keys[0].any()
     assert not values[2].any()
     assert keys[1][0].count_nonzero() + values[1][0].count_nonzero() == heads.count_nonzero()
-    gathered = cache.gather(1, torch.tensor([6, 9, cache.null_slot]))
+    gathered = cache.pools[0].gather(1, torch.tensor([6, 9, cache.pools[0].null_slot]))
     assert torch.equal(gathered[:, 0, :, 1].flatten(0, 1), heads[0])
     assert torch.equal(gathered[:, 0, :, 0].flatten(0, 1), heads[1])
     assert not gathered[:, :, :, 2].any()
@@ -127,7 +126,7 @@ def test_memory_is_taken_by_what_is_written_and_not_before() -> None:
     cache = make_cache(2 << 30)
     lease = cache.reserve(1000)
     assert resident() - before < 4 << 20
-    cache.write(0, torch.tensor(lease.slots(0, 1000)), torch.ones(1000, 4, 8))
+    cache.pools[0].write(0, torch.tensor(lease.slots(0, 1000)), torch.ones(1000, 4, 8))
     assert resident() - before < 8 << 20
 
 

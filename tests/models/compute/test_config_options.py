@@ -26,7 +26,6 @@ from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.compute.activations import ACTIVATIONS
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
-from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.configs.defaults import complete_config
@@ -243,8 +242,7 @@ def by_us(folder: Path, *, as_on_a_gpu: bool = False) -> Run:
         open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config),
     )
     if as_on_a_gpu:
-        blocks = runner._blocks  # pyright: ignore[reportPrivateUsage] -- only a GPU gets a decoder
-        runner = SpanRunner(blocks, runner.cache, PagedDecoder(blocks, runner.cache))
+        runner = SpanRunner([stage.recorded() for stage in runner.stages], runner.cache)
     lease = runner.cache.reserve(len(PROMPT) + NEW_TOKENS)
     step = partial(_step, runner, ends, lease)
     prompt = torch.cat((step(PROMPT[:21]), step(PROMPT[21:])))  # in pieces, as hops are sent it

@@ -97,3 +97,16 @@ def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_clear(
     picked = ends.logits(torch.cat(outputs)).argmax(-1)
     assert clear.mask.sum() > len(ids) / 4
     assert torch.equal(picked[clear.mask], clear.ids[clear.mask])
+
+
+@pytest.mark.parametrize("device", ["cuda:0,cuda:0", "cuda:0,cuda:1"])
+def test_a_span_over_several_cards_gives_the_ids_of_transformers(
+    device: str, family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
+) -> None:
+    """A card named twice is split like two, with a recording and a pool of its own for each part."""
+    if device.endswith("1") and torch.cuda.device_count() < 2:
+        pytest.skip("one NVIDIA GPU here")
+    prompts = [[3 + (5 * index) % 190 for index in range(tokens)] for tokens in (1, 64, 430)]
+    config = ComputeConfig(device=device, dtype="float32", cache_bytes=1 << 26)
+    expected = [continuation(oracle(family_checkpoint.folder), prompt) for prompt in prompts]
+    assert generate(family_checkpoint, config, prompts) == expected

@@ -15,6 +15,7 @@ from p2pinfer.models.compute.cache import CacheLease, PagedCache
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
+from p2pinfer.models.compute.stage import Stage
 from p2pinfer.models.compute.target import Target
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import FLOAT32
@@ -31,24 +32,23 @@ class Model:
         self.blocks: Blocks = load_blocks(checkpoint, BlockSpan(0, 4), target)
         shape = self.blocks.architecture
         self.cache = PagedCache(
-            num_blocks=4,
+            layout=[(target.device, 4)],
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             dtype=torch.float32,
-            device=target.device,
             budget_bytes=1 << 23,
             page_tokens=16,
         )
         everywhere = torch.arange(self.cache.capacity_tokens)
         for block in range(4):  # what is never written must never be read, not even to be weighted by zero
-            self.cache.write(
+            self.cache.pools[0].write(
                 block,
                 everywhere,
                 torch.full((len(everywhere), 2 * shape.kv_heads, shape.head_dim), torch.nan),
             )
-        self.decoder = PagedDecoder(self.blocks, self.cache)
-        self.plain = SpanRunner(self.blocks, self.cache)
-        self.static = SpanRunner(self.blocks, self.cache, self.decoder)
+        self.decoder = PagedDecoder(self.blocks, self.cache.pools[0])
+        self.plain = SpanRunner([Stage(self.blocks, self.cache.pools[0])], self.cache)
+        self.static = SpanRunner([Stage(self.blocks, self.cache.pools[0], self.decoder)], self.cache)
         self.ends: EmbeddingAndHead = load_embedding_and_head(checkpoint, ComputeConfig(dtype="float32"))
 
 

@@ -192,7 +192,7 @@ def test_a_failed_batch_leaves_its_sessions_no_longer_than_they_were(
     kept, rolled_back = chain.reserve(60), chain.reserve(60)
     chain.run([(kept, 0, ids), (rolled_back, 0, ids)])
     with monkeypatch.context() as patch:
-        patch.setattr(chain.runners[0].cache, "write", _out_of_memory)
+        patch.setattr(chain.runners[0].cache.pools[0], "write", _out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             chain.run([(kept, 30, [5, 6]), (rolled_back, 10, [5, 6])])
     assert (kept[0].length, rolled_back[0].length) == (30, 10)
@@ -262,7 +262,7 @@ def test_a_worker_thread_computes_with_as_many_threads_as_torch_was_given(
         counts.append(count_threads())
         _out_of_memory()
 
-    monkeypatch.setattr("p2pinfer.models.compute.runner.PackedAttention", count)
+    monkeypatch.setattr("p2pinfer.models.compute.stage.PackedAttention", count)
     lease = runner.cache.reserve(1)
     with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError):
         pool.submit(runner.run, [Chunk(lease, 0, torch.zeros(1, 320))]).result()

@@ -8,7 +8,7 @@ import torch
 from p2pinfer.client_config import ClientConfig
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.compute import target
-from p2pinfer.models.compute.target import Target, choose_target
+from p2pinfer.models.compute.target import Target, choose_target, choose_targets
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory
 from p2pinfer.models.numerics import BFLOAT16, FLOAT16, FLOAT32
@@ -61,6 +61,27 @@ def test_with_a_gpu_it_is_the_gpu_and_the_checkpoints_dtype() -> None:
     assert choose_target(ComputeConfig(), "float16").cache_budget() == 80 << 30
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_several_devices_compute_in_the_same_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def never(_device: torch.device, _dtype: torch.dtype) -> bool:
+        return False
+
+    cards = [Target(torch.device(f"cuda:{index}"), BFLOAT16) for index in (0, 1)]
+    assert list(choose_targets(ComputeConfig(device="cuda:0,cuda:1"), "bfloat16")) == cards
+    monkeypatch.setattr(target, "can_pack", never)
+    slow = choose_targets(ComputeConfig(device="cuda:0,cpu"), "bfloat16")
+    assert [each.numerics for each in slow] == [FLOAT32, FLOAT32]
+    with pytest.raises(ConfigError, match="there is no device cuda:2"):
+        choose_targets(ComputeConfig(device="cuda:0,cuda:2"), "bfloat16")
+
+
+def test_several_devices_are_for_nodes_alone() -> None:
+    ComputeConfig(device="cuda:0,cuda:1,cpu")
+    with pytest.raises(ConfigError, match="unknown device 'cuda:0,cuda:1'"):
+        ClientConfig(device="cuda:0,cuda:1")
+
+
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
     ("config", "message"),
@@ -81,6 +102,8 @@ def test_what_is_not_to_be_had_is_refused_in_a_line(config: ComputeConfig, messa
         ({"device": "toaster"}, "unknown device 'toaster'; choose one of auto, cpu, cuda"),
         ({"device": "meta"}, "unknown device 'meta'"),
         ({"device": "cuda:"}, "unknown device 'cuda:'"),
+        ({"device": "cuda:0,"}, "unknown device 'cuda:0,'"),
+        ({"device": "auto,cpu"}, "unknown device 'auto,cpu'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of auto, float32, bfloat16, float16"),
     ],
 )

@@ -22,7 +22,6 @@ from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.compute.cache import CacheLease
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
-from p2pinfer.models.compute.paged_decode import PagedDecoder
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -109,8 +108,7 @@ class Chain:
         self.runners = [open_runner(checkpoint, BlockSpan(*pair), config) for pair in pairwise(boundaries)]
         if recorded:  # as on a GPU, which records steps of one token a session
             self.runners = [
-                SpanRunner(each.blocks, each.cache, PagedDecoder(each.blocks, each.cache))
-                for each in self.runners
+                SpanRunner([stage.recorded() for stage in each.stages], each.cache) for each in self.runners
             ]
 
     def run(self, steps: Sequence[tuple[list[CacheLease], int, list[int]]]) -> list[Tensor]:

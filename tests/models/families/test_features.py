@@ -79,7 +79,7 @@ def test_passes_of_training_give_the_output_and_its_slope(
     of_output = torch.randn(hidden.shape, generator=generator)
     at = torch.arange(TOKENS)
     batch = Microbatch(SPAN, Rows([TOKENS], at, at))
-    passes = SpanPasses(runner.blocks)
+    passes = SpanPasses(*runner.parts)
     forwarded = complete(passes.forward(batch, hidden))
     torch.testing.assert_close(forwarded.output, run(runner, hidden), atol=1e-4, rtol=1e-4)
     gradient = complete(passes.backward(batch, forwarded.inputs, of_output)).hidden

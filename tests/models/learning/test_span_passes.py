@@ -15,7 +15,7 @@ from p2pinfer.models.span import BlockSpan
 from .expected import BLOCKS, Expected, blocks_of
 from .expected import expect as expect  # a fixture
 
-CUTS = ((0, 1), (1, 4))  # uneven
+CUTS = (((0, 1),), ((1, 3), (3, 4)))  # hops, and the devices of each
 
 
 def is_close(one: Tensor, other: Tensor, tolerance: float = 2e-5) -> bool:
@@ -24,7 +24,7 @@ def is_close(one: Tensor, other: Tensor, tolerance: float = 2e-5) -> bool:
 
 
 def microbatch(passes: SpanPasses, expected: Expected, seed: int = 0) -> Microbatch:
-    span = passes.blocks.span
+    span = passes.span
     layout = expected.layout(span)
     adapter = Adapter(layout, expected.vector(span), passes.blocks.architecture, span)
     return Microbatch(span, expected.rows, adapter, seed)
@@ -34,9 +34,9 @@ def microbatch(passes: SpanPasses, expected: Expected, seed: int = 0) -> Microba
 def test_outputs_and_gradients_are_those_of_transformers_and_peft(
     family_checkpoint: Checkpoint, expect: Callable[..., Expected], side: str
 ) -> None:
-    """Every family, over two uneven spans, of a padded batch longer than the windows."""
+    """Every family, over uneven spans, one of two devices, of a padded batch longer than the windows."""
     expected = expect(family_checkpoint, [70, 70, 9, 41, 2], side)
-    hops = [SpanPasses(blocks_of(family_checkpoint, BlockSpan(*cut))) for cut in CUTS]
+    hops = [SpanPasses(*(blocks_of(family_checkpoint, BlockSpan(*part)) for part in parts)) for parts in CUTS]
     batches = [microbatch(hop, expected) for hop in hops]
     hidden = expected.hidden
     kept: list[tuple[Tensor, ...]] = []

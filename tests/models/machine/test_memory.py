@@ -187,7 +187,7 @@ def test_a_card_has_what_is_free_and_what_torch_keeps_unused(monkeypatch: pytest
 def test_every_way_to_refuse_memory_is_said_in_a_line(exc: Exception) -> None:
     with (
         pytest.raises(OutOfMemory, match=r"no memory for blocks 0:9 on cpu: .* GiB are free.*; serve fewer"),
-        refusals_named("blocks 0:9", CPU, "serve fewer"),
+        refusals_named("blocks 0:9", [CPU], "serve fewer"),
     ):
         raise exc
 
@@ -203,7 +203,7 @@ def test_a_card_that_refuses_even_the_question_has_nothing_left(monkeypatch: pyt
     assert free_on_card(card) == FreeMemory(0)
     with (
         pytest.raises(OutOfMemory, match=r"no memory for blocks 0:9 on cuda:0: 0\.0 GiB are free; serve"),
-        refusals_named("blocks 0:9", card, "serve fewer"),
+        refusals_named("blocks 0:9", [card], "serve fewer"),
     ):
         raise RuntimeError("CUDA error: out of memory")
 
@@ -218,10 +218,10 @@ def test_a_card_that_refuses_even_the_question_has_nothing_left(monkeypatch: pyt
 def test_other_errors_stay_what_they_are() -> None:
     for exc in (OSError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), KeyError("q")):
         assert not is_refusal(exc)
-        with pytest.raises(type(exc)), refusals_named("blocks 0:9", CPU, "serve fewer"):
+        with pytest.raises(type(exc)), refusals_named("blocks 0:9", [CPU], "serve fewer"):
             raise exc
 
 
 def test_torch_says_it_in_words_that_are_known() -> None:
-    with pytest.raises(OutOfMemory), refusals_named("a tensor", CPU, "ask for less"):
+    with pytest.raises(OutOfMemory), refusals_named("a tensor", [CPU], "ask for less"):
         torch.empty(1 << 60, dtype=torch.uint8)

@@ -55,7 +55,7 @@ def asked(checkpoint: Checkpoint, reference: Reference) -> TrainedPass:
     ids = load_tokenizer(checkpoint.folder).encode(TEXT)[: sum(LENGTHS)]
     hidden = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="bfloat16")).embed(ids)
     order = torch.cat([torch.arange(length) for length in LENGTHS])
-    architecture = reference.exact.blocks.architecture
+    architecture = reference.exact.architecture
     layout = AdapterLayout(tuple(LowRank(b, name, 4, 1.0) for b in (0, 1) for name in PROJECTIONS))
     values = torch.randn(layout.size(architecture, SPAN)) * 0.02
     batch = Microbatch(SPAN, Rows(LENGTHS, order, order), Adapter(layout, values, architecture, SPAN))
@@ -152,7 +152,7 @@ def test_nothing_is_due_for_a_matrix_whose_other_one_is_zero(
     for name, where in adapter.places(SPAN):
         if name.startswith("B"):
             values[where] = 0
-    fresh = Adapter(adapter.layout, values, reference.exact.blocks.architecture, SPAN)
+    fresh = Adapter(adapter.layout, values, reference.exact.architecture, SPAN)
     again = replace(asked, batch=replace(asked.batch, adapter=fresh))
     results = results_of(checkpoint, again, BFLOAT16)
     back = rerun_pass(reference, again, torch.bfloat16)
@@ -172,7 +172,7 @@ def test_nobody_is_judged_by_a_pass_that_rounding_decides(
     adapter = asked.batch.adapter
     assert adapter is not None
     for factor in (50.0, 1e3, 1e6):
-        wild = Adapter(adapter.layout, adapter.values * factor, reference.exact.blocks.architecture, SPAN)
+        wild = Adapter(adapter.layout, adapter.values * factor, reference.exact.architecture, SPAN)
         again = replace(asked, batch=replace(asked.batch, adapter=wild))
         results = results_of(checkpoint, again, BFLOAT16)
         try:

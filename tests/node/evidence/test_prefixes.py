@@ -24,11 +24,10 @@ class Hop:
 
     def __init__(self) -> None:
         self.cache = PagedCache(
-            num_blocks=1,
+            layout=[(torch.device("cpu"), 1)],
             kv_heads=1,
             head_dim=2,
             dtype=torch.float32,
-            device=torch.device("cpu"),
             budget_bytes=1 << 16,
             page_tokens=4,
         )

@@ -9,10 +9,11 @@ from p2pinfer.errors import CacheFull, LocalError, OutOfMemory
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.machine import split
 from p2pinfer.models.machine.memory import FreeMemory
+from p2pinfer.models.machine.split import WEIGHTS_SHARE
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.serve import capacity as sizing
-from p2pinfer.node.serve.capacity import WEIGHTS_SHARE, check_room, measure_capacity, measure_speed
+from p2pinfer.node.serve.capacity import check_room, measure_capacity, measure_speed
 
 CPU = ComputeConfig(device="cpu", dtype="float32")
 
@@ -23,7 +24,7 @@ def free_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: float, limit_bytes:
     def free_on(_device: torch.device) -> FreeMemory:
         return free
 
-    monkeypatch.setattr(sizing, "free_on", free_on)
+    monkeypatch.setattr(split, "free_on", free_on)
 
 
 def test_as_many_blocks_are_held_as_fit_and_no_more_than_there_are(
@@ -67,6 +68,21 @@ def test_blocks_that_were_asked_for_and_exceed_a_limit_are_refused_before_they_a
     with pytest.raises(OutOfMemory, match="not even one block would fit"):
         check_room(large, BlockSpan(0, 5), CPU)
     assert not caplog.records
+
+
+def test_several_devices_hold_what_each_of_them_holds(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = checkpoint.spec.block_parameters * 4
+    both = replace(CPU, device="cpu,cpu")
+    free_memory(monkeypatch, 7.5 * block / WEIGHTS_SHARE, 1 << 60)
+    assert measure_capacity(checkpoint.spec, CPU).blocks == 7
+    assert measure_capacity(checkpoint.spec, both).blocks == 6  # 3.75 on either half
+    free_memory(monkeypatch, 5.5 * block, 1 << 60)
+    check_room(checkpoint.spec, BlockSpan(0, 5), CPU)
+    check_room(checkpoint.spec, BlockSpan(0, 4), both)
+    with pytest.raises(OutOfMemory, match="ask for 2 blocks or fewer"):  # 1.65 on either half
+        check_room(checkpoint.spec, BlockSpan(0, 5), both)
 
 
 def test_what_the_machine_itself_is_short_of_it_may_swap(
