@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -36,15 +37,19 @@ import torch
 import trio
 from contest import Local, blocks_of, evenly, model_folder, open_swarm, open_walk, prompt_ids
 from torch import Tensor
+from torch.nn import functional
 
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig, SessionConfig
+from p2pinfer.models.compute.architecture import describe_architecture
+from p2pinfer.models.compute.paged_decode import attend_in_parts
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
+from p2pinfer.models.compute.target import DTYPES
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
 
-PARTS = ("bandwidth", "ids", "steps", "local", "one", "each")
+PARTS = ("bandwidth", "ids", "attention", "steps", "local", "one", "each")
 START_S = 150.0  # for a node: its weights are made, its steps recorded
 
 
@@ -185,6 +190,54 @@ def time_prompt(bench: Bench, runner: SpanRunner, chunk: int) -> None:
         seconds.append(time.perf_counter() - started)
         lease.release()
     bench.tell("steps", prompt=bench.prompt, chunk=chunk, s=round(median(seconds[1:]), 4))
+
+
+def run_attention(bench: Bench) -> None:
+    """One block's attention over gathered keys, whole and in parts, as a step has it."""
+    shape, device = describe_architecture(bench.checkpoint.config), torch.device(bench.devices[0])
+    dtype = DTYPES[bench.dtype]
+    for batch, context in ((1, 512), (1, 1024), (1, 4096), (4, 4096), (16, 1024), (16, 4096)):
+        keys = torch.randn(2, shape.kv_heads, batch * context, shape.head_dim, device=device, dtype=dtype)
+        split = keys.view(2, shape.kv_heads, batch, context, shape.head_dim).transpose(1, 2)
+        group = shape.heads // shape.kv_heads
+        rows = torch.randn(batch, shape.kv_heads, group, shape.head_dim, device=device, dtype=dtype)
+        mask = torch.zeros(batch, 1, 1, context, device=device, dtype=dtype).expand(-1, -1, group, -1)
+        slots = torch.arange(batch * context, device=device)
+        whole = partial(
+            functional.scaled_dot_product_attention, rows, split[0], split[1], attn_mask=mask, scale=0.1
+        )
+        found = {
+            "gather": timed(device, lambda keys=keys, slots=slots: keys.flatten(0, 1).index_select(1, slots)),
+            "whole": timed(device, whole),
+        }
+        for parts in (2, 4, 8, 16, 32):
+            if context // parts >= 128:
+                work = partial(attend_in_parts, rows, split[0], split[1], mask, 0.1, parts)
+                found[f"{parts} parts"] = timed(device, work)
+                difference = (work().float() - whole().float()).abs().max()
+                found[f"{parts} parts differ"] = float(difference)
+        bench.tell("attention", batch=batch, context=context, us=found)
+
+
+def timed(device: torch.device, work: Callable[[], Tensor], times: int = 20) -> float:
+    """Microseconds on the device, `times` in one recording, as launches cost nothing in a step."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        work()
+        return round((time.perf_counter() - started) * 1e6, 1)
+    work()
+    graph: Any = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            work()
+    graph.replay()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        graph.replay()
+    torch.cuda.synchronize()
+    return round((time.perf_counter() - started) / 10 / times * 1e6, 1)
 
 
 # ---------------------------------------------------------------------- transformers
@@ -465,6 +518,7 @@ def main() -> None:
     runs: dict[str, Callable[[], Any]] = {
         "bandwidth": lambda: run_bandwidth(bench),
         "ids": lambda: trio.run(run_ids, bench),
+        "attention": lambda: run_attention(bench),
         "steps": lambda: run_steps(bench),
         "local": lambda: run_local(bench),
         "one": lambda: trio.run(run_nodes, bench, "one"),

@@ -156,7 +156,7 @@ async def open_swarm(
         config=ClientConfig(dtype=dtype, device=device.split(",")[0], find_timeout_s=60),
         audit=AuditConfig(rate=0.0),
     )
-    cache_bytes = CACHE_BYTES[device.split(":")[0]]
+    cache_bytes = CACHE_BYTES[torch.device(device.split(",")[0]).type]
     compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=cache_bytes)
     async with client:
         addrs = client.member.addrs

@@ -31,6 +31,8 @@ from .scores import attend_by_scores, extras_of
 
 _MAX_BATCH = 32
 _MIN_CONTEXT = 256
+_LONG_CONTEXT = 1 << 40  # from which on its parts are worth the kernels that put them together
+_MULTIPROCESSORS = 128  # of a large GPU, about
 # Keys and values that a block gathers at once; beyond this, packed attention reads them in place.
 _MAX_GATHERED_BYTES = 1 << 30
 
@@ -161,7 +163,10 @@ class _PagedAttention:
         rows = queries.view(batch, shape.kv_heads, -1, shape.head_dim)
         mask = self._masks[self._windows[block]].expand(-1, -1, rows.shape[2], -1)
         extras = extras_of(shape, sinks, 0, keys.shape[2], keys.device)
-        if extras.are_none:
+        parts = _parts(batch * shape.kv_heads, keys.shape[2])
+        if extras.are_none and parts > 1:
+            output = attend_in_parts(rows, keys, values, mask, shape.attention_scale, parts)
+        elif extras.are_none:
             output = functional.scaled_dot_product_attention(
                 rows, keys, values, attn_mask=mask, scale=shape.attention_scale
             )
@@ -170,12 +175,62 @@ class _PagedAttention:
         return output.reshape(batch, -1)
 
 
+def attend_in_parts(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, parts: int
+) -> Tensor:
+    """Attention whose keys are cut in parts, attended to side by side (Flash-Decoding, T. Dao et al., 2023).
+
+    A kernel gives each sequence and head one multiprocessor: of one long sequence that leaves most of a GPU
+    without work. A part's outputs count by the sum of its exponentials, which the kernel gives as well.
+
+    Args:
+        rows: (batch, kv_heads, group, head_dim).
+        keys: (batch, kv_heads, context, head_dim), as are the values.
+        mask: What broadcasts to (batch, 1, group, context), added to the scores; finite.
+    """
+    batch, heads, group, size = rows.shape
+
+    def cut(each: Tensor) -> Tensor:
+        """Parts of a context beside each other in the batch; a view where a sequence follows the other."""
+        return each.view(batch, heads, parts, -1, size).transpose(1, 2).reshape(batch * parts, heads, -1, size)
+
+    side_by_side = rows[:, None].expand(-1, parts, -1, -1, -1).reshape(batch * parts, heads, group, size)
+    of_parts = mask[:, 0, 0].reshape(batch * parts, 1, 1, -1)
+    outputs, sums = _attend_with_sums(
+        side_by_side, cut(keys), cut(values), of_parts.expand(-1, heads, group, -1), scale
+    )
+    shares = sums[:, :, :group].reshape(batch, parts, heads, group, 1).softmax(1)
+    return (outputs.reshape(batch, parts, heads, group, size) * shares).sum(1).to(rows.dtype)
+
+
+def _attend_with_sums(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and the logarithm of the sum of exponentials: (batch, kv_heads, group or more) float32."""
+    operators: Any = torch.ops.aten  # those behind SDPA, which keeps the sums to itself
+    if rows.device.type == "cuda":  # pragma: no cover -- needs a GPU
+        found = operators._scaled_dot_product_efficient_attention(rows, keys, values, mask, True, scale=scale)
+    else:
+        attend = operators._scaled_dot_product_flash_attention_for_cpu
+        found = attend(rows, keys, values, attn_mask=mask, scale=scale)
+    return found[0], found[1]
+
+
+def _parts(sequences: int, context: int) -> int:
+    """Number of parts, a power of two, in which the keys of so many sequences and heads occupy a GPU."""
+    if context < _LONG_CONTEXT:
+        return 1
+    most = min(_MULTIPROCESSORS // sequences, context // _MIN_CONTEXT)
+    return 1 << max(most.bit_length() - 1, 0)
+
+
 def _mask(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
     """(batch, 1, 1, context), from how far back each key lies."""
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[
-        :, None, None
-    ]
+    # Not -inf: a part of the keys may be hidden as a whole, and a softmax over nothing is none.
+    hidden = torch.finfo(dtype).min / 2
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, hidden)[:, None, None]
 
 
 def _sizes(pieces: Sequence[Piece]) -> tuple[int, int]:

@@ -52,10 +52,43 @@ class Model:
         self.ends: EmbeddingAndHead = load_embedding_and_head(checkpoint, ComputeConfig(dtype="float32"))
 
 
-@pytest.fixture
-def model(family_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Model:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_attention_in_parts_is_attention(parts: int, dtype: torch.dtype) -> None:
+    """Also where a part is hidden as a whole, and of sequences that lie in any order."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, group, context, size = 3, 2, 4, 64, 16
+    rows = torch.randn(batch, heads, group, size, generator=generator)
+    both = torch.randn(2, heads, batch, context, size, generator=generator).transpose(1, 2)
+    seen = torch.arange(context) < torch.tensor([1, 30, context])[:, None]
+    mask = torch.zeros(batch, 1, 1, context).masked_fill_(~seen[:, None, None], -torch.inf)
+    expected = ((rows @ both[0].transpose(2, 3)) * 0.25 + mask).softmax(-1) @ both[1]
+    finite = mask.to(dtype).clamp(min=torch.finfo(dtype).min / 2).expand(-1, -1, group, -1)
+    given = [each.to(dtype) for each in (rows, both[0], both[1])]
+    found = paged_decode.attend_in_parts(given[0], given[1], given[2], finite, 0.25, parts)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2
+    )
+
+
+def test_few_long_sequences_are_cut_in_parts_and_many_or_short_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paged_decode, "_LONG_CONTEXT", 1024)
+    parts = paged_decode._parts  # pyright: ignore[reportPrivateUsage]
+    assert [parts(8, context) for context in (256, 512, 1024, 4096, 1 << 17)] == [1, 1, 4, 16, 16]
+    assert [parts(8 * batch, 4096) for batch in (1, 2, 4, 8, 16, 32)] == [16, 8, 4, 2, 1, 1]
+
+
+@pytest.fixture(params=["whole", "in parts"])
+def model(
+    request: pytest.FixtureRequest, family_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> Model:
     """Experts cannot be recorded, but they can be computed the same way."""
     monkeypatch.setattr(paged_decode, "_MIN_CONTEXT", 32)
+    if request.param == "in parts":
+        monkeypatch.setattr(paged_decode, "_LONG_CONTEXT", 64)
     return Model(family_checkpoint)
 
 
