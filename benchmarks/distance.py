@@ -2,6 +2,7 @@
 
     python benchmarks/distance.py                                    # the whole plan, an hour and more
     python benchmarks/distance.py --model tiny-stories --hops 4 --delay 50 --mbit 100 --rounds 1
+    python benchmarks/distance.py --model smollm2 --hops 4 --delay 50 --mbit 100 --kind copy --thin
 
 Hosts, lines and delays are those of the lab (tests/lab: network namespaces, so Linux and root or user
 namespaces). Nodes and client are the commands that a user types, all public, one torch thread each. `delay`
@@ -10,9 +11,15 @@ is one way between any two hosts, `mbit` every host's uplink.
 `bound` is 1 / (compute + (hops + 1) delay + (hops + 1) hidden bytes / uplink), where compute is what local
 transformers takes for a token of the same text, in the same run and with one thread. A chain without guesses
 cannot be faster by more than it computes faster. `of bound` is plain over bound. `gain` is the median over
-rounds of speculated over plain, which take turns. Texts by kind: a story, and one that quotes its prompt.
-`same ids` compares both with each other and, in float32, with transformers. `predicted` is what the client
-expected of the speculated runs.
+rounds of speculated over plain, which take turns.
+
+Texts by kind: a story; a dialogue that repeats itself, which the story model does not go on to quote; and
+`copy`, a passage that is begun again, which SmolLM2 gives out word by word and the story model does not. With
+`--thin`, a client without weights takes its turn as well, with guesses. With `--clients N`, so many plain
+ones generate at once, and `together` is the sum of their tokens a second over that of one.
+
+`same ids` compares all runs with each other, and `as local` with transformers. `predicted` is what the client
+expected of the speculated runs, and `missed by` the median of how far each run was from what it expected.
 """
 
 from __future__ import annotations
@@ -47,14 +54,21 @@ from tests.lab.scenario import Line, Scenario, Site
 MODELS: Final = ("tiny-stories", "smollm2", "1024x16")
 DELAYS_MS: Final = (0.0, 10.0, 25.0, 50.0, 115.0)
 UPLINKS_MBIT: Final = (20.0, 100.0)
-TOKENS: Final = 64
 QUEUE_MS: Final = 300.0
 STORY: Final = "Once upon a time, there was a little fox who lived in a big forest. One day, the fox"
 QUOTED: Final = (
     "Tom said: I like my red ball, my blue kite and my green boat. Mia said: I like my old bear, my small "
     "drum and my big book. Tom said: I like my red ball, my blue kite and my green boat. Mia said: I like my"
 )
-PROMPTS: Final = {"story": STORY, "quote": QUOTED}
+PASSAGE: Final = (
+    "The museum of the small town has four rooms. In the first one there are stones and shells from the "
+    "lake. The second room shows how people made bread two hundred years ago, with an old oven and a mill. "
+    "In the third room there are pictures of the town before the railway came, and a map from 1841. The last "
+    "room is empty, because nobody knows what to put into it. Visitors may write their ideas on a card and "
+    "leave it in a box."
+)
+COPIED: Final = f"{PASSAGE}\n\n{PASSAGE}\n\nThe museum of the small town has"
+PROMPTS: Final = {"story": STORY, "quote": QUOTED, "copy": COPIED}
 PATIENCE_S: Final = 300.0
 
 
@@ -90,21 +104,32 @@ class Chain:
         peers = [reachable(node) for node in self.nodes]
         self.route = write_routes(list(zip(peers, spans, strict=True)))
 
-    def generate(self, prompt: str, speculate: str) -> Run:
+    def generate(self, prompt: str, speculate: str, tokens: int, *more: str) -> Run:
         """One text; greedy, to its last token.
 
         Raises:
             OSError: It failed.
         """
+        return self.finish(self.begin(prompt, speculate, tokens, *more))
+
+    def begin(self, prompt: str, speculate: str, tokens: int, *more: str) -> Command:
+        """One text that is under way."""
         settings = ("client.dtype=" + self._dtype, "client.find_timeout_s=60")
-        client = self._commands.generate(
+        return self._commands.generate(
             "me",
             prompt,
-            *(*self._model, *self._join, "--max-new-tokens", str(TOKENS), "--temperature", "0"),
-            *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0"),
+            *(*self._model, *self._join, "--max-new-tokens", str(tokens), "--temperature", "0"),
+            *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0", *more),
             *(word for setting in settings for word in ("--set", setting)),
             **{VARIABLE: self.route},
         )
+
+    def finish(self, client: Command) -> Run:
+        """What came of a text.
+
+        Raises:
+            OSError: It failed.
+        """
         if client.wait(PATIENCE_S) != 0:
             raise OSError(client.err.strip().splitlines()[-1])
         told = json.loads(client.out)
@@ -135,26 +160,32 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                 for kind in options.kind:
                     trip_s = (hops + 1) * (delay_ms / 1e3 + row_bytes * 8 / (mbit * 1e6))
                     cell = {"model": name, "hops": hops, "delay": delay_ms, "mbit": mbit, "kind": kind}
-                    yield cell | contest(chain, local, folder, PROMPTS[kind], trip_s, options.rounds)
+                    yield cell | contest(chain, local, folder, PROMPTS[kind], trip_s, options)
         finally:
             leave(chain.nodes)
 
 
 def contest(
-    chain: Chain, local: Local, folder: Path, prompt: str, trip_s: float, rounds: int
+    chain: Chain, local: Local, folder: Path, prompt: str, trip_s: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Plain and speculative decoding in turns, and what physics allows the former."""
     ids = load_tokenizer(folder).encode(prompt)
-    expected, times = local.generate(ids, TOKENS)
+    tokens: int = options.tokens
+    expected, times = local.generate(ids, tokens)
     compute_s = median(after - before for before, after in pairwise(times))
     plain: list[Run] = []
     guessed: list[Run] = []
-    for _ in range(rounds):
-        plain.append(chain.generate(prompt, "off"))
-        guessed.append(chain.generate(prompt, "auto"))
+    thin: list[Run] = []
+    for _ in range(options.rounds):
+        plain.append(chain.generate(prompt, "off", tokens))
+        guessed.append(chain.generate(prompt, "auto", tokens))
+        if options.thin:
+            thin.append(chain.generate(prompt, "auto", tokens, "--thin"))
+    crowd = [chain.begin(prompt, "off", tokens) for _ in range(options.clients)]
+    together = sum(run.tokens_per_s for run in map(chain.finish, crowd))
     bound = 1 / (compute_s + trip_s)
     speed = median(run.tokens_per_s for run in plain)
-    same = all(run.token_ids == plain[0].token_ids for run in (*plain, *guessed))
+    same = all(run.token_ids == plain[0].token_ids for run in (*plain, *guessed, *thin))
     return {
         "local": round(1 / compute_s, 1),
         "bound": round(bound, 2),
@@ -164,10 +195,17 @@ def contest(
         "gain": rounded([b.tokens_per_s / a.tokens_per_s for a, b in zip(plain, guessed, strict=True)]),
         "a trip": rounded([run.tokens_per_trip for run in guessed]),
         "predicted": rounded([run.predicted or 0.0 for run in guessed]),
+        "missed by": rounded([_missed_by(run) for run in (*plain, *guessed)]),
+        **({"together": round(together / speed, 2)} if crowd else {}),
+        **({"thin": rounded([run.tokens_per_s for run in thin])} if thin else {}),
         "first s": rounded([run.first_token_s for run in plain]),
         "same ids": same,
         "as local": plain[0].token_ids == tuple(expected[: len(plain[0].token_ids)]),
     }
+
+
+def _missed_by(run: Run) -> float:
+    return abs((run.predicted or 0.0) / run.tokens_per_s - 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mbit", nargs="+", type=float, default=UPLINKS_MBIT)
     parser.add_argument("--kind", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=0, help="that generate at once, plainly")
+    parser.add_argument("--thin", action="store_true", help="a client without weights as well")
     options = parser.parse_args(argv)
     if lacking := why_not():
         sys.exit(lacking)
@@ -188,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measure(options, name, hops):
             rows.append(row)
             print(*(f"{key} {value}" for key, value in row.items()), file=sys.stderr, sep="  ")
-    report(f"distance, {TOKENS} tokens, {time.monotonic() - started:.0f} s in all", rows)
+    report(f"distance, {options.tokens} tokens, {time.monotonic() - started:.0f} s in all", rows)
 
 
 if __name__ == "__main__":

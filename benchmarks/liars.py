@@ -54,7 +54,7 @@ import p2pinfer.models
 from p2pinfer.audit.local_verifier import LocalVerifier
 from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client import Client
-from p2pinfer.client_config import AuditConfig
+from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
@@ -270,6 +270,7 @@ class Terms:
     flood: float = 0.0  # messages a second
     seconds: float = math.inf
     devices: tuple[str, ...] = ("auto",)  # of the nodes, in turns
+    thin: bool = False  # hops embed and draw
 
 
 @dataclass
@@ -359,6 +360,7 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
             data_dir=home / "client",
             cache_dir=home / "cache",
             audit=AuditConfig(rate=terms.audit_rate),
+            config=ClientConfig(thin="on" if terms.thin else "off"),
             verifier=verifier,
         )
         async with (
@@ -459,6 +461,7 @@ def main() -> None:
         "--seconds", type=float, default=math.inf, help="after which no further text is begun"
     )
     parser.add_argument("--device", nargs="+", default=["auto"], help="of the nodes, in turns")
+    parser.add_argument("--thin", action="store_true", help="hops at the ends embed and draw")
     parser.add_argument("--stand-by", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gc.freeze()  # as the command line does; there is more of it here, since transformers is imported
@@ -474,6 +477,7 @@ def main() -> None:
         options.flood,
         options.seconds,
         tuple(options.device),
+        options.thin,
     )
     row = trio.run(contest, options.cheat, terms)
     if row["cheats"] and not row["chosen"]:

@@ -5,6 +5,7 @@
     python benchmarks/lying_node.py skip:1:50 node ...       # is honest in the first 50 of them
     python benchmarks/lying_node.py skip:0.2:0:7 node ...    # lies in another fifth of them: 7 is the seed
     python benchmarks/lying_node.py next node --blocks 5:8   # small_lies.py: next, half-int8, kv-int8
+    python benchmarks/lying_node.py redraw node --blocks 5:8 # draws other tokens for clients without weights
     python benchmarks/lying_node.py skip+gap node ...        # and gets around audits; see evasions.py
     python benchmarks/lying_node.py slow node ...            # does not lie; a slower computer
     python benchmarks/lying_node.py grad-zeros:0.5 node ...  # in training; see gradient_cheats.py
@@ -21,6 +22,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import evasions
@@ -34,8 +36,10 @@ import p2pinfer.node.node as serving
 from p2pinfer.cli.app import main
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import Chunk, SpanRunner, open_runner
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.ends.held_ends import load_held_ends
 from p2pinfer.node.serve.decode_speed import DecodeSpeed
 
 BOAST = 2.0
@@ -145,6 +149,11 @@ def install(cheat: str) -> None:
         serving.DecodeSpeed = Boastful
         return
 
+    if name == "redraw":
+        serving.load_held_ends = partial(held_ends_that_lie, float(share))
+        serving.DecodeSpeed = Boastful
+        return
+
     def opened(checkpoint: Checkpoint, span: BlockSpan, *rest: Any, **options: Any) -> SpanRunner:
         if name in NAMES:
             return open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[NAMES[name]]), span, *rest, **options)
@@ -169,6 +178,28 @@ def install(cheat: str) -> None:
     serving.open_runner = opened
     if name != "slow":
         serving.DecodeSpeed = Boastful
+
+
+class OtherTokens:
+    """Embedding and head that give the likeliest token no chance, in some of the draws."""
+
+    def __init__(self, ends: EmbeddingAndHead, share: float) -> None:
+        self.embed = ends.embed
+        self._ends = ends
+        self._share = share
+        self._rng = random.Random(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._ends.logits(hidden)
+        if self._rng.random() < self._share:
+            logits = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf)
+        return logits
+
+
+def held_ends_that_lie(share: float, *args: Any) -> Any:
+    """As `load_held_ends`."""
+    ends = load_held_ends(*args)
+    return None if ends is None else OtherTokens(ends, share)
 
 
 def slow_down(runner: SpanRunner) -> None:

@@ -45,6 +45,7 @@ class ServeConfig:
     # of adapters that sessions and trainings hold at once, bytes; 0: no session may use one
     session_adapter_bytes: int = 1 << 30
     max_adapter_rank: int = 256  # of one low-rank update
+    ends: bool = True  # hold embedding and head beside the first or last block, for clients without weights
     lease_s: float = 300.0  # a session idle this long is closed, seconds
     handshake_timeout_s: float = 10.0  # for a peer's first message or attachment, seconds
     dial_timeout_s: float = 10.0  # for connecting to a session's successor, seconds
@@ -60,7 +61,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name == "session_adapter_bytes" and value == 0:  # which refuses all
+            if value == 0 and each.name in ("session_adapter_bytes", "ends"):  # which refuses all, or is no
                 continue
             if value <= 0:
                 raise ValueError(f"{each.name} is {value:g}; it must be above 0")

@@ -29,6 +29,7 @@ from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.census import take_census
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.node.ends.held_ends import load_held_ends
 from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
 from p2pinfer.node.reach.reachability import describe
@@ -205,6 +206,11 @@ class _Node:
         gc.collect()  # cycles of sessions that are over would keep the blocks served before
         runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
         threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
+        ends = None
+        if self._serve.ends:
+            ends = await trio.to_thread.run_sync(
+                load_held_ends, source, span, self._compute, abandon_on_cancel=True
+            )
         speed = DecodeSpeed(tokens_per_s)
         worker_opening = open_worker(
             self._serve.max_batch_tokens,
@@ -212,8 +218,8 @@ class _Node:
             counts=member.host.counts,
         )
         async with worker_opening as worker:
-            announcer = Announcer(member, source.spec, runner, speed, self._serve)
-            served = ServedSpan(source.spec, runner, worker, speed)
+            announcer = Announcer(member, source.spec, runner, speed, self._serve, has_ends=ends is not None)
+            served = ServedSpan(source.spec, runner, worker, speed, ends=ends)
             server = SpanServer(
                 member.host,
                 served,

@@ -12,12 +12,11 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import trio
 
-from p2pinfer.audit.auditor import Auditor, AuditTally
-from p2pinfer.audit.local_verifier import LocalVerifier
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.adapted_sessions import AdaptedSessions
 from p2pinfer.generation.first_state import check_lengths
@@ -26,18 +25,13 @@ from p2pinfer.generation.kept_texts import KeptTexts
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
-from p2pinfer.learning.pass_watch import PassWatch
-from p2pinfer.learning.second_pass import run_pass_elsewhere
-from p2pinfer.learning.session_adapter import AT_ONCE, load_session_adapter
-from p2pinfer.learning.tuner import Tuner
-from p2pinfer.learning.tuning import tuner_over
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.transport.identity import Identity, client_identity
 from p2pinfer.planning.ledger_sync import kept_ledger
@@ -53,17 +47,24 @@ from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import SessionAdapter
+from p2pinfer.session.terms import AT_ONCE, SessionAdapter
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig, TuneConfig
 from .client_config import ClientConfig as ClientConfig
 from .errors import LocalError
 from .events import Report, guarded
 from .folders import cache_folder, data_folder, expand
-from .local_model import load_local_model
-from .options import GenerationOptions, addresses_of, check_arguments, check_prompt, suggesting
+from .local_model import load_local_model, settled
+from .options import GenerationOptions, addresses_of, check_arguments, check_loop, check_prompt, suggesting
 from .served import joining_options
 from .swarm_view import PeerView as PeerView
+from .swarm_view import peers_serving
+
+if TYPE_CHECKING:  # torch, which a client without weights never imports
+    from p2pinfer.audit.auditor import Auditor
+    from p2pinfer.learning.pass_watch import PassWatch
+    from p2pinfer.learning.tuner import Tuner
+    from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +145,13 @@ class Client:
         self._identity = identity
         self._report = guarded(on_event) if on_event is not None else None
         self._auditor: Auditor | None = None
+        self.training_watch: PassWatch | None = None  # of all trainers
         self._stack = AsyncExitStack()
         self._is_open = False
         self._bringing = trio.CapacityLimiter(AT_ONCE)  # adapters, to hops that take few trainings at once
 
     async def __aenter__(self) -> Client:
-        if not trio.lowlevel.in_trio_run():
-            raise LocalError(
-                "Client needs trio, and this is another loop, such as asyncio's or a notebook's: "
-                "use trio.run, or p2pinfer.connect() in a thread (await asyncio.to_thread(...))"
-            )
+        check_loop()
         async with AsyncExitStack() as stack:
             # Abandoned, since a Ctrl-C must not wait until gigabytes have come.
             folder, limit = self.cache_dir, self._weights_bytes
@@ -161,6 +159,7 @@ class Client:
             self._source = await trio.to_thread.run_sync(resolve, self.model, abandon_on_cancel=True)
             given = self._config.identity_file if self._identity is None else self._identity
             identity = await trio.to_thread.run_sync(client_identity, given)
+            self._config = settled(self._config, self.spec)
             if self._keeps_ledger:
                 self.ledger = await stack.enter_async_context(kept_ledger(self._data_dir))
             self._member = await stack.enter_async_context(
@@ -176,26 +175,23 @@ class Client:
                 self._routing_config,
                 joining=joining_options(self._bootstrap, self._host_config.swarm_key),
                 model=self.model,
+                is_thin=self._config.thin == "on",
             )
             self.routes = ReachableRoutes(self._planner, self._member, self.spec)
             self._race = OpeningRace(self.routes, self.ledger)
             self._nursery = await stack.enter_async_context(open_nursery())
             self._nursery.start_soon(self._policy_runner.deliver_outcomes)
             stack.push_async_callback(self._policy_runner.finish)
-            self._auditor = Auditor(
-                self._member,
-                self._source.spec,
-                self.ledger,
-                self._verifier or LocalVerifier(self._source, self._audit_config),
-                self._audit_config,
-                host_config=self._host_config,
-                report=self._report,
-                kept_in=self._data_dir if self._keeps_ledger else None,
-                blame=self._planner.blame,
-                run_pass=partial(run_pass_elsewhere, spec=self._source.spec),
-            )
-            self._nursery.start_soon(self._auditor.serve)
-            self.training_watch: PassWatch = self._auditor.training  # of all trainers
+            if self._config.thin == "off" or self._verifier is not None:
+                from p2pinfer.audit.auditor import open_auditor  # torch
+                from p2pinfer.learning.second_pass import run_pass_elsewhere
+
+                parts = self._member, self._source, self.ledger, self._verifier, self._audit_config
+                host, kept_in = self._host_config, self._data_dir if self._keeps_ledger else None
+                again, blame = partial(run_pass_elsewhere, spec=self.spec), self._planner.blame
+                self._auditor = open_auditor(*parts, host, self._report, kept_in, blame, again)
+                self._nursery.start_soon(self._auditor.serve)
+                self.training_watch = self._auditor.training
             shared = self._member.host, self._nursery, self.spec, self._session_config, self.routes
             self._opener = SessionOpener(*shared, self._auditor, self._report)
             self._kept_texts = KeptTexts(PrefixOpener(self._planner, self._opener).open)
@@ -279,17 +275,21 @@ class Client:
         """
         check_arguments(token=token)
         GenerationConfig(max_new_tokens=max_new_tokens)  # which says what is wrong with a number
-        return self._go_on(
-            extend_state(decode_state(token), max_new_tokens, self.spec.max_positions), adapter, None
-        )
+        state = extend_state(decode_state(token), max_new_tokens, self.spec.max_positions)
+        return self._go_on(state, adapter, None)
 
     def tuner(self, config: TuneConfig | None = None) -> AbstractAsyncContextManager[Tuner]:
         """A `Tuner` of this client's model for as long as the block runs; see docs/learning.md."""
-        host, watch, asked = self._member.host, self.training_watch, config or TuneConfig()
-        return tuner_over(host, self.local, self.routes, lambda: self.table_changed, asked, watch=watch)
+        from p2pinfer.learning.tuning import tuner_over
+
+        parts = self._member.host, self.ends, self.local.tokenizer, self.routes
+        asked, watch = config or TuneConfig(), self.training_watch
+        return tuner_over(*parts, lambda: self.table_changed, asked, watch=watch)
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
         """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
+        from p2pinfer.learning.session_adapter import load_session_adapter
+
         load = partial(load_session_adapter, Path(folder), self.ends, self._member.host, self._bringing)
         return await trio.to_thread.run_sync(load)
 
@@ -334,10 +334,7 @@ class Client:
 
     def peers(self) -> list[PeerView]:
         """Peers known to serve this client's model."""
-        return [
-            PeerView(said, self._member.host.connection_kind(said.peer_id), self._member.rtt_ms(said.peer_id))
-            for said in self._member.announcements(self.spec.revision)
-        ]
+        return peers_serving(self._member, self.spec.revision)
 
     async def keep_no_record(self, vouched: Sequence[str] = ()) -> None:
         """Learn into memory only: the peers are our own and end with us. A ledger that was passed is left.
@@ -354,8 +351,8 @@ class Client:
 
     @property
     def ends(self) -> EmbeddingAndHead:
-        """Embedding and head, which run here."""
-        return self.local.embedding_and_head
+        """Embedding and head, which run here; LocalError if this client holds no weights."""
+        return self.local.ends
 
     @property
     def spec(self) -> ModelSpec:
@@ -373,12 +370,13 @@ class Client:
         excluded: frozenset[str],
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
+        draw: Draw | None = None,
     ) -> Session:
         """A session for `tokens` positions on the best route that is there, without the `excluded`.
 
         Args:
             replay_source: What went in at past positions; with it the first hop can be replaced too.
-            adapter: Brought to every hop.
+            adapter: Brought to every hop; `draw`: how the last one draws, if ids are to travel.
 
         Raises:
             PromptTooLong: The model's context is shorter. `check_lengths` tells of a prompt's own limit.
@@ -386,10 +384,9 @@ class Client:
             PeerError: A hop of the route could not be reached or refused.
         """
         check_lengths(self.spec, tokens)
-        opener = self._opener
-        return await self._race.open(
-            tokens, excluded, lambda plan: opener.open_on(plan, tokens, excluded, replay_source, adapter)
-        )
+        opener, terms = self._opener, (replay_source, adapter, draw)
+        race = self._race
+        return await race.open(tokens, excluded, lambda plan: opener.open_on(plan, tokens, excluded, *terms))
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note how a route fared."""

@@ -40,12 +40,16 @@ class ClientConfig:
     # small model with the same tokenizer that guesses tokens: a folder or a Hugging Face id; off: none; auto:
     # the one that is bundled with the bundled model
     draft: str = "auto"
+    # hold no weights: the first hop embeds, and the last one draws: on, off, or auto: where they do not fit
+    thin: str = "auto"
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_target(self.dtype, self.device)
+        if self.thin not in ("auto", "on", "off"):
+            raise ValueError(f"thin is {self.thin!r}; it takes auto, on or off")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
         if self.speculate not in ("auto", "off") and not (

@@ -39,7 +39,7 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 
 from .client import Client
-from .client_config import AuditConfig, GenerationConfig
+from .client_config import AuditConfig, ClientConfig, GenerationConfig
 from .client_config import VerifyConfig as VerifyConfig
 from .config import SharedConfig
 from .errors import ConfigError, ModelChanged, NoRoute, P2PInferError
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 SEEN_BEFORE: Final = 0.1  # chance of a peer that knows where a prompt comes from, relative to others
 OWN_CHANCE: Final = 1e-6  # of this node itself, which is to help out where nobody else serves
+THIN: Final = 0.25  # of the rounds are clients without weights
 IDENTITY_S: Final = 6 * 3600.0  # for which an identity lasts, on average, if it is to last at all
 
 
@@ -191,7 +192,8 @@ def open_idle_audits(
     """The idle-time audits of a node with these settings; what it learns goes to the ledger in `data_dir`."""
     verifiers: list[Verifier] = []  # one, whose weights stay loaded from round to round
     sources: list[ModelSource] = []  # what it loads them from
-    identities = Identities(random.SystemRandom())
+    rng = random.SystemRandom()
+    identities = Identities(rng)
 
     @asynccontextmanager
     async def open_client(policy: RoutingPolicy, own: str, addrs: Sequence[str]) -> AsyncGenerator[Client]:
@@ -209,8 +211,11 @@ def open_idle_audits(
             )
             sources.append(source)
             verifiers.append(LocalVerifier(source, config))
+        # Hops at the model's ends embed and draw for some clients, which cannot look at that themselves.
+        thin = "on" if rng.random() < THIN else "off"
         async with Client(
             model=shared.model,
+            config=ClientConfig(thin=thin),
             bootstrap=(*addrs, *shared.bootstrap),
             policy=policy,
             host_config=replace(host_config, listen=()),

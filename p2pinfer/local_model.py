@@ -1,20 +1,22 @@
-"""Parts of a model that a client runs itself: embedding, head and tokenizer, and a draft model."""
+"""Parts of a model that a client runs itself: tokenizer, embedding and head, and a draft model.
+
+A client that holds no weights has the tokenizer alone, and imports no torch.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from p2pinfer.client_config import ClientConfig
-from p2pinfer.generation.draft_model import DraftModel, check_tokenizers
+from p2pinfer.errors import LocalError
 from p2pinfer.models.checkpoint.source import ModelSource, bundled_drafter_of
-from p2pinfer.models.compute.blocks import load_blocks
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
-from p2pinfer.models.compute.target import choose_target
+from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.config import ComputeConfig
-from p2pinfer.models.machine.memory import refusals_named
+from p2pinfer.models.machine.memory import free_memory, refusals_named
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.chat_template import ChatTemplate, load_chat_template
@@ -22,18 +24,48 @@ from p2pinfer.models.text.generation_file import FILE as GENERATION_FILE
 from p2pinfer.models.text.generation_file import GenerationDefaults, read_generation_defaults
 from p2pinfer.models.text.text import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from p2pinfer.generation.draft_model import DraftModel
+    from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+
 logger = logging.getLogger(__name__)
+
+_BYTES_PER_WEIGHT: Final = 8  # float32, to look rows up in, and packed for the product
 
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """Embedding and head, the tokenizer, and how the model's files ask for text to be generated."""
+    """The tokenizer, how the model's files ask for text to be generated, and what runs here."""
 
-    embedding_and_head: EmbeddingAndHead
+    embedding_and_head: EmbeddingAndHead | None  # None: the first hop embeds, and the last one draws
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     chat_template: ChatTemplate | None = None
     draft_model: DraftModel | None = None
+
+    @property
+    def ends(self) -> EmbeddingAndHead:
+        """Embedding and head; LocalError if there are none."""
+        if self.embedding_and_head is None:
+            raise LocalError("this client holds no weights, which this needs: leave out --thin (client.thin)")
+        return self.embedding_and_head
+
+
+def settled(config: ClientConfig, spec: ModelSpec) -> ClientConfig:
+    """`config` with `thin` decided: `auto` holds no weights where they do not fit."""
+    if config.thin != "auto":
+        return config
+    needed = spec.vocab_size * spec.hidden_size * _BYTES_PER_WEIGHT
+    if config.device not in ("auto", "cpu") or needed < (free := free_memory().bytes):
+        return replace(config, thin="off")
+    logger.warning(
+        "embedding and head of %s take %.1f GiB, and %.1f GiB are free: the first hop embeds, and the last "
+        "one draws, so both read the text",
+        spec.model,
+        needed / 2**30,
+        free / 2**30,
+    )
+    return replace(config, thin="on")
 
 
 def load_local_model(
@@ -51,19 +83,22 @@ def load_local_model(
         ConfigError: The draft model has another tokenizer.
         LocalError: There is no memory for it.
     """
+    if config.thin == "on":
+        folder = source.fetch_words(progress=progress)
+        return LocalModel(None, load_tokenizer(folder), _defaults_of(folder), load_chat_template(folder))
+    # torch, which takes 200 MB and seconds to import
+    from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+    from p2pinfer.models.compute.target import choose_target
+
     compute = ComputeConfig(dtype=config.dtype, device=config.device)
     checkpoint = source.fetch(None, embedding_and_head=True, progress=progress)
     folder = checkpoint.folder
-    defaults = read_generation_defaults(folder)
-    if defaults.left_out:
-        logger.warning(
-            "%s sets %s, which p2pinfer ignores: the text may differ from that of transformers",
-            folder / GENERATION_FILE,
-            ", ".join(defaults.left_out),
-        )
+    defaults = _defaults_of(folder)
     device = choose_target(compute, checkpoint.spec.dtype).device
     with refusals_named(
-        f"embedding and head of {checkpoint.spec.model}", [device], "free some memory, or raise the limit"
+        f"embedding and head of {checkpoint.spec.model}",
+        [device],
+        "free some memory, raise the limit, or --thin",
     ):
         ends, tokenizer = load_embedding_and_head(checkpoint, compute), load_tokenizer(folder)
         template = load_chat_template(folder)
@@ -85,6 +120,11 @@ def load_draft_model(
         ConfigError: It has another tokenizer.
         LocalError: There is no memory for it.
     """
+    from p2pinfer.generation.draft_model import DraftModel, check_tokenizers
+    from p2pinfer.models.compute.blocks import load_blocks
+    from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+    from p2pinfer.models.compute.target import choose_target
+
     spec = draft.spec
     span = BlockSpan(0, spec.num_blocks)
     checkpoint = draft.fetch(span, embedding_and_head=True, progress=progress)
@@ -95,6 +135,17 @@ def load_draft_model(
     ):
         blocks = load_blocks(checkpoint, span, target, progress=progress)
         return DraftModel(blocks, load_embedding_and_head(checkpoint, compute), source.spec.vocab_size)
+
+
+def _defaults_of(folder: Path) -> GenerationDefaults:
+    defaults = read_generation_defaults(folder)
+    if defaults.left_out:
+        logger.warning(
+            "%s sets %s, which p2pinfer ignores: the text may differ from that of transformers",
+            folder / GENERATION_FILE,
+            ", ".join(defaults.left_out),
+        )
+    return defaults
 
 
 def _draft_name(folder: Path, config: ClientConfig) -> str:

@@ -11,6 +11,8 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar, cast
 
+import trio
+
 from p2pinfer.generation.outage import Waiting
 from p2pinfer.models.field_types import shown
 from p2pinfer.models.progress import Progress
@@ -22,6 +24,7 @@ from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import RoutingPolicy
 
 from .client_config import AuditConfig, ClientConfig, GenerationConfig, SessionConfig
+from .errors import LocalError
 from .events import Report
 from .suggestions import suggest
 
@@ -166,3 +169,12 @@ def check_prompt(prompt: object) -> None:
         )
     if not isinstance(prompt, str | ChatPrompt):
         raise TypeError(f"the prompt is of type {type(prompt).__name__}; it must be a str")
+
+
+def check_loop() -> None:
+    """Nothing within a trio loop; LocalError in another one."""
+    if not trio.lowlevel.in_trio_run():
+        raise LocalError(
+            "Client needs trio, and this is another loop, such as asyncio's or a notebook's: "
+            "use trio.run, or p2pinfer.connect() in a thread (await asyncio.to_thread(...))"
+        )

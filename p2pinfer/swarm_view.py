@@ -38,6 +38,14 @@ class PeerView:
     state: State = "unknown"
 
 
+def peers_serving(member: SwarmMember, revision: str) -> list[PeerView]:
+    """Peers known to serve a model, without asking any of them."""
+    return [
+        PeerView(said, member.host.connection_kind(said.peer_id), member.rtt_ms(said.peer_id))
+        for said in member.announcements(revision)
+    ]
+
+
 class Model(Protocol):
     """Size and revision of a model that is looked at; its files need not be here."""
 

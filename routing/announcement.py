@@ -61,6 +61,7 @@ class Announcement:
         twin: The instance of another process that announces under the same identity, if the peer has heard
             of one. Nobody can name an instance before it is there, so its process knows from this that the
             other one lives.
+        ends: The peer holds embedding and head as well, for clients that hold no weights.
     """
 
     peer_id: str
@@ -83,6 +84,7 @@ class Announcement:
     instance: bytes = b""
     uptime_s: float = 0.0
     twin: bytes = b""
+    ends: bool = False
 
     @property
     def numerics(self) -> Numerics | None:
@@ -137,6 +139,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     instance: _Instance = b""
     uptime_s: _Uptime = 0.0
     twin: _Instance = b""
+    ends: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -173,6 +176,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.instance,
             announcement.uptime_s,
             announcement.twin,
+            announcement.ends,
         )
     )
     try:
@@ -227,4 +231,5 @@ def decode_announcement(encoded: bytes) -> Announcement:
         instance=wire.instance,
         uptime_s=wire.uptime_s,
         twin=wire.twin,
+        ends=wire.ends,
     )

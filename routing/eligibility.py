@@ -25,7 +25,8 @@ class Ineligibility(IntEnum):
     UNTRUSTED = 3  # its integrity is below what the request demands
     BANNED = 4  # the user says so, its audits do, or a proof
     UNCHECKABLE = 5  # its numerics are unknown, or no audit here can run them again
-    ABSENT = 6  # it is leaving, or holds another model
+    ENDLESS = 6  # it is at an end of the model, and holds no embedding and head for a client without
+    ABSENT = 7  # it is leaving, or holds another model
 
 
 def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Ineligibility | None:
@@ -35,6 +36,9 @@ def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | 
         return Ineligibility.ABSENT
     if announcement.span.stop > request.num_blocks:
         return Ineligibility.ABSENT
+    is_inner = announcement.span.start > 0 and announcement.span.stop < request.num_blocks
+    if request.ends and not (announcement.ends or is_inner):
+        return Ineligibility.ENDLESS
     if reference_for(announcement.numerics) is None:
         return Ineligibility.UNCHECKABLE
     if view is not None and view.is_banned(candidate.peer_id):
@@ -132,6 +136,11 @@ def _complaint(
                 f"{blocks} are served only by peers that compute in {', '.join(dtypes)}, which this version "
                 "of p2pinfer cannot check; update it, or serve them yourself with "
                 f"`{request.serve_command} --blocks {spans[0]}`"
+            )
+        case Ineligibility.ENDLESS:
+            return (
+                f"{blocks} are served only by peers that do not hold embedding and head for clients without "
+                "weights; leave out --thin"
             )
         case Ineligibility.ABSENT:
             return f"nobody serves {blocks}; `{request.serve_command} --blocks {spans[0]}` would"

@@ -91,6 +91,7 @@ class RouteRequest:
         sink: The peer that takes over the last one; None for the client.
         min_integrity: Peers that score less must not be used.
         spoilt_ranges: Address ranges where banned peers were: no newcomer from there is tried out.
+        ends: The client holds no weights: the first hop embeds, and the last one draws.
         serve_command: What starts a node of this model in this swarm, for messages; `--blocks` is appended.
     """
 
@@ -107,6 +108,7 @@ class RouteRequest:
     min_integrity: float = 0.0
     spoilt_ranges: frozenset[str] = frozenset()
     serve_command: str = "p2pinfer node"
+    ends: bool = False
 
     @property
     def wanted(self) -> BlockSpan:

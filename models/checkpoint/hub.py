@@ -161,6 +161,10 @@ class HubSource:
                 raise ModelChanged(f"{shard.path} changed while it was opened; start again")
         return Checkpoint(self._texts, self.spec, shards, self._config)
 
+    def fetch_words(self, *, progress: Progress | None = None) -> Path:
+        self._bring_words(progress)
+        return self._texts
+
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         files = self._listing.files
         return sum(

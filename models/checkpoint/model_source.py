@@ -32,6 +32,14 @@ class ModelSource(Protocol):
         """
         ...
 
+    def fetch_words(self, *, progress: Progress | None = None) -> Path:
+        """Bring the tokenizer here, and what is said about it, without any weights; returns their folder.
+
+        Raises:
+            ModelNotFound: It cannot be had.
+        """
+        ...
+
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         """Bytes that `fetch` would have to bring from elsewhere."""
         ...
@@ -63,6 +71,9 @@ class FolderSource:
         if span is not None:
             self.spec.check_span(span)
         return self._checkpoint
+
+    def fetch_words(self, *, progress: Progress | None = None) -> Path:
+        return self._checkpoint.folder
 
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         return 0

@@ -11,13 +11,16 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from p2pinfer.errors import OutOfMemory
 
 from .control_groups import PROC, ControlGroup, control_groups
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import resource
@@ -73,6 +76,8 @@ def free_on_card(device: torch.device) -> FreeMemory:
     None is left if not even the question can be put, which takes some hundred MiB the first time: many
     processes that begin on one card at once are refused there.
     """
+    import torch  # here, since a client without weights asks for the machine's memory alone
+
     try:
         free, _total = torch.cuda.mem_get_info(device)
     except Exception as exc:  # torch's AcceleratorError, which older versions raise as RuntimeError
@@ -107,7 +112,7 @@ def refusals_named(what: str, devices: Iterable[torch.device], advice: str) -> G
 
 def is_refusal(exc: BaseException) -> bool:
     """True if an exception of Python's, torch's or a library's says that memory was refused."""
-    if isinstance(exc, MemoryError | torch.OutOfMemoryError):
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return True
     if isinstance(exc, OSError):
         return exc.errno == errno.ENOMEM

@@ -8,7 +8,6 @@ id has noise of its own, so that logits that differ by rounding draw the same to
 
 from __future__ import annotations
 
-import secrets
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +40,7 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
-        self.seed = secrets.randbits(63) if config.seed is None else config.seed
+        self.seed = config.seed_or_fresh
 
     def pick(self, logits: Tensor, position: int) -> int:
         """The token at `position` of the sequence.
@@ -167,11 +166,11 @@ def _draw(token_ids: Tensor, probabilities: Tensor, seed: int, position: int) ->
     variation) draw different tokens with a probability of at most 2 TV / (1 + TV): Daliri et al., "Coupling
     without communication and drafter-invariant speculative decoding" (2024).
     """
-    clocks = _uniform(seed, position, token_ids.cpu()).log_().neg_()
+    clocks = uniform_noise(seed, position, token_ids.cpu()).log_().neg_()
     return int(token_ids[int(clocks.div_(probabilities.cpu()).argmin())])
 
 
-def _uniform(seed: int, position: int, token_ids: Tensor) -> Tensor:
+def uniform_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """Numbers in (0, 1) by token id, always the same for the same seed and position, on every machine.
 
     Number i is output i of SplitMix64, seeded with a digest of seed and position (Steele, Lea and Flood,

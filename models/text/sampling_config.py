@@ -6,6 +6,7 @@ Imports no torch, so that a mistake in a setting is told at once.
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +44,11 @@ class SamplingConfig:
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all) or more")
 
+    @property
+    def seed_or_fresh(self) -> int:
+        """The seed; one that is drawn now where there is none."""
+        return secrets.randbits(63) if self.seed is None else self.seed
+
 
 @dataclass(frozen=True, slots=True)
 class LogitsRules:
@@ -76,3 +82,16 @@ class LogitsRules:
         for ids, bias in self.sequence_bias:
             if not ids or math.isnan(bias) or bias == math.inf:
                 raise ConfigError(f"a bias of {bias} for the tokens {list(ids)} makes no sense")
+
+
+def needs_ids(rules: LogitsRules) -> str:
+    """Name of a rule that looks at the tokens of the text, and not only at their number; empty: none does."""
+    by_tokens = {
+        "encoder_repetition_penalty": rules.encoder_repetition_penalty != 1,
+        "repetition_penalty": rules.repetition_penalty != 1,
+        "no_repeat_ngram_size": rules.no_repeat_ngram_size > 0,
+        "encoder_no_repeat_ngram_size": rules.encoder_no_repeat_ngram_size > 0,
+        "sequence_bias": any(len(ids) > 1 for ids, _ in rules.sequence_bias),
+        "bad_words_ids": any(len(ids) > 1 for ids in rules.bad_words_ids),
+    }
+    return next((name for name, looks in by_tokens.items() if looks), "")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.tensors import decode_hidden
 from p2pinfer.reputation.receipt import Payload, Receipt, standing_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_TOKENS: Final = 1 << 16
 
@@ -127,6 +127,10 @@ class _Pieces:
 
     def decode(self, hidden_size: int, codec: Codec, peer_id: str = "") -> Tensor:
         """(rows, hidden_size) float32."""
+        from p2pinfer.node.protocol.tensors import (
+            decode_hidden,
+        )  # torch: an audit needs it, a record does not
+
         tokens = sum(stop - start for start, stop, _ in self._pieces)
         joined = bytearray().join(content for _, _, content in self._pieces)
         return decode_hidden(joined, tokens, hidden_size, codec, peer_id).float()

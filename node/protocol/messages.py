@@ -14,6 +14,8 @@ import msgspec
 
 from p2pinfer.models.numerics import Codec
 
+from .draws import Draw
+
 SESSION_PROTOCOL: Final = "/p2pinfer/session/2.0.0"  # client and hop: a session, its steps, its results
 # The same with receipts that name no other hop's: whoever asks for it is told why it is not served.
 FORMER_SESSION_PROTOCOL: Final = "/p2pinfer/session/1.0.0"
@@ -68,6 +70,9 @@ class Open(_Message, frozen=True, tag="open"):
     `predecessor` names the only peer whose chain stream may feed this session; None is the client itself,
     on this stream. `successor` None means: answer to the client, on this stream. `prefix` is what the session
     begins with, as far as the hop still has it.
+
+    With `tokens` the client's steps bring token ids, which the first hop embeds. With `draw` the last hop
+    answers with draws instead of hidden states (see `draws`).
     """
 
     session: SessionId
@@ -79,6 +84,8 @@ class Open(_Message, frozen=True, tag="open"):
     predecessor: PeerIdText | None = None
     successor: Successor | None = None
     prefix: Prefix | None = None
+    tokens: bool = False
+    draw: Draw | None = None
 
 
 class Opened(_Message, frozen=True, tag="opened"):
@@ -90,6 +97,7 @@ class Opened(_Message, frozen=True, tag="opened"):
     max_bytes_in_flight: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = 64 << 20  # of their hidden states
     prefix: Count = 0  # positions of the session that are in the cache already
     keeps_s: Count = 0  # how long the hop keeps a session's cache that ends with `keep`, seconds
+    ends: bool = False  # the hop embeds, or draws, as it was asked
 
 
 class Move(_Message, frozen=True, tag="move"):
@@ -161,13 +169,17 @@ class Filled(_Message, frozen=True, tag="filled"):
 
 
 class Result(_Message, frozen=True, tag="result"):
-    """Last hop to client: the hidden states of a step's last `tokens` positions, after every block."""
+    """Last hop to client: the hidden states of a step's last `tokens` positions, after every block.
+
+    In a session that draws, the payload has the `Draws` of these positions, for which `drawn` is signed.
+    """
 
     number: Count
     epoch: Count
     tokens: Count
     bills: Bills = ()
     receipts: Receipts = ()
+    drawn: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class Refused(_Message, frozen=True, tag="refused"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from array import array
 from typing import Final
 
 import torch
@@ -75,6 +76,11 @@ def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec,
     if not tokens:
         return torch.empty(0, hidden_size, dtype=dtype)
     return torch.frombuffer(payload, dtype=dtype).view(tokens, hidden_size)
+
+
+def view_ids(token_ids: array[int]) -> Tensor:
+    """(tokens,) int32 in the memory of some ids."""
+    return torch.frombuffer(token_ids, dtype=torch.int32)
 
 
 def check_finite(payload: bytes | bytearray, codec: Codec, peer_id: str = "") -> None:

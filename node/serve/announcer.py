@@ -42,12 +42,15 @@ class Announcer:
         runner: SpanRunner,
         speed: DecodeSpeed,
         config: ServeConfig,
+        *,
+        has_ends: bool = False,
     ) -> None:
         self._member = member
         self._spec = spec
         self._runner = runner
         self._speed = speed
         self._config = config
+        self._has_ends = has_ends
         self._touched = trio.Event()
         self._moved = trio.Event()
         self._announced_free = -1
@@ -90,6 +93,7 @@ class Announcer:
             instance=duplicates.instance,
             uptime_s=duplicates.uptime_s,
             twin=duplicates.suspect,
+            ends=self._has_ends,
         )
 
     def _peers(self) -> int:

@@ -16,16 +16,18 @@ from typing import Final, Protocol
 import trio
 from torch import Tensor
 
-from p2pinfer.errors import WrongOutput
+from p2pinfer.errors import ConfigError, WrongOutput
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.cache import CacheLease
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.learning.brought import MARK, AdapterShelf, BroughtAdapter
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.ends.held_ends import Drawer
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Step
-from p2pinfer.node.protocol.tensors import check_finite, encode_hidden
+from p2pinfer.node.protocol.tensors import check_finite, encode_hidden, view_hidden
 
 from .decode_speed import DecodeSpeed
 from .inbox import Inbox
@@ -43,13 +45,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedSpan:
-    """Blocks that this node computes, the thread that does it, and the speed that it keeps."""
+    """Blocks that this node computes, the thread that does it, and the speed that it keeps.
+
+    `ends` are embedding and head for clients that hold none; None if this node has none either.
+    """
 
     spec: ModelSpec
     runner: SpanRunner
     worker: Worker
     speed: DecodeSpeed
     adapters: AdapterShelf = field(default_factory=AdapterShelf)  # that clients have brought
+    ends: EmbeddingAndHead | None = None
 
     def check_terms(self, opening: Open, client: str, adapter_bytes: int) -> None:
         """Nothing, if these blocks can be run for a session as it asks.
@@ -63,6 +69,12 @@ class ServedSpan:
         held = self.runner.span
         if not held.start <= opening.start < opening.stop <= held.stop:
             raise SessionRefusal("wrong_span", f"this node holds blocks {held}")
+        if (opening.tokens or opening.draw) and self.ends is None:
+            raise SessionRefusal("wrong_span", "this node holds neither embedding nor head")
+        is_first = opening.start == 0 and opening.predecessor is None
+        is_last = opening.stop == self.spec.num_blocks and opening.successor is None
+        if (opening.tokens and not is_first) or (opening.draw and not is_last):
+            raise SessionRefusal("protocol", f"blocks {opening.start}:{opening.stop} are not at that end")
         if mark and self.adapters.held_bytes > adapter_bytes:
             raise SessionRefusal("busy", f"adapters of sessions take {adapter_bytes} bytes, the limit")
         try:
@@ -71,6 +83,23 @@ class ServedSpan:
             raise SessionRefusal(
                 "wrong_model", "the adapter of this session was not brought to this node"
             ) from None
+
+    def embedder(self, opening: Open) -> EmbeddingAndHead | None:
+        """Embedding for the token ids of a session; None if it brings hidden states."""
+        return self.ends if opening.tokens else None
+
+    def drawer(self, opening: Open) -> Drawer | None:
+        """Drawer of a session's tokens; None if it wants hidden states.
+
+        Raises:
+            SessionRefusal: Its terms make no sense, or need what is not seen here.
+        """
+        if opening.draw is None or self.ends is None:
+            return None
+        try:
+            return Drawer(self.ends, opening.draw)
+        except ConfigError as exc:
+            raise SessionRefusal("protocol", str(exc)) from None
 
 
 class ForwardPass:
@@ -156,36 +185,43 @@ class StepContext:
     outbox: trio.MemorySendChannel[StepWork]
     speed: DecodeSpeed
     adapter: BroughtAdapter | None = None
+    embedder: EmbeddingAndHead | None = None  # of token ids, which come instead of hidden states
+    drawer: Drawer | None = None  # of tokens, which the client gets instead of hidden states
 
 
 class StepWork(ForwardPass):
     """A step of a session, from its arrival to the outbox.
 
     Attributes:
-        received: Its hidden states as they came.
+        received: Its hidden states as they came; of token ids what they were embedded to.
+        room_bytes: Bytes that it counts for among those in flight.
         feeder: The stream that they came on.
         sent: Of its output, what goes out, as it travels; empty until it is encoded.
+        drawn: Tokens that the client gets instead.
         report: What became of its batch, once it is delivered.
     """
 
-    __slots__ = ("_context", "feeder", "received", "report", "sent", "step")
+    __slots__ = ("_context", "drawn", "feeder", "received", "report", "room_bytes", "sent", "step")
 
     def __init__(
         self,
         context: StepContext,
         step: Step,
         hidden: Tensor,
-        received: bytearray,
+        received: bytearray | bytes,
         feeder: FrameStream,
         arrived_at: float,
+        room_bytes: int | None = None,
     ) -> None:
         chunk = Chunk(context.lease, step.position, hidden, context.adapter)
         super().__init__(context.runner, context.span, chunk, context.client, arrived_at)
         self._context = context
         self.step = step
         self.received = received
+        self.room_bytes = len(received) if room_bytes is None else room_bytes
         self.feeder = feeder
         self.sent = b""
+        self.drawn = b""
         self.report = BatchReport(arrived_at, 0.0, 0.0, 0)
 
     def is_wanted(self) -> bool:
@@ -193,6 +229,13 @@ class StepWork(ForwardPass):
         context = self._context
         if context.lifetime.is_over or context.inbox.is_superseded(self.step):
             return False
+        if context.embedder is not None:
+            # Not in the event loop: a thousand rows take milliseconds.
+            token_ids: list[int] = self.chunk.hidden.tolist()
+            rows = context.embedder.embed(token_ids)
+            self.chunk = self.chunk._replace(hidden=rows)
+            self.received = encode_hidden(rows, context.codec)
+            return True
         try:
             check_finite(self.received, context.codec, self.feeder.peer_id)
         except WrongOutput as exc:
@@ -204,9 +247,14 @@ class StepWork(ForwardPass):
     def finish(self) -> None:
         """Encode what goes out."""
         if (rows := self.output) is not None:
-            if self._context.is_last:
-                rows = rows[self.tokens - self.step.returns :]
-            self.sent = encode_hidden(rows, self._context.codec)
+            context, step = self._context, self.step
+            if context.is_last:
+                rows = rows[self.tokens - step.returns :]
+            self.sent = encode_hidden(rows, context.codec)
+            if context.drawer is not None and step.returns:
+                # From what is signed for, rounded as it would travel: that is what an audit draws from.
+                sent = view_hidden(bytearray(self.sent), step.returns, rows.shape[1], context.codec)
+                self.drawn = context.drawer.draw(sent, step.position + step.tokens - step.returns)
 
     def deliver(self, report: BatchReport) -> None:
         """Put the step into the outbox, dropped or not; what failed ends the session."""

@@ -20,14 +20,16 @@ from typing import Any
 import trio
 
 from p2pinfer.errors import CacheFull, ProtocolViolation
+from p2pinfer.models.numerics import row_bytes
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.loop_share import Meter, Overspent, clocked
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.prefixes import Prefix
 from p2pinfer.node.evidence.store import EvidenceStore
+from p2pinfer.node.protocol.draws import decode_ids
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import End, Message, Open, Step
-from p2pinfer.node.protocol.tensors import view_hidden
+from p2pinfer.node.protocol.tensors import view_hidden, view_ids
 
 from .forward import ServedSpan, StepContext, StepWork
 from .inbox import Inbox
@@ -80,6 +82,7 @@ class HopSession:
             replay=None if replay is None else replay.log,
             max_steps=config.max_steps_in_flight,
         )
+        self._spec = served.spec
         self._hidden_size = served.spec.hidden_size
         self.room = room
         self.replay_room = replay
@@ -97,6 +100,8 @@ class HopSession:
             self.outbox.sender,
             served.speed,
             served.adapters.find(client_id, opening.revision, span),
+            served.embedder(opening),
+            served.drawer(opening),
         )
         self._is_closed = False
         self._prefix = prefix
@@ -168,7 +173,9 @@ class HopSession:
         if step.kept:
             self._take_kept(step, payload, feeder, arrived_at)
             return
-        self.inbox.take(step, len(payload), feeder.peer_id)
+        takes_ids = self.opening.tokens
+        room_bytes = step.tokens * self._row_bytes if takes_ids else len(payload)
+        self.inbox.take(step, room_bytes, feeder.peer_id)
         if not self._has_begun or step.position < self.room.lease.own_from:
             self._begin(step.position)
         room, stop = self.room, step.position + step.tokens
@@ -179,13 +186,17 @@ class HopSession:
                 except CacheFull as exc:
                     raise SessionRefusal("cache_full", str(exc)) from exc
             room.filled = stop
-        hidden = view_hidden(payload, step.tokens, self._hidden_size, self.opening.codec, feeder.peer_id)
+        peer, codec = feeder.peer_id, self.opening.codec
+        if takes_ids:
+            hidden = view_ids(decode_ids(payload, step.tokens, self._spec.vocab_size, peer))
+        else:
+            hidden = view_hidden(payload, step.tokens, self._hidden_size, codec, peer)
         self.lifetime.last_active = now = trio.current_time()
         if step.returns or step.replay:  # a token, the end of a prompt, or what is replayed of the past
             self.prompt_at = None
         elif self.prompt_at is None:
             self.prompt_at = now
-        self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at))
+        self._worker.submit(StepWork(self._context, step, hidden, payload, feeder, arrived_at, room_bytes))
 
     def _take_kept(self, step: Step, payload: bytearray, feeder: FrameStream, arrived_at: float) -> None:
         """Sign for a piece of the prefix, which the step only names, and pass it on."""
@@ -215,6 +226,10 @@ class HopSession:
             except CacheFull as exc:
                 raise SessionRefusal("cache_full", str(exc)) from exc
         self._has_begun, self._prefix = True, None
+
+    @property
+    def _row_bytes(self) -> int:
+        return row_bytes(self._hidden_size, self.opening.codec)
 
     def close(self) -> None:
         """Give back every reservation. Steps still queued are dropped unread; harmless twice."""

@@ -21,7 +21,7 @@ from .forward import StepWork
 from .inbox import Inbox
 from .lifetime import Lifetime
 from .neighbours import Neighbours
-from .receipt_signer import ReceiptSigner
+from .receipt_signer import ReceiptSigner, SignedReceipt
 
 
 class Outbox:
@@ -70,7 +70,7 @@ class Outbox:
                 await self._send(work)
             # Steps that were dropped count as well, or a client that rolls back often would seem to exceed
             # its limits.
-            self._inbox.let_go(len(work.received))
+            self._inbox.let_go(work.room_bytes)
 
     def close(self) -> None:
         """Give the replay log back. Nothing may be put in any more."""
@@ -84,7 +84,8 @@ class Outbox:
         self._lifetime.last_active = trio.current_time()
         successor = self._opening.successor
         returned = step.returns if successor is None else step.tokens
-        receipts = (*step.receipts, await self._attest(work, returned))
+        signed = await self._attest(work, returned)
+        receipts = (*step.receipts, signed.receipt)
         bills = (*step.bills, _bill(work))
         # Before it is sent: what a successor has and the log has not could not be replayed to another one.
         if self.replay is not None:
@@ -92,7 +93,12 @@ class Outbox:
         if step.replay == 1 or (step.replay and successor is None):
             await neighbours.confirm_to(work.feeder, step.number)
         elif successor is None:
-            result = Result(step.number, step.epoch, step.returns, bills, receipts)
+            draws = b""
+            if work.drawn:
+                payload, draws = work.drawn, self._signer.sign_draws(signed.receipt_digest, work.drawn)
+            elif self._opening.draw is not None:
+                payload = b""
+            result = Result(step.number, step.epoch, step.returns, bills, receipts, draws)
             if not neighbours.control.send_now(result, payload):
                 await neighbours.control.send(result, payload)
         else:
@@ -110,7 +116,7 @@ class Outbox:
             ):
                 await neighbours.send_to_successor(onward, payload)
 
-    async def _attest(self, work: StepWork, returned: int) -> bytes:
+    async def _attest(self, work: StepWork, returned: int) -> SignedReceipt:
         """Our receipt for a step; what it names is kept for whoever may want to check it."""
         if work.feeder is not self._neighbours.control:
             self._signer.predecessor = work.feeder.peer_id
@@ -123,7 +129,7 @@ class Outbox:
         self._evidence.add(self._opening.session, contents, trio.current_time())
         step = work.step
         self.standing.add(SignedStep(step.position, step.tokens, signed.input_digest, signed.output_digest))
-        return signed.receipt
+        return signed
 
 
 def _bill(work: StepWork) -> Bill:

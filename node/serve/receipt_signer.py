@@ -13,6 +13,7 @@ import trio
 
 from p2pinfer.errors import ProtocolViolation
 from p2pinfer.models.numerics import Numerics
+from p2pinfer.node.protocol.draws import sign_draws
 from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.reputation.receipt import (
     NO_RECEIPT,
@@ -89,6 +90,11 @@ class ReceiptSigner:
         self._sequence += 1
         self._previous = digest_of(signed)
         return SignedReceipt(signed, self._previous, *digests)
+
+    def sign_draws(self, receipt_digest: bytes, payload: Payload) -> bytes:
+        """Our signature for draws from what a receipt of ours names as output."""
+        assert self._opening.draw is not None
+        return sign_draws(self._opening.draw, receipt_digest, payload, self._sign)
 
     def _compare_with_predecessor(self, step: Step, received: bytes) -> None:
         """Check that the predecessor signed what it sent, or the blame for its output would be ours.

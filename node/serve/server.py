@@ -328,6 +328,7 @@ class SpanServer:
             config.max_bytes_in_flight,
             prefix,
             int(config.prefix_keep_s),
+            self._served.ends is not None,
         )
 
     # ------------------------------------------------------------------ the predecessor's stream

@@ -28,8 +28,10 @@ import trio
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import Equivocation, P2PInferError, PeerError
 from p2pinfer.events import AuditDone, Report
+from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.reputation.ledger import Ledger
@@ -41,12 +43,13 @@ from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
 from .backlog import Backlog, ClosedSession, Job, contained
-from .collect import collect_record
+from .collect import claims_of, collect_record
 from .draw import AuditBudget, AuditDraw
 from .evidence_source import Line
 from .examiner import Examiner
 from .judge import Judge, Opinion
 from .kept_jobs import job_folder
+from .local_verifier import LocalVerifier
 from .tally import AuditTally as AuditTally
 from .training_audits import TrainingAudits
 from .training_opinions import RunPass, opinions_by
@@ -213,7 +216,7 @@ class Auditor:
         # What may be its neighbour's doing is no reason to hold it against a hop that an audit has no result.
         faults = {error.peer_id: str(error)} if error and not error.told_by else {}
         return [
-            Job(peer_id, steps, fault=faults.get(peer_id, ""))
+            Job(peer_id, steps, fault=faults.get(peer_id, ""), draw=book.draw)
             for peer_id in chosen
             if any(hop.peer_id == peer_id for each in steps for hop in each.hops)
         ]
@@ -274,12 +277,30 @@ class Auditor:
             # Its evidence is not to be had from here, or not any more: no audit of ours.
             logger.debug("audit.left peer=%s", job.peer_id)
             return None
+        if finding.verdict is not Verdict.FAIL and await self._has_lied_at_an_end(job, collected.record):
+            return []
         published = await self._settle(
             Opinion(job.peer_id, collected.record, finding), fault=fault, why=fault or finding.reason
         )
         for other in others:
             published += await self._settle(other, why=other.finding.reason)
         return published
+
+    async def _has_lied_at_an_end(self, job: Job, record: HopRecord | None) -> bool:
+        """True if a hop embedded or drew something else than it should; then that is settled.
+
+        No proof of it is published: receipts do not show it, and others find it out as this client did.
+        """
+        claims = claims_of(job.steps, job.peer_id, job.draw, self._spec.vocab_size)
+        if record is None or claims is None:
+            return False
+        finding = await self._judge.judge_ends(record, claims)
+        if finding.verdict is not Verdict.FAIL:
+            logger.debug("audit.ends peer=%s %s", job.peer_id, finding.reason)
+            return False
+        await self._settle(Opinion(job.peer_id, None, finding), why=finding.reason)
+        self._ledger.ban(job.peer_id, finding.reason, self._clock())
+        return True
 
     async def _accuse_of_two(self, peer_id: str, receipts: tuple[bytes, ...]) -> list[bytes]:
         return await self._accuse(Proof(1, peer_id, "equivocation", receipts), {}, "it signed twice")
@@ -332,3 +353,30 @@ class Auditor:
             return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
         return [address]
+
+
+def open_auditor(
+    member: SwarmMember,
+    source: ModelSource,
+    ledger: Ledger,
+    verifier: Verifier | None,
+    config: AuditConfig,
+    host_config: HostConfig,
+    report: Report | None,
+    kept_in: Path | None,
+    blame: Callable[[PeerError], None],
+    run_pass: RunPass,
+) -> Auditor:
+    """Auditor of a client's sessions; without a `verifier` the blocks of `source` run again here."""
+    return Auditor(
+        member,
+        source.spec,
+        ledger,
+        verifier or LocalVerifier(source, config),
+        config,
+        host_config=host_config,
+        report=report,
+        kept_in=kept_in,
+        run_pass=run_pass,
+        blame=blame,
+    )

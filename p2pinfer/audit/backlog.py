@@ -12,13 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import trio
 
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route
 from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
 
@@ -43,6 +44,7 @@ class Job:
         is_fresh: True if the session ended in this process.
         was_slow: True if the hop kept an earlier process waiting for its evidence.
         path: Its file, if it is kept.
+        draw: Terms of draws at the last hop; None: none were drawn there, or nobody knows any more.
     """
 
     peer_id: str
@@ -52,6 +54,7 @@ class Job:
     is_fresh: bool = True
     was_slow: bool = False
     path: Path | None = None
+    draw: Draw | None = None
 
     @property
     def size(self) -> int:
@@ -101,7 +104,7 @@ class Backlog:
         if job.steps and not job.contradiction and self._has_room(job):
             kept = KeptJob(job.peer_id, self._clock(), job.steps)
             path = await self._on_disk(lambda folder: folder.keep(kept))
-        self._queue(Job(job.peer_id, job.steps, job.contradiction, job.fault, path=path))
+        self._queue(replace(job, path=path))
 
     async def take_over(self) -> None:
         """Queue what earlier processes have left."""

@@ -20,9 +20,11 @@ import trio
 
 from p2pinfer.errors import Equivocation, PeerError, PeerUnreachable, ProtocolViolation, WrongOutput
 from p2pinfer.models.numerics import row_bytes
+from p2pinfer.node.evidence.end_claims import EndClaims
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.evidence.store import ANSWER_S
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.draws import Draw, decode_draws, decode_ids
 from p2pinfer.reputation.proof import tensors_of
 from p2pinfer.reputation.receipt import Payload, Receipt, digest_of
 from p2pinfer.routing.route import Hop
@@ -254,6 +256,29 @@ def _unfit(record: HopRecord, hidden_size: int, max_tokens: int) -> str:
 def place_of(passed: PassedStep, peer_id: str) -> int | None:
     """Place of a peer among a step's hops; None if it was none of them: hops may be replaced in a session."""
     return next((index for index, hop in enumerate(passed.hops) if hop.peer_id == peer_id), None)
+
+
+def claims_of(
+    steps: Sequence[PassedStep], peer_id: str, draw: Draw | None, vocab_size: int
+) -> EndClaims | None:
+    """Claims of a peer in the steps of a session with these terms; None if it made none.
+
+    A step that was rolled back and done again counts as it was done last, as it does in the hop's history.
+    """
+    embedded: dict[int, int] = {}
+    drawn: dict[int, int] = {}
+    for passed in steps if draw is not None else ():
+        step, at = passed.step, place_of(passed, peer_id)
+        try:
+            if at == 0:
+                ids = decode_ids(passed.sent, step.tokens, vocab_size)
+                embedded.update(enumerate(ids, step.position))
+            if at == len(passed.hops) - 1 and step.returns:
+                draws = decode_draws(passed.got, step.returns, vocab_size)
+                drawn.update(enumerate(draws.ids, step.position + step.tokens - step.returns))
+        except ProtocolViolation:  # a step that the session itself has refused
+            continue
+    return EndClaims(draw, embedded, drawn) if draw is not None and (embedded or drawn) else None
 
 
 def _own_contents(mine: Sequence[tuple[PassedStep, int]]) -> dict[bytes, Payload]:

@@ -21,6 +21,7 @@ import trio
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import PeerError
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.node.evidence.end_claims import EndClaims
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.swarm.membership import SwarmMember
@@ -119,6 +120,10 @@ class Judge:
         if again.verdict is not Verdict.FAIL:
             return Finding(Verdict.SUSPECT, f"{finding.reason}; once more: {again.reason}"), []
         return again, failed
+
+    async def judge_ends(self, record: HopRecord, claims: EndClaims) -> Finding:
+        """The verdict on what a hop embedded or drew."""
+        return self._draw.paid(record.peer_id, await self._verifier.verify_ends(record, claims))
 
     async def _look_at_others(
         self, record: HopRecord, others: Sequence[str], finding: Finding, failed: list[Opinion]

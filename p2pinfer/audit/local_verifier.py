@@ -22,6 +22,7 @@ import trio
 
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import CacheFull, LocalError, ModelChanged, ProtocolViolation, WrongOutput
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
@@ -31,6 +32,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.glance import glance_at
 from p2pinfer.models.verify.reference import Reference, Tail, open_reference, tail_of
 from p2pinfer.node.evidence.check import check_pass, check_span
+from p2pinfer.node.evidence.end_claims import EndClaims, judge_claims
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.node.evidence.pass_record import PassRecord, pass_of
 from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge_glance
@@ -63,6 +65,7 @@ class LocalVerifier(Verifier):
         self._rng = rng or random.SystemRandom()
         self._turn = trio.Lock()  # weights are loaded once, and a reference belongs to one thread
         self._loaded: _Loaded | None = None
+        self._ends: EmbeddingAndHead | None = None  # for what hops embedded and drew
         self._changed = ""  # why nothing can be loaded any more
 
     def can_hold(self, span: BlockSpan) -> bool:
@@ -93,6 +96,14 @@ class LocalVerifier(Verifier):
     def is_thorough(self, finding: Finding) -> bool:
         """True if the logits were looked at: a small change that is well aimed shows only there."""
         return finding.logits_checked
+
+    async def verify_ends(self, record: HopRecord, claims: EndClaims) -> Finding:
+        """Embedding and head against the published ones; a FAIL is repeated with weights loaded anew."""
+        finding = await self._in_turn(lambda: self._verify_ends(record, claims))
+        if finding.verdict is not Verdict.FAIL:
+            return finding
+        self._ends = None
+        return await self._in_turn(lambda: self._verify_ends(record, claims))
 
     async def confirm(self, record: HopRecord) -> Finding:
         """As `verify`, from weights that are loaded anew: what was wrong may have been our memory."""
@@ -126,6 +137,22 @@ class LocalVerifier(Verifier):
             return _check(record, history, loaded.reference, tail)
 
         return self._run(record, check)
+
+    def _verify_ends(self, record: HopRecord, claims: EndClaims) -> Finding:
+        def check(history: History, _: Numerics) -> Finding:
+            spec = self._source.spec
+            if self._ends is None:
+                taken = spec.vocab_size * spec.hidden_size * _HEAD_BYTES_PER_WEIGHT
+                if taken > self._budget() or not self._is_near(record.span, embedding_and_head=True):
+                    return Finding(Verdict.INCONCLUSIVE, "embedding and head do not fit the memory budget")
+                self._ends = self._load_ends(self._source.fetch(record.span, embedding_and_head=True))
+            return judge_claims(self._ends, claims, history)
+
+        return self._run(record, check)
+
+    @staticmethod
+    def _load_ends(checkpoint: Checkpoint) -> EmbeddingAndHead:
+        return load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
 
     def _glance(self, record: HopRecord) -> Finding:
         """Judge a record by one run of a part of it."""
@@ -247,10 +274,9 @@ class LocalVerifier(Verifier):
             "audit.load blocks=%s embedding_and_head=%s tokens=%d", span, embedding_and_head, max_tokens
         )
         checkpoint = self._source.fetch(span, embedding_and_head=embedding_and_head)
-        config = ComputeConfig(device="cpu", dtype="float32")
         return _Loaded(
             open_reference(checkpoint, span, max_tokens=max_tokens, numerics=numerics),
-            load_embedding_and_head(checkpoint, config) if embedding_and_head else None,
+            self._load_ends(checkpoint) if embedding_and_head else None,
         )
 
     def _is_near(self, span: BlockSpan, *, embedding_and_head: bool = False) -> bool:

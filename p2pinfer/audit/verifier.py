@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
-from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.reputation.verdict import Finding, Verdict
+
+if TYPE_CHECKING:
+    from p2pinfer.node.evidence.end_claims import EndClaims
+    from p2pinfer.node.evidence.pass_record import PassRecord
 
 
 class Verifier(ABC):
@@ -42,6 +46,13 @@ class Verifier(ABC):
     def is_thorough(self, finding: Finding) -> bool:
         """True if a PASS of `verify_fully` refutes somebody else's FAIL; True by default."""
         return True
+
+    async def verify_ends(self, record: HopRecord, claims: EndClaims) -> Finding:
+        """The verdict on what a hop embedded or drew for a client without weights; none by default.
+
+        It is confirmed already: a FAIL bans.
+        """
+        return Finding(Verdict.INCONCLUSIVE, "embedding and head are not looked at")
 
     async def confirm(self, record: HopRecord) -> Finding:
         """A verdict that does not rest on what `verify` keeps in memory; `verify` by default."""

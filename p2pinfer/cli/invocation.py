@@ -242,17 +242,21 @@ def setting(
     *,
     choices: Sequence[str] = (),
     multiple: bool = False,
+    flag_value: str | None = None,
 ) -> Callable[[_Function], _Function]:
     """An option for the setting of that key.
 
     Args:
         declaration: As people write it: `--listen MULTIADDR`, or `--no-blocks` for a switch.
+        flag_value: That of a switch whose setting is not true or false.
         choices: Offered to the shell that completes; `config` and the layers check values.
     """
     flag, _, metavar = declaration.partition(" ")
     kind: dict[str, Any] = (
         {"metavar": metavar, "type": str} if metavar else {"is_flag": True, "default": None}
     )
+    if flag_value is not None:
+        kind["flag_value"] = flag_value
     if choices:
         kind["shell_complete"] = _completing(choices)
     elif metavar:

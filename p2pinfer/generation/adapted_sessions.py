@@ -1,4 +1,4 @@
-"""Source of sessions for a text that has an adapter."""
+"""Source of sessions for a text with terms of its own: an adapter, or draws at the last hop."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import trio
 
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
@@ -15,7 +16,7 @@ from .remote_blocks import SessionSource
 
 
 class AdaptingSource(SessionSource, Protocol):
-    """Source of sessions that may have an adapter: the client."""
+    """Source of sessions that may have terms of their own: the client."""
 
     async def open_session(
         self,
@@ -23,17 +24,21 @@ class AdaptingSource(SessionSource, Protocol):
         excluded: frozenset[str],
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
+        draw: Draw | None = None,
     ) -> Session:
-        """A session, with an adapter if one is given."""
+        """A session, with an adapter if one is given, that draws if there are terms for it."""
         ...
 
 
 class AdaptedSessions:
-    """Source of a generation's sessions, all with one adapter."""
+    """Source of a generation's sessions, all with one adapter, or by the same draws."""
 
-    def __init__(self, source: AdaptingSource, adapter: SessionAdapter) -> None:
+    def __init__(
+        self, source: AdaptingSource, adapter: SessionAdapter | None = None, draw: Draw | None = None
+    ) -> None:
         self._source = source
         self._adapter = adapter
+        self._draw = draw
 
     @property
     def table_changed(self) -> trio.Event:
@@ -44,7 +49,7 @@ class AdaptedSessions:
         self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
     ) -> Session:
         """See `SessionSource`."""
-        return await self._source.open_session(tokens, excluded, replay_source, self._adapter)
+        return await self._source.open_session(tokens, excluded, replay_source, self._adapter, self._draw)
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """See `SessionSource`."""

@@ -16,7 +16,6 @@ from p2pinfer.errors import ConfigError, PromptTooLong
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatPrompt
 from p2pinfer.models.text.generation_file import GenerationDefaults
-from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.suggestions import suggest
@@ -74,7 +73,7 @@ def new_state(
         sampling.temperature,
         sampling.top_p,
         sampling.top_k,
-        Sampler(sampling).seed,
+        sampling.seed_or_fresh,
         config.stop or defaults.stop,
         eos_ids=tuple(sorted(tokenizer.eos_ids)),
         stop_ids=config.stop_ids,

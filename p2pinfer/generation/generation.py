@@ -16,35 +16,35 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-import torch
 import trio
-from torch import Tensor
 
 from p2pinfer.client_config import GenerationConfig as GenerationConfig
 from p2pinfer.errors import NoRoute, PeerError, Unfinished
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
-from p2pinfer.models.text.grammar import Grammar
-from p2pinfer.models.text.log_probabilities import LogProbabilities, log_probabilities
-from p2pinfer.models.text.processors import Processors
-from p2pinfer.models.text.sampling import Sampler
+from p2pinfer.models.text.log_probabilities import LogProbabilities
 from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route
 
-from .draft_model import DraftModel, ModelDrafter
+from .adapted_sessions import AdaptedSessions, AdaptingSource
+from .drawn_ends import DrawnEnds, terms_of_draws
+from .ends import Ends
 from .first_state import generation_config as generation_config
 from .first_state import new_state as new_state
-from .first_state import sampling_of
 from .kept_texts import KeptTexts
 from .outage import Outage, RetryLimits, Waiting
 from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
 from .speculation import Speculation, SpeculationStats
 from .transcript import FinishReason, Transcript
+
+if TYPE_CHECKING:
+    from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+
+    from .draft_model import DraftModel
 
 _LAST_DRAWS: Final = 15  # whose median counts
 
@@ -118,7 +118,7 @@ class Generation:
         self,
         source: SessionSource,
         spec: ModelSpec,
-        embedding_and_head: EmbeddingAndHead,
+        embedding_and_head: EmbeddingAndHead | None,
         tokenizer: Tokenizer,
         state: GenerationState,
         *,
@@ -134,6 +134,7 @@ class Generation:
         """Go on from `state`: that of `new_state`, or of a token.
 
         Args:
+            embedding_and_head: Of the model; None if the first hop embeds, and the last one draws.
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             draft_model: Draws guesses, beside those that are copied from the text.
             expected_s: Gives the seconds that a token should take over a route; None if nobody can tell.
@@ -143,29 +144,33 @@ class Generation:
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
-            ConfigError: The state is of another model, or of none.
+            ConfigError: The state is of another model, or of none; or a last hop cannot draw as it says.
         """
         check_state(state, spec)
         self._spec = spec
-        self._source = source
-        self._embedding_and_head = embedding_and_head
         self._retry_limits = retry_limits or RetryLimits()
         self._on_wait = on_wait
-        self._sampler = Sampler(sampling_of(state))
+        self._seed = state.seed if state.temperature else None
         self.tokenizer = tokenizer
         self._transcript = transcript = Transcript(tokenizer, state)
-        grammar = _grammar_of(state, spec, tokenizer, transcript)
-        process = Processors(state.rules, state.prompt_ids, transcript.max_ids, transcript.eos_ids, grammar)
-        # No method of this one: a cycle of references would keep one that was dropped from being closed.
-        self._choose = partial(_choose, process, self._sampler)
-        self._tokens_before = len(state.token_ids)
-        self._remote = RemoteBlocks(source, embedding_and_head, self._transcript, expected_s, kept_texts)
         self._speculation = speculation
-        if speculation is not None and draft_model is not None:
-            speculation.drafter = ModelDrafter(draft_model, transcript.max_ids, self._choose)
-        self._logprobs = logprobs
+        self._ends: Ends
+        draw: Draw | None = None
+        if embedding_and_head is None:
+            draw = terms_of_draws(state, transcript, logprobs)
+            source = AdaptedSessions(cast(AdaptingSource, source), draw=draw)
+            self._ends = DrawnEnds()
+        else:
+            from .local_ends import LocalEnds  # torch, which a client without weights never imports
+
+            self._ends = ends = LocalEnds(embedding_and_head, spec, tokenizer, state, transcript, logprobs)
+            if speculation is not None and draft_model is not None:
+                speculation.drafter = ends.drafter(draft_model)
+        self._source = source
+        self._tokens_before = len(state.token_ids)
+        self._remote = RemoteBlocks(source, self._ends, self._transcript, expected_s, kept_texts, draw)
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
-        self._rows = deque[Tensor]()  # outputs of the last trip that are not used, (1, hidden_size) each
+        self._rows = deque[Any]()  # outputs of the last trip that are not used, by position
         self._clock = _Clock()
         self._draws_s = deque[float](maxlen=_LAST_DRAWS)
         self._changed: trio.Event | None = None  # set with news of the table since it was taken
@@ -212,12 +217,12 @@ class Generation:
             if (changed := self._changed) is None or changed.is_set():
                 changed = self._changed = self._source.table_changed
             try:
-                trip = await self._remote.hidden_after(self._guesses)
+                trip = await self._remote.outputs_after(self._guesses)
             except (PeerError, NoRoute) as error:
                 outage = outage or Outage(self._retry_limits, begun=bool(self._transcript.token_ids))
                 await self._get_over(error, outage, changed)
             else:
-                self._rows.extend(torch.split(trip.hidden, 1))
+                self._rows.extend(self._ends.split(trip.outputs))
                 self._guesses = self._guesses[: len(self._rows) - 1]
                 if self._speculation is not None and trip.seconds is not None:
                     self._speculation.trips.append((len(self._rows), trip.seconds))
@@ -246,13 +251,11 @@ class Generation:
             raise error
         raise NoRoute(reason, missing) from cause
 
-    def _draw(self, hidden: Tensor) -> tuple[int, LogProbabilities | None]:
+    def _draw(self, output: Any) -> tuple[int, LogProbabilities | None]:
         """The next token. Runs in a thread: logits of a large vocabulary take milliseconds."""
         ids, started = self._transcript.ids, time.perf_counter()
-        logits = self._embedding_and_head.logits(hidden)[-1]
-        token_id = self._choose(logits, ids)
+        token_id, logs = self._ends.draw(output, ids)
         self._draws_s.append(time.perf_counter() - started)
-        logs = None if self._logprobs is None else log_probabilities(logits, token_id, self._logprobs)
         if (speculation := self._speculation) is not None:
             seen = speculation.seen
             if not seen:
@@ -322,7 +325,7 @@ class Generation:
                 self._predicted_tokens_per_s(drawn),
             ),
             remote.failovers,
-            self._sampler.seed if self._sampler.config.temperature else None,
+            self._seed,
             self._speculation.stats(drawn) if self._speculation else None,
             transcript.stopped_by,
             remote.reused_tokens,
@@ -337,17 +340,3 @@ class Generation:
             tokens = self._speculation.stats(drawn).tokens_per_trip
             trip_s += self._speculation.seconds_of_guesses
         return tokens / (trip_s + tokens * median(self._draws_s))
-
-
-def _grammar_of(
-    state: GenerationState, spec: ModelSpec, tokenizer: Tokenizer, transcript: Transcript
-) -> Grammar | None:
-    if not state.grammar:
-        return None
-    prompt_tokens = len(state.prompt_ids)
-    return tokenizer.vocabularies.follow(state.grammar, prompt_tokens, spec.vocab_size, transcript.eos_ids)
-
-
-def _choose(process: Processors, sampler: Sampler, logits: Tensor, ids: Sequence[int]) -> int:
-    """The token behind `ids` that logits (vocab,) give, by a text's rules, settings and seed."""
-    return sampler.pick(process(logits, ids) if process.applies else logits, len(ids))

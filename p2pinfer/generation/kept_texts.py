@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 import trio
 
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
 from p2pinfer.session.terms import KeptSession
@@ -20,8 +21,11 @@ from p2pinfer.session.terms import KeptSession
 MAX_TEXTS: Final = 64  # as many as a hop keeps for one client
 LEAST_TOKENS: Final = 64  # fewer are computed sooner than a route is chosen for them
 
-# A session that begins with a kept one, on the same hops, for so many tokens; None if that cannot be had.
-OpenBehind: TypeAlias = Callable[[KeptSession, int, frozenset[str], ReplaySource], Awaitable[Session | None]]
+# A session that begins with a kept one, on the same hops, for so many tokens, without the excluded peers, and
+# with the terms of its draws if it has any; None if that cannot be had.
+OpenBehind: TypeAlias = Callable[
+    [KeptSession, int, frozenset[str], ReplaySource, Draw | None], Awaitable[Session | None]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,12 @@ class KeptTexts:
         self._texts = [*self._texts[1 - MAX_TEXTS :], _Text(tuple(ids), kept, until)]
 
     async def open(
-        self, ids: Sequence[int], tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+        self,
+        ids: Sequence[int],
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource,
+        draw: Draw | None = None,
     ) -> Session | None:
         """A session for `tokens` positions behind the longest beginning of `ids` that hops keep.
 
@@ -55,7 +64,7 @@ class KeptTexts:
         kept = self._longest(ids[:-1])
         if kept is None:
             return None
-        session = await self._open_behind(kept, tokens, excluded, replay_source)
+        session = await self._open_behind(kept, tokens, excluded, replay_source, draw)
         if session is None or not session.chain.prefix:
             self._texts = [each for each in self._texts if each.kept.session != kept.session]
         return session

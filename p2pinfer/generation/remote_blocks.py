@@ -15,18 +15,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import trio
-from torch import Tensor
 
 from p2pinfer.errors import NoRoute, PeerError, PeerRefused
-from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
+from p2pinfer.session.terms import Inputs
 
+from .ends import Ends
 from .kept_texts import KeptTexts, common_length, kept_s
 from .transcript import Transcript
 
@@ -41,11 +42,11 @@ class Trip:
     """Result of one way through all hops.
 
     Attributes:
-        hidden: (positions, hidden_size), after every block: of the last token, and of the guesses behind it.
+        outputs: Of the last token, and of the guesses behind it: what `Ends.split` takes apart.
         seconds: Time it took; None if it was the prefill of a session, which takes no guesses.
     """
 
-    hidden: Tensor
+    outputs: Any
     seconds: float | None
 
 
@@ -97,21 +98,26 @@ class RemoteBlocks:
     def __init__(
         self,
         source: SessionSource,
-        embedding_and_head: EmbeddingAndHead,
+        ends: Ends,
         transcript: Transcript,
         expect_s: Callable[[Route], float | None] = lambda _: None,
         kept_texts: KeptTexts | None = None,
+        draw: Draw | None = None,
     ) -> None:
-        """Begin sessions with those of `kept_texts`, and add to them, if there are any."""
+        """Begin sessions with those of `kept_texts`, and add to them, if there are any.
+
+        `draw` has the terms of the last hop's draws, by which `source` opens all sessions, if it draws.
+        """
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
         self.expected_s: float | None = None
         self.reused_tokens = 0
         self._kept_texts = kept_texts
+        self._draw = draw
         self._expect_s = expect_s
         self._accused: dict[str, set[str]] = {}  # by who complained: of which neighbours
         self._source = source
-        self._embedding_and_head = embedding_and_head
+        self._ends = ends
         self._transcript = transcript
         self._session: Session | None = None
         self._noted: Route | None = None  # what `route` was made from
@@ -133,8 +139,8 @@ class RemoteBlocks:
             return 0
         return max(0, min(self._reserved - len(self._transcript.ids), self._most_guesses))
 
-    async def hidden_after(self, guesses: tuple[int, ...] = ()) -> Trip:
-        """Hidden states of the last token, and of guesses at those that follow it.
+    async def outputs_after(self, guesses: tuple[int, ...] = ()) -> Trip:
+        """Outputs at the last token, and at guesses at those that follow it.
 
         Args:
             guesses: At most as many as there is `room`; left out where a session has to be opened first.
@@ -153,16 +159,16 @@ class RemoteBlocks:
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._note_route(self._session)
             self._sent = (len(ids), ())
-            embedded = await trio.to_thread.run_sync(self._embedding_and_head.embed, ids)
+            embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
             kept = self._session.chain.prefix
             self.reused_tokens = self.reused_tokens or kept
             trip = Trip(await self._session.prefill(embedded, 0, kept=kept), None)
         else:
             started = time.perf_counter()
             self._sent = (len(ids), guesses)
-            embedded = self._embedding_and_head.embed((ids[-1], *guesses))
-            hidden = await self._session.decode(embedded, len(ids) - 1)
-            trip = Trip(hidden, time.perf_counter() - started)
+            embedded = self._ends.embed((ids[-1], *guesses))
+            outputs = await self._session.decode(embedded, len(ids) - 1)
+            trip = Trip(outputs, time.perf_counter() - started)
         if self._session.chain.route is not self._noted:
             self._note_route(self._session)
         return trip
@@ -192,7 +198,8 @@ class RemoteBlocks:
         """A session for so many tokens, behind what hops keep of an earlier one if they do."""
         if self._kept_texts is not None:
             ids, past = self._transcript.ids, self._past_inputs
-            if (session := await self._kept_texts.open(ids, tokens, self.excluded, past)) is not None:
+            session = await self._kept_texts.open(ids, tokens, self.excluded, past, self._draw)
+            if session is not None:
                 return session
         return await self._source.open_session(tokens, self.excluded, self._past_inputs)
 
@@ -277,12 +284,12 @@ class RemoteBlocks:
                 ids = self._transcript.ids
                 texts.note(ids[: common_length([*ids[:count], *guesses], ids)], session)
 
-    def _past_inputs(self, start: int, stop: int) -> Tensor:
-        """Hidden states that a session was given at past positions, (tokens, hidden_size)."""
+    def _past_inputs(self, start: int, stop: int) -> Inputs:
+        """Inputs that a session was given at past positions."""
         # With the guesses that were wrong: until the next step rolls it back, the session counts them.
         count, guesses = self._sent
         past = self._transcript.ids[start : min(stop, count)]
-        return self._embedding_and_head.embed((*past, *guesses[max(0, start - count) : max(0, stop - count)]))
+        return self._ends.embed((*past, *guesses[max(0, start - count) : max(0, stop - count)]))
 
     def _note_route(self, session: Session) -> None:
         """Keep who takes part, and what these hops take; they may have been replaced."""

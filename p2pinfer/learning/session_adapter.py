@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
 
 import trio
 
@@ -27,8 +26,6 @@ from .peft_files import read_lora
 from .train_link import TrainLink, open_link
 from .trained_adapter import ModelAdapter
 from .tuned_adapter import TunedAdapter
-
-AT_ONCE: Final = 2  # sessions that are opened: each takes a training session of this client's on every hop
 
 
 class SessionAdapter:

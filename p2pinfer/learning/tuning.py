@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 import torch
 import trio
@@ -23,19 +22,11 @@ from .tuned_adapter import TunedAdapter, new_lora, new_prompt
 from .tuner import Tuner
 
 
-class LocalModel(Protocol):
-    """Parts of a model that a client runs itself."""
-
-    @property
-    def embedding_and_head(self) -> EmbeddingAndHead: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-
 @asynccontextmanager
 async def tuner_over(
     host: Network,
-    model: LocalModel,
+    ends: EmbeddingAndHead,
+    tokenizer: Tokenizer,
     routes: Routes,
     table_changed: Callable[[], trio.Event],
     config: TuneConfig,
@@ -51,7 +42,6 @@ async def tuner_over(
     Raises:
         ConfigError: The model has no such product.
     """
-    ends = model.embedding_and_head
     if adapter is None:
         adapter = await trio.to_thread.run_sync(new_adapter, ends, config)
     optimizer = torch.optim.AdamW(
@@ -64,7 +54,7 @@ async def tuner_over(
         yield Tuner(
             trainer,
             ends,
-            model.tokenizer,
+            tokenizer,
             adapter,
             optimizer,
             nursery,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from p2pinfer.errors import PeerError
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
@@ -24,7 +25,12 @@ class PrefixOpener:
         self._opener = opener
 
     async def open(
-        self, kept: KeptSession, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+        self,
+        kept: KeptSession,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource,
+        draw: Draw | None = None,
     ) -> Session | None:
         """A session for `tokens` positions behind `kept`, without the `excluded` peers.
 
@@ -39,7 +45,7 @@ class PrefixOpener:
             return None
         prefix = Prefix(kept.session, kept.tokens)
         try:
-            return await self._opener.open_on(plan, tokens, excluded, replay_source, None, prefix)
+            return await self._opener.open_on(plan, tokens, excluded, replay_source, None, draw, prefix)
         except PeerError as exc:
             logger.debug("session.no_prefix peer=%s why=%s", exc.peer_id, exc)
             self._planner.hop_failed(plan.route, exc)

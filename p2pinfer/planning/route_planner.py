@@ -59,6 +59,7 @@ class RoutePlanner:
         routing_config: What two routes are compared by.
         joining: The options by which this swarm is joined, as words of a command line, for what is advised.
         model: The model as it was asked for.
+        is_thin: True if the first hop has to embed, and the last one to draw.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RoutePlanner:
         *,
         joining: Sequence[str] = (),
         model: str = "",
+        is_thin: bool = False,
     ) -> None:
         self._member = member
         self._spec = spec
@@ -79,6 +81,7 @@ class RoutePlanner:
         self._policy_runner = policy_runner
         self._routing_config = routing_config
         self._joining = tuple(joining)
+        self._is_thin = is_thin
         named = ("--model", model) if model not in ("", BUNDLED_MODEL) else ()
         self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
         self._cooldowns = Cooldowns(busy_pause_s)
@@ -309,6 +312,7 @@ class RoutePlanner:
             edges=self._quarrels.edges(trio.current_time()),
             spoilt_ranges=self._ledger.spoilt_ranges(time.time()),
             serve_command=self._serve_command,
+            ends=self._is_thin,
         )
         if gap is None:
             return request

@@ -12,6 +12,7 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.events import Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.routing.route import Route
 from p2pinfer.session.chain import ReplaySource
@@ -56,6 +57,7 @@ class SessionOpener:
         excluded: frozenset[str],
         replay_source: ReplaySource | None,
         adapter: SessionAdapter | None,
+        draw: Draw | None = None,
         prefix: Prefix | None = None,
     ) -> Session:
         """A session on the route of a plan, behind a `prefix` as far as its hops still have that.
@@ -86,5 +88,6 @@ class SessionOpener:
             report=self.report,
             adapter=adapter,
             prefix=prefix,
+            draw=draw,
         )
         return await start_session(self.nursery, opening, on_closed=closed)

@@ -26,27 +26,24 @@ from functools import partial
 from itertools import pairwise
 
 import msgspec
-import torch
 import trio
-from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerRefused, PeerUnreachable
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Open, Prefix, Step, Successor
-from p2pinfer.node.protocol.tensors import encode_hidden
 from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.routing.route import Hop, Route
 
 from .flow_limits import FlowLimits, agree, common_prefix, replay_limit_s
 from .hop_stream import HopStream, Listener
 from .opening import OPENING_ROUND_TRIPS, end_all, open_hops
-from .terms import SessionTerms
+from .terms import Inputs, SessionTerms
 
 logger = logging.getLogger(__name__)
 
-# What went in at positions start to stop - 1, (tokens, hidden_size).
-ReplaySource = Callable[[int, int], Tensor]
+# What went in at positions start to stop - 1.
+ReplaySource = Callable[[int, int], Inputs]
 
 
 class NoReplay(PeerError):
@@ -302,12 +299,12 @@ class Chain:
             raise NoReplay("nobody knows any more what went into the first hop", hops[0].peer_id)
         limits = self._limits_of(hops)
         # In a thread: embedding a long past would block the event loop for too long.
-        hidden = await trio.to_thread.run_sync(self._replay_source, start, stop)
-        for number, piece in enumerate(torch.split(hidden, limits.chunk_tokens)):
-            position = start + number * limits.chunk_tokens
+        inputs = await trio.to_thread.run_sync(self._replay_source, start, stop)
+        encode = self.terms.format().encode
+        for number, position in enumerate(range(start, stop, limits.chunk_tokens)):
+            piece = inputs[position - start : position - start + limits.chunk_tokens]
             step = Step(number, epoch, position, len(piece), 0, replay=len(hops))
-            payload = encode_hidden(piece, self.terms.codec)
-            await hops[0].fill(step, payload, limits.chunks_in_flight)
+            await hops[0].fill(step, encode(piece), limits.chunks_in_flight)
 
     # ------------------------------------------------------------------ opening
 
@@ -347,6 +344,8 @@ class Chain:
                 self.terms.codec,
                 predecessor=previous.peer_id if previous else None,
                 successor=Successor(following.peer_id, tuple(following.addrs)) if following else None,
+                tokens=previous is None and self.terms.draw is not None,
+                draw=None if following else self.terms.draw,
             )
             for previous, hop, following in zip(chain, hops, chain[2:], strict=False)
         ]

@@ -19,6 +19,7 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.routing.route import Route
 
@@ -48,6 +49,7 @@ async def open_session(
     report: Report | None = None,
     adapter: SessionAdapter | None = None,
     prefix: Prefix | None = None,
+    draw: Draw | None = None,
 ) -> AsyncGenerator[Session]:
     """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
 
@@ -62,14 +64,15 @@ async def open_session(
         adapter: Brought to every hop, whose receipts then name it.
         prefix: What the session begins with, of one that ended on these hops; `chain.prefix` says how much of
             it all of them still have.
+        draw: How the last hop draws tokens, whose ids then travel instead of hidden states.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
     """
-    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens, adapter)
+    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens, adapter, draw)
     book: ReceiptBook | None = None
     if check_receipts:
-        book = ReceiptBook(terms.session, terms.revision, codec, host.verify, keep=keep_steps)
+        book = ReceiptBook(terms.session, terms.revision, codec, host.verify, keep=keep_steps, draw=draw)
     async with open_nursery() as nursery:
         session = Session(
             host,

@@ -32,6 +32,11 @@ from .hop_stream import HopStream
 OPENING_ROUND_TRIPS: Final = 20
 
 
+_NO_ENDS: Final = (
+    "it holds no embedding and head for clients without weights; leave out --thin, or have it updated"
+)
+
+
 async def open_hops(
     host: Network,
     openings: Sequence[tuple[Hop, Open]],
@@ -68,6 +73,8 @@ async def open_hops(
                         raise ProtocolViolation(
                             "computes in a format that cannot be audited here", hop.peer_id
                         )
+                    if (opening.tokens or opening.draw) and not opened.ends:
+                        raise PeerRefused(_NO_ENDS, hop.peer_id, "wrong_model")
                     ready[index] = opened
                 case Refused(code="no_session") as refused:
                     # No session was asked for by name: it is this client that is not let in.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from p2pinfer.node.protocol.messages import Bill
 
@@ -23,15 +21,15 @@ class Superseded(Exception):
 
 
 class Pending:
-    """A step that was submitted. `await` it for its hidden states, as often as they are wanted."""
+    """A step that was submitted. `await` it for what came of it, as often as that is wanted."""
 
     __slots__ = ("_output",)
 
-    def __init__(self, output: Callable[[], Awaitable[Tensor]]) -> None:
+    def __init__(self, output: Callable[[], Awaitable[Any]]) -> None:
         self._output = output
 
-    def __await__(self) -> Generator[object, object, Tensor]:
-        """(returned tokens, hidden_size), in the session's codec.
+    def __await__(self) -> Generator[object, object, Any]:
+        """As `Format.decode` of the session gives it: hidden states, or draws.
 
         Raises:
             PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.

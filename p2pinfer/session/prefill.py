@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
-from torch import Tensor
 
 from .chain import Chain
 from .flow_limits import ChunkSizes
 from .pending import Pending
+from .terms import Inputs
 
 logger = logging.getLogger(__name__)
 
 
 class Submit(Protocol):
-    """Sends hidden states without waiting for what becomes of them: `Session.submit`."""
+    """Sends inputs without waiting for what becomes of them: `Session.submit`."""
 
     async def __call__(
-        self, hidden: Tensor, position: int, *, returns: int | None = None, kept: bool = False
+        self, inputs: Inputs, position: int, *, returns: int | None = None, kept: bool = False
     ) -> Pending: ...
 
 
-async def send_in_chunks(
-    hidden: Tensor, position: int, submit: Submit, chain: Chain, kept: int = 0
-) -> Tensor:
+async def send_in_chunks(inputs: Inputs, position: int, submit: Submit, chain: Chain, kept: int = 0) -> Any:
     """Push a prompt through, as many chunks at a time as the hops take.
 
     Args:
-        hidden: (tokens, hidden_size), for `position` and the positions behind it.
+        inputs: For `position` and the positions behind it.
         kept: How many of them, the first ones, the hops have already; they do not travel.
 
     Returns:
-        (1, hidden_size): the last token's hidden state.
+        Output of the last position alone.
 
     Raises:
         PeerError: The session is over.
@@ -43,7 +41,7 @@ async def send_in_chunks(
     sizes = ChunkSizes(limits, chain.terms.row_bytes, chain.way_s)
     in_flight = deque[Pending]()
     done = 0
-    while done < len(hidden):
+    while done < len(inputs):
         if len(in_flight) == limits.chunks_in_flight:
             full_at = trio.current_time()
             await in_flight.popleft()
@@ -52,9 +50,9 @@ async def send_in_chunks(
         line = chain.hops[0].line
         # Of what does not travel, the line says nothing.
         tokens = min(limits.chunk_tokens, kept - done) if done < kept else sizes.next_tokens(line)
-        chunk = hidden[done : done + tokens]
+        chunk = inputs[done : done + tokens]
         logger.debug("prefill.chunk at=%d tokens=%d bytes_per_s=%.0f", done, len(chunk), line.bytes_per_s)
-        is_last = done + len(chunk) == len(hidden)
+        is_last = done + len(chunk) == len(inputs)
         in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0, kept=done < kept))
         done += len(chunk)
     # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is left

@@ -17,6 +17,7 @@ import trio
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
 from p2pinfer.models.numerics import parse_numerics, reference_for
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.draws import Draw, are_signed_draws
 from p2pinfer.node.protocol.messages import Bill, Step
 from p2pinfer.reputation.receipt import (
     CheckSignature,
@@ -43,6 +44,7 @@ class PassedStep(NamedTuple):
     sent: Payload  # what the first hop was sent
     got: Payload  # what the last one answered
     receipts: tuple[bytes, ...]
+    drawn: bytes = b""  # the last hop's signature over what it answered, if that is draws
 
 
 class ReceiptBook:
@@ -51,6 +53,7 @@ class ReceiptBook:
     Args:
         revision: Of the model, or what gives it for a hop's blocks.
         keep: Remember every step, payloads included, for an audit after the session.
+        draw: Terms of the last hop's draws; None: hidden states travel to and from the client.
 
     Attributes:
         unchecked: Steps that came back and were not checked yet.
@@ -66,7 +69,9 @@ class ReceiptBook:
         check: CheckSignature,
         *,
         keep: bool = False,
+        draw: Draw | None = None,
     ) -> None:
+        self.draw = draw
         self.session = session
         self.revision = revision
         self.codec = codec
@@ -140,11 +145,21 @@ class ReceiptBook:
                 raise ProtocolViolation(
                     f"a receipt of step {step.number} that cannot be checked", hop.peer_id
                 )
-        blamed = broken_link(receipts, digest_of(passed.sent), digest_of(passed.got))
+        sent, got = digest_of(passed.sent), digest_of(passed.got)
+        if self.draw is not None:  # ids went in, and draws came out
+            sent, got = receipts[0].input, receipts[-1].output
+            self._check_draws(self.draw, passed)
+        blamed = broken_link(receipts, sent, got)
         if blamed is not None:
             raise ProtocolViolation(
                 f"the receipts of step {step.number} do not link up", hops[blamed].peer_id
             )
+
+    def _check_draws(self, draw: Draw, passed: PassedStep) -> None:
+        last, signed, number = passed.hops[-1].peer_id, passed.receipts[-1], passed.step.number
+        check, drawn = self._check_signature, passed.drawn
+        if passed.step.returns and not are_signed_draws(draw, signed, passed.got, drawn, last, check):
+            raise ProtocolViolation(f"draws of step {number} that their hop did not sign", last)
 
     def _check_handing_on(self, passed: PassedStep) -> None:
         """Check that each hop handed on the receipts that the hops before it signed.

@@ -21,9 +21,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 from statistics import median
+from typing import Any
 
 import trio
-from torch import Tensor
 
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
@@ -31,7 +31,6 @@ from p2pinfer.events import Report
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Refused, Result
 from p2pinfer.node.protocol.relay_upgrade import is_worth_moving
-from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, ReplaySource
@@ -48,7 +47,7 @@ from .receipt_checks import PassedStep, ReceiptBook
 from .relay_upgrade import leave_relays
 from .repair import Repair
 from .reporter import Reporter
-from .terms import SessionTerms
+from .terms import Inputs, SessionTerms
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +83,7 @@ class Session:
         self.timings: list[StepTiming] = []
         self.chain = Chain(host, nursery, terms, config, self, replay_source)
         self._terms = terms
+        self._format = terms.format()
         self._config = config
         self._steps = InFlight()
         self.reporter = Reporter(terms.session, report)
@@ -131,61 +131,61 @@ class Session:
     # ------------------------------------------------------------------ steps
 
     async def submit(
-        self, hidden: Tensor, position: int, *, returns: int | None = None, kept: bool = False
+        self, inputs: Inputs, position: int, *, returns: int | None = None, kept: bool = False
     ) -> Pending:
-        """Send hidden states through every block, without waiting for what becomes of them.
+        """Send inputs through every block, without waiting for what becomes of them.
 
         Args:
-            hidden: (tokens, hidden_size). A `position` below what was sent last rolls the session back first.
-            returns: Of how many tokens, the last ones, hidden states come back; all if None.
+            inputs: (tokens, hidden_size), or ids. A `position` below what was sent last rolls back first.
+            returns: Of how many tokens, the last ones, there are to be outputs; of all if None.
             kept: Name them only: they are of the `chain.prefix`, and none come back.
 
         Raises:
             PeerError: The session is over.
         """
-        promise = await self._submit(hidden, position, len(hidden) if returns is None else returns, kept=kept)
+        promise = await self._submit(inputs, position, len(inputs) if returns is None else returns, kept=kept)
         return Pending(partial(self._output_of, promise))
 
-    async def decode(self, hidden: Tensor, position: int) -> Tensor:
-        """Push the hidden states of `position`, `position + 1`, ... through every block.
+    async def decode(self, inputs: Inputs, position: int) -> Any:
+        """Push the inputs of `position`, `position + 1`, ... through every block.
 
         Args:
-            hidden: (tokens, hidden_size). A `position` below the session's length rolls it back first.
+            inputs: (tokens, hidden_size), or ids. A `position` below the session's length rolls it back.
 
         Returns:
-            (tokens, hidden_size), in the session's codec.
+            Hidden states (tokens, hidden_size) in the session's codec; `Draws` if it draws.
 
         Raises:
             PeerError: A hop refused, vanished, broke protocol or took too long, and could not be replaced.
         """
         started = time.perf_counter()
         self._prompt_at = None
-        answer = await self._answered(await self._submit(hidden, position, len(hidden)))
-        timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(hidden))
+        answer = await self._answered(await self._submit(inputs, position, len(inputs)))
+        timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(inputs))
         self.timings.append(timing)
         self.handovers.unseen.append((timing.bills, timing.tokens))
         if len(self.handovers.unseen) >= LOOK_EVERY:
             self.handovers.look_for_stragglers()
         if self.reporter.is_followed:
-            self.reporter.step_done(position, len(hidden), timing.seconds, timing.bills)
+            self.reporter.step_done(position, len(inputs), timing.seconds, timing.bills)
         return self._decoded(answer)
 
-    async def prefill(self, hidden: Tensor, position: int, *, kept: int = 0) -> Tensor:
+    async def prefill(self, inputs: Inputs, position: int, *, kept: int = 0) -> Any:
         """Push a prompt through in chunks that follow each other without waiting.
 
         Args:
-            hidden: (tokens, hidden_size).
+            inputs: (tokens, hidden_size), or ids.
             kept: How many of them, from `position` 0 on, are of the `chain.prefix` and do not travel.
 
         Returns:
-            (1, hidden_size): the last token's hidden state.
+            As `decode`, for the last token alone.
 
         Raises:
             PeerError: As for `decode`.
         """
         self._prompt_at = trio.current_time()
         try:
-            return await send_in_chunks(hidden, position, self.submit, self.chain, kept)
+            return await send_in_chunks(inputs, position, self.submit, self.chain, kept)
         finally:
             self._prompt_at = None
 
@@ -238,33 +238,32 @@ class Session:
         first = self.chain.hops[0]
         return self._steps.progress_at, first, first.sent_bytes
 
-    async def _output_of(self, promise: Promise) -> Tensor:
+    async def _output_of(self, promise: Promise) -> Any:
         return self._decoded(await self._answered(promise))
 
-    def _decoded(self, answer: Answer) -> Tensor:
-        """The hidden states of an answer, (returned tokens, hidden_size)."""
-        spec, tokens = self._terms.spec, answer.result.tokens
-        return decode_hidden(answer.payload, tokens, spec.hidden_size, self._terms.codec, answer.peer_id)
+    def _decoded(self, answer: Answer) -> Any:
+        """Output of an answer, for the positions that were to come back."""
+        return self._format.decode(answer.payload, answer.result.tokens, peer_id=answer.peer_id)
 
-    async def _submit(self, hidden: Tensor, position: int, returns: int, *, kept: bool = False) -> Promise:
+    async def _submit(self, inputs: Inputs, position: int, returns: int, *, kept: bool = False) -> Promise:
         # One holder of the lock from the number to the frame: steps leave in the order of their numbers, on
         # which hops and `InFlight.answer` rely. While a repair holds it, nothing goes out. Where the frame
         # needs no waiting there is no suspension between the two, so a look at the lock will do.
-        sent = None if self._steps.lock.is_held else self._begin(hidden, position, returns, kept)
+        sent = None if self._steps.lock.is_held else self._begin(inputs, position, returns, kept)
         if sent is None or not self.chain.hops[0].send_now(sent.step, sent.payload):
             async with self._steps.lock:  # which suspends only if it was held
-                sent = sent or self._begin(hidden, position, returns, kept)
+                sent = sent or self._begin(inputs, position, returns, kept)
                 await self._push(sent)
         return sent.promise
 
-    def _begin(self, hidden: Tensor, position: int, returns: int, kept: bool) -> SentStep:
+    def _begin(self, inputs: Inputs, position: int, returns: int, kept: bool) -> SentStep:
         """Give a step its number. It must be sent before any other one begins."""
         if self._faults.fatal is not None:
             raise self._faults.fatal
         if self.handovers.replacement is not None:
             self.handovers.note_rolled_back(position)
-        payload = encode_hidden(hidden, self._terms.codec)
-        return self._steps.begin(self.chain.epoch, position, len(hidden), returns, payload, kept=kept)
+        payload = self._format.encode(inputs)
+        return self._steps.begin(self.chain.epoch, position, len(inputs), returns, payload, kept=kept)
 
     async def _push(self, sent: SentStep) -> None:
         """Send a step to the first hop. Should that be gone, it is sent again once there is another one."""
@@ -293,7 +292,9 @@ class Session:
             return
         sent = self._steps.answer(result, payload, stream.peer_id)
         if self.book is not None:
-            passed = PassedStep(sent.step, self.chain.route.hops, sent.payload, payload, result.receipts)
+            passed = PassedStep(
+                sent.step, self.chain.route.hops, sent.payload, payload, result.receipts, result.drawn
+            )
             if self.book.add(passed, result.bills):
                 self._receipts_due.set()
 

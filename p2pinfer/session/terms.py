@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.numerics import Codec, row_bytes
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.draws import Draw, decode_draws, encode_ids
 from p2pinfer.routing.route import Hop, Route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What goes into the first hop: (tokens, hidden_size), or the ids of so many tokens.
+Inputs: TypeAlias = "Tensor | tuple[int, ...]"
+
+
+AT_ONCE: Final = 2  # adapters that a client brings at once: each takes a training session on every hop
 
 
 class SessionAdapter(Protocol):
@@ -53,6 +64,8 @@ class SessionTerms:
         codec: The dtype in which hidden states travel.
         max_tokens: Positions that every hop reserves.
         adapter: Low-rank updates of the model for this session; None: there are none.
+        draw: How the last hop draws tokens, of which the first one gets the ids; None: hidden states go in
+            and come out.
     """
 
     session: bytes
@@ -60,6 +73,7 @@ class SessionTerms:
     codec: Codec
     max_tokens: int
     adapter: SessionAdapter | None = None
+    draw: Draw | None = None
 
     def revision(self, span: BlockSpan) -> str:
         """The model with the adapter, as a hop of these blocks is asked for it."""
@@ -74,3 +88,29 @@ class SessionTerms:
     def row_bytes(self) -> int:
         """Bytes of one position's hidden state on the wire."""
         return row_bytes(self.spec.hidden_size, self.codec)
+
+    def format(self) -> Format:
+        """Format of what goes in and what comes out."""
+        width, vocab_size = self.spec.hidden_size, self.spec.vocab_size
+        if self.draw is not None:
+            return Format(encode_ids, partial(decode_draws, vocab_size=vocab_size))
+        # torch, which whoever has hidden states to send has imported already
+        from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
+
+        return Format(
+            partial(encode_hidden, codec=self.codec),
+            partial(decode_hidden, hidden_size=width, codec=self.codec),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Codec of one session's payloads.
+
+    Attributes:
+        encode: Gives the payload of inputs.
+        decode: Gives hidden states, or `Draws`, of a payload, the number of its positions, and `peer_id`.
+    """
+
+    encode: Callable[[Any], bytes]
+    decode: Callable[..., Any]

@@ -317,6 +317,7 @@ async def test_a_proof_of_training_that_is_false_costs_its_author(
         await swarm.serve(name, *span)
     taken: list[PassRecord] = []
     async with open_client() as stranger, open_client(audit=AuditConfig(rate=0.0)) as client:
+        assert client.training_watch is not None
         client.training_watch = replace_passed(client.training_watch, taken)
         async with client.tuner(TuneConfig(rank=2)) as tuner:
             await tuner.forward_backward(

@@ -56,6 +56,9 @@ class Distant:
     ) -> Checkpoint:
         raise AssertionError(f"{span} was fetched")
 
+    def fetch_words(self, *, progress: Progress | None = None) -> Path:
+        raise AssertionError("no text is read here")
+
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         return len(span or ()) << 30
 

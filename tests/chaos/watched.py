@@ -23,6 +23,7 @@ from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.errors import NoRoute, P2PInferError
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
@@ -98,8 +99,9 @@ class WatchedClient(Client):
         excluded: frozenset[str],
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
+        draw: Draw | None = None,
     ) -> Session:
-        session = await super().open_session(tokens, excluded, replay_source, adapter)
+        session = await super().open_session(tokens, excluded, replay_source, adapter, draw)
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session

@@ -139,7 +139,7 @@ async def test_blocks_that_only_a_node_that_left_had_are_named(tiny_stories: Pat
     ],
 )
 async def test_a_node_without_room_says_why(
-    limits: dict[str, int], message: str, code: str, tiny_stories: Path, tmp_path: Path
+    limits: dict[str, Any], message: str, code: str, tiny_stories: Path, tmp_path: Path
 ) -> None:
     serve = ServeConfig(**limits)
     async with (

@@ -145,7 +145,7 @@ async def test_a_node_that_takes_no_such_adapter_says_so(
     tuned: dict[str, Tuned],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, int],
+    options: dict[str, Any],
     said: str,
 ) -> None:
     config = ClientConfig(dtype="float32", find_timeout_s=0.1, busy_pause_s=0.01, max_attempts=1)

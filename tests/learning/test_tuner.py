@@ -58,7 +58,9 @@ async def open_tuner(
         for peer_id, span in WAY.items():
             await swarm.serve(peer_id, *span)
         host = swarm.network.host("client")
-        async with tuner_over(host, parts, Peers(WAY), trio.Event, config) as tuner:
+        async with tuner_over(
+            host, parts.embedding_and_head, parts.tokenizer, Peers(WAY), trio.Event, config
+        ) as tuner:
             yield tuner, swarm
 
 

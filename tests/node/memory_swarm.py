@@ -10,6 +10,7 @@ from typing import cast
 import trio
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
@@ -165,12 +166,13 @@ class MemorySwarm:
         tokens_per_s: float = 100.0,
         config: ServeConfig | None = None,
         find_addrs: FindAddrs | None = None,
+        ends: EmbeddingAndHead | None = None,
     ) -> Served:
         """Let a new peer serve a span, and announce it."""
         config = config or ServeConfig()
         runner = open_runner(self.checkpoint, BlockSpan(start, stop), compute)
         worker = await self._stack.enter_async_context(open_worker(config.max_batch_tokens))
-        offered = ServedSpan(self.spec, runner, worker, DecodeSpeed(tokens_per_s))
+        offered = ServedSpan(self.spec, runner, worker, DecodeSpeed(tokens_per_s), ends=ends)
         host = self.network.host(peer_id)
         evidence = EvidenceStore(64 << 20, 900)
         serve_evidence(host, evidence)
@@ -181,7 +183,8 @@ class MemorySwarm:
         training = TrainServer(host, offered, config)
         training.register()
         self.served[peer_id] = Served(runner, server, training)
-        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=str(runner.numerics))
+        dtype = str(runner.numerics)
+        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=dtype, ends=ends is not None)
         return self.served[peer_id]
 
     def announce(
@@ -197,6 +200,7 @@ class MemorySwarm:
         told_by: str = "",
         addrs: tuple[str, ...] = (),
         coordinate: Coordinate | None = None,
+        ends: bool = False,
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -214,6 +218,7 @@ class MemorySwarm:
             coordinate=coordinate,
             weights=self.spec.weights,
             numbers=self.spec.numbers,
+            ends=ends,
         )
         self.view.accept(announcement, b"record", told_by=told_by)
         return announcement

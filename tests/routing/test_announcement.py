@@ -191,12 +191,12 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
     """By a bound of ours: the interpreter's is 1,000 levels in Python 3.11, and 10,000 in 3.12."""
-    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 22
-    array_of_23 = b"\xdc\x00\x17"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 23
+    array_of_24 = b"\xdc\x00\x18"
     for levels in (MAX_DEPTH, 500, 5000):  # the announcement itself is one level
         with pytest.raises(ProtocolViolation, match="more than 32 arrays inside each other"):
-            decode_announcement(array_of_23 + fields + b"\x91" * levels + b"\xc0")
-    assert decode_announcement(array_of_23 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
+            decode_announcement(array_of_24 + fields + b"\x91" * levels + b"\xc0")
+    assert decode_announcement(array_of_24 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:

@@ -15,6 +15,8 @@ from p2pinfer.errors import Equivocation, PeerError, PeerRefused, ProtocolViolat
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
+from p2pinfer.node.protocol.draws import Draws, draw_of, encode_draws, encode_ids, sign_draws
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Bill, Open, Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
@@ -369,3 +371,24 @@ async def test_a_hop_of_an_earlier_version_is_left_out_with_a_sentence(
         with pytest.raises(PeerRefused, match="has to be updated") as caught:
             await opened(swarm, route_over(a=(0, 8)))
         assert (caught.value.peer_id, caught.value.is_lasting) == ("a", True)
+
+
+DRAW = draw_of(SamplingConfig(seed=1), LogitsRules(), prompt_tokens=3, max_ids=9, eos_ids=(2,))
+
+
+@pytest.mark.parametrize("signed", ["the last hop", "another hop", "nobody", "for another payload"])
+async def test_draws_have_to_be_signed_by_the_last_hop(signed: str) -> None:
+    """What went in and came out are no rows then, so receipts are held against each other alone."""
+    ours = ReceiptBook(SESSION, REVISION, "float32", verify, draw=DRAW)
+    passed = await Chain().passed()
+    got = encode_draws(Draws((7,)))
+    signer = HOPS[0 if signed == "another hop" else -1].peer_id
+    digest, payload = digest_of(passed.receipts[-1]), b"" if signed == "for another payload" else got
+    drawn = b"" if signed == "nobody" else sign_draws(DRAW, digest, payload, partial(sign, signer))
+    ours.unchecked.append(passed._replace(sent=encode_ids((5,)), got=got, drawn=drawn))
+    if signed == "the last hop":
+        await ours.check()
+        return
+    with pytest.raises(ProtocolViolation, match="did not sign") as caught:
+        await ours.check()
+    assert caught.value.peer_id == HOPS[-1].peer_id

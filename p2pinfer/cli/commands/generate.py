@@ -129,6 +129,12 @@ POLICY = setting(
     "[default: auto]",
 )
 @setting(
+    "client.thin",
+    "--thin",
+    "Hold no weights and import no torch: the first hop embeds, the last one draws. Both read the text.",
+    flag_value="on",
+)
+@setting(
     "client.wait_s",
     "--wait SECONDS",
     "How long to wait for a replacement when a peer fails. [default: 60.0]",
@@ -201,11 +207,14 @@ def generate(
         if len(state.token_ids) >= state.max_new_tokens:
             more = generation_config.max_new_tokens
 
-    waiting.say("loading torch and libp2p", at_once="torch" not in sys.modules)
+    loading = "libp2p" if config.thin == "on" else "torch and libp2p"
+    waiting.say(f"loading {loading}", at_once="torch" not in sys.modules)
     from p2pinfer.cli.output.progress import Bars, NodesStarting
     from p2pinfer.cli.output.render import route_table
     from p2pinfer.cli.running import run
-    from p2pinfer.client import Client  # what follows takes seconds to import: torch, libp2p
+    from p2pinfer.client import (
+        Client,
+    )  # what follows takes seconds to import: libp2p, and torch without --thin
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
 
     async def main() -> None:

@@ -73,7 +73,8 @@ def fickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     async def decode(self: Session, hidden: Tensor, position: int) -> Tensor:
         if position >= 7 and script.exists():
             raise PeerVanished("gone")
-        return await whole(self, hidden, position)
+        output: Tensor = await whole(self, hidden, position)
+        return output
 
     monkeypatch.setattr(Session, "decode", decode)
     monkeypatch.chdir(tmp_path)

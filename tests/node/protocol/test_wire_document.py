@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from p2pinfer.node.evidence import store
-from p2pinfer.node.protocol import frames, messages, train_messages, train_stream, train_tensors
+from p2pinfer.node.protocol import draws, frames, messages, train_messages, train_stream, train_tensors
 from p2pinfer.node.reach import dialback
 from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
 from p2pinfer.reputation import proof, receipt, train_receipt
@@ -36,6 +36,9 @@ LISTS = {
     "Update": "updates",
     "AdapterHead": "digest",
     "CallHead": "call",
+    "Draw": "draw",
+    "Draws": "draws",
+    "Log": "log",
 }
 TABLES = {
     "_Wire": ("Announcements", 0),
@@ -64,6 +67,7 @@ def structs(module: ModuleType) -> Iterator[type[msgspec.Struct]]:
 
 MODULES = (
     messages,
+    draws,
     train_messages,
     train_tensors,
     train_receipt,
@@ -126,7 +130,12 @@ def test_the_document_has_the_protocols_and_the_bounds() -> None:
     ):
         assert f"| `{protocol}` |" in DOCUMENT
     for title, bounds in {
-        "Session and chain frames": [frames.MAX_HEADER_BYTES, receipt.MAX_RECEIPT_BYTES],
+        "Session and chain frames": [
+            frames.MAX_HEADER_BYTES,
+            receipt.MAX_RECEIPT_BYTES,
+            draws.MAX_RULES_BYTES,
+            draws.MAX_LOGS,
+        ],
         "Training": [
             train_stream.MAX_TRAIN_HEADER_BYTES,
             train_messages.MAX_UPDATES,

@@ -1,0 +1,1 @@
+"""Embedding and head of a node, for clients that hold none."""
