@@ -142,9 +142,14 @@ def evenly(blocks: int, hops: int) -> list[BlockSpan]:
 
 @asynccontextmanager
 async def open_swarm(
-    folder: Path, spans: Sequence[BlockSpan], dtype: str, device: str = "cpu", threads: int = 1
+    folder: Path,
+    spans: Sequence[BlockSpan],
+    dtype: str,
+    device: str = "cpu",
+    threads: int = 1,
+    weights: str = "auto",
 ) -> AsyncGenerator[Client]:
-    """A client of one node process per span, with so many torch threads each.
+    """A client of one node process per span, with so many torch threads each, their weights in that format.
 
     A `device` of several names is for the nodes; the client has the first one. It audits nobody. Audits come
     after a session, so they would run beside whatever is timed next, local transformers included: three
@@ -157,7 +162,9 @@ async def open_swarm(
         audit=AuditConfig(rate=0.0),
     )
     cache_bytes = CACHE_BYTES[torch.device(device.split(",")[0]).type]
-    compute = ComputeConfig(device=device, dtype=dtype, threads=threads, cache_bytes=cache_bytes)
+    compute = ComputeConfig(
+        device=device, dtype=dtype, weights=weights, threads=threads, cache_bytes=cache_bytes
+    )
     async with client:
         addrs = client.member.addrs
         async with open_embedded_swarm(addrs, model=str(folder), spans=spans, compute=compute):

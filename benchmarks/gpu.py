@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from typing import Any
 
 import agree
@@ -29,6 +30,7 @@ async def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--model", nargs="+", default=["tiny-stories", "smollm2"], help="for the ids")
     parser.add_argument("--hops", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--weights", nargs="+", default=["auto"], help="auto, int8, int4, nf4")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -46,12 +48,13 @@ async def main() -> None:
                 local = Local(folder, "bfloat16", "cuda")
                 decoding: list[dict[str, Any]] = []
                 prefilling: list[dict[str, Any]] = []
-                for hops in options.hops:
+                for hops, weights in product(options.hops, options.weights):
                     spans = evenly(blocks_of(folder), hops)
-                    async with open_swarm(folder, spans, "bfloat16", "cuda") as client:
-                        decoding.append(await decode.contest(client, local, options.rounds, hops))
+                    async with open_swarm(folder, spans, "bfloat16", "cuda", weights=weights) as client:
+                        row = await decode.contest(client, local, options.rounds, hops)
+                        decoding.append({"weights": weights, **row})
                         row = await prefill.contest(client, local, options.rounds, hops, 2047)
-                        prefilling.append(row)
+                        prefilling.append({"weights": weights, **row})
                 report("decode, Llama-3.1-8B shape", decoding)
                 report("prefill, Llama-3.1-8B shape", prefilling)
                 del local

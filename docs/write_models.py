@@ -87,6 +87,28 @@ records. Each option that is named changes transformers' own logits. Here it giv
   that this model writes. It chooses the same token in 91 % of cases greedily, and in 78 % at a temperature of
   0.7.
 
+## Quantised weights: `p2pinfer node --weights FORMAT`
+
+A node may hold its weights in fewer bits than it computes in. It quantises a checkpoint while loading,
+tensor by tensor.
+
+| format | bits a weight | error of a weight | what it is |
+| --- | --- | --- | --- |
+| `int8` | 8 | 0.8 % | a scale for each row |
+| `int4` | 4.5; on a CPU 5 | 8.6 % | a scale for each 32 numbers, as GGUF's Q4_0 has, of five bits |
+| `nf4` | 4.5 | 9.2 % | bitsandbytes' codes, a scale for each 64 numbers, rounded to bfloat16 |
+
+- **What is quantised**: the products of the blocks. Norms, biases and the routers of experts stay as they
+  are, and so do embedding and head, which clients hold.
+- **What it computes in**: bfloat16, unless `--dtype` says otherwise. Products add up in float32.
+- **Kernels**: on NVIDIA cards two of ours in Triton, which torch brings. Triton needs a C compiler there
+  once. On CPUs torch's own kernels for int8 and int4. A node tests each before it announces. It says which
+  one is wrong or missing, and then lays each weight out anew for every step, which is slow. nf4 on a CPU
+  always does.
+- **Audits** quantise the same checkpoint in the same way, and judge a node by that. A node that computes
+  with other bits than it announces, more or fewer, is found as any other liar is.
+- **Routes** may mix nodes of different formats. A second opinion comes only from a node of the same format.
+
 ## GGUF files
 
 `--model FILE.gguf` works as a folder does; of a file in parts, name any part. A span reads its own

@@ -8,7 +8,10 @@ from typing import Final
 
 from p2pinfer.errors import ConfigError
 
+from .numerics import QUANTISED
+
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS: Final = ("auto", *QUANTISED)
 DEVICES: Final = ("auto", "cpu", "cuda")  # a card among several is cuda:1
 _DEVICE: Final = r"(?:cpu|cuda(?::\d{1,3})?)"
 _ONE_DEVICE: Final = re.compile(f"auto|{_DEVICE}")
@@ -23,6 +26,8 @@ class ComputeConfig:
     device: str = "auto"
     # "float32", "bfloat16", "float16"; auto: the checkpoint's, if the device is quick at it
     dtype: str = "auto"
+    # format of weights in memory: "int8", "int4", "nf4"; auto: the dtype of the computation
+    weights: str = "auto"
     threads: int = 0  # torch threads on a CPU; 0: a node measures the fastest number, a client uses all cores
     # KV cache of the whole span; 0: a quarter of free memory up to 4 GiB, 0.8 of a GPU's
     cache_bytes: int = 0
@@ -30,6 +35,8 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         check_target(self.dtype, self.device, several=True)
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"unknown weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}")
         for name, least in (("threads", 0), ("cache_bytes", 0), ("page_tokens", 1)):
             value = getattr(self, name)
             if value < least:

@@ -17,7 +17,13 @@ CODECS: Final[tuple[Codec, ...]] = get_args(Codec)
 LOSSLESS: Final[Codec] = "float32"  # it holds every value of the others
 
 _CODEC_BYTES: Final[Mapping[Codec, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_WEIGHT_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# Formats that a checkpoint of more bits is quantised to; see `p2pinfer.models.quantised.formats`.
+QUANTISED: Final = ("int8", "int4", "nf4")
+# With their scales. A CPU's kernel wants two numbers for each group of int4 where a card's has one.
+_WEIGHT_BYTES: Final[Mapping[str, float]] = {
+    **{"float32": 4, "bfloat16": 2, "float16": 2},
+    **{"int8": 1, "int4": 0.625, "nf4": 0.5625},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class Numerics:
     """Formats in which a peer holds and computes a span.
 
     Attributes:
-        weights: What weights are stored as in memory: a codec's name, or `int8`.
+        weights: What weights are stored as in memory: a codec's name, or a quantised format's.
         compute: What is computed in, and what the KV cache and the outputs therefore are.
 
     Raises:
@@ -53,6 +59,16 @@ class Numerics:
         return _WEIGHT_BYTES[self.weights]
 
     @property
+    def is_quantised(self) -> bool:
+        """True if weights are held in fewer bits than are computed with."""
+        return self.weights in QUANTISED
+
+    @property
+    def exact(self) -> Numerics:
+        """The same weights, computed with in float32; float32 itself where they are not quantised."""
+        return Numerics(self.weights, LOSSLESS) if self.is_quantised else FLOAT32
+
+    @property
     def bytes_per_value(self) -> int:
         """Bytes of one value of a hidden state, a key or a cached value."""
         return _CODEC_BYTES[self.compute]
@@ -76,12 +92,15 @@ FLOAT16: Final = Numerics("float16", "float16")
 
 # What an audit rounds in to find out how far from float32 an honest peer may lie. The limits of verdicts are
 # in units of bfloat16's rounding and were calibrated with peers of these three (docs/audits.md); a unit of
-# float32's own would be the noise of one processor. Numerics without a reference cannot be checked here, so a
-# peer that could choose them freely could not be caught: no route goes over it.
+# float32's own would be the noise of one processor. Quantised weights are a model of their own: an audit
+# quantises the same checkpoint in the same way, so that a peer which computes with other bits than it names
+# is found. Numerics without a reference cannot be checked here, so a peer that could choose them freely could
+# not be caught: no route goes over it.
 _REFERENCES: Final[Mapping[Numerics, Numerics]] = {
     FLOAT32: BFLOAT16,
     BFLOAT16: BFLOAT16,
     FLOAT16: BFLOAT16,
+    **{Numerics(weights, codec): Numerics(weights, "bfloat16") for weights in QUANTISED for codec in CODECS},
 }
 
 

@@ -25,7 +25,7 @@ from p2pinfer.models.span import BlockSpan
 
 from .architecture import Architecture, describe_architecture
 from .attention import Attention
-from .layers import HeadNorm, Linear, Norm, is_norm
+from .layers import AnyLinear, HeadNorm, Norm, is_norm
 from .mlp import ExpertChoice, ExpertMlp, FeedForward, load_mlp
 from .rope import Ropes, Rotation, rotate
 from .target import Target
@@ -40,11 +40,11 @@ class BlockLayers(NamedTuple):
     """The layers of one block, for whoever runs them in another way than `Blocks.forward`."""
 
     attention_norm: Norm | None
-    qkv: Linear  # queries, keys and values, side by side
+    qkv: AnyLinear  # queries, keys and values, side by side
     query_norm: HeadNorm | None
     key_norm: HeadNorm | None
     sinks: Tensor | None
-    output: Linear
+    output: AnyLinear
     attention_output_norm: Norm | None
     mlp_norm: Norm | None
     mlp: FeedForward | ExpertMlp
@@ -296,7 +296,7 @@ def _load_head_norms(architecture: Architecture, weights: Weights) -> tuple[Head
     return norms[0], norms[1]
 
 
-def _load_qkv(architecture: Architecture, weights: Weights) -> Linear:
+def _load_qkv(architecture: Architecture, weights: Weights) -> AnyLinear:
     """The product of queries, keys and values side by side, however the family stores them."""
     family, hidden = architecture.family, architecture.hidden_size
     heads, kv_heads, size = architecture.heads, architecture.kv_heads, architecture.head_dim

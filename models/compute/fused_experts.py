@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .families import ExpertNames
-from .layers import Linear
+from .layers import AnyLinear
 from .weights import Weights
 
 _GROUP: Final = 32  # numbers of one scale
@@ -26,7 +26,7 @@ _E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def read_fused(
     architecture: Architecture, weights: Weights, names: ExpertNames
-) -> Iterator[tuple[Linear, Linear]]:
+) -> Iterator[tuple[AnyLinear, AnyLinear]]:
     """Each expert's product of gate and up, side by side, and that of down, one expert after the other."""
     count, hidden, inner = architecture.num_experts, architecture.hidden_size, architecture.expert_size
     both = _Stack(weights, f"{names.expert}.{names.gate}", count, hidden, 2 * inner)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from p2pinfer.models.quantised.products import QuantisedLinear
+
 # What torch freezes a compiled CPU model's layers to. Not public, so its absence is a case: see can_pack.
 _MKLDNN: Any = torch.ops.mkldnn
 _linear_pointwise: Any = getattr(_MKLDNN, "_linear_pointwise", None)
@@ -84,6 +86,41 @@ class Linear:
         padded = functional.pad(rows, (0, 0, 0, padded_rows(count) - count))
         product = _linear_pointwise(padded, self._weight, self._bias, "none", [], "")
         return product[:count]
+
+
+class ScaledLinear:
+    """A layer each of whose outputs is multiplied by a number of its own, before the bias."""
+
+    __slots__ = ("_bias", "_linear", "_scales")
+
+    def __init__(self, linear: Linear, scales: Tensor, bias: Tensor | None = None) -> None:
+        self._linear = linear
+        self._scales = scales
+        self._bias = bias
+
+    def dense(self) -> Tensor:
+        """The weight, (out_features, in_features)."""
+        return self._linear.dense() * self._scales[:, None]
+
+    @property
+    def transposed_bytes(self) -> int:
+        """See `Linear`."""
+        return self._linear.transposed_bytes
+
+    def keep_transposed(self, keep: bool) -> None:
+        """See `Linear`."""
+        self._linear.keep_transposed(keep)
+
+    def times_weight(self, rows: Tensor) -> Tensor:
+        """See `Linear`."""
+        return self._linear.times_weight(rows * self._scales)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        output = self._linear(rows) * self._scales
+        return output if self._bias is None else output + self._bias
+
+
+AnyLinear: TypeAlias = Linear | ScaledLinear | QuantisedLinear
 
 
 class RmsNorm:

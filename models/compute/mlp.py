@@ -13,7 +13,7 @@ from torch import Tensor
 from .architecture import Architecture
 from .families import ExpertNames
 from .fused_experts import read_fused
-from .layers import Linear
+from .layers import AnyLinear
 from .updates import RowUpdates
 from .weights import Weights
 
@@ -44,7 +44,7 @@ class FeedForward:
         down: The product of what they give.
     """
 
-    def __init__(self, architecture: Architecture, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, architecture: Architecture, gate_up: AnyLinear, down: AnyLinear) -> None:
         self.gated = architecture.family.gated
         self.gate_up = gate_up
         self.down = down
@@ -93,7 +93,7 @@ class ExpertMlp:
         self.experts_per_token = architecture.experts_per_token
         self._choose: Callable[[Tensor, int], Tensor] = _likeliest
         self._renormalised = architecture.renormalised
-        self.router = weights.linear((names.router,), hidden, (count,), bias=names.router_bias)
+        self.router = weights.linear((names.router,), hidden, (count,), bias=names.router_bias, whole=True)
         self.experts: list[FeedForward]
         if names.fused:
             self.experts = [
@@ -105,10 +105,10 @@ class ExpertMlp:
                 for prefix in map(names.expert.format, range(count))
             ]
         self.shared: FeedForward | None = None
-        self.shared_gate: Linear | None = None
+        self.shared_gate: AnyLinear | None = None
         if names.shared:
             self.shared = _load(architecture, weights, names.shared, names, architecture.shared_size)
-            self.shared_gate = weights.linear((names.shared_gate,), hidden, (1,))
+            self.shared_gate = weights.linear((names.shared_gate,), hidden, (1,), whole=True)
 
     def choosing(self, block: int, choice: ExpertChoice) -> ExpertMlp:
         """The same layer on the same weights, which is that of `block`; `choice` decides on the experts."""

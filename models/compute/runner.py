@@ -163,16 +163,24 @@ class SpanRunner:
 
 
 def open_runner(
-    checkpoint: Checkpoint, span: BlockSpan, config: ComputeConfig, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    config: ComputeConfig,
+    *,
+    progress: Progress | None = None,
+    laid_out: bool = False,
 ) -> SpanRunner:
     """Load a span and give it a cache, as `config` says.
+
+    Args:
+        laid_out: Hold quantised weights as what they stand for, in the dtype of the computation.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
         ConfigError: The config asks for what this machine has not.
         SpanOutOfRange: The model has no such blocks.
     """
-    targets = choose_targets(config, checkpoint.spec.dtype)
+    targets = choose_targets(config, checkpoint.spec.dtype, laid_out=laid_out)
     block_bytes = checkpoint.spec.block_bytes(targets[0].numerics)
     spans = split_span(span, [target.device for target in targets], block_bytes)
     split = [(target, part) for target, part in zip(targets, spans, strict=True) if part is not None]

@@ -10,8 +10,9 @@ from torch import Tensor
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.quantised.formats import Packed, joined, quantise
 
-from .layers import LayerNorm, Linear, Norm, RmsNorm
+from .layers import AnyLinear, LayerNorm, Norm, RmsNorm
 from .target import Target
 
 
@@ -47,7 +48,8 @@ class Weights:
         *,
         bias: bool = False,
         order: Tensor | None = None,
-    ) -> Linear:
+        whole: bool = False,
+    ) -> AnyLinear:
         """Several products of the same rows as one, their outputs side by side.
 
         Args:
@@ -56,23 +58,32 @@ class Weights:
             outputs: What a row gets from each product.
             bias: Whether they have biases. Where none of them is stored they are zero, as in transformers.
             order: Which stored output each output is, where that is another.
+            whole: Keep the weight as it is where others are quantised: rounding would change choices.
         """
         sizes = list(zip(names, outputs, strict=True))
+        weight: Tensor | Packed
         # Placed before they are joined: of what is stored in more bits, only one is held in those.
-        weight = _joined([self.table(name, size, inputs) for name, size in sizes])
-        weight = weight if order is None else weight[order]
+        if self._target.format is None or whole:
+            weight = _joined([self.table(name, size, inputs) for name, size in sizes])
+            weight = weight if order is None else weight[order]
+        else:
+            weight = joined(
+                [self._packed(self._take(f"{name}.weight", size, inputs)) for name, size in sizes]
+            )
+            weight = weight if order is None else weight.rows(order.to(self._target.device))
         if not (bias and any(self.has(f"{name}.bias") for name in names)):
-            return Linear(weight)
+            return self._target.linear(weight)
         biases = _joined([self._target.place(self._take(f"{name}.bias", size)) for name, size in sizes])
-        return Linear(weight, biases if order is None else biases[order])
+        return self._target.linear(weight, biases if order is None else biases[order])
 
     def stored(self, name: str, *shape: int) -> Tensor:
         """A tensor as it is stored, of this shape."""
         return self._take(name, *shape)
 
-    def placed(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def placed(self, weight: Tensor, bias: Tensor | None = None) -> AnyLinear:
         """A product of tensors that were taken with `stored`."""
-        return Linear(self._target.place(weight), None if bias is None else self._target.place(bias))
+        held = self._target.place(weight) if self._target.format is None else self._packed(weight)
+        return self._target.linear(held, None if bias is None else self._target.place(bias))
 
     def scores(self, name: str, count: int) -> Tensor:
         """A vector in float32, as attention takes what joins its scores."""
@@ -110,6 +121,11 @@ class Weights:
                 f"{self._checkpoint.spec.model} has the tensor {min(self._left)}, which a model of family "
                 f"{self._checkpoint.spec.family!r} with this config does not use"
             )
+
+    def _packed(self, weight: Tensor) -> Packed:
+        """The weight, quantised where it will be."""
+        assert self._target.format is not None
+        return quantise(weight.to(self._target.device), self._target.format)
 
     def _take(self, name: str, *shape: int) -> Tensor:
         stored = self._checkpoint.read(self._prefix + name)

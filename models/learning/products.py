@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from p2pinfer.models.compute.layers import Linear
+from p2pinfer.models.compute.layers import AnyLinear
 
 from .adapter import Factors, LowRank
 
@@ -24,7 +24,7 @@ class _Frozen(torch.autograd.Function):
     """`linear(rows)` whose backward gives the rows' gradient and none of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, linear: Linear) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, linear: AnyLinear) -> Tensor:
         ctx.linear = linear
         return linear(rows)
 
@@ -34,7 +34,7 @@ class _Frozen(torch.autograd.Function):
         return ctx.linear.times_weight(gradient), None
 
 
-def product(linear: Linear, rows: Tensor) -> Tensor:
+def product(linear: AnyLinear, rows: Tensor) -> Tensor:
     """`linear(rows)`, differentiable in the rows."""
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return linear(rows)

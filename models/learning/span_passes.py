@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from p2pinfer.models.compute.blocks import BlockLayers, Blocks
-from p2pinfer.models.compute.layers import Linear
+from p2pinfer.models.compute.layers import AnyLinear
 from p2pinfer.models.compute.mlp import ExpertMlp, FeedForward
 from p2pinfer.models.span import BlockSpan
 
@@ -245,7 +245,7 @@ class SpanPasses:
         )
 
 
-def _linears(layers: BlockLayers) -> Iterator[Linear]:
+def _linears(layers: BlockLayers) -> Iterator[AnyLinear]:
     yield layers.qkv
     yield layers.output
     mlp = layers.mlp

@@ -23,7 +23,7 @@ class Reference:
     """A span to hold others' outputs against. Belongs to one thread at a time.
 
     Attributes:
-        exact: Runs it in float32.
+        exact: Runs it in float32; where `numerics` are quantised, with the same weights as they.
         rounded: Run it in `numerics`, with fused kernels and stepwise; they share weights and cache.
         max_tokens: How long a session may be.
     """
@@ -74,6 +74,8 @@ def open_reference(
 ) -> Reference:
     """Load a span, in float32 and in `numerics`, whose rounding is what deviations are measured in.
 
+    Quantised weights are held as what they stand for, so plain products judge the kernels that read them.
+
     With bfloat16 it takes six bytes a weight, and as many for each key and value of `max_tokens`.
 
     Raises:
@@ -82,7 +84,7 @@ def open_reference(
         SpanOutOfRange: The model has no such blocks.
     """
     exact, rounded = (
-        _open(checkpoint, span, each, max_tokens, device, progress) for each in (FLOAT32, numerics)
+        _open(checkpoint, span, each, max_tokens, device, progress) for each in (numerics.exact, numerics)
     )
     return Reference(exact, (rounded, rounded.stepwise()), max_tokens)
 
@@ -136,8 +138,9 @@ def _open(
     per_token = checkpoint.spec.kv_bytes_per_token_per_block(numerics) * len(span)
     config = ComputeConfig(
         device=device,
-        dtype=str(numerics),
+        dtype=numerics.compute if numerics.is_quantised else str(numerics),
+        weights=numerics.weights if numerics.is_quantised else "auto",
         cache_bytes=pages * _PAGE_TOKENS * per_token,
         page_tokens=_PAGE_TOKENS,
     )
-    return open_runner(checkpoint, span, config, progress=progress)
+    return open_runner(checkpoint, span, config, progress=progress, laid_out=True)

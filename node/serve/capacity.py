@@ -13,12 +13,12 @@ import torch
 
 from p2pinfer.errors import LocalError, OutOfMemory
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.compute.layers import Linear
 from p2pinfer.models.compute.runner import Chunk, SpanRunner
 from p2pinfer.models.compute.target import Target, choose_targets
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory, refusals_named
 from p2pinfer.models.machine.split import blocks_that_fit, rooms_of
+from p2pinfer.models.quantised.formats import blank
 from p2pinfer.models.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,12 @@ def _named(devices: Sequence[torch.device]) -> str:
 def _block_seconds(spec: ModelSpec, target: Target) -> float:
     rows = max(1, spec.block_parameters // spec.hidden_size)
     with torch.inference_mode():
-        weight = Linear(torch.zeros(rows, spec.hidden_size, dtype=target.dtype, device=target.device))
+        if target.format is None:
+            weight = target.linear(
+                torch.zeros(rows, spec.hidden_size, dtype=target.dtype, device=target.device)
+            )
+        else:
+            weight = target.linear(blank(rows, spec.hidden_size, target.format, target.device))
         hidden = torch.zeros(1, spec.hidden_size, dtype=target.dtype, device=target.device)
         seconds: list[float] = []
         for _ in range(_PROBE_RUNS):

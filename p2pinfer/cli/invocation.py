@@ -20,6 +20,7 @@ from p2pinfer.errors import ConfigError
 from p2pinfer.folders import is_homeless
 from p2pinfer.models.config import DEVICES as DEVICES
 from p2pinfer.models.config import DTYPES as DTYPES
+from p2pinfer.models.config import WEIGHTS as WEIGHTS
 from p2pinfer.node.transport.swarm_key import load_swarm_key
 from p2pinfer.text_files import is_text
 

@@ -24,7 +24,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
-from p2pinfer.models.compute.runner import open_runner
+from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory, free_memory
 from p2pinfer.models.numerics import Numerics
@@ -200,7 +200,7 @@ async def test_receipts_of_another_model_prove_nothing(source: ModelSource) -> N
         )
 
 
-@pytest.mark.parametrize("dtype", ["int8_bfloat16", "bfloat16_float32", "what_is_this"])
+@pytest.mark.parametrize("dtype", ["int2_bfloat16", "bfloat16_float32", "what_is_this"])
 async def test_receipts_that_name_what_is_not_computed_here_prove_nothing(
     source: ModelSource, dtype: str
 ) -> None:
@@ -219,8 +219,37 @@ async def test_receipts_that_name_what_is_not_computed_here_prove_nothing(
 
 def test_a_reference_for_what_is_not_computed_here_cannot_be_opened(tiny_stories: Path) -> None:
     checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
-    with pytest.raises(ConfigError, match="unknown dtype 'int8_bfloat16'"):
-        open_reference(checkpoint, SPAN, max_tokens=64, numerics=Numerics("int8", "bfloat16"))
+    with pytest.raises(ConfigError, match="unknown dtype 'bfloat16_float32'"):
+        open_reference(checkpoint, SPAN, max_tokens=64, numerics=Numerics("bfloat16", "float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("named", "liars"), [("int8", ("auto", "int4")), ("int4", ("auto", "nf4"))])
+async def test_a_quantised_peer_is_believed_in_its_own_format_and_in_no_other(
+    source: ModelSource, tiny_stories: Path, named: str, liars: tuple[str, ...]
+) -> None:
+    """Steps and prompts of a real runner, and of liars that compute in more bits, or fewer, than they say."""
+    checkpoint = open_checkpoint(tiny_stories, BUNDLED_MODEL)
+    ends = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    given = ends.embed(random.Random(1).sample(range(100, 4000), 65)).bfloat16().float()
+    verifier = LocalVerifier(source, AuditConfig(logits_share=0.0))
+    for weights in (named, *liars):
+        config = ComputeConfig(
+            device="cpu", dtype="bfloat16", weights=weights, threads=1, cache_bytes=1 << 22
+        )
+        runner = open_runner(checkpoint, SPAN, config)
+        runs = [run_session(runner, given, SPAN)]
+        if weights == named:
+            lease = runner.cache.reserve(len(given))
+            runs.append(
+                torch.cat([runner.run([Chunk(lease, at, given[at : at + 1])])[0] for at in range(len(given))])
+            )
+        for outputs in runs:
+            sent, got = (each.float().contiguous().numpy().tobytes() for each in (given, outputs))
+            record = record_of(SPAN, sent, got, len(given), dtype=f"{named}_bfloat16")
+            finding = await verifier.verify(record)
+            expected = Verdict.PASS if weights == named else Verdict.FAIL
+            assert finding.verdict is expected, (weights, finding.reason)
 
 
 def test_peers_of_other_numerics_are_no_second_opinion(honest: tuple[Tensor, list[Tensor]]) -> None:

@@ -297,6 +297,7 @@ def test_the_values_of_a_choice_stand_in_the_help() -> None:
         "client.speculate",
         "compute.dtype",
         "compute.device",
+        "compute.weights",
         "tune.method",
     }
     for option in choosing:

@@ -15,6 +15,7 @@ from p2pinfer.models.numerics import (
     CODECS,
     FLOAT16,
     FLOAT32,
+    QUANTISED,
     Codec,
     Numerics,
     are_comparable,
@@ -25,7 +26,7 @@ from p2pinfer.models.numerics import (
     row_bytes,
 )
 
-WEIGHTS = (*CODECS, "int8")
+WEIGHTS = (*CODECS, *QUANTISED)
 FIELD = re.compile(r"\A[a-z0-9_]{1,16}\Z")  # of announcements and receipts
 
 
@@ -63,7 +64,7 @@ def test_any_text_is_unknown_or_gives_itself_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("int4", "bfloat16"), ("bfloat16", "int8"), ("", "float32"), ("float32", "")]
+    "pair", [("int2", "bfloat16"), ("bfloat16", "int8"), ("", "float32"), ("float32", "")]
 )
 def test_formats_that_there_are_not_are_refused(pair: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="no numerics are called"):
@@ -72,7 +73,7 @@ def test_formats_that_there_are_not_are_refused(pair: tuple[str, str]) -> None:
         plain("int8")
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", CODECS)
 @pytest.mark.parametrize("compute", CODECS)
 def test_bytes_are_those_of_torch(weights: str, compute: Codec) -> None:
     numerics = Numerics(weights, compute)
@@ -102,17 +103,35 @@ def test_what_travels_loses_nothing_of_what_any_hop_computes(
     assert common_codec(hops) == codec
 
 
+def test_quantised_weights_take_what_their_bits_and_scales_take() -> None:
+    bits = {name: 8 * Numerics(name, "bfloat16").bytes_per_weight for name in QUANTISED}
+    assert bits == {"int8": 8, "int4": 5, "nf4": 4.5}
+    assert Numerics("int4", "bfloat16").weight_bytes(1001) == 626
+
+
 def test_only_what_was_calibrated_has_a_reference() -> None:
     assert {reference_for(each) for each in (FLOAT32, BFLOAT16, FLOAT16)} == {BFLOAT16}
     assert reference_for(None) is None
-    others = [Numerics(weights, codec) for weights in WEIGHTS for codec in CODECS if weights != codec]
-    assert len(others) == 9
+    others = [Numerics(weights, codec) for weights in CODECS for codec in CODECS if weights != codec]
+    assert len(others) == 6
     assert not any(reference_for(each) for each in others)
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_quantised_weights_are_audited_with_the_same_weights(weights: str) -> None:
+    for codec in CODECS:
+        reference = reference_for(Numerics(weights, codec))
+        assert reference is not None and reference == Numerics(weights, "bfloat16")
+        assert reference.exact == Numerics(weights, "float32")
+    assert BFLOAT16.exact == FLOAT32
 
 
 def test_outputs_are_compared_only_where_one_reference_is_for_both() -> None:
     quantised = Numerics("int8", "bfloat16")
     assert are_comparable(FLOAT32, BFLOAT16)
     assert not are_comparable(quantised, BFLOAT16)
-    assert not are_comparable(quantised, quantised)
+    assert are_comparable(quantised, Numerics("int8", "float32"))
+    assert not are_comparable(quantised, Numerics("int4", "bfloat16"))
+    strange = Numerics("bfloat16", "float32")
+    assert not are_comparable(strange, strange)
     assert not are_comparable(None, None)

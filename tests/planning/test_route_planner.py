@@ -140,7 +140,7 @@ async def test_an_edge_costs_what_travels_over_it(
             swarm.announce(peer_id, *span, dtype=dtype)
         # None of these can be used, so none of them has a say.
         swarm.announce("full", 0, 8, dtype="float32", free_cache_tokens=0)
-        swarm.announce("foreign", 0, 8, dtype="int8_bfloat16")
+        swarm.announce("foreign", 0, 8, dtype="bfloat16_float32")
         swarm.announce("excluded", 0, 8, dtype="float16")
         policy = Told()
         plan = await planner_of(swarm, policy).plan_session(64, frozenset({"excluded"}))

@@ -33,7 +33,10 @@ CANDIDATES = [
     candidate("second", 4, 8),
     candidate("banned"),
     candidate("excluded"),
-    replace(candidate("int8"), announcement=replace(candidate("int8").announcement, dtype="int8_bfloat16")),
+    replace(
+        candidate("strange"),
+        announcement=replace(candidate("strange").announcement, dtype="bfloat16_float32"),
+    ),
     candidate("full", free=0),
     replace(candidate("left"), announcement=replace(candidate("left").announcement, leaving=True)),
 ]
@@ -82,7 +85,7 @@ def test_no_route_at_all_is_refused() -> None:
         (route(("nobody", 0, 8)), "nobody, which is not a candidate"),
         (route(("first", 0, 5), ("second", 5, 8)), "first, which serves only 0:4"),
         (route(("banned", 0, 8)), "banned, which is banned"),
-        (route(("int8", 0, 8)), "int8, which computes in a format that cannot be audited here"),
+        (route(("strange", 0, 8)), "strange, which computes in a format that cannot be audited here"),
         (route(("excluded", 0, 8)), "excluded, which the request excludes"),
         (route(("left", 0, 8)), "left, which is leaving"),
     ],

@@ -45,11 +45,11 @@ def candidate(
         (candidate("peer", stop=9), Ineligibility.ABSENT),
         (candidate("peer", dtype="bfloat16"), None),
         (candidate("peer", dtype="float16"), None),
-        (candidate("peer", dtype="int8_bfloat16"), Ineligibility.UNCHECKABLE),
+        (candidate("peer", dtype="bfloat16_float32"), Ineligibility.UNCHECKABLE),
         (candidate("peer", dtype="bfloat16_float32"), Ineligibility.UNCHECKABLE),
         (candidate("peer", dtype="what_is_this"), Ineligibility.UNCHECKABLE),
-        (candidate("peer", dtype="int8_bfloat16", free=99), Ineligibility.UNCHECKABLE),
-        (candidate("peer", stop=9, dtype="int8_bfloat16"), Ineligibility.ABSENT),
+        (candidate("peer", dtype="bfloat16_float32", free=99), Ineligibility.UNCHECKABLE),
+        (candidate("peer", stop=9, dtype="bfloat16_float32"), Ineligibility.ABSENT),
     ],
 )
 def test_a_candidate_is_refused_for_a_reason(peer: Candidate, reason: Ineligibility | None) -> None:
@@ -114,8 +114,8 @@ def test_an_empty_swarm_lacks_every_block_wanted() -> None:
 
 def test_blocks_that_nobody_serves_in_known_numerics_are_told_with_a_few_of_those_there_are() -> None:
     peers = [
-        candidate("a", 0, 8, dtype="int4_bfloat16"),
-        candidate("b", 0, 8, dtype="int8_bfloat16"),
+        candidate("a", 0, 8, dtype="bfloat16_float16"),
+        candidate("b", 0, 8, dtype="bfloat16_float32"),
         candidate("c", 0, 8, dtype="what_is_this"),
         candidate("d", 0, 8, dtype="zzz"),
         candidate("e", 0, 4),
@@ -124,7 +124,7 @@ def test_blocks_that_nobody_serves_in_known_numerics_are_told_with_a_few_of_thos
     assert error.missing == ()
     assert not error.is_full
     assert str(error) == (
-        "no route: blocks 4:8 are served only by peers that compute in int4_bfloat16, int8_bfloat16, "
+        "no route: blocks 4:8 are served only by peers that compute in bfloat16_float16, bfloat16_float32, "
         "what_is_this, which this version of p2pinfer cannot check; update it, or serve them yourself with "
         "`p2pinfer node --blocks 4:8`"
     )

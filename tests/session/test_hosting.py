@@ -50,7 +50,7 @@ def with_a_bug(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "on_result", raise_it)
 
 
-@pytest.mark.parametrize("dtype", ["int8_bfloat16", "no_such_dtype", "\x1b[2J", ""])
+@pytest.mark.parametrize("dtype", ["bfloat16_float32", "no_such_dtype", "\x1b[2J", ""])
 async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
     swarm: MemorySwarm, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def without(*gone: int) -> Tamper:
     return Tamper(lambda receipts: [each for index, each in enumerate(receipts) if index not in gone])
 
 
-@pytest.mark.parametrize("dtype", ["int8_bfloat16", "bfloat16_float32", "no_such_dtype"])
+@pytest.mark.parametrize("dtype", ["int2_bfloat16", "bfloat16_float32", "no_such_dtype"])
 async def test_a_hop_whose_receipts_name_what_no_audit_can_run_again_is_to_blame(dtype: str) -> None:
     ours = book()
     ours.unchecked.append(await Chain().passed(resigned(1, dtype=dtype), 1))

@@ -21,6 +21,7 @@ from p2pinfer.cli.invocation import (
     DTYPES,
     MODEL,
     SWARM_KEY,
+    WEIGHTS,
     Invocation,
     command,
     setting,
@@ -55,6 +56,12 @@ logger = logging.getLogger(__name__)
     "--dtype DTYPE",
     f"Compute dtype: {', '.join(DTYPES)}. [default: auto]",
     choices=DTYPES,
+)
+@setting(
+    "compute.weights",
+    "--weights FORMAT",
+    f"Quantise weights while they are loaded: {', '.join(WEIGHTS)}. [default: auto, as they are]",
+    choices=WEIGHTS,
 )
 @setting(
     "compute.device",

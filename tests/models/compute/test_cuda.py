@@ -15,7 +15,12 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.numerics import Numerics
+from p2pinfer.models.quantised.formats import FORMATS, quantise
+from p2pinfer.models.quantised.products import choose_product
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.verify.reference import open_reference
+from p2pinfer.models.verify.sessions import run_session
 
 from ...clear import clear_choices
 
@@ -46,6 +51,10 @@ def generate(checkpoint: Checkpoint, config: ComputeConfig, prompts: list[list[i
             Chunk(lease, lease.length, ends.embed([token])) for lease, token in zip(leases, ids, strict=True)
         ]
     return new
+
+
+def size_of(tensor: Tensor) -> float:
+    return tensor.float().square().sum().sqrt().item()
 
 
 def logits_of(model: Any, ids: list[int]) -> Tensor:
@@ -110,3 +119,45 @@ def test_a_span_over_several_cards_gives_the_ids_of_transformers(
     config = ComputeConfig(device=device, dtype="float32", cache_bytes=1 << 26)
     expected = [continuation(oracle(family_checkpoint.folder), prompt) for prompt in prompts]
     assert generate(family_checkpoint, config, prompts) == expected
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4"])
+def test_quantised_spans_agree_with_their_reference_in_steps_batches_and_prompts(
+    tiny_stories: Path, weights: str
+) -> None:
+    checkpoint, span, tokens = open_checkpoint(tiny_stories, "tiny-stories"), BlockSpan(0, 8), 100
+    reference = open_reference(
+        checkpoint, span, max_tokens=128, numerics=Numerics(weights, "bfloat16"), device="cpu"
+    )
+    config = ComputeConfig(device="cuda", weights=weights, cache_bytes=1 << 28)
+    runner = open_runner(checkpoint, span, config)
+    assert runner.numerics == reference.numerics
+    hidden = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu")).embed(list(range(3, 103)))
+    exact, rounded = (run_session(each, hidden, span) for each in (reference.exact, reference.rounded[0]))
+    unit = size_of((rounded - exact)[1:])
+    leases = [runner.cache.reserve(tokens) for _ in range(5)]
+    prompt = runner.run([Chunk(leases[0], 0, hidden)])[0]
+    alone = [runner.run([Chunk(leases[1], at, hidden[at : at + 1])])[0] for at in range(tokens)]
+    together = [
+        runner.run([Chunk(lease, at, hidden[at : at + 1]) for lease in leases[2:]])[-1]
+        for at in range(tokens)
+    ]
+    for outputs in (prompt, torch.cat(alone), torch.cat(together)):
+        assert size_of((outputs.float() - exact)[1:]) < 1.5 * unit
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(256, 512), (100, 320), (48, 14336), (72, 100)])
+def test_quantised_products_are_those_of_the_weight_laid_out(weights: str, outputs: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    here = quantise(weight, FORMATS[weights])
+    packed = quantise(weight.cuda(), FORMATS[weights])
+    assert torch.equal(packed.codes.cpu(), here.codes)
+    assert torch.equal(packed.scales.cpu(), here.scales)
+    product, dense = choose_product(packed, torch.bfloat16), here.dense(torch.float32)
+    assert torch.equal(product.dense(torch.bfloat16).cpu(), here.dense(torch.bfloat16))
+    for count in (1, 2, 5, 16, 17, 33, 64, 65, 200):
+        rows = torch.randn(count, inputs, generator=generator).bfloat16()
+        right = rows.float() @ dense.t()
+        assert size_of(product(rows.cuda()).cpu().float() - right) < 0.01 * size_of(right)
