@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SAMPLE_BYTES: Final = 16 << 10  # a rate is taken from no fewer
+SAMPLE_S: Final = 0.1  # nor from shorter waits: the kernel may have taken a burst just then
 ROUND_TRIPS: Final = 4  # for an answer, where packets are lost and sent again
 MAX_RTT_S: Final = 8.0  # peers that answer later gain no more patience
 MAX_QUEUE_S: Final = 8.0
@@ -31,7 +32,7 @@ class LineRate:
     """Rate at which a line takes bytes.
 
     Attributes:
-        bytes_per_s: The estimate; 0 until senders have waited for `SAMPLE_BYTES`.
+        bytes_per_s: The estimate; 0 until senders have waited for `SAMPLE_BYTES`, and for `SAMPLE_S` in all.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class LineRate:
         """Note `sent` bytes that a sender could hand over after waiting for so long."""
         self._bytes += sent
         self._waited_s += waited_s
-        if self._bytes < SAMPLE_BYTES or self._waited_s <= 0:
+        if self._bytes < SAMPLE_BYTES or self._waited_s < SAMPLE_S:
             return
         sample = self._bytes / self._waited_s
         self.bytes_per_s = (self.bytes_per_s + sample) / 2 if self.bytes_per_s else sample

@@ -44,6 +44,8 @@ PATIENCE_S: Final = 0.5  # for an answer, before others are tried beside; and th
 CONNECT_ROUND_TRIPS: Final = 12.0  # TCP, Noise and yamux to a relay, a circuit, and both again through it
 MOST_BESIDE: Final = 32  # peers that are tried at one turn beside those of the route
 SEARCH_S: Final = 60.0  # for which the search goes on as long as somebody is left to be tried
+# The same where peers are left out that failed: they were met, and are better than strangers without end.
+SEARCH_WITHOUT_S: Final = 10.0
 
 FIRST_LUCK_S: Final = 1.0  # between two tries of strangers where there are others, after one in vain
 LAST_LUCK_S: Final = 300.0
@@ -174,7 +176,8 @@ class _Search:
         self, choose: Callable[[frozenset[str]], Awaitable[_Plan]], route_of: Callable[[_Plan], Route]
     ) -> _Plan:
         """The first plan whose hops are all connected; `choose` makes one without the peers it is given."""
-        deadline = trio.current_time() + SEARCH_S
+        search_s = SEARCH_WITHOUT_S if self._excluded else SEARCH_S
+        deadline = trio.current_time() + search_s
         beside = turns = 0
         async with open_nursery() as nursery:
             while True:
@@ -197,6 +200,10 @@ class _Search:
                     self._luck.note(found=is_there)
                 if is_there:
                     return plan
+                if trio.current_time() >= deadline:
+                    raise self._explained(
+                        NoRoute(f"none of those that were tried answered in {search_s:g} s")
+                    )
                 beside = min(max(2 * beside, 2), MOST_BESIDE)
 
     async def _choose(self, choose: Callable[[frozenset[str]], Awaitable[_Plan]], *, may_try: bool) -> _Plan:
@@ -252,7 +259,8 @@ class _Search:
         if news.is_set():  # somebody answered while the route was chosen, or failed
             return True
         if self._pending:
-            await news.wait()
+            with trio.move_on_at(deadline):
+                await news.wait()
             return True
         if self._put_off:
             await trio.sleep(PATIENCE_S)

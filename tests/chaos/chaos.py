@@ -32,7 +32,10 @@ SPANS = ((0, 3), (3, 6), (6, 8), (0, 4), (4, 8), (2, 6), (0, 2), (5, 8))  # ever
 SURVIVORS = (0, 1, 2)  # hold all blocks between them; frozen now and then, never ended
 CLIENTS = 4
 WAIT_S = 120.0  # how long a client waits for blocks that are gone
-HANG_S = WAIT_S + 60.0  # after which a generation counts as hung
+HANG_S = WAIT_S + 60.0  # after which a generation counts as hung, not counting what its client slept
+CROWD_ENDS_S = (
+    120.0  # after it was killed: of lowest priority, it waits for a processor that nobody else wants
+)
 SETTLE_S = 3.0  # in which connections of who has gone are noticed
 QUIET_S = 60.0  # until a node has noticed that nobody is there any more
 SAY_EVERY_S = 300.0  # how it goes
@@ -298,6 +301,8 @@ class _Run:
             case "doze" | "stutter":
                 self._stutters.discard(fault.target)
                 self._clients[fault.target].signal(signal.SIGCONT)
+                if fault.kind == "doze" and fault.target in self._began:
+                    self._began[fault.target]["at"] += fault.lasts_s  # in which it could do nothing
             case "kill" | "move" | "leave":
                 self._restart(fault)
             case "lure":
@@ -309,7 +314,7 @@ class _Run:
         if crowd.exit_code is not None:
             self._fail(f"{crowd.home.name} ended by itself: {crowd.said()[-2000:]}")
         crowd.signal(signal.SIGKILL)
-        crowd.wait_ended(10)
+        crowd.wait_ended(CROWD_ENDS_S)
 
     def _restart(self, fault: Fault) -> None:
         """Start a node anew once it has ended."""

@@ -85,6 +85,22 @@ async def test_each_part_of_a_route_is_found(
         assert plan.route.peer_ids == ("a", "b")
 
 
+async def test_those_that_failed_are_better_than_a_minute_among_strangers(
+    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A client that slept loses all connections, blames honest peers, and has a table of invented ones."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
+        invent(swarm, 1000, silent=True)
+        there(swarm, "failed")
+        routes, began_at = routes_of(swarm), trio.current_time()
+        with pytest.raises(NoRoute):
+            await routes.plan_session(64, frozenset({"failed"}))
+        gave_up_s = trio.current_time() - began_at
+        assert gave_up_s < 15.0
+        plan = await routes.plan_session(64, NOBODY)
+        assert plan.route.peer_ids == ("failed",)
+
+
 async def test_what_another_neighbour_told_of_is_tried_among_the_first(
     tiny_stories: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -67,7 +67,15 @@ def test_a_chunk_is_as_long_as_a_thin_line_takes_for_a_quarter_of_a_second() -> 
     assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24  # 1 Mbit/s
     assert sizes.next_tokens(Line(0.05, bytes_per_s=31_250)) == 6
     assert sizes.next_tokens(Line(0.05, bytes_per_s=1_000)) == LEAST_TOKENS
-    assert sizes.next_tokens(Line(0.05, bytes_per_s=100e6)) == 256
+    assert ChunkSizes(FlowLimits(256, 8), ROW).next_tokens(Line(0.05, bytes_per_s=100e6)) == 256
+
+
+def test_a_rate_that_rises_suddenly_is_believed_step_by_step() -> None:
+    sizes, fast = ChunkSizes(FlowLimits(256, 8), ROW), Line(0.05, bytes_per_s=1e6)
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24
+    assert [sizes.next_tokens(fast) for _ in range(4)] == [48, 96, 192, 195]
+    assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24
+    assert sizes.next_tokens(fast) == 195
 
 
 def test_an_unknown_line_begins_with_a_short_chunk_unless_it_is_local() -> None:
@@ -84,10 +92,10 @@ def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
     sizes.note_stall(0.03, line)
     assert sizes.next_tokens(line) == 48
     sizes.note_stall(1.0, replace(line, queued_bytes=12_500))  # it must have been idle for most of that
-    assert sizes.next_tokens(line) == 97
+    assert sizes.next_tokens(line) == 96
     for _ in range(10):
         sizes.note_stall(1.0, line)
-    assert sizes.next_tokens(line) == 256
+    assert [sizes.next_tokens(line), sizes.next_tokens(line)] == [192, 256]
 
 
 def test_chunks_of_a_line_that_takes_everything_grow() -> None:

@@ -26,9 +26,19 @@ def test_a_rate_is_known_once_enough_bytes_have_waited_and_follows_the_line() ->
     assert rate.bytes_per_s == 0
     rate.note(1, 0.5)
     assert rate.bytes_per_s == SAMPLE_BYTES
-    for _ in range(10):
+    for _ in range(100):
         rate.note(SAMPLE_BYTES, 0.01)
     assert rate.bytes_per_s == pytest.approx(SAMPLE_BYTES * 100, rel=0.01)
+
+
+def test_a_burst_that_the_kernel_took_after_a_moment_is_no_rate() -> None:
+    """31 KB/s: room for the first 16 KiB happened to come after 18 ms."""
+    rate = LineRate()
+    rate.note(SAMPLE_BYTES, 0.018)
+    assert rate.bytes_per_s == 0
+    for _ in range(16):
+        rate.note(SAMPLE_BYTES // 4, SAMPLE_BYTES / 4 / 31_250)
+    assert rate.bytes_per_s == pytest.approx(31_250, rel=0.5)
 
 
 def test_bytes_that_never_waited_say_nothing() -> None:
