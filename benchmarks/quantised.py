@@ -353,7 +353,7 @@ def loading(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def blocks_of_runner(runner: SpanRunner) -> list[Any]:
     """All products of its blocks."""
-    layers = [runner.blocks.layers(index) for index in range(len(runner.span))]
+    layers = [blocks.layers(index) for blocks in runner.parts for index in range(len(blocks.span))]
     return [part for each in layers for part in (each.qkv, each.output, each.mlp.gate_up, each.mlp.down)]
 
 

@@ -192,7 +192,9 @@ def attend_in_parts(
 
     def cut(each: Tensor) -> Tensor:
         """Parts of a context beside each other in the batch; a view where a sequence follows the other."""
-        return each.view(batch, heads, parts, -1, size).transpose(1, 2).reshape(batch * parts, heads, -1, size)
+        return (
+            each.view(batch, heads, parts, -1, size).transpose(1, 2).reshape(batch * parts, heads, -1, size)
+        )
 
     side_by_side = rows[:, None].expand(-1, parts, -1, -1, -1).reshape(batch * parts, heads, group, size)
     of_parts = mask[:, 0, 0].reshape(batch * parts, 1, 1, -1)

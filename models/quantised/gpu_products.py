@@ -6,6 +6,7 @@ shapes, and timed on that weight. Compiled kernels are kept on disk by Triton.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +19,12 @@ from torch.nn import functional
 from . import triton_kernels as kernels
 from .formats import INT4, INT8, Packed, laid_out_product
 
+logger = logging.getLogger(__name__)
+
 FEW_ROWS: Final = 64  # above which a weight is laid out in full, and the card's own product is faster
 _LAID_OUT_AT_ONCE: Final = 1024  # bytes
 _WARM_UP_MS, _TIMED_MS = 2, 8  # of each candidate
+_FOUR: Final = 4  # numbers of a row that are loaded at once
 _BLOCK: Final = 32  # numbers whose 4-bit codes lie together
 _EXPONENT: Final = 0x43000000  # see `triton_kernels`
 
@@ -88,6 +92,8 @@ class OnGpu:
                 return laid_out_product(rows, self._packed)
             return functional.linear(rows, self.dense(rows.dtype))
         rows = rows.contiguous()
+        if rows.storage_offset() % _FOUR:  # of a larger tensor, where eight bytes are not aligned
+            rows = rows.clone()
         return self.launch(rows, self._tiles[row_class(len(rows))])
 
     def launch(self, rows: Tensor, tile: Tile) -> Tensor:
@@ -185,15 +191,23 @@ def fastest(packed: Packed) -> dict[int, Tile]:
         tiles = candidates(packed, rows) if rows <= 16 else (found[16],)
         times = {tile: milliseconds(product, given, tile) for tile in tiles}
         found[rows] = min(times, key=lambda tile: times[tile])
+        if times[found[rows]] == math.inf:
+            raise RuntimeError(
+                f"no kernel for {rows} rows runs on {torch.cuda.get_device_name(given.device)}"
+            )
     return found
 
 
 def milliseconds(product: OnGpu, rows: Tensor, tile: Tile) -> float:
-    """Time of a product with caches that hold none of the weight; infinite if the card has no room for it."""
+    """Time of a product with caches that hold none of the weight; infinite if this tile does not work here.
+
+    A card may lack room for it, and a compiler may fail at it.
+    """
     try:
         timed: float = kernels.triton.testing.do_bench(
             lambda: product.launch(rows, tile), warmup=_WARM_UP_MS, rep=_TIMED_MS, return_mode="median"
         )
-    except kernels.triton.runtime.errors.OutOfResources:
+    except Exception as exc:  # of the card, of Triton, of its compiler
+        logger.debug("quantised.tile fails tile=%s rows=%d why=%s", tile, len(rows), exc)
         return math.inf
     return timed
