@@ -98,6 +98,7 @@ class Opened(_Message, frozen=True, tag="opened"):
     prefix: Count = 0  # positions of the session that are in the cache already
     keeps_s: Count = 0  # how long the hop keeps a session's cache that ends with `keep`, seconds
     ends: bool = False  # the hop embeds, or draws, as it was asked
+    successor_us: Count = 0  # round trip to the successor, microseconds; 0: not known
 
 
 class Move(_Message, frozen=True, tag="move"):

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Final, TypeAlias
 
+import msgspec
 import trio
 
 from p2pinfer.errors import NotAdmitted, PeerError, PeerRefused, PeerVanished, ProtocolViolation
@@ -135,7 +136,10 @@ class SessionControl:
         session, neighbours = self._session, self._neighbours
         with self._guard():
             if session.opening.successor is not None:
-                neighbours.link = await self._link_to(session.opening.successor)
+                neighbours.link = link = await self._link_to(session.opening.successor)
+                line = link.line
+                round_trip_us = int((line.least_rtt_s or line.rtt_s) * 1e6)
+                self._opened = msgspec.structs.replace(self._opened, successor_us=round_trip_us)
             try:
                 await neighbours.control.send(self._opened)
                 await session.outbox.send_computed()

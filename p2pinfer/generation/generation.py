@@ -27,7 +27,6 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.log_probabilities import LogProbabilities
 from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.node.protocol.draws import Draw
-from p2pinfer.routing.route import Route
 
 from .adapted_sessions import AdaptedSessions, AdaptingSource
 from .drawn_ends import DrawnEnds, terms_of_draws
@@ -36,7 +35,7 @@ from .first_state import generation_config as generation_config
 from .first_state import new_state as new_state
 from .kept_texts import KeptTexts
 from .outage import Outage, RetryLimits, Waiting
-from .remote_blocks import HopUsed, RemoteBlocks, SessionSource
+from .remote_blocks import ExpectS, HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
 from .speculation import Speculation, SpeculationStats
 from .transcript import FinishReason, Transcript
@@ -125,7 +124,7 @@ class Generation:
         retry_limits: RetryLimits | None = None,
         speculation: Speculation | None = None,
         draft_model: DraftModel | None = None,
-        expected_s: Callable[[Route], float | None] = lambda _: None,
+        expected_s: ExpectS = lambda _, __: None,
         logprobs: int | None = None,
         kept_texts: KeptTexts | None = None,
         on_wait: Callable[[Waiting], None] = lambda _: None,
@@ -137,7 +136,7 @@ class Generation:
             embedding_and_head: Of the model; None if the first hop embeds, and the last one draws.
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             draft_model: Draws guesses, beside those that are copied from the text.
-            expected_s: Gives the seconds that a token should take over a route; None if nobody can tell.
+            expected_s: Gives the seconds that a token should take over a route and its lines; None: unknown.
             logprobs: How many of the likeliest tokens to give the log probabilities of, with each token's
                 own; None: give none.
             kept_texts: Texts with whose beginning this one may begin on their hops, and to which it is added.

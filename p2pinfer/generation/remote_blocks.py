@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import trio
 
@@ -59,6 +59,10 @@ class HopUsed:
     connection: Literal["direct", "relayed"]
 
 
+# Seconds that a token should take over a route, given the round trips of its lines; None if nobody can tell.
+ExpectS: TypeAlias = Callable[[Route, Sequence[float]], float | None]
+
+
 class SessionSource(Protocol):
     """Source of a generation's sessions: the client."""
 
@@ -100,7 +104,7 @@ class RemoteBlocks:
         source: SessionSource,
         ends: Ends,
         transcript: Transcript,
-        expect_s: Callable[[Route], float | None] = lambda _: None,
+        expect_s: ExpectS = lambda _, __: None,
         kept_texts: KeptTexts | None = None,
         draw: Draw | None = None,
     ) -> None:
@@ -295,7 +299,7 @@ class RemoteBlocks:
         """Keep who takes part, and what these hops take; they may have been replaced."""
         self._noted = route = session.route
         self._most_guesses = session.chain.flow_limits.chunk_tokens - 1
-        self.expected_s = self._expect_s(route)
+        self.expected_s = self._expect_s(route, round_trips_s(session))
         self.route = tuple(
             HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops
         )
@@ -316,3 +320,15 @@ class RemoteBlocks:
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
         self._failovers += self._session.failovers
         self._source.route_ended(self._session.route, outcome)
+
+
+def round_trips_s(session: Session) -> tuple[float, ...]:
+    """Round trips of a session's lines: to the first hop, from hop to hop, from the last one; 0: not known.
+
+    Empty once hops were replaced: what a hop said of its line was said of the former successor.
+    """
+    hops = session.chain.hops
+    if session.repair.done or session.handovers.done:
+        return ()
+    own = [hop.line.least_rtt_s or hop.line.rtt_s for hop in (hops[0], hops[-1])]
+    return (own[0], *(hop.opened.successor_us / 1e6 for hop in hops[:-1]), own[1])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import trio
@@ -22,7 +23,7 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.cost import edges_are_known, route_cost
 from p2pinfer.routing.eligibility import eligible
-from p2pinfer.routing.route import Candidate, Hop, Route, RouteOutcome, RouteRequest
+from p2pinfer.routing.route import Candidate, Edge, Hop, Route, RouteOutcome, RouteRequest
 from p2pinfer.served import describe_served, served_models
 from p2pinfer.session.failover import Gap
 from p2pinfer.session.terms import KeptSession
@@ -136,11 +137,15 @@ class RoutePlanner:
         is_worth_it = again == kept.route and cost <= _MOST_FOR_PREFIX * least
         return SessionPlan(again, kept.codec) if is_worth_it else None
 
-    def expected_s(self, route: Route) -> float | None:
+    def expected_s(self, route: Route, round_trips_s: Sequence[float] = ()) -> float | None:
         """Seconds a token over a route, by what is known of its hops; None if a hop or a line is not known.
 
         Compute, delays and bytes, where no hop fails or lies: what is seen, not what the planner weighs. A
         choice needs some delay for every line, a prediction none that was never measured.
+
+        Args:
+            round_trips_s: Of the lines to the first hop, from hop to hop, as the hops say, and from the last
+                one; 0 where it is not known. Nobody is chosen by the hops' word.
         """
         now = trio.current_time()
         hops = [
@@ -151,6 +156,8 @@ class RoutePlanner:
         if len(hops) < len(route.hops):
             return None
         request = self._request(1, frozenset(), hops, _codec_of(hops))
+        if round_trips_s:
+            hops, request = _with_lines(route, hops, request, round_trips_s)
         if not edges_are_known(route, hops, request, self._routing_config):
             return None
         return route_cost(route, hops, request, None, self._routing_config)
@@ -320,6 +327,22 @@ class RoutePlanner:
         source = by_id.get(gap.before.peer_id) if gap.before else None
         sink = by_id.get(gap.after.peer_id) if gap.after else None
         return replace(request, span=gap.span, source=source, sink=sink)
+
+
+def _with_lines(
+    route: Route, hops: Sequence[Candidate], request: RouteRequest, round_trips_s: Sequence[float]
+) -> tuple[list[Candidate], RouteRequest]:
+    """Hops and request with what was measured of the lines of a route."""
+    ids = route.peer_ids
+    own = {ids[0]: round_trips_s[0], ids[-1]: round_trips_s[-1]}
+    known = [
+        replace(each, rtt_ms=rtt_s * 1e3) if (rtt_s := own.get(each.peer_id, 0.0)) else each for each in hops
+    ]
+    edges = dict(request.edges)
+    for pair, rtt_s in zip(pairwise(ids), round_trips_s[1:-1], strict=True):
+        if rtt_s:
+            edges[pair] = Edge(rtt_s * 1e3, edges[pair].relayed if pair in edges else False)
+    return known, replace(request, edges=edges)
 
 
 def _codec_of(candidates: Iterable[Candidate]) -> Codec:

@@ -45,7 +45,7 @@ async def test_what_was_to_be_expected_counts_trips_and_not_tokens(
             "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a",
             max_new_tokens=30,
             speculation=speculation,
-            expected_s=lambda route: 100.0 * len(route.hops),
+            expected_s=lambda route, _: 100.0 * len(route.hops),
         )
         assert generation.result.timings.predicted_tokens_per_s is None
         _ = [token async for token in generation]

@@ -14,6 +14,7 @@ from p2pinfer.errors import (
 from p2pinfer.generation.draft_model import DraftModel
 from p2pinfer.generation.generation import Generation, GenerationConfig, new_state
 from p2pinfer.generation.outage import RetryLimits, Waiting
+from p2pinfer.generation.remote_blocks import ExpectS
 from p2pinfer.generation.saved_state import decode_state
 from p2pinfer.generation.speculation import Speculation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
@@ -101,7 +102,7 @@ def start(
     retry_limits: RetryLimits | None = None,
     speculation: Speculation | None = None,
     draft_model: DraftModel | None = None,
-    expected_s: Callable[[Route], float | None] = lambda _: None,
+    expected_s: ExpectS = lambda _, __: None,
     on_wait: Callable[[Waiting], None] = lambda _: None,
     **options: Any,
 ) -> Generation:

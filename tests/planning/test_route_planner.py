@@ -171,6 +171,50 @@ async def test_a_token_is_expected_to_take_compute_delays_and_bytes(
         assert planner.expected_s(route_over(a=(0, 4), gone=(4, 8))) is None
         swarm.announce("b", 4, 8, dtype=dtype, tokens_per_s=50, coordinate=b._replace(error=0.9))
         assert planner.expected_s(part) is None, "the line to b was never measured"
+        bytes_s = 3 * 320 * width / 1e5
+        told = planner.expected_s(part, (0.04, 0.1, 0.06))
+        assert told == pytest.approx(0.006 + 0.01 + 0.02 + (0.04 + 0.1 + 0.06) / 2 + bytes_s)
+        assert planner.expected_s(part, (0.04, 0.0, 0.06)) is None, "nobody said how far b is from a"
+
+
+NEAR, FAR = Coordinate(20.0, 0.0, 0.0, 0.0, 0.1), Coordinate(900.0, 0.0, 0.0, 0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen"),
+    [
+        pytest.param({"slow": ((0, 8), 2.0, NEAR)}, ("a", "b"), id="slow blocks"),
+        pytest.param({"far": ((0, 8), 1000.0, FAR)}, ("a", "b"), id="far away"),
+        pytest.param({"far": ((3, 5), 1000.0, FAR)}, ("a", "b"), id="far away, in the middle"),
+        pytest.param({"tiny": ((2, 4), 400.0, NEAR)}, ("a", "b"), id="one hop more"),
+        pytest.param({"whole": ((0, 8), 100.0, NEAR)}, ("whole",), id="one hop for all"),
+    ],
+)
+async def test_a_hop_that_would_slow_the_route_is_left_out(
+    others: dict[str, tuple[tuple[int, int], float, Coordinate]],
+    chosen: tuple[str, ...],
+    tiny_stories: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever is far, slow, or one more than it takes; and the route is as fast as was expected of it."""
+    async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories")) as swarm:
+        for name, span in (("a", (0, 4)), ("b", (4, 8))):
+            swarm.announce(name, *span, tokens_per_s=200.0, coordinate=NEAR)
+        for name, (span, tokens_per_s, coordinate) in others.items():
+            swarm.announce(name, *span, tokens_per_s=tokens_per_s, coordinate=coordinate)
+        member = swarm.member("client")
+        monkeypatch.setattr(type(member), "coordinate", NEAR._replace(x_ms=0.0))
+        policy = RiskAdjusted(NO_TRIALS)
+        planner = RoutePlanner(member, swarm.spec, Ledger(), PolicyRunner(policy, policy, timeout_s=5.0), 2.0)
+        route = (await planner.plan_session(64, frozenset())).route
+        assert route.peer_ids == chosen
+        expected = planner.expected_s(route)
+        worse = [
+            planner.expected_s(Route(tuple(hops)))
+            for hops in ([Hop(name, BlockSpan(*span))] for name, (span, _, _) in others.items())
+            if hops[0].span == BlockSpan(0, 8) and hops[0].peer_id not in chosen
+        ]
+        assert expected is not None and all(each is not None and expected < each for each in worse)
 
 
 async def test_a_route_of_one_codec_among_peers_of_several_is_chosen_at_its_own_size(
