@@ -46,9 +46,9 @@ from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.compute.architecture import describe_architecture
 from p2pinfer.models.compute.blocks import Blocks
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
-from p2pinfer.models.compute.families import describe_architecture
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.learning.adapter import PROJECTIONS, Adapter, AdapterLayout, LowRank, projection_shape

@@ -1,59 +1,75 @@
 """Training over three node processes against transformers and peft on one machine, step by step.
 
-    python benchmarks/learning.py [--steps 100] [--method lora|prompt|deep|head] [--dtype float32] [--kill]
-    python benchmarks/learning.py --speed [--steps 3] [--method lora deep] [--dtype float32 bfloat16]
+    python benchmarks/learning.py [--steps 100] [--method lora prompt deep head] [--dtype float32 bfloat16]
+    python benchmarks/learning.py --model all --steps 20        # families, random weights, four blocks
+    python benchmarks/learning.py --kill                        # each node in turn, by SIGKILL
 
-Prints the largest relative difference of a loss, that of the final parameters, and the time of both. With
---kill there is a fourth node that holds everything, and a node is killed (SIGKILL) in the middle.
-
-With --speed the model is one of random weights, 16 blocks of 1024, over four nodes on loopback, and only the
-time of forward and backward passes of 8 texts of 128 tokens counts. Here the one machine has all cores.
+Prints the largest relative difference of a loss, that of the final parameters, and the time of both. Batches
+are padded, on the left and on the right, and spans are uneven. With --kill there is a fourth node that holds
+everything. Of a family that cannot be trained over a swarm it prints why. --out keeps all losses.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for samples of the families, which belong to the tests
+
 import peft
 import torch
 import transformers
+from contest import blocks_of
 
 import p2pinfer.models
 from p2pinfer.blocking import BlockingClient
 from p2pinfer.client import Client
-from p2pinfer.client_config import ClientConfig
-from p2pinfer.embedded import EmbeddedNode, open_embedded_swarm
+from p2pinfer.client_config import AuditConfig, ClientConfig
+from p2pinfer.embedded import EmbeddedNode, embedded_spans, open_embedded_swarm
+from p2pinfer.errors import LocalError
 from p2pinfer.hf import DistributedModelForCausalLM, DistributedModelForSequenceClassification
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.learning.adapter import PROJECTIONS
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host_config import HostConfig
+from tests.models.families.parity import write_model
+from tests.models.families.samples import SAMPLES
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SPANS = (BlockSpan(0, 3), BlockSpan(3, 5), BlockSpan(5, 8))
+METHODS = ("lora", "prompt", "deep", "head")
+DTYPES = ("float32", "bfloat16")
+PROMPT_TOKENS = 16
+KILLED_AT = (20, 40, 60)  # steps, between forward and backward
 HEAD_CHANGES = {"num_labels": 3, "pad_token_id": 0}
 
 
 def connect(
-    dtype: str, spans: tuple[BlockSpan, ...], nodes: list[EmbeddedNode], model: str = BUNDLED_MODEL
+    dtype: str,
+    spans: tuple[BlockSpan, ...],
+    nodes: list[EmbeddedNode],
+    model: str = BUNDLED_MODEL,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> BlockingClient:
-    """A client of nodes that compute in `dtype`, which are noted in `nodes`."""
+    """A client of nodes that compute in `dtype`, which are noted in `nodes`. It audits nobody."""
 
     @asynccontextmanager
     async def open_client() -> AsyncGenerator[Client]:
         host = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
-        async with Client(model=model, host_config=host, config=ClientConfig(dtype="float32")) as client:
-            compute = ComputeConfig(dtype=dtype, threads=1, device="cpu")
+        config, audit = ClientConfig(dtype="float32"), AuditConfig(rate=0.0)
+        async with Client(model=model, host_config=host, config=config, audit=audit) as client:
+            compute = ComputeConfig(dtype=dtype, threads=threads, device=device)
             swarm = open_embedded_swarm(client.member.addrs, model=model, spans=spans, compute=compute)
             async with swarm as started:
                 nodes.extend(started)
@@ -63,10 +79,11 @@ def connect(
     return BlockingClient(open_client)
 
 
-def batch(step: int, rows: int, length: int) -> dict[str, torch.Tensor]:
+def batch(step: int, vocabulary: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Padded on the left and on the right."""
+    rows, length = options.rows, options.length
     torch.manual_seed(1000 + step % 10)
-    ids = torch.randint(3, 4000, (rows, length))
+    ids = torch.randint(3, vocabulary, (rows, length))
     mask = torch.ones_like(ids)
     for row in range(rows):
         padding = (7 * row + step) % (length // 2)
@@ -79,14 +96,24 @@ def batch(step: int, rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def projections_of(model: Any) -> list[str]:
+    """Products of a model's blocks that take LoRA over a swarm."""
+    layers = getattr(model.model, "layers", None)
+    names = PROJECTIONS if layers is None else [name for name, _ in layers[0].named_modules()]
+    found = [each for each in PROJECTIONS if each in names]
+    fused = {"self_attn.qkv_proj", "mlp.gate_up_proj"} & {*names}
+    return [each for each in found if not (fused and each == "mlp.down_proj")]
+
+
 def prepare(method: str, model: Any) -> Any:
     """The model with what `method` trains."""
     torch.manual_seed(0)
     if method == "lora":
-        return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=ALL_LINEAR))
+        products = [each.rpartition(".")[2] for each in projections_of(model)]
+        return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=products))
     if method == "prompt":
         return peft.get_peft_model(
-            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)
+            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT_TOKENS)
         )
     kept = "deep_prompts" if method == "deep" else "score"
     for name, each in model.named_parameters():
@@ -114,21 +141,23 @@ def with_deep_prompts(model: Any, prompts: torch.Tensor) -> Any:
     return model
 
 
-def train(model: Any, arguments: argparse.Namespace, nodes: list[EmbeddedNode]) -> tuple[list[float], float]:
+def train(
+    model: Any, method: str, options: argparse.Namespace, nodes: list[EmbeddedNode]
+) -> tuple[list[float], float]:
     """Losses, and seconds."""
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses: list[float] = []
     started = time.monotonic()
-    for step in range(arguments.steps):
-        asked = batch(step, arguments.rows, arguments.length)
+    for step in range(options.steps):
+        asked = batch(step, model.config.vocab_size, options)
         if hasattr(model, "mask"):
             model.mask = asked["attention_mask"]
-        if arguments.method == "head":
-            asked["labels"] = torch.arange(arguments.rows) % 3
+        if method == "head":
+            asked["labels"] = torch.arange(options.rows) % 3
         loss = model(**asked).loss
-        if nodes and arguments.kill and step in (20, 40, 60):
-            os.kill(nodes[(20, 40, 60).index(step)].process.pid, signal.SIGKILL)
+        if nodes and options.kill and step in KILLED_AT:
+            os.kill(nodes[KILLED_AT.index(step)].process.pid, signal.SIGKILL)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,131 +165,106 @@ def train(model: Any, arguments: argparse.Namespace, nodes: list[EmbeddedNode]) 
     return losses, time.monotonic() - started
 
 
-def write_wide(folder: Path) -> None:
-    """A llama of random weights."""
+def family_folder(name: str, folder: Path) -> Path:
+    """A model of random weights of a family, as the tests of families have it."""
+    write_model(folder, name, SAMPLES[name].config, prompts=0)
+    # The client loads a tokenizer, which nobody uses.
+    shutil.copy(Path(p2pinfer.models.__path__[0], BUNDLED_MODEL, "tokenizer.json"), folder)
+    return folder
+
+
+def compare(
+    folder: Path,
+    method: str,
+    dtype: str,
+    options: argparse.Namespace,
+    swarm: BlockingClient,
+    nodes: list[EmbeddedNode],
+) -> dict[str, Any]:
+    """Figures of one row: both are trained."""
+    is_head = method == "head"
+    loader = DistributedModelForSequenceClassification if is_head else DistributedModelForCausalLM
     library: Any = transformers
-    config = library.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=4096,
-        max_position_embeddings=2048,
-    )
+    auto = library.AutoModelForSequenceClassification if is_head else library.AutoModelForCausalLM
+    changes = HEAD_CHANGES if is_head else {}
     torch.manual_seed(0)
-    library.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    bundled = Path(p2pinfer.models.__path__[0], BUNDLED_MODEL, "tokenizer.json")
-    shutil.copy(bundled, folder)  # which the client loads, and nobody uses
+    prompts = PROMPT_TOKENS if method == "deep" else 0
+    ours = loader.from_pretrained(
+        folder, swarm=swarm, dtype=dtype, deep_prompts=prompts, config_changes=changes
+    )
+    theirs = auto.from_pretrained(folder, dtype=getattr(torch, dtype), **changes).eval()
+    if is_head:
+        theirs.score.load_state_dict(ours.score.state_dict())
+    if method == "deep":
+        theirs.mask = None
+        theirs = with_deep_prompts(theirs, ours.model.layers.deep_prompts)
+    ours, theirs = prepare(method, ours), prepare(method, theirs)
+    mine, my_s = train(ours, method, options, nodes)
+    other, other_s = train(theirs, method, options, [])
+    ends = [
+        torch.cat([each.detach().float().flatten() for each in trained_of(model)]) for model in (ours, theirs)
+    ]
+    tokens = sum(int(batch(step, 90, options)["attention_mask"].sum()) for step in range(options.steps))
+    return {
+        "steps": options.steps,
+        "first loss": other[0],
+        "last loss": other[-1],
+        "losses apart": max(abs(one - two) / abs(two) for one, two in zip(mine, other, strict=True)),
+        "parameters apart": float((ends[0] - ends[1]).norm() / ends[1].norm()),
+        "tokens/s": round(tokens / my_s),
+        "one machine": round(tokens / other_s),
+        "losses": [mine, other],
+    }
 
 
-def passes_s(model: Any, steps: int) -> float:
-    """Seconds of a step forward and backward, the best of some after a first one."""
-    ids = torch.randint(0, 1024, (8, 128), generator=torch.Generator().manual_seed(0))
-    best = float("inf")
-    for _ in range(steps + 1):
-        started = time.monotonic()
-        model(input_ids=ids, labels=ids).loss.backward()
-        seconds = time.monotonic() - started
-        model.zero_grad()
-        best = min(best, seconds) if _ else best
-    return best
+def trained_of(model: Any) -> list[torch.Tensor]:
+    """Trained parameters, in the order of their names."""
+    return [each for _, each in sorted(model.named_parameters()) if each.requires_grad]
 
 
-def speed(arguments: argparse.Namespace) -> None:
-    """Tokens a second over four nodes, and on one machine."""
-    library: Any = transformers
-    spans = tuple(BlockSpan(at, at + 4) for at in range(0, 16, 4))
-    with tempfile.TemporaryDirectory() as folder:
-        write_wide(Path(folder))
-        for dtype in arguments.dtype:
-            for method in arguments.method:
-                with connect(dtype, spans, [], folder) as swarm:
-                    prompts = 16 if method == "deep" else 0
-                    torch.set_num_threads(1)
-                    ours = prepare(
-                        method,
-                        DistributedModelForCausalLM.from_pretrained(
-                            folder, swarm=swarm, dtype=dtype, deep_prompts=prompts
-                        ),
-                    )
-                    mine = passes_s(ours, arguments.steps)
-                torch.set_num_threads(os.cpu_count() or 1)
-                theirs = library.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-                if method == "deep":
-                    theirs.mask = torch.ones(8, 128, dtype=torch.long)
-                    theirs = with_deep_prompts(theirs, torch.zeros(16, 16, 1024))
-                other = passes_s(prepare(method, theirs), arguments.steps)
-                print(
-                    f"{method} {dtype}, 1024x16, 8x128, four nodes: {1024 / mine:.0f} tokens/s, one machine "
-                    f"{1024 / other:.0f}: {other / mine:.2f} of it",
-                    flush=True,
-                )
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of all that is asked for."""
+    names = sorted(SAMPLES) if options.model == ["all"] else options.model
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            if name == BUNDLED_MODEL:
+                folder = Path(p2pinfer.models.__path__[0], BUNDLED_MODEL)
+            else:
+                folder = family_folder(name, Path(scratch))
+            spans = embedded_spans(blocks_of(folder))
+            if options.kill:
+                spans.append(BlockSpan(0, blocks_of(folder)))
+            for dtype in options.dtype:
+                nodes: list[EmbeddedNode] = []
+                with connect(dtype, tuple(spans), nodes, str(folder)) as swarm:
+                    for method in options.method:
+                        row = {"model": name, "method": method, "dtype": dtype}
+                        try:
+                            yield row | compare(folder, method, dtype, options, swarm, nodes)
+                        except (LocalError, ValueError) as exc:
+                            yield row | {"refused": str(exc)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int)
-    methods, dtypes = ("lora", "prompt", "deep", "head"), ("float32", "bfloat16")
-    parser.add_argument("--method", choices=methods, nargs="+", default=["lora"])
-    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["float32"])
-    parser.add_argument("--speed", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=[BUNDLED_MODEL], help="families, or: all")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=["lora"])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=24)
     parser.add_argument("--kill", action="store_true")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)
-    if arguments.speed:
-        arguments.steps = arguments.steps or 3
-        speed(arguments)
-        return
-    arguments.steps, (arguments.method, *_), (arguments.dtype, *_) = (
-        arguments.steps or 100,
-        arguments.method,
-        arguments.dtype,
-    )
+    parser.add_argument("--out", type=Path, help="a JSON file for all losses")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    nodes: list[EmbeddedNode] = []
-    spans = (*SPANS, BlockSpan(0, 8)) if arguments.kill else SPANS
-    is_head = arguments.method == "head"
-    loader = DistributedModelForSequenceClassification if is_head else DistributedModelForCausalLM
-    auto: Any = transformers
-    auto = auto.AutoModelForSequenceClassification if is_head else auto.AutoModelForCausalLM
-    changes = HEAD_CHANGES if is_head else {}
-    with connect(arguments.dtype, spans, nodes) as swarm:
-        ours = loader.from_pretrained(
-            swarm=swarm,
-            dtype=arguments.dtype,
-            deep_prompts=16 if arguments.method == "deep" else 0,
-            config_changes=changes,
-        )
-        theirs = auto.from_pretrained(ours.name_or_path, dtype=getattr(torch, arguments.dtype), **changes)
-        if is_head:
-            theirs.score.load_state_dict(ours.score.state_dict())
-        if arguments.method == "deep":
-            theirs.mask = None
-            theirs = with_deep_prompts(theirs, ours.model.layers.deep_prompts)
-        ours, theirs = prepare(arguments.method, ours), prepare(arguments.method, theirs)
-        mine, my_s = train(ours, arguments, nodes)
-        other, other_s = train(theirs, arguments, [])
-        apart = max(abs(one - two) / abs(two) for one, two in zip(mine, other, strict=True))
-        ends = [
-            [each.detach().float() for _, each in sorted(model.named_parameters()) if each.requires_grad]
-            for model in (ours, theirs)
-        ]
-        by = [torch.cat([each.flatten() for each in end]) for end in ends]
-        moved = float((by[0] - by[1]).norm() / by[1].norm())
-        tokens = sum(
-            int(batch(step, arguments.rows, arguments.length)["attention_mask"].sum())
-            for step in range(arguments.steps)
-        )
-        print(
-            f"{arguments.method} {arguments.dtype}, {arguments.steps} steps"
-            f"{', three nodes killed' if arguments.kill else ''}: loss {other[0]:.4f} -> {other[-1]:.4f}; "
-            f"losses differ by {apart:.2e}, parameters by {moved:.2e} (relative); "
-            f"{tokens / my_s:.0f} tokens/s, on one machine {tokens / other_s:.0f}",
-            flush=True,
-        )
+    rows: list[dict[str, Any]] = []
+    for row in measure(options):
+        rows.append(row)
+        said = {name: each for name, each in row.items() if name != "losses"}
+        print(json.dumps(said), flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
