@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Final
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
+
+# Fields of which 0 refuses all, is a no, or leaves it to the node.
+_MAY_BE_ZERO: Final = ("session_adapter_bytes", "ends", "train_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class ServeConfig:
     train_tokens: int = 2048  # tokens in one microbatch
     train_in_flight: int = 4  # requests of one training session without an answer
     train_slice_s: float = 0.02  # of training after which others have their turn, seconds; one block at least
-    train_bytes: int = 1 << 30  # memory for what is kept for backward passes, bytes
+    # memory for what is kept for backward passes, bytes; 0: 1 GiB, on a GPU a quarter of what is free
+    train_bytes: int = 0
     # memory for transposed weights while somebody trains, bytes; a quarter of what is free at most
     train_weight_bytes: int = 1 << 30
     client_adapter_bytes: int = 128 << 20  # one adapter of a client, for this node's blocks, bytes
@@ -61,7 +66,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if value == 0 and each.name in ("session_adapter_bytes", "ends"):  # which refuses all, or is no
+            if each.name in _MAY_BE_ZERO and value == 0:
                 continue
             if value <= 0:
                 raise ValueError(f"{each.name} is {value:g}; it must be above 0")

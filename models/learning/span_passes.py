@@ -128,13 +128,14 @@ class SpanPasses:
                 left -= linear.transposed_bytes
                 linear.keep_transposed(left >= 0 and max_bytes > 0)
 
-    def free_bytes(self) -> int:
-        """Bytes that are free where graphs lie, if that is a card; there another allocation may fail.
+    @property
+    def card_free_bytes(self) -> int | None:
+        """Bytes that are free on the GPU that computes, where an allocation may fail; None if none does.
 
-        Of several cards those of the fullest one: any block may have a graph.
+        Of several GPUs those of the fullest one: any block may have a graph.
         """
         cards = [each.device for each in self._parts if each.device.type == "cuda"]
-        return min((int(torch.cuda.mem_get_info(card)[0]) for card in cards), default=1 << 62)
+        return min(map(_free_bytes, cards), default=None)
 
     def forward(self, batch: Microbatch, hidden: Tensor, graph_bytes: int = 0) -> Pass[Forwarded]:
         """Run the span.
@@ -243,6 +244,12 @@ class SpanPasses:
             Dropout(batch.seed),
             stepwise=blocks.rounds_stepwise,
         )
+
+
+def _free_bytes(card: torch.device) -> int:
+    """Bytes that may be allocated on a GPU: what torch holds there and does not use is free as well."""
+    unused = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    return int(torch.cuda.mem_get_info(card)[0]) + unused
 
 
 def _linears(layers: BlockLayers) -> Iterator[AnyLinear]:

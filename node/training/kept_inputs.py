@@ -49,24 +49,25 @@ class KeptInputs:
     Attributes:
         held_bytes: Bytes that are kept.
         bytes_in_flight: Bytes of requests without an answer, for whoever lets them in.
+        max_bytes: Limit of what is kept from now on.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.held_bytes = 0
         self.bytes_in_flight = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._kept: dict[tuple[Hashable, int], tuple[str, Inputs, int]] = {}  # with its size, oldest first
         self._held_by: Counter[str] = Counter()
 
     def add(self, session: Hashable, number: int, client: str, inputs: Inputs) -> None:
         """Keep the inputs of a session's pass, unless they alone are more than all that is kept."""
         self.drop(session, number)
-        if inputs.size > self._max_bytes:
+        if inputs.size > self.max_bytes:
             inputs.graphs.clear()
         size = inputs.size
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             return
-        while self.held_bytes + size > self._max_bytes:
+        while self.held_bytes + size > self.max_bytes:
             greediest = max(self._held_by, key=lambda each: self._held_by[each])
             self.drop(*next(key for key, (owner, *_) in self._kept.items() if owner == greediest))
         self._kept[session, number] = (client, inputs, size)
@@ -76,7 +77,7 @@ class KeptInputs:
     @property
     def graph_bytes(self) -> int:
         """Bytes that the graphs of one more pass may take: half of what is left."""
-        return max(0, self._max_bytes - self.held_bytes) // 2
+        return max(0, self.max_bytes - self.held_bytes) // 2
 
     def get(self, session: Hashable, number: int) -> Inputs | None:
         """Inputs of a pass, if they are still here."""

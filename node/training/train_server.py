@@ -29,6 +29,7 @@ from .train_work import Passing
 
 logger = logging.getLogger(__name__)
 
+_KEPT_BYTES: Final = 1 << 30  # on a CPU, whose memory is for other things as well
 _FAREWELL_S: Final = 1.0  # for a last word to a peer that may not listen
 
 
@@ -48,10 +49,16 @@ class TrainServer:
         self._config = config
         self._on_change = on_change
         self._passes = SpanPasses(*served.runner.parts)
-        self._kept = KeptInputs(min(config.train_bytes, free_memory().bytes // 4))
+        self._kept = KeptInputs(self._room())
         self._sessions: set[TrainSession] = set()
         self._leaving = False
         self._minimum_rate = MinimumRate(config.frame_timeout_s, config.min_bytes_per_s)
+
+    def _room(self) -> int:
+        """Bytes that may be kept for backward passes, by what is free at the moment."""
+        on_card = self._passes.card_free_bytes
+        asked = self._config.train_bytes or (_KEPT_BYTES if on_card is None else on_card // 4)
+        return min(asked, free_memory().bytes // 4) if on_card is None else asked
 
     @property
     def sessions(self) -> int:
@@ -109,6 +116,7 @@ class TrainServer:
         session = TrainSession(passing, frames, signer, self._kept, self._served.adapters, config)
         frames.max_payload_bytes = largest_payload(self._served.spec.hidden_size, config)
         if not self._sessions:
+            self._kept.max_bytes = self._room()
             self._passes.keep_transposed(min(config.train_weight_bytes, free_memory().bytes // 4))
         self._sessions.add(session)
         self._on_change()

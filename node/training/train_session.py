@@ -216,7 +216,7 @@ class TrainSession:
         if len(self._in_flight) >= self._config.train_in_flight:
             raise ProtocolViolation("more requests in flight than this node takes", self.client_id)
         in_flight = self._kept.bytes_in_flight
-        if in_flight and in_flight + size > self._config.train_bytes:
+        if in_flight and in_flight + size > self._kept.max_bytes:
             raise Decline("busy", f"{in_flight} bytes of microbatches wait here; ask again in a moment")
 
     def _begin(self, work: PassWork) -> None:

@@ -198,7 +198,9 @@ class ForwardWork(PassWork):
         digest = digest_of(self._payload)
         passing = self._passing
         batch = self._microbatch(rows, self.request.seed)
-        graph_bytes = min(self._graph_bytes, passing.passes.free_bytes() // 4)
+        graph_bytes, on_card = self._graph_bytes, passing.passes.card_free_bytes
+        if on_card is not None:
+            graph_bytes = min(graph_bytes, on_card // 4)
         forwarded = yield from passing.passes.forward(batch, hidden, graph_bytes)
         output = encode_hidden(forwarded.output, passing.codec)
         _check_results(output, passing.codec, passing.client)

@@ -39,6 +39,7 @@ from .trained_adapter import AdapterGradient, ModelAdapter
 logger = logging.getLogger(__name__)
 
 MICROBATCH_TOKENS: Final = 1024  # a larger one gains nothing more from a hop's products
+LEAST_TOKENS: Final = 256  # of a microbatch that is cut so that every hop has one: below, products get slower
 WAIT_S: Final = 60.0  # for somebody to take over blocks that nobody serves
 MOST_FAILURES: Final = 12  # of hops in one microbatch, after which it is not theirs
 
@@ -253,17 +254,19 @@ class SwarmTrainer:
         return way
 
     def _cuts(self, rows: Rows) -> list[tuple[slice, Rows]]:
-        """Microbatches of whole sequences, and where their tokens lie."""
+        """Microbatches of whole sequences, one for each hop or more, and where their tokens lie."""
         most = min(link.limits.max_tokens for link in self._route.links)
         if max(rows.lengths) > most:
             raise LocalError(
                 f"a sequence of {max(rows.lengths)} tokens; the hops of this route take {most} at once "
                 "(serve.train_tokens of their nodes): cut the texts"
             )
+        share = max(LEAST_TOKENS, -(-rows.tokens // len(self._route.links)))
+        size = min(most, MICROBATCH_TOKENS, share)
         cuts: list[tuple[slice, Rows]] = []
         start, at, lengths = 0, 0, list[int]()
         for length in (*rows.lengths, 0):
-            if lengths and (not length or at + length - start > min(most, MICROBATCH_TOKENS)):
+            if lengths and (not length or at + length - start > size):
                 part = slice(start, at)
                 cuts.append((part, Rows(lengths, rows.positions[part], rows.indices[part])))
                 start, lengths = at, []

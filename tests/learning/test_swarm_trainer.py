@@ -11,6 +11,7 @@ from p2pinfer.learning import swarm_trainer
 from p2pinfer.learning.swarm_trainer import Batch, SwarmTrainer
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.learning.span_passes import SpanPasses
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol import train_stream
@@ -119,6 +120,28 @@ async def test_inputs_that_are_not_kept_are_sent_again(checkpoint: Checkpoint, t
     async with open_training(checkpoint, Peers(WAY), config=config) as (trainer, _):
         await check(trainer, task)
         assert trainer.route.peer_ids == ("a", "b", "c")
+
+
+async def test_a_batch_is_cut_so_that_every_hop_has_a_part(
+    checkpoint: Checkpoint, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm_trainer, "MICROBATCH_TOKENS", 1024)
+    async with open_training(checkpoint, Peers(WAY)) as (trainer, _):
+        whole = await trainer.forward(task.batch, task.adapter)
+        assert len(whole.microbatches) == 1  # too small to be cut
+        monkeypatch.setattr(swarm_trainer, "LEAST_TOKENS", 8)
+        cut = await trainer.forward(task.batch, task.adapter)
+        assert len(cut.microbatches) >= len(trainer.route.peer_ids)
+        assert close(cut.output, whole.output)
+
+
+async def test_a_node_on_a_gpu_keeps_as_much_as_there_is_room_for(
+    checkpoint: Checkpoint, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpanPasses, "card_free_bytes", property(lambda _: 80 << 30))
+    async with open_training(checkpoint, Peers(WAY)) as (trainer, swarm):
+        await trainer.forward(task.batch, task.adapter)
+        assert swarm.served["a"].training._kept.max_bytes == 20 << 30
 
 
 async def test_dropout_is_the_same_wherever_a_pass_is_run_again(checkpoint: Checkpoint) -> None:

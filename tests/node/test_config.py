@@ -7,7 +7,8 @@ import pytest
 
 from p2pinfer.node.config import ServeConfig
 
-MAY_BE_ZERO = {"ends", "session_adapter_bytes"}  # then no session may use an adapter
+# Then no session may use an adapter, the node has no ends, and it decides how much is kept.
+MAY_BE_ZERO = {"ends", "session_adapter_bytes", "train_bytes"}
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig) if each.name not in MAY_BE_ZERO])
