@@ -25,6 +25,7 @@ from p2pinfer.generation.kept_texts import KeptTexts
 from p2pinfer.generation.outage import RetryLimits, Waiting
 from p2pinfer.generation.saved_state import GenerationState, decode_state, extend_state
 from p2pinfer.generation.speculation import speculation_by
+from p2pinfer.learning.loaded_adapters import LoadedAdapters
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.progress import Progress
@@ -47,7 +48,7 @@ from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import AT_ONCE, SessionAdapter
+from p2pinfer.session.terms import SessionAdapter
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig, TuneConfig
 from .client_config import ClientConfig as ClientConfig
@@ -148,7 +149,7 @@ class Client:
         self.training_watch: PassWatch | None = None  # of all trainers
         self._stack = AsyncExitStack()
         self._is_open = False
-        self._bringing = trio.CapacityLimiter(AT_ONCE)  # adapters, to hops that take few trainings at once
+        self._adapters = LoadedAdapters()
 
     async def __aenter__(self) -> Client:
         check_loop()
@@ -189,7 +190,8 @@ class Client:
                 parts = self._member, self._source, self.ledger, self._verifier, self._audit_config
                 host, kept_in = self._host_config, self._data_dir if self._keeps_ledger else None
                 again, blame = partial(run_pass_elsewhere, spec=self.spec), self._planner.blame
-                self._auditor = open_auditor(*parts, host, self._report, kept_in, blame, again)
+                known = self._adapters.find
+                self._auditor = open_auditor(*parts, host, self._report, kept_in, blame, again, known)
                 self._nursery.start_soon(self._auditor.serve)
                 self.training_watch = self._auditor.training
             shared = self._member.host, self._nursery, self.spec, self._session_config, self.routes
@@ -288,10 +290,7 @@ class Client:
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
         """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
-        from p2pinfer.learning.session_adapter import load_session_adapter
-
-        load = partial(load_session_adapter, Path(folder), self.ends, self._member.host, self._bringing)
-        return await trio.to_thread.run_sync(load)
+        return await self._adapters.load(Path(folder), self.ends, self._member.host)
 
     def _go_on(self, state: GenerationState, adapter: SessionAdapter | None, logs: int | None) -> Generation:
         config, local = self._config, self.local

@@ -48,8 +48,10 @@ class SpanRunner:
         stages: Parts of the span, one on each device.
     """
 
-    def __init__(self, stages: Sequence[Stage], cache: PagedCache) -> None:
-        """A runner of stages that follow each other."""
+    def __init__(
+        self, stages: Sequence[Stage], cache: PagedCache, updates: SpanUpdates | None = None
+    ) -> None:
+        """A runner of stages that follow each other; `updates` are of all chunks that come with none."""
         first = stages[0].blocks
         self.spec = first.spec
         self.architecture = first.architecture
@@ -59,6 +61,7 @@ class SpanRunner:
         self.devices = tuple(stage.device for stage in stages)
         self.cache = cache
         self.stages = stages
+        self._updates = updates
         self._num_threads = torch.get_num_threads()
         self._thread: int | None = None
 
@@ -70,9 +73,13 @@ class SpanRunner:
         """A runner of the same weights that shares this one's cache, and leaves experts to `choice`."""
         return self._with_blocks([blocks.choosing(choice) for blocks in self.parts])
 
+    def adapted(self, updates: SpanUpdates) -> SpanRunner:
+        """A runner of the same weights that shares this one's cache, and has an adapter."""
+        return SpanRunner(self.stages, self.cache, updates)
+
     def _with_blocks(self, parts: Sequence[Blocks]) -> SpanRunner:
         stages = [stage.with_blocks(blocks) for stage, blocks in zip(self.stages, parts, strict=True)]
-        return SpanRunner(stages, self.cache)
+        return SpanRunner(stages, self.cache, self._updates)
 
     @property
     def parts(self) -> Sequence[Blocks]:
@@ -117,7 +124,8 @@ class SpanRunner:
             rows: list[Row] = []
             parts: list[Tensor] = []
             for chunk in chunks:
-                rows.append(Row(Piece(chunk.lease, chunk.position, len(chunk.hidden)), chunk.updates))
+                piece = Piece(chunk.lease, chunk.position, len(chunk.hidden))
+                rows.append(Row(piece, chunk.updates or self._updates))
                 parts.append(chunk.hidden.to("cpu", self.dtype))
             part = self.span if span is None else span
             output = run_stages(self.stages, rows, torch.cat(parts), part).cpu()

@@ -10,6 +10,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
+from p2pinfer.models.compute.updates import SpanUpdates
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics
 from p2pinfer.models.progress import Progress
@@ -31,6 +32,11 @@ class Reference:
     exact: SpanRunner
     rounded: Sequence[SpanRunner]
     max_tokens: int
+
+    def adapted(self, updates: SpanUpdates) -> Reference:
+        """The same span with an adapter."""
+        exact, rounded = self.exact.adapted(updates), [each.adapted(updates) for each in self.rounded]
+        return Reference(exact, rounded, self.max_tokens)
 
     @property
     def numerics(self) -> Numerics:

@@ -8,6 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
+from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.learning.brought import MARK
 from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.receipt import Payload, Receipt, standing_steps
@@ -23,12 +25,21 @@ class HopRecord:
     """A hop's receipts of a session, in order, and payloads by digest.
 
     Every payload has the digest that it stands under; who makes a record sees to that.
+
+    Attributes:
+        adapter: What the receipts' revision names beside the model, if it is at hand.
     """
 
     peer_id: str
     signed: tuple[bytes, ...]
     receipts: tuple[Receipt, ...]
     contents: Mapping[bytes, Payload]
+    adapter: Adapter | None = None
+
+    @property
+    def is_adapted(self) -> bool:
+        """True if the receipts are of the model with an adapter."""
+        return MARK in self.revision
 
     @property
     def span(self) -> BlockSpan:

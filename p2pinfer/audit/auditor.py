@@ -47,7 +47,7 @@ from .collect import claims_of, collect_record
 from .draw import AuditBudget, AuditDraw
 from .evidence_source import Line
 from .examiner import Examiner
-from .judge import Judge, Opinion
+from .judge import FindAdapter, Judge, Opinion
 from .kept_jobs import job_folder
 from .local_verifier import LocalVerifier
 from .tally import AuditTally as AuditTally
@@ -73,6 +73,7 @@ class Auditor:
         report: Called with every audit's outcome.
         kept_in: Data directory where audits are kept until they are done; None: in memory alone.
         blame: Charges the peer that broke a receipt, or both neighbours where it is between them.
+        find_adapter: Finds the adapter that a session's revision names.
         run_pass: Has another peer run a pass of training again; None: nobody is asked about training.
     """
 
@@ -90,6 +91,7 @@ class Auditor:
         report: Report | None = None,
         kept_in: Path | None = None,
         run_pass: RunPass | None = None,
+        find_adapter: FindAdapter = lambda revision, span: None,
         blame: Callable[[PeerError], None],
     ) -> None:
         self.tally = AuditTally()
@@ -114,6 +116,7 @@ class Auditor:
             self._draw,
             host_config=hosts,
             rng=self._rng,
+            find_adapter=find_adapter,
         )
         self._failing: set[str] = set()  # peers of which a FAIL is being confirmed
         self._confirmed = Pulse()
@@ -325,6 +328,9 @@ class Auditor:
             self._judge.has_passed = True
         if finding.verdict is not Verdict.FAIL or opinion.record is None:
             return []
+        if opinion.record.is_adapted:  # which nobody else has, so that no proof would be one
+            self._ledger.ban(peer_id, finding.reason, self._clock())
+            return []
         proof = Proof(1, peer_id, "output", opinion.record.signed)
         return await self._accuse(proof, opinion.record.contents, finding.reason)
 
@@ -366,6 +372,7 @@ def open_auditor(
     kept_in: Path | None,
     blame: Callable[[PeerError], None],
     run_pass: RunPass,
+    find_adapter: FindAdapter,
 ) -> Auditor:
     """Auditor of a client's sessions; without a `verifier` the blocks of `source` run again here."""
     return Auditor(
@@ -378,5 +385,6 @@ def open_auditor(
         report=report,
         kept_in=kept_in,
         run_pass=run_pass,
+        find_adapter=find_adapter,
         blame=blame,
     )

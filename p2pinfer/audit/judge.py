@@ -13,14 +13,17 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import trio
 
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import PeerError
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.end_claims import EndClaims
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.host_config import HostConfig
@@ -35,6 +38,7 @@ from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
+FindAdapter: TypeAlias = Callable[[str, BlockSpan], Adapter | None]  # by revision and span
 SECOND_OPINIONS = 4  # peers that are tried for up to three of them
 
 
@@ -54,6 +58,7 @@ class Judge:
         draw: Whose coins say which audits are glances, and whose budget pays for all of them.
         host_config: For the hosts under throw-away identities.
         rng: Draws whom to ask.
+        find_adapter: Finds what a session's revision names beside the model.
 
     Attributes:
         has_passed: True if a re-execution here ever agreed with anybody.
@@ -70,6 +75,7 @@ class Judge:
         *,
         host_config: HostConfig,
         rng: random.Random,
+        find_adapter: FindAdapter = lambda revision, span: None,
     ) -> None:
         self.has_passed = False
         self._member = member
@@ -80,6 +86,7 @@ class Judge:
         self._draw = draw
         self._host_config = host_config
         self._rng = rng
+        self._find_adapter = find_adapter
 
     async def judge(
         self, record: HopRecord | None, others: Sequence[str], on_fail: Callable[[], None]
@@ -95,6 +102,11 @@ class Judge:
         """
         if record is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
+        if record.is_adapted:
+            adapter = await trio.to_thread.run_sync(self._find_adapter, record.revision, record.span)
+            if adapter is None:
+                return Finding(Verdict.INCONCLUSIVE, "the adapter of its session is not here any more"), []
+            record = replace(record, adapter=adapter)
         verifier, paid = self._verifier, partial(self._draw.paid, record.peer_id)
         if not verifier.can_hold(record.span):
             return await self._judge_elsewhere(record, others), []
@@ -157,7 +169,7 @@ class Judge:
 
     async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
         """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
-        if not self._config.remote:
+        if not self._config.remote or record.is_adapted:  # which strangers would have to be brought
             return
         history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
         avoided = (*others, *self._config.own_peers)

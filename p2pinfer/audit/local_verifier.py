@@ -26,6 +26,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.learning.brought import MARK, BroughtAdapter
 from p2pinfer.models.machine.memory import free_memory
 from p2pinfer.models.numerics import BFLOAT16, FLOAT32, Numerics, parse_numerics, reference_for
 from p2pinfer.models.span import BlockSpan
@@ -133,7 +134,8 @@ class LocalVerifier(Verifier):
 
         def check(history: History, numerics: Numerics) -> Finding:
             loaded = self._reference_for(record.span, len(history.inputs), numerics, whole=whole)
-            tail = loaded.tail_behind(record.span, logits=logits)
+            # Behind an inner span of an adapted model there are blocks that its adapter changes as well.
+            tail = loaded.tail_behind(record.span, logits=logits and not record.is_adapted)
             return _check(record, history, loaded.reference, tail)
 
         return self._run(record, check)
@@ -162,7 +164,7 @@ class LocalVerifier(Verifier):
                 return Finding(Verdict.INCONCLUSIVE, "too few tokens to tell anything at a glance")
             part = draw_beginning(history, self._rng)
             loaded = self._reference_for(record.span, len(history.inputs), numerics, whole=True)
-            exact = loaded.reference.exact
+            exact = _adapted(loaded.reference, record).exact
             try:
                 glance = glance_at(exact, record.span, part.inputs, part.outputs, part.positions)
             except ValueError as exc:
@@ -205,7 +207,8 @@ class LocalVerifier(Verifier):
                 return Finding(Verdict.INCONCLUSIVE, "there is nothing to run again")
             return check(history, numerics)
 
-        return self._guarded(record.revision, record.receipts[0].dtype, record.span, run)
+        revision = record.revision if record.adapter is None else record.revision.partition(MARK)[0]
+        return self._guarded(revision, record.receipts[0].dtype, record.span, run)
 
     def _guarded(
         self, revision: str, dtype: str, span: BlockSpan, check: Callable[[Numerics], Finding]
@@ -331,7 +334,7 @@ class _Loaded:
 
 def _check(record: HopRecord, history: History, reference: Reference, tail: Tail | None) -> Finding:
     return check_span(
-        reference,
+        _adapted(reference, record),
         record.span,
         history.inputs,
         history.outputs,
@@ -339,3 +342,10 @@ def _check(record: HopRecord, history: History, reference: Reference, tail: Tail
         positions=history.positions,
         tail=tail,
     )
+
+
+def _adapted(reference: Reference, record: HopRecord) -> Reference:
+    """The reference for what the hop was to run: with the adapter, where there is one."""
+    if record.adapter is None:
+        return reference
+    return reference.adapted(BroughtAdapter(record.adapter, reference.exact.architecture, record.span))

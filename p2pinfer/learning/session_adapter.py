@@ -15,11 +15,13 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+from p2pinfer.models.learning.adapter import Adapter
 from p2pinfer.models.learning.brought import MARK, name_of
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.train_tensors import decode_vector, layout_of
 from p2pinfer.routing.route import Hop
 
 from .peft_files import read_lora
@@ -37,6 +39,7 @@ class SessionAdapter:
         """An adapter; `turns` is what all adapters of a client share, of `AT_ONCE` places."""
         self._adapter = adapter
         self._spec = ends.spec
+        self._architecture = ends.architecture
         self._host = host
         self._turns = turns
 
@@ -44,6 +47,15 @@ class SessionAdapter:
         """The model with this adapter, as sessions and receipts of these blocks name it."""
         part = self._adapter.part(span)
         return revision if part is None else revision + MARK + name_of(part.digest)
+
+    def applied_to(self, span: BlockSpan) -> Adapter | None:
+        """The adapter as a hop of these blocks computes with it; None if it changes none of them."""
+        part = self._adapter.part(span)
+        if part is None:
+            return None
+        layout = layout_of(part.updates, part.prompt_tokens)
+        values = decode_vector(bytearray(part.payload), layout.size(self._architecture, span))
+        return Adapter(layout, values, self._architecture, span)
 
     @asynccontextmanager
     async def brought(self, hops: Sequence[Hop], codec: Codec) -> AsyncGenerator[None]:

@@ -67,11 +67,10 @@ class SessionOpener:
         """
         route, auditor = plan.route, self.auditor
         logger.debug("session.open route=%s codec=%s", route, plan.codec)
-        # With an adapter, outputs are not those of the model, which is all that audits run again.
-        chosen = auditor.toss(route) if auditor and adapter is None else frozenset[str]()
+        chosen = auditor.toss(route) if auditor else frozenset[str]()
 
         def closed(session: Session) -> None:
-            if auditor is not None and adapter is None:
+            if auditor is not None:
                 auditor.session_closed(session, chosen)
 
         opening = open_session(

@@ -6,6 +6,8 @@ import gc
 import json
 import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import trio
 from torch import Tensor
 
 from p2pinfer.client import Client
-from p2pinfer.client_config import ClientConfig
+from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.errors import ConfigError, NoRoute, PeerRefused
 from p2pinfer.learning.peft_files import read_lora
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
+from p2pinfer.models.learning.brought import AdapterShelf, BroughtAdapter
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.session.terms import SessionAdapter
 
@@ -32,6 +36,7 @@ transformers: Any = pytest.importorskip("transformers")
 
 PROMPT = "Once upon a time"
 TOKENS = 10
+ENOUGH_TO_TELL = 24  # tokens, for an audit of them
 KINDS: dict[str, dict[str, Any]] = {
     "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "patterns": {
@@ -78,8 +83,8 @@ def tuned(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> d
     return {kind: Tuned(checkpoint, made / kind, options) for kind, options in KINDS.items()}
 
 
-async def ids_of(client: Client, adapter: SessionAdapter | None) -> list[int]:
-    generation = client.generate(PROMPT, adapter=adapter, max_new_tokens=TOKENS, stop_ids=())
+async def ids_of(client: Client, adapter: SessionAdapter | None, tokens: int = TOKENS) -> list[int]:
+    generation = client.generate(PROMPT, adapter=adapter, max_new_tokens=tokens, stop_ids=())
     async for _ in generation:
         pass
     return list(generation.result.token_ids)
@@ -155,6 +160,69 @@ async def test_a_node_that_takes_no_such_adapter_says_so(
         with pytest.raises((NoRoute, PeerRefused), match=said):
             await ids_of(client, adapter)
         assert len(await ids_of(client, None)) == TOKENS
+
+
+class Scaled:
+    """An adapter that changes less than it should."""
+
+    def __init__(self, whole: BroughtAdapter) -> None:
+        self.whole = whole  # a node keeps adapters as long as somebody holds them
+
+    def pair(self, block: int, product: str) -> tuple[Tensor, Tensor] | None:
+        pair = self.whole.pair(block, product)
+        return None if pair is None else (pair[0], pair[1] * 0.9)
+
+
+def ignored(_: BroughtAdapter) -> None:
+    return
+
+
+def applied(found: BroughtAdapter) -> BroughtAdapter:
+    return found
+
+
+LIES: dict[str, Callable[[BroughtAdapter], object]] = {
+    "ignored": ignored,
+    "scaled": Scaled,
+    "": applied,
+    "rounded": applied,  # by a node that computes in bfloat16, which is no lie
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_a_hop_that_does_not_apply_the_adapter_is_found_and_banned(
+    checkpoint: Checkpoint,
+    tuned: dict[str, Tuned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lie: str,
+) -> None:
+    audit = AuditConfig(rate=1.0)
+    async with open_memory_client(checkpoint, monkeypatch, tmp_path, audit=audit) as (client, swarm):
+        await swarm.serve("a", 0, 3)
+        await swarm.serve(
+            "b", 3, 8, compute=replace(FLOAT32, dtype="bfloat16") if lie == "rounded" else FLOAT32
+        )
+        training: Any = swarm.served["b"].training
+        shelf: AdapterShelf = training._served.adapters
+        find = shelf.find
+
+        def find_another(client: str, revision: str, span: BlockSpan) -> object:
+            found = find(client, revision, span)
+            assert found is not None
+            return LIES[lie](found)
+
+        # A node's tuned blocks are cut out of what it was brought; here it computes with something else.
+        monkeypatch.setattr(shelf, "find", find_another)
+        adapter = await client.load_adapter(tuned["all"].folder)
+        ids = await ids_of(client, adapter, ENOUGH_TO_TELL)
+        await client.audits_settled()
+        lies = lie in ("ignored", "scaled")
+        assert client.ledger.is_banned("b") == lies
+        assert not client.ledger.is_banned("a")
+        assert (client.audits.passed, client.audits.failed) == ((1, 1) if lies else (2, 0))
+        assert lie == "rounded" or (ids[:TOKENS] == tuned["all"].ids) != lies
+        assert not client.ledger.proofs()  # nobody else could check one
 
 
 def changed(source: Path, folder: Path, **config: Any) -> Path:

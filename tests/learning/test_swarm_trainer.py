@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest.mock import PropertyMock
 
 import pytest
 import torch
@@ -138,10 +140,12 @@ async def test_a_batch_is_cut_so_that_every_hop_has_a_part(
 async def test_a_node_on_a_gpu_keeps_as_much_as_there_is_room_for(
     checkpoint: Checkpoint, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SpanPasses, "card_free_bytes", property(lambda _: 80 << 30))
+    free = PropertyMock(return_value=80 << 30)
+    monkeypatch.setattr(SpanPasses, "card_free_bytes", free)
     async with open_training(checkpoint, Peers(WAY)) as (trainer, swarm):
         await trainer.forward(task.batch, task.adapter)
-        assert swarm.served["a"].training._kept.max_bytes == 20 << 30
+        served: Any = swarm.served["a"].training
+        assert served._kept.max_bytes == 20 << 30
 
 
 async def test_dropout_is_the_same_wherever_a_pass_is_run_again(checkpoint: Checkpoint) -> None:

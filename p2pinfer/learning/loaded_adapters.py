@@ -1,0 +1,53 @@
+"""Adapters of one client's texts, which audits of their sessions need after the texts have ended.
+
+Nothing here imports torch until an adapter is loaded: a client without weights does without it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
+
+import trio
+
+from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.host.network import Network
+from p2pinfer.session.terms import AT_ONCE
+
+if TYPE_CHECKING:
+    from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
+    from p2pinfer.models.learning.adapter import Adapter
+
+    from .session_adapter import SessionAdapter
+
+KEPT: Final = 4  # that nobody holds any more
+
+
+class LoadedAdapters:
+    """Adapters that were loaded, for audits of their sessions: the last ones, and all that are in use."""
+
+    def __init__(self) -> None:
+        self._last: deque[SessionAdapter] = deque(maxlen=KEPT)
+        self._used: WeakSet[SessionAdapter] = WeakSet()
+        self._bringing = trio.CapacityLimiter(AT_ONCE)  # since hops take few trainings at once
+
+    async def load(self, folder: Path, ends: EmbeddingAndHead, host: Network) -> SessionAdapter:
+        """One more, from peft's files; see `load_session_adapter`."""
+        from .session_adapter import load_session_adapter  # torch
+
+        adapter = await trio.to_thread.run_sync(load_session_adapter, folder, ends, host, self._bringing)
+        self._last.append(adapter)
+        self._used.add(adapter)
+        return adapter
+
+    def find(self, revision: str, span: BlockSpan) -> Adapter | None:
+        """The one that `revision` names for `span`; hashes megabytes, so for a thread."""
+        from p2pinfer.models.learning.brought import MARK  # torch
+
+        base, _, name = revision.partition(MARK)
+        for each in [*self._used] if name else []:
+            if each.revision(base, span) == revision:
+                return each.applied_to(span)
+        return None
