@@ -53,6 +53,11 @@ class CacheLease:
         """The slot of the first token if all tokens follow each other in the pool, or None."""
         return self._start
 
+    @property
+    def pages(self) -> Sequence[int]:
+        """Numbers of its pages, in order; another object whenever they change."""
+        return self._pages
+
     def slots(self, start: int, stop: int) -> Sequence[int]:
         """The slots of tokens `start` to `stop - 1`."""
         first, pages = self._start, self._pages  # `resize` may come in between

@@ -15,7 +15,8 @@ Nothing here needs CUDA but the recording; on a CPU the tests run the very same 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import is_not
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from p2pinfer.models.span import BlockSpan
 
 from .attention import Piece
 from .blocks import Blocks
-from .cache import CacheLease
 from .pool import PagePool
 from .scores import attend_by_scores, extras_of
 
@@ -44,8 +44,7 @@ class PagedDecoder:
         self._blocks = blocks
         self._pool = pool
         self._steps: dict[tuple[BlockSpan, int, int], _Step] = {}
-        # All recordings of a device share their memory: only one of them runs at a time.
-        self._memory: Any = torch.cuda.graph_pool_handle() if pool.device.type == "cuda" else None
+        self._place = _Place.on(pool.device) if pool.device.type == "cuda" else None
 
     def accepts(self, pieces: Sequence[Piece]) -> bool:
         """True if these are one token each of a few sessions, and there are no experts to be routed to."""
@@ -65,38 +64,62 @@ class PagedDecoder:
         size = (span, *_sizes(pieces))
         step = self._steps.get(size)
         if step is None:
-            step = self._steps[size] = _Step(self._blocks, self._pool, *size, self._memory)
+            step = self._steps[size] = _Step(self._blocks, self._pool, *size, self._place)
         step.place(pieces)
         return step.run
+
+
+class _Place(NamedTuple):
+    """Place of the recordings of one device, which share it: only one of them runs at a time.
+
+    The stream is of this device, where torch would take that of the device that recorded first; and it is one
+    stream, since libraries keep memory for each.
+    """
+
+    memory: Any
+    stream: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> _Place:  # pragma: no cover -- needs a GPU
+        cuda: Any = torch.cuda
+        return cls(cuda.graph_pool_handle(), cuda.Stream(device))
 
 
 class _Step:
     """A decode step of one size."""
 
     def __init__(
-        self, blocks: Blocks, pool: PagePool, span: BlockSpan, batch: int, context: int, memory: Any
+        self,
+        blocks: Blocks,
+        pool: PagePool,
+        span: BlockSpan,
+        batch: int,
+        context: int,
+        place: _Place | None,
     ) -> None:
         self._blocks = blocks
         self._pool = pool
         self._span = span
         self._context = context
-        self._memory = memory
+        self._recorded_in = place
         device, pages = pool.device, -(-context // pool.page_tokens)
         self._hidden = torch.zeros(batch, blocks.spec.hidden_size, dtype=blocks.dtype, device=device)
         self._positions = torch.zeros(batch, dtype=torch.long, device=device)
         self._pages = torch.zeros(batch, pages, dtype=torch.long, device=device)
         self._tokens = 0  # of the step that was placed
-        self._leases: list[CacheLease] = []  # whose pages these are
+        self._runs: list[Sequence[int]] = []  # the leases' pages when the device was told them
         self._recording: tuple[Any, Tensor] | None = None  # a CUDA graph, and where its output will be
 
     def place(self, pieces: Sequence[Piece]) -> None:
         """Tell the device which tokens the next step is of."""
         self._tokens = len(pieces)
         rows = [*pieces, *[pieces[-1]] * (len(self._hidden) - len(pieces))]
-        leases = [row.lease for row in rows]
-        if leases != self._leases:
-            self._pages.copy_(torch.tensor([lease.page_table(self._pages.shape[1]) for lease in leases]))
-            self._leases = leases
+        # Of the same lease the pages may be others since the last step, and then they are another sequence.
+        runs = [row.lease.pages for row in rows]
+        if len(runs) != len(self._runs) or any(map(is_not, runs, self._runs)):
+            tables = [row.lease.page_table(self._pages.shape[1]) for row in rows]
+            self._pages.copy_(torch.tensor(tables))
+            self._runs = runs
         self._positions.copy_(torch.tensor([row.position for row in rows]))
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -104,31 +127,31 @@ class _Step:
         self._hidden[: self._tokens] = hidden
         if self._tokens < len(self._hidden):
             self._hidden[self._tokens :] = self._hidden[self._tokens - 1]
-        output = self._compute() if self._pool.device.type != "cuda" else self._compute_recorded()
+        output = self._compute() if self._recorded_in is None else self._replay(self._recorded_in)
         return output[: self._tokens]
 
     def _compute(self) -> Tensor:
         attention = _PagedAttention(self._blocks, self._pool, self._pages, self._positions, self._context)
         return self._blocks.forward(self._hidden, attention, self._span)
 
-    def _compute_recorded(self) -> Tensor:  # pragma: no cover -- needs a GPU
+    def _replay(self, place: _Place) -> Tensor:  # pragma: no cover -- needs a GPU
         if self._recording is None:
-            self._recording = self._record()
+            self._recording = self._record(place)
         graph, output = self._recording
         graph.replay()
         return output
 
-    def _record(self) -> tuple[Any, Tensor]:  # pragma: no cover -- needs a GPU
+    def _record(self, place: _Place) -> tuple[Any, Tensor]:  # pragma: no cover -- needs a GPU
         cuda: Any = torch.cuda
-        # A stream of this device: torch keeps one for recordings, of the device that recorded first.
+        stream = place.stream
         with cuda.device(self._pool.device):
-            stream, graph = cuda.Stream(), cuda.CUDAGraph()
+            graph = cuda.CUDAGraph()
             stream.wait_stream(cuda.current_stream())
             with cuda.stream(stream):
                 self._compute()  # what libraries allocate on first use must not be recorded
             cuda.current_stream().wait_stream(stream)
             # Another thread may use a card meanwhile; in the mode that forbids it, both would fail.
-            with cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            with cuda.graph(graph, pool=place.memory, stream=stream, capture_error_mode="thread_local"):
                 output = self._compute()
         return graph, output
 

@@ -21,6 +21,7 @@ from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 PROMPTS = (1, 15, 16, 70, 250)
 
 
@@ -52,23 +53,24 @@ class Model:
         self.ends: EmbeddingAndHead = load_embedding_and_head(checkpoint, ComputeConfig(dtype="float32"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [1, 2, 8])
-def test_attention_in_parts_is_attention(parts: int, dtype: torch.dtype) -> None:
+def test_attention_in_parts_is_attention(parts: int, dtype: torch.dtype, device: str) -> None:
     """Also where a part is hidden as a whole, and of sequences that lie in any order."""
     generator = torch.Generator().manual_seed(0)
-    batch, heads, group, context, size = 3, 2, 4, 64, 16
+    batch, heads, group, context, size = 3, 2, 4, 256, 64
     rows = torch.randn(batch, heads, group, size, generator=generator)
     both = torch.randn(2, heads, batch, context, size, generator=generator).transpose(1, 2)
-    seen = torch.arange(context) < torch.tensor([1, 30, context])[:, None]
+    seen = torch.arange(context) < torch.tensor([1, 130, context])[:, None]
     mask = torch.zeros(batch, 1, 1, context).masked_fill_(~seen[:, None, None], -torch.inf)
     expected = ((rows @ both[0].transpose(2, 3)) * 0.25 + mask).softmax(-1) @ both[1]
     finite = mask.to(dtype).clamp(min=torch.finfo(dtype).min / 2).expand(-1, -1, group, -1)
-    given = [each.to(dtype) for each in (rows, both[0], both[1])]
-    found = paged_decode.attend_in_parts(given[0], given[1], given[2], finite, 0.25, parts)
+    given = [each.to(device, dtype) for each in (rows, both[0], both[1], finite)]
+    found = paged_decode.attend_in_parts(given[0], given[1], given[2], given[3], 0.25, parts)
     assert found.dtype == dtype
     torch.testing.assert_close(
-        found.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2
+        found.float().cpu(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2
     )
 
 
@@ -136,6 +138,25 @@ def test_a_step_equals_the_packed_one_also_on_part_of_the_span_and_after_rolling
             torch.testing.assert_close(static, model.plain.run(chunks, span), atol=1e-4, rtol=1e-4)
         for lease in leases:
             model.plain.run([Chunk(lease, 0, prompt)])
+
+
+def test_pages_that_changed_hands_between_two_steps_are_not_touched(model: Model) -> None:
+    """A session that lent the rest of its pages gets others for it later."""
+    row, prompt = model.ends.embed([9]), model.ends.embed(list(range(3, 43)))
+    room, lease = model.cache.reserve(64), model.cache.reserve(64)
+    model.static.run([Chunk(lease, 0, prompt)])
+    model.static.run([Chunk(lease, 40, row)])
+    lease.resize(48)
+    other = model.cache.reserve(model.cache.free_tokens)
+    model.static.run([Chunk(other, 0, prompt)])
+    (before,) = model.plain.run([Chunk(other, 40, row)])
+    room.release()
+    lease.resize(64)
+    for position in range(41, 60):
+        (static,) = model.static.run([Chunk(lease, position, row)])
+        (plain,) = model.plain.run([Chunk(lease, position, row)])
+        torch.testing.assert_close(static, plain, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.plain.run([Chunk(other, 40, row)])[0], before)
 
 
 def test_only_steps_of_one_token_each_of_a_few_sessions_are_taken(
