@@ -101,6 +101,9 @@ class Chain:
             self.nodes.append(node)
             self.bootstrap = node.event("ready", PATIENCE_S)["addrs"][0]
             self._join = ("--bootstrap", self.bootstrap)
+        if hops == 1:  # alone, nobody could tell it how it is reached
+            listen = ("--listen", f"/ip4/{commands.lab.scenario.public_ipv4('me')}/tcp/4001")
+            commands.node("me", "--no-blocks", *listen, *self._join)
         peers = [reachable(node) for node in self.nodes]
         self.route = write_routes(list(zip(peers, spans, strict=True)))
 
