@@ -162,7 +162,7 @@ def make_tasks(source: str, checkpoint: Checkpoint, count: int, first: int) -> l
     embedded = embed(checkpoint, texts)
     spans = [BlockSpan.parse(text) for text in SPANS[source]]
     config = ComputeConfig(device="cpu", dtype="float32", cache_bytes=1 << 22)
-    blocks = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config).blocks
+    blocks = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config).parts[0]
     ends = TrainedEnds(load_embedding_and_head(checkpoint, config))
     inputs = inputs_at(checkpoint, embedded, [span.start for span in spans])
     tasks: list[Task] = []
@@ -268,7 +268,7 @@ def run_modes(checkpoint: Checkpoint, tasks: Sequence[Task], kind: str) -> dict[
     for name, mode in MODES[device].items():
         with mode.setting():
             config = ComputeConfig(device=device, dtype=mode.dtype, cache_bytes=1 << 22)
-            blocks = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config).blocks
+            blocks = open_runner(checkpoint, BlockSpan(0, checkpoint.spec.num_blocks), config).parts[0]
             blocks = blocks.stepwise() if mode.is_stepwise else blocks
             for task in tasks:
                 _keep(found, f"{name}|{task.name}", run_task(blocks, checkpoint, task, mode))
@@ -280,9 +280,9 @@ def run_lies(checkpoint: Checkpoint, tasks: Sequence[Task]) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     mode, config = Mode(), ComputeConfig(device="cpu", dtype="bfloat16", cache_bytes=1 << 22)
     everything = BlockSpan(0, checkpoint.spec.num_blocks)
-    blocks = open_runner(checkpoint, everything, config).blocks
+    blocks = open_runner(checkpoint, everything, config).parts[0]
     for weights in ("int8 per row", "fp8", "nf4"):
-        altered = open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[weights]), everything, config).blocks
+        altered = open_runner(AlteredCheckpoint(checkpoint, WEIGHTS[weights]), everything, config).parts[0]
         for task in tasks:
             _keep(found, f"{weights}|{task.name}", run_task(altered, checkpoint, task, mode))
     former: dict[tuple[BlockSpan, str], Results] = {}
