@@ -232,7 +232,7 @@ def ask_others(
         audited, *others = (rng.choice(names) for _ in range(4))
         histories = [History(given, peers[each], tuple(range(TOKENS))) for each in (audited, *others)]
         for many in (2, 3):
-            finding = judge_by_opinions(histories[0], histories[1 : 1 + many], len(span))
+            finding = judge_by_opinions(histories[0], histories[1 : 1 + many], len(span)).finding
             count.verdicts[f"{many} opinions {finding.verdict.value}"] += TOKENS // 32
             if finding.verdict is not Verdict.PASS:
                 count.failures.append(

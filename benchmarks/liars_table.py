@@ -75,13 +75,13 @@ async def run_rows(rows: Mapping[str, tuple[str, ...]], options: argparse.Namesp
         told = ("generations", "chosen", "found after", "by liars, last half", "honest banned", "extra")
         print(f"{done.name}: " + ", ".join(f"{each} {row[each]}" for each in told), file=sys.stderr)
 
-    began_at = trio.current_time()
+    began_at, left_s = trio.current_time(), options.limit_s
     for _ in range(TRIES):
+        await run_all(jobs, options.processes, take_in, logs=options.out, limit_s=left_s)
+        jobs = [job for job in jobs if says_nothing(found.get(job.name))]
         left_s = options.limit_s - (trio.current_time() - began_at)
         if not jobs or left_s < seconds + OVERHEAD_S:
             break
-        await run_all(jobs, options.processes, take_in, logs=options.out, limit_s=left_s)
-        jobs = [job for job in jobs if says_nothing(found.get(job.name))]
     for job in jobs:
         print(f"{job.name}: no liar was ever chosen, so it says nothing about audits", file=sys.stderr)
     return [found[name] for name in rows if name in found]

@@ -35,6 +35,7 @@ ATTACKS = {
     "twentieth": Attack(wrong=0.05),
     "withhold": Attack(wrong=0.2, withholds=True),
     "collude": Attack(wrong=0.2, colludes=True, withholds=True, remote=0.5),
+    "collude-slander": Attack(wrong=0.2, colludes=True, withholds=True, lies=True, remote=0.5),
     "exit-scam": Attack(honest_first=100),
     "whitewash": Attack(wrong=0.2, rejoins="same range"),
     "whitewash-roaming": Attack(wrong=0.2, rejoins="new range"),
@@ -48,6 +49,7 @@ class Outcome:
 
     Attributes:
         first, last, overall: Share of corrupted sessions, in the first and the last tenth, and all.
+        thin_last: The last tenth's, of clients that cannot hold a span.
         spoilt: Sessions that a malicious identity spoilt before half of the clients had banned it.
         banned: Share of the malicious identities that worked at all and were banned so.
         honest_bans: Share of the pairs of a client and an honest peer in which it is banned.
@@ -62,6 +64,7 @@ class Outcome:
     first: float
     last: float
     overall: float
+    thin_last: float
     spoilt: float
     banned: float
     honest_bans: float
@@ -88,6 +91,7 @@ def simulate(attack: str, share: float, defence: str, seed: int, rounds: int, **
         first=_corrupted(tallies[:tenth]),
         last=_corrupted(tallies[-tenth:]),
         overall=_corrupted(tallies),
+        thin_last=_thin_corrupted(tallies[-tenth:]),
         spoilt=mean(peer.wrong for peer in active) if active else 0.0,
         banned=len(gone) / len(active) if active else 0.0,
         honest_bans=_honest_bans(swarm),
@@ -135,6 +139,10 @@ def _corrupted(tallies: Sequence[Tally]) -> float:
     return sum(each.corrupted for each in tallies) / sum(each.sessions for each in tallies)
 
 
+def _thin_corrupted(tallies: Sequence[Tally]) -> float:
+    return sum(each.thin_corrupted for each in tallies) / max(sum(each.thin_sessions for each in tallies), 1)
+
+
 def _seconds(tallies: Sequence[Tally]) -> float:
     return sum(each.seconds for each in tallies) / sum(each.sessions for each in tallies)
 
@@ -170,17 +178,32 @@ def averaged(outcomes: Iterable[Outcome]) -> list[dict[str, object]]:
 
 def table(rows: Iterable[dict[str, object]]) -> str:
     """The rows in Markdown."""
-    heads = "attack | malicious | defence | corrupted: first tenth | last tenth | all | spoilt each | banned"
-    heads += " | honest bans | slowdown | extra compute | in the last tenth"
+    heads = "attack | malicious | defence | corrupted: first tenth | last tenth | all | last tenth, thin"
+    heads += " | spoilt each | banned | honest bans | slowdown | extra compute | in the last tenth"
     lines = [f"| {heads} |", "|" + "---|" * (heads.count("|") + 1)]
     for row in rows:
         percent = {
             name: f"{100 * float(str(row[name])):.2g} %"
-            for name in ("first", "last", "overall", "banned", "honest_bans", "audit_cost", "late_audit_cost")
+            for name in (
+                "first",
+                "last",
+                "overall",
+                "thin_last",
+                "banned",
+                "honest_bans",
+                "audit_cost",
+                "late_audit_cost",
+            )
         }
         cells = (
             *(row["attack"], f"{100 * float(str(row['share'])):.0f} %", row["defence"]),
-            *(percent["first"], percent["last"], percent["overall"], f"{row['spoilt']:.1f}"),
+            *(
+                percent["first"],
+                percent["last"],
+                percent["overall"],
+                percent["thin_last"],
+                f"{row['spoilt']:.1f}",
+            ),
             *(percent["banned"], percent["honest_bans"], f"{row['slowdown']:.2f}"),
             *(percent["audit_cost"], percent["late_audit_cost"]),
         )

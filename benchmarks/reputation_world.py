@@ -19,7 +19,8 @@ from functools import cache
 import torch
 
 from p2pinfer.audit.draw import AuditDraw
-from p2pinfer.audit.opinions import compare_elsewhere
+from p2pinfer.audit.examiner import TRIAL_EVERY_S
+from p2pinfer.audit.opinions import MOST_OPINIONS, compare_elsewhere
 from p2pinfer.audit.second_opinion import choose_auditors
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.span import BlockSpan
@@ -46,7 +47,7 @@ ATTEST_EVERY = 12  # rounds
 SESSIONS_AT_ONCE = 2  # that a peer has cache for
 TOKENS = 200  # of a session
 AUDIT_COST = 0.08  # of having served what is run again: three prefills instead of decoding
-GLANCE = 1 / 3  # of that: one of them
+GLANCE = 1 / 6  # of that: one of them, of half of the session on the mean
 HIDDEN_SIZE = 64
 WRONG, WRONG_TOGETHER, RIGHT = "wrong", "wrong together", "right"
 
@@ -121,6 +122,7 @@ class Client:
     policy: RoutingPolicy
     holds_spans: bool
     draw: AuditDraw
+    tried: dict[str, float] = field(default_factory=dict)  # peers that others voted on for a proof, and when
 
 
 @dataclass(slots=True)
@@ -129,6 +131,8 @@ class Tally:
 
     sessions: int = 0
     corrupted: int = 0
+    thin_sessions: int = 0  # of clients that cannot hold a span
+    thin_corrupted: int = 0
     hops: int = 0
     audits: float = 0.0  # spans that were run again, here or elsewhere
     proofs: int = 0  # of others, run again
@@ -247,6 +251,9 @@ class World:
         tally.sessions += 1
         tally.hops += len(outputs)
         tally.corrupted += any(output != RIGHT for output in outputs)
+        if not client.holds_spans:
+            tally.thin_sessions += 1
+            tally.thin_corrupted += any(output != RIGHT for output in outputs)
         tally.seconds += self._cost(client, route)
         for peer_id in route.peer_ids:
             self._free[peer_id] -= 1
@@ -277,7 +284,7 @@ class World:
             client.ledger.record_audit(peer_id, Verdict.INCONCLUSIVE, now, withheld=True)
             return
         before = tally.audits
-        verdict = self._verdict(client, route, outputs[index], index, tally)
+        verdict = self._verdict(client, route, outputs[index], index, now, tally)
         client.draw.pay(peer_id, AUDIT_COST * (tally.audits - before))
         client.draw.budget.count_audit()
         contradicted = verdict is Verdict.SUSPECT and not client.holds_spans
@@ -297,7 +304,9 @@ class World:
         beside = [each for each in (index - 1, index + 1) if 0 <= each < len(route.hops)]
         return any(outputs[each] != RIGHT for each in beside)
 
-    def _verdict(self, client: Client, route: Route, output: str, index: int, tally: Tally) -> Verdict:
+    def _verdict(
+        self, client: Client, route: Route, output: str, index: int, now: float, tally: Tally
+    ) -> Verdict:
         """As `Judge.judge` (p2pinfer/audit/judge.py) comes to it."""
         if client.holds_spans:
             wrong = output != RIGHT
@@ -308,23 +317,44 @@ class World:
             return (
                 Verdict.FAIL if self._opinions(client, route, index)[:1] in ([], [RIGHT]) else Verdict.SUSPECT
             )
-        tally.audits += 2
-        opinions = self._opinions(client, route, index, 3)
-        if len(opinions) < 2:
-            return Verdict.INCONCLUSIVE
-        verdict = _elsewhere(output, *opinions[:2])
-        if verdict is Verdict.INCONCLUSIVE and len(opinions) > 2:
+        hop = route.hops[index]
+        lead = 1 if client.draw.is_glance(hop.peer_id) else 2
+        return self._vote(client, self.peers[hop.peer_id], output, route.peer_ids, lead, now, tally)
+
+    def _vote(
+        self,
+        client: Client,
+        accused: Peer,
+        output: str,
+        avoided: Sequence[str],
+        lead: int,
+        now: float,
+        tally: Tally,
+    ) -> Verdict:
+        """As `Judge.judge_elsewhere` comes to it, with what it costs those who were outvoted."""
+        verdict, asked = Verdict.INCONCLUSIVE, self._auditors(client, accused, avoided)[:MOST_OPINIONS]
+        opinions: list[str] = []
+        for auditor in asked:
+            opinions.append(self._opinion(auditor, accused))
             tally.audits += 1
-            verdict = _elsewhere(output, *opinions)
+            verdict, outvoted = _elsewhere(output, *opinions, lead=lead)
+            if verdict is not Verdict.INCONCLUSIVE:
+                for each in outvoted:
+                    client.ledger.record_audit(asked[each].peer_id, Verdict.SUSPECT, now, contradicted=True)
+                break
         return verdict
 
     def _opinions(self, client: Client, route: Route, index: int, most: int = 2) -> list[str]:
         """What the peers give that are asked to run a span again."""
-        hop = route.hops[index]
-        accused = _record(RIGHT, hop.peer_id, hop.span)
+        accused = self.peers[route.peer_ids[index]]
+        able = self._auditors(client, accused, route.peer_ids)
+        return [self._opinion(auditor, accused) for auditor in able[:most]]
+
+    def _auditors(self, client: Client, accused: Peer, avoided: Sequence[str]) -> list[Peer]:
+        record = _record(RIGHT, accused.peer_id, accused.candidate.announcement.span)
         known = [peer.candidate.announcement for peer in self.peers.values()]
-        able = choose_auditors(known, accused, client.ledger, route.peer_ids, self.rng)
-        return [self._opinion(self.peers[each.peer_id], self.peers[hop.peer_id]) for each in able[:most]]
+        able = choose_auditors(known, record, client.ledger, avoided, self.rng)
+        return [self.peers[each.peer_id] for each in able]
 
     def _opinion(self, auditor: Peer, accused: Peer) -> str:
         """An auditor does not know that it is one, unless it is told what the accused was given."""
@@ -348,9 +378,37 @@ class World:
                 if sender == client.name:
                     continue
                 decision = client.ledger.weigh_proof(address, accused, sender, now)
-                if decision is ProofDecision.FETCH and client.holds_spans:
+                if decision is not ProofDecision.FETCH:
+                    continue
+                if client.holds_spans:
                     tally.proofs += 1
                     client.ledger.add_proof(address, accused, now, verified=is_true, sender=sender)
+                elif accused in self.peers:
+                    self._try_by_vote(client, address, accused, sender, is_true, now, tally)
+
+    def _try_by_vote(
+        self,
+        client: Client,
+        address: str,
+        accused: str,
+        sender: str,
+        is_true: bool,
+        now: float,
+        tally: Tally,
+    ) -> None:
+        """As `Examiner` has others look at a proof (p2pinfer/audit/examiner.py)."""
+        if now - client.tried.get(accused, -1e9) < TRIAL_EVERY_S:
+            return
+        if not client.ledger.account(accused).is_met or not client.draw.budget.has_for_votes:
+            return
+        client.tried[accused], before = now, tally.audits
+        lie = WRONG_TOGETHER if self.attack.colludes else WRONG
+        verdict = self._vote(client, self.peers[accused], lie if is_true else RIGHT, (), 2, now, tally)
+        client.draw.budget.pay_vote(AUDIT_COST * (tally.audits - before))
+        if verdict is Verdict.SUSPECT:
+            client.ledger.record_audit(accused, verdict, now, contradicted=True, accused=True)
+        elif verdict is Verdict.PASS:
+            client.ledger.add_proof(address, accused, now, verified=False, sender=sender)
 
     def _lies(self) -> list[tuple[str, str, str, bool]]:
         """One from every malicious peer and round, against somebody honest, under a name of its own."""
@@ -430,13 +488,12 @@ def _is_signed(author: str, payload: bytes, signature: bytes) -> bool:
 
 
 @cache
-def _elsewhere(output: str, *opinions: str) -> Verdict:
-    """What `compare_elsewhere` says of such outputs, over 32 tokens of noise."""
+def _elsewhere(output: str, *opinions: str, lead: int) -> tuple[Verdict, tuple[int, ...]]:
+    """What `compare_elsewhere` says of such outputs, over 32 tokens of noise, and who was outvoted."""
     span = STAGES[0]
-    record, one, other, *third = (
-        _record(each, str(number), span) for number, each in enumerate((output, *opinions))
-    )
-    return compare_elsewhere(record, one, other, HIDDEN_SIZE, *third).verdict
+    record, *others = (_record(each, str(number), span) for number, each in enumerate((output, *opinions)))
+    vote = compare_elsewhere(record, others, HIDDEN_SIZE, lead)
+    return vote.finding.verdict, vote.outvoted
 
 
 @cache

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import trio
 
+LAST_CHARACTERS = 1000  # of what a job that failed has said, that are shown
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -64,7 +66,8 @@ async def run_all(
                     job.command, capture_stdout=True, check=False, env=job.env, stderr=log
                 )
         if ran.returncode:
-            print(f"{job.name}: exit code {ran.returncode}, see {log.name}", file=sys.stderr)
+            last = Path(log.name).read_text(encoding="utf-8", errors="replace")[-LAST_CHARACTERS:]
+            print(f"{job.name}: exit code {ran.returncode}, see {log.name}: ...{last}", file=sys.stderr)
         on_done(Done(job.name, b"" if ran.returncode else ran.stdout, trio.current_time() - started))
         over[job.name].set()
 

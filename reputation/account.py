@@ -172,6 +172,7 @@ def after_audit(
     config: LedgerConfig,
     *,
     contradicted: bool = False,
+    accused: bool = False,
 ) -> Account:
     """An audit of the peer came out. `fail` is a confirmed one; one still to be confirmed is `suspect`.
 
@@ -179,9 +180,14 @@ def after_audit(
         contradicted: It is suspect because three other peers agree on another output, where the blocks do not
             fit here. That proves nothing, as they may be one person. If it repeats with whomever is asked, it
             costs integrity as evidence does that is withheld again and again; it bans nobody.
+        accused: What they contradict had been published as a proof of fraud, so that others have found the
+            same. It costs what a failed audit does, and bans nobody either.
     """
     account = _changed(seen(account, now), last_audit=max(now, account.last_audit))
     memory, keep = config.audit_memory, config.suspicion_memory
+    if contradicted:
+        weight = config.fail_weight if accused else config.contradiction_weight
+        account = _changed(account, beta=min(account.beta + weight, 1e6))
     if contradicted:
         account = _evaded(account, config)
     elif result != "inconclusive":

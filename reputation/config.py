@@ -12,6 +12,7 @@ class LedgerConfig:
     max_evidence: float = 100.0  # sessions that count at most
     audit_memory: float = 0.999  # what older audits keep of their weight with every further one
     fail_weight: float = 10.0  # audits that one confirmed failure counts as
+    contradiction_weight: float = 4.0  # audits that one counts as in which three others contradict the peer
     quantile: float = 0.05  # the share of doubt that integrity grants
     ban_below: float = 0.3  # a peer whose own audits' mean is lower is banned
     min_audit_probability: float = 0.03  # nobody is trusted so far that nobody looks
@@ -22,6 +23,9 @@ class LedgerConfig:
     suspicion_memory: float = 0.9  # what the running mean of SUSPECT verdicts keeps with every audit
     evasion_memory: float = 0.7  # what the running mean of evaded audits keeps with every audit
     evader_beta: float = 2.4  # bad audits from which a peer is no newcomer; four evaded in a row
+    # mean of the integrity of who got around audits, or was outvoted, below which others are preferred to it
+    shunned_below: float = 0.6
+    shunned_at_best: float = 0.4  # integrity that it may have at best, below which it is not tried again
     attested_cap: float = 20.0  # audits that all that others say of a peer counts as at most
     min_overlap: int = 3  # peers of whom both know something before an attester has weight
     attestation_ttl_s: float = 7 * 86400.0  # seconds for which an attestation counts

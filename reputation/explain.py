@@ -6,7 +6,7 @@ import time
 
 from .account import NEWCOMER, Account, Ban
 from .config import LedgerConfig
-from .score import Score, audit_probability
+from .score import Score, audit_probability, is_shunned
 
 
 def explain(account: Account, score: Score, heard: tuple[float, float], config: LedgerConfig) -> list[str]:
@@ -54,6 +54,8 @@ def standing(account: Account, config: LedgerConfig) -> str:
         return "vouched for"
     if account.failed:
         return "failed audits"
+    if is_shunned(account, config):
+        return "avoided"
     return "newcomer" if account.is_newcomer(config) else "audited"
 
 
@@ -71,6 +73,8 @@ def _standing(account: Account, config: LedgerConfig) -> str:
         return "Nothing is known of it: it never worked for you."
     if account.failed:
         return "It failed audits, but has passed too many to be banned for that alone."
+    if is_shunned(account, config):
+        return "It got around audits, or was outvoted, too often: it is used only where nobody else is."
     if account.is_newcomer(config):
         wanted = config.newcomer_audits
         return f"It is a newcomer: {account.passed} of the {wanted} audits after which it no longer is."

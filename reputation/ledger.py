@@ -146,6 +146,7 @@ class Ledger:
         confirmed: bool = True,
         withheld: bool = False,
         contradicted: bool = False,
+        accused: bool = False,
         why: str = "",
     ) -> None:
         """An audit of the peer came out.
@@ -159,6 +160,8 @@ class Ledger:
                 a failure of reliability.
             contradicted: It is SUSPECT since three other peers agree on another output: if that repeats, it
                 costs integrity as well.
+            accused: Somebody had published the contradicted output as a proof of fraud. Then it costs as much
+                integrity as a confirmed FAIL, and bans nobody.
             why: One sentence for people.
         """
         result: AuditResult = verdict.value
@@ -175,6 +178,7 @@ class Ledger:
                 why=why,
                 config=self.config,
                 contradicted=contradicted,
+                accused=accused,
             )
         was_banned = self.is_banned(peer_id)
         self._records.change(peer_id, change, now)

@@ -21,6 +21,8 @@ class Score:
         at_best: What both may turn out to be with every doubt in the peer's favour; None where no doubt is
             known. Exploring goes by it.
         is_stranger: It has passed no audit yet.
+        is_shunned: It got around audits, or was outvoted, about as often as it passed: to be used only where
+            nobody else serves its blocks.
     """
 
     integrity: float
@@ -28,6 +30,7 @@ class Score:
     is_newcomer: bool = False
     at_best: Score | None = None
     is_stranger: bool = False
+    is_shunned: bool = False
 
 
 def score_of(account: Account, heard: tuple[float, float], now: float, config: LedgerConfig) -> Score:
@@ -44,13 +47,21 @@ def score_of(account: Account, heard: tuple[float, float], now: float, config: L
     alpha, beta = account.alpha + round(good, 1), account.beta + round(bad, 1)
     doubt = config.quantile
     is_doubted = account.failed > 0 or account.beta >= config.evader_beta
+    at_best = quantile(1 - doubt, alpha, beta) if is_doubted else 1.0
     return Score(
         quantile(doubt, alpha, beta),
         reliability,
         account.is_newcomer(config),
-        Score(quantile(1 - doubt, alpha, beta) if is_doubted else 1.0, likely),
+        Score(at_best, likely, is_shunned=at_best < config.shunned_at_best),
         is_stranger=not account.passed,
+        is_shunned=is_shunned(account, config),
     )
+
+
+def is_shunned(account: Account, config: LedgerConfig) -> bool:
+    """True if a peer got around audits, or was outvoted, about as often as it passed."""
+    is_evader = account.beta >= config.evader_beta and not account.vouched
+    return is_evader and account.integrity_mean < config.shunned_below
 
 
 def audit_probability(account: Account, config: LedgerConfig) -> float:

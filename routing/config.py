@@ -9,6 +9,7 @@ class RoutingConfig:
 
     redo_s: float = 0.25  # s, cost of a hop failure: stall, spread over a session's tokens
     integrity_weight_s: float = 0.03  # s, cost of a hop whose output is surely wrong; about a hop's latency
+    shunned_s: float = 1.0  # s, cost of a hop that got around audits too often: as good as no other choice
     trusted_integrity: float = 0.6  # 0..1, minimum for trusted-only; five audits passed, none failed
     explore_share: float = 0.1  # 0..1, share of sessions routed by optimistic estimates of all peers
     probation_share: float = 0.9  # 0..1, the same for newcomers with an audit passed and none failed

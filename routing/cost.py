@@ -2,7 +2,8 @@
 
 A route's cost is `T = sum over hops of [lat + (1 - r) * redo] / r + V * (1 - integrity)`, plus the edge from
 the last hop back to the client. `lat` is the hop's overhead and compute, and the edge into it; `r` its
-reliability. An edge is its one-way delay and the time its bytes take.
+reliability. An edge is its one-way delay and the time its bytes take. Whoever is to be shunned costs so much
+more that any other route is cheaper.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def hop_price(candidate: Candidate, view: ReputationView | None, config: Routing
         compute_s = candidate.compute_ms / 1000
     return HopPrice(
         fixed_s=(config.hop_overhead_s + (1.0 - reliability) * config.redo_s) / reliability
-        + config.integrity_weight_s * (1.0 - integrity),
+        + config.integrity_weight_s * (1.0 - integrity)
+        + config.shunned_s * score.is_shunned,
         per_block_s=compute_s / len(candidate.span) / reliability,
         edge_factor=1.0 / reliability,
     )

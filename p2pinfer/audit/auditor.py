@@ -115,6 +115,7 @@ class Auditor:
             config,
             self._draw,
             host_config=hosts,
+            clock=clock,
             rng=self._rng,
             find_adapter=find_adapter,
         )
@@ -124,7 +125,9 @@ class Auditor:
         opinions = opinions_by(run_pass, member, ledger, config, hosts, self._rng)
         told = (self._note, self._publish, opinions)
         self.training = TrainingAudits(ledger, verifier, config, *told, clock=clock, rng=self._rng)
-        self.examiner = Examiner(spec, ledger, verifier, config, self.settled, clock=clock)
+        self.examiner = Examiner(
+            spec, ledger, verifier, config, self.settled, clock=clock, have_voted=self._judge.have_voted
+        )
         member.proofs.attach(self.examiner.examine, self.examiner.is_wanted)
 
     @property

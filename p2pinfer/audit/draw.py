@@ -7,7 +7,8 @@ something left for them, which is three fifths of it at least: so all of it is s
 doubtful, however often, keeps the others from being audited.
 
 Peers are new when nothing has been earned yet. Their audits may therefore go ahead by `AHEAD`, those of
-doubtful peers by up to `MOST_AHEAD`, which later sessions repay. Where nothing is left the rate is
+doubtful peers by up to `MOST_AHEAD`, which later sessions repay. Newcomers for whom nothing is left are drawn
+as the others are, of what there is for these. Where nothing is left at all the rate is
 `LEAST_RATE`. So, at whatever price audits have,
 
     spent <= share * work seen + MOST_AHEAD audits + LEAST_RATE of all sessions' audits
@@ -37,6 +38,7 @@ AHEAD: Final = 16  # audits of newcomers that may be done before they are earned
 MOST_AHEAD: Final = 24  # those of doubtful peers included
 ROUTINE_RATE: Final = 0.25  # of all others, while the budget has something left for them
 ROUTINE_PART: Final = 0.6  # of the budget, that is theirs alone
+VOTES_PART: Final = 0.5  # of the budget, that votes on others' proofs may take beside it
 LEAST_RATE: Final = 0.01  # where nothing is left
 
 
@@ -56,6 +58,7 @@ class AuditBudget:
         self.spent_s = 0.0
         self._share = share
         self._routine_s = 0.0
+        self._votes_s = 0.0
         self._audits = 0
 
     def earn(self, work_s: float) -> None:
@@ -66,6 +69,15 @@ class AuditBudget:
         """Note what an audit took: runs, the loading of weights, the work of others who were asked."""
         self.spent_s += spent_s
         self._routine_s += routine * spent_s
+
+    def pay_vote(self, spent_s: float) -> None:
+        """Note what others took who voted on a proof; see `Auditor`."""
+        self._votes_s += spent_s
+
+    @property
+    def has_for_votes(self) -> bool:
+        """True if others may be asked to vote on a proof that cannot be run here."""
+        return self._votes_s < VOTES_PART * self.earned_s + self._price_of(MOST_AHEAD)
 
     def count_audit(self) -> None:
         """Note that an audit is done."""
@@ -81,6 +93,11 @@ class AuditBudget:
         theirs_s = ROUTINE_PART * self.earned_s
         lent_s = self._others_s - (1 - ROUTINE_PART) * self.earned_s - self._price_of(MOST_AHEAD)
         return self._routine_s < theirs_s - min(max(lent_s, 0.0), theirs_s / 2)
+
+    @property
+    def is_within(self) -> bool:
+        """True if no more was spent than is earned and may go ahead."""
+        return self.spent_s < self.earned_s + self._price_of(AHEAD)
 
     def has_for_others(self, ahead: int) -> bool:
         """True if there is something left for newcomers and doubtful peers, with so many audits ahead."""
@@ -124,13 +141,21 @@ class AuditDraw:
         rate = self._ledger.audit_probability(peer_id, self._clock())
         if rate < ROUTINE_RATE:
             return ROUTINE_RATE if self.budget.has_for_routine else LEAST_RATE
+        # Newcomers are used in few sessions, and audited in these no less than whom nothing speaks against.
+        if self._is_drawn_as_routine(peer_id):
+            return ROUTINE_RATE
         ahead = MOST_AHEAD if self._ledger.is_doubtful(peer_id) else AHEAD
         return rate if self.budget.has_for_others(ahead) else LEAST_RATE
 
     def pay(self, peer_id: str, spent_s: float) -> None:
         """Note what an audit of a peer took."""
         rate = self._ledger.audit_probability(peer_id, self._clock())
-        self.budget.pay(spent_s, routine=rate < ROUTINE_RATE)
+        self.budget.pay(spent_s, routine=rate < ROUTINE_RATE or self._is_drawn_as_routine(peer_id))
+
+    def _is_drawn_as_routine(self, newcomer: str) -> bool:
+        if self._ledger.is_doubtful(newcomer) or self.budget.has_for_others(AHEAD):
+            return False
+        return self.budget.has_for_routine and self.budget.is_within
 
     def paid(self, peer_id: str, finding: Finding) -> Finding:
         """The finding of an audit of the peer, once what it took is noted."""

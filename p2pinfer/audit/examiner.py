@@ -6,6 +6,10 @@ Anybody can make true proofs about keys of its own, as many and as long as it li
 bounded before it is paid: the notice says how many tokens went through how many blocks, the carrier holds the
 proof to it, and the examiner spends no more than a share of its time. Proofs about peers that were met here
 have a budget of their own. No proof is run while an audit of our own waits.
+
+Where the blocks do not fit here, others are asked to run those of a peer that was met, once in six hours for
+each peer. So what clients that hold the blocks have found reaches the others too. A vote of others bans
+nobody: the peer loses integrity, as by a failed audit, and is passed over while there are others.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -34,6 +38,8 @@ from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
+TRIAL_EVERY_S: Final = 6 * 3600.0  # within which others are asked once about proofs against one peer
+HaveVoted: TypeAlias = Callable[[HopRecord], Awaitable[Finding]]
 OWN_FIRST_S: Final = 60.0  # how long audits of our own go before, one after the other
 
 
@@ -42,6 +48,7 @@ class Examiner:
 
     Args:
         own_settled: Returns when no audit of our own waits.
+        have_voted: Has others run a span whose blocks do not fit here, and notes what they say; None: nobody.
         clock: The ledger's time in seconds.
         stopwatch: The time that the budget is in, in seconds.
     """
@@ -54,6 +61,7 @@ class Examiner:
         config: AuditConfig,
         own_settled: Callable[[], Awaitable[None]],
         *,
+        have_voted: HaveVoted | None = None,
         clock: Callable[[], float] = time.time,
         stopwatch: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,6 +69,8 @@ class Examiner:
         self._ledger = ledger
         self._verifier = verifier
         self._own_settled = own_settled
+        self._have_voted = have_voted
+        self._tried_at: dict[str, float] = {}
         self._clock = clock
         self._stopwatch = stopwatch
         self._turn = trio.Lock()
@@ -116,10 +126,10 @@ class Examiner:
         with trio.move_on_after(OWN_FIRST_S):
             await self._own_settled()
         began_at = self._stopwatch()
-        finding = Finding(Verdict.INCONCLUSIVE, "")
+        finding, is_thorough = Finding(Verdict.INCONCLUSIVE, ""), False
         try:
             with contained("a proof"):
-                finding = await self._find(accusation, contents)
+                finding, is_thorough = await self._find(accusation, contents)
         finally:
             now = self._stopwatch()
             budget.pay(heard.author, units, now - began_at, now)
@@ -127,19 +137,31 @@ class Examiner:
             return True, finding.reason
         # A quick PASS does not refute a proof: what it misses may be the very lie, and who told of it would
         # be taken for a liar.
-        thorough = accusation.training is not None or self._verifier.is_thorough(finding)
-        if finding.verdict is Verdict.PASS and thorough:
+        if finding.verdict is Verdict.PASS and is_thorough:
             return False, finding.reason
         return None, finding.reason
 
-    async def _find(self, accusation: Accusation, contents: Mapping[bytes, Payload]) -> Finding:
-        if accusation.training is None:
-            record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
-            return await self._verifier.verify_fully(record)
-        (signed,) = accusation.signed
-        return await self._verifier.verify_pass(
-            PassRecord(accusation.peer_id, signed, accusation.training, contents)
-        )
+    async def _find(self, accusation: Accusation, contents: Mapping[bytes, Payload]) -> tuple[Finding, bool]:
+        """The verdict on a proof, and if a PASS refutes it."""
+        if accusation.training is not None:
+            (signed,) = accusation.signed
+            passed = PassRecord(accusation.peer_id, signed, accusation.training, contents)
+            return await self._verifier.verify_pass(passed), True
+        record = HopRecord(accusation.peer_id, accusation.signed, accusation.receipts, contents)
+        if not self._verifier.can_hold(record.span):
+            return await self._have_it_voted(record), True
+        finding = await self._verifier.verify_fully(record)
+        return finding, self._verifier.is_thorough(finding)
+
+    async def _have_it_voted(self, record: HopRecord) -> Finding:
+        """PASS, SUSPECT or INCONCLUSIVE by others; only of peers that this client may use, and seldom."""
+        peer_id, now = record.peer_id, self._clock()
+        self._tried_at = {each: at for each, at in self._tried_at.items() if 0 <= now - at < TRIAL_EVERY_S}
+        may_be_used = self._ledger.account(peer_id).is_met
+        if self._have_voted is None or not may_be_used or peer_id in self._tried_at:
+            return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and others are not asked")
+        self._tried_at[peer_id] = now
+        return await self._have_voted(record)
 
     def _units_of(self, accusation: Accusation) -> int:
         """Tokens times blocks of a re-execution: three runs of the span, and four of what follows it."""

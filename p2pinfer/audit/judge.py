@@ -1,7 +1,7 @@
 """Judge of a hop's record: runs it again here or has others do it, and confirms a FAIL before it counts.
 
     the blocks fit here    run again -> FAIL -> others run it -> weights loaded anew -> FAIL, or SUSPECT
-    they do not            two others run it, a third where those leave a doubt -> PASS, or SUSPECT
+    they do not            others run it until one side is far enough ahead     -> PASS, or SUSPECT
 
 Who is asked to confirm a FAIL has a limited time, all together. What was found here does not get lost where
 they are slow: whoever lies may have friends among them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -32,14 +33,15 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 from .draw import AuditDraw
-from .opinions import compare_elsewhere
+from .opinions import MOST_OPINIONS, Vote, compare_elsewhere
 from .second_opinion import choose_auditors, draw_successors, run_elsewhere
 from .verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
 FindAdapter: TypeAlias = Callable[[str, BlockSpan], Adapter | None]  # by revision and span
-SECOND_OPINIONS = 4  # peers that are tried for up to three of them
+SECOND_OPINIONS = 4  # peers that are tried where one that passes would do
+OUTVOTED = Finding(Verdict.SUSPECT, "three others agree that what it gave was wrong", contradicted=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Judge:
     Args:
         draw: Whose coins say which audits are glances, and whose budget pays for all of them.
         host_config: For the hosts under throw-away identities.
+        clock: The ledger's time in seconds.
         rng: Draws whom to ask.
         find_adapter: Finds what a session's revision names beside the model.
 
@@ -74,6 +77,7 @@ class Judge:
         draw: AuditDraw,
         *,
         host_config: HostConfig,
+        clock: Callable[[], float] = time.time,
         rng: random.Random,
         find_adapter: FindAdapter = lambda revision, span: None,
     ) -> None:
@@ -85,6 +89,7 @@ class Judge:
         self._config = config
         self._draw = draw
         self._host_config = host_config
+        self._clock = clock
         self._rng = rng
         self._find_adapter = find_adapter
 
@@ -98,7 +103,8 @@ class Judge:
             on_fail: Called when a FAIL is about to be confirmed.
 
         Returns:
-            The verdict, and peers that were asked for a second opinion and found to fail themselves.
+            The verdict, and peers that were asked for a second opinion and found to fail themselves, or
+            outvoted.
         """
         if record is None:
             return Finding(Verdict.INCONCLUSIVE, "its evidence is not to be had"), []
@@ -109,7 +115,9 @@ class Judge:
             record = replace(record, adapter=adapter)
         verifier, paid = self._verifier, partial(self._draw.paid, record.peer_id)
         if not verifier.can_hold(record.span):
-            return await self._judge_elsewhere(record, others), []
+            # Most audits of a peer that has passed some ask one other: so there are twice as many.
+            lead = 1 if self._draw.is_glance(record.peer_id) else 2
+            return await self.judge_elsewhere(record, others, lead)
         if self._draw.is_glance(record.peer_id):
             glance = paid(await verifier.glance(record))
             if glance.verdict is Verdict.PASS:
@@ -151,30 +159,67 @@ class Judge:
                 if other.verdict is Verdict.FAIL:
                     failed.append(Opinion(opinion.peer_id, opinion, other))
 
-    async def _judge_elsewhere(self, record: HopRecord, others: Sequence[str]) -> Finding:
+    async def judge_elsewhere(
+        self,
+        record: HopRecord,
+        others: Sequence[str],
+        lead: int = 2,
+        pay: Callable[[float], None] | None = None,
+    ) -> tuple[Finding, list[Opinion]]:
+        """The verdict of others where the blocks do not fit here, and those of them who were outvoted.
+
+        Args:
+            others: Peers that had to do with the session.
+            lead: See `compare_elsewhere`.
+            pay: Told how long each of them worked, seconds; None: the budget of audits.
+        """
         opinions: list[HopRecord] = []
-        finding = Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and no two others ran them")
-        async with aclosing(self._ask_others(record, others)) as asked:
+        vote = Vote(Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and too few others ran them"))
+        async with aclosing(self._ask_others(record, others, MOST_OPINIONS, pay)) as asked:
             async for opinion in asked:
                 opinions.append(opinion)
-                if len(opinions) < 2:
-                    continue
-                one, other, third = *opinions[:2], opinions[2] if len(opinions) > 2 else None
-                finding = await trio.to_thread.run_sync(
-                    compare_elsewhere, record, one, other, self._spec.hidden_size, third
-                )
-                if third or finding.verdict is not Verdict.INCONCLUSIVE:
+                compare = partial(compare_elsewhere, record, tuple(opinions), self._spec.hidden_size, lead)
+                vote = await trio.to_thread.run_sync(compare)
+                if vote.finding.verdict is not Verdict.INCONCLUSIVE:
                     break
+        return vote.finding, [
+            Opinion(opinions[index].peer_id, opinions[index], OUTVOTED) for index in vote.outvoted
+        ]
+
+    async def have_voted(self, record: HopRecord) -> Finding:
+        """The verdict of others on what was published as a proof, where the blocks do not fit here.
+
+        Whoever is outvoted, the accused or those who answered, is charged for it in the ledger.
+        """
+        if not self._draw.budget.has_for_votes:
+            return Finding(Verdict.INCONCLUSIVE, "the blocks do not fit here, and others would cost too much")
+        finding, outvoted = await self.judge_elsewhere(record, (), pay=self._draw.budget.pay_vote)
+        for each in (Opinion(record.peer_id, record, finding), *outvoted):
+            if each.finding.contradicted:
+                self._ledger.record_audit(
+                    each.peer_id,
+                    each.finding.verdict,
+                    self._clock(),
+                    contradicted=True,
+                    accused=each.record is record,
+                    why=each.finding.reason,
+                )
         return finding
 
-    async def _ask_others(self, record: HopRecord, others: Sequence[str]) -> AsyncGenerator[HopRecord]:
-        """Outputs of independent peers for the same inputs, `SECOND_OPINIONS` of them at most."""
+    async def _ask_others(
+        self,
+        record: HopRecord,
+        others: Sequence[str],
+        most: int = SECOND_OPINIONS,
+        pay: Callable[[float], None] | None = None,
+    ) -> AsyncGenerator[HopRecord]:
+        """Outputs of independent peers for the same inputs, of those asked at most so many."""
         if not self._config.remote or record.is_adapted:  # which strangers would have to be brought
             return
         history = await trio.to_thread.run_sync(history_of, record, self._spec.hidden_size)
         avoided = (*others, *self._config.own_peers)
         known = self._member.announcements(self._spec.revision)
-        for hop in choose_auditors(known, record, self._ledger, avoided, self._rng)[:SECOND_OPINIONS]:
+        for hop in choose_auditors(known, record, self._ledger, avoided, self._rng)[:most]:
             accused = (record.peer_id, self._member.peer_id)
             after = draw_successors(hop, known, self._spec, self._ledger, accused, self._rng)
             try:
@@ -186,7 +231,7 @@ class Judge:
                     after=after,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
-                    on_work=partial(self._draw.pay, record.peer_id),
+                    on_work=pay or partial(self._draw.pay, record.peer_id),
                 )
             except PeerError as exc:
                 logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)

@@ -5,9 +5,13 @@ the values that are carried (`noise_floor.carried_unit`), which follows from dty
 depth of a span makes of it, which was calibrated. Outputs that agree to the bit are the usual case, of peers
 with the same software on the same kind of processor, and need no exception.
 
-Two peers that agree with the audited one pass it. Where somebody is alone, a third is asked. Only what three
-others contradict in one voice is SUSPECT: it raises the rate of audits, costs integrity if it repeats, and is
-no proof, since three may be one person.
+Opinions are asked for one after the other, until one side is far enough ahead: two more for the audited peer
+than against it pass it, three more against it than for it are SUSPECT, and five are asked at most. The right
+output is one, so honest peers always agree, and whoever stands alone against so many is wrong or they all
+collude. Those who answer take the same risk as the audited one: who vouches for an output that is outvoted is
+outvoted with it. It raises the rate of audits, costs integrity if it repeats, and is no proof, since all of
+them may be one person. Where a fifth of those who can be asked collude, they turn a vote against an honest
+peer with a probability of 0.012, and pass a lie with one of 0.05; where two fifths do, 0.11 and 0.24.
 
 Depth: honest outputs of 1 to 15 blocks, in bfloat16, float16 and float32, by own kernels and transformers',
 lay at most 5.4 units apart by a chunk's median, with the unit growing as blocks^0.4. nf4 lay 29 or more, fp8
@@ -16,7 +20,8 @@ lay at most 5.4 units apart by a chunk's median, with the unit growing as blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import combinations
 from typing import Final
@@ -36,6 +41,8 @@ from p2pinfer.models.verify.verify import check_rows, split_chunks
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Limit, Verdict
 
+MOST_OPINIONS: Final = 5
+LEAD: Final = 3  # by which others have to be ahead who contradict the audited peer
 _GROWTH: Final = 0.4  # exponent by which the distance of honest outputs grows with the number of blocks
 _APART: Final = Limit(8.0, 16.0)  # of a chunk's median, in units
 _LEAST_TOKENS: Final = 8  # that two peers must both have given an output for
@@ -49,43 +56,91 @@ class _Pair(Enum):
     UNCLEAR = "unclear"  # between the two, or too little in common
 
 
-def compare_elsewhere(
-    record: HopRecord, one: HopRecord, other: HopRecord, hidden_size: int, third: HopRecord | None = None
-) -> Finding:
-    """The verdict where the blocks fit nowhere here, by two or three other peers' outputs.
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """The verdict of others on an output.
 
-    Returns:
-        PASS, SUSPECT or INCONCLUSIVE; FAIL only for outputs that are no numbers, which everybody can see.
-        INCONCLUSIVE of two may be settled by a third.
+    Attributes:
+        finding: PASS, SUSPECT or INCONCLUSIVE; FAIL only for outputs that are no numbers.
+        outvoted: Indices of the opinions that three others, the audited peer among them, contradict.
     """
-    opinions = [each for each in (one, other, third) if each is not None]
+
+    finding: Finding
+    outvoted: tuple[int, ...] = ()
+
+
+def compare_elsewhere(
+    record: HopRecord, opinions: Sequence[HopRecord], hidden_size: int, lead: int = 2
+) -> Vote:
+    """The verdict where the blocks fit nowhere here, by other peers' outputs.
+
+    INCONCLUSIVE may be settled by one opinion more, up to `MOST_OPINIONS`.
+
+    Args:
+        lead: By which those have to be ahead who agree with the audited peer.
+    """
     if not all(are_comparable(record.numerics, each.numerics) for each in opinions):
-        return Finding(Verdict.INCONCLUSIVE, "the receipts name numerics that cannot be compared")
+        return Vote(Finding(Verdict.INCONCLUSIVE, "the receipts name numerics that cannot be compared"))
     try:
         audited = _outputs_of(record, hidden_size)
     except WrongOutput as exc:
-        return Finding(Verdict.FAIL, f"the outputs cannot be: {exc}")
+        return Vote(Finding(Verdict.FAIL, f"the outputs cannot be: {exc}"))
     except ProtocolViolation as exc:
-        return Finding(Verdict.INCONCLUSIVE, str(exc))
+        return Vote(Finding(Verdict.INCONCLUSIVE, str(exc)))
     try:
         others = [_outputs_of(each, hidden_size) for each in opinions]
     except (WrongOutput, ProtocolViolation) as exc:
-        return Finding(Verdict.INCONCLUSIVE, f"another peer's opinion is of no use: {exc}")
-    return judge_by_opinions(audited, others, len(record.span))
+        return Vote(Finding(Verdict.INCONCLUSIVE, f"another peer's opinion is of no use: {exc}"))
+    return judge_by_opinions(audited, others, len(record.span), lead)
 
 
-def judge_by_opinions(audited: History, others: Sequence[History], blocks: int) -> Finding:
-    """The verdict on outputs of so many blocks, by those of two or three other peers for the same inputs."""
-    own = [_relate(audited, each, blocks) for each in others]
-    theirs = [_relate(*pair, blocks) for pair in combinations(others, 2)]
-    if own.count(_Pair.AGREE) >= 2:
-        return Finding(Verdict.PASS, f"{own.count(_Pair.AGREE)} other peers gave the same but for rounding")
-    if len(others) > 2 and set(own) == {_Pair.APART} and set(theirs) == {_Pair.AGREE}:
-        reason = "three other peers agree that its outputs are others; no proof"
+def judge_by_opinions(audited: History, others: Sequence[History], blocks: int, lead: int = 2) -> Vote:
+    """The verdict on outputs of so many blocks, by those of other peers for the same inputs."""
+    outputs = [audited, *others]
+    pairs = {
+        (one, other): _relate(outputs[one], outputs[other], blocks)
+        for one, other in combinations(range(len(outputs)), 2)
+    }
+    against = _largest_party(
+        [index for index in range(1, len(outputs)) if pairs[0, index] is _Pair.APART], pairs
+    )
+    with_it = [index for index in range(1, len(outputs)) if pairs[0, index] is _Pair.AGREE]
+    finding = _outcome(len(with_it), len(against), lead, any(each is _Pair.APART for each in pairs.values()))
+    match finding.verdict:
+        case Verdict.PASS:
+            right = [0, *with_it]
+        case Verdict.SUSPECT:
+            right = against
+        case _:
+            return Vote(finding)
+    outvoted = [
+        index
+        for index in range(1, len(outputs))
+        if sum(pairs[min(each, index), max(each, index)] is _Pair.APART for each in right if each != index)
+        >= LEAD
+    ]
+    return Vote(finding, tuple(index - 1 for index in outvoted))
+
+
+def _outcome(with_it: int, against: int, lead: int, contradict: bool) -> Finding:
+    """The verdict where so many others agree with the audited peer, and so many against it."""
+    if with_it - against >= lead:
+        return Finding(Verdict.PASS, f"{with_it} other peers gave the same but for rounding")
+    if against - with_it >= LEAD:
+        reason = f"{against} other peers agree that its outputs are others; no proof"
         return Finding(Verdict.SUSPECT, reason, contradicted=True)
-    if _Pair.APART in theirs:
+    if contradict:
         return Finding(Verdict.INCONCLUSIVE, "the other peers contradict each other")
     return Finding(Verdict.INCONCLUSIVE, "too few other peers agree on what its outputs should be")
+
+
+def _largest_party(members: Sequence[int], pairs: Mapping[tuple[int, int], _Pair]) -> list[int]:
+    """Most of the members who all agree with each other."""
+    for size in range(len(members), 0, -1):
+        for party in combinations(members, size):
+            if all(pairs[pair] is _Pair.AGREE for pair in combinations(party, 2)):
+                return [*party]
+    return []
 
 
 def _outputs_of(record: HopRecord, hidden_size: int) -> History:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import trio
 from torch import Tensor
 
 from p2pinfer.audit.auditor import AuditTally
+from p2pinfer.audit.verifier import Verifier
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.reputation.proof import Proof
+from p2pinfer.reputation.verdict import Finding, Verdict
 
 from ..node.memory_swarm import MemorySwarm
 from .test_auditor import PROMPT, Change, OpenClient, cheat, open_client, swarm, text_of
@@ -102,3 +108,61 @@ async def test_three_liars_make_an_honest_peer_suspect_and_no_more(
         assert client.audits.failed == 0
         assert not client.ledger.is_banned("a")
         assert not client.ledger.proofs()
+
+
+async def test_a_friend_that_vouches_for_a_liar_does_not_save_it(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    await serve_all(swarm, [halved, halved, None, None, None, None])
+    async with open_client(audit=THIN) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=24))
+        await client.audits_settled()
+        assert client.audits.suspect >= 1
+        assert client.ledger.account("a").beta > 1
+        assert [client.ledger.account(name).beta for name in "cdef"] == [1] * 4
+        assert not any(map(client.ledger.is_banned, "abcdef"))
+
+
+async def test_what_others_have_found_reaches_it_by_a_vote_and_bans_nobody(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    await serve_all(swarm, [halved, None, None, None])
+    unaware = replace(THIN, rate=0.0)
+    async with open_client(audit=unaware) as client, open_client() as finder:
+        await text_of(client.generate(PROMPT, max_new_tokens=16))
+        await text_of(finder.generate(PROMPT, max_new_tokens=16))
+        await finder.audits_settled()
+        assert finder.ledger.is_banned("a")
+        with trio.fail_after(30):
+            while client.ledger.account("a").beta == 1:
+                await trio.sleep(0.01)
+        assert client.ledger.account("a").beta == 1 + client.ledger.config.fail_weight
+        assert not any(map(client.ledger.is_banned, "abcd"))
+        assert client.ledger.score("a").integrity < client.ledger.score("b").integrity
+        assert not client.ledger.score("a").is_newcomer
+
+
+async def test_a_proof_that_others_do_not_confirm_costs_its_teller_and_nobody_else(
+    swarm: MemorySwarm, open_client: OpenClient
+) -> None:
+    await serve_all(swarm, [None, None, None])
+    seen: list[HopRecord] = []
+
+    class Note(Verifier):
+        async def verify(self, record: HopRecord) -> Finding:
+            seen.append(record)
+            return Finding(Verdict.PASS, "")
+
+    async with (
+        open_client(audit=replace(THIN, rate=0.0)) as client,
+        open_client(verifier=Note()) as slanderer,
+    ):
+        await text_of(client.generate(PROMPT, max_new_tokens=16))
+        await text_of(slanderer.generate(PROMPT, max_new_tokens=16))
+        await slanderer.audits_settled()
+        [record] = seen
+        await slanderer.member.proofs.publish(Proof(1, "a", "output", record.signed), record.contents)
+        with trio.fail_after(30):
+            while client.ledger.account(slanderer.member.peer_id).proofs_false == 0:
+                await trio.sleep(0.01)
+        assert [client.ledger.account(name).beta for name in "abc"] == [1] * 3

@@ -10,8 +10,10 @@ import pytest
 from p2pinfer.errors import NoRoute, PolicyError
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.planner import cheapest_routes
 from p2pinfer.routing.policy import (
     BUILT_IN_POLICIES,
@@ -89,6 +91,18 @@ def test_the_default_weighs_risk_and_the_fastest_does_not() -> None:
     assert type(load_policy(DEFAULT_POLICY)) is RiskAdjusted
     assert RiskAdjusted(rng=random.Random(0)).choose_routes(CANDIDATES, REQUEST, ledger)[0].peer_ids == ("a",)
     assert Fastest().choose_routes(CANDIDATES, REQUEST, ledger)[0].peer_ids == ("b",)
+
+
+def test_who_was_outvoted_is_used_only_where_nobody_else_is() -> None:
+    """However fast it is; and where nobody else serves its blocks a text still comes."""
+    ledger, quick = Ledger(), candidate("quick", tokens_per_s=1e4)
+    for _ in range(4):
+        ledger.record_audit("quick", Verdict.PASS, 0.0)
+    policy = RiskAdjusted(RoutingConfig(explore_share=0.0, probation_share=0.0), rng=random.Random(0))
+    assert policy.choose_routes([quick, *CANDIDATES], REQUEST, ledger)[0].peer_ids == ("quick",)
+    ledger.record_audit("quick", Verdict.SUSPECT, 0.0, contradicted=True)
+    assert policy.choose_routes([quick, *CANDIDATES], REQUEST, ledger)[0].peer_ids != ("quick",)
+    assert policy.choose_routes([quick], REQUEST, ledger)[0].peer_ids == ("quick",)
 
 
 def test_spread_uses_peers_as_often_as_they_have_capacity() -> None:

@@ -204,7 +204,7 @@ def test_opinions_of_peers_that_decided_near_ties_otherwise_make_nobody_suspect(
     outputs = run_session(runner.choosing(Contrary(0.008)), inputs, SPAN)
     at = tuple(range(TOKENS))
     others = [History(inputs, run_session(runner, inputs, SPAN), at)] * 3
-    finding = judge_by_opinions(History(inputs, outputs, at), others, len(SPAN))
+    finding = judge_by_opinions(History(inputs, outputs, at), others, len(SPAN)).finding
     assert finding.verdict in (Verdict.PASS, Verdict.INCONCLUSIVE), finding.reason
 
 

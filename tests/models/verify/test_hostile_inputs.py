@@ -107,4 +107,4 @@ def test_opinions_on_faint_tokens_make_nobody_suspect(runners: dict[str, SpanRun
     at = tuple(range(TOKENS))
     said = {name: History(inputs, run_session(each, inputs, SPAN), at) for name, each in runners.items()}
     others = [said["bfloat16"]] * 3
-    assert judge_by_opinions(said["float16"], others, len(SPAN)).verdict is Verdict.INCONCLUSIVE
+    assert judge_by_opinions(said["float16"], others, len(SPAN)).finding.verdict is Verdict.INCONCLUSIVE
