@@ -10,7 +10,7 @@ from torch import Tensor
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.progress import Progress
-from p2pinfer.models.quantised.formats import Packed, joined, quantise
+from p2pinfer.models.quantised.formats import Packed, blank, quantise, quantise_into
 
 from .layers import AnyLinear, LayerNorm, Norm, RmsNorm
 from .target import Target
@@ -67,9 +67,12 @@ class Weights:
             weight = _joined([self.table(name, size, inputs) for name, size in sizes])
             weight = weight if order is None else weight[order]
         else:
-            weight = joined(
-                [self._packed(self._take(f"{name}.weight", size, inputs)) for name, size in sizes]
-            )
+            weight, stop = blank(sum(outputs), inputs, self._target.format, self._target.device), 0
+            for name, size in sizes:
+                start, stop = stop, stop + size
+                # No name for what is read: it would be kept until the next one has been.
+                part = weight.rows(slice(start, stop))
+                quantise_into(part, self._take(f"{name}.weight", size, inputs).to(self._target.device))
             weight = weight if order is None else weight.rows(order.to(self._target.device))
         if not (bias and any(self.has(f"{name}.bias") for name in names)):
             return self._target.linear(weight)

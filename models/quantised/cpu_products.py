@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .formats import Packed, in_bytes, in_order, laid_out_product, parts_of
+from .formats import Packed, held, in_bytes, in_order, laid_out_product, parts_of
 
 _ATEN: Any = torch.ops.aten
 # Rows from which laying the weight out in full, and the processor's own product, cost less.
@@ -51,13 +51,15 @@ class Int4OnCpu:
     def __init__(self, packed: Packed) -> None:
         self._format = packed.format
         self._inputs = packed.inputs
-        self._codes = torch.empty_like(packed.codes)
+        self._codes = held((len(packed.codes), packed.codes.shape[1]), torch.uint8, packed.codes.device)
         for part in parts_of(len(packed.codes) // _BLOCK, _BLOCK * packed.inputs):
             rows = slice(part.start * _BLOCK, part.stop * _BLOCK)
             numbers = in_order(packed.codes[rows]).int()
             self._codes[rows] = _ATEN._convert_weight_to_int4pack_for_cpu(numbers, 1)
         scales = packed.scales.t()
-        self._scales = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
+        both = held((len(scales), 2 * scales.shape[1]), scales.dtype, scales.device)
+        self._scales = both.view(*scales.shape, 2)
+        self._scales[..., 0] = scales
 
     @property
     def nbytes(self) -> int:

@@ -15,10 +15,11 @@ from p2pinfer.models.quantised.formats import (
     INT8,
     NF4,
     Packed,
+    blank,
     in_bytes,
     in_order,
-    joined,
     quantise,
+    quantise_into,
 )
 
 
@@ -113,8 +114,10 @@ def test_parts_of_a_product_may_be_quantised_apart_and_in_any_chunks(
 ) -> None:
     weight = weight_of(96, 128)
     whole = quantise(weight, FORMATS[name])
-    monkeypatch.setattr("p2pinfer.models.quantised.formats._AT_ONCE", 1000)
-    parts = joined([quantise(part, FORMATS[name]) for part in torch.split(weight, [32, 16, 48])])
+    monkeypatch.setattr("p2pinfer.models.quantised.formats._AT_ONCE", {"cpu": 1000})
+    parts = blank(96, 128, FORMATS[name], weight.device)
+    for rows in (slice(0, 32), slice(32, 48), slice(48, 96)):
+        quantise_into(parts.rows(rows), weight[rows])
     assert torch.equal(parts.codes, whole.codes) and torch.equal(parts.scales, whole.scales)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     mixed: Packed = whole.rows(order)
