@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from p2pinfer.client import Client
 from p2pinfer.client_config import ClientConfig
 from p2pinfer.generation.generation import Generation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+from p2pinfer.node.config import ServeConfig
+from p2pinfer.node.events import SessionClosed
 
 from .memory_client import open_memory_client
-from .node.memory_swarm import MemorySwarm
+from .node.memory_swarm import FLOAT32, MemorySwarm
 
 STORY = "Once upon a time there was a little girl who had a big red ball. " * 5
 NEXT = " The next day, her mom said"
@@ -32,8 +36,10 @@ def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_pat
     @asynccontextmanager
     async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
         async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as (client, swarm):
+            is_thin = "config" in options and options["config"].thin == "on"
+            ends = load_embedding_and_head(checkpoint, FLOAT32) if is_thin else None
             for name, start, stop in (("a", 0, 3), ("b", 3, 5), ("c", 5, 8)):
-                await swarm.serve(name, start, stop)
+                await swarm.serve(name, start, stop, ends=ends)
             yield client, swarm
 
     return opened
@@ -85,6 +91,44 @@ async def test_several_answers_to_one_prompt_share_its_prefill(open_client: Open
         assert [each.result.token_ids for each in answers] == [each.result.token_ids for each in anew]
         assert answers[0].result.reused_tokens == 0
         assert all(each.result.reused_tokens >= 64 for each in answers[1:])
+
+
+async def at_once(client: Client, *seeds: int) -> list[Generation]:
+    """Samples of one prompt that share its prefill, all at once."""
+    texts = [client.generate(STORY, max_new_tokens=12, temperature=1.0, seed=seed) for seed in seeds]
+    texts[0].share_prefill(*texts[1:])
+    async with trio.open_nursery() as nursery:
+        for each in texts:
+            nursery.start_soon(finished, each)
+    return texts
+
+
+@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, thin="on")], ids=["with weights", "without"])
+async def test_samples_at_once_have_their_prompt_computed_once(
+    open_client: OpenClient, config: ClientConfig
+) -> None:
+    seeds = (1, 2, 3, 4)
+    async with open_client(config=config) as (client, swarm):
+        samples = await at_once(client, *seeds)
+        prompt = samples[0].result.prompt_tokens
+        assert all(64 <= each.result.reused_tokens < prompt for each in samples)  # whole pages are shared
+        while any(each.server.sessions for each in swarm.served.values()):
+            await trio.lowlevel.checkpoint()
+        computed = sum(event.tokens for event in swarm.events if isinstance(event, SessionClosed))
+        assert 3 * prompt <= computed <= 3 * (prompt + (prompt - 64 + 12) * len(seeds))
+        forget(client)
+        alone = [await ask(client, STORY, temperature=1.0, seed=seed) for seed in seeds]
+        assert [each.result.token_ids for each in samples] == [each.result.token_ids for each in alone]
+
+
+async def test_samples_compute_their_prompts_where_no_hop_keeps_one(open_client: OpenClient) -> None:
+    async with open_client(config=PLAIN) as (client, swarm):
+        await swarm.network.kill("b")
+        await swarm.serve("d", 3, 5, config=ServeConfig(prefix_keep_s=0.5))
+        samples = await at_once(client, 1, 2)
+        assert [each.result.reused_tokens for each in samples] == [0, 0]
+        alone = [await ask(client, STORY, temperature=1.0, seed=seed) for seed in (1, 2)]
+        assert [each.result.token_ids for each in samples] == [each.result.token_ids for each in alone]
 
 
 @pytest.mark.parametrize("victim", ["a", "c"])

@@ -116,7 +116,10 @@ async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
     def begin() -> list[Generation]:  # in a thread: a long prompt takes long to become tokens
         if asked.config.grammar is not None:
             check_grammar(asked.config.grammar)
-        return [source.generate(prompt, _config_of(asked, index)) for index in range(asked.choices)]
+        first, *others = (source.generate(prompt, _config_of(asked, index)) for index in range(asked.choices))
+        if others:
+            first.share_prefill(*others)
+        return [first, *others]
 
     return await trio.to_thread.run_sync(begin)
 

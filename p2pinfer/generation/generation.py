@@ -37,6 +37,7 @@ from .kept_texts import KeptTexts
 from .outage import Outage, RetryLimits, Waiting
 from .remote_blocks import ExpectS, HopUsed, RemoteBlocks, SessionSource
 from .saved_state import GenerationState, check_state
+from .shared_prefill import SharedPrefill
 from .speculation import Speculation, SpeculationStats
 from .transcript import FinishReason, Transcript
 
@@ -282,6 +283,15 @@ class Generation:
         """Let the hops free what they hold for this generation; harmless twice."""
         await self._remote.aclose()
         self._dropped.detach()
+
+    def share_prefill(self, *others: Generation) -> None:
+        """Have the prompt computed once for this and for others, of one client and with the same prompt.
+
+        To be called before any of them begins. They may run at once, each by its own settings and seed.
+        """
+        shared = SharedPrefill()
+        for each in (self, *others):
+            each._remote.shared = shared
 
     @property
     def prompt(self) -> str:

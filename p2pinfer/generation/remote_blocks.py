@@ -28,7 +28,8 @@ from p2pinfer.session.session import Session
 from p2pinfer.session.terms import Inputs
 
 from .ends import Ends
-from .kept_texts import KeptTexts, common_length, kept_s
+from .kept_texts import LEAST_TOKENS, KeptTexts, common_length, kept_s
+from .shared_prefill import SharedPrefill
 from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class RemoteBlocks:
         excluded: Who is left out of the next one.
         expected_s: Seconds that a token was expected to take over these hops; None if nobody can tell.
         reused_tokens: Tokens that hops had in their caches already, in the first session.
+        shared: Prefill that is shared with other texts of this prompt; None: it has its own.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class RemoteBlocks:
         self.reused_tokens = 0
         self._kept_texts = kept_texts
         self._draw = draw
+        self.shared: SharedPrefill | None = None
         self._expect_s = expect_s
         self._accused: dict[str, set[str]] = {}  # by who complained: of which neighbours
         self._source = source
@@ -200,12 +203,39 @@ class RemoteBlocks:
 
     async def _open_for(self, tokens: int) -> Session:
         """A session for so many tokens, behind what hops keep of an earlier one if they do."""
+        if self.shared is not None:
+            shared, self.shared = self.shared, None
+            await shared.once(self._keep_beginning)
         if self._kept_texts is not None:
             ids, past = self._transcript.ids, self._past_inputs
             session = await self._kept_texts.open(ids, tokens, self.excluded, past, self._draw)
             if session is not None:
                 return session
         return await self._source.open_session(tokens, self.excluded, self._past_inputs)
+
+    async def _keep_beginning(self) -> None:
+        """Have hops compute all tokens so far but the last one, and keep that; quiet if they do not."""
+        texts, ids = self._kept_texts, self._transcript.ids[:-1]
+        if texts is None or len(ids) < LEAST_TOKENS:
+            return
+        try:
+            session = await self._source.open_session(len(ids), self.excluded, self._past_inputs)
+        except (PeerError, NoRoute) as exc:
+            logger.debug("prefill.not_shared why=%s", exc)
+            return
+        keep = False
+        self._sent = (len(ids), ())
+        try:
+            if kept_s(session) > 0:
+                embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
+                await session.prefill(embedded, 0)
+                keep = await session.settle() is None and kept_s(session) > 0
+        except PeerError as exc:
+            logger.debug("prefill.not_shared why=%s", exc)
+        finally:
+            await session.aclose(keep=keep)
+        if keep:
+            texts.note(ids, session)
 
     async def abandon(self, error: PeerError) -> None:
         """Give up the route and leave out who failed.

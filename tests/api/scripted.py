@@ -57,6 +57,9 @@ class ScriptedGeneration:
         text = self._stream.push(token_id)
         return Token(token_id, text + (self._stream.finish() if self._taken == len(self._ids) else ""))
 
+    def share_prefill(self, *others: Any) -> None:
+        """There is none."""
+
     @property
     def result(self) -> GenerationResult:
         """What a real one tells."""
