@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -60,3 +60,12 @@ class HostConfig:
             raise ValueError("dial_stagger_s must not be negative")
         if min(self.max_streams, self.max_streams_per_peer, self.streams_at_once) < 1:
             raise ValueError("max_streams, max_streams_per_peer and streams_at_once must be at least 1")
+
+
+def dialling_only(config: HostConfig) -> HostConfig:
+    """The same settings for a host under another identity, that nobody is to reach.
+
+    It does not listen, and does not say the addresses that lead to the node whose settings these are: a check
+    that did would tell every hop which node it comes from.
+    """
+    return replace(config, listen=(), announce=())

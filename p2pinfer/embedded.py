@@ -25,7 +25,7 @@ from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import open_nursery
-from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.host_config import HostConfig, dialling_only
 from p2pinfer.node.transport.addresses import split_peer
 from p2pinfer.node.transport.identity import load_identity
 
@@ -77,7 +77,7 @@ def embedded_spans(num_blocks: int) -> list[BlockSpan]:
 
 def client_host_config(config: HostConfig, *, embedding: bool) -> HostConfig:
     """Settings of a client's host, which listens only if it may become its own nodes' meeting point."""
-    return replace(config, listen=("/ip4/127.0.0.1/tcp/0",) if embedding else ())
+    return replace(dialling_only(config), listen=("/ip4/127.0.0.1/tcp/0",) if embedding else ())
 
 
 @asynccontextmanager

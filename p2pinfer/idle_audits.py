@@ -6,14 +6,14 @@
 
 To the peers it is a client like any other. Its sessions have the shapes of those that clients open here. Its
 prompts are of texts that the operator or the model has written (`p2pinfer/audit/traffic.py`). Its identity is
-new or has been about for hours, as clients' are. Every hop is audited, and what can be proved is published.
-As soon as somebody wants something of this node, the round is given up.
+new or has been about for hours, as clients' are, and audits no hop more often than theirs do. Every hop is
+audited, and what can be proved is published. As soon as somebody wants something of this node, the round is
+given up.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
 import string
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -31,7 +31,7 @@ from p2pinfer.audit.verifier import Verifier
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.events import Event, Ready, SessionClosed, SessionOpened, Verified
-from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.host_config import HostConfig, dialling_only
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.reputation.view import ReputationView
 from p2pinfer.routing.drawing import draw_routes
@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 SEEN_BEFORE: Final = 0.1  # chance of a peer that knows where a prompt comes from, relative to others
 OWN_CHANCE: Final = 1e-6  # of this node itself, which is to help out where nobody else serves
 THIN: Final = 0.25  # of the rounds are clients without weights
-IDENTITY_S: Final = 6 * 3600.0  # for which an identity lasts, on average, if it is to last at all
+LASTS: Final = 0.5  # of the identities may make another round
+RETURNS: Final = 0.25  # of the rounds are by such an identity, if there is one
+IDENTITY_S: Final = 6 * 3600.0  # for which such an identity lasts, on average
 
 
 OpenClient = Callable[[RoutingPolicy, str, Sequence[str]], AbstractAsyncContextManager[Client]]
@@ -218,7 +220,7 @@ def open_idle_audits(
             config=ClientConfig(thin=thin),
             bootstrap=(*addrs, *shared.bootstrap),
             policy=policy,
-            host_config=replace(host_config, listen=()),
+            host_config=dialling_only(host_config),
             identity=identities.current(trio.current_time()),
             cache_dir=shared.cache_dir,
             data_dir=shared.data_dir,
@@ -237,20 +239,25 @@ def open_idle_audits(
 
 
 class Identities:
-    """Identities of the rounds: new each time, as a command line's are, or lasting, as a service's are."""
+    """Identities of the rounds: new, as a command line's are, or one of before, as a service's are.
+
+    An identity makes two rounds at most. A client audits a peer in all of its first sessions with it and
+    seldom later; one that audited it in every session for hours would be known for what it is.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._until = -math.inf
-        self._identity = new_identity()
+        self._waiting: list[tuple[float, Identity]] = []  # that have made one round, and until when they last
 
     def current(self, now: float) -> Identity:
         """Identity of the round that begins at `now`, in seconds."""
-        if now >= self._until:
-            self._identity = new_identity()
-            lasts = self._rng.random() < 0.5
-            self._until = now + (self._rng.expovariate(1 / IDENTITY_S) if lasts else 0.0)
-        return self._identity
+        self._waiting = [each for each in self._waiting if now < each[0]]
+        if self._waiting and self._rng.random() < RETURNS:
+            return self._waiting.pop(self._rng.randrange(len(self._waiting)))[1]
+        identity = new_identity()
+        if self._rng.random() < LASTS:
+            self._waiting.append((now + self._rng.expovariate(1 / IDENTITY_S), identity))
+        return identity
 
 
 class LeastKnown(RoutingPolicy):

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import trio.testing
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.config import SharedConfig
+from p2pinfer.embedded import client_host_config
 from p2pinfer.errors import NoRoute
 from p2pinfer.idle_audits import (
     Identities,
@@ -31,6 +31,7 @@ from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.events import Event, NodeLeaving, Ready, SessionClosed, SessionOpened, Verified
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.reputation.config import LedgerConfig
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Verdict
 from p2pinfer.routing.announcement import Announcement
@@ -133,12 +134,17 @@ async def test_a_round_finds_who_cheats(
     assert ledger.account("me").audits == 0
 
 
-def test_identities_are_new_each_time_or_last_for_hours() -> None:
-    kept = Identities(random.Random(1))
-    hourly = [kept.current(3600.0 * hour).peer_id for hour in range(400)]
-    again = sum(one == other for one, other in pairwise(hourly))
-    assert 100 < again < 390
-    assert max(map(hourly.count, {*hourly})) > 4
+def test_identities_are_new_or_hours_old_and_audit_no_more_than_those_of_clients() -> None:
+    """A client is sure to audit a peer in its first eight sessions with it."""
+    kept, at = Identities(random.Random(1)), dict[str, list[float]]()
+    for number in range(2000):
+        at.setdefault(kept.current(600.0 * number).peer_id, []).append(600.0 * number)
+    rounds = [len(each) for each in at.values()]
+    assert max(rounds) == 2
+    assert max(rounds) * VerifyConfig().texts <= LedgerConfig().newcomer_audits
+    again = sorted(each[1] - each[0] for each in at.values() if len(each) == 2)
+    assert 0.2 < len(again) / len(at) < 0.5
+    assert again[0] < 3600 < again[-len(again) // 4]  # minutes old, or hours
 
 
 def test_prompts_are_of_the_operators_own_texts_where_there_are_some(
@@ -248,7 +254,8 @@ async def test_a_nodes_patrol_joins_by_the_node_and_asks_it_for_no_opinion(
     monkeypatch.setattr("p2pinfer.idle_audits.Client", Joined)
     shared = SharedConfig(bootstrap=("/ip4/192.0.2.1/tcp/1/p2p/x",), cache_dir=tmp_path)  # type: ignore[arg-type]
     tell: Callable[[Event], None] = lambda _: None  # noqa: E731
-    idle_audits = open_idle_audits(AT_ONCE, AuditConfig(rate=0.1), shared, HostConfig(), tell)
+    announced = HostConfig(announce=("/ip4/203.0.113.7/tcp/14001",))
+    idle_audits = open_idle_audits(AT_ONCE, AuditConfig(rate=0.1), shared, announced, tell)
     idle_audits.note(READY)
     with trio.move_on_after(30):
         async with trio.open_nursery() as nursery:
@@ -259,6 +266,8 @@ async def test_a_nodes_patrol_joins_by_the_node_and_asks_it_for_no_opinion(
     one, other = seen[:2]
     assert one["bootstrap"] == ("/memory/me", "/ip4/192.0.2.1/tcp/1/p2p/x")
     assert one["verifier"] is other["verifier"]
+    # What it tells others of itself is what a client does: nothing about the node.
+    assert one["host_config"] == client_host_config(HostConfig(), embedding=False)
     audit = one["audit"]
     assert isinstance(audit, AuditConfig)
     assert (audit.rate, audit.own_peers) == (1.0, ("me",))

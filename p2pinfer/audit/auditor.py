@@ -19,7 +19,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from p2pinfer.models.checkpoint.source import ModelSource
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.evidence.hop_record import HopRecord
-from p2pinfer.node.host_config import HostConfig
+from p2pinfer.node.host_config import HostConfig, dialling_only
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.proof import Proof
@@ -106,7 +105,7 @@ class Auditor:
         self._draw = AuditDraw(ledger, config, clock, self._rng)
         self._line = Line()
         self._backlog = Backlog(job_folder(kept_in, spec.revision, config.queue_bytes), clock)
-        hosts = replace(host_config or HostConfig(), listen=())  # under identities that are thrown away
+        hosts = dialling_only(host_config or HostConfig())  # under identities that are thrown away
         self._judge = Judge(
             member,
             spec,

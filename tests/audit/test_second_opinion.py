@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+
+import pytest
+
+from p2pinfer.audit import second_opinion
 from p2pinfer.node.events import SessionOpened
+from p2pinfer.node.host.host import Host
+from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
+from p2pinfer.node.transport.identity import Identity
 
 from ..node.memory_swarm import MemorySwarm
 from .test_auditor import PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
@@ -44,3 +53,26 @@ async def test_a_second_opinion_does_without_successors_that_fail(
         await client.audits_settled()
         assert client.ledger.is_banned("b")
         assert "b2" in {target for _, target, _ in swarm.network.streams}
+
+
+async def test_a_second_opinion_tells_nobody_whose_it_is(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Addresses that lead to the asking node are not said under the identity that is thrown away."""
+    await swarm.serve("a", 0, 8)
+    cheat(await swarm.serve("b", 0, 8, tokens_per_s=1e5), noisy)
+    configs: list[HostConfig] = []
+    open_host = vars(second_opinion)["open_host"]
+
+    def note(identity: Identity, config: HostConfig) -> AbstractAsyncContextManager[Host]:
+        configs.append(config)
+        opened: AbstractAsyncContextManager[Host] = open_host(identity, config)
+        return opened
+
+    monkeypatch.setattr(second_opinion, "open_host", note)
+    announced = HostConfig(announce=("/ip4/203.0.113.7/tcp/14001",))
+    async with open_client(host_config=announced) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=16))
+        await client.audits_settled()
+        assert client.ledger.is_banned("b")
+    assert configs == [replace(announced, listen=(), announce=())]

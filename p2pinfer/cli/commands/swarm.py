@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import click
@@ -52,7 +51,7 @@ def swarm(call: Invocation, watch: bool) -> None:
     from p2pinfer.client_config import ClientConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.checkpoint.source import resolve_model
-    from p2pinfer.node.host_config import HostConfig
+    from p2pinfer.node.host_config import HostConfig, dialling_only
     from p2pinfer.node.swarm.membership import open_swarm
     from p2pinfer.node.transport.identity import client_identity
     from p2pinfer.swarm_view import look_at, look_at_all
@@ -69,7 +68,7 @@ def swarm(call: Invocation, watch: bool) -> None:
             abandon_on_cancel=True,
         )
         spec = source.spec
-        host_config = replace(settings.build(HostConfig), listen=())
+        host_config = dialling_only(settings.build(HostConfig))
         identity = client_identity(settings.build(ClientConfig).identity_file)
         async with open_swarm(identity, host_config, shared.bootstrap, shared.data_dir) as member:
             if is_asked:
