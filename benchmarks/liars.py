@@ -151,6 +151,7 @@ async def open_nodes(
             folder.mkdir()
             (folder / "config.toml").write_text(
                 f'[compute]\nthreads = 1\ndevice = "{devices[index % len(devices)]}"\n'
+                "cache_bytes = 268435456\n"  # several share a card, each of which would take most of it
             )
             command = [sys.executable, *start, "node", "--json", "--until-stdin-closes", "--blocks", span]
             command += ["--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]

@@ -8,7 +8,6 @@ its numbers are drawn from; on another kind of card they may differ.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from p2pinfer.cli.app import main
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import model_spec
-from p2pinfer.models.compute import paged_decode
 from p2pinfer.models.configs.defaults import complete_config
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
@@ -157,8 +155,6 @@ def resolve(model: str, **options: Any) -> ModelSource:
 def install() -> None:
     """Have clients and nodes of this process know random models."""
     asking.resolve_model = resolve
-    if from_tokens := os.environ.get("ATTEND_IN_PARTS_FROM"):
-        paged_decode._LONG_CONTEXT = int(from_tokens)  # pyright: ignore[reportPrivateUsage]
     serving.resolve_model = resolve
 
 

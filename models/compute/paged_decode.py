@@ -14,6 +14,7 @@ Nothing here needs CUDA but the recording; on a CPU the tests run the very same 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from operator import is_not
 from typing import Any, NamedTuple
@@ -24,27 +25,43 @@ from torch.nn import functional
 
 from p2pinfer.models.span import BlockSpan
 
+from .architecture import Architecture
 from .attention import Piece
 from .blocks import Blocks
 from .pool import PagePool
 from .scores import attend_by_scores, extras_of
 
+logger = logging.getLogger(__name__)
+
 _MAX_BATCH = 32
 _MIN_CONTEXT = 256
-_LONG_CONTEXT = 1 << 40  # from which on its parts are worth the kernels that put them together
-_MULTIPROCESSORS = 128  # of a large GPU, about
+# One H200, 8 key heads, microseconds for 4,096 keys, gathering left out: 84 whole and 31 in 16 parts for one
+# session, 87 and 57 in 8 parts for four, 90 and 147 in 2 parts for sixteen; for 1,024 keys 26 and 22 at best.
+_LONG_CONTEXT = 2048  # from which on its parts are worth the kernels that put them together
+_FEW_HEADS = 32  # of all sequences, up to which they are
+_SIDE_BY_SIDE = 256  # heads of parts that occupy a large GPU
+_MIN_PART = 256
+_TOLERANCE = 2e-2  # of a value near 1, in the narrowest dtype
 # Keys and values that a block gathers at once; beyond this, packed attention reads them in place.
 _MAX_GATHERED_BYTES = 1 << 30
 
 
 class PagedDecoder:
-    """Decode steps of a span, recorded by size."""
+    """Decode steps of a span, recorded by size.
+
+    Attributes:
+        attends_in_parts: Whether long contexts are cut, which was tried on the device.
+    """
 
     def __init__(self, blocks: Blocks, pool: PagePool) -> None:
         self._blocks = blocks
         self._pool = pool
         self._steps: dict[tuple[BlockSpan, int, int], _Step] = {}
         self._place = _Place.on(pool.device) if pool.device.type == "cuda" else None
+        with torch.inference_mode():
+            self.attends_in_parts = parts_agree(blocks.architecture, blocks.dtype, pool.device)
+        if not self.attends_in_parts:
+            logger.warning("attention in parts is wrong on %s; long contexts take longer", pool.device)
 
     def accepts(self, pieces: Sequence[Piece]) -> bool:
         """True if these are one token each of a few sessions, and there are no experts to be routed to."""
@@ -64,7 +81,9 @@ class PagedDecoder:
         size = (span, *_sizes(pieces))
         step = self._steps.get(size)
         if step is None:
-            step = self._steps[size] = _Step(self._blocks, self._pool, *size, self._place)
+            step = self._steps[size] = _Step(
+                self._blocks, self._pool, *size, self._place, self.attends_in_parts
+            )
         step.place(pieces)
         return step.run
 
@@ -96,12 +115,14 @@ class _Step:
         batch: int,
         context: int,
         place: _Place | None,
+        in_parts: bool,
     ) -> None:
         self._blocks = blocks
         self._pool = pool
         self._span = span
         self._context = context
         self._recorded_in = place
+        self._in_parts = in_parts
         device, pages = pool.device, -(-context // pool.page_tokens)
         self._hidden = torch.zeros(batch, blocks.spec.hidden_size, dtype=blocks.dtype, device=device)
         self._positions = torch.zeros(batch, dtype=torch.long, device=device)
@@ -131,7 +152,9 @@ class _Step:
         return output[: self._tokens]
 
     def _compute(self) -> Tensor:
-        attention = _PagedAttention(self._blocks, self._pool, self._pages, self._positions, self._context)
+        attention = _PagedAttention(
+            self._blocks, self._pool, self._pages, self._positions, self._context, self._in_parts
+        )
         return self._blocks.forward(self._hidden, attention, self._span)
 
     def _replay(self, place: _Place) -> Tensor:  # pragma: no cover -- needs a GPU
@@ -160,8 +183,15 @@ class _PagedAttention:
     """The attention of one token per row, all rows at once."""
 
     def __init__(
-        self, blocks: Blocks, pool: PagePool, pages: Tensor, positions: Tensor, context: int
+        self,
+        blocks: Blocks,
+        pool: PagePool,
+        pages: Tensor,
+        positions: Tensor,
+        context: int,
+        in_parts: bool,
     ) -> None:
+        self._in_parts = in_parts
         self._architecture = blocks.architecture
         self._windows = blocks.windows
         self._pool = pool
@@ -186,7 +216,7 @@ class _PagedAttention:
         rows = queries.view(batch, shape.kv_heads, -1, shape.head_dim)
         mask = self._masks[self._windows[block]].expand(-1, -1, rows.shape[2], -1)
         extras = extras_of(shape, sinks, 0, keys.shape[2], keys.device)
-        parts = _parts(batch * shape.kv_heads, keys.shape[2])
+        parts = _parts(batch * shape.kv_heads, keys.shape[2]) if self._in_parts else 1
         if extras.are_none and parts > 1:
             output = attend_in_parts(rows, keys, values, mask, shape.attention_scale, parts)
         elif extras.are_none:
@@ -241,11 +271,32 @@ def _attend_with_sums(
     return found[0], found[1]
 
 
-def _parts(sequences: int, context: int) -> int:
-    """Number of parts, a power of two, in which the keys of so many sequences and heads occupy a GPU."""
-    if context < _LONG_CONTEXT:
+def parts_agree(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+    """True if attention in parts is attention on this device, most of whose keys are hidden.
+
+    The operators that give the sums are no public ones, and kernels differ from card to card.
+    """
+    group, size = architecture.heads // architecture.kv_heads, architecture.head_dim
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, architecture.kv_heads, group, size, generator=generator)
+    both = torch.randn(2, 1, architecture.kv_heads, 2048, size, generator=generator)
+    mask = torch.zeros(1, 1, 1, 2048)
+    mask[..., 700:] = torch.finfo(dtype).min / 2
+    rows, both, mask = (each.to(device, dtype) for each in (rows, both, mask))
+    scale = size**-0.5
+    whole = functional.scaled_dot_product_attention(rows, both[0], both[1], attn_mask=mask, scale=scale)
+    try:
+        found = attend_in_parts(rows, both[0], both[1], mask, scale, 8)
+    except (AttributeError, RuntimeError, TypeError):  # another torch, or a card that the kernel is not for
+        return False
+    return bool((found.float() - whole.float()).abs().max() <= _TOLERANCE)
+
+
+def _parts(heads: int, context: int) -> int:
+    """Number of parts, a power of two, in which the keys of so many heads occupy a GPU."""
+    if context < _LONG_CONTEXT or heads > _FEW_HEADS:
         return 1
-    most = min(_MULTIPROCESSORS // sequences, context // _MIN_CONTEXT)
+    most = min(_SIDE_BY_SIDE // heads, context // _MIN_PART)
     return 1 << max(most.bit_length() - 1, 0)
 
 

@@ -74,13 +74,10 @@ def test_attention_in_parts_is_attention(parts: int, dtype: torch.dtype, device:
     )
 
 
-def test_few_long_sequences_are_cut_in_parts_and_many_or_short_ones_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(paged_decode, "_LONG_CONTEXT", 1024)
+def test_few_long_sequences_are_cut_in_parts_and_many_or_short_ones_are_not() -> None:
     parts = paged_decode._parts  # pyright: ignore[reportPrivateUsage]
-    assert [parts(8, context) for context in (256, 512, 1024, 4096, 1 << 17)] == [1, 1, 4, 16, 16]
-    assert [parts(8 * batch, 4096) for batch in (1, 2, 4, 8, 16, 32)] == [16, 8, 4, 2, 1, 1]
+    assert [parts(8, context) for context in (256, 1024, 2048, 4096, 1 << 17)] == [1, 1, 8, 16, 32]
+    assert [parts(8 * batch, 4096) for batch in (1, 2, 4, 8, 16, 32)] == [16, 16, 8, 1, 1, 1]
 
 
 @pytest.fixture(params=["whole", "in parts"])
@@ -91,7 +88,34 @@ def model(
     monkeypatch.setattr(paged_decode, "_MIN_CONTEXT", 32)
     if request.param == "in parts":
         monkeypatch.setattr(paged_decode, "_LONG_CONTEXT", 64)
+        monkeypatch.setattr(paged_decode, "_MIN_PART", 16)
     return Model(family_checkpoint)
+
+
+@pytest.mark.parametrize("fault", ["sums", "missing"])
+def test_a_device_whose_parts_make_no_whole_attends_to_the_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    attend = paged_decode._attend_with_sums  # pyright: ignore[reportPrivateUsage]
+
+    def faulty(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if fault == "missing":
+            raise AttributeError("'_OpNamespace' 'aten' object has no attribute")
+        output, sums = attend(*given)
+        return output, torch.zeros_like(sums)
+
+    assert PagedDecoder(model.blocks, model.cache.pools[0]).attends_in_parts
+    assert not caplog.records
+    monkeypatch.setattr(paged_decode, "_attend_with_sums", faulty)
+    decoder = PagedDecoder(model.blocks, model.cache.pools[0])
+    assert not decoder.attends_in_parts
+    assert "attention in parts is wrong on cpu" in caplog.text
+    runner = SpanRunner([Stage(model.blocks, model.cache.pools[0], decoder)], model.cache)
+    lease, row = model.cache.reserve(300), model.ends.embed([9])
+    model.plain.run([Chunk(lease, 0, model.ends.embed([7] * 270))])
+    (static,) = runner.run([Chunk(lease, 270, row)])
+    (plain,) = model.plain.run([Chunk(lease, 270, row)])
+    torch.testing.assert_close(static, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_steps_through_static_buffers_give_the_tokens_of_transformers(
