@@ -162,6 +162,25 @@ read all weights once at the 4.3 TB/s that the first card read in the same run, 
   honest nodes was stopped early: of 29 audits all had passed, and nobody was banned.
 - **Not run**: more than two cards, cards of different kinds, `cuda:0,cpu` on a card.
 
+## Published quantised checkpoints
+
+Folders and models of the hub whose config.json has a `quantization_config` are read in these formats. Each
+weight is laid out while it is loaded, as the format's own definition says, and held in the dtype of the
+computation. `--weights int4` quantises it again, so that it takes 4 bits in memory as well.
+
+| `quant_method` | read | refused by name |
+| --- | --- | --- |
+| `gptq` | 2, 4 and 8 bits, `gptq` and `gptq_v2`, any order of groups | 3 bits, Marlin |
+| `awq` | 4 bits, `gemm` | `gemv` and others |
+| `fp8` | blocks of any size, also where they end within; scales in float32 or exponents | without blocks |
+| `bitsandbytes` | nf4 and fp4, scales quantised or not; 8 bits | |
+| `compressed-tensors` | 4 and 8 bits packed, 8 bits and FP8 by tensor, row, block | sparsity, NVFP4, mixed |
+| `mxfp4` | of gpt-oss | others |
+
+- Quantised activations and caches are not computed; the scales for them are left alone.
+- The format's settings are part of the model's revision, as the files are.
+- transformers 5.24 lays out FP8 wrongly without a word where a side is no multiple of a block.
+
 ## GGUF files
 
 `--model FILE.gguf` works as a folder does; of a file in parts, name any part. A span reads its own

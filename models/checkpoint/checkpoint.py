@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.configs.defaults import complete_config
+from p2pinfer.models.configs.quantization import published_of
 from p2pinfer.models.progress import Progress
 
 from .hashes import hash_shards
+from .published import Parts, lay_out, weights_of
 from .shard import Shard
 from .shard_header import open_header
 from .spec import ModelSpec, model_spec, read_config, read_json
@@ -77,14 +79,20 @@ class Checkpoint:
         self.config = config
         self._shards = shards
         self._places = {full_name(name): (shard, name) for shard in shards.values() for name in shard.names}
+        self._published = published_of(config)
+        self._weights: Mapping[str, Parts] = (
+            {name: {"": name} for name in self._places}
+            if self._published is None
+            else weights_of(self._places, self._published)
+        )
 
     def names(self) -> frozenset[str]:
         """Every tensor that is here. Of a hub model only what was fetched is."""
-        return frozenset(self._places)
+        return frozenset(self._weights)
 
     def block_names(self, index: int) -> frozenset[str]:
         """The tensors of one block that are here."""
-        return frozenset(name for name in self._places if block_of(name) == index)
+        return frozenset(name for name in self._weights if block_of(name) == index)
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take as stored.
@@ -92,17 +100,31 @@ class Checkpoint:
         Raises:
             CheckpointError: A tensor is not here.
         """
-        return sum(shard.bytes_of(stored) for shard, stored in map(self._locate, names))
+        parts = [part for name in names for part in self._parts(name).values()]
+        return sum(shard.bytes_of(stored) for shard, stored in map(self._locate, parts))
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in memory that is the caller's: as stored, or float32 if it is quantised.
 
         Raises:
-            CheckpointError: It is not here.
+            CheckpointError: It is not here, or its parts do not fit together.
             ModelChanged: It is not what was hashed.
         """
-        shard, stored = self._locate(name)
-        return shard.read(stored)
+        tensors: dict[str, Tensor] = {}
+        for suffix, part in self._parts(name).items():
+            shard, stored = self._locate(part)
+            tensors[suffix] = shard.read(stored)
+        if self._published is None or "" in tensors:
+            whole = tensors[""]
+            if whole.is_floating_point() and whole.itemsize == 1:  # no scale says what it stands for
+                raise CheckpointError(
+                    f"{self.spec.model} stores {name} as {whole.dtype}, which p2pinfer does not read"
+                )
+            return whole
+        return lay_out(name, tensors, self._published)
+
+    def _parts(self, name: str) -> Parts:
+        return self._weights.get(name, {"": name})
 
     def _locate(self, name: str) -> tuple[TensorFile, str]:
         try:

@@ -28,6 +28,9 @@ _TORCH_DTYPES: Final[Mapping[str, str]] = {
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _STORED_DTYPES: Final[Mapping[str, str]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -24,6 +24,9 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {
     "I16": 2,
     "I8": 1,
     "U8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 _MAX_HEADER_BYTES: Final = 100_000_000  # as safetensors has it
 _LENGTH_BYTES: Final = 8

@@ -17,6 +17,7 @@ from p2pinfer.errors import CheckpointError
 
 from .family_rules import DEFAULTS, FAMILIES, RULES, Rules
 from .not_computed import check_all_computed, refusal
+from .quantization import KEY, parse_quantization
 from .refused_families import REASONS
 from .rope_config import ORIGINAL, context_length, rope_parameters, ropes_by_kind
 from .values import FULL, SLIDING, check_values, refuse_value, shown
@@ -92,7 +93,9 @@ def complete_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
     complete["rope_parameters"] = _ropes(model, config, rules, complete)
     _check_together(model, complete)
     _check_unread(model, config, complete)
-    return {"model_type": family, **complete}
+    published = parse_quantization(model, config)
+    stored = {} if published is None else {KEY: str(published)}
+    return {"model_type": family, **complete, **stored}
 
 
 def max_positions(complete: Mapping[str, Any]) -> int:
@@ -117,18 +120,7 @@ def _family(model: str, config: Mapping[str, Any]) -> str:
             f"{model} has the model type {shown(family)}, which p2pinfer does not support: "
             f"{REASONS.get(family, known) if isinstance(family, str) else known}"
         )
-    quantised: Any = config.get("quantization_config")
-    if quantised is not None and not _is_exact(family, quantised):
-        raise CheckpointError(
-            f"the weights of {model} are quantised; use a float32, float16 or bfloat16 checkpoint"
-        )
     return _ALIASES.get(family, family)
-
-
-def _is_exact(family: str, quantised: Any) -> bool:
-    """True for gpt-oss's MXFP4, each of whose numbers a bfloat16 holds (compute/fused_experts.py)."""
-    method = cast("dict[str, Any]", quantised).get("quant_method") if isinstance(quantised, dict) else None
-    return family == "gpt_oss" and method == "mxfp4"
 
 
 def _derive_heads(model: str, complete: dict[str, Any], defaults: Mapping[str, Any]) -> None:
