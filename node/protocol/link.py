@@ -83,6 +83,7 @@ class Link:
         """`send_back` is given what confirms a replay that began further up."""
         self.peer_id = frames.peer_id
         self.is_relayed = is_relayed
+        self.round_trip_s = 0.0  # until the successor had agreed; 0: not known
         self.send: Callable[[Step, bytes], Awaitable[None]] = frames.send
         self.send_now: Callable[[Step, bytes], bool] = frames.send_now
         self._frames = frames

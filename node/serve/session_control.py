@@ -137,9 +137,8 @@ class SessionControl:
         with self._guard():
             if session.opening.successor is not None:
                 neighbours.link = link = await self._link_to(session.opening.successor)
-                line = link.line
-                round_trip_us = int((line.least_rtt_s or line.rtt_s) * 1e6)
-                self._opened = msgspec.structs.replace(self._opened, successor_us=round_trip_us)
+                told = max(1, int(link.round_trip_s * 1e6))
+                self._opened = msgspec.structs.replace(self._opened, successor_us=told)
             try:
                 await neighbours.control.send(self._opened)
                 await session.outbox.send_computed()
@@ -165,6 +164,7 @@ class SessionControl:
         chain = FrameStream(stream, max_payload_bytes=0, peer_id=stream.peer_id)
         try:
             await chain.send(Attach(self._session.opening.session))
+            sent_at = trio.current_time()
             reply, _ = await chain.receive()
             if not isinstance(reply, Attached):
                 raise PeerRefused(f"it answered {reply}", stream.peer_id)
@@ -172,6 +172,8 @@ class SessionControl:
             await stream.reset()
             raise
         link = Link(chain, self._neighbours.confirm_to_replayer, is_relayed=stream.is_relayed)
+        # Of this moment. The client asks all hops at once, so the successor need not wait for its word.
+        link.round_trip_s = trio.current_time() - sent_at
         self._nursery.start_soon(self._watch, link)
         return link
 

@@ -360,5 +360,5 @@ def round_trips_s(session: Session) -> tuple[float, ...]:
     hops = session.chain.hops
     if session.repair.done or session.handovers.done:
         return ()
-    own = [hop.line.least_rtt_s or hop.line.rtt_s for hop in (hops[0], hops[-1])]
+    own = [hop.line.rtt_s or hop.line.least_rtt_s for hop in (hops[0], hops[-1])]
     return (own[0], *(hop.opened.successor_us / 1e6 for hop in hops[:-1]), own[1])
