@@ -24,7 +24,7 @@ class HostConfig:
     relay_head_start_s: float = 0.5  # a peer's direct addresses are tried this long before relays, seconds
     relays: int = 2  # relays to reserve if this machine is not reachable; 0: none
     punch: bool = True  # upgrade relayed connections to direct ones by hole punching
-    punch_wait_s: float = 2.0  # how long a dialler waits for hole punching to succeed, seconds
+    punch_wait_s: float = 0.5  # how long a dialler waits for hole punching to succeed, seconds
     upnp: bool = True  # request a port from the router if this machine is behind NAT
     mdns: bool = True  # discover peers on the local network, and be discovered
     max_connections: int = 512  # connections at once, both directions
