@@ -130,6 +130,10 @@ class BlockingClient:
         """Training passes over the swarm, for as long as this client is open."""
         return BlockingTrainer(self._loop)
 
+    def rows(self, adapter: ModelAdapter | None = None) -> BlockingRows:
+        """Sessions for rows that grow token by token, for as long as this client is open."""
+        return BlockingRows(self._loop, adapter)
+
     def tuner(self, config: TuneConfig | None = None) -> BlockingTuner:
         """The four verbs of tuning, for as long as this client is open; see `Client.tuner`."""
         return BlockingTuner(self._loop, config)
@@ -233,6 +237,26 @@ class BlockingTrainer:
     ) -> tuple[Tensor | None, AdapterGradient | None]:
         """Gradients of a batch and of its adapter; see `SwarmTrainer.backward`."""
         return self._loop.wait(lambda: self._trainer.backward(trace, gradient, wants_hidden=wants_hidden))
+
+
+class BlockingRows:
+    """`RowSessions` for ordinary code. One thread at a time uses it."""
+
+    def __init__(self, loop: _Loop, adapter: ModelAdapter | None) -> None:
+        from .generation.row_sessions import RowSessions
+
+        client = loop.client
+        brought = None if adapter is None else client.adapters.take(adapter, client.ends, client.member.host)
+        self._loop = loop
+        self._rows = RowSessions(client, client.spec.max_positions, brought)
+
+    def run(self, inputs: Sequence[Tensor], new: Sequence[int]) -> list[Tensor]:
+        """Hidden states after all blocks; see `RowSessions.run`."""
+        return self._loop.wait(lambda: self._rows.run(inputs, new))
+
+    def close(self) -> None:
+        """End the sessions, some time soon."""
+        self._loop.spawn(self._rows.aclose)
 
 
 class BlockingTuner:

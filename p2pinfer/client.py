@@ -149,7 +149,7 @@ class Client:
         self.training_watch: PassWatch | None = None  # of all trainers
         self._stack = AsyncExitStack()
         self._is_open = False
-        self._adapters = LoadedAdapters()
+        self.adapters = LoadedAdapters()
 
     async def __aenter__(self) -> Client:
         check_loop()
@@ -190,7 +190,7 @@ class Client:
                 parts = self._member, self._source, self.ledger, self._verifier, self._audit_config
                 host, kept_in = self._host_config, self._data_dir if self._keeps_ledger else None
                 again, blame = partial(run_pass_elsewhere, spec=self.spec), self._planner.blame
-                known = self._adapters.find
+                known = self.adapters.find
                 self._auditor = open_auditor(*parts, host, self._report, kept_in, blame, again, known)
                 self._nursery.start_soon(self._auditor.serve)
                 self.training_watch = self._auditor.training
@@ -290,7 +290,7 @@ class Client:
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
         """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
-        return await self._adapters.load(Path(folder), self.ends, self._member.host)
+        return await self.adapters.load(Path(folder), self.ends, self._member.host)
 
     def _go_on(self, state: GenerationState, adapter: SessionAdapter | None, logs: int | None) -> Generation:
         config, local = self._config, self.local

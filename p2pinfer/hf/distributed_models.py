@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
 import transformers
@@ -30,9 +30,12 @@ from p2pinfer.options import ClientOptions
 
 from .remote_layers import RemoteLayer, RemoteLayers
 from .remote_pass import RemotePasses
+from .swarm_cache import SwarmCache
 
 _IGNORED = -100  # transformers' label of what is not predicted
 TRAINED_FILE = "trained.safetensors"
+# Name of a cache in calls and outputs, which newer versions of transformers have shortened.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _ENDS = ("model", "layers", "embed_tokens", None, "norm")
 
 
@@ -76,7 +79,7 @@ class _Loader:
         source = resolve_model(str(model), cache_dir=expand(cache_dir) if cache_dir else cache_folder())
         checkpoint = source.fetch(None, embedding_and_head=True)
         client = swarm or connect(model=model, bootstrap=bootstrap, **options)
-        passes = RemotePasses(checkpoint.spec, client.trainer())
+        passes = RemotePasses(checkpoint.spec, client.trainer(), client.rows)
         made = _build(cls.auto, checkpoint, passes, dtype, config_changes or {})
         made.swarm = client
         made.owns_swarm = swarm is None
@@ -147,7 +150,6 @@ def _generation_config(library: Any, checkpoint: Checkpoint, config: Any) -> Any
         made = library.GenerationConfig.from_pretrained(checkpoint.folder)
     except OSError:
         made = library.GenerationConfig.from_model_config(config)
-    made.use_cache = False
     return made
 
 
@@ -233,18 +235,25 @@ class _DistributedBase(nn.Module):
             raise LocalError("the scores of routers stay on the swarm: set output_router_logits to False")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        for past in (cache, past_key_values):
-            if past is not None and (not hasattr(past, "get_seq_length") or past.get_seq_length()):
-                raise LocalError(
-                    "keys and values of a prefix do not travel to the swarm: use prompt tuning, p-tuning or "
-                    "deep_prompts instead of prefix tuning, and use_cache=False"
-                )
+        past: Any = cache if past_key_values is None else past_key_values  # by transformers' version
+        is_other = past is not None and not isinstance(past, SwarmCache)
+        if is_other and (not hasattr(past, "get_seq_length") or cast(Any, past).get_seq_length()):
+            raise LocalError(
+                "keys and values of a prefix do not travel to the swarm: use prompt tuning, p-tuning or "
+                "deep_prompts instead of prefix tuning, and use_cache=False"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        inputs_embeds = inputs_embeds * getattr(self.config, "embedding_multiplier", 1)  # Granite's
-        hidden = self.norm(self.layers(inputs_embeds, attention_mask, position_ids))
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+        embedded: Tensor = inputs_embeds * getattr(self.config, "embedding_multiplier", 1)  # Granite's
+        if not isinstance(past, SwarmCache):
+            hidden = self.norm(self.layers(embedded, attention_mask, position_ids))
+            return MoeModelOutputWithPast(last_hidden_state=hidden)
+        output = MoeModelOutputWithPast(
+            last_hidden_state=self.norm(self.layers.go_on(embedded, attention_mask, past))
+        )
+        output[CACHE] = past
+        return output
 
 
 class _Distributed(nn.Module):
@@ -288,6 +297,18 @@ class _Distributed(nn.Module):
         with torch.no_grad():
             for name, value in trained.items():
                 parameters[name].copy_(value)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> None:
+        # transformers' own hook: its caches are for keys and values that are here.
+        prepare = vars(self).get("prepare_inputs_for_generation")
+        if getattr(prepare, "__self__", self) is not self:
+            # peft's, which puts virtual tokens before every step where it does not know a cache by its name
+            # (0.21 does not know that of transformers 5.24, whose own models then go on with other texts).
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = SwarmCache(self.model.layers.passes.open_rows)
 
     def close(self) -> None:
         """Leave the swarm, if `from_pretrained` joined it. Harmless twice."""

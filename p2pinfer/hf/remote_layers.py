@@ -18,6 +18,7 @@ from p2pinfer.models.learning.adapter import PROJECTIONS, LowRank, projection_sh
 from p2pinfer.models.span import BlockSpan
 
 from .remote_pass import Positions, RemotePasses
+from .swarm_cache import SwarmCache
 
 
 class RemoteLinear(nn.Linear):
@@ -71,6 +72,8 @@ class RemoteLayers(nn.ModuleList):
         deep_prompts: (num_blocks of the model, tokens, hidden_size), added to the first hidden states of
             every sequence before each block; None unless `add_deep_prompts` was called.
     """
+
+    deep_prompts: nn.Parameter | None
 
     def __init__(self, layers: list[RemoteLayer], passes: RemotePasses, span: BlockSpan) -> None:
         super().__init__(layers)
@@ -130,6 +133,27 @@ class RemoteLayers(nn.ModuleList):
             self.deep_prompts,
         )
         return positions.unpack(output)
+
+    def go_on(self, hidden: Tensor, attention_mask: Tensor | None, cache: SwarmCache) -> Tensor:
+        """Hidden states after the blocks, of tokens that follow those of `cache`; not differentiable.
+
+        Args:
+            hidden: (batch, new, hidden_size), whose positions are those after what is there of each row.
+            attention_mask: (batch, all so far), as for `forward`.
+        """
+        whole, new = cache.extend(hidden), hidden.shape[1]
+        if attention_mask is not None and attention_mask.shape != whole.shape[:2]:
+            raise LocalError(
+                f"an attention mask of shape {tuple(attention_mask.shape)}; with a cache it is "
+                f"{tuple(whole.shape[:2])}, all tokens so far"
+            )
+        output: Tensor | None = None
+        if self.deep_prompts is None and not torch.is_grad_enabled():
+            found = list(self._updates())
+            factors = [each for _, pair in found for each in pair]
+            adapter = self.passes.adapter([update for update, _ in found], factors, has_prompts=False)
+            output = cache.run(whole, attention_mask, new, adapter)
+        return self(whole, attention_mask)[:, -new:] if output is None else output
 
     def _updates(self) -> Iterator[tuple[LowRank, tuple[nn.Parameter, nn.Parameter]]]:
         """The low-rank updates that peft has put on the products, and their parameters."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from p2pinfer.blocking import BlockingTrainer
+from p2pinfer.blocking import BlockingRows, BlockingTrainer
 from p2pinfer.errors import LocalError
 from p2pinfer.learning.swarm_trainer import Batch
 from p2pinfer.learning.trained_adapter import ModelAdapter
@@ -91,11 +91,18 @@ class RemotePasses:
     Attributes:
         spec: The model.
         trainer: Does them.
+        open_rows: Makes sessions for rows that grow.
     """
 
-    def __init__(self, spec: ModelSpec, trainer: BlockingTrainer) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        trainer: BlockingTrainer,
+        open_rows: Callable[[ModelAdapter | None], BlockingRows],
+    ) -> None:
         self.spec = spec
         self.trainer = trainer
+        self.open_rows = open_rows
         self._last: tuple[Any, ModelAdapter, list[Tensor]] | None = None
 
     def run(
@@ -114,15 +121,15 @@ class RemotePasses:
             prompts: (num_blocks, tokens, hidden_size).
         """
         tensors: list[Tensor] = [*factors, *(() if prompts is None else (prompts,))]
-        adapter = self._adapter(updates, tensors, has_prompts=prompts is not None)
+        adapter = self.adapter(updates, tensors, has_prompts=prompts is not None)
         keeps = torch.is_grad_enabled() and any(each.requires_grad for each in (packed, *tensors))
         drops = any(each.dropout for each in updates)
         seed = random.Random(int(torch.randint(1 << 62, ()))).randrange(1, _SEEDS) if drops else 0
         call = _Call(self.trainer, rows, span, adapter, keeps, seed)
         return cast(Tensor, _Pass.apply(call, packed, *tensors))  # type: ignore[no-untyped-call]  # torch's
 
-    def _adapter(
-        self, updates: Sequence[LowRank], tensors: list[Tensor], *, has_prompts: bool
+    def adapter(
+        self, updates: Sequence[LowRank], tensors: Sequence[Tensor], *, has_prompts: bool
     ) -> ModelAdapter | None:
         """The adapter of these values; the last one as long as no value has changed."""
         if not tensors:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from p2pinfer.models.learning.adapter import Adapter
 
     from .session_adapter import SessionAdapter
+    from .trained_adapter import ModelAdapter
 
 KEPT: Final = 4  # that nobody holds any more
 
@@ -41,6 +42,15 @@ class LoadedAdapters:
         self._last.append(adapter)
         self._used.add(adapter)
         return adapter
+
+    def take(self, adapter: ModelAdapter, ends: EmbeddingAndHead, host: Network) -> SessionAdapter:
+        """One more, of values that are here."""
+        from .session_adapter import SessionAdapter  # torch
+
+        made = SessionAdapter(adapter, ends, host, self._bringing)
+        self._last.append(made)
+        self._used.add(made)
+        return made
 
     def find(self, revision: str, span: BlockSpan) -> Adapter | None:
         """The one that `revision` names for `span`; hashes megabytes, so for a thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,31 @@ from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.target import Target
 from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.learning.rows import Rows as Positions
 from p2pinfer.models.learning.span_passes import Forwarded, Microbatch, SpanPasses, complete
 from p2pinfer.models.numerics import FLOAT32
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.train_tensors import decode_vector, layout_of
+
+
+class Rows:
+    """`BlockingRows` that computes all of each row."""
+
+    def __init__(self, blocks: Blocks, adapter: ModelAdapter | None) -> None:
+        self._blocks = blocks
+        self._adapter = adapter
+
+    def run(self, inputs: Sequence[Tensor], new: Sequence[int]) -> list[Tensor]:
+        self._blocks.steps.append([len(each) for each in inputs])
+        outputs: list[Tensor] = []
+        for row, count in zip(inputs, new, strict=True):
+            order = torch.arange(len(row))
+            batch = Batch(Positions([len(row)], order, order), row)
+            outputs.append(self._blocks.forward(batch, self._adapter, keeps=False).output[-count:])
+        return outputs
+
+    def close(self) -> None:
+        return
 
 
 class Blocks:
@@ -30,10 +52,14 @@ class Blocks:
         self.all = BlockSpan(0, checkpoint.spec.num_blocks)
         self.passes = SpanPasses(load_blocks(checkpoint, self.all, Target(torch.device("cpu"), FLOAT32)))
         self.adapters: list[ModelAdapter | None] = []  # of every forward pass
+        self.steps: list[list[int]] = []  # lengths of the rows in every step of a generation
         self.kept: dict[int, tuple[Microbatch, Forwarded]] = {}
 
     def trainer(self) -> Blocks:
         return self
+
+    def rows(self, adapter: ModelAdapter | None) -> Rows:
+        return Rows(self, adapter)
 
     def close(self) -> None:
         return

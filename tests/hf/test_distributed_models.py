@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from p2pinfer.errors import LocalError
+from p2pinfer.hf.remote_layers import RemoteLayers
 
 from ..models.conftest import one_thread as one_thread  # fixtures
 from ..models.conftest import write_checkpoint as write_checkpoint
@@ -181,21 +182,66 @@ def test_embedding_and_head_can_be_trained_beside_an_adapter(llama: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
-def test_generated_ids_are_those_of_transformers(folder: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generated_ids_are_those_of_transformers(
+    folder: Path, options: dict[str, Any], use_cache: bool
+) -> None:
     asked = batch()
     prompt = {name: asked[name][:2, :30] for name in ("input_ids", "attention_mask")}
+    ours, theirs = distributed(folder), local(folder)
     found: list[Tensor] = []
-    for model in (distributed(folder), local(folder)):
+    for model in (ours, theirs):
         torch.manual_seed(3)
-        found.append(model.generate(**prompt, max_new_tokens=6, use_cache=False, **options))
+        found.append(model.generate(**prompt, max_new_tokens=6, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+    assert len(ours.model.layers.passes.trainer.steps) == (6 if use_cache else 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (peft.LoraConfig(r=4, target_modules=ALL_LINEAR, init_lora_weights=False, task_type="CAUSAL_LM"), 6),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), 0),
+    ],
+)
+def test_what_peft_has_wrapped_generates_what_it_does_on_one_machine(
+    llama: Path, config: Any, steps: int
+) -> None:
+    asked = batch()
+    prompt = {name: asked[name][:2, :30] for name in ("input_ids", "attention_mask")}
+    ours, theirs = adapted(distributed(llama), config), adapted(local(llama), config)
+    found = [ours.generate(**prompt, max_new_tokens=6)]
+    found.append(theirs.generate(**prompt, max_new_tokens=6, use_cache=False))
+    assert torch.equal(*found)
+    [layers] = [each for each in ours.modules() if isinstance(each, RemoteLayers)]
+    blocks: Any = layers.passes.trainer
+    assert len(blocks.steps) == steps
+
+
+def test_deep_prompts_are_applied_to_every_token_that_is_generated(llama: Path) -> None:
+    ours = distributed(llama, deep_prompts=3)
+    prompt = batch()["input_ids"][:1, :12]
+    found = [ours.generate(input_ids=prompt, max_new_tokens=4, use_cache=each) for each in (True, False)]
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+        {"exclude_modules": ["o_proj"], "layers_to_transform": [1, 3]},
+    ],
+)
 def test_what_peft_saves_runs_on_one_machine_and_what_it_saved_there_runs_here(
-    llama: Path, tmp_path: Path
+    llama: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    config = peft.LoraConfig(r=4, target_modules=ALL_LINEAR, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules=ALL_LINEAR, init_lora_weights=False, **options)
     ours = adapted(distributed(llama), config)
+    with torch.no_grad():  # also those that are no LoRA, if there are any
+        for each in trained(ours):
+            each.add_(0.01)
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(local(llama), tmp_path)
     again = peft.PeftModel.from_pretrained(distributed(llama), tmp_path)
