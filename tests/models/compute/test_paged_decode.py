@@ -80,13 +80,13 @@ def test_few_long_sequences_are_cut_in_parts_and_many_or_short_ones_are_not() ->
     assert [parts(8 * batch, 4096) for batch in (1, 2, 4, 8, 16, 32)] == [16, 16, 8, 1, 1, 1]
 
 
-@pytest.fixture(params=["whole", "in parts"])
+@pytest.fixture
 def model(
     request: pytest.FixtureRequest, family_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> Model:
     """Experts cannot be recorded, but they can be computed the same way."""
     monkeypatch.setattr(paged_decode, "_MIN_CONTEXT", 32)
-    if request.param == "in parts":
+    if getattr(request, "param", "") == "in parts":
         monkeypatch.setattr(paged_decode, "_LONG_CONTEXT", 64)
         monkeypatch.setattr(paged_decode, "_MIN_PART", 16)
     return Model(family_checkpoint)
@@ -118,6 +118,7 @@ def test_a_device_whose_parts_make_no_whole_attends_to_the_whole(
     torch.testing.assert_close(static, plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["whole", "in parts"], indirect=True)
 def test_steps_through_static_buffers_give_the_tokens_of_transformers(
     model: Model, family_checkpoint: Checkpoint, oracle: Callable[..., PreTrainedModel]
 ) -> None:
