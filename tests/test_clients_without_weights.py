@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -69,6 +71,12 @@ async def ask(client: Client, prompt: str = PROMPT, **options: Any) -> tuple[Gen
     generation = client.generate(prompt, max_new_tokens=24, **options)
     logs = [token.log_probabilities async for token in generation]
     return generation.result, logs
+
+
+def test_a_client_imports_no_torch() -> None:
+    """Nor does any module that it imports; where this fails, `TYPE_CHECKING` or a later import helps."""
+    script = "import sys, p2pinfer.client; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from p2pinfer.errors import CheckpointError, SpanOutOfRange
 from p2pinfer.models.configs.defaults import complete_config, max_positions
@@ -16,6 +16,8 @@ from p2pinfer.models.configs.rope_config import prompt_limit
 from p2pinfer.models.numerics import CODECS, Numerics, plain
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.text_files import is_text
+
+MARK: Final = "+"  # between a revision and the name of an adapter
 
 
 @dataclass(frozen=True, slots=True)

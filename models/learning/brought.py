@@ -13,13 +13,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from p2pinfer.models.checkpoint.spec import MARK as MARK
 from p2pinfer.models.compute.architecture import Architecture
 from p2pinfer.models.span import BlockSpan
 
 from .adapter import Adapter, projection_shape
 
 NAME_CHARS: Final = 31  # of hex digits: 124 bits of a digest, what a revision's field has room for
-MARK: Final = "+"  # between a revision and the name of an adapter
 _PRODUCTS: Final = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "output": ("self_attn.o_proj",),

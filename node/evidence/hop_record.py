@@ -8,14 +8,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-from p2pinfer.models.learning.adapter import Adapter
-from p2pinfer.models.learning.brought import MARK
+from p2pinfer.models.checkpoint.spec import MARK
 from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.receipt import Payload, Receipt, standing_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from p2pinfer.models.learning.adapter import Adapter
 
 MAX_TOKENS: Final = 1 << 16
 
