@@ -34,8 +34,8 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.verdict import Finding
 from p2pinfer.routing.route import Route
 
-AHEAD: Final = 16  # audits of newcomers that may be done before they are earned
-MOST_AHEAD: Final = 24  # those of doubtful peers included
+AHEAD: Final = 12  # audits of newcomers that may be done before they are earned
+MOST_AHEAD: Final = 16  # those of doubtful peers included
 ROUTINE_RATE: Final = 0.25  # of all others, while the budget has something left for them
 ROUTINE_PART: Final = 0.6  # of the budget, that is theirs alone
 VOTES_PART: Final = 0.5  # of the budget, that votes on others' proofs may take beside it
@@ -129,6 +129,7 @@ class AuditDraw:
         self._config = config
         self._clock = clock
         self._rng = rng
+        self._measured: set[str] = set()
 
     def toss(self, route: Route) -> frozenset[str]:
         """The hops to be checked after a session over `route` that is about to open."""
@@ -166,4 +167,11 @@ class AuditDraw:
         """True if a glance will do for an audit of this peer, unless it shows something."""
         if self._config.rate is not None:
             return False
-        return self._rng.random() >= self._ledger.full_audit_probability(peer_id)
+        full = self._ledger.full_audit_probability(peer_id)
+        if full == 1.0 and not self._ledger.is_doubtful(peer_id) and peer_id in self._measured:
+            # The first whole audit is under way, with weights to load, and more of them came meanwhile.
+            full = self._ledger.config.full_audit_share
+        is_glance = self._rng.random() >= full
+        if not is_glance:
+            self._measured.add(peer_id)
+        return is_glance

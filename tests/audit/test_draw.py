@@ -155,7 +155,9 @@ def test_first_audits_and_those_of_doubtful_peers_measure() -> None:
     def measured(peer_id: str) -> float:
         return sum(not draw.is_glance(peer_id) for _ in range(500)) / 500
 
-    assert measured("peer") == 1.0
+    assert not draw.is_glance("peer")
+    # Others that wait while the first one loads the weights are no first ones.
+    assert measured("peer") == pytest.approx(0.1, abs=0.05)
     ledger.record_audit("peer", Verdict.PASS, 1.0)
     assert measured("peer") == pytest.approx(0.1, abs=0.05)
     ledger.record_audit("peer", Verdict.SUSPECT, 1.0)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from p2pinfer.audit.opinions import Vote, compare_elsewhere
+from p2pinfer.audit.opinions import Vote, compare_elsewhere, judge_by_opinions
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.sessions import run_session
-from p2pinfer.node.evidence.hop_record import HopRecord
+from p2pinfer.node.evidence.hop_record import History, HopRecord
 from p2pinfer.reputation.verdict import Verdict
 
 from .test_verifier import SPAN, computed, honest
@@ -125,3 +127,21 @@ def test_two_peers_that_contradict_each_other_decide_nothing(
     assert finding.verdict is INCONCLUSIVE
     assert "contradict" in finding.reason
     assert said(computed(inputs, inputs * 2), one, other) is INCONCLUSIVE
+
+
+def test_a_text_of_one_word_makes_no_honest_peer_suspect_and_hides_no_lie(checkpoint: Checkpoint) -> None:
+    """Its tokens round alike, in every dtype otherwise: float32 lies 23 units from three that agree."""
+    span, at = BlockSpan(0, 8), tuple(range(97))
+    exact, rounded = (
+        open_runner(checkpoint, span, ComputeConfig(device="cpu", dtype=dtype, cache_bytes=1 << 24))
+        for dtype in ("float32", "bfloat16")
+    )
+    ends = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    for word in (314, 1337, 2718):
+        inputs = ends.embed([word] * 97)
+        honest, lie, other = (
+            History(inputs, run_session(runner, inputs, part).bfloat16().float(), at)
+            for runner, part in ((exact, span), (exact, BlockSpan(0, 7)), (rounded, span))
+        )
+        assert judge_by_opinions(honest, [other] * 3, len(span)).finding.verdict in (PASS, INCONCLUSIVE)
+        assert judge_by_opinions(lie, [other] * 3, len(span)).finding.verdict is SUSPECT

@@ -133,9 +133,8 @@ async def test_what_others_have_found_reaches_it_by_a_vote_and_bans_nobody(
         await text_of(finder.generate(PROMPT, max_new_tokens=16))
         await finder.audits_settled()
         assert finder.ledger.is_banned("a")
-        with trio.fail_after(30):
-            while client.ledger.account("a").beta == 1:
-                await trio.sleep(0.01)
+        while client.ledger.account("a").beta == 1:  # the swarm's own limit ends it if nothing comes
+            await trio.sleep(0.01)
         assert client.ledger.account("a").beta == 1 + client.ledger.config.fail_weight
         assert not any(map(client.ledger.is_banned, "abcd"))
         assert client.ledger.score("a").integrity < client.ledger.score("b").integrity
@@ -162,7 +161,6 @@ async def test_a_proof_that_others_do_not_confirm_costs_its_teller_and_nobody_el
         await slanderer.audits_settled()
         [record] = seen
         await slanderer.member.proofs.publish(Proof(1, "a", "output", record.signed), record.contents)
-        with trio.fail_after(30):
-            while client.ledger.account(slanderer.member.peer_id).proofs_false == 0:
-                await trio.sleep(0.01)
+        while client.ledger.account(slanderer.member.peer_id).proofs_false == 0:
+            await trio.sleep(0.01)
         assert [client.ledger.account(name).beta for name in "abc"] == [1] * 3

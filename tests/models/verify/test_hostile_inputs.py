@@ -68,13 +68,13 @@ def judged(reference: Reference, inputs: Tensor, outputs: Tensor) -> Finding:
     return judge(compare(floor, outputs.to(BF16).float(), range(TOKENS)))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "underflow", "no normal numbers", "float16's end", "just below", "just above", "one channel",
-        "one channel, large", "nothing", "large", "every other token", "opposites",
-    ],
-)  # fmt: skip
+KINDS = [
+    "underflow", "no normal numbers", "float16's end", "just below", "just above", "one channel",
+    "one channel, large", "nothing", "large", "every other token", "opposites",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_honest_peer_fails_whatever_it_is_sent(
     kind: str, reference: Reference, runners: dict[str, SpanRunner], usual: Tensor
 ) -> None:
@@ -108,3 +108,21 @@ def test_opinions_on_faint_tokens_make_nobody_suspect(runners: dict[str, SpanRun
     said = {name: History(inputs, run_session(each, inputs, SPAN), at) for name, each in runners.items()}
     others = [said["bfloat16"]] * 3
     assert judge_by_opinions(said["float16"], others, len(SPAN)).finding.verdict is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_honest_peer_is_outvoted_whatever_it_is_sent(
+    kind: str, runners: dict[str, SpanRunner], usual: Tensor
+) -> None:
+    """Each by three that agree to the bit in another dtype, which would cost it its place."""
+    inputs, at = hostile(kind, usual), tuple(range(TOKENS))
+    said: dict[str, History] = {}
+    for name, runner in runners.items():
+        outputs = run_session(runner, inputs, SPAN).to(BF16).float()
+        if outputs.isfinite().all():
+            said[name] = History(inputs, outputs, at)
+    for name, audited in said.items():
+        for other, opinion in said.items():
+            vote = judge_by_opinions(audited, [opinion] * 3, len(SPAN))
+            assert vote.finding.verdict in (Verdict.PASS, Verdict.INCONCLUSIVE), f"{name} by {other}"
+            assert not vote.outvoted
