@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz sleepers strangers docs families lab lab-lines lab-moves lab-shell page clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz fuzz-http sleepers strangers docs families lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,6 +77,10 @@ chaos: $(TESTABLE)  ## nodes that die, freeze and leave for an hour; SEED=... re
 fuzz: $(TESTABLE)  ## ten minutes of hostile bytes to every decoder, guided by coverage; DURATION=... in seconds
 	@$(INSTALL) atheris
 	$(BIN)/python -m tests.fuzz run --duration $(or $(DURATION),600)
+
+fuzz-http: $(TESTABLE)  ## ten minutes of schemathesis against `p2pinfer serve`; DURATION=... in seconds
+	@$(INSTALL) schemathesis
+	$(BIN)/python scripts/fuzz_http.py $(or $(DURATION),600)
 
 matrix: $(TESTABLE)  ## every fault, at every moment, to every hop; writes the table of docs/reliability.md
 	$(BIN)/python -m tests.chaos.matrix --rounds $(or $(ROUNDS),1)

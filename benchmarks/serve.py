@@ -1,0 +1,312 @@
+"""Load on the HTTP API, over three nodes of the bundled model on this computer.
+
+    python benchmarks/serve.py             # a table
+    python benchmarks/serve.py --json      # an object
+
+Measures, each through `p2pinfer serve` as a process of its own unless it says otherwise:
+
+- ready: seconds from the start of the command until it serves, beside those until a `Client` does;
+- first token: milliseconds through the API, less those of a `Client` in the same process, by turns;
+- door: processor time of the API per token, as a share of the time that a token takes at one stream;
+- streams: 64 at once; tokens that were lost, and the slowest stream's speed over the fastest one's;
+- idle: kilobytes of the server's memory per idle connection;
+- hang-ups: seconds after 200 clients went away in the middle until no node has a session any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import trio
+
+from p2pinfer.api.app import App
+from p2pinfer.api.config import ApiConfig
+from p2pinfer.api.http_server import serve_http
+from p2pinfer.client import Client
+from p2pinfer.client_config import AuditConfig, ClientConfig
+
+STREAMS, STREAM_TOKENS = 64, 48
+IDLE = 400
+HANG_UPS = 200
+TURNS = 25
+SPANS = ("0:3", "3:5", "5:8")
+PROMPT = "Once upon a time"
+
+
+class Lines:
+    """JSON objects that a process prints, line by line."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self.process = process
+        self._held = b""
+
+    async def until(self, event: str) -> dict[str, Any]:
+        """The next one that tells of such an event."""
+        assert self.process.stdout is not None
+        while True:
+            while b"\n" not in self._held:
+                if not (received := await self.process.stdout.receive_some()):
+                    raise SystemExit(f"{self.process.args} ended before it was {event}")
+                self._held += received
+            line, _, self._held = self._held.partition(b"\n")
+            if (told := json.loads(line))["event"] == event:
+                return told
+
+
+@asynccontextmanager
+async def started(*argv: str) -> AsyncGenerator[Lines]:
+    """A command of p2pinfer, which ends with the block."""
+    command = [sys.executable, "-m", "p2pinfer", *argv]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield Lines(process)
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@asynccontextmanager
+async def nodes(home: Path) -> AsyncGenerator[tuple[list[str], list[int]]]:
+    """Three nodes; gives the first one's addresses and the ports of their metrics."""
+    addrs: list[str] = []
+    ports = [_free_port() for _ in SPANS]
+    async with trio.open_nursery() as nursery:
+        for index, span in enumerate(SPANS):
+            argv = ["node", "--json", "--blocks", span, "--data-dir", str(home / str(index))]
+            argv += ["--listen", "/ip4/127.0.0.1/tcp/0", "--metrics-port", str(ports[index])]
+            argv += ["--set", "compute.threads=1", "--set", "host.mdns=false"]
+            argv += ["--set", "serve.max_sessions_per_client=256", "--set", "serve.max_sessions=256"]
+            for address in addrs:
+                argv += ["--bootstrap", address]
+            told = await nursery.start(_keep, argv)
+            addrs = addrs or told["addrs"]
+        yield addrs, ports
+        nursery.cancel_scope.cancel()
+
+
+async def _keep(argv: Sequence[str], task_status: trio.TaskStatus[dict[str, Any]]) -> None:
+    async with started(*argv) as lines:
+        task_status.started(await lines.until("ready"))
+        assert lines.process.stdout is not None
+        async for _ in lines.process.stdout:
+            pass  # read on, or a full pipe would stop it
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
+
+
+def sessions(ports: Sequence[int]) -> int:
+    """Sessions that the nodes have."""
+    found = 0
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            found += int(float(re.findall(rb"^p2pinfer_sessions (\S+)", answer.read(), re.MULTILINE)[0]))
+    return found
+
+
+def request(tokens: int) -> bytes:
+    body = json.dumps(
+        {
+            "model": "tiny-stories",
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "stream": True,
+            "temperature": 0,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def stream(port: int, tokens: int) -> tuple[float, float, int]:
+    """One stream: seconds to the first token, seconds in all, and tokens by its usage."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+        began = time.perf_counter()
+        await client.send_all(request(tokens))
+        received, first = b"", 0.0
+        while b"[DONE]" not in received:
+            if not (more := await client.receive_some()):
+                raise SystemExit(f"a stream was cut: {received[-500:]!r}")
+            received += more
+            if not first and b"data: " in received:
+                first = time.perf_counter() - began
+        usage = re.findall(rb'"completion_tokens":(\d+)', received)
+        return first, time.perf_counter() - began, int(usage[-1])
+
+
+async def measure_streams(port: int) -> dict[str, Any]:
+    speeds: list[float] = []
+    lost = 0
+
+    async def one() -> None:
+        nonlocal lost
+        first, whole, tokens = await stream(port, STREAM_TOKENS)
+        lost += STREAM_TOKENS - tokens
+        speeds.append((tokens - 1) / (whole - first))
+
+    await stream(port, 4)
+    began = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        for _ in range(STREAMS):
+            nursery.start_soon(one)
+    total = STREAMS * STREAM_TOKENS / (time.perf_counter() - began)
+    return {"streams_lost": lost, "streams_fair": min(speeds) / max(speeds), "streams_tokens_per_s": total}
+
+
+async def measure_idle(port: int, server: psutil.Process) -> dict[str, Any]:
+    """Memory per connection that has asked once and now waits."""
+
+    async def opened() -> trio.SocketStream:
+        client = await trio.open_tcp_stream("127.0.0.1", port)
+        await client.send_all(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await client.receive_some()
+        return client
+
+    for _ in range(20):  # what the first ones cost is not theirs
+        await (await opened()).aclose()
+    await trio.sleep(0.5)
+    before = server.memory_info().rss
+    clients = [await opened() for _ in range(IDLE)]
+    await trio.sleep(0.5)
+    after = server.memory_info().rss
+    for client in clients:
+        await client.aclose()
+    return {"idle_kb_per_connection": (after - before) / IDLE / 1e3}
+
+
+async def measure_hang_ups(port: int, ports: Sequence[int]) -> dict[str, Any]:
+    """Seconds until no hop has a session, after all clients have gone in the middle of their streams."""
+    wave = STREAMS
+    slowest = 0.0
+    for begun in range(0, HANG_UPS, wave):
+        clients: list[trio.SocketStream] = []
+
+        async def one(clients: list[trio.SocketStream] = clients) -> None:
+            client = await trio.open_tcp_stream("127.0.0.1", port)
+            await client.send_all(request(900))
+            received = b""
+            while b"data: " not in received:
+                received += await client.receive_some()
+            clients.append(client)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(wave, HANG_UPS - begun)):
+                nursery.start_soon(one)
+        for client in clients:
+            await client.aclose()
+        gone = time.perf_counter()
+        while await trio.to_thread.run_sync(sessions, ports):
+            if time.perf_counter() - gone > 60:
+                raise SystemExit("sessions are left")
+            await trio.sleep(0.02)
+        slowest = max(slowest, time.perf_counter() - gone)
+    return {"hang_ups_s": slowest}
+
+
+async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, Any]:
+    """A `Client` and the API over it, in this process, by turns."""
+    config = ApiConfig(port=0)
+    began = time.perf_counter()
+    async with Client(
+        bootstrap=addrs,
+        data_dir=home / "client",
+        config=ClientConfig(speculate="off", draft="off"),
+        audit=AuditConfig(rate=0.0),
+    ) as client:
+        await client.is_served(10)
+        ready = time.perf_counter() - began
+        app = App(client, config)
+        async with trio.open_nursery() as nursery:
+            ((_, port),) = await nursery.start(serve_http, app.handle, config)
+            direct: list[float] = []
+            through: list[float] = []
+            for turn in range(TURNS + 2):
+                began = time.perf_counter()
+                async with client.generate(PROMPT, max_new_tokens=2, temperature=0) as generation:
+                    await anext(generation)
+                    first = time.perf_counter() - began
+                told, _, _ = await stream(port, 2)
+                if turn >= 2:
+                    direct.append(first)
+                    through.append(told)
+            tokens = 400
+            used: dict[str, float] = {}
+            for name in ("client", "api"):
+                cpu, began = time.process_time(), time.perf_counter()
+                if name == "client":
+                    async with client.generate(PROMPT, max_new_tokens=tokens, temperature=0) as generation:
+                        count = len([token async for token in generation])
+                else:
+                    _, _, count = await stream(port, tokens)
+                used[name] = (time.process_time() - cpu) / count
+                used[f"{name}_s"] = (time.perf_counter() - began) / count
+            nursery.cancel_scope.cancel()
+    return {
+        "client_ready_s": ready,
+        "client_first_token_ms": median(direct) * 1e3,
+        "first_token_later_ms": (median(through) - median(direct)) * 1e3,
+        "door_share_of_token": max(0.0, used["api"] - used["client"]) / used["client_s"],
+    }
+
+
+async def main(as_json: bool) -> None:
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        async with nodes(home) as (addrs, ports):
+            measured |= await measure_first_tokens(addrs, home)
+            argv = [
+                "serve",
+                "--json",
+                "--port",
+                "0",
+                "--data-dir",
+                str(home / "serve"),
+                "--policy",
+                "fastest",
+            ]
+            argv += ["--set", "audit.rate=0.0"]
+            for address in addrs:
+                argv += ["--bootstrap", address]
+            began = time.perf_counter()
+            async with started(*argv) as serve:
+                told = await serve.until("ready")
+                measured["serve_ready_s"] = time.perf_counter() - began
+                port = int(told["urls"][0].rpartition(":")[2])
+                measured |= await measure_streams(port)
+                measured |= await measure_idle(port, psutil.Process(serve.process.pid))
+                measured |= await measure_hang_ups(port, ports)
+    if as_json:
+        print(json.dumps(measured))
+        return
+    for name, value in measured.items():
+        print(f"{name:28}{value:10.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print an object")
+    trio.run(main, parser.parse_args().json)
