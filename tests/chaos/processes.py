@@ -68,6 +68,7 @@ class Zygote:
             event = json.loads(line)
             match event["event"]:
                 case "started":
+                    self.exits.pop(event["pid"], None)  # of a process that had this number before
                     self._pids[event["id"]] = event["pid"]
                 case "ended":
                     self.exits[event["pid"]] = event["exit"]
