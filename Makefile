@@ -108,13 +108,11 @@ page: $(TESTABLE)  ## test the page in Chromium, and take its picture; on Debian
 	$(BIN)/python -m pytest tests/web
 	$(BIN)/python docs/write_page.py
 
-docs: $(TESTABLE)  ## write docs/configuration.md, docs/models.md and docs/openapi.json anew
-
 families: $(TESTABLE)  ## every model family against transformers, each option and split; writes the table of docs/models.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.families
 	$(BIN)/python docs/write_models.py
 
-docs: $(TESTABLE)  ## write docs/configuration.md and docs/models.md anew
+docs: $(TESTABLE)  ## write docs/configuration.md, docs/models.md and docs/openapi.json anew
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_models.py
 	$(BIN)/python docs/write_openapi.py

@@ -139,7 +139,7 @@ def held(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Te
     """Zeros that are there to stay; on a CPU outside of the heap.
 
     Between the working memory of one weight and of the next, they would keep the heap from being given back:
-    while 8 blocks of 4096 x 14336 were loaded in int8, it grew to 1.28 times their size, and to 1.1 without.
+    while 8 blocks of 4096 x 14336 were loaded in int8, it grew to 1.28 times their size.
     """
     size = shape[0] * shape[1] * dtype.itemsize
     if device.type != "cpu" or not size:
