@@ -173,7 +173,7 @@ def decode_draws(payload: Payload, tokens: int, vocab_size: int, peer_id: str = 
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:  # which may quote the peer
         raise ProtocolViolation("what should be draws is none", peer_id) from exc
     named = (*draws.ids, *(token_id for log in draws.logs for token_id, _ in log.likeliest))
-    if len(draws.ids) != tokens or len(draws.logs) not in (0, tokens) or max(named) >= vocab_size:
+    if len(draws.ids) != tokens or len(draws.logs) not in (0, tokens) or max(named, default=0) >= vocab_size:
         raise ProtocolViolation("draws of other positions, or of tokens that there are not", peer_id)
     return draws
 
