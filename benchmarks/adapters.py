@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import trio
 from contest import blocks_of, evenly, model_folder, open_swarm, report, rounded
+from quotient import compared
 
 from p2pinfer.client import Client
 from p2pinfer.learning.peft_files import save_adapter
@@ -88,7 +89,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "adapters": options.adapters,
             "tok/s without": rounded(plain),
             "tok/s with": rounded(tuned),
-            "ratio": round(rounded(tuned) / rounded(plain), 2),
+            **compared([1 / rate for rate in tuned], [1 / rate for rate in plain]),
             "texts as alone": f"{alike} of {options.texts * options.rounds}",
         }
     ]

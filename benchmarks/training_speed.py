@@ -25,6 +25,7 @@ import torch
 import transformers
 from contest import SHAPES, evenly, report
 from learning import connect, prepare, with_deep_prompts
+from quotient import compared
 
 import p2pinfer.models
 from p2pinfer.hf import DistributedModelForCausalLM
@@ -105,7 +106,7 @@ def measure(folder: Path, shape: str, method: str, dtype: str, options: argparse
         "best": round(tokens / min(mine), 1),
         "one machine": round(tokens / statistics.median(other), 1),
         "its best": round(tokens / min(other), 1),
-        "ratio": round(statistics.median(other) / statistics.median(mine), 2),
+        **compared(mine, other),
     }
 
 

@@ -55,7 +55,7 @@ class SpanRunner:
         first = stages[0].blocks
         self.spec = first.spec
         self.architecture = first.architecture
-        self.span = BlockSpan(first.span.start, stages[-1].span.stop)
+        self.span = first.span if len(stages) == 1 else BlockSpan(first.span.start, stages[-1].span.stop)
         self.dtype = first.dtype
         self.numerics = first.numerics
         self.devices = tuple(stage.device for stage in stages)

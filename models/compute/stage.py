@@ -62,11 +62,14 @@ class Stage:
 
     def prepare(self, rows: Sequence[Row], span: BlockSpan) -> Pass:
         """A pass of a batch through the part of `span` that is here, with all that the host knows of it."""
-        part = BlockSpan(max(span.start, self.span.start), min(span.stop, self.span.stop))
+        part = self.span
+        if span is not part:
+            part = BlockSpan(max(span.start, part.start), min(span.stop, part.stop))
         pieces = [row.piece for row in rows]
         updated = any(row.updates is not None for row in rows)
         # Only the whole stage is recorded: a client chooses the part, and each recording holds memory.
-        decoder = None if updated or part != self.span else self._decoder
+        is_whole = part is self.span or part == self.span
+        decoder = self._decoder if is_whole and not updated else None
         if decoder is not None and decoder.accepts(pieces):
             return decoder.prepare(pieces, part)
         blocks = self.blocks

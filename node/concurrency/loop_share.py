@@ -28,7 +28,7 @@ import trio
 from p2pinfer.recent import Recent
 
 MOST: Final = 0.25  # of a core: what all messages may take before anybody waits
-AT_WORK_S: Final = 1.0  # after a step
+AT_WORK_S: Final = 4.0  # after a step was heard of: those of a slow session are, after some of them
 STEP_READ_S: Final = 0.0003  # of reading that a step pays for, on a slow processor
 BYTE_READ_S: Final = 1e-8  # the same for each byte of it, which is decrypted and copied
 MOST_PAID_S: Final = 0.1  # of reading that is paid for beforehand
@@ -180,7 +180,9 @@ class Meter:
     Attributes:
         shares: The accounts that it is one of; while they are not `is_over`, `pause` need not be asked.
         address_range: The addresses whose peers share a part.
-        has_worked: Whether steps of the peer were computed; it is not hung up on then.
+        steps: Of the peer, computed since it last spent anything. Whoever computes counts them here, without
+            a call: each token passes there.
+        step_bytes: Size of these steps.
     """
 
     def __init__(self, shares: LoopShares, peer: str, address_range: str) -> None:
@@ -188,18 +190,18 @@ class Meter:
         self._peer = peer
         self.address_range = address_range
         self._pending = 0.0
-        self.has_worked = False
-
-    def note_step(self, payload_bytes: int) -> None:
-        """Note that a step of the peer is computed, which pays for its own reading."""
-        self.has_worked = True
-        self.shares.note_step()
-        paid_s = STEP_READ_S + payload_bytes * BYTE_READ_S
-        self._pending = max(self._pending - paid_s, -MOST_PAID_S)
+        self._has_worked = False
+        self.steps = self.step_bytes = 0
 
     def spend(self, seconds: float) -> None:
-        """Note processor time."""
+        """Note processor time; what reading the steps since the last call takes is not counted."""
         self._pending += seconds
+        if self.steps:
+            self._has_worked = True
+            self.shares.note_step()
+            paid_s = self.steps * STEP_READ_S + self.step_bytes * BYTE_READ_S
+            self._pending = max(self._pending - paid_s, -MOST_PAID_S)
+            self.steps = self.step_bytes = 0
         if self._pending > _BOOKED_S:
             self.shares.spend(self._peer, self.address_range, self._pending)
             self._pending = 0.0
@@ -215,7 +217,7 @@ class Meter:
             pause_s = min(pause_s, LOOK_S)
             too_long = shares.note_wait(self._peer, self.address_range, pause_s)
             await trio.sleep(pause_s)
-            if too_long and not self.has_worked:
+            if too_long and not (self._has_worked or self.steps):
                 shares.on_overspent(self._peer)
                 raise Overspent(f"peer {self._peer} takes too much of the event loop")
 

@@ -146,7 +146,8 @@ class HopSession:
                 case Step() if has_steps:
                     self.accept(message, payload, stream)
                     if meter is not None:
-                        meter.note_step(len(payload))
+                        meter.steps += 1
+                        meter.step_bytes += len(payload)
                 case End():
                     self._is_kept = message.keep and stream is self.neighbours.control
                     return

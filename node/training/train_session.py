@@ -116,7 +116,8 @@ class TrainSession:
             try:
                 await self._take(message, payload)
                 if self._frames.meter is not None:
-                    self._frames.meter.note_step(len(payload))
+                    self._frames.meter.steps += 1
+                    self._frames.meter.step_bytes += len(payload)
             except Decline as exc:
                 assert isinstance(message, Adapt | Forward | Backward)
                 await self._frames.send(Declined(exc.code, printable(str(exc)), message.number))
