@@ -67,7 +67,7 @@ def plan_faults(
     faults: list[Fault] = []
     busy_until: dict[tuple[str, int], float] = {}
     at_s = 0.0
-    while (at_s := at_s + rng.uniform(*GAP_S)) < duration_s:
+    while (at_s := round(at_s + rng.uniform(*GAP_S), 3)) < duration_s:
         kind = rng.choice(kinds)
         whose = whose_fault(kind)
         free = [
@@ -82,7 +82,7 @@ def plan_faults(
             continue
         target = rng.choice(free)
         busy_until[whose, target] = at_s + lasts_s + RECOVERY_S
-        faults.append(Fault(round(at_s, 3), kind, target, round(lasts_s, 3)))
+        faults.append(Fault(at_s, kind, target, round(lasts_s, 3)))
     return faults
 
 
