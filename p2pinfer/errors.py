@@ -166,12 +166,19 @@ class NoRoute(P2PInferError):
     Attributes:
         missing: The spans that nobody serves, `(start, stop)`.
         is_full: Somebody serves every block, without room for so many tokens.
+        reason: The message without what differs from one attempt to the next.
     """
 
     def __init__(
-        self, message: str, missing: Sequence[tuple[int, int]] = (), *, is_full: bool = False
+        self,
+        message: str,
+        missing: Sequence[tuple[int, int]] = (),
+        *,
+        is_full: bool = False,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.reason = message if reason is None else reason
         self.missing = tuple(missing)
         self.is_full = is_full
 

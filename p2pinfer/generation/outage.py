@@ -97,7 +97,8 @@ class Outage:
         if left_s <= 0:
             return False
         missing = error.missing if isinstance(error, NoRoute) else ()
-        if self._begun and self._told != (reason := str(error)):
+        reason = error.reason if isinstance(error, NoRoute) else str(error)
+        if self._begun and self._told != reason:
             self._told = reason
             on_wait(Waiting(self.describe(error), missing, left_s))
         # `changed` was taken before the attempt that failed, so news that came during it ends the pause at

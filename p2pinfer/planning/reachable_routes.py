@@ -296,4 +296,4 @@ class _Search:
         if self._last is None:
             return error
         why = f"{error}; the last peer that was tried: {self._last}"
-        return NoRoute(why, error.missing, is_full=error.is_full)
+        return NoRoute(why, error.missing, is_full=error.is_full, reason=error.reason)

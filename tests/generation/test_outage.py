@@ -85,6 +85,15 @@ async def test_every_reason_is_told_once_with_what_failed_last(
     ]
 
 
+async def test_whom_each_attempt_tried_last_is_no_new_reason(autojump_clock: trio.testing.MockClock) -> None:
+    told: list[Waiting] = []
+    outage = Outage(RetryLimits(wait_s=20.0), begun=True)
+    for last in ("again in 2 s", "again in 4 s", "refused"):
+        error = NoRoute(f"nobody serves 5:8; last tried: {last}", reason="nobody serves 5:8")
+        assert await outage.pause(error, trio.Event(), told.append)
+    assert [each.reason for each in told] == ["nobody serves 5:8; last tried: again in 2 s"]
+
+
 async def test_a_round_is_so_many_routes_and_one_pardon(autojump_clock: trio.testing.MockClock) -> None:
     outage = Outage(RetryLimits(wait_s=20.0, max_attempts=2), begun=True)
     assert outage.take_forgiveness()
