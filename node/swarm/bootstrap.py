@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -80,8 +80,8 @@ def _read(path: Path) -> list[tuple[str, str]]:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from exc
-    named = ((line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1))
-    return [(address, where) for address, where in named if address]
+    named = [(line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+    return [each for each in named if each[0]]
 
 
 def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
@@ -90,9 +90,8 @@ def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:
         try:
             _, peer_id = split_peer(address)
         except ValueError as exc:
-            raise ConfigError(
-                f"{where}: {exc}; write for example /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW..."
-            ) from exc
+            example = "/ip4/192.0.2.7/tcp/4001/p2p/12D3KooW..."
+            raise ConfigError(f"{where}: {exc}; write for example {example}") from exc
         by_peer.setdefault(peer_id, []).append(address)
     return tuple(BootstrapPeer(peer_id, tuple(addrs)) for peer_id, addrs in by_peer.items())
 
@@ -155,9 +154,8 @@ class Neighbourhood:
         self._reached_at: dict[str, float] = {}  # peers that we dialled and have not lost
         self._asked = 0  # neighbours, for their tables
         self._rng = random.Random()
-        self._tries = RateLimit(
-            TRIES_PER_S, NEIGHBOURS
-        )  # of peers that others told of; in vain, as it ends up
+        # Of peers that others told of; in vain, as it ends up.
+        self._tries = RateLimit(TRIES_PER_S, NEIGHBOURS)
         self._warned = False
         self._is_closed = False
         self._lost = Pulse()  # a peer was lost, or found in the local network
@@ -240,34 +238,34 @@ class Neighbourhood:
 
     def _begun(self) -> set[str]:
         """Peers of whom an answer may come any moment."""
-        since = trio.current_time() - BESIDE_S
-        return {peer_id for peer_id, began_at in self._under_way.items() if began_at > since}
+        return {each for each, at in self._under_way.items() if at > trio.current_time() - BESIDE_S}
 
     def _due_model_peers(self, connected: Sequence[str]) -> list[BootstrapPeer]:
         """Peers of our own model to be dialled, since one may be connected to many who all serve others."""
+        met = {self._host.peer_id, *connected}
+        lacking = self._models_that_lack(connected)
+        due = (self._strangers(revision, met, missing) for revision, missing, _ in lacking)
+        return list({peer.peer_id: peer for peers in due for peer in peers}.values())
+
+    def _models_that_lack(self, connected: Sequence[str]) -> Iterator[tuple[str, int, set[str]]]:
+        """(model, neighbours that it lacks, all that are heard of) for each of ours that lacks any."""
         if self._model_peers is None:
-            return []
-        due: dict[str, BootstrapPeer] = {}
+            return
         for revision in self._model_peers.revisions:
-            model_peers = {peer.peer_id: peer for peer in self._view.live(revision)}
-            met = {self._host.peer_id, *connected}
-            missing = NEIGHBOURS - len(
-                (self._model_peers.topic_peers(revision) | model_peers.keys()).intersection(connected)
-                | self._begun().intersection(model_peers)
-            )
-            due |= {peer.peer_id: peer for peer in self._strangers(revision, met, missing)}
-        return list(due.values())
+            heard_of = {peer.peer_id for peer in self._view.live(revision)}
+            known = (self._model_peers.topic_peers(revision) | heard_of).intersection(connected)
+            missing = NEIGHBOURS - len(known | self._begun().intersection(heard_of))
+            if missing > 0:
+                yield revision, missing, heard_of
 
     def _strangers(self, revision: str | None, left_out: Collection[str], most: int) -> list[BootstrapPeer]:
         """Peers of a model, or of any, that others told of, to be dialled now; those met before first."""
         most = min(most, int(self._tries.left("", trio.current_time())))
         if most <= 0:
             return []
-        due = [
-            BootstrapPeer(peer.peer_id, peer.addrs, hearsay=True)
-            for peer in in_turns(self._view.hearsay(revision), self._rng)
-            if peer.peer_id not in left_out and peer.addrs and self._is_due(peer.peer_id)
-        ]
+        heard_of = in_turns(self._view.hearsay(revision), self._rng)
+        wanted = (peer for peer in heard_of if peer.addrs and peer.peer_id not in left_out)
+        due = [BootstrapPeer(each.peer_id, each.addrs, True) for each in wanted if self._is_due(each.peer_id)]
         return sorted(due, key=lambda peer: not self._view.has_met(peer.peer_id))[:most]
 
     async def _watch_model_peers(self) -> None:
@@ -287,6 +285,10 @@ class Neighbourhood:
         lacking = {peer.peer_id for peer in self._peers}.difference(connected, self._under_way)
         silent = [at + BESIDE_S for at in self._under_way.values() if at + BESIDE_S > now]
         check_at: float = now + CHECK_INTERVAL_S
+        # A node that was heard of before its relay let anybody through is found at the second try.
+        for _, _, heard_of in self._models_that_lack(connected):
+            dues = self._retries.dues(heard_of.difference(connected, self._under_way))
+            check_at = min([check_at, *(at for at in dues if at > now)])
         if len(connected) >= NEIGHBOURS:
             return check_at
         return min([check_at, *self._retries.dues(lacking), *silent])

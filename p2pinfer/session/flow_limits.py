@@ -13,7 +13,8 @@ CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
 AHEAD: Final = 8  # times what the line now takes until a result is back: a fresh connection becomes faster
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
 MIN_WAIT_S: Final = 0.01  # shorter ones are for a turn of the event loop
-FIRST_BYTES: Final = 32 << 10  # of a chunk on a line of unknown rate
+FIRST_BYTES: Final = 8 << 10  # of the first chunk on a line of unknown rate: what a thin one's router holds
+MOST_GROWTH_BYTES: Final = 16 << 10  # of the next chunk on such a line
 PAGE_TOKENS: Final = 64  # of a hop's cache, unless its operator chose otherwise
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
 # Nodes hang up on whoever sends to them at less than twice this rate (`serve.min_bytes_per_s`).
@@ -97,7 +98,7 @@ class ChunkSizes:
             tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes
         else:  # nobody had to wait: the line has taken all chunks so far, and may take longer ones
             tokens = self._first_bytes // self._row_bytes
-            self._first_bytes += FIRST_BYTES // 2
+            self._first_bytes += min(self._first_bytes, MOST_GROWTH_BYTES)
         tokens = min(tokens, 2 * self._longest or tokens)
         tokens = max(1, min(max(tokens, LEAST_TOKENS), self._most))
         self._longest = max(self._longest, tokens)

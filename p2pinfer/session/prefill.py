@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 import trio
 
+from p2pinfer.node.transport.line_rate import Line
+
 from .chain import Chain
-from .flow_limits import ChunkSizes
+from .flow_limits import MOST_CHUNK_S, ChunkSizes
 from .pending import Pending
 from .terms import Inputs
+
+POLL_S: Final = 0.01  # no kernel tells when what it sent was acknowledged
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +59,27 @@ async def send_in_chunks(inputs: Inputs, position: int, submit: Submit, chain: C
         logger.debug("prefill.chunk at=%d tokens=%d bytes_per_s=%.0f", done, len(chunk), line.bytes_per_s)
         is_last = done + len(chunk) == len(inputs)
         in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0, kept=done < kept))
+        is_first = done == kept
         done += len(chunk)
+        if is_first and not is_last:
+            await let_pass(lambda: chain.hops[0].line, len(chunk) * chain.terms.row_bytes // 2)
     # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is left
     # behind that nobody waits for.
     while len(in_flight) > 1:
         await in_flight.popleft()
     return await in_flight.pop()
+
+
+async def let_pass(line: Callable[[], Line], left: int) -> None:
+    """Wait until a line of unknown rate has at most `left` bytes to carry, or its rate is known.
+
+    TCP begins with ten segments at once. A router of 30 KB/s holds fewer and drops the rest, and the end of a
+    short prompt waits for them to be sent again. On a fast line this takes one round trip, in which TCP would
+    have carried little more.
+
+    Args:
+        line: Tells the line's state now.
+    """
+    with trio.move_on_after(MOST_CHUNK_S):
+        while (now := line()).queued_bytes > left and not now.bytes_per_s and not now.is_local:
+            await trio.sleep(POLL_S)

@@ -101,6 +101,23 @@ async def test_peers_that_are_there_become_neighbours_at_once(autojump_clock: tr
     assert len(host.connected) > NEIGHBOURS
 
 
+async def test_a_peer_of_our_model_that_is_not_there_yet_is_tried_again_soon(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It announces itself, and only then finds the relay that it can be reached through."""
+    host, view = LonelyHost(connected=("neighbour", *(f"other{n}" for n in range(NEIGHBOURS)))), LiveTable()
+    neighbourhood = Neighbourhood(cast(Host, host), view, [], model_peers=Models())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbourhood.keep)
+        announce(view, "late", 1)
+        await trio.sleep(0.1)
+        assert host.tried == ["late"]
+        host.there = ("late",)
+        await trio.sleep(0.5)
+        assert "late" in host.connected
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_silent_bootstrap_peer_delays_nobody(autojump_clock: trio.testing.MockClock) -> None:
     """One is there at the third try, while another's address swallows every packet for ten seconds."""
     host = LonelyHost("late", silent=["silent"], connected=())
