@@ -23,7 +23,7 @@ from p2pinfer.errors import ConfigError, NotAdmitted, NotDialled, PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.host.host import Host
-from p2pinfer.node.transport.addresses import split_peer
+from p2pinfer.node.transport.addresses import split_peer, with_plain_ids
 from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.hearsay import in_turns
 from p2pinfer.text_files import read_text
@@ -65,7 +65,7 @@ def bootstrap_peers(given: Sequence[str], data_dir: Path) -> tuple[BootstrapPeer
         ConfigError: An address does not name a peer and a place; the message says where it stands.
     """
     if given:
-        return _grouped([(address, "--bootstrap") for address in given])
+        return _grouped([(with_plain_ids(address), "--bootstrap") for address in given])
     package = Path(__file__).resolve().parents[2]
     # In a checkout this lies in node/, installed in p2pinfer/node/; the file is in the parent of either.
     for path in (Path(FILE_NAME), data_dir / FILE_NAME, package / FILE_NAME):
@@ -81,7 +81,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from exc
     named = [(line.partition("#")[0].strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1)]
-    return [each for each in named if each[0]]
+    return [(with_plain_ids(address), where) for address, where in named if address]
 
 
 def _grouped(addresses: Sequence[tuple[str, str]]) -> tuple[BootstrapPeer, ...]:

@@ -7,9 +7,12 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import psutil
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as NoMultiaddr
 
 from p2pinfer.errors import AddressUnusable, ConfigError
 
@@ -19,6 +22,7 @@ _TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/tcp/(\d{1,5})(?:/p2p/([^/
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", re.ASCII)
 CIRCUIT = "/p2p-circuit"
 _RELAY = re.compile(r"/p2p/([^/]+)/p2p-circuit")
+_KEY_AS_CID = re.compile(r"(?<=/p2p/)[a-z][a-zA-Z0-9]{40,80}(?=/|\Z)", re.ASCII)
 
 
 def parse_tcp(address: str) -> tuple[str, str, int, str]:
@@ -40,6 +44,21 @@ def parse_tcp(address: str) -> tuple[str, str, int, str]:
     if peer_id and not is_peer_id(peer_id):
         raise ValueError(f"{address!r} does not end in the id of a peer with an Ed25519 key")
     return protocol, host, int(port), peer_id or ""
+
+
+def with_plain_ids(address: str) -> str:
+    """`address` with its peer ids in base58, in which all peers write them.
+
+    People may have them as CIDs as well, of the codec `libp2p-key`: libp2p/specs, peer-ids/peer-ids.md, has
+    implementations read both. What is no such CID stays as it is.
+    """
+    return _KEY_AS_CID.sub(_plain_id, address)
+
+
+def _plain_id(named: re.Match[str]) -> str:
+    with suppress(NoMultiaddr):  # it is the CID of something else, or none
+        return str(Multiaddr(f"/p2p/{named[0]}")).removeprefix("/p2p/")
+    return named[0]
 
 
 def parse_circuit(address: str) -> tuple[str, str, str]:

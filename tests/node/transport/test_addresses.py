@@ -20,10 +20,12 @@ from p2pinfer.node.transport.addresses import (
     check_listen,
     line_of,
     machine_addresses,
+    parse_circuit,
     parse_tcp,
     range_of,
     range_of_connection,
     split_peer,
+    with_plain_ids,
 )
 from p2pinfer.node.transport.identity import new_identity
 
@@ -87,6 +89,43 @@ def test_an_address_is_split_from_its_peer() -> None:
     assert split_peer(f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}") == ("/ip4/192.0.2.1/tcp/1", PEER)
     with pytest.raises(ValueError, match="does not end in /p2p/"):
         split_peer("/ip4/192.0.2.1/tcp/1")
+
+
+# Of one key, in base58 and as a CIDv1 in base32 and base36.
+KEY = "12D3KooWEfY2TmhEWp1scTkNTgGcB6sBdaeicFJXJjeBmUpFMyg8"
+AS_CIDS = (
+    "bafzaajaiaejcasahljmx44q2cvxc4b4z3zombrjsjxdop2xrzxkgeuegr3ctefo5",
+    "k51qzi5uqu5dhz7ufdgtp0j2w5gyihk9jymlithlod0zxrq5wihaz2eap1pq71",
+)
+
+
+@pytest.mark.parametrize("name", AS_CIDS)
+def test_ids_that_people_have_as_cids_are_read(name: str) -> None:
+    """In the place of the peer and of the relay."""
+    place = "/ip4/192.0.2.1/tcp/1"
+    assert split_peer(with_plain_ids(f"{place}/p2p/{name}")) == (place, KEY)
+    through = with_plain_ids(f"{place}/p2p/{name}/p2p-circuit/p2p/{name}")
+    assert parse_circuit(through) == (f"{place}/p2p/{KEY}", KEY, KEY)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"/ip4/192.0.2.1/tcp/1/p2p/{KEY}",
+        "/ip4/192.0.2.1/tcp/1",
+        f"/ip4/192.0.2.1/tcp/1/p2p/{AS_CIDS[0][:-1]}",
+        f"/ip4/192.0.2.1/tcp/1/p2p/{AS_CIDS[0].upper()}",
+        # The CID of a file.
+        "/ip4/192.0.2.1/tcp/1/p2p/bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi",
+    ],
+)
+def test_what_names_no_key_as_a_cid_stays_as_it_is(address: str) -> None:
+    assert with_plain_ids(address) == address
+
+
+@given(st.from_regex(r"/p2p/[a-z][a-zA-Z0-9]{40,80}"))
+def test_garbage_in_the_place_of_an_id_is_no_error(address: str) -> None:
+    assert "/p2p/" in with_plain_ids(address)
 
 
 @pytest.mark.parametrize(
