@@ -1,6 +1,7 @@
 """Tokens a second where hops are far apart, against the physical bound: plain decoding and speculative.
 
-    python benchmarks/distance.py                                    # the whole plan, an hour and more
+    python benchmarks/distance.py                                    # the whole plan, hours
+    python benchmarks/distance.py --brief                            # a part of each, eight minutes
     python benchmarks/distance.py --model tiny-stories --hops 4 --delay 50 --mbit 100 --rounds 1
     python benchmarks/distance.py --model smollm2 --hops 4 --delay 50 --mbit 100 --kind copy --thin
 
@@ -13,12 +14,17 @@ transformers takes for a token of the same text, in the same run and with one th
 cannot be faster by more than it computes faster. `of bound` is plain over bound. `gain` is the median over
 rounds of speculated over plain, which take turns.
 
-Texts by kind: a story; a dialogue that repeats itself, which the story model does not go on to quote; and
-`copy`, a passage that is begun again, which SmolLM2 gives out word by word and the story model does not. With
+Texts by kind: a story, greedy and sampled; a dialogue that repeats itself, which the story model does not go
+on to quote; `copy`, a passage that is begun again; and for a model that was tuned for chats a question, code
+that is to be given out again with a change, and facts that are to be written as JSON. A greedy story of a
+small model ends in a loop, where guessing is easy: `loop at` is the token from which on a text repeats what
+came just before, and a text is stopped there where one of an earlier run is known (`--until-loop`). With
 `--thin`, a client without weights takes its turn as well, with guesses. With `--clients N`, so many plain
 ones generate at once, and `together` is the sum of their tokens a second over that of one.
 
-`same ids` compares all runs with each other, and `as local` with transformers. `predicted` is what the client
+`same ids` compares all runs with each other, and `as local` with transformers, where it is greedy. With
+`--dtype bfloat16`, `near ties` counts the tokens that were less than 0.05 likelier than the second likeliest,
+and `differs at` is the margin at the first token that differs between runs. `predicted` is what the client
 expected of the speculated runs, and `missed by` the median of how far each run was from what it expected.
 """
 
@@ -68,8 +74,57 @@ PASSAGE: Final = (
     "leave it in a box."
 )
 COPIED: Final = f"{PASSAGE}\n\n{PASSAGE}\n\nThe museum of the small town has"
-PROMPTS: Final = {"story": STORY, "quote": QUOTED, "copy": COPIED}
+CODE: Final = """def total(prices, discount):
+    result = 0
+    for price in prices:
+        if price < 0:
+            raise ValueError("a price is negative")
+        result = result + price * (1 - discount)
+    return result
+"""
+PLACES: Final = (
+    "Anna Berger, 34, lives in Linz and works as a nurse. Paul Roth, 51, lives in Bern and works as a baker. "
+    "Mia Svensson, 27, lives in Malmo and works as a pilot."
+)
+
+
+def _chat(text: str) -> str:
+    """Prompt for a model with SmolLM2's chat template."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    said = (("system", system), ("user", text))
+    turns = "".join(f"<|im_start|>{who}\n{what}<|im_end|>\n" for who, what in said)
+    return turns + "<|im_start|>assistant\n"
+
+
+PROMPTS: Final = {
+    "story": STORY,
+    "sampled": STORY,
+    "quote": QUOTED,
+    "copy": COPIED,
+    "chat": _chat("How do I keep bread fresh for some days, and why does it become hard?"),
+    "code": _chat(f"Change this function so that it also prints each price. Print all of it.\n\n{CODE}"),
+    "extract": _chat(f"Write the persons as a JSON list with name, age, city and job.\n\n{PLACES}"),
+}
+KINDS: Final = {"smollm2": ("chat", "code", "extract", "copy", "sampled"), "1024x16": ("story",)}
+STORY_KINDS: Final = ("story", "sampled")
+SAMPLED: Final = ("--temperature", "0.7", "--seed", "5")
+NEAR: Final = 0.05  # of probability, between the two likeliest tokens
+# Model, hops, delay, uplink, kind; each takes about half a minute.
+BRIEF: Final = (
+    ("tiny-stories", 4, 0.0, 100.0, "story"),
+    ("tiny-stories", 4, 10.0, 100.0, "story"),
+    ("tiny-stories", 4, 50.0, 20.0, "story"),
+    ("tiny-stories", 4, 50.0, 100.0, "story"),
+    ("tiny-stories", 4, 50.0, 100.0, "sampled"),
+    ("tiny-stories", 2, 25.0, 100.0, "story"),
+    ("tiny-stories", 1, 50.0, 100.0, "story"),
+    ("smollm2", 4, 50.0, 100.0, "copy"),
+    ("smollm2", 4, 50.0, 100.0, "code"),
+    ("smollm2", 4, 50.0, 100.0, "chat"),
+    ("1024x16", 4, 50.0, 100.0, "story"),
+)
 PATIENCE_S: Final = 300.0
+LEAST_TOKENS: Final = 16  # of a text that is stopped before it loops
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +135,7 @@ class Run:
     tokens_per_s: float
     first_token_s: float
     tokens_per_trip: float
+    in_flight: float
     predicted: float | None
 
 
@@ -108,7 +164,7 @@ class Chain:
         self.route = write_routes(list(zip(peers, spans, strict=True)))
 
     def generate(self, prompt: str, speculate: str, tokens: int, *more: str) -> Run:
-        """One text; greedy, to its last token.
+        """One text, to its last token; greedy, unless `more` says otherwise.
 
         Raises:
             OSError: It failed.
@@ -121,7 +177,8 @@ class Chain:
         return self._commands.generate(
             "me",
             prompt,
-            *(*self._model, *self._join, "--max-new-tokens", str(tokens), "--temperature", "0"),
+            *(*self._model, *self._join, "--max-new-tokens", str(tokens)),
+            *(() if "--temperature" in more else ("--temperature", "0")),
             *("--raw", "--speculate", speculate, "--policy", POLICY, "--audit-rate", "0", *more),
             *(word for setting in settings for word in ("--set", setting)),
             **{VARIABLE: self.route},
@@ -136,59 +193,67 @@ class Chain:
         if client.wait(PATIENCE_S) != 0:
             raise OSError(client.err.strip().splitlines()[-1])
         told = json.loads(client.out)
-        timings, trips = told["timings"], told.get("speculation") or {}
+        timings: dict[str, Any] = told["timings"]
+        trips: dict[str, Any] = told.get("speculation") or {}
         return Run(
             tuple(told["token_ids"]),
             timings["tokens_per_s"],
             timings["first_token_s"],
             trips.get("tokens_per_trip", 1.0),
+            trips.get("in_flight", 1.0),
             timings["predicted_tokens_per_s"],
         )
 
 
-def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[str, Any]]:
-    """The rows of one model over so many hops."""
+def measure(
+    options: argparse.Namespace, name: str, hops: int, cells: Sequence[tuple[float, float, str]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model over so many hops, for delays, uplinks and kinds of text."""
     hosts = (*(f"n{number}" for number in range(hops)), "me")
     scenario = Scenario("distance", "public hosts", tuple(Site(host) for host in hosts))
     with model_folder(name) as folder, open_lab(scenario) as lab, open_commands(lab) as commands:
-        local = Local(folder, options.dtype)
+        local = Local(folder, options.dtype, keep_margins=options.dtype != "float32")
         width = json.loads((folder / "config.json").read_text())["hidden_size"]
         row_bytes = width * torch.empty((), dtype=getattr(torch, options.dtype)).element_size()
         chain = Chain(commands, folder, options.dtype, hops)
         try:
-            for delay_ms, mbit in product(options.delay, options.mbit):
+            for delay_ms, mbit, kind in cells:
                 line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
                 for host in hosts:
                     lab.set_line(host, line)
-                for kind in options.kind:
-                    trip_s = (hops + 1) * (delay_ms / 1e3 + row_bytes * 8 / (mbit * 1e6))
-                    cell = {"model": name, "hops": hops, "delay": delay_ms, "mbit": mbit, "kind": kind}
-                    yield cell | contest(chain, local, folder, PROMPTS[kind], trip_s, options)
+                trip_s = (hops + 1) * (delay_ms / 1e3 + row_bytes * 8 / (mbit * 1e6))
+                cell = {"model": name, "hops": hops, "delay": delay_ms, "mbit": mbit, "kind": kind}
+                yield cell | contest(chain, local, folder, kind, trip_s, options)
         finally:
             leave(chain.nodes)
 
 
 def contest(
-    chain: Chain, local: Local, folder: Path, prompt: str, trip_s: float, options: argparse.Namespace
+    chain: Chain, local: Local, folder: Path, kind: str, trip_s: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Plain and speculative decoding in turns, and what physics allows the former."""
+    prompt, how = PROMPTS[kind], SAMPLED if kind == "sampled" else ()
     ids = load_tokenizer(folder).encode(prompt)
     tokens: int = options.tokens
     expected, times = local.generate(ids, tokens)
+    if options.until_loop and kind != "sampled":
+        tokens = max(LEAST_TOKENS, min(tokens, loop_begins(expected)))
     compute_s = median(after - before for before, after in pairwise(times))
     plain: list[Run] = []
     guessed: list[Run] = []
     thin: list[Run] = []
     for _ in range(options.rounds):
-        plain.append(chain.generate(prompt, "off", tokens))
-        guessed.append(chain.generate(prompt, "auto", tokens))
+        plain.append(chain.generate(prompt, "off", tokens, *how))
+        guessed.append(chain.generate(prompt, options.speculate, tokens, *how))
         if options.thin:
-            thin.append(chain.generate(prompt, "auto", tokens, "--thin"))
+            thin.append(chain.generate(prompt, options.speculate, tokens, *how, "--thin"))
     crowd = [chain.begin(prompt, "off", tokens) for _ in range(options.clients)]
     together = sum(run.tokens_per_s for run in map(chain.finish, crowd))
     bound = 1 / (compute_s + trip_s)
     speed = median(run.tokens_per_s for run in plain)
-    same = all(run.token_ids == plain[0].token_ids for run in (*plain, *guessed, *thin))
+    runs = (*plain, *guessed, *thin)
+    same = all(run.token_ids == plain[0].token_ids for run in runs)
+    as_local = plain[0].token_ids == tuple(expected[: len(plain[0].token_ids)])
     return {
         "local": round(1 / compute_s, 1),
         "bound": round(bound, 2),
@@ -197,18 +262,64 @@ def contest(
         "speculated": rounded([run.tokens_per_s for run in guessed]),
         "gain": rounded([b.tokens_per_s / a.tokens_per_s for a, b in zip(plain, guessed, strict=True)]),
         "a trip": rounded([run.tokens_per_trip for run in guessed]),
+        "in flight": rounded([run.in_flight for run in guessed]),
         "predicted": rounded([run.predicted or 0.0 for run in guessed]),
         "missed by": rounded([_missed_by(run) for run in (*plain, *guessed)]),
         **({"together": round(together / speed, 2)} if crowd else {}),
         **({"thin": rounded([run.tokens_per_s for run in thin])} if thin else {}),
         "first s": rounded([run.first_token_s for run in plain]),
+        "tokens": len(plain[0].token_ids),
+        "loop at": loop_begins(plain[0].token_ids),
         "same ids": same,
-        "as local": plain[0].token_ids == tuple(expected[: len(plain[0].token_ids)]),
+        "as local": "-" if how else as_local,
+        **(_ties(runs, local.margins) if local.keep_margins and not how else {}),
     }
+
+
+def loop_begins(ids: Sequence[int]) -> int:
+    """The token from which on a text repeats what came just before, to its end; its length if it does not.
+
+    Three repetitions are a loop, as are sixteen tokens that are the ones before them.
+    """
+    begins = len(ids)
+    for period in range(1, len(ids) // 2 + 1):
+        start = len(ids) - period
+        while start and ids[start - 1] == ids[start - 1 + period]:
+            start -= 1
+        if len(ids) - period - start >= max(16, 2 * period):
+            begins = min(begins, start + period)
+    return begins
+
+
+def _ties(runs: Sequence[Run], margins: Sequence[float]) -> dict[str, Any]:
+    first = runs[0].token_ids
+    ends = (
+        next(
+            (i for i, (one, other) in enumerate(zip(first, run.token_ids, strict=False)) if one != other),
+            None,
+        )
+        for run in runs
+    )
+    differing = [margins[end] for end in ends if end is not None and end < len(margins)]
+    near = sum(margin < NEAR for margin in margins[: len(first)])
+    return {"near ties": near, "differs at": f"{min(differing):.3f}" if differing else "-"}
 
 
 def _missed_by(run: Run) -> float:
     return abs((run.predicted or 0.0) / run.tokens_per_s - 1)
+
+
+def plan_of(options: argparse.Namespace) -> dict[tuple[str, int], list[tuple[float, float, str]]]:
+    """Delays, uplinks and kinds by model and number of hops."""
+    plan: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
+    if options.brief:
+        for name, hops, delay, mbit, kind in BRIEF:
+            plan.setdefault((name, hops), []).append((delay, mbit, kind))
+        return plan
+    for name, hops in product(options.model, options.hops):
+        kinds = options.kind or KINDS.get(name, STORY_KINDS)
+        plan[name, hops] = list(product(options.delay, options.mbit, kinds))
+    return plan
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,18 +329,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hops", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--delay", nargs="+", type=float, default=DELAYS_MS, help="ms, one way")
     parser.add_argument("--mbit", nargs="+", type=float, default=UPLINKS_MBIT)
-    parser.add_argument("--kind", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--kind", nargs="+", choices=PROMPTS, help="those that suit the model, if left out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--speculate", default="auto", help="of the speculated runs: auto, or a depth")
+    parser.add_argument("--until-loop", action="store_true", help="stop before transformers' text loops")
+    parser.add_argument("--brief", action="store_true", help="eleven cells, one round each")
     parser.add_argument("--clients", type=int, default=0, help="that generate at once, plainly")
     parser.add_argument("--thin", action="store_true", help="a client without weights as well")
     options = parser.parse_args(argv)
     if lacking := why_not():
         sys.exit(lacking)
+    if options.brief:
+        options.rounds = 1
     torch.set_num_threads(1)
     started, rows = time.monotonic(), list[dict[str, Any]]()
-    for name, hops in product(options.model, options.hops):
-        for row in measure(options, name, hops):
+    for (name, hops), cells in plan_of(options).items():
+        for row in measure(options, name, hops, cells):
             rows.append(row)
             print(*(f"{key} {value}" for key, value in row.items()), file=sys.stderr, sep="  ")
     report(f"distance, {options.tokens} tokens, {time.monotonic() - started:.0f} s in all", rows)

@@ -8,6 +8,11 @@ or user namespaces). The client is one process, as `p2pinfer serve` is. It asks 
 tokens, then again with the answer and another question behind it, then the same with nothing kept. `share` is
 the time of the second first token over that of the first one, `anew` that of the last; both are medians over
 rounds. `same ids` compares the second answer with the last.
+
+`bound` is what a pipeline takes for the first question, whose text the line of the client has to carry: rows
+over uplink or, where that takes longer, compute over hops, and (hops + 1) delays. Compute is what local
+transformers takes for the text with one thread. No opening of a session and no round trip is in it.
+`of bound` is the first question's time over it.
 """
 
 from __future__ import annotations
@@ -27,8 +32,9 @@ from itertools import product
 from statistics import median
 from typing import Any, Final
 
+import torch
 import trio
-from contest import model_folder, report
+from contest import Local, model_folder, prompt_ids, report
 from distance import QUEUE_MS, STORY, Chain
 
 from p2pinfer.client import Client
@@ -88,12 +94,17 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
     scenario = Scenario("second question", "public hosts", tuple(Site(host) for host in hosts))
     with model_folder(name) as folder, open_lab(scenario) as lab, open_commands(lab) as commands:
         chain = Chain(commands, folder, options.dtype, hops)
+        width = json.loads((folder / "config.json").read_text())["hidden_size"]
+        row_bytes = width * torch.empty((), dtype=getattr(torch, options.dtype)).element_size()
+        compute_s = _prefill_s(folder, options)
         try:
             for delay_ms, mbit in product(options.delay, options.mbit):
                 line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
                 for host in hosts:
                     lab.set_line(host, line)
                 asked = _ask_inside(lab, chain, folder, options)
+                line_s = options.tokens * row_bytes * 8 / (mbit * 1e6)
+                bound_s = max(line_s, compute_s / hops) + (hops + 1) * delay_ms / 1e3
                 times = [[row["first_s"][at] for row in asked] for at in range(3)]
                 yield {
                     "model": name,
@@ -102,7 +113,9 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                     "mbit": mbit,
                     "tokens": options.tokens,
                     "reused": min(row["reused"] for row in asked),
+                    "bound": round(bound_s, 2),
                     "first s": round(median(times[0]), 2),
+                    "of bound": round(median(times[0]) / bound_s, 2),
                     "second s": round(median(times[1]), 2),
                     "share": round(median(b / a for a, b in zip(times[0], times[1], strict=True)), 3),
                     "anew": round(median(b / a for a, b in zip(times[0], times[2], strict=True)), 3),
@@ -110,6 +123,17 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                 }
         finally:
             leave(chain.nodes)
+
+
+def _prefill_s(folder: Path, options: argparse.Namespace) -> float:
+    """Seconds that local transformers takes for so many tokens, the better of two."""
+    local, ids = Local(folder, options.dtype), prompt_ids(options.tokens)
+    spent: list[float] = []
+    for _ in range(2):
+        started = time.perf_counter()
+        local.generate(ids, 1)
+        spent.append(time.perf_counter() - started)
+    return min(spent)
 
 
 def _ask_inside(lab: Lab, chain: Chain, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -149,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if lacking := why_not():
         sys.exit(lacking)
+    torch.set_num_threads(1)
     started, rows = time.monotonic(), list[dict[str, Any]]()
     for name, hops in product(options.model, options.hops):
         for row in measure(options, name, hops):

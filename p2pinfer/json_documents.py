@@ -79,6 +79,7 @@ class SpeculationDocument(msgspec.Struct, frozen=True):
     drafted: int
     accepted: int
     by_depth: tuple[tuple[int, int], ...]  # guesses looked at, and right
+    in_flight: float = 1.0  # windows under way when one of them came back, the mean
     predicted_tokens_per_s: float | None = None  # as in the timings
 
 
@@ -175,8 +176,10 @@ def result_document(
 def _speculation(stats: SpeculationStats | None, predicted: float | None) -> SpeculationDocument | None:
     if stats is None:
         return None
-    per_trip = round(stats.tokens_per_trip, 3)
-    return SpeculationDocument(per_trip, stats.drafted, stats.accepted, stats.by_depth, predicted)
+    per_trip, in_flight = round(stats.tokens_per_trip, 3), round(stats.in_flight, 3)
+    return SpeculationDocument(
+        per_trip, stats.drafted, stats.accepted, stats.by_depth, in_flight, predicted_tokens_per_s=predicted
+    )
 
 
 def to_json(document: SwarmDocument | ResultDocument) -> str:

@@ -95,7 +95,7 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
     route = (HopUsed("peer", BlockSpan(0, 8), "relayed"),)
     timings = Timings(0.5, 20.0, (1.5,), 3.0, 21.5)
     result = GenerationResult(
-        "déjà ✓", (1, 2), 3, "length", route, timings, 1, 7, SpeculationStats(1.5, 4, 1, ((2, 1),))
+        "déjà ✓", (1, 2), 3, "length", route, timings, 1, 7, SpeculationStats(1.5, 4, 1, ((2, 1),), 1.25)
     )
     line = to_json(result_document(result, ledger, AuditTally(done=1, passed=1), "token"))
     assert line.isascii()
@@ -129,6 +129,7 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
             "drafted": 4,
             "accepted": 1,
             "by_depth": [[2, 1]],
+            "in_flight": 1.25,
             "predicted_tokens_per_s": 21.5,
         },
     }

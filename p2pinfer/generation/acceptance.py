@@ -8,8 +8,9 @@ draft as well, so there is no need for a share by depth.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from math import prod
 from operator import mul
 from typing import Final
 
@@ -58,6 +59,10 @@ class Acceptance:
     def of_drawn(self) -> float:
         """The same of a draft model's guesses, whatever it says of them."""
         return self._drawn_right / self._drawn_seen
+
+    def of_all(self, kinds: Iterable[int]) -> float:
+        """Probability that guesses of these classes are all right, 0 to 1."""
+        return prod(map(self.expect, kinds))
 
     def tokens(self, kinds: Sequence[int]) -> list[float]:
         """Expected tokens of a trip by the number of guesses sent, from none to all of these."""

@@ -154,6 +154,8 @@ class Generation:
         self.tokenizer = tokenizer
         self._transcript = transcript = Transcript(tokenizer, state)
         self._speculation = speculation
+        if speculation is not None:
+            speculation.end_ids = frozenset(transcript.eos_ids)
         self._ends: Ends
         draw: Draw | None = None
         if embedding_and_head is None:
@@ -169,8 +171,10 @@ class Generation:
         self._source = source
         self._tokens_before = len(state.token_ids)
         self._remote = RemoteBlocks(source, self._ends, self._transcript, expected_s, kept_texts, draw)
-        self._guesses: tuple[int, ...] = ()  # to be sent with the next trip, or those that `_rows` presume
-        self._rows = deque[Any]()  # outputs of the last trip that are not used, by position
+        self._guesses: tuple[int, ...] = ()  # to be sent with the next trip
+        self._presumed = deque[int]()  # guesses that were sent, and not yet held against what was drawn
+        self._follows = False  # the oldest window under way presumes what was drawn, and nothing else
+        self._rows = deque[Any]()  # outputs that have come and are not used, by position
         self._clock = _Clock()
         self._draws_s = deque[float](maxlen=_LAST_DRAWS)
         self._changed: trio.Event | None = None  # set with news of the table since it was taken
@@ -202,6 +206,7 @@ class Generation:
         except BaseException:
             self._rows.clear()  # the one that was in work is lost, and the others are of no use without it
             self._guesses = ()
+            self._presume_nothing()
             await self.aclose()
             raise
         self._clock.tick()
@@ -217,16 +222,45 @@ class Generation:
             if (changed := self._changed) is None or changed.is_set():
                 changed = self._changed = self._source.table_changed
             try:
-                trip = await self._remote.outputs_after(self._guesses)
+                self._rows.extend(await self._trip())
             except (PeerError, NoRoute) as error:
+                self._presume_nothing()
                 outage = outage or Outage(self._retry_limits, begun=bool(self._transcript.token_ids))
                 await self._get_over(error, outage, changed)
-            else:
-                self._rows.extend(self._ends.split(trip.outputs))
-                self._guesses = self._guesses[: len(self._rows) - 1]
-                if self._speculation is not None and trip.seconds is not None:
-                    self._speculation.trips.append((len(self._rows), trip.seconds))
         return await trio.to_thread.run_sync(self._draw, self._rows.popleft())
+
+    async def _trip(self) -> Sequence[Any]:
+        """Outputs to draw the next token from, and those behind it, by position."""
+        remote, speculation = self._remote, self._speculation
+        if speculation is None:
+            return self._ends.split((await remote.outputs_after()).outputs)
+        if self._follows:
+            trip = await remote.next_window(self._ahead)
+            waits = speculation.windows
+        else:
+            self._presumed.extend(self._guesses)
+            trip = await remote.outputs_after(self._guesses, self._ahead)
+            waits = speculation.trips
+        self._guesses, self._follows = (), False
+        speculation.followed += trip.followers
+        rows = self._ends.split(trip.outputs)
+        if trip.seconds is None:  # the prefill of a session, without guesses
+            self._presumed.clear()
+        else:
+            waits.append((len(rows), trip.seconds))
+        return rows
+
+    def _ahead(self, in_flight: int) -> tuple[int, ...]:
+        """Guesses to send behind so many windows that are under way."""
+        if self._speculation is None:
+            return ()
+        guesses = self._speculation.ahead(in_flight)
+        self._presumed.extend(guesses)
+        return guesses
+
+    def _presume_nothing(self) -> None:
+        self._presumed.clear()
+        self._follows = False
 
     async def _get_over(self, error: PeerError | NoRoute, outage: Outage, changed: trio.Event) -> None:
         """Return when there is something to be tried; raise when it has been long enough."""
@@ -261,23 +295,32 @@ class Generation:
             if not seen:
                 seen.update(ids)
             # Nothing has ever followed a token that is new to the text, so there is nothing to copy.
-            if self._rows or token_id in seen or speculation.drafter is not None:
+            if self._presumed or token_id in seen or speculation.drafter is not None:
                 self._speculate(ids, token_id, speculation)
             seen.add(token_id)
         return token_id, logs
 
     def _speculate(self, ids: Sequence[int], token_id: int, speculation: Speculation) -> None:
-        """Look whether the outputs that are left presume this token behind `ids`; else guess what follows."""
-        if self._rows:
-            right = self._guesses[0] == token_id
+        """Look whether what was sent presumes this token behind `ids`; if not, guess what follows."""
+        if self._presumed:
+            right = self._presumed.popleft() == token_id
             speculation.note_guess(right=right)
-            self._guesses = self._guesses[1:]
             if right:
+                self._follows = not self._rows
                 return
+            self._presumed.clear()
             self._rows.clear()
+        remote = self._remote
         # Less this token, and of the text's length less the one that the last output gives.
-        room = min(self._remote.room - 1, self._transcript.max_ids - len(ids) - 2)
-        self._guesses = speculation.guess(ids, token_id, max(0, room), self._remote.compute_s)
+        room = min(remote.room - 1, self._transcript.max_ids - len(ids) - 2)
+        self._guesses = speculation.guess(
+            ids,
+            token_id,
+            max(0, room),
+            remote.compute_s,
+            expected_s=remote.expected_s,
+            at_once=remote.at_once,
+        )
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""

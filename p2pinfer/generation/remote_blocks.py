@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import trio
@@ -31,6 +32,7 @@ from .ends import Ends
 from .kept_texts import LEAST_TOKENS, KeptTexts, common_length, kept_s
 from .shared_prefill import SharedPrefill
 from .transcript import Transcript
+from .windows import Ahead, Windows
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,12 @@ class Trip:
     Attributes:
         outputs: Of the last token, and of the guesses behind it: what `Ends.split` takes apart.
         seconds: Time it took; None if it was the prefill of a session, which takes no guesses.
+        followers: Number of windows still under way behind it.
     """
 
     outputs: Any
     seconds: float | None
+    followers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ class RemoteBlocks:
         excluded: Who is left out of the next one.
         expected_s: Seconds that a token was expected to take over these hops; None if nobody can tell.
         reused_tokens: Tokens that hops had in their caches already, in the first session.
+        at_once: Most guesses in one step, by what the hops take.
         shared: Prefill that is shared with other texts of this prompt; None: it has its own.
     """
 
@@ -129,9 +134,8 @@ class RemoteBlocks:
         self._session: Session | None = None
         self._noted: Route | None = None  # what `route` was made from
         self._reserved = 0  # tokens that the session has room for
-        self._most_guesses = 0  # in one step, by what the hops take
-        # In the session: so many of the tokens, and the guesses behind them. One value, for a thread may ask.
-        self._sent: tuple[int, tuple[int, ...]] = (0, ())
+        self.at_once = 0
+        self._windows = Windows()
         self._began_at = 0.0  # the session
         self._tokens_before = 0
         # Of the sessions that are over:
@@ -141,16 +145,15 @@ class RemoteBlocks:
 
     @property
     def room(self) -> int:
-        """Number of guesses behind the tokens so far that the session takes in one step; 0 without one."""
-        if self._session is None:
-            return 0
-        return max(0, min(self._reserved - len(self._transcript.ids), self._most_guesses))
+        """Number of guesses behind the tokens so far that the session has positions for; 0 without one."""
+        return 0 if self._session is None else max(0, self._reserved - len(self._transcript.ids))
 
-    async def outputs_after(self, guesses: tuple[int, ...] = ()) -> Trip:
+    async def outputs_after(self, guesses: tuple[int, ...] = (), ahead: Ahead = lambda _: ()) -> Trip:
         """Outputs at the last token, and at guesses at those that follow it.
 
         Args:
             guesses: At most as many as there is `room`; left out where a session has to be opened first.
+            ahead: Gives what to send behind them. Windows that were sent before are dropped.
 
         Raises:
             NoRoute: There is no route without those that are excluded.
@@ -163,21 +166,44 @@ class RemoteBlocks:
             await self.aclose()
         if self._session is None:
             self._session = await self._open()
+            self._windows.forget()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._note_route(self._session)
-            self._sent = (len(ids), ())
+            self._windows.sent = (len(ids), ())
             embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
             kept = self._session.chain.prefix
             self.reused_tokens = self.reused_tokens or kept
             trip = Trip(await self._session.prefill(embedded, 0, kept=kept), None)
         else:
+            if self._windows.under_way:  # plainly read, for tokens that have nothing to do with them
+                await self._windows.drop(self._session, len(ids) - 1)
             started = time.perf_counter()
-            self._sent = (len(ids), guesses)
+            self._windows.sent = (len(ids), guesses)
             embedded = self._ends.embed((ids[-1], *guesses))
-            outputs = await self._session.decode(embedded, len(ids) - 1)
-            trip = Trip(outputs, time.perf_counter() - started)
+            meanwhile = partial(self._windows.follow, self._session, self._ends, ahead) if guesses else None
+            outputs = await self._session.decode(embedded, len(ids) - 1, meanwhile)
+            trip = Trip(outputs, time.perf_counter() - started, len(self._windows.under_way))
         if self._session.chain.route is not self._noted:
             self._note_route(self._session)
+        return trip
+
+    async def next_window(self, ahead: Ahead) -> Trip:
+        """Outputs of the oldest window under way, whose guesses have all turned out right so far.
+
+        Args:
+            ahead: Gives what to send behind those that are under way.
+
+        Raises:
+            PeerError: The session is beyond repair; `abandon` it.
+        """
+        session = self._session
+        assert session is not None
+        await self._windows.follow(session, self._ends, ahead)
+        started = time.perf_counter()
+        outputs = await self._windows.next()
+        trip = Trip(outputs, time.perf_counter() - started, len(self._windows.under_way))
+        if session.chain.route is not self._noted:
+            self._note_route(session)
         return trip
 
     async def _open(self) -> Session:
@@ -224,7 +250,7 @@ class RemoteBlocks:
             logger.debug("prefill.not_shared why=%s", exc)
             return
         keep = False
-        self._sent = (len(ids), ())
+        self._windows.sent = (len(ids), ())
         try:
             if kept_s(session) > 0:
                 embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
@@ -249,6 +275,7 @@ class RemoteBlocks:
             blamed = blamed or set(self._session.route.peer_ids)
             blamed |= self._session.failed_peers
             self._settle(None if overslept else error)
+            self._windows.forget()
             session, self._session = self._session, None
             await session.aclose()
         if error.told_by:
@@ -307,28 +334,32 @@ class RemoteBlocks:
             error: PeerError | None = None
             keep = False
             try:
+                if texts is not None and kept_s(session) > 0:
+                    await self._windows.let_come()
                 error = await session.settle()
                 keep = error is None and texts is not None and kept_s(session) > 0
             finally:  # cancelled: what was not checked is nobody's fault
+                self._windows.forget()
                 self._settle(error)
                 self._session = None
                 await session.aclose(keep=keep)
             if keep and texts is not None:
-                count, guesses = self._sent
+                count, guesses = self._windows.sent
                 ids = self._transcript.ids
                 texts.note(ids[: common_length([*ids[:count], *guesses], ids)], session)
 
     def _past_inputs(self, start: int, stop: int) -> Inputs:
         """Inputs that a session was given at past positions."""
         # With the guesses that were wrong: until the next step rolls it back, the session counts them.
-        count, guesses = self._sent
+        count, guesses = self._windows.sent
         past = self._transcript.ids[start : min(stop, count)]
         return self._ends.embed((*past, *guesses[max(0, start - count) : max(0, stop - count)]))
 
     def _note_route(self, session: Session) -> None:
         """Keep who takes part, and what these hops take; they may have been replaced."""
         self._noted = route = session.route
-        self._most_guesses = session.chain.flow_limits.chunk_tokens - 1
+        limits = session.chain.flow_limits
+        self.at_once, self._windows.most = limits.chunk_tokens - 1, limits.chunks_in_flight
         self.expected_s = self._expect_s(route, round_trips_s(session))
         self.route = tuple(
             HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops

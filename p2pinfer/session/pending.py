@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from p2pinfer.node.protocol.messages import Bill
+
+# What is done while a step is under way.
+Meanwhile: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class StepTiming(NamedTuple):

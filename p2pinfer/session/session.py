@@ -41,7 +41,7 @@ from .hop_stream import HopStream
 from .in_flight import Answer, InFlight, Promise, SentStep
 from .liveness import keep_watch
 from .opening import end_all, refusal_error
-from .pending import Pending, StepTiming, Superseded
+from .pending import Meanwhile, Pending, StepTiming, Superseded
 from .prefill import send_in_chunks
 from .receipt_checks import PassedStep, ReceiptBook
 from .relay_upgrade import leave_relays
@@ -146,11 +146,12 @@ class Session:
         promise = await self._submit(inputs, position, len(inputs) if returns is None else returns, kept=kept)
         return Pending(partial(self._output_of, promise))
 
-    async def decode(self, inputs: Inputs, position: int) -> Any:
+    async def decode(self, inputs: Inputs, position: int, meanwhile: Meanwhile | None = None) -> Any:
         """Push the inputs of `position`, `position + 1`, ... through every block.
 
         Args:
             inputs: (tokens, hidden_size), or ids. A `position` below the session's length rolls it back.
+            meanwhile: Called once they are on their way, before their outputs are waited for.
 
         Returns:
             Hidden states (tokens, hidden_size) in the session's codec; `Draws` if it draws.
@@ -160,7 +161,10 @@ class Session:
         """
         started = time.perf_counter()
         self._prompt_at = None
-        answer = await self._answered(await self._submit(inputs, position, len(inputs)))
+        promise = await self._submit(inputs, position, len(inputs))
+        if meanwhile is not None:
+            await meanwhile()
+        answer = await self._answered(promise)
         timing = StepTiming(time.perf_counter() - started, answer.result.bills, len(inputs))
         self.timings.append(timing)
         self.handovers.unseen.append((timing.bills, timing.tokens))
@@ -352,11 +356,7 @@ class Session:
     async def leave_relays(self) -> None:
         """Have the streams to hops move to direct connections that come up."""
         await leave_relays(
-            self.chain.host,
-            self.session_id,
-            self._movable,
-            self._quiet,
-            self.reporter.left_relay,
+            self.chain.host, self.session_id, self._movable, self._quiet, self.reporter.left_relay
         )
 
     def _movable(self) -> list[HopStream]:

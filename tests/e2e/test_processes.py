@@ -68,6 +68,7 @@ SHAPE: dict[str, Any] = {
         "drafted": int,
         "accepted": int,
         "by_depth": list,
+        "in_flight": float,
         "predicted_tokens_per_s": (float, type(None)),  # null where a line was never measured
     },
 }

@@ -304,7 +304,7 @@ async def test_a_failure_that_is_nobody_s_leaves_the_route_out_and_blames_nobody
         generation = start(walk, swarm, ends, tokenizer)
         await anext(generation)
 
-        async def fail(self: Session, hidden: Tensor, position: int) -> Tensor:
+        async def fail(self: Session, hidden: Tensor, position: int, _: object) -> Tensor:
             monkeypatch.undo()
             raise PeerVanished("somebody")
 
@@ -324,7 +324,7 @@ async def test_a_pause_longer_than_the_lease_is_nobody_s_fault(
         generation = start(walk, swarm, ends, tokenizer)
         await anext(generation)
 
-        async def fail(self: Session, hidden: Tensor, position: int) -> Tensor:
+        async def fail(self: Session, hidden: Tensor, position: int, _: object) -> Tensor:
             monkeypatch.undo()
             raise PeerRefused("no step for 300 s", "a", "lease_expired")
 

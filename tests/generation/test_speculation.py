@@ -11,7 +11,8 @@ import trio
 
 from p2pinfer.client import Client
 from p2pinfer.client_config import MAX_DEPTH, AuditConfig, ClientConfig, SessionConfig
-from p2pinfer.generation.speculation import Speculation, TripCost, speculation_by
+from p2pinfer.generation.speculation import Speculation, speculation_by
+from p2pinfer.generation.trip_cost import TripCost
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer

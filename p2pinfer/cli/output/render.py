@@ -50,10 +50,12 @@ def route_table(result: GenerationResult, view: ReputationView, audits: AuditTal
     told = [summary, _describe_audits(audits)]
     if result.speculation is not None and result.speculation.drafted:
         stats = result.speculation
-        told.insert(
-            1,
-            f"{stats.tokens_per_trip:.2f} tokens per trip: {stats.accepted} of {stats.drafted} guesses right",
+        trips = (
+            f"{stats.tokens_per_trip:.2f} tokens per trip: {stats.accepted} of {stats.drafted} guesses right"
         )
+        if stats.in_flight > 1:
+            trips += f"; {stats.in_flight:.1f} windows in flight"
+        told.insert(1, trips)
     return Group(table, *map(Text, told))
 
 
