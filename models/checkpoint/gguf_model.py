@@ -25,11 +25,11 @@ from p2pinfer.models.progress import Progress
 from .checkpoint import Checkpoint, block_of
 from .gguf_config import ROPE_DIVISORS, GgufModel
 from .gguf_file import GgufHeader, open_gguf_header
-from .gguf_shard import GgufShard
+from .gguf_shard import GgufShard, stored_dtype
 from .gguf_tokenizer import tokenizer_files
 from .hashes import FileHash, hash_shards
 from .shard import read_checked
-from .spec import model_spec
+from .spec import ModelSpec, model_spec
 
 _PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)")
 _SPECIFIC: Final = ("float32", "float16", "bfloat16")  # of several parts the last of these counts
@@ -62,6 +62,23 @@ def open_gguf(
         raise CheckpointError(f"{path} has no tensors of block {index}, but says {spec.num_blocks} blocks")
     folder = _texts(path, spec.revision, config, headers[0].metadata, cache_dir)
     return Checkpoint(folder, spec, shards, complete_config(model, config))
+
+
+def describe_gguf(path: Path, model: str) -> ModelSpec:
+    """Spec of a GGUF file, or of all parts of one by any of them, from its headers alone.
+
+    What divides the frequencies of positions is left out, since it is a tensor: the context is at least as
+    long as the spec says.
+
+    Raises:
+        CheckpointError: It cannot be used; the message says why.
+    """
+    headers = [_without_divisors(open_gguf_header(each)) for each in _parts(path)]
+    described = GgufModel(model, headers[0].metadata)
+    names = frozenset(described.place(name).name for header in headers for name in header.tensors)
+    stored = max((stored_dtype(header) for header in headers), key=_SPECIFIC.index)
+    config = described.config(names, _vocab_size(model, headers), None)
+    return model_spec(model, config, {}, stored_dtype=stored)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -48,14 +48,8 @@ class GgufShard:
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype in which its matrices are whole: that of most bytes; bfloat16 if one is quantised."""
-        matrices = [each for each in self._header.tensors.values() if len(each.shape) > 1]
-        sizes: dict[str, int] = {}
-        for each in matrices:
-            sizes[each.dtype] = sizes.get(each.dtype, 0) + each.nbytes
-        if not sizes or not sizes.keys() <= _PLAIN.keys():
-            return "bfloat16"
-        return _PLAIN[max(sizes, key=lambda kind: sizes[kind])]
+        """See the function of that name."""
+        return stored_dtype(self._header)
 
     def bytes_of(self, name: str) -> int:
         """Bytes that a tensor takes in the file."""
@@ -84,3 +78,14 @@ class GgufShard:
             apart = tensor.view(place.heads, -1, 2, *tensor.shape[1:])
             tensor = apart.transpose(1, 2).reshape(tensor.shape)
         return tensor
+
+
+def stored_dtype(header: GgufHeader) -> str:
+    """The dtype in which a file's matrices are whole: that of most bytes; bfloat16 if one is quantised."""
+    matrices = [each for each in header.tensors.values() if len(each.shape) > 1]
+    sizes: dict[str, int] = {}
+    for each in matrices:
+        sizes[each.dtype] = sizes.get(each.dtype, 0) + each.nbytes
+    if not sizes or not sizes.keys() <= _PLAIN.keys():
+        return "bfloat16"
+    return _PLAIN[max(sizes, key=lambda kind: sizes[kind])]

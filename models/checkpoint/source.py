@@ -25,6 +25,11 @@ def bundled_drafter_of(folder: Path) -> str:
     return BUNDLED_DRAFTER if folder.resolve() == (_BUNDLE / BUNDLED_MODEL).resolve() else ""
 
 
+def bundled_folder(model: str) -> Path:
+    """Folder of a bundled model."""
+    return _BUNDLE / model
+
+
 def resolve_model(
     model: str, *, cache_dir: Path, weights_bytes: int = 0, progress: Progress | None = None
 ) -> ModelSource:
@@ -42,7 +47,7 @@ def resolve_model(
         CheckpointError: It is there but cannot be used.
     """
     if model in (BUNDLED_MODEL, BUNDLED_DRAFTER):
-        return FolderSource(_BUNDLE / model, cache_dir=cache_dir, progress=progress)
+        return FolderSource(bundled_folder(model), cache_dir=cache_dir, progress=progress)
     folder = expand(model)
     if model and folder.is_dir() and not is_text(str(folder.resolve())):
         raise ModelNotFound(

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
@@ -27,6 +27,8 @@ try:
 except ImportError:  # pragma: no cover - Windows has no such limits
     resource = None  # type: ignore[assignment]
 
+# of free memory that weights may take; the rest is for cache, others and surprises
+WEIGHTS_SHARE: Final = 0.6
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as a number that no machine has
 _REFUSALS = (
     "can't allocate memory",

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
 from p2pinfer.models.span import BlockSpan
 
-from .memory import FreeMemory, free_on
+from .memory import WEIGHTS_SHARE, FreeMemory, free_on
 
 logger = logging.getLogger(__name__)
-
-# of free memory that weights may take; the rest is for cache, others and surprises
-WEIGHTS_SHARE: Final = 0.6
 
 
 def rooms_of(devices: Sequence[torch.device]) -> list[FreeMemory]:

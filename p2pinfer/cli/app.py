@@ -19,6 +19,7 @@ from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.node import node
+from p2pinfer.cli.commands.plan import plan
 from p2pinfer.cli.commands.reputation import reputation
 from p2pinfer.cli.commands.serve import serve
 from p2pinfer.cli.commands.swarm import swarm
@@ -78,6 +79,7 @@ def app(ctx: click.Context) -> None:
     p2pinfer tune --data FILE --out FOLDER  train an adapter over the swarm
     p2pinfer serve                          answer programs over HTTP, by OpenAI's and other APIs
     p2pinfer node                           serve blocks of a model to the swarm
+    p2pinfer plan MODEL                     tell what a swarm for a model needs, and how fast it will be
     p2pinfer swarm                          list peers and the blocks they serve
     p2pinfer reputation                     list the trust scores of known peers
     """
@@ -111,6 +113,7 @@ app.add_command(tune)
 app.add_command(serve)
 app.add_command(node)
 app.add_command(swarm)
+app.add_command(plan)
 app.add_command(reputation)
 app.add_command(doctor)
 app.add_command(keygen)

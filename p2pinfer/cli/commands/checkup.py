@@ -15,9 +15,10 @@ from p2pinfer.errors import LocalError, P2PInferError
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.compute.target import choose_targets
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.configs.published_sizes import SHAPES
 from p2pinfer.models.machine.cores import usable_cores
-from p2pinfer.models.machine.memory import free_memory, free_on_card
-from p2pinfer.models.machine.split import WEIGHTS_SHARE, blocks_that_fit, rooms_of
+from p2pinfer.models.machine.memory import WEIGHTS_SHARE, free_memory, free_on_card
+from p2pinfer.models.machine.split import blocks_that_fit, rooms_of
 
 LEAST_DISK_BYTES: Final = 100 << 20  # below that not even notes and a small model have room
 _NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
@@ -36,35 +37,6 @@ class Finding:
     said: str
     wrong: bool = False
     advice: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A model by its published sizes."""
-
-    model: str
-    blocks: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    feed_forward: int
-
-    @property
-    def block_parameters(self) -> int:
-        """Weights of one block, norms and biases left out, as `ModelSpec` counts them."""
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        return self.hidden * (attention + 3 * self.feed_forward)
-
-
-SHAPES: Final = (
-    Shape("HuggingFaceTB/SmolLM2-135M", 30, 576, 9, 3, 64, 1536),
-    Shape("Qwen/Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072),
-    Shape("meta-llama/Llama-3.2-1B", 16, 2048, 32, 8, 64, 8192),
-    Shape("Qwen/Qwen3-8B", 36, 4096, 32, 8, 128, 12288),
-    Shape("Qwen/Qwen3-32B", 64, 5120, 64, 8, 128, 25600),
-    Shape("meta-llama/Llama-3.3-70B-Instruct", 80, 8192, 64, 8, 128, 28672),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from p2pinfer.cli.app import run
 from p2pinfer.cli.commands import checkup, doctor
-from p2pinfer.cli.commands.checkup import SHAPES, Shape, check_all, check_card, check_disk, check_memory, fits
+from p2pinfer.cli.commands.checkup import check_all, check_card, check_disk, check_memory, fits
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.configs.published_sizes import SHAPES, Shape
 from p2pinfer.models.machine import split
-from p2pinfer.models.machine.memory import FreeMemory
-from p2pinfer.models.machine.split import WEIGHTS_SHARE
+from p2pinfer.models.machine.memory import WEIGHTS_SHARE, FreeMemory
 from p2pinfer.node.transport.identity import new_identity
 
 CPU = ComputeConfig(device="cpu", dtype="bfloat16")

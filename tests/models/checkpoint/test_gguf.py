@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.text import load_tokenizer
 from p2pinfer.models.verify.reference import open_reference
 from p2pinfer.models.verify.verify import measure_span
+from p2pinfer.planning.described_model import describe_model
 
 from ..families.parity import draw_weights
 from .gguf_writer import parts_of, random_blocks, write_gguf
@@ -102,6 +104,9 @@ def test_a_file_is_a_model_like_a_folder(family: str, split: int, tmp_path: Path
     assert torch.equal(logits_of(source), expected)
     assert source.spec.num_blocks == 2
     assert source.spec.dtype == "bfloat16"
+    described = describe_model(str(parts_of(path, split)[-1]), cache_dir=tmp_path / "none")
+    assert replace(described, weights=source.spec.weights, revision=source.spec.revision) == source.spec
+    assert not (tmp_path / "none").exists()
 
 
 def test_llama_3s_divisors_are_honoured(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine import split
-from p2pinfer.models.machine.memory import FreeMemory
-from p2pinfer.models.machine.split import WEIGHTS_SHARE
+from p2pinfer.models.machine.memory import WEIGHTS_SHARE, FreeMemory
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.serve.capacity import check_room, measure_capacity, measure_speed
 
