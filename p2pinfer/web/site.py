@@ -1,4 +1,4 @@
-"""Page to chat in and to look at the swarm: its files, the swarm's state, and the events of routes.
+"""Page to chat in and to look at the swarm: its files, the swarm's state, events of routes, and trainings.
 
 The files are for everybody who reaches the server. What the page then asks for needs an API key where the
 API does.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
+import msgspec
 import trio
 
 from p2pinfer.api.errors import ApiError
@@ -23,6 +25,7 @@ from p2pinfer.swarm_view import SwarmView
 
 from .feed import Feed, Following
 from .swarm_state import Observer, state_document
+from .trainings import TrainingDocument, read_trainings
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -30,6 +33,7 @@ POLICY: Final = (
 )
 STATE: Final = "/p2pinfer/swarm"
 EVENTS: Final = "/p2pinfer/events"
+TRAININGS: Final = "/p2pinfer/trainings"
 PING_S: Final = 15.0  # as in answers: proxies cut what is silent
 _KINDS: Final = {
     "html": "text/html; charset=utf-8",
@@ -63,9 +67,11 @@ def load_files() -> dict[str, File]:
 class Site:
     """Answers what the page asks of a server beside its API."""
 
-    def __init__(self, client: Observer, feed: Feed) -> None:
+    def __init__(self, client: Observer, feed: Feed, data_dir: Path | None = None) -> None:
+        """A site; the trainings that it shows are noted in `data_dir`, and without one there are none."""
         self._client = client
         self._feed = feed
+        self._data_dir = data_dir
         self._files = load_files()
 
     async def show(self, request: Request, reply: Reply, headers: Headers) -> bool:
@@ -87,12 +93,12 @@ class Site:
         return True
 
     async def tell(self, request: Request, reply: Reply, headers: Headers) -> bool:
-        """Send the state of the swarm, or its events; False if the path is neither's.
+        """Send the state of the swarm, its events or trainings; False if the path is none of theirs.
 
         Raises:
             ApiError: Too many pages follow the events already.
         """
-        if request.method != "GET" or request.path not in (STATE, EVENTS):
+        if request.method != "GET" or request.path not in (STATE, EVENTS, TRAININGS):
             return False
         headers = [("Cache-Control", "no-store"), *headers]
         if request.path == STATE:
@@ -101,6 +107,10 @@ class Site:
             body = await trio.to_thread.run_sync(_state_of, view, self._client.ledger)
             await reply.whole(200, [("Content-Type", JSON), *headers], body)
             return True
+        if request.path == TRAININGS:
+            trainings = () if self._data_dir is None else await _read(self._data_dir)
+            await reply.whole(200, [("Content-Type", JSON), *headers], encode(TrainingsDocument(trainings)))
+            return True
         with self._feed.follow() as following:
             if following is None:
                 raise ApiError("too many pages follow the events; close one", "busy", retry_after_s=60)
@@ -108,6 +118,16 @@ class Site:
             await _send(following, reply)
         await reply.end()
         return True
+
+
+class TrainingsDocument(msgspec.Struct, frozen=True):
+    """Trainings of this computer, the latest first."""
+
+    trainings: tuple[TrainingDocument, ...]
+
+
+async def _read(data_dir: Path) -> tuple[TrainingDocument, ...]:
+    return await trio.to_thread.run_sync(read_trainings, data_dir)
 
 
 def _state_of(view: SwarmView, ledger: Ledger) -> bytes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from p2pinfer.json_documents import SwarmDocument, swarm_document
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.reputation.explain import standing
 from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.swarm_view import PeerView, SwarmView
+
+MOST_BANS: Final = 100  # that a page is told of
 
 
 class Observer(Protocol):
@@ -34,7 +37,27 @@ class TrustDocument(msgspec.Struct, frozen=True):
     integrity: float
     reliability: float
     banned: bool
+    standing: str  # in a word or two
     why: tuple[str, ...]  # a sentence each
+
+
+class ProofDocument(msgspec.Struct, frozen=True):
+    """A fraud proof that accuses a peer."""
+
+    address: str  # of its content
+    sender: str  # empty: made here
+    state: str  # verified, false or seen
+    at: float  # seconds since 1970
+
+
+class BanDocument(msgspec.Struct, frozen=True):
+    """A peer that is never used, whether or not it serves anything."""
+
+    peer_id: str
+    by: str  # user, audits or proof
+    why: str
+    at: float  # seconds since 1970
+    proofs: tuple[ProofDocument, ...]
 
 
 class StateDocument(msgspec.Struct, frozen=True):
@@ -45,6 +68,7 @@ class StateDocument(msgspec.Struct, frozen=True):
 
     swarm: SwarmDocument
     trust: dict[str, TrustDocument]
+    bans: tuple[BanDocument, ...]  # the latest first
 
 
 def state_document(view: SwarmView, ledger: Ledger) -> StateDocument:
@@ -54,11 +78,28 @@ def state_document(view: SwarmView, ledger: Ledger) -> StateDocument:
     return StateDocument(
         msgspec.structs.replace(swarm, missing=announced, unknown=()),
         {peer.peer_id: _trust(ledger, peer.peer_id) for peer in swarm.peers},
+        _bans(ledger),
     )
 
 
 def _trust(ledger: Ledger, peer_id: str) -> TrustDocument:
     score = ledger.score(peer_id)
     return TrustDocument(
-        score.integrity, score.reliability, ledger.is_banned(peer_id), tuple(ledger.explain(peer_id))
+        score.integrity,
+        score.reliability,
+        ledger.is_banned(peer_id),
+        standing(ledger.account(peer_id), ledger.config),
+        tuple(ledger.explain(peer_id)),
+    )
+
+
+def _bans(ledger: Ledger) -> tuple[BanDocument, ...]:
+    banned = [(peer_id, account.ban) for peer_id, account in ledger.peers().items() if account.ban]
+    latest = sorted(banned, key=lambda each: each[1].at, reverse=True)[:MOST_BANS]
+    proofs: dict[str, list[ProofDocument]] = {peer_id: [] for peer_id, _ in latest}
+    for address, note in ledger.proofs().items():
+        if note.accused in proofs:
+            proofs[note.accused].append(ProofDocument(address, note.sender, note.state, note.at))
+    return tuple(
+        BanDocument(peer_id, ban.by, ban.why, ban.at, tuple(proofs[peer_id])) for peer_id, ban in latest
     )

@@ -1,4 +1,5 @@
-"""The page in Chromium: a text along its route, a hop that dies, a key, a phone, and no mouse.
+"""The page in Chromium: a text along its route, a hop that dies, holes, trust and proofs, a training, a key,
+a phone, and no mouse.
 
 `make page` installs what it needs, and runs it.
 """
@@ -11,12 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from p2pinfer.reputation.ledger import Ledger
+from p2pinfer.reputation.store import FILE_NAME
+from p2pinfer.web.trainings import noted_training
 
 from ..e2e.support import NodeProcess, free_port
 
@@ -30,6 +37,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; see `make page`"),
 ]
 
+LIAR = "12D3KooWEyopopk1xKw2BJtYCuLiarLiarLiarLiarLiarLiarLi"
+WITNESS = "12D3KooWEyopopk1xKw2BJtYCuWitnessWitnessWitnessWitne"
 SENTENCE = "Once upon a time there was a little robot"
 KEY = "0123456789abcdef"
 
@@ -60,9 +69,34 @@ def serving(home: Path, *flags: str) -> Generator[str]:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
-    """A server with a swarm of its own."""
-    with serving(tmp_path_factory.mktemp("server")) as found:
+    """A server with a swarm of its own, and a training that ended."""
+    home = tmp_path_factory.mktemp("server")
+    trio.run(note_training, home)
+    with serving(home) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def half_url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """A server of a swarm that lacks half of the blocks, with a peer that a proof has banned."""
+    home = tmp_path_factory.mktemp("half")
+    ledger = Ledger.open(home / FILE_NAME)
+    ledger.add_proof("p1", LIAR, time.time(), verified=True, sender=WITNESS, why="blocks 3:5 differ")
+    ledger.close()
+    common = ("--dtype", "float32", "--set", f"cache_dir={home}", "--name", "Anna's attic")
+    node = NodeProcess(home / "node", "--blocks", "0:4", "--listen", "/ip4/127.0.0.1/tcp/0", *common)
+    try:
+        _, address = node.ready()
+        with serving(home, "--bootstrap", address) as found:
+            yield found
+    finally:
+        node.signal(signal.SIGKILL)
+        node.end()
+
+
+async def note_training(home: Path) -> None:
+    async with noted_training(home, "stories", "tiny-stories") as board:
+        board.show(4, 4, [3.0, 2.5, 2.25, 2.0], 100.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +150,80 @@ def test_an_answer_says_where_it_came_from(page: Any, url: str) -> None:
     assert "ms" in page.locator("#route .ms").first.inner_text()
 
 
+def test_the_bars_of_a_running_text_are_marked(page: Any, url: str) -> None:
+    page.goto(url)
+    page.locator("#peers li").nth(2).wait_for()
+    assert page.locator("#peers .running").count() == 0
+    page.get_by_label("At most").fill("600")
+    send(page)
+    page.locator("#peers .running").nth(2).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("document.querySelectorAll('#peers .running').length === 0")
+
+
+def test_trust_is_told_in_words_and_a_ban_with_its_proof(page: Any, half_url: str) -> None:
+    page.goto(half_url)
+    page.locator("#peers summary").first.click(timeout=30_000)
+    told = page.locator("#peers details[open]").inner_text()
+    assert "Integrity 0." in told
+    assert "reliability 0." in told
+    assert "newcomer" in told
+    assert "dial it" in told  # how it is reached
+    assert "\N{LEFT DOUBLE QUOTATION MARK}Anna's attic\N{RIGHT DOUBLE QUOTATION MARK}" in told
+    ban = page.locator("#bans li").inner_text()
+    assert f"{LIAR[-6:]} banned by a proof" in ban
+    assert "blocks 3:5 differ" in ban
+    assert f"{WITNESS[-6:]}: it was run again here and holds" in ban
+
+
+def test_a_training_is_drawn_while_it_runs(page: Any, tmp_path: Path) -> None:
+    data = tmp_path / "stories.jsonl"
+    data.write_text('{"prompt": "Tom has a cat.", "completion": " It is red and likes to run."}\n' * 800)
+    tune = [sys.executable, "-m", "p2pinfer", "tune", "--data", str(data), "--out", str(tmp_path / "adapter")]
+    with serving(tmp_path / "home") as url:
+        page.goto(url)
+        page.locator("#peers li").first.wait_for()
+        assert page.locator("#training").is_hidden()
+        with subprocess.Popen([*tune, "-q", "--data-dir", str(tmp_path / "home")]) as process:
+            try:
+                page.locator("#trainings .running .curve").wait_for(timeout=90_000)
+                assert "after step" in page.locator("#trainings .curve").get_attribute("aria-label")
+                points = page.locator("#trainings .line").get_attribute("points")
+                page.wait_for_function(
+                    "before => document.querySelector('#trainings .line').getAttribute('points') !== before",
+                    arg=points,
+                    timeout=30_000,
+                )
+            finally:
+                process.kill()
+        page.locator("#trainings .interrupted").wait_for(timeout=30_000)
+
+
+def test_blocks_that_nobody_serves_are_a_hole_in_red(page: Any, half_url: str) -> None:
+    page.goto(half_url)
+    page.get_by_text("Nobody serves blocks 4\N{EN DASH}7.").wait_for(timeout=30_000)
+    colour = page.locator("#axis .hole").evaluate("each => getComputedStyle(each).backgroundColor")
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    assert red > 2 * max(green, blue)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
+def test_axe_finds_nothing_in_a_swarm_with_holes_and_bans(
+    browser: Any, half_url: str, scheme: str, width: int
+) -> None:
+    with browser.new_context(
+        viewport={"width": width, "height": 844}, color_scheme=scheme, bypass_csp=True
+    ) as context:
+        page = context.new_page()
+        page.goto(half_url)
+        page.locator("#peers summary").first.click(timeout=30_000)
+        page.locator("#axis .hole").wait_for(state="attached")
+        page.locator("#bans li").wait_for()
+        found = axe_api.Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_an_answer_that_is_stopped_stays_as_it_is(page: Any, url: str) -> None:
     page.goto(url)
     page.locator("#peers li").first.wait_for()
@@ -156,6 +264,7 @@ def test_axe_finds_nothing_and_no_width_needs_sideways_scrolling(
         page.goto(url)
         page.locator("#peers li").first.wait_for()
         page.locator("#peers summary").first.click()
+        page.locator("#trainings .curve").wait_for()
         send(page)
         page.locator(".origin").wait_for(timeout=60_000)
         found = axe_api.Axe().run(page)

@@ -21,7 +21,8 @@ from p2pinfer.client import Client
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.web.feed import Feed
-from p2pinfer.web.site import EVENTS, POLICY, STATE, Site, load_files
+from p2pinfer.web.site import EVENTS, POLICY, STATE, TRAININGS, Site, load_files
+from p2pinfer.web.trainings import noted_training
 
 from ..memory_client import open_memory_client
 
@@ -43,7 +44,7 @@ def open_site(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
             await swarm.serve("a", 0, 5)
             if not alone:
                 await swarm.serve("b", 5, 8)
-            app = App(client, config, keys, Site(client, feed))
+            app = App(client, config, keys, Site(client, feed, tmp_path))
             async with open_nursery() as nursery:
                 ((_, port),) = await nursery.start(serve_http, app.handle, config)
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as asking:
@@ -96,6 +97,30 @@ async def test_the_state_says_who_serves_what_and_why_a_peer_is_trusted(open_sit
         assert any("it lied" in sentence for sentence in trust["b"]["why"])
 
 
+async def test_bans_are_told_with_their_proofs_also_of_peers_that_are_gone(open_site: OpenSite) -> None:
+    async with open_site() as (asking, client):
+        client.ledger.ban("b", why="it lied", now=1.0)
+        client.ledger.add_proof("p1", "gone", 2.0, verified=True, sender="witness", why="blocks 3:5 differ")
+        client.ledger.add_proof("p2", "gone", 3.0, verified=True)
+        gone, mine = (await asking.get(STATE)).json()["bans"]
+        assert (gone["peer_id"], gone["by"]) == ("gone", "proof")
+        assert "blocks 3:5 differ" in gone["why"]
+        assert [(each["address"], each["sender"], each["state"]) for each in gone["proofs"]] == [
+            ("p1", "witness", "verified"),
+            ("p2", "", "verified"),
+        ]
+        assert (mine["peer_id"], mine["by"], mine["why"], mine["proofs"]) == ("b", "user", "it lied", [])
+
+
+async def test_trainings_of_this_computer_are_told(open_site: OpenSite, tmp_path: Path) -> None:
+    async with open_site() as (asking, _):
+        assert (await asking.get(TRAININGS)).json() == {"trainings": []}
+        async with noted_training(tmp_path, "stories", "tiny-stories") as board:
+            board.show(1, 2, [3.0], 100.0, 4.0)
+        (told,) = (await asking.get(TRAININGS)).json()["trainings"]
+        assert (told["name"], told["state"], told["losses"]) == ("stories", "interrupted", [[1.0, 3.0]])
+
+
 async def test_the_state_names_blocks_that_nobody_serves(open_site: OpenSite) -> None:
     async with open_site(alone=True) as (asking, _):
         assert (await asking.get(STATE)).json()["swarm"]["missing"] == [[5, 8]]
@@ -134,7 +159,7 @@ async def test_a_server_with_keys_shows_its_page_and_tells_nobody_else_more(
 ) -> None:
     async with open_site(KEY) as (asking, _):
         assert (await asking.get("/")).status_code == 200
-        for path in (STATE, EVENTS):
+        for path in (STATE, EVENTS, TRAININGS):
             assert (await asking.get(path)).status_code == 401
         told = await asking.get(STATE, headers={"Authorization": f"Bearer {KEY}"})
         assert told.status_code == 200
@@ -143,5 +168,5 @@ async def test_a_server_with_keys_shows_its_page_and_tells_nobody_else_more(
 async def test_a_page_of_another_site_learns_nothing(open_site: OpenSite) -> None:
     async with open_site() as (asking, _):
         for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
-            for path in ("/", STATE, EVENTS):
+            for path in ("/", STATE, EVENTS, TRAININGS):
                 assert (await asking.get(path, headers=headers)).status_code == 403

@@ -114,7 +114,7 @@ def serve(call: Invocation) -> None:
             async with outlasting(client):
                 waiting.say("looking for peers")
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    app = App(client, api_config, keys, Site(client, feed))
+                    app = App(client, api_config, keys, Site(client, feed, shared.data_dir))
                     async with open_nursery() as nursery:
                         nursery.start_soon(app.warm_up)
                         tell(await nursery.start(serve_http, app.handle, api_config))

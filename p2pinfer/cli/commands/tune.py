@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from p2pinfer.client_config import TuneConfig
     from p2pinfer.learning.examples import DataFile, Prepared
     from p2pinfer.learning.training_run import Progress, TrainingRun
+    from p2pinfer.web.trainings import TrainingBoard
 
 _METHODS = ("lora", "prompt")
 _LINES = 10  # of progress, where standard error is no terminal
@@ -120,6 +121,7 @@ def tune(call: Invocation, data_file: Path | None, folder: Path | None, resume: 
     from p2pinfer.client import Client
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
     from p2pinfer.learning.examples import read_data
+    from p2pinfer.web.trainings import noted_training
 
     data = read_data(data_file)  # before anything is joined: what is wrong with it is told at once
 
@@ -138,8 +140,11 @@ def tune(call: Invocation, data_file: Path | None, folder: Path | None, resume: 
             async with client:
                 prepared = await _prepare(client, data, config, waiting, call)
                 waiting.say("looking for peers")
-                async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    await _train(client, prepared, data, config, folder, waiting, call)
+                async with (
+                    swarm_in_reach(client, embedding=embedding, on_embedding=starting),
+                    noted_training(shared.data_dir, folder.name, client.spec.model) as board,
+                ):
+                    await _train(client, prepared, data, config, folder, waiting, call, board)
 
     run(main)
 
@@ -194,6 +199,7 @@ async def _train(
     folder: Path,
     waiting: WaitingLine,
     call: Invocation,
+    board: TrainingBoard,
 ) -> None:
     from p2pinfer.learning.training_run import TrainingRun, fingerprint_of
 
@@ -206,8 +212,13 @@ async def _train(
             note(f"continuing after step {before}")
         waiting.say("waiting for the first step")
         told = _Teller(waiting, call)
+
+        def step(progress: Progress) -> None:
+            told.step(progress)
+            board.show(progress.step, progress.steps, run.losses, progress.tokens_per_s, progress.left_s)
+
         try:
-            await run.run(told.step)
+            await run.run(step)
         except BaseException:
             waiting.pause()
             if run.written and call.is_for_people:

@@ -5,6 +5,7 @@ import { byId } from "./elements.js";
 import { followRoute } from "./route.js";
 import { onKeyWanted } from "./server.js";
 import { watchSwarm } from "./swarm.js";
+import { watchTrainings } from "./training.js";
 
 let wanted = null;
 onKeyWanted(() => {
@@ -23,5 +24,6 @@ onKeyWanted(() => {
 });
 startChat();
 watchSwarm();
+watchTrainings();
 followRoute();
 byId("prompt").focus();

@@ -1,6 +1,7 @@
 // A running text along its route, as the client's events tell it.
 
 import { byId, element, shortId, span } from "./elements.js";
+import { markRunning } from "./running.js";
 import { ask, events } from "./server.js";
 
 const LATER_MS = 2000; // until the events are asked for again after they broke off
@@ -14,8 +15,10 @@ export async function followRoute() {
     try {
       for await (const event of events(await ask("/p2pinfer/events"))) take(event);
     } catch {
-      shown = null;
+      // It is asked again: the server may have been started anew.
     }
+    shown = null;
+    markRunning([]);
     await new Promise((resolve) => setTimeout(resolve, LATER_MS));
   }
 }
@@ -43,10 +46,16 @@ function take(event) {
       happened(`${shortId(event.peer_id)} is connected directly now`);
       break;
     case "audit_done":
-      happened(`${shortId(event.peer_id)} was checked: ${event.verdict}`, event.verdict === "fail" ? "bad" : "");
+      happened(
+        `${shortId(event.peer_id)} was audited: ${event.verdict}${event.reason ? `, ${event.reason}` : ""}`,
+        event.verdict === "fail" ? "bad" : "",
+      );
       break;
     case "session_ended":
-      if (event.session === shown) shown = null;
+      if (event.session === shown) {
+        shown = null;
+        markRunning([]);
+      }
       break;
   }
 }
@@ -67,6 +76,7 @@ function draw(route) {
     parts.push(arrow, box);
   }
   byId("route").replaceChildren(...parts);
+  markRunning(route.map((hop) => hop.peer_id));
 }
 
 function time(step) {

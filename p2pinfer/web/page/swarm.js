@@ -1,9 +1,16 @@
 // Who holds which blocks, how they are reached, and what they are trusted: bars over the axis of blocks.
 
 import { byId, element, shortId, span } from "./elements.js";
+import { isRunning } from "./running.js";
 import { ask } from "./server.js";
 
 const EVERY_MS = 3000;
+const REACHED = {
+  public: "Others can dial it",
+  mapped: "Others can dial it, by a port of its router",
+  private: "It is behind a router: reached by a punched hole or through a relay",
+  unknown: "Nobody has said yet if others can dial it",
+};
 
 /** Look at the swarm again and again. */
 export async function watchSwarm() {
@@ -18,7 +25,7 @@ export async function watchSwarm() {
   }
 }
 
-function draw({ swarm, trust }) {
+function draw({ swarm, trust, bans }) {
   document.body.dataset.model = swarm.model;
   byId("model").textContent = `${swarm.model}, ${swarm.num_blocks} blocks`;
   const coverage = byId("coverage");
@@ -30,7 +37,9 @@ function draw({ swarm, trust }) {
   drawAxis(swarm);
   const open = new Set([...byId("peers").querySelectorAll("details[open]")].map((each) => each.dataset.peer));
   const focused = document.activeElement?.closest("details")?.dataset.peer;
-  byId("peers").replaceChildren(...swarm.peers.map((peer) => drawPeer(peer, trust[peer.peer_id], swarm, open)));
+  const inOrder = [...swarm.peers].sort((one, other) => one.blocks[0] - other.blocks[0] || one.blocks[1] - other.blocks[1]);
+  byId("peers").replaceChildren(...inOrder.map((peer) => drawPeer(peer, trust[peer.peer_id], swarm, open)));
+  drawBans(bans);
   if (focused) byId("peers").querySelector(`[data-peer="${CSS.escape(focused)}"] summary`)?.focus();
 }
 
@@ -61,6 +70,7 @@ function drawPeer(peer, trusted, swarm, open) {
   bar.style.gridTemplateColumns = `repeat(${swarm.num_blocks}, 1fr)`;
   bar.setAttribute("aria-hidden", "true");
   const facts = [
+    peer.name && `“${peer.name}”`,
     span(peer.blocks),
     trusted.banned ? "banned" : connection,
     peer.rtt_ms === null ? "" : `${peer.rtt_ms.toFixed(0)} ms`,
@@ -74,12 +84,33 @@ function drawPeer(peer, trusted, swarm, open) {
     element(
       "p",
       "",
-      `Integrity ${trusted.integrity.toFixed(2)} and reliability ${trusted.reliability.toFixed(2)}, of 1. ` +
+      `Integrity ${trusted.integrity.toFixed(2)} and reliability ${trusted.reliability.toFixed(2)}, of 1: ` +
+        `${trusted.standing}. ${REACHED[peer.reachability] ?? REACHED.unknown}. ` +
         `Computes in ${peer.dtype}, has room for ${peer.free_cache_tokens.toLocaleString()} tokens.`,
     ),
     ...trusted.why.map((each) => element("p", "", each)),
   );
   details.dataset.peer = peer.peer_id;
   details.open = open.has(peer.peer_id);
-  return element("li", "", details, bar);
+  return element("li", isRunning(peer.peer_id) ? "running" : "", details, bar);
+}
+
+/** Peers that are never used, and on what evidence; also those that serve nothing any more. */
+function drawBans(bans) {
+  byId("banned").hidden = bans.length === 0;
+  const told = JSON.stringify(bans);
+  if (byId("bans").dataset.told === told) return; // or a reader's place in it is lost every time
+  byId("bans").dataset.told = told;
+  byId("bans").replaceChildren(...bans.map(drawBan));
+}
+
+function drawBan(ban) {
+  const by = { user: "banned by you", audits: "banned by audits", proof: "banned by a proof" }[ban.by];
+  const when = ban.at > 0 ? `, ${new Date(ban.at * 1000).toLocaleString()}` : "";
+  const proofs = ban.proofs.map((proof) => {
+    const from = proof.sender ? `sent by ${shortId(proof.sender)}` : "made on this computer";
+    const found = { verified: "it was run again here and holds", false: "it was run again here and does not hold" };
+    return element("p", "proof", `Proof ${proof.address}, ${from}: ${found[proof.state] ?? "not run again here"}.`);
+  });
+  return element("li", "", element("b", "", shortId(ban.peer_id)), ` ${by}${when}: ${ban.why}`, ...proofs);
 }
