@@ -10,7 +10,7 @@ from p2pinfer.errors import ConfigError
 from p2pinfer.folders import cache_folder, data_folder
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.routing.announcement import MAX_TTL_S, MIN_TTL_S
+from p2pinfer.routing.announcement import MAX_PUBLIC_NAME, MAX_TTL_S, MIN_TTL_S
 
 # Fields of which 0 refuses all, is a no, or leaves it to the node.
 _MAY_BE_ZERO: Final = ("session_adapter_bytes", "ends", "train_bytes")
@@ -62,11 +62,17 @@ class ServeConfig:
     settle_s: float = 2.0  # how long a starting node waits for announcements before it picks a span, seconds
     leave_timeout_s: float = 3.0  # for telling the swarm that this node leaves, seconds
     drain_s: float = 8.0  # after that, for handing over running sessions, seconds
+    public_name: str = ""  # what others see this node called, at most 32 characters; empty: its peer id alone
 
     def __post_init__(self) -> None:
+        if len(self.public_name) > MAX_PUBLIC_NAME or not self.public_name.isprintable():
+            raise ValueError(
+                f"public_name is {self.public_name[:80]!r}; it has at most {MAX_PUBLIC_NAME} characters, all "
+                "of which can be printed"
+            )
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.name in _MAY_BE_ZERO and value == 0:
+            if isinstance(value, str) or (each.name in _MAY_BE_ZERO and value == 0):
                 continue
             if value <= 0:
                 raise ValueError(f"{each.name} is {value:g}; it must be above 0")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # name of eight digits.
 OWN_NAMES: Final = re.compile(
     r"\.?(identity\.key|ledger\.sqlite|node\.lock|node\.holder\.json|peers\.json|ports\.json"
-    r"|last_span\.json|sequence|resume|trainings|bootstrap_peers\.txt|config\.toml|[0-9a-f]{8})([.-].*)?"
+    r"|last_span\.json|sequence|resume|status\.json|trainings|bootstrap_peers\.txt|config\.toml|[0-9a-f]{8})([.-].*)?"
 )
 _OTHERS: Final = 0o077  # what the group and everybody else may do
 

@@ -34,6 +34,7 @@ class PeerDocument(msgspec.Struct, frozen=True):
     connection: str | None  # direct, relayed, or None: not connected
     rtt_ms: float | None
     state: str  # answers, refuses or unknown
+    name: str = ""  # that its operator gives it; anybody may take any
 
 
 class SwarmDocument(msgspec.Struct, frozen=True):
@@ -200,6 +201,7 @@ def _peer(view: PeerView) -> PeerDocument:
         view.connection,
         view.rtt_ms,
         view.state,
+        said.name,
     )
 
 

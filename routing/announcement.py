@@ -26,6 +26,7 @@ MAX_ANNOUNCEMENT_BYTES = 8192  # 16 addresses of 256 characters, a long model na
 MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_NAME = 256  # characters of a model's name
+MAX_PUBLIC_NAME = 32  # characters of the name that an operator gives a peer
 INSTANCE_BYTES = 8
 MIN_TTL_S = 5.0
 MAX_TTL_S = 300.0
@@ -62,6 +63,7 @@ class Announcement:
             of one. Nobody can name an instance before it is there, so its process knows from this that the
             other one lives.
         ends: The peer holds embedding and head as well, for clients that hold no weights.
+        name: What its operator wants it to be called; for people, never compared, and anybody may take any.
     """
 
     peer_id: str
@@ -85,6 +87,7 @@ class Announcement:
     uptime_s: float = 0.0
     twin: bytes = b""
     ends: bool = False
+    name: str = ""
 
     @property
     def numerics(self) -> Numerics | None:
@@ -113,6 +116,7 @@ _Axis = Annotated[float, msgspec.Meta(ge=-COORDINATE_LIMIT_MS, le=COORDINATE_LIM
 _Height = Annotated[float, msgspec.Meta(ge=0, le=COORDINATE_LIMIT_MS)]
 _Error = Annotated[float, msgspec.Meta(ge=0, le=MAX_ERROR)]
 _Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
+_PublicName = Annotated[str, msgspec.Meta(max_length=MAX_PUBLIC_NAME)]
 _Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
 
 
@@ -140,6 +144,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     uptime_s: _Uptime = 0.0
     twin: _Instance = b""
     ends: bool = False
+    name: _PublicName = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -177,6 +182,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.uptime_s,
             announcement.twin,
             announcement.ends,
+            announcement.name,
         )
     )
     try:
@@ -208,6 +214,8 @@ def decode_announcement(encoded: bytes) -> Announcement:
         )
     if not wire.model.isprintable():
         raise ProtocolViolation("announcement of a model whose name cannot be printed")
+    if not wire.name.isprintable():
+        raise ProtocolViolation("announcement of a peer whose name cannot be printed")
     if wire.weights and revision_digest(wire.weights, wire.numbers) != wire.revision:
         raise ProtocolViolation("announcement of weights and numbers that are not those of its revision")
     return Announcement(
@@ -232,4 +240,5 @@ def decode_announcement(encoded: bytes) -> Announcement:
         uptime_s=wire.uptime_s,
         twin=wire.twin,
         ends=wire.ends,
+        name=wire.name,
     )

@@ -63,6 +63,7 @@ def test_the_json_of_a_swarm_has_these_keys() -> None:
                 "connection": "direct",
                 "rtt_ms": 1.25,
                 "state": "answers",
+                "name": "",
             },
             {
                 "peer_id": "silent",
@@ -75,6 +76,7 @@ def test_the_json_of_a_swarm_has_these_keys() -> None:
                 "connection": None,
                 "rtt_ms": None,
                 "state": "unknown",
+                "name": "",
             },
         ],
     }

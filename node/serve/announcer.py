@@ -94,6 +94,7 @@ class Announcer:
             uptime_s=duplicates.uptime_s,
             twin=duplicates.suspect,
             ends=self._has_ends,
+            name=self._config.public_name,
         )
 
     def _peers(self) -> int:

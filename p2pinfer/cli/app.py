@@ -18,6 +18,7 @@ from p2pinfer.cli.commands.chat import chat
 from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
+from p2pinfer.cli.commands.man import man
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.plan import plan
 from p2pinfer.cli.commands.reputation import reputation
@@ -118,6 +119,7 @@ app.add_command(reputation)
 app.add_command(doctor)
 app.add_command(keygen)
 app.add_command(completion)
+app.add_command(man)
 
 
 def run(argv: Sequence[str]) -> int:

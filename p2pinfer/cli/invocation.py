@@ -43,6 +43,7 @@ _HEADINGS = {
     "audit": "Network",
     "verify": "Network",
     "relay": "Network",
+    "serve": "Network",
     "data_dir": "Network",
 }
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -10,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from p2pinfer.errors import AddressUnusable
 from p2pinfer.node.metrics import Metrics, serve_metrics
+from p2pinfer.node.node import _watch_span  # pyright: ignore[reportPrivateUsage]
+from p2pinfer.node.transport.counters import MEANINGS
 
 from .support import ECHO, StartHost, echo
 
@@ -100,3 +107,34 @@ async def test_a_port_that_is_taken_is_one_line(metrics: Metrics, nursery: trio.
     port: int = await nursery.start(serve_metrics, metrics, "127.0.0.1", 0)
     with pytest.raises(AddressUnusable, match=f"metrics cannot be served on 127.0.0.1:{port}: .*in use"):
         await serve_metrics(metrics, "127.0.0.1", port)
+
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
+_METRIC = re.compile(r"\b((?:p2pinfer|process)_\w+)")
+_LABELS = re.compile(r"(\w+)\s*\{(.*?)\}|by \(([\w, ]+)\)")
+
+
+async def test_the_dashboard_asks_for_metrics_that_there_are(metrics: Metrics, ask: Ask) -> None:
+    """Each metric in each expression, and each label by which one is taken apart."""
+    host = metrics._host  # pyright: ignore[reportPrivateUsage]
+    for name, (label, _) in MEANINGS.items():
+        host.counts.add(name, "one" if label else "")
+    cache = SimpleNamespace(capacity_tokens=2, free_tokens=1)
+    parts: Any = SimpleNamespace(sessions=1, replay_bytes=1, cache=cache, queued=0)
+    _watch_span(metrics, parts, parts, parts)
+    answer = (await ask(b"GET /metrics HTTP/1.1\r\n\r\n")).partition(b"\r\n\r\n")[2].decode()
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(answer):
+        for sample in family.samples:
+            labels.setdefault(sample.name, {"instance"}).update(sample.labels)
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {name for each in expressions for name in _METRIC.findall(each)}
+    assert asked <= labels.keys(), asked - labels.keys()
+    missing = {name for name in labels if name.startswith("p2pinfer_")} - asked
+    assert not missing, "not on the dashboard"
+    for each in expressions:
+        (*_, name) = _METRIC.findall(each)
+        for _, within, by in _LABELS.findall(each):
+            named = re.findall(r"(\w+)\s*=~?", within) + re.findall(r"\w+", by)
+            assert set(named) <= labels[name], each

@@ -11,7 +11,10 @@ from p2pinfer.node.config import ServeConfig
 MAY_BE_ZERO = {"ends", "session_adapter_bytes", "train_bytes"}
 
 
-@pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig) if each.name not in MAY_BE_ZERO])
+NUMBERS = [each.name for each in fields(ServeConfig) if each.default != ""]
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in MAY_BE_ZERO])
 def test_nothing_can_be_served_with_nothing(name: str) -> None:
     nothing: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
@@ -38,3 +41,10 @@ def test_what_may_be_zero_is_not_below(name: str) -> None:
 def test_announcements_keep_to_what_peers_accept(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ServeConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["n" * 33, "two\nlines", "nam\u202ee"])
+def test_a_name_that_peers_would_refuse_is_told_before_anything_is_announced(name: str) -> None:
+    assert ServeConfig(public_name="Anna's attic").public_name == "Anna's attic"
+    with pytest.raises(ValueError, match="at most 32 characters"):
+        ServeConfig(public_name=name)

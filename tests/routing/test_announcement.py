@@ -18,7 +18,7 @@ from p2pinfer.routing.announcement import (
 from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.nesting import MAX_DEPTH
 
-MODEL, START, STOP, TOKENS_PER_S, COORDINATE, TTL_S = 2, 4, 5, 7, 12, 13
+MODEL, START, STOP, TOKENS_PER_S, COORDINATE, TTL_S, NAME = 2, 4, 5, 7, 12, 13, 23
 
 REVISION = "0123456789abcdef" * 2
 WEIGHTS, NUMBERS = "1" * 32, '{"model_type":"llama"}'
@@ -59,6 +59,7 @@ announcements = st.builds(
     instance=st.binary(max_size=8),
     uptime_s=st.floats(0, 1e10),
     twin=st.binary(max_size=8),
+    name=st.just("") | printable.map(lambda text: text[:32]),
 )
 
 
@@ -152,6 +153,10 @@ def test_a_field_of_any_value_is_refused_or_still_within_bounds(index: int, valu
         (20, -1.0),
         (20, float("inf")),
         (21, bytes(9)),
+        (NAME, "n" * 33),
+        (NAME, "\x1b[2J"),
+        (NAME, "nam\u202ee"),  # turns the rest of the line around
+        (NAME, b"name"),
     ],
 )
 def test_a_field_out_of_its_bounds_is_refused(index: int, value: object) -> None:
@@ -170,10 +175,14 @@ def test_a_missing_field_is_refused() -> None:
 
 
 def test_a_peer_of_before_does_not_say_what_later_ones_do() -> None:
-    said = replace(PLAIN, nat="none", num_blocks=8, instance=b"instance", uptime_s=1.5, twin=b"another")
+    said = replace(
+        PLAIN, nat="none", num_blocks=8, instance=b"instance", uptime_s=1.5, twin=b"another", name="attic"
+    )
     fields = fields_of(encode_announcement(said))
     earliest = decode_announcement(msgspec.msgpack.encode(fields[:15]))
-    assert earliest == replace(said, nat="unknown", num_blocks=0, instance=b"", uptime_s=0.0, twin=b"")
+    assert earliest == replace(
+        said, nat="unknown", num_blocks=0, instance=b"", uptime_s=0.0, twin=b"", name=""
+    )
     assert decode_announcement(msgspec.msgpack.encode(fields[:19])).num_blocks == 8
 
 
@@ -191,12 +200,12 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
     """By a bound of ours: the interpreter's is 1,000 levels in Python 3.11, and 10,000 in 3.12."""
-    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 23
-    array_of_24 = b"\xdc\x00\x18"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 24
+    array_of_25 = b"\xdc\x00\x19"
     for levels in (MAX_DEPTH, 500, 5000):  # the announcement itself is one level
         with pytest.raises(ProtocolViolation, match="more than 32 arrays inside each other"):
-            decode_announcement(array_of_24 + fields + b"\x91" * levels + b"\xc0")
-    assert decode_announcement(array_of_24 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
+            decode_announcement(array_of_25 + fields + b"\x91" * levels + b"\xc0")
+    assert decode_announcement(array_of_25 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:
@@ -211,7 +220,13 @@ def test_an_announcement_that_peers_would_refuse_is_not_encoded() -> None:
 
 
 def test_the_largest_announcement_fits() -> None:
-    largest = replace(PLAIN, peer_id="p" * 128, model="\U0001f600" * 256, addrs=("/" + "a" * 255,) * 16)
+    largest = replace(
+        PLAIN,
+        peer_id="p" * 128,
+        model="\U0001f600" * 256,
+        addrs=("/" + "a" * 255,) * 16,
+        name="\U0001f600" * 32,
+    )
     numbers = "x" * MAX_NUMBERS
     largest = replace(largest, weights=WEIGHTS, numbers=numbers, revision=revision_digest(WEIGHTS, numbers))
     assert decode_announcement(encode_announcement(largest)) == largest

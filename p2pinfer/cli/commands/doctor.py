@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ from p2pinfer.cli.output.plain import printable
 from p2pinfer.cli.output.terminal import note, write_out
 
 if TYPE_CHECKING:
+    from p2pinfer.config import Settings
     from p2pinfer.node.reach.reach import ReachStatus
     from p2pinfer.node.swarm.membership import SwarmMember
 
     from .checkup import Finding
 
+_PACKAGES = ("torch", "trio", "tokenizers", "safetensors", "huggingface_hub", "llguidance", "triton")
 KNOWN_S = 10.0  # how long it may take to find out; a node takes no longer
 RELAYS_S = 3.0  # on top, for places at relays
 
@@ -28,6 +31,7 @@ RELAYS_S = 3.0  # on top, for places at relays
     examples=[
         "p2pinfer doctor",
         "p2pinfer doctor --swarm-key swarm.key --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
+        "p2pinfer doctor --report > report.txt",
         "p2pinfer doctor --json | jq '.checks[] | select(.wrong)'",
     ],
 )
@@ -41,10 +45,14 @@ RELAYS_S = 3.0  # on top, for places at relays
 @BOOTSTRAP
 @SWARM_KEY
 @DATA_DIR
-def doctor(call: Invocation) -> None:
+@click.option("--report", "is_public", is_flag=True, help="Print a report that can be shown in public.")
+def doctor(call: Invocation, is_public: bool) -> None:
     """Check hardware and network, and suggest improvements.
 
     The exit code is 1 if a check fails.
+
+    With --report, the versions and the settings that matter are added, and addresses, peer ids and names of
+    users and computers are replaced by numbers.
     """
     # What follows takes seconds to import: libp2p, torch.
     import trio
@@ -83,7 +91,9 @@ def doctor(call: Invocation) -> None:
                     while len(member.reach.status.relays) < config.relays:
                         await trio.sleep(0.05)
             found.extend(check_network(member))
-            write_out(report_json(member, found) if call.json else report(found))
+            about = about_software(settings) if is_public else []
+            said = report_json(member, [*about, *found]) if call.json else report([*about, *found])
+            write_out(without_names(said, as_json=call.json) if is_public else said)
 
     bootstrap_peers(shared.bootstrap, shared.data_dir)  # a wrong address is told before anything is measured
     tell("the hardware")
@@ -115,6 +125,35 @@ def check_network(member: SwarmMember) -> list[Finding]:
             "connected peers", _connections(member), bool(failures) and not connected, failures and said[0]
         ),
     ]
+
+
+def about_software(settings: Settings) -> list[Finding]:
+    """Versions, and the settings that somebody has chosen; of secrets these name the file only."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .checkup import Finding
+
+    versions: list[str] = []
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    chosen = [f"{each.key}={each.value} ({each.origin})" for each in settings if each.origin != "default"]
+    return [
+        Finding("p2pinfer", version("p2pinfer")),
+        Finding("system", f"{platform.platform()}, {platform.machine()}"),
+        Finding("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
+        Finding("packages", ", ".join(versions)),
+        Finding("settings", "; ".join(chosen) or "all are the defaults"),
+    ]
+
+
+def without_names(said: str, *, as_json: bool) -> str:
+    """A report, as text or JSON, that tells nobody whose it is."""
+    from p2pinfer.cli.output.redaction import Redactor
+
+    redactor = Redactor()
+    return json.dumps(redactor.document(json.loads(said))) + "\n" if as_json else redactor.text(said)
 
 
 def report(found: Sequence[Finding]) -> str:

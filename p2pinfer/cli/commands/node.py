@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,12 +25,14 @@ from p2pinfer.cli.invocation import (
     SWARM_KEY,
     WEIGHTS,
     Invocation,
-    command,
+    group,
     setting,
 )
 from p2pinfer.cli.output.plain import ascii_json
-from p2pinfer.cli.output.terminal import write_out
+from p2pinfer.cli.output.terminal import note, write_out
 from p2pinfer.errors import LocalError
+
+from .node_status import status, written_status
 
 if TYPE_CHECKING:
     from p2pinfer.node.events import Event
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@command(
+@group(
     "node",
     examples=[
         "p2pinfer node",
@@ -45,6 +49,8 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
         "p2pinfer node --listen /ip4/0.0.0.0/tcp/4001 --announce /ip4/203.0.113.7/tcp/14001",
         "p2pinfer node --verify",
+        "p2pinfer node --num-blocks 12 --install-service --user",
+        "p2pinfer node status",
     ],
 )
 @MODEL
@@ -85,12 +91,24 @@ logger = logging.getLogger(__name__)
     "--relay-rate BYTES_PER_S",
     "Bandwidth limit for relaying other peers' connections; 0: do not relay. [default: 1000000.0]",
 )
+@setting("serve.public_name", "--name NAME", "Name that others see beside this node's peer id.")
 @setting("verify.enabled", "--verify", "Audit other peers while idle.")
 @setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics on this port. [default: none]")
 @DATA_DIR
+@click.option(
+    "--install-service",
+    is_flag=True,
+    help="Show, then install a service of systemd or launchd that runs this node.",
+)
+@click.option("--user", is_flag=True, help="With --install-service: as a service of this user alone.")
+@click.option("--yes", is_flag=True, help="With --install-service: do not ask.")
 @click.option("--until-stdin-closes", is_flag=True, hidden=True)
-def node(call: Invocation, until_stdin_closes: bool) -> None:
-    """Serve blocks of a model to the swarm until Ctrl-C."""
+def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_stdin_closes: bool) -> None:
+    """Serve blocks of a model to the swarm until Ctrl-C.
+
+    With --install-service, the computer does so from now on, and after each start. What that would write and
+    run is shown first.
+    """
     from p2pinfer.client_config import AuditConfig, VerifyConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.config import ComputeConfig
@@ -106,6 +124,11 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
 
+    if install_service:
+        return _install(call, for_user=user, is_agreed=yes)
+    if user or yes:
+        raise click.UsageError("--user and --yes belong to --install-service")
+
     from p2pinfer.cli.output.progress import Bars
     from p2pinfer.cli.running import run
     from p2pinfer.idle_audits import open_idle_audits
@@ -118,9 +141,10 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
 
         def report(event: Event) -> None:
             tell(event)
+            note_status(event)
             idle_audits.note(event)
 
-        async with open_nursery() as nursery:
+        async with written_status(shared.data_dir) as note_status, open_nursery() as nursery:
             if verify.enabled:
                 nursery.start_soon(idle_audits.serve)
             await run_node(
@@ -139,6 +163,33 @@ def node(call: Invocation, until_stdin_closes: bool) -> None:
         # To a service manager an answered SIGTERM is a success. Ctrl-C keeps its customary 130.
         if interrupted.signum == signal.SIGINT:
             raise
+
+
+node.add_command(status)
+
+
+def _install(call: Invocation, *, for_user: bool, is_agreed: bool) -> None:
+    """Show what a service needs, ask, and do it.
+
+    Raises:
+        LocalError: Nobody agreed, or it cannot be done.
+    """
+    from .service import install, node_service, options_of
+
+    service = node_service(options_of(call), for_user=for_user)
+    if call.json:
+        told = {"path": str(service.path), "content": service.content, "commands": service.commands}
+        write_out(json.dumps(told) + "\n")
+    else:
+        write_out(service.describe())
+    if not is_agreed:
+        if call.json or not sys.stdin.isatty():
+            raise LocalError("nothing was installed; --yes does it")
+        if not click.confirm("Install it?", err=True):
+            raise LocalError("nothing was installed")
+    install(service)
+    if call.is_for_people:
+        note(f"{service.path} is installed and started")
 
 
 def _reporter(call: Invocation) -> Callable[[Event], None]:

@@ -103,6 +103,7 @@ def _table(view: SwarmView) -> FittedTable:
     said = [peer.announcement for peer in peers]
     names = short_peers(each.peer_id for each in said)
     bars = [blocks_bar([each.span], view.spec.num_blocks) for each in said]
+    called = [Column("name", [each.name for each in said], rank=7)] if any(each.name for each in said) else []
     rtts = ["-" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms" for peer in peers]
     return FittedTable(
         [
@@ -115,6 +116,7 @@ def _table(view: SwarmView) -> FittedTable:
             Column("dtype", [each.dtype for each in said], rank=6),
             Column("connection", [peer.connection or "-" for peer in peers], rank=3),
             Column("rtt", rtts, rank=2, right=True),
+            *called,
         ]
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,10 +128,16 @@ def test_the_exit_code_says_whether_something_is_wrong(
     assert "checking memory ..." in said
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
-        dead = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}/p2p/{new_identity().peer_id}"
-        assert run([*asking, "--json", "--bootstrap", dead]) == 1
+        stranger = new_identity().peer_id
+        dead = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}/p2p/{stranger}"
+        assert run([*asking, "--json", "--report", "--bootstrap", dead]) == 1
     shown, said = capsys.readouterr()
     told = json.loads(shown)
+    assert stranger not in shown
+    assert str(Path.home()) not in shown
+    about = {each["name"]: each["said"] for each in told["checks"]}
+    assert f"torch {version('torch')}" in about["packages"]
+    assert "bootstrap=" in about["settings"]
     assert said == ""
     wrong = {each["name"]: each["advice"] for each in told["checks"] if each["wrong"]}
     assert told["wrong"] == sum(each["wrong"] for each in told["checks"])
