@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz fuzz-http sleepers strangers docs families lab lab-lines lab-moves lab-shell page clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz fuzz-http sleepers strangers docs outputs site compose families lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -112,10 +112,23 @@ families: $(TESTABLE)  ## every model family against transformers, each option a
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.families
 	$(BIN)/python docs/write_models.py
 
-docs: $(TESTABLE)  ## write docs/configuration.md, docs/models.md and docs/openapi.json anew
+docs: $(TESTABLE)  ## write what is generated in docs/ anew
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_models.py
 	$(BIN)/python docs/write_openapi.py
+	$(BIN)/python docs/write_plans.py
+	$(BIN)/python docs/write_route_picture.py
+	$(BIN)/python docs/write_commands.py
+
+outputs: $(TESTABLE)  ## run every command, and write docs/commands.md with what they print
+	$(BIN)/python docs/write_commands.py --run
+
+site: $(TESTABLE)  ## the documentation as a site, in build/site
+	@$(INSTALL) ".[site]"
+	$(BIN)/python scripts/build_site.py
+
+compose: $(TESTABLE)  ## the private swarm of deploy/compose.yml, without docker: a text through its HTTP API
+	$(BIN)/python scripts/try_compose.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .typing p2pinfer/_vendor build dist install.log .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
