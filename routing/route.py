@@ -13,11 +13,17 @@ from .coordinates import Coordinate
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A peer and the blocks it computes for this route, which may be fewer than it serves."""
+    """A peer and the blocks it computes for this route, which may be fewer than it serves.
+
+    Attributes:
+        addrs: Where it says that it is.
+        dtype: Numerics that it has announced, which it is held to; empty: not known.
+    """
 
     peer_id: str
     span: BlockSpan
     addrs: tuple[str, ...] = field(default=(), compare=False)
+    dtype: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Candidate:
 
     def hop(self, span: BlockSpan | None = None) -> Hop:
         """Hop of this peer for `span`, or for all it serves."""
-        return Hop(self.peer_id, span or self.span, self.announcement.addrs)
+        return Hop(self.peer_id, span or self.span, self.announcement.addrs, self.announcement.dtype)
 
 
 @dataclass(frozen=True, slots=True)

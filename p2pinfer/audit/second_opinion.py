@@ -77,7 +77,7 @@ def choose_auditors(
     ]
     rng.shuffle(able)
     able.sort(key=lambda each: (bool(networks & networks_of(each.addrs)), -_trust(view, each.peer_id)))
-    return [Hop(each.peer_id, record.span, each.addrs) for each in able]
+    return [Hop(each.peer_id, record.span, each.addrs, each.dtype) for each in able]
 
 
 def networks_of(addrs: Iterable[str]) -> frozenset[str]:
@@ -119,7 +119,7 @@ def draw_successors(
         if not serving:
             return ()
         chosen = rng.choice(serving)
-        drawn.append(Hop(chosen.peer_id, BlockSpan(block, chosen.span.stop), chosen.addrs))
+        drawn.append(Hop(chosen.peer_id, BlockSpan(block, chosen.span.stop), chosen.addrs, chosen.dtype))
         block = chosen.span.stop
     return tuple(drawn)
 

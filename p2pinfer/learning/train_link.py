@@ -389,6 +389,8 @@ def _opened(
         raise ProtocolViolation(f"{type(answer).__name__} as an answer to Begin", hop.peer_id)
     if reference_for(parse_numerics(answer.dtype)) is None:
         raise ProtocolViolation(f"computes in {answer.dtype:.20}, which nobody here can check", hop.peer_id)
+    if hop.dtype and answer.dtype != hop.dtype:
+        raise ProtocolViolation(f"computes in {answer.dtype}, and has announced {hop.dtype}", hop.peer_id)
     largest = answer.max_tokens * row_bytes(spec.hidden_size, "float32") + answer.max_adapter_bytes
     frames.max_payload_bytes = min(largest, 1 << 31)
     return TrainLink(hop, spec, begin, answer, frames, host, watch)

@@ -73,6 +73,11 @@ async def open_hops(
                         raise ProtocolViolation(
                             "computes in a format that cannot be audited here", hop.peer_id
                         )
+                    # Audits hold a hop to what it names, and routes are chosen by what it has announced.
+                    if hop.dtype and opened.dtype != hop.dtype:
+                        raise ProtocolViolation(
+                            f"computes in {opened.dtype}, and has announced {hop.dtype}", hop.peer_id
+                        )
                     if (opening.tokens or opening.draw) and not opened.ends:
                         raise PeerRefused(_NO_ENDS, hop.peer_id, "wrong_model")
                     ready[index] = opened

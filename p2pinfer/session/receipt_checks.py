@@ -145,6 +145,12 @@ class ReceiptBook:
                 raise ProtocolViolation(
                     f"a receipt of step {step.number} that cannot be checked", hop.peer_id
                 )
+            # Or it could announce bfloat16, compute in four bits, and pass every audit of those.
+            if hop.dtype and receipt.dtype != hop.dtype:
+                raise ProtocolViolation(
+                    f"a receipt of step {step.number} in {receipt.dtype}, where {hop.dtype} was announced",
+                    hop.peer_id,
+                )
         sent, got = digest_of(passed.sent), digest_of(passed.got)
         if self.draw is not None:  # ids went in, and draws came out
             sent, got = receipts[0].input, receipts[-1].output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.protocol.messages import Opened, Result
+from p2pinfer.routing.route import Route
 from p2pinfer.session.hop_stream import HopStream
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
@@ -31,10 +33,12 @@ async def swarm(checkpoint: Checkpoint) -> AsyncGenerator[MemorySwarm]:
         yield swarm
 
 
-async def start(swarm: MemorySwarm, nursery: trio.Nursery, ended: list[Session]) -> Session:
+async def start(
+    swarm: MemorySwarm, nursery: trio.Nursery, ended: list[Session], route: Route = ROUTE
+) -> Session:
     opening = open_session(
         swarm.network.host("client"),
-        ROUTE,
+        route,
         swarm.spec,
         max_tokens=64,
         codec="float32",
@@ -66,6 +70,21 @@ async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
             ProtocolViolation, match=r"computes in a format that cannot be audited here"
         ) as told:
             await start(swarm, nursery, [])
+    assert told.value.peer_id == "b"
+    await swarm.all_closed()
+
+
+async def test_a_hop_that_opens_in_other_numerics_than_it_has_announced_is_left_at_once(
+    swarm: MemorySwarm,
+) -> None:
+    """An audit would hold it to what it opens in: nf4 in place of the bfloat16 that it was chosen for."""
+    announced = dict.fromkeys("abc", "float32") | {"b": "bfloat16"}
+    route = Route(tuple(replace(hop, dtype=announced[hop.peer_id]) for hop in ROUTE.hops))
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(
+            ProtocolViolation, match="computes in float32, and has announced bfloat16"
+        ) as told:
+            await start(swarm, nursery, [], route)
     assert told.value.peer_id == "b"
     await swarm.all_closed()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -103,6 +104,17 @@ async def test_a_hop_whose_receipts_name_what_no_audit_can_run_again_is_to_blame
     ours = book()
     ours.unchecked.append(await Chain().passed(resigned(1, dtype=dtype), 1))
     with pytest.raises(ProtocolViolation, match="cannot be checked") as caught:
+        await ours.check()
+    assert caught.value.peer_id == "b"
+
+
+@pytest.mark.parametrize("announced", ["bfloat16", "int8_float32"])
+async def test_a_hop_that_signs_for_other_numerics_than_it_has_announced_is_to_blame(announced: str) -> None:
+    """Or it would be judged by what it signs, and chosen by what it announces."""
+    hops = tuple(replace(hop, dtype=announced if hop.peer_id == "b" else "float32") for hop in HOPS)
+    ours = book()
+    ours.unchecked.append(await Chain(*hops).passed())
+    with pytest.raises(ProtocolViolation, match=f"in float32, where {announced} was announced") as caught:
         await ours.check()
     assert caught.value.peer_id == "b"
 
