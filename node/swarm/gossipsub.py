@@ -9,6 +9,10 @@ What a neighbour says beside announcements is well-formed, cheap to send, and co
 grafts, prunes and subscriptions fit one frame. So of each frame only what would be left of it is looked at:
 the last word about a topic, and about topics of ours (`gossip_frames`). The time that it all takes is the
 neighbour's (`loop_share`), and the reader gives way after every frame.
+
+What a neighbour passes on beyond its limits is left out, and its frame costs a fraction of a millisecond even
+so. So whoever brings hundreds of such messages is read from slowly: its window fills, and what it would send
+waits on its own side.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ FORWARDS_PER_S: Final = 20.0  # messages a neighbour may forward; the whole swar
 FORWARDS_AT_ONCE: Final = 200  # after a break, or when a swarm starts up together
 NOTICES_PER_S: Final = 1 / 10  # of proofs that a neighbour may forward; tables bring what is left out
 NOTICES_AT_ONCE: Final = 16
+# Messages beyond these limits, until a neighbour is read from slowly. An honest one that is flooded passes on
+# what its own limits let in: 0.1 notices a second for each neighbour that floods it, 16 at once.
+LEFT_OUT_PER_S: Final = 2.0
+LEFT_OUT_AT_ONCE: Final = 400
 REPEATS_PER_S: Final = 16 << 10  # bytes of messages that a neighbour may ask for again, by their ids
 REPEATS_AT_ONCE: Final = 512 << 10
 MAX_BACK_OFFS: Final = 4096  # neighbours of a topic that are not grafted again yet
@@ -119,6 +127,7 @@ class GuardedPubsub(Pubsub):
         )
         self._forwards = RateLimit(FORWARDS_PER_S, FORWARDS_AT_ONCE)
         self._notices = RateLimit(NOTICES_PER_S, NOTICES_AT_ONCE)
+        self._left_out = RateLimit(LEFT_OUT_PER_S, LEFT_OUT_AT_ONCE)
         self._told = RateLimit(1 / 60, 1)  # of what a neighbour should not have passed on
 
     async def continuously_read_stream(self, stream: Any) -> None:
@@ -135,6 +144,7 @@ class GuardedPubsub(Pubsub):
                 await clocked(self._take_frame(stream, peer_id), meter.spend)
                 await trio.lowlevel.checkpoint()
                 await meter.pause()
+                await self._pause_flood(str(peer_id))
         except Overspent as exc:
             logger.debug("gossip.overspent peer=%s why=%s", peer_id, exc)
             await stream.muxed_conn.close()
@@ -150,7 +160,12 @@ class GuardedPubsub(Pubsub):
         rpc.ParseFromString(await read_varint_prefixed_bytes_limited(stream, self.max_inbound_rpc_size))
         reduce_frame(rpc, self.gossipsub.mesh.keys(), is_topic)
         for message in rpc.publish:
-            if self._is_subscribed_to_msg(message) and self.manager.is_running:
+            # Before a signature is checked, and before there is a task: who floods costs a look at each.
+            if (
+                self.manager.is_running
+                and self._is_subscribed_to_msg(message)
+                and self._is_let_in(str(peer_id), message)
+            ):
                 self.manager.run_task(self.push_msg, peer_id, message)
         for subscription in rpc.subscriptions:
             self.handle_subscription(peer_id, subscription)
@@ -169,25 +184,33 @@ class GuardedPubsub(Pubsub):
     async def _replay_recent_messages(self, peer_id: ID, topic: str) -> None:
         await clocked(super()._replay_recent_messages(peer_id, topic), self._meter(peer_id).spend)
 
-    async def _push_theirs(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+    def _is_let_in(self, forwarder: str, msg: rpc_pb2.Message) -> bool:
+        """False for what a neighbour should not have passed on, and for more than it may."""
+        now, why = trio.current_time(), ""
         if len(msg.data) > MAX_RECORD_BYTES or len(msg.topicIDs) != 1:
-            if self._told.take(str(msg_forwarder), trio.current_time()):
+            why = "too_large"
+            if self._told.take(forwarder, now):
                 logger.info(
                     "%s passes on a record of %d bytes, %d are allowed; left out",
-                    msg_forwarder,
+                    forwarder,
                     len(msg.data),
                     MAX_RECORD_BYTES,
                 )
-            return
-        if not self._forwards.take(str(msg_forwarder), trio.current_time()):
-            logger.debug("gossip.too_much forwarder=%s", msg_forwarder)
-            return
-        # Before two signatures are checked: whoever is there already may bring any number of notices.
-        if is_notice(peek_payload(msg.data)) and not self._notices.take(
-            str(msg_forwarder), trio.current_time()
-        ):
-            logger.debug("gossip.too_many_notices forwarder=%s", msg_forwarder)
-            return
+        elif not self._forwards.take(forwarder, now):
+            why = "too_much"
+        elif is_notice(peek_payload(msg.data)) and not self._notices.take(forwarder, now):
+            why = "too_many_notices"  # whoever is there already may bring any number of them
+        if why:
+            self._left_out.spend(forwarder, now, 1)
+            logger.debug("gossip.%s forwarder=%s", why, forwarder)
+        return not why
+
+    async def _pause_flood(self, forwarder: str) -> None:
+        """Wait while a neighbour has brought far more than it may; without a checkpoint for all others."""
+        while (wait_s := self._left_out.wait_s(forwarder, trio.current_time())) > 0:
+            await trio.sleep(wait_s)
+
+    async def _push_theirs(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         try:
             await super().push_msg(msg_forwarder, msg)
         except Exception as exc:

@@ -13,7 +13,7 @@ from libp2p.pubsub.pb import rpc_pb2
 
 from p2pinfer.node.swarm import gossip as module
 from p2pinfer.node.swarm import gossipsub
-from p2pinfer.node.swarm.gossipsub import FloodingRouter, topic_of
+from p2pinfer.node.swarm.gossipsub import FloodingRouter, GuardedPubsub, topic_of
 from p2pinfer.node.swarm.proof_gossip import Heard, Notice
 from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import new_identity
@@ -121,6 +121,36 @@ async def test_a_forwarder_of_many_notices_of_proofs_is_cut_short_and_its_announ
     await alice.gossip.announce(alice.announcement(2))
     await bob.hears(alice, 2)
     assert heard == ["own0", "own1", "own2"]
+
+
+async def test_a_forwarder_that_floods_is_read_from_no_faster_than_it_may_send(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out or not, each frame costs something: what is not read waits on its sender's side."""
+    monkeypatch.setattr(gossipsub, "NOTICES_AT_ONCE", 3)
+    monkeypatch.setattr(gossipsub, "NOTICES_PER_S", 0.0)
+    monkeypatch.setattr(gossipsub, "LEFT_OUT_AT_ONCE", 4)
+    monkeypatch.setattr(gossipsub, "LEFT_OUT_PER_S", 1e-3)
+    alice, bob, carol = await join(), await join(), await join()
+    looked_at: list[str] = []
+    honest = GuardedPubsub._is_let_in  # pyright: ignore[reportPrivateUsage]
+
+    def look(self: GuardedPubsub, forwarder: str, message: rpc_pb2.Message) -> bool:
+        looked_at.append(forwarder)
+        return honest(self, forwarder, message)
+
+    monkeypatch.setattr(GuardedPubsub, "_is_let_in", look)
+    for each in (alice, carol):
+        await each.connect(bob)
+        await each.gossip.announce(each.announcement(1))
+        await bob.hears(each, 1)
+    looked_at.clear()
+    for number in range(20):
+        await alice.gossip.publish_notice(Notice("proof", REVISION, b"%032d" % number, f"own{number}"))
+    await alice.gossip.wait_until_heard()
+    await carol.gossip.announce(carol.announcement(2))  # nobody else waits
+    await bob.hears(carol, 2)
+    assert looked_at.count(alice.identity.peer_id) in (7, 8)  # three let in, four left out, and then no more
 
 
 async def test_an_introducer_follows_a_bounded_number_and_drops_what_nobody_needs(
