@@ -17,7 +17,8 @@ where the price of an audit is the mean, the loading of weights included. Who co
 used all of it while there was nobody else may have another three tenths of the share, until that is repaid.
 
 A hop that understates its work lowers the budget by its own part of it; one that overstates it raises it to
-`share` of the time that the session took, and no further (`ReceiptBook.work_s`).
+`share` of the time that the session took, and no further (`ReceiptBook.work_s`). An opinion counts as the
+work of two mean sessions at most, whatever those say who gave it.
 
 Most audits are glances (`Verifier.glance`). A part of them that no hop can foresee measures, and all do
 for whom there is a doubt (`score.full_audit_probability`).
@@ -40,6 +41,7 @@ ROUTINE_RATE: Final = 0.25  # of all others, while the budget has something left
 ROUTINE_PART: Final = 0.6  # of the budget, that is theirs alone
 VOTES_PART: Final = 0.5  # of the budget, that votes on others' proofs may take beside it
 LEAST_RATE: Final = 0.01  # where nothing is left
+OPINION_AT_MOST: Final = 2.0  # of a session's mean work, that one opinion counts as
 
 
 class AuditBudget:
@@ -60,10 +62,23 @@ class AuditBudget:
         self._routine_s = 0.0
         self._votes_s = 0.0
         self._audits = 0
+        self._work_s = 0.0
+        self._sessions = 0
 
     def earn(self, work_s: float) -> None:
         """Note a session on which hops worked for so long."""
         self.earned_s += self._share * work_s
+        self._work_s += work_s
+        self._sessions += 1
+
+    def credible(self, work_s: float) -> float:
+        """What an opinion cost others, of what they say; all of it before the first session.
+
+        Whoever is asked could else say that it worked for as long as it kept us waiting, and starve audits.
+        """
+        if not self._sessions:
+            return work_s
+        return min(work_s, OPINION_AT_MOST * self._work_s / self._sessions)
 
     def pay(self, spent_s: float, *, routine: bool) -> None:
         """Note what an audit took: runs, the loading of weights, the work of others who were asked."""
@@ -71,8 +86,8 @@ class AuditBudget:
         self._routine_s += routine * spent_s
 
     def pay_vote(self, spent_s: float) -> None:
-        """Note what others took who voted on a proof; see `Auditor`."""
-        self._votes_s += spent_s
+        """Note what others say they took who voted on a proof; see `Auditor`."""
+        self._votes_s += self.credible(spent_s)
 
     @property
     def has_for_votes(self) -> bool:
@@ -152,6 +167,10 @@ class AuditDraw:
         """Note what an audit of a peer took."""
         rate = self._ledger.audit_probability(peer_id, self._clock())
         self.budget.pay(spent_s, routine=rate < ROUTINE_RATE or self._is_drawn_as_routine(peer_id))
+
+    def pay_opinion(self, peer_id: str, work_s: float) -> None:
+        """Note what others say that an opinion on a peer took them."""
+        self.pay(peer_id, self.budget.credible(work_s))
 
     def _is_drawn_as_routine(self, newcomer: str) -> bool:
         if self._ledger.is_doubtful(newcomer) or self.budget.has_for_others(AHEAD):

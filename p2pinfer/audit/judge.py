@@ -231,7 +231,7 @@ class Judge:
                     after=after,
                     host_config=self._host_config,
                     timeout_s=self._config.timeout_s / 4,
-                    on_work=pay or partial(self._draw.pay, record.peer_id),
+                    on_work=pay or partial(self._draw.pay_opinion, record.peer_id),
                 )
             except PeerError as exc:
                 logger.debug("audit.no_opinion peer=%s why=%s", hop.peer_id, exc)

@@ -139,6 +139,24 @@ def test_a_budget_that_is_used_up_leaves_little_even_for_newcomers() -> None:
     assert client.draw.rate_of("stranger") == 1.0
 
 
+def test_who_is_asked_for_opinions_cannot_use_up_the_budget_by_what_it_says() -> None:
+    """It keeps a client waiting for 14 s, says that it worked all the time, and others go unaudited."""
+    client = Client(0.01)
+    for _ in range(100):
+        client.has_session()
+    before = client.draw.budget.spent_s
+    for _ in range(3):
+        client.draw.pay_opinion("b", 14.0)
+        client.draw.budget.pay_vote(14.0)
+    session_s = len(ROUTE.hops) * 1.0
+    assert client.draw.budget.spent_s - before == pytest.approx(3 * 2 * session_s)
+    client.draw.pay_opinion("b", 0.5)
+    assert client.draw.budget.spent_s - before == pytest.approx(3 * 2 * session_s + 0.5)
+    first = Client(0.01)
+    first.draw.pay_opinion("b", 14.0)  # nothing is known yet
+    assert first.draw.budget.spent_s == 14.0
+
+
 def test_the_loading_of_weights_does_not_keep_the_first_audits_from_being_done() -> None:
     budget = AuditBudget(SHARE)
     budget.pay(100.0, routine=False)
