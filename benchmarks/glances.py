@@ -11,6 +11,7 @@ have to wait for a whole audit. Honest peers are run as in calibrate_audit.py, c
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,18 @@ from audit_sessions import (
 from contest import report
 from detect_cheats import dishonest_outputs
 
+from p2pinfer.audit.local_verifier import FOLLOWED_TOKENS
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.compute.runner import SpanRunner
+from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import Glance
 from p2pinfer.models.verify.glance import glance_at
 from p2pinfer.models.verify.reference import open_reference
 from p2pinfer.reputation.verdict import Verdict, judge_glance
+
+FLOAT32 = ComputeConfig(device="cpu", dtype="float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +72,25 @@ def look_at_all(model: str, sessions: int, tokens: int, spans: Sequence[str]) ->
         honest = {mode.name: run_mode(mode, checkpoint, span, given) for mode in honest_modes("cpu")}
         honest |= {name: blocks.run(span, given) for name, blocks in stock.items()}
         exact = open_reference(checkpoint, span, max_tokens=tokens).exact
+        is_last = span.stop == checkpoint.spec.num_blocks
+        ends = load_embedding_and_head(checkpoint, FLOAT32) if is_last else None
         for is_honest, peers in ((True, honest.items()), (False, dishonest_outputs(checkpoint, span, given))):
             for peer, outputs in peers:
-                for seen in look(exact, span, given, outputs):
+                for seen in look(exact, span, given, outputs, ends):
                     yield Look(peer, is_honest, str(span), seen)
 
 
-def look(exact: SpanRunner, span: BlockSpan, inputs: Outputs, outputs: Outputs) -> Iterator[Glance]:
-    for given, got in zip(inputs, outputs, strict=True):
+def look(
+    exact: SpanRunner,
+    span: BlockSpan,
+    inputs: Outputs,
+    outputs: Outputs,
+    ends: EmbeddingAndHead | None,
+) -> Iterator[Glance]:
+    for number, (given, got) in enumerate(zip(inputs, outputs, strict=True)):
         sent = got.to(torch.bfloat16).float()
-        yield glance_at(exact, span, given, sent)
+        followed = random.Random(number).sample(range(len(sent)), min(FOLLOWED_TOKENS, len(sent)))
+        yield glance_at(exact, span, given, sent, ends=ends, followed=followed)
 
 
 def rows_of(looks: Sequence[Look]) -> list[dict[str, object]]:
@@ -91,6 +106,7 @@ def rows_of(looks: Sequence[Look]) -> list[dict[str, object]]:
                 "sessions": len(own),
                 "typical": round(bound(each.seen.typical for each in own), 2),
                 "worst": round(bound(each.seen.worst for each in own), 2),
+                "lost": round(bound(each.seen.lost for each in own), 3),
                 "pass": f"{sum(_passes(each.seen) for each in own) / len(own):.1%}",
             }
         )

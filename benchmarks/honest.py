@@ -10,11 +10,12 @@ What comes is written to `--out` at once: honest.json, all that was found so far
 A processor computes as an older one would where ONEDNN_MAX_CPU_ISA says so. Each kind runs every span in
 every mode: own kernels, and transformers' eager and SDPA; in bfloat16, float16 and float32; prompts, steps,
 batches. Then each kind judges what all of them gave. It does so as a client that holds the blocks, of all
-tokens and of the last ones alone, and as one that does not, with two and with three opinions of others. A
-check is one chunk of about 32 tokens, judged by itself; a client judges a whole session, and these
-verdicts are counted beside. Among the texts are a word that repeats itself and random tokens;
-`experts` and `deep-experts` are mixtures with random weights and routers that are as decisive as trained
-ones. `--seed` gives other weights.
+tokens and of the last ones alone, at a glance, and as one that does not, with two and with three opinions of
+others. A check is one chunk of about 32 tokens, judged by itself; a client judges a whole session, and these
+verdicts are counted beside. A glance is one check. It runs the session up to a position that is drawn, as
+audits do, and what it does not pass is measured, as a whole session. Among the texts are a word that repeats
+itself and random tokens; `experts` and `deep-experts` are mixtures with random weights and routers that are
+as decisive as trained ones. `--seed` gives other weights.
 
 With no failure among n checks the rate is below 1 - 0.05^(1/n) with a confidence of 95 %, as far as checks
 are independent, which those of one session are not.
@@ -52,18 +53,21 @@ from safetensors.torch import load_file, save_file
 from side_by_side import Done, Job, python, run_all
 from torch import Tensor
 
+from p2pinfer.audit.local_verifier import FOLLOWED_TOKENS, draw_beginning
 from p2pinfer.audit.opinions import judge_by_opinions
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
-from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
+from p2pinfer.models.compute.runner import SpanRunner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.models.verify.deviation import Deviation
+from p2pinfer.models.verify.deviation import Deviation, Glance
+from p2pinfer.models.verify.glance import glance_at
 from p2pinfer.models.verify.reference import Tail, open_reference
 from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.node.evidence.hop_record import History
 from p2pinfer.reputation.small_lies import Sample, SmallLies, sample_of
-from p2pinfer.reputation.verdict import Thresholds, Verdict, judge, judged_figures
+from p2pinfer.reputation.verdict import Finding, Thresholds, Verdict, judge, judge_glance, judged_figures
 
 EXPERTS = {"experts": (6, 256), "deep-experts": (12, 128)}  # blocks, hidden size
 SOURCES = (BUNDLED_MODEL, "smollm2", *EXPERTS)
@@ -76,6 +80,7 @@ SPANS = {
 TOKENS = 129
 LAST = 37  # tokens that a last hop is asked for
 OPINIONS_PER_SESSION = 24
+GLANCES = 2  # of all tokens, and of the last ones
 
 
 def write_experts(folder: Path, blocks: int, hidden_size: int, seed: int) -> None:
@@ -172,6 +177,15 @@ class Count:
                 name = what.split(" tokens ")[0]
                 self.worst[name] = max(self.worst.get(name, 0.0), part)
 
+    def add_glance(self, who: str, finding: Finding, whole: Deviation) -> None:
+        """Count a glance; `whole` is what an audit looks at where that does not settle it."""
+        if finding.verdict is not Verdict.PASS:
+            finding = judge(whole)
+            self.sessions[f"measured after a glance: {finding.verdict.value}"] += 1
+        self.verdicts[f"glances {finding.verdict.value}"] += 1
+        if finding.verdict is Verdict.FAIL:
+            self.failures.append(f"glance: {who}: {finding.reason}")
+
     def add_all(self, told: dict[str, Any]) -> None:
         """Take in what another process found."""
         self.verdicts.update(told["verdicts"])
@@ -219,8 +233,29 @@ def judge_span(source: str, folder: Path, kinds: Sequence[str], span: BlockSpan,
             count.add_sample(f"{source} {span} {name}", sample_of(whole))
             last = range(TOKENS - LAST, TOKENS)
             count.add("last tokens", who, compare(floor, outputs[number][-LAST:], last, tail))
+            for where in (range(TOKENS), last):
+                history = History(given, outputs[number][list(where)], tuple(where))
+                for _ in range(GLANCES):
+                    seen = glance(reference.exact, span, draw_beginning(history, rng), head, rng)
+                    count.add_glance(who, judge_glance(seen), whole)
         ask_others(count, rng, span, given, {name: each[number] for name, each in peers.items()})
     return count
+
+
+def glance(
+    exact: SpanRunner, span: BlockSpan, part: History, head: EmbeddingAndHead, rng: random.Random
+) -> Glance:
+    """A glance as an audit takes it (`LocalVerifier.glance`)."""
+    tokens = len(part.positions)
+    return glance_at(
+        exact,
+        span,
+        part.inputs,
+        part.outputs,
+        part.positions,
+        ends=head if span.stop == exact.spec.num_blocks else None,
+        followed=rng.sample(range(tokens), min(FOLLOWED_TOKENS, tokens)),
+    )
 
 
 def ask_others(
@@ -326,7 +361,7 @@ def summary_of(judges: dict[str, dict[str, Any]]) -> str:
 def report(judges: dict[str, dict[str, Any]]) -> None:
     """The table, the worst figures and the bound."""
     verdicts = ("pass", "suspect", "inconclusive", "fail")
-    clients = ("all tokens", "last tokens", "2 opinions", "3 opinions")
+    clients = ("all tokens", "last tokens", "glances", "2 opinions", "3 opinions")
     print("| client | checks | " + " | ".join(verdicts) + " |\n|" + "---|" * 6)
     total: Counter[str] = Counter()
     for told in judges.values():

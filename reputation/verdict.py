@@ -78,6 +78,7 @@ class Thresholds:
     most_rerouted: float = 0.75  # share of a chunk's tokens that may take other experts; else it says nothing
     glance_chunk: float = 5.0  # of a chunk's median token at a glance, in units of what is carried
     glance_token: float = 14.0  # of any token at a glance, in the same units
+    glance_lead: float = 0.02  # lead that a token may lose at a glance, as in small_lies.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,9 @@ def judge_glance(glance: Glance, thresholds: Thresholds | None = None) -> Findin
     limits = thresholds or Thresholds()
     reason = f"{glance.tokens} tokens lie {glance.typical:.2f} times as far off as carried values are rounded"
     is_near = glance.typical <= limits.glance_chunk and glance.worst <= limits.glance_token
+    if not glance.lost <= limits.glance_lead:
+        why = f"a token that led by {glance.lost:.2f} lost its lead"
+        return Finding(Verdict.INCONCLUSIVE, f"{why}, which a glance does not settle")
     if not is_near or glance.tokens < limits.least_tokens:
         return Finding(Verdict.INCONCLUSIVE, f"{reason}, which a glance does not settle")
     return Finding(Verdict.PASS, f"{reason}, or less; they were not looked at more closely")

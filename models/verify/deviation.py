@@ -101,11 +101,13 @@ class Glance:
         tokens: Number of tokens that were looked at; the sequence's first one is not.
         typical: Median token's distance, in the chunk where it is largest.
         worst: Largest distance of any token.
+        lost: Largest lead that the likeliest successor of a token lost, of those followed to their logits.
     """
 
     tokens: int
     typical: float
     worst: float
+    lost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

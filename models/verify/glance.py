@@ -6,6 +6,9 @@ further away than that, since an operation rounds more than once a block; a span
 published lies ten times as far. So a glance tells a gross lie from the truth at a third of the price of
 `verify.measure_span`. It cannot tell small ones, and it never speaks against anybody: where it sees
 something, the session is measured.
+
+A change well within that distance may give another token the lead, if it is aimed. So where head and norm are
+at hand, and nothing is left to run, a few tokens that nobody can foresee are followed up to their logits.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import WrongOutput
+from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.compute.runner import SpanRunner
 from p2pinfer.models.span import BlockSpan
 
 from .deviation import Glance
+from .logits import lost_lead
 from .noise_floor import carried_unit, channel_scale
 from .sessions import run_session
 from .verify import check_positions, check_rows, split_chunks
@@ -31,11 +36,16 @@ def glance_at(
     inputs: Tensor,
     outputs: Tensor,
     positions: Sequence[int] | None = None,
+    *,
+    ends: EmbeddingAndHead | None = None,
+    followed: Sequence[int] = (),
 ) -> Glance:
     """Distance of a session's outputs from what `span` gives; see `verify.measure_span` for the tensors.
 
     Args:
         exact: Runs the span in float32; it may hold more blocks.
+        ends: Norm and head behind the span, if that is the model's last one and they are at hand.
+        followed: Indices of the outputs of which the logits are looked at.
 
     Raises:
         ValueError: The inputs cannot be run, or the positions are not theirs.
@@ -53,10 +63,14 @@ def glance_at(
         right = run_session(exact, inputs, span, carried)
         scale = channel_scale(inputs, right)
         unit = carried_unit(carried, scale).clamp_min(torch.finfo(torch.float32).tiny)
+        lost = 0.0
+        if ends is not None and len(followed):
+            lost = lost_lead(ends, right[where][list(followed)], outputs[list(followed)])
         distances = ((outputs - right[where]) / scale).norm(dim=-1) / unit[where]
     parts = [distances[part] for part in split_chunks(1 if at[:1] == [0] else 0, len(at))]
     return Glance(
         sum(map(len, parts)),
         max((float(part.median()) for part in parts), default=0.0),
         max((float(part.max()) for part in parts), default=0.0),
+        lost,
     )

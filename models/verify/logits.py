@@ -72,6 +72,18 @@ def measure_effect(
     return LogitEffect(changes / unit, leads, gaps / unit, none if doubtful is None else doubtful)
 
 
+def lost_lead(ends: EmbeddingAndHead, right: Tensor, got: Tensor) -> float:
+    """Largest lead, a difference of probabilities, that any row's likeliest successor lost; 0 if none did.
+
+    Args:
+        right: (n, hidden_size) float32, after the last block.
+        got: The same, of whoever is looked at.
+    """
+    due, given = torch.split(ends.logits(torch.cat([right, got])), len(right))
+    first, second = due.softmax(-1).topk(2).values.unbind(-1)
+    return float(((first - second) * (given.argmax(-1) != due.argmax(-1))).max())
+
+
 def _compare(
     embedding_and_head: EmbeddingAndHead, runs: Sequence[Tensor], drawn: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:

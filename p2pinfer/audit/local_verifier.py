@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT: Final = math.ceil(FLOAT32.bytes_per_weight + BFLOAT16.bytes_per_weight)  # held twice
 GLANCED_TOKENS: Final = 16  # whose outputs are looked at in the shortest glance
+FOLLOWED_TOKENS: Final = 8  # of a glance at the last span, up to their logits
 _HEAD_BYTES_PER_WEIGHT: Final = 8  # in float32, to look rows up in and packed for the product
 
 
@@ -165,8 +166,18 @@ class LocalVerifier(Verifier):
             part = draw_beginning(history, self._rng)
             loaded = self._reference_for(record.span, len(history.inputs), numerics, whole=True)
             exact = _adapted(loaded.reference, record).exact
+            tail = loaded.tail_behind(record.span, logits=False)
+            count = len(part.positions)
             try:
-                glance = glance_at(exact, record.span, part.inputs, part.outputs, part.positions)
+                glance = glance_at(
+                    exact,
+                    record.span,
+                    part.inputs,
+                    part.outputs,
+                    part.positions,
+                    ends=None if tail is None else tail.embedding_and_head,
+                    followed=self._rng.sample(range(count), min(FOLLOWED_TOKENS, count)),
+                )
             except ValueError as exc:
                 return Finding(Verdict.INCONCLUSIVE, f"the span could not be run again: {exc}")
             return judge_glance(glance)

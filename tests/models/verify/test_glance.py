@@ -83,6 +83,38 @@ def test_gross_lies_do_not_pass_and_are_not_convicted(span: BlockSpan) -> None:
         assert verdict_on(span, outputs) is Verdict.INCONCLUSIVE, name
 
 
+def test_a_change_that_is_aimed_at_the_next_token_is_seen_by_the_logits() -> None:
+    """It lies as near as rounding does, and a glance at the last hop's norms alone would pass it."""
+    span, exact = SPANS[2], reference().exact
+    checkpoint = open_checkpoint(Path(models.__path__[0]) / BUNDLED_MODEL, BUNDLED_MODEL)
+    ends = load_embedding_and_head(checkpoint, ComputeConfig(device="cpu", dtype="float32"))
+    given = inputs_of(span.start)
+    honest = run_session(reference().rounded[0], given, span)
+    best = ends.logits(honest).topk(2)
+    chances = best.values - ends.logits(honest).logsumexp(-1, keepdim=True)
+    lead = chances.exp()[:, 0] - chances.exp()[:, 1]
+    near = [int(at) for at in lead.argsort()[:4] if 0.02 < lead[at] < 0.12]
+    assert near
+    name = "model.embed_tokens.weight" if checkpoint.config.get("tie_word_embeddings") else "lm_head.weight"
+    rows, gain = checkpoint.read(name).float(), checkpoint.read("model.norm.weight").float()
+    aimed = honest.clone()
+    for at in near:
+        first, second = best.indices[at].tolist()
+        way = (rows[second] - rows[first]) * gain
+        gap = (best.values[at, 0] - best.values[at, 1]) * honest[at].square().mean().sqrt()
+        aimed[at] += 1.5 * gap / way.square().sum() * way
+    everywhere = range(TOKENS)
+
+    def verdict(outputs: Tensor, followed: Sequence[int]) -> Verdict:
+        sent = outputs.bfloat16().float()
+        return judge_glance(glance_at(exact, span, given.float(), sent, ends=ends, followed=followed)).verdict
+
+    assert verdict(aimed, ()) is Verdict.PASS
+    assert verdict(aimed, everywhere) is Verdict.INCONCLUSIVE
+    assert verdict(aimed, near[:1]) is Verdict.INCONCLUSIVE
+    assert verdict(honest, everywhere) is Verdict.PASS
+
+
 def test_too_few_tokens_do_not_pass() -> None:
     span = SPANS[2]
     honest = run_session(reference().rounded[0], inputs_of(span.start), span)

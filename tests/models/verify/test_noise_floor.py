@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pinfer.models.verify.noise_floor import NoiseFloor, channel_scale, measure_floor, shared_part
+from p2pinfer.models.verify.noise_floor import (
+    NoiseFloor,
+    carried_square,
+    channel_scale,
+    measure_floor,
+    shared_part,
+)
 
 
 def rounded_session(tokens: int, hidden_size: int = 64, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -101,3 +107,14 @@ def test_the_scale_is_positive_and_grows_with_what_is_added(tokens: int, seed: i
     assert torch.allclose(
         channel_scale(inputs, inputs + (exact - inputs) * factor), scale * factor, rtol=1e-2
     )
+
+
+def test_what_is_carried_is_rounded_to_the_distance_of_adjacent_bfloat16_numbers() -> None:
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 64)
+    values[0, :4] = torch.tensor([0.0, -0.0, 1.0, -2.0])
+    floors = values.bfloat16().float()
+    below = (floors.view(torch.int32) - (1 << 16)).view(torch.float32)
+    floors = torch.where(floors.abs() > values.abs(), below, floors)
+    above = (floors.view(torch.int32) + (1 << 16)).view(torch.float32)
+    spacing = torch.where(values == 0, 0.0, (above - floors).abs())
+    assert torch.allclose(carried_square(values), spacing.square() / 12, rtol=1e-6, atol=0)
