@@ -83,6 +83,37 @@ def measure_draws(
     return found
 
 
+def measure_logs(
+    ends: EmbeddingAndHead,
+    hidden: Tensor,
+    said: Sequence[Sequence[tuple[int, float]]],
+    count: int,
+) -> float:
+    """Largest error of log probabilities that a hop gave with its draws, in units as those of the draws.
+
+    Args:
+        ends: In float32.
+        hidden: (n, hidden_size), what left the last block.
+        said: For each, tokens and their log probabilities: the one that was drawn, then the likeliest ones.
+        count: Of how many of the likeliest each should tell.
+
+    Returns:
+        `math.inf` where one tells of more or fewer.
+    """
+    worst = 0.0
+    for start in range(0, len(said), _ROWS):
+        for index, (right, unit) in enumerate(_logits(ends, hidden[start : start + _ROWS]), start):
+            logs = right.log_softmax(-1)
+            edge = [float(each) for each in logs.topk(min(count, len(logs))).values]
+            drawn, *likeliest = said[index]
+            if len({token for token, _ in likeliest}) != len(edge):
+                return math.inf
+            errors = [abs(float(logs[token]) - log) for token, log in (drawn, *likeliest)]
+            behind = [edge[-1] - float(logs[token]) for token, _ in likeliest]
+            worst = max(worst, *(each / unit for each in (*errors, *behind)))
+    return worst
+
+
 def _logits(ends: EmbeddingAndHead, rows: Tensor) -> list[tuple[Tensor, float]]:
     """Logits of each row, and what rounding does to the likeliest ones, root mean square."""
     with torch.inference_mode():

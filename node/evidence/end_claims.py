@@ -7,7 +7,7 @@ follow from the hidden states that it signed for. Both are held against the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.processors import Processors
-from p2pinfer.models.verify.draws import measure_draws, measure_embedded
-from p2pinfer.node.protocol.draws import Draw
+from p2pinfer.models.verify.draws import measure_draws, measure_embedded, measure_logs
+from p2pinfer.node.protocol.draws import Draw, Log
 from p2pinfer.reputation.verdict import Finding, Limit, Verdict
 
 from .hop_record import History
@@ -26,6 +26,9 @@ EMBEDDED: Final = Limit(4.0, 32.0)
 # The same of logits. Honest hops came to 2.7 at most in 21,600 draws, a third of them in bfloat16.
 DRAWN: Final = Limit(8.0, 24.0)
 
+# The same of log probabilities, which move with those of all other tokens.
+LOGS: Final = Limit(16.0, 48.0)
+
 
 @dataclass(frozen=True, slots=True)
 class EndClaims:
@@ -34,11 +37,13 @@ class EndClaims:
     Attributes:
         embedded: Token ids that it was given, by position; empty unless it is the first hop.
         drawn: Tokens that it drew, by the position of the hidden state; empty unless it is the last hop.
+        logs: Log probabilities that it gave with them, likewise; empty where none were asked for.
     """
 
     draw: Draw
     embedded: Mapping[int, int]
     drawn: Mapping[int, int]
+    logs: Mapping[int, Log] = field(default_factory=dict[int, Log])
 
 
 def judge_claims(ends: EmbeddingAndHead, claims: EndClaims, history: History) -> Finding:
@@ -50,6 +55,7 @@ def judge_claims(ends: EmbeddingAndHead, claims: EndClaims, history: History) ->
     return _worst(
         _judge_embedded(ends, claims, history.inputs),
         _judge_drawn(ends, claims, history.outputs, history.positions),
+        _judge_logs(ends, claims, history.outputs, history.positions),
     )
 
 
@@ -79,6 +85,18 @@ def _judge_drawn(
         return Finding(Verdict.INCONCLUSIVE, "draws of typical tokens cannot be told from rounding")
     reason = f"{found.tokens} draws are {found.worst:.1f} roundings off at most, at {found.position}"
     return Finding(DRAWN.judge(found.worst), reason)
+
+
+def _judge_logs(
+    ends: EmbeddingAndHead, claims: EndClaims, outputs: Tensor, positions: Sequence[int]
+) -> Finding:
+    rows = [row for row, position in enumerate(positions) if position in claims.logs]
+    if not rows:
+        return Finding(Verdict.INCONCLUSIVE, "it gave no log probabilities")
+    at = [positions[row] for row in rows]
+    said = [((claims.drawn[each], claims.logs[each].token), *claims.logs[each].likeliest) for each in at]
+    worst = measure_logs(ends, outputs[rows].float(), said, claims.draw.logprobs or 0)
+    return Finding(LOGS.judge(worst), f"log probabilities of {len(rows)} draws are {worst:.1f} roundings off")
 
 
 def _processed(draw: Draw) -> Callable[[Tensor, int], Tensor]:

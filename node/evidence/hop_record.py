@@ -43,6 +43,11 @@ class HopRecord:
         return MARK in self.revision
 
     @property
+    def is_whole(self) -> bool:
+        """True if no receipt is missing in between. Otherwise it is no proof for others."""
+        return len(self.receipts) == self.receipts[-1].sequence + 1
+
+    @property
     def span(self) -> BlockSpan:
         """Span that the hop was to run."""
         return BlockSpan(self.receipts[0].start, self.receipts[0].stop)

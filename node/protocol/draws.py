@@ -28,6 +28,7 @@ assert sys.byteorder == "little", "ids travel as they lie in memory"
 DRAW_DOMAIN: Final = b"p2pinfer/1/draw\0"
 ID_BYTES: Final = 4
 MAX_LOGS: Final = 1024  # likeliest tokens of one position
+_MOST_LOG: Final = 1e-3  # of a log probability: that of a certain token may be rounded upwards
 MAX_RULES_BYTES: Final = 32 << 10
 
 TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -173,6 +174,9 @@ def decode_draws(payload: Payload, tokens: int, vocab_size: int, peer_id: str = 
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:  # which may quote the peer
         raise ProtocolViolation("what should be draws is none", peer_id) from exc
     named = (*draws.ids, *(token_id for log in draws.logs for token_id, _ in log.likeliest))
+    said = [log.token for log in draws.logs] + [each for log in draws.logs for _, each in log.likeliest]
+    if not all(each <= _MOST_LOG for each in said):  # nor is one that is no number
+        raise ProtocolViolation("a log probability that there is not", peer_id)
     if len(draws.ids) != tokens or len(draws.logs) not in (0, tokens) or max(named, default=0) >= vocab_size:
         raise ProtocolViolation("draws of other positions, or of tokens that there are not", peer_id)
     return draws

@@ -19,6 +19,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -271,12 +272,15 @@ class Auditor:
             is_fresh=job.is_fresh,
             was_slow=job.was_slow,
             on_slow=partial(self._backlog.note_slow, job),
+            rng=self._rng,
         )
         if collected.contradiction:
             return await self._accuse_of_two(job.peer_id, collected.contradiction)
         finding, others = await self._judge.judge(
             collected.record, job.others, partial(self._failing.add, job.peer_id)
         )
+        if collected.is_cut and finding.verdict is Verdict.PASS:
+            finding = replace(finding, verdict=Verdict.INCONCLUSIVE)
         fault = collected.fault or job.fault if finding.verdict is Verdict.INCONCLUSIVE else ""
         if not job.is_fresh and collected.record is None and not fault:
             # Its evidence is not to be had from here, or not any more: no audit of ours.
@@ -296,8 +300,10 @@ class Auditor:
 
         No proof of it is published: receipts do not show it, and others find it out as this client did.
         """
-        claims = claims_of(job.steps, job.peer_id, job.draw, self._spec.vocab_size)
-        if record is None or claims is None:
+        if record is None:
+            return False
+        claims = claims_of(job.steps, record, job.draw, self._spec.vocab_size)
+        if claims is None:
             return False
         finding = await self._judge.judge_ends(record, claims)
         if finding.verdict is not Verdict.FAIL:
@@ -330,7 +336,7 @@ class Auditor:
             self._judge.has_passed = True
         if finding.verdict is not Verdict.FAIL or opinion.record is None:
             return []
-        if opinion.record.is_adapted:  # which nobody else has, so that no proof would be one
+        if opinion.record.is_adapted or not opinion.record.is_whole:  # which would be no proof for others
             self._ledger.ban(peer_id, finding.reason, self._clock())
             return []
         proof = Proof(1, peer_id, "output", opinion.record.signed)

@@ -11,6 +11,7 @@ that is slow and in time is audited by what has come when the time is over: the 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from p2pinfer.node.evidence.end_claims import EndClaims
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.evidence.store import ANSWER_S
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.protocol.draws import Draw, decode_draws, decode_ids
+from p2pinfer.node.protocol.draws import Draw, Log, decode_draws, decode_ids
 from p2pinfer.reputation.proof import tensors_of
 from p2pinfer.reputation.receipt import Payload, Receipt, digest_of
 from p2pinfer.routing.route import Hop
@@ -44,11 +45,13 @@ class Collected:
         record: None if something is missing even so.
         fault: What the hop itself is to blame for: evidence withheld, late, or not fitting. Empty: nothing.
         contradiction: Two receipts that it signed for one place, if it did.
+        is_cut: A receipt is withheld. That the record is in order clears nobody of that.
     """
 
     record: HopRecord | None
     fault: str = ""
     contradiction: tuple[bytes, ...] = ()
+    is_cut: bool = False
 
 
 async def collect_record(
@@ -64,6 +67,7 @@ async def collect_record(
     is_fresh: bool = True,
     was_slow: bool = False,
     on_slow: Callable[[], Awaitable[None]] | None = None,
+    rng: random.Random | None = None,
 ) -> Collected:
     """Collect what `peer_id` did in the session of `steps`.
 
@@ -77,6 +81,7 @@ async def collect_record(
         is_fresh: True if the session has just ended. Later on a hop may have had to make room.
         was_slow: True if the hop kept an earlier process waiting; then it is no excuse for one in reach.
         on_slow: Called if the hop has not handed out all after `ANSWER_S`.
+        rng: Draws which part is looked at where receipts that were not seen may hide others.
     """
     mine = [
         (each, index)
@@ -98,11 +103,11 @@ async def collect_record(
     except Equivocation as exc:
         return Collected(None, str(exc), exc.receipts)
     except PeerError as exc:
-        counts = is_fresh or (was_slow and not isinstance(exc, PeerUnreachable))
-        is_lie = isinstance(exc, ProtocolViolation) and not isinstance(exc, Withheld)
-        return Collected(None, f"its receipts do not fit: {exc}" if is_lie or counts else "")
+        return Collected(None, _fault_of(exc, is_fresh=is_fresh, was_slow=was_slow))
     except (NotTheirs, TooManyUnseen):
         return Collected(None)
+    # Which part it is, the hop cannot know: what it hides from one of them another one shows.
+    chain = (rng or random.SystemRandom()).choice(chain.parts())
     wanted = await trio.to_thread.run_sync(_plan, chain, mine, hidden_size, max_bytes, max_tokens)
     if not wanted.signed:
         return Collected(None, wanted.fault)
@@ -113,7 +118,18 @@ async def collect_record(
         return Collected(None, withheld if counts else "")
     record = HopRecord(peer_id, wanted.signed[:count], wanted.receipts[:count], wanted.contents)
     unfit = await trio.to_thread.run_sync(_unfit, record, hidden_size, max_tokens)
-    return Collected(None, unfit) if unfit else Collected(record, withheld)
+    if unfit:
+        return Collected(None, unfit)
+    if chain.withheld is None or withheld:
+        return Collected(record, withheld)
+    return Collected(record, _fault_of(chain.withheld, is_fresh=is_fresh, was_slow=was_slow), is_cut=True)
+
+
+def _fault_of(error: PeerError, *, is_fresh: bool, was_slow: bool) -> str:
+    """Fault of a hop whose receipts are not to be had, or do not fit; empty: nothing."""
+    counts = is_fresh or (was_slow and not isinstance(error, PeerUnreachable))
+    is_lie = isinstance(error, ProtocolViolation) and not isinstance(error, Withheld)
+    return f"its receipts do not fit: {error}" if is_lie or counts else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,26 +275,32 @@ def place_of(passed: PassedStep, peer_id: str) -> int | None:
 
 
 def claims_of(
-    steps: Sequence[PassedStep], peer_id: str, draw: Draw | None, vocab_size: int
+    steps: Sequence[PassedStep], record: HopRecord, draw: Draw | None, vocab_size: int
 ) -> EndClaims | None:
-    """Claims of a peer in the steps of a session with these terms; None if it made none.
+    """Claims of a peer in the steps of a session with these terms, as far as its record goes; None if none.
 
     A step that was rolled back and done again counts as it was done last, as it does in the hop's history.
     """
+    signed = {*record.signed}
     embedded: dict[int, int] = {}
     drawn: dict[int, int] = {}
+    logs: dict[int, Log] = {}
     for passed in steps if draw is not None else ():
-        step, at = passed.step, place_of(passed, peer_id)
+        step, at = passed.step, place_of(passed, record.peer_id)
+        if at is None or signed.isdisjoint(passed.receipts[at : at + 1]):
+            continue
         try:
             if at == 0:
                 ids = decode_ids(passed.sent, step.tokens, vocab_size)
                 embedded.update(enumerate(ids, step.position))
             if at == len(passed.hops) - 1 and step.returns:
                 draws = decode_draws(passed.got, step.returns, vocab_size)
-                drawn.update(enumerate(draws.ids, step.position + step.tokens - step.returns))
+                first = step.position + step.tokens - step.returns
+                drawn.update(enumerate(draws.ids, first))
+                logs.update(enumerate(draws.logs, first))
         except ProtocolViolation:  # a step that the session itself has refused
             continue
-    return EndClaims(draw, embedded, drawn) if draw is not None and (embedded or drawn) else None
+    return EndClaims(draw, embedded, drawn, logs) if draw is not None and (embedded or drawn) else None
 
 
 def _own_contents(mine: Sequence[tuple[PassedStep, int]]) -> dict[bytes, Payload]:

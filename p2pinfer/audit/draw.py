@@ -72,7 +72,7 @@ class AuditBudget:
         self._sessions += 1
 
     def credible(self, work_s: float) -> float:
-        """What an opinion cost others, of what they say; all of it before the first session.
+        """Part of what others say that an opinion took them; all of it before the first session.
 
         Whoever is asked could else say that it worked for as long as it kept us waiting, and starve audits.
         """

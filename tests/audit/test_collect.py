@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -263,3 +264,41 @@ async def test_a_wrong_answer_is_the_hops_fault_at_any_time(evidence: Evidence) 
     evidence.held["c"].clear()
     evidence.errors["b"] = ProtocolViolation("not what was asked for", "b")
     assert (await evidence.gather()).fault
+
+
+async def test_what_came_before_a_replay_that_nobody_sent_is_looked_at_by_a_coin(evidence: Evidence) -> None:
+    """Or a hop could sign for the truth when an epoch begins, and its lies before that would not stand."""
+    again = [torch.full((10, HIDDEN), float(value)).numpy().tobytes() for value in (7, 8)]
+    evidence.sign("b", 10, *again, position=0, tokens=10, returned=10, epoch=1)
+    payloads = [torch.full((HIDDEN,), float(value)).numpy().tobytes() for value in range(4)]
+    signed = tuple(
+        evidence.sign(name, 10 + (name == "b"), payloads[at], payloads[at + 1], position=10, epoch=1)
+        for at, name in enumerate(SPANS)
+    )
+    evidence.steps.append(PassedStep(Step(10, 1, 10, 1, 1), HOPS, payloads[0], payloads[-1], signed))
+    found: set[int] = set()
+    for seed in range(12):
+        collected = await evidence.gather("b", rng=random.Random(seed))
+        assert collected.record is not None
+        assert collected.fault == ""
+        found.add(len(collected.record.receipts))
+        assert collected.record.is_whole == (len(collected.record.receipts) == 10)
+    assert found == {10, 11}
+
+
+async def test_a_receipt_that_is_withheld_shields_nothing_before_it(evidence: Evidence) -> None:
+    """What came before is audited, and that it is in order clears nobody of having withheld the rest."""
+    payloads = [torch.full((HIDDEN,), float(value)).numpy().tobytes() for value in range(4)]
+    evidence.held["b"].pop(digest_of(evidence.sign("b", 10, *payloads[:2], position=10)))
+    signed = tuple(
+        evidence.sign(name, 10 + (name == "b"), payloads[at], payloads[at + 1], position=10, epoch=1)
+        for at, name in enumerate(SPANS)
+    )
+    evidence.steps.append(PassedStep(Step(10, 1, 10, 1, 1), HOPS, payloads[0], payloads[-1], signed))
+    collected = await evidence.gather("b")
+    assert collected.record is not None
+    assert len(collected.record.receipts) == 11  # all that were seen
+    assert collected.is_cut
+    assert "not handed out" in collected.fault
+    later = await evidence.gather("b", is_fresh=False)
+    assert (later.is_cut, later.fault) == (True, "")

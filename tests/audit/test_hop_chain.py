@@ -148,17 +148,67 @@ async def test_what_came_before_more_unseen_than_are_asked_for_is_audited() -> N
     seen = [hop.step(256 * position, 256) for position in range(20)]
     for _ in range(MAX_UNSEEN + 1):
         hop.step(256 * 20)
-    chain = await hop.fill(*seen, hop.step(256 * 20, epoch=1), hop.step(256 * 20 + 1, epoch=1))
+    later = [hop.step(256 * 20, epoch=1), hop.step(256 * 20 + 1, epoch=1)]
+    chain = await hop.fill(*seen, *later)
     assert [signed for signed, _ in chain.receipts] == seen
     assert hop.asked == 0
+    # Nor does what came after it: what the client has seen leaves no position out.
+    before, alone = chain.parts()
+    assert before is not alone and before.is_whole and not alone.is_whole
+    assert [signed for signed, _ in alone.receipts] == [*seen, *later]
 
 
-async def test_what_is_not_handed_out_is_withheld() -> None:
+async def test_what_came_before_a_replay_can_be_looked_at() -> None:
+    """True outputs, signed for when an epoch begins, would else stand in place of what the client got."""
+    hop = Hop()
+    seen = [hop.step(0, 8, output=b"l" * 32), hop.step(8, output=b"i" * 32)]
+    hop.step(0, 9, epoch=1)  # nobody sent it
+    seen += [hop.step(9, epoch=1, output=b"e" * 32), hop.step(10, epoch=1)]
+    hop.step(0, 11, epoch=2)
+    seen.append(hop.step(11, epoch=2))
+    first, alone = (await hop.fill(*seen)).parts()
+    assert [signed for signed, _ in first.receipts] == seen[:2]
+    assert [signed for signed, _ in alone.receipts] == seen
+    assert (first.is_whole, alone.is_whole) == (True, False)
+
+
+async def test_what_came_before_a_replay_at_a_last_hop_can_be_looked_at() -> None:
+    """Its replays return nothing, so that nothing at all would be left to be audited."""
+    hop = Hop()
+    shown = [hop.step(0, 8, output=b"l" * 32)]
+    hop.step(0, 8, returned=0, epoch=1)
+    shown.append(hop.step(8, epoch=1))
+    before, alone = (await hop.fill(*shown, is_last=True)).parts()
+    assert [signed for signed, _ in before.receipts] == shown[:1]
+    assert [signed for signed, _ in alone.receipts] == shown
+
+
+async def test_what_the_client_took_back_itself_is_no_replay() -> None:
+    hop = Hop()
+    seen = [hop.step(0, 8), hop.step(8, 4)]  # four guesses, of which three were wrong
+    hop.step(9, 4)  # superseded on its way
+    chain = await hop.fill(*seen, hop.step(9, 4, epoch=1), hop.step(13, epoch=1))
+    assert chain.parts() == [chain]
+    joined = Hop()  # fed before it was used
+    joined.step(0, 8)
+    chain = await joined.fill(joined.step(8, epoch=1))
+    assert chain.parts() == [chain]
+
+
+async def test_what_is_not_handed_out_is_withheld_and_shields_nothing_before_it() -> None:
     hop = Hop()
     first = hop.step(0)
     hop.held.pop(digest_of(hop.step(1)))
+    seen = [first, hop.step(1, epoch=1), hop.step(2, epoch=1)]
+    chain = await hop.fill(*seen)
+    assert [signed for signed, _ in chain.receipts] == [first]
+    (alone,) = chain.parts()
+    assert [signed for signed, _ in alone.receipts] == seen
+    assert isinstance(alone.withheld, Withheld)
+    joined = Hop()
+    joined.held.pop(digest_of(joined.step(0)))
     with pytest.raises(Withheld):
-        await hop.fill(first, hop.step(1, epoch=1))
+        await joined.fill(joined.step(1, epoch=1))
 
 
 async def test_two_receipts_for_one_place_are_met_where_the_chain_names_the_other_one() -> None:
@@ -172,8 +222,9 @@ async def test_two_receipts_for_one_place_are_met_where_the_chain_names_the_othe
         await hop.fill(shown, again)
     assert caught.value.receipts == (shown, other)
     hop.held.pop(digest_of(other))
-    with pytest.raises(Withheld):
-        await hop.fill(shown, again)
+    chain = await hop.fill(shown, again)
+    assert [signed for signed, _ in chain.receipts] == [shown]
+    assert isinstance(chain.withheld, Withheld)
 
 
 async def test_what_was_seen_is_checked_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.text.log_probabilities import log_probabilities
 from p2pinfer.models.text.sampling import Sampler
 from p2pinfer.models.text.sampling_config import SamplingConfig
-from p2pinfer.models.verify.draws import measure_draws, measure_embedded
+from p2pinfer.models.verify.draws import measure_draws, measure_embedded, measure_logs
+from p2pinfer.node.evidence.end_claims import LOGS
 
 PASSES, FAILS = 8.0, 24.0
 CONFIGS = [
@@ -48,6 +51,20 @@ def worst(
     return measure_draws(exact, hidden, at, drawn, lambda row, _: row, config).worst
 
 
+def worst_log(
+    ends: dict[str, EmbeddingAndHead],
+    dtype: str,
+    lie: Callable[[int, float], tuple[int, float]] = lambda token, log: (token, log),
+) -> float:
+    """Deviation of log probabilities behind 60 hidden states, of five likely tokens and an unlikely one."""
+    hidden = torch.randn(60, ends[dtype].spec.hidden_size, generator=torch.Generator().manual_seed(2)) * 3
+    said: list[list[tuple[int, float]]] = []
+    for index, row in enumerate(ends[dtype].logits(hidden)):
+        found = log_probabilities(row, 7 * index, 5)
+        said.append([(7 * index, found.token), *(lie(*each) for each in found.likeliest)])
+    return measure_logs(ends["float32"], hidden, said, 5)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_hop_of_any_dtype_draws_within_rounding(
@@ -61,6 +78,30 @@ def test_a_hop_that_gives_another_token_is_far_off(
     ends: dict[str, EmbeddingAndHead], config: SamplingConfig
 ) -> None:
     assert worst(ends, "float32", config, forbid_best=True) > FAILS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_log_probabilities_of_a_hop_of_any_dtype_are_within_rounding(
+    ends: dict[str, EmbeddingAndHead], dtype: str
+) -> None:
+    assert worst_log(ends, dtype) <= LOGS.passes
+
+
+def test_log_probabilities_that_are_made_up_are_far_off(ends: dict[str, EmbeddingAndHead]) -> None:
+    """Nothing else shows them: the tokens are the right ones."""
+    assert worst_log(ends, "float32", lambda token, log: (token, log - 0.9)) > LOGS.fails
+    assert worst_log(ends, "float32", lambda token, log: (token // 2, log)) > LOGS.fails
+
+
+def test_fewer_likely_tokens_than_were_asked_for_are_infinitely_far_off(
+    ends: dict[str, EmbeddingAndHead],
+) -> None:
+    hidden = torch.randn(1, ends["float32"].spec.hidden_size)
+    said = log_probabilities(ends["float32"].logits(hidden)[0], 3, 5)
+    all_ = ((3, said.token), *said.likeliest)
+    assert measure_logs(ends["float32"], hidden, [all_], 5) < 1
+    assert measure_logs(ends["float32"], hidden, [all_[:-1]], 5) == float("inf")
+    assert measure_logs(ends["float32"], hidden, [(*all_[:-1], all_[1])], 5) == float("inf")
 
 
 def test_a_token_outside_of_the_filters_is_infinitely_far_off(ends: dict[str, EmbeddingAndHead]) -> None:

@@ -99,7 +99,7 @@ def test_a_change_that_is_aimed_at_the_next_token_is_seen_by_the_logits() -> Non
     rows, gain = checkpoint.read(name).float(), checkpoint.read("model.norm.weight").float()
     aimed = honest.clone()
     for at in near:
-        first, second = best.indices[at].tolist()
+        first, second = (int(each) for each in best.indices[at])
         way = (rows[second] - rows[first]) * gain
         gap = (best.values[at, 0] - best.values[at, 1]) * honest[at].square().mean().sqrt()
         aimed[at] += 1.5 * gap / way.square().sum() * way
