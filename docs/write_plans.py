@@ -20,7 +20,7 @@ import huggingface_hub.constants
 from p2pinfer.cli.app import run
 
 GUIDES = tuple(Path(__file__).with_name(name) for name in ("friends.md", "hardware.md"))
-WIDTH = 120
+WIDTH = 84  # what a page of the site shows without scrolling
 _FENCE = re.compile(r"(?<=^```console\n)\$ p2pinfer (plan [^\n]*)\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import p2pinfer
 from p2pinfer.api.dialects import DIALECTS
-from p2pinfer.cli.app import run
+from p2pinfer.cli.app import app, run
 from p2pinfer.config import SECTIONS, SHARED, SharedConfig, section_of
 from p2pinfer.models.configs.not_computed import NOT_COMPUTED
 from p2pinfer.node.node import NodeConfig
@@ -59,6 +59,15 @@ def test_the_description_of_the_api_is_what_make_docs_writes() -> None:
     assert json.loads(written) == json.loads(writer["openapi"]()), "run `make docs`"
     served = {path for dialect in DIALECTS for path in dialect.paths}
     assert json.loads(written)["paths"].keys() == served
+
+
+def test_the_commands_document_is_what_make_docs_writes() -> None:
+    """Help as it is today, wherever a version of click breaks its lines; what was printed, as recorded."""
+    writer = runpy.run_path(str(ROOT / "docs" / "write_commands.py"))
+    written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert written.split() == writer["commands"]().split(), "run `make docs`"
+    for name in app.commands:
+        assert f"\n## p2pinfer {name}\n" in written
 
 
 def test_every_layer_has_its_section_and_every_setting_its_comment(writer: dict[str, Any]) -> None:
