@@ -315,7 +315,8 @@ class _Run:
 
     def _end_crowd(self, crowd: CrowdProcess) -> None:
         if crowd.exit_code is not None:
-            self._fail(f"{crowd.home.name} ended by itself: {crowd.said()[-2000:]}")
+            why = f"ended by itself with {crowd.exit_code}"
+            self._fail(f"{crowd.home.name} {why}: {crowd.said()[-2000:]}")
         crowd.signal(signal.SIGKILL)
         crowd.wait_ended(CROWD_ENDS_S)
 

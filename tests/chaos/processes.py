@@ -26,7 +26,7 @@ class Zygote:
     """Starts processes, and knows which of them have ended and how."""
 
     def __init__(self) -> None:
-        self.exits: dict[int, int] = {}
+        self.exits: dict[int, int] = {}  # by request: numbers of processes come round again
         self._pids: dict[int, int] = {}  # request -> pid
         self._asked = 0
         self._unread = b""
@@ -42,8 +42,10 @@ class Zygote:
         os.close(reading)
         self._wait(lambda: self._ready)
 
-    def start(self, kind: Literal["node", "client", "crowd"], home: Path, argv: Sequence[str]) -> int:
-        """The pid of a new process that writes to `stdout` and `stderr` in `home`."""
+    def start(
+        self, kind: Literal["node", "client", "crowd"], home: Path, argv: Sequence[str]
+    ) -> tuple[int, int]:
+        """(request, pid) of a new process that writes to `stdout` and `stderr` in `home`."""
         home.mkdir(parents=True, exist_ok=True)
         for name in ("stdout", "stderr"):
             (home / name).touch()
@@ -53,7 +55,7 @@ class Zygote:
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()
         self._wait(lambda: self._asked in self._pids)
-        return self._pids.pop(self._asked)
+        return self._asked, self._pids.pop(self._asked)
 
     def listen(self, seconds: float) -> None:
         """Take in what has happened, waiting so long for the next thing."""
@@ -68,10 +70,9 @@ class Zygote:
             event = json.loads(line)
             match event["event"]:
                 case "started":
-                    self.exits.pop(event["pid"], None)  # of a process that had this number before
                     self._pids[event["id"]] = event["pid"]
                 case "ended":
-                    self.exits[event["pid"]] = event["exit"]
+                    self.exits[event["id"]] = event["exit"]
                 case _:
                     self._ready = True
 
@@ -100,23 +101,31 @@ class Process:
         self.home = home
         self.pid = 0
         self.starts = 0
+        self._asked = 0  # of the zygote, as
+        self._handle = -1  # of this very process, whatever else gets its number
         self._zygote = zygote
         self._heard = 0  # bytes of its stdout
 
     def start(self, *argv: str) -> None:
         self.starts += 1
-        self.pid = self._zygote.start(self.kind, self.home, argv)
+        self._asked, self.pid = self._zygote.start(self.kind, self.home, argv)
+        if self._handle >= 0:
+            os.close(self._handle)
+        try:
+            self._handle = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # it has ended already
+            self._handle = -1
 
     @property
     def exit_code(self) -> int | None:
         """How it ended; None while it runs."""
-        return self._zygote.exits.get(self.pid)
+        return self._zygote.exits.get(self._asked)
 
     def signal(self, signum: signal.Signals) -> None:
         """Send it, unless the process has ended."""
-        if self.exit_code is None:
+        if self.exit_code is None and self._handle >= 0:
             with suppress(ProcessLookupError):  # it has, and we have not heard of it yet
-                os.kill(self.pid, signum)
+                signal.pidfd_send_signal(self._handle, signum)
 
     def events(self) -> list[dict[str, Any]]:
         """What it reported since the last look, whole lines only."""

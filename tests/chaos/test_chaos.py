@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import example, given
@@ -37,6 +40,7 @@ from .matrix import (
     write,
 )
 from .mutate import conversations, mutate
+from .processes import CrowdProcess, Zygote
 from .schedule import (
     ENDING,
     GAP_S,
@@ -198,3 +202,32 @@ def test_every_fault_comes_at_every_moment_to_every_hop(tmp_path: Path) -> None:
     document.write_text("no marks")
     with pytest.raises(ValueError, match="lacks"):
         write(document, runs)
+
+
+def test_nobody_gets_a_signal_in_the_place_of_one_that_has_ended(tmp_path: Path) -> None:
+    """Numbers of processes come round again within an hour of restarts."""
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    zygote = Sleepers([each.pid for each in sleepers])
+    first, second = (CrowdProcess(cast(Zygote, zygote), tmp_path) for _ in sleepers)
+    for process in (first, second):
+        process.start()
+    sleepers[0].kill()
+    sleepers[0].wait()
+    first.pid = second.pid  # as the kernel may have it
+    first.signal(signal.SIGKILL)  # nobody has told yet that it ended
+    assert sleepers[1].poll() is None
+    second.signal(signal.SIGKILL)
+    assert sleepers[1].wait(10) == -signal.SIGKILL
+    zygote.exits[1] = -signal.SIGKILL
+    assert (first.exit_code, second.exit_code) == (-signal.SIGKILL, None)
+
+
+class Sleepers:
+    """A zygote that has these processes."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.exits: dict[int, int] = {}
+        self._pids = iter(enumerate(pids, 1))
+
+    def start(self, *_: object) -> tuple[int, int]:
+        return next(self._pids)

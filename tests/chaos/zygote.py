@@ -37,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, _note_child)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGUSR1, _end)  # a client inherits it, and listens itself once it can
-    children: set[int] = set()
+    children: dict[int, int] = {}  # what they were asked for as, by pid
     _say({"event": "ready"})
     unread = b""
     while True:
@@ -63,7 +63,7 @@ def main() -> None:
                     os.close(woken)
                     os.close(wake)
                     _become(asked, life)
-                children.add(pid)
+                children[pid] = asked["id"]
                 _say({"event": "started", "id": asked["id"], "pid": pid})
     for pid in children:
         os.kill(pid, signal.SIGKILL)
@@ -77,12 +77,11 @@ def _end(signum: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _reap(children: set[int]) -> None:
+def _reap(children: dict[int, int]) -> None:
     for pid in list(children):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            children.remove(pid)
-            _say({"event": "ended", "pid": pid, "exit": os.waitstatus_to_exitcode(status)})
+            _say({"event": "ended", "id": children.pop(pid), "exit": os.waitstatus_to_exitcode(status)})
 
 
 def _say(event: dict[str, Any]) -> None:
