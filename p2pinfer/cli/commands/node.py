@@ -144,7 +144,10 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
             note_status(event)
             idle_audits.note(event)
 
-        async with written_status(shared.data_dir) as note_status, open_nursery() as nursery:
+        async with (
+            written_status(shared.data_dir, serve_config.public_name) as note_status,
+            open_nursery() as nursery,
+        ):
             if verify.enabled:
                 nursery.start_soon(idle_audits.serve)
             await run_node(

@@ -43,6 +43,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     since: float  # seconds since 1970
     written: float
     peer_id: str = ""
+    name: str = ""  # that others see beside the peer id
     model: str = ""
     blocks: tuple[int, int] | None = None
     sessions: int = 0  # open
@@ -54,12 +55,14 @@ class NodeStatus(msgspec.Struct, frozen=True):
 class StatusBoard:
     """Follows a node's events, and adds what they say to what the day had before."""
 
-    def __init__(self, before: NodeStatus | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, before: NodeStatus | None, clock: Callable[[], float] = time.time, name: str = ""
+    ) -> None:
         """A board; `before` is what an earlier run of today left."""
         self._clock = clock
         now = clock()
         today = DayTotals(_day(now)) if before is None else before.today
-        self.status = NodeStatus(_of_day(today, now), now, now)
+        self.status = NodeStatus(_of_day(today, now), now, now, name=name)
         self.is_written = False
 
     def note(self, event: Event) -> None:
@@ -117,7 +120,7 @@ def read_status(data_dir: Path) -> NodeStatus | None:
 
 
 @asynccontextmanager
-async def written_status(data_dir: Path) -> AsyncGenerator[Callable[[Event], None]]:
+async def written_status(data_dir: Path, name: str = "") -> AsyncGenerator[Callable[[Event], None]]:
     """Give what takes a node's events, and write its status down until the block ends.
 
     A disk that takes nothing costs the status, and not the node.
@@ -127,7 +130,7 @@ async def written_status(data_dir: Path) -> AsyncGenerator[Callable[[Event], Non
     from p2pinfer.folders import write_private
     from p2pinfer.node.concurrency.nurseries import open_nursery
 
-    board = StatusBoard(await trio.to_thread.run_sync(read_status, data_dir))
+    board = StatusBoard(await trio.to_thread.run_sync(read_status, data_dir), name=name)
 
     def write(content: bytes) -> None:
         with suppress(OSError):
@@ -188,7 +191,7 @@ def describe(found: NodeStatus, now: float) -> str:
     age = now - found.since if found.state != "stopped" else None
     today = found.today
     lines = [
-        ("node", found.peer_id),
+        ("node", f"{found.peer_id}, {found.name}" if found.name else found.peer_id),
         ("state", found.state if age is None else f"{found.state}, for {_span(age)}"),
         ("serves", f"{found.model}{blocks}" if found.model else "no blocks: it introduces peers"),
         ("sessions", f"{found.sessions} open"),

@@ -102,13 +102,14 @@ def test_status_tells_a_node_that_runs_from_one_that_does_not(
     argv = ["node", "status", "--data-dir", str(tmp_path)]
     assert run(argv) == 1
     assert "no node has run" in capsys.readouterr().err
-    board = StatusBoard(None)
+    board = StatusBoard(None, name="Anna's attic")
     for event in (BEGUN, READY, SessionOpened("c", (0, 4), 100, 1)):
         board.note(event)
     with hold_data_dir(tmp_path):
         (tmp_path / FILE).write_bytes(board.encoded())
         assert run(argv) == 0
         said = capsys.readouterr().out
+        assert "12D3KooWme, Anna's attic" in said
         assert "serving, for 0 min" in said
         assert "tiny-stories, blocks 0:4" in said
         assert "1 sessions, 0 tokens" in said
