@@ -161,11 +161,17 @@ def encode_draws(draws: Draws) -> bytes:
     return _encoder.encode(draws)
 
 
-def decode_draws(payload: Payload, tokens: int, vocab_size: int, peer_id: str = "") -> Draws:
+def decode_draws(
+    payload: Payload, tokens: int, vocab_size: int, peer_id: str = "", *, logprobs: int | None = None
+) -> Draws:
     """The draws in the payload of a result for `tokens` positions.
 
+    Args:
+        logprobs: Of how many of the likeliest tokens log probabilities were asked for; None: of none at all.
+
     Raises:
-        ProtocolViolation: They are of another number of positions, or of tokens that the model does not have.
+        ProtocolViolation: They are of another number of positions, or of tokens that the model does not have,
+            or lack log probabilities that were asked for.
     """
     if not tokens and not payload:
         return Draws(())
@@ -179,6 +185,9 @@ def decode_draws(payload: Payload, tokens: int, vocab_size: int, peer_id: str = 
         raise ProtocolViolation("a log probability that there is not", peer_id)
     if len(draws.ids) != tokens or len(draws.logs) not in (0, tokens) or max(named, default=0) >= vocab_size:
         raise ProtocolViolation("draws of other positions, or of tokens that there are not", peer_id)
+    due = None if logprobs is None else min(logprobs, vocab_size)
+    if due is not None and [len(log.likeliest) for log in draws.logs] != [due] * tokens:
+        raise ProtocolViolation("draws without the log probabilities that were asked for", peer_id)
     return draws
 
 

@@ -93,7 +93,8 @@ class SessionTerms:
         """Format of what goes in and what comes out."""
         width, vocab_size = self.spec.hidden_size, self.spec.vocab_size
         if self.draw is not None:
-            return Format(encode_ids, partial(decode_draws, vocab_size=vocab_size))
+            logprobs = self.draw.logprobs
+            return Format(encode_ids, partial(decode_draws, vocab_size=vocab_size, logprobs=logprobs))
         # torch, which whoever has hidden states to send has imported already
         from p2pinfer.node.protocol.tensors import decode_hidden, encode_hidden
 

@@ -47,6 +47,25 @@ def test_draws_that_do_not_fit_their_step_are_a_violation(draws: Draws, tokens: 
         decode_draws(encode_draws(draws), tokens, VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("logs", "asked"),
+    [
+        pytest.param((), 0, id="none, where each token's own was asked for"),
+        pytest.param((Log(-1.0, ((3, -1.0),)),), 2, id="of one likely token of two"),
+        pytest.param((Log(-1.0, ((3, -1.0), (4, -2.0))),), 1, id="of two of one"),
+        pytest.param((Log(float("nan")),), 0, id="no number"),
+        pytest.param((Log(-1.0, ((3, 0.5),)),), 1, id="of more than certainty"),
+    ],
+)
+def test_log_probabilities_are_those_that_were_asked_for(logs: tuple[Log, ...], asked: int) -> None:
+    """Whoever asked for them counts on them: the error would come far from the hop that left them out."""
+    with pytest.raises(ProtocolViolation):
+        decode_draws(encode_draws(Draws((3,), logs)), 1, VOCAB, logprobs=asked)
+    right = (Log(-1.0, tuple((token, -1.0) for token in range(asked))),)
+    assert decode_draws(encode_draws(Draws((3,), right)), 1, VOCAB, logprobs=asked).logs == right
+    assert decode_draws(b"", 0, VOCAB, logprobs=asked) == Draws(())
+
+
 def test_no_draws_said_at_length_are_no_draws() -> None:
     assert decode_draws(encode_draws(Draws(())), 0, VOCAB) == Draws(())
 
