@@ -70,6 +70,21 @@ def test_the_commands_document_is_what_make_docs_writes() -> None:
         assert f"\n## p2pinfer {name}\n" in written
 
 
+@pytest.mark.usefixtures("undo_logging")
+@pytest.mark.parametrize("name", ["friends.md", "hardware.md"])
+def test_the_plans_of_a_guide_are_what_the_planner_says(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    writer = runpy.run_path(str(ROOT / "docs" / "write_plans.py"))
+    assert "$ p2pinfer plan" in text
+    assert text == writer["with_plans"](text), "run `make docs`"
+
+
+def test_the_site_has_every_document() -> None:
+    named = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    missing = {path.name for path in (ROOT / "docs").glob("*.md")} - set(named)
+    assert not missing, "name it in the nav of mkdocs.yml"
+
+
 def test_every_layer_has_its_section_and_every_setting_its_comment(writer: dict[str, Any]) -> None:
     layers = [layer for layer, _ in writer["LAYERS"]]
     assert {section_of(layer) for layer in layers} == set(SECTIONS)
