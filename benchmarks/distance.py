@@ -109,11 +109,11 @@ KINDS: Final = {"smollm2": ("chat", "code", "extract", "copy", "sampled"), "1024
 STORY_KINDS: Final = ("story", "sampled")
 SAMPLED: Final = ("--temperature", "0.7", "--seed", "5")
 NEAR: Final = 0.05  # of probability, between the two likeliest tokens
+BRIEF_TOKENS: Final = 48
 # Model, hops, delay, uplink, kind; each takes about half a minute.
 BRIEF: Final = (
     ("tiny-stories", 4, 0.0, 100.0, "story"),
     ("tiny-stories", 4, 10.0, 100.0, "story"),
-    ("tiny-stories", 4, 50.0, 20.0, "story"),
     ("tiny-stories", 4, 50.0, 100.0, "story"),
     ("tiny-stories", 4, 50.0, 100.0, "sampled"),
     ("tiny-stories", 2, 25.0, 100.0, "story"),
@@ -334,14 +334,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--speculate", default="auto", help="of the speculated runs: auto, or a depth")
     parser.add_argument("--until-loop", action="store_true", help="stop before transformers' text loops")
-    parser.add_argument("--brief", action="store_true", help="eleven cells, one round each")
+    parser.add_argument("--brief", action="store_true", help="ten cells, one round of 48 tokens each")
     parser.add_argument("--clients", type=int, default=0, help="that generate at once, plainly")
     parser.add_argument("--thin", action="store_true", help="a client without weights as well")
     options = parser.parse_args(argv)
     if lacking := why_not():
         sys.exit(lacking)
     if options.brief:
-        options.rounds = 1
+        options.rounds, options.tokens = 1, min(options.tokens, BRIEF_TOKENS)
     torch.set_num_threads(1)
     started, rows = time.monotonic(), list[dict[str, Any]]()
     for (name, hops), cells in plan_of(options).items():

@@ -62,6 +62,10 @@ class Windows:
         Raises:
             PeerError: The session is over.
         """
+        # While a hop is to be replaced, or a stream to move, nothing may wait for that: who waits here does
+        # not hear that the trip before has no answer.
+        if session.handovers.busy.locked():
+            return
         while len(self.under_way) + 1 < self.most and self._dropped < MOST_DROPPED:
             guesses = ahead(len(self.under_way) + 1)
             if not guesses:

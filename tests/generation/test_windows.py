@@ -19,6 +19,8 @@ from p2pinfer.generation.speculation import Speculation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.session.chain import ReplaySource
+from p2pinfer.session.session import Session
 
 from ..memory_client import open_memory_client
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
@@ -88,6 +90,38 @@ async def test_the_text_is_the_one_without_windows(
                 2 * len(wrong) + 6
             )  # nothing is guessed behind new tokens
         assert (generation.result.failovers, walk.outcomes[0][1].ok) == (0, True)
+        await swarm.all_closed()
+
+
+class Busy(Walk):
+    """Opens sessions in which somebody is about to take over, all the time."""
+
+    async def open_session(
+        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+    ) -> Session:
+        session = await super().open_session(tokens, excluded, replay_source)
+        await session.handovers.busy.acquire()
+        return session
+
+
+async def test_no_window_is_sent_while_a_hop_is_to_be_replaced(
+    checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for that, and the trip before it would have no time limit meanwhile."""
+    prompt_ids = tokenizer.encode(PROMPT)
+    expected = local_ids(checkpoint, ends, prompt_ids, 30, seed=0)
+    know(monkeypatch, [*prompt_ids, *expected], 1000)
+    async with open_memory_swarm(checkpoint) as swarm:
+        await swarm.serve("a")
+        walk = Busy(swarm, route_over(a=(0, 8)))
+        walk.chunk_tokens = 16
+        speculation = Speculation(4, in_flight=4)
+        generation = start(walk, swarm, ends, tokenizer, speculation=speculation, max_new_tokens=30)
+        assert [token.id async for token in generation] == expected
+        stats = generation.result.speculation
+        assert stats is not None
+        assert stats.in_flight == 1
+        assert stats.accepted > 0
         await swarm.all_closed()
 
 
