@@ -1,12 +1,14 @@
 """Training over three node processes against transformers and peft on one machine, step by step.
 
-    python benchmarks/learning.py [--steps 100] [--method lora prompt deep head] [--dtype float32 bfloat16]
-    python benchmarks/learning.py --model all --steps 20        # families, random weights, four blocks
+    python benchmarks/learning.py [--steps 100] [--method lora prompt deep head prefix encoder]
+    python benchmarks/learning.py --model six --method all --dtype float32 bfloat16    # the whole table
+    python benchmarks/learning.py --model all --steps 20        # every family, random weights, four blocks
     python benchmarks/learning.py --kill                        # each node in turn, by SIGKILL
 
 Prints the largest relative difference of a loss, that of the final parameters, and the time of both. Batches
 are padded, on the left and on the right, and spans are uneven. With --kill there is a fourth node that holds
-everything. Of a family that cannot be trained over a swarm it prints why. --out keeps all losses.
+everything. Of a family that cannot be trained over a swarm it prints why. --out keeps all losses. At the end
+comes a table: of each method and family the losses and the parameters apart, or why there are none.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ from p2pinfer.node.host_config import HostConfig
 from tests.models.families.parity import write_model
 from tests.models.families.samples import SAMPLES
 
-METHODS = ("lora", "prompt", "deep", "head")
+METHODS = ("lora", "prompt", "deep", "head", "prefix", "encoder")
+SIX = ("gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3")
 DTYPES = ("float32", "bfloat16")
 PROMPT_TOKENS = 16
+PREFIX_TOKENS = 8  # fewer than the windows of the families' samples
 KILLED_AT = (20, 40, 60)  # steps, between forward and backward
 HEAD_CHANGES = {"num_labels": 3, "pad_token_id": 0}
 
@@ -114,6 +118,17 @@ def prepare(method: str, model: Any) -> Any:
     if method == "prompt":
         return peft.get_peft_model(
             model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT_TOKENS)
+        )
+    if method == "prefix":
+        return peft.get_peft_model(
+            model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_TOKENS)
+        )
+    if method == "encoder":
+        return peft.get_peft_model(
+            model,
+            peft.PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=PROMPT_TOKENS, encoder_hidden_size=16
+            ),
         )
     kept = "deep_prompts" if method == "deep" else "score"
     for name, each in model.named_parameters():
@@ -192,7 +207,10 @@ def compare(
     ours = loader.from_pretrained(
         folder, swarm=swarm, dtype=dtype, deep_prompts=prompts, config_changes=changes
     )
-    theirs = auto.from_pretrained(folder, dtype=getattr(torch, dtype), **changes).eval()
+    # SDPA has no soft caps, and some versions of transformers use it for Gemma 2 all the same.
+    theirs = auto.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", **changes
+    ).eval()
     if is_head:
         theirs.score.load_state_dict(ours.score.state_dict())
     if method == "deep":
@@ -224,7 +242,9 @@ def trained_of(model: Any) -> list[torch.Tensor]:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of all that is asked for."""
-    names = sorted(SAMPLES) if options.model == ["all"] else options.model
+    named = {"all": sorted(SAMPLES), "six": SIX}
+    names = named.get(options.model[0], options.model)
+    methods = METHODS if options.method == ["all"] else options.method
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             if name == BUNDLED_MODEL:
@@ -237,7 +257,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for dtype in options.dtype:
                 nodes: list[EmbeddedNode] = []
                 with connect(dtype, tuple(spans), nodes, str(folder)) as swarm:
-                    for method in options.method:
+                    for method in methods:
                         row = {"model": name, "method": method, "dtype": dtype}
                         try:
                             yield row | compare(folder, method, dtype, options, swarm, nodes)
@@ -247,9 +267,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=[BUNDLED_MODEL], help="families, or: all")
+    parser.add_argument("--model", nargs="+", default=[BUNDLED_MODEL], help="families, or: all, six")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--method", choices=METHODS, nargs="+", default=["lora"])
+    parser.add_argument("--method", choices=(*METHODS, "all"), nargs="+", default=["lora"])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=24)
@@ -265,6 +285,24 @@ def main() -> None:
         print(json.dumps(said), flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(rows))
+    print(table_of(rows))
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Markdown: losses and parameters apart, by method and dtype down, by model across."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"| {' | '.join(('method, dtype', *models))} |", "| --- " * (1 + len(models)) + "|"]
+    for method, dtype in dict.fromkeys((row["method"], row["dtype"]) for row in rows):
+        cells = {row["model"]: row for row in rows if (row["method"], row["dtype"]) == (method, dtype)}
+        found = [_cell(cells[name]) if name in cells else "" for name in models]
+        lines.append(f"| {' | '.join((f'{method}, {dtype}', *found))} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return "refused"
+    return f"{row['losses apart']:.1e}, {row['parameters apart']:.1e}"
 
 
 if __name__ == "__main__":

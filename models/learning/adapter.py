@@ -1,8 +1,11 @@
-"""Adapters of a span: low-rank updates of its products, and prompts added to the inputs of its blocks.
+"""Adapters of a span: low-rank updates of its products, prefixes of its keys, prompts added to its inputs.
 
 An adapter is a layout and one flat float32 vector, so that it has one digest, travels as one payload, and its
 gradient has the same form. LoRA is E. Hu et al., arXiv 2106.09685; deep prompts are those of P-Tuning v2 (X.
-Liu et al., arXiv 2110.07602) as Petals adds them: to the first hidden states of every block.
+Liu et al., arXiv 2110.07602) as Petals adds them: to the first hidden states of every block. Prefixes are X.
+Li's and P. Liang's (arXiv 2101.00190), as peft has them: keys and values before those of every sequence. They
+lie in the vector as an update, whose A are the keys and whose B are the values: no code but that of attention
+has to know them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from p2pinfer.models.span import BlockSpan
 ATTENTION: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP: Final = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PROJECTIONS: Final = (*ATTENTION, *MLP)
+PREFIX: Final = "self_attn.prefix"  # no product, but keys and values; its rank is the number of its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class LowRank:
 
     Attributes:
         block: Index of the block within the model.
-        projection: One of `PROJECTIONS`.
+        projection: One of `PROJECTIONS`, or `PREFIX`.
         rank: Rows of A, columns of B.
         scale: Factor of the update.
         dropout: Share of A's inputs that are zeroed while training, 0 to below 1.
@@ -65,15 +69,23 @@ class AdapterLayout:
         """Number of values in the vector.
 
         Raises:
-            ValueError: The model has no such projection, or the span no such block.
+            ValueError: The model has no such projection, the span no such block, or a block two prefixes.
         """
         total = len(span) * self.prompt_tokens * architecture.hidden_size
+        prefixes = [each.block for each in self.updates if each.projection == PREFIX]
+        if len(prefixes) > len({*prefixes}):
+            raise ValueError("two prefixes of one block")
         for update in self.updates:
             if not span.start <= update.block < span.stop:
                 raise ValueError(f"an update of block {update.block}, which is not among {span}")
-            inputs, outputs = projection_shape(architecture, update.projection)
+            inputs, outputs = _shape(architecture, update.projection)
             total += update.rank * (inputs + outputs)
         return total
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True if low-rank updates of products are all there is, which sessions can have."""
+        return not self.prompt_tokens and all(each.projection != PREFIX for each in self.updates)
 
 
 def projection_shape(architecture: Architecture, projection: str) -> tuple[int, int]:
@@ -87,6 +99,14 @@ def projection_shape(architecture: Architecture, projection: str) -> tuple[int, 
         known = f"{', '.join(shapes)} are" if shapes else "this family has none"
         raise ValueError(f"{projection:.60} is no product that takes an adapter: {known}")
     return shapes[projection]
+
+
+def _shape(architecture: Architecture, projection: str) -> tuple[int, int]:
+    """Columns of A and rows of B: for a prefix the width of a token's keys, and that of its values."""
+    if projection == PREFIX:
+        width = architecture.kv_heads * architecture.head_dim
+        return width, width
+    return projection_shape(architecture, projection)
 
 
 class Adapter:
@@ -118,7 +138,7 @@ class Adapter:
         offset = 0
         for update in layout.updates:
             self._updates_of.setdefault(update.block, []).append((update, offset))
-            offset += update.rank * sum(projection_shape(architecture, update.projection))
+            offset += update.rank * sum(_shape(architecture, update.projection))
         self._prompts_at = offset
 
     def to(self, device: torch.device) -> Adapter:
@@ -130,7 +150,7 @@ class Adapter:
         """Name of each tensor that changes a block of `span`, and where in the vector it lies."""
         for block in range(span.start, span.stop):
             for update, offset in self._updates_of.get(block, ()):
-                inputs, outputs = projection_shape(self._architecture, update.projection)
+                inputs, outputs = _shape(self._architecture, update.projection)
                 middle, stop = offset + update.rank * inputs, offset + update.rank * (inputs + outputs)
                 name = f"{update.projection} in block {block}"
                 yield f"A of {name}", slice(offset, middle)
@@ -165,7 +185,7 @@ class Adapter:
         return BlockAdapter(updates, prompt)
 
     def _factors(self, update: LowRank, offset: int, vector: Tensor) -> Factors:
-        inputs, outputs = projection_shape(self._architecture, update.projection)
+        inputs, outputs = _shape(self._architecture, update.projection)
         middle, stop = offset + update.rank * inputs, offset + update.rank * (inputs + outputs)
         return Factors(
             vector[offset:middle].view(update.rank, inputs), vector[middle:stop].view(outputs, update.rank)
@@ -206,6 +226,12 @@ class BlockAdapter(NamedTuple):
     def on(self, projection: str) -> list[tuple[LowRank, Factors]]:
         """The updates of one projection."""
         return [(update, factors) for update, factors in self.updates if update.projection == projection]
+
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values before those of every sequence, (prefix tokens, kv_heads * head_dim) each."""
+        for _, factors in self.on(PREFIX):
+            return factors.down, factors.up.t()
+        return None
 
 
 NO_ADAPTER: Final = BlockAdapter()

@@ -45,7 +45,7 @@ def run_block(
         hidden = hidden.index_add(0, at, adapter.prompt[which].to(hidden.dtype))
     scale = architecture.residual_scale
     normed = hidden if layers.attention_norm is None else layers.attention_norm(hidden)
-    attend = partial(rows.attend, architecture, window, stepwise=stepwise)
+    attend = partial(rows.attend, architecture, window, prefix=adapter.prefix(), stepwise=stepwise)
     output = _attention(layers, architecture, attend, normed, rotation, adapter, dropout)
     if layers.attention_output_norm is not None:
         output = layers.attention_output_norm(output)

@@ -20,6 +20,7 @@ class Rows:
         lengths: Tokens of each sequence.
         positions: (tokens,) int64: the position that each token is rotated to.
         indices: (tokens,) int64: where each token stands in its sequence, rising; windows are measured by it.
+            The tokens of a prefix stand at 0, 1, 2, ..., so with one these begin behind it.
     """
 
     def __init__(self, lengths: Sequence[int], positions: Tensor, indices: Tensor) -> None:
@@ -29,7 +30,7 @@ class Rows:
         self.positions = positions
         self.indices = indices
         self._groups = [(length, len(list(alike))) for length, alike in groupby(self.lengths)]
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._elsewhere: dict[torch.device, Rows] = {}
 
     @property
@@ -66,6 +67,7 @@ class Rows:
         values: Tensor,
         sinks: Tensor | None = None,
         *,
+        prefix: tuple[Tensor, Tensor] | None = None,
         stepwise: bool = False,
     ) -> Tensor:
         """Causal attention within each sequence; differentiable.
@@ -75,6 +77,7 @@ class Rows:
             queries: (tokens, heads, head_dim).
             keys: (tokens, kv_heads, head_dim), as are the values.
             sinks: (heads,) float32, scores that join each head's softmax and are dropped.
+            prefix: Keys and values before those of every sequence, (prefix tokens, kv_heads * head_dim) each.
             stepwise: Round after every operation, as `Blocks.stepwise` does.
 
         Returns:
@@ -88,23 +91,26 @@ class Rows:
             heads = [
                 each[part].view(*shape, *each.shape[1:]).transpose(1, 2) for each in (queries, keys, values)
             ]
-            limit = None if window is None or window >= self._reach(part, length) else window
-            extras = extras_of(architecture, sinks, 0, length, queries.device)
-            output = self._attend(architecture, part, length, limit, extras, *heads, stepwise=stepwise)
+            before = 0 if prefix is None else len(prefix[0])
+            if prefix is not None:
+                heads[1:] = [_behind(*pair) for pair in zip(prefix, heads[1:], strict=True)]
+            limit = None if window is None or window >= self._reach(part, length, before) else window
+            extras = extras_of(architecture, sinks, 0, before + length, queries.device)
+            at = (part, length, before)
+            output = self._attend(architecture, at, limit, extras, *heads, stepwise=stepwise)
             outputs.append(output.transpose(1, 2).reshape(length * count, -1))
             start = part.stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _reach(self, part: slice, length: int) -> int:
-        """Distance from the first token of a group's sequences to the last, both included."""
+    def _reach(self, part: slice, length: int, before: int) -> int:
+        """Distance from a group's first tokens, or those of a prefix, to the last ones, both included."""
         ends = self.indices[part].view(-1, length)
-        return int((ends[:, -1] - ends[:, 0]).max()) + 1
+        return int((ends[:, -1] - (0 if before else ends[:, 0])).max()) + 1
 
     def _attend(
         self,
         architecture: Architecture,
-        part: slice,
-        length: int,
+        at: tuple[slice, int, int],
         window: int | None,
         extras: Extras,
         queries: Tensor,
@@ -113,13 +119,13 @@ class Rows:
         *,
         stepwise: bool,
     ) -> Tensor:
-        scale = architecture.attention_scale
+        scale, (_, length, before) = architecture.attention_scale, at
         is_fused = extras.are_none and not stepwise
-        if is_fused and window is None:
+        if is_fused and window is None and not before:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
             )
-        mask = self._mask(part, length, window, queries.dtype)
+        mask = self._mask(*at, window, queries.dtype)
         if is_fused:
             return functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
@@ -133,13 +139,21 @@ class Rows:
         apart = output.view(*output.shape[:2], length, group, -1)
         return apart.transpose(2, 3).reshape(queries.shape)
 
-    def _mask(self, part: slice, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(sequences, 1, length, length): 0 where a token sees a key, else -inf."""
-        key = (part.start, window)
+    def _mask(self, part: slice, length: int, before: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(sequences, 1, length, before + length): 0 where a token sees a key, else -inf."""
+        key = (part.start, before, window)
         if key not in self._masks:
             at = self.indices[part].view(-1, 1, length)
-            distance = at[..., None] - at[:, :, None]
+            first = torch.arange(before, device=at.device).expand(len(at), 1, before)
+            distance = at[..., None] - torch.cat((first, at), -1)[:, :, None]
             hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
             zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self._masks[key] = zeros.masked_fill_(hidden, -torch.inf)
         return self._masks[key]
+
+
+def _behind(prefix: Tensor, heads: Tensor) -> Tensor:
+    """`heads`, (sequences, kv_heads, length, head_dim), each behind (prefix tokens, kv_heads * head_dim)."""
+    sequences, kv_heads, _, size = heads.shape
+    first = prefix.to(heads.dtype).view(-1, kv_heads, size).transpose(0, 1).expand(sequences, -1, -1, -1)
+    return torch.cat((first, heads), 2)

@@ -151,8 +151,11 @@ class TrainSession:
         self._adapters[message.digest] = adapter
         self._adapters.move_to_end(message.digest)
         passes = self._passing.passes
-        brought = BroughtAdapter(adapter, passes.blocks.architecture, self._passing.span, passes.device_of)
-        self._brought[message.digest] = self._shelf.put(self.client_id, message.digest, brought)
+        if adapter.layout.is_low_rank:  # sessions apply nothing else
+            brought = BroughtAdapter(
+                adapter, passes.blocks.architecture, self._passing.span, passes.device_of
+            )
+            self._brought[message.digest] = self._shelf.put(self.client_id, message.digest, brought)
         for kept in (self._adapters, self._brought):
             while len(kept) > KEPT_ADAPTERS:
                 kept.popitem(last=False)

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from p2pinfer.models.compute.embedding_and_head import embedding_and_head_names,
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.options import ClientOptions
 
+from .prefixes import prefix_of
 from .remote_layers import RemoteLayer, RemoteLayers
 from .remote_pass import RemotePasses
 from .swarm_cache import SwarmCache
@@ -194,6 +195,8 @@ def _checking(forward: Any) -> Any:
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         labels = kwargs.get("labels")
+        if isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.dim() == mask.dim() == 2:
+            mask = mask[:, -labels.shape[1] :]  # a prefix comes before
         if isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape:
             from_padding = (mask[:, :-1] == 0) & (labels[:, 1:] != _IGNORED)
             if bool(from_padding.any()):
@@ -228,26 +231,21 @@ class _DistributedBase(nn.Module):
         """Hidden states of all tokens; see `transformers`' model of the family.
 
         Raises:
-            LocalError: Keys and values of earlier tokens were given, as prefix tuning does, or the scores of
-                routers are asked for.
+            LocalError: Keys and values were given that are no prefix of all rows, as prefix tuning gives
+                them, or the scores of routers are asked for.
         """
         if output_router_logits:
             raise LocalError("the scores of routers stay on the swarm: set output_router_logits to False")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         past: Any = cache if past_key_values is None else past_key_values  # by transformers' version
-        is_other = past is not None and not isinstance(past, SwarmCache)
-        if is_other and (not hasattr(past, "get_seq_length") or cast(Any, past).get_seq_length()):
-            raise LocalError(
-                "keys and values of a prefix do not travel to the swarm: use prompt tuning, p-tuning or "
-                "deep_prompts instead of prefix tuning, and use_cache=False"
-            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         embedded: Tensor = inputs_embeds * getattr(self.config, "embedding_multiplier", 1)  # Granite's
         if not isinstance(past, SwarmCache):
-            hidden = self.norm(self.layers(embedded, attention_mask, position_ids))
+            prefix = prefix_of(past, len(self.layers))
+            hidden = self.norm(self.layers(embedded, attention_mask, position_ids, prefix))
             return MoeModelOutputWithPast(last_hidden_state=hidden)
         output = MoeModelOutputWithPast(
             last_hidden_state=self.norm(self.layers.go_on(embedded, attention_mask, past))

@@ -6,19 +6,22 @@ its A and B are parameters here. A forward pass looks for them and sends them al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from p2pinfer.errors import LocalError
 from p2pinfer.models.compute.architecture import Architecture
-from p2pinfer.models.learning.adapter import PROJECTIONS, LowRank, projection_shape
+from p2pinfer.models.learning.adapter import PREFIX, PROJECTIONS, LowRank, projection_shape
 from p2pinfer.models.span import BlockSpan
 
 from .remote_pass import Positions, RemotePasses
 from .swarm_cache import SwarmCache
+
+# Keys and values of each block before those of every sequence: (kv_heads, tokens, head_dim) each.
+Prefix: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 class RemoteLinear(nn.Linear):
@@ -109,20 +112,27 @@ class RemoteLayers(nn.ModuleList):
         hidden: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        prefix: Prefix = (),
     ) -> Tensor:
         """Hidden states after the blocks.
 
         Args:
             hidden: (batch, seq, hidden_size).
             attention_mask: (batch, seq), 0 for padding, whose outputs are zeros; None: there is none.
-            position_ids: (batch, seq) or (1, seq); 0, 1, 2, ... by default.
+                With a prefix, (batch, prefix tokens + seq).
+            position_ids: (batch, seq) or (1, seq); 0, 1, 2, ... by default, or those behind the prefix.
+            prefix: Of every block here; differentiable, as all else is.
 
         Raises:
             LocalError: An adapter is of a kind that does not run on the swarm, or the mask of another shape.
             NoRoute: Nobody serves some of the blocks.
         """
-        positions = Positions.of(hidden, attention_mask, position_ids)
-        found = list(self._updates())
+        before = prefix[0][0].shape[1] if prefix else 0
+        positions = Positions.of(hidden, attention_mask, position_ids, before)
+        found: list[tuple[LowRank, tuple[Tensor, Tensor]]] = list(self._updates())
+        for block, (keys, values) in enumerate(prefix, self.span.start):
+            wide = (keys.transpose(0, 1).flatten(1), values.transpose(1, 2).flatten(0, 1))
+            found.append((LowRank(block, PREFIX, before, 1.0), wide))
         packed = positions.pack(hidden)
         output = self.passes.run(
             packed,

@@ -37,23 +37,32 @@ class Positions:
     shape: tuple[int, int]
 
     @staticmethod
-    def of(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Positions:
+    def of(
+        hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, before: int = 0
+    ) -> Positions:
         """The places of `hidden`, (batch, seq, hidden_size).
+
+        Args:
+            attention_mask: (batch, before + seq).
+            before: Tokens of a prefix, which every row sees whole.
 
         Raises:
             LocalError: The mask is no (batch, seq), or nothing is left of the batch.
         """
         batch, length = hidden.shape[:2]
-        order = torch.arange(length).expand(batch, length)
+        order = torch.arange(before, before + length).expand(batch, length)
         places = order if position_ids is None else position_ids.cpu().long().expand(batch, length)
         if attention_mask is None:
             return Positions(Rows([length] * batch, places.flatten(), order.flatten()), None, (batch, length))
-        if attention_mask.shape != (batch, length):
+        if attention_mask.shape != (batch, before + length):
             raise LocalError(
                 f"an attention mask of shape {tuple(attention_mask.shape)}; on the swarm it is (batch, seq), "
-                f"here ({batch}, {length}), and causality goes without saying"
+                f"here ({batch}, {before + length}), and causality goes without saying"
             )
         kept = attention_mask.cpu().bool()
+        if not bool(kept[:, :before].all()):
+            raise LocalError("the attention mask hides a part of the prefix, which every row sees whole")
+        kept = kept[:, before:]
         lengths = [int(count) for count in kept.sum(1) if count]
         if not lengths:
             raise LocalError("the attention mask hides every token")
@@ -111,7 +120,7 @@ class RemotePasses:
         rows: Rows,
         span: BlockSpan,
         updates: Sequence[LowRank],
-        factors: Sequence[nn.Parameter],
+        factors: Sequence[Tensor],
         prompts: nn.Parameter | None,
     ) -> Tensor:
         """(tokens, hidden_size) after `span`; differentiable in all tensors.

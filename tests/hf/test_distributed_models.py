@@ -125,6 +125,19 @@ def test_p_tuning_trains_as_on_one_machine(llama: Path) -> None:
     check_alike(adapted(distributed(llama), config), adapted(local(llama), config))
 
 
+@pytest.mark.parametrize("tokens", [5, 1])
+def test_prefix_tuning_trains_as_on_one_machine(folder: Path, tokens: int) -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    check_alike(adapted(distributed(folder), config), adapted(local(folder), config), rate=0.1)
+
+
+def test_a_projected_prefix_trains_as_on_one_machine(llama: Path) -> None:
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+    )
+    check_alike(adapted(distributed(llama), config), adapted(local(llama), config), rate=0.1)
+
+
 def test_deep_prompts_train_as_on_one_machine(folder: Path) -> None:
     torch.manual_seed(5)
     ours = distributed(folder, deep_prompts=3)
@@ -216,6 +229,19 @@ def test_what_peft_has_wrapped_generates_what_it_does_on_one_machine(
     [layers] = [each for each in ours.modules() if isinstance(each, RemoteLayers)]
     blocks: Any = layers.passes.trainer
     assert len(blocks.steps) == steps
+
+
+def test_a_prefix_is_before_every_token_that_is_generated(llama: Path) -> None:
+    """Against forward passes: peft 0.21 loses a prefix when transformers 5.24 generates."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ours, theirs = adapted(distributed(llama), config), adapted(local(llama), config)
+    ids = batch()["input_ids"][:1, :30]
+    found = ours.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    for _ in range(5):
+        logits = theirs(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        logits[:, 2] = -torch.inf  # what min_new_tokens does to the last token of a text
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+    assert torch.equal(found, ids)
 
 
 def test_deep_prompts_are_applied_to_every_token_that_is_generated(llama: Path) -> None:
@@ -357,10 +383,26 @@ def test_scores_of_routers_are_refused_with_a_sentence(
         distributed(write_checkpoint(tmp_path, "mixtral"))(**batch(), output_router_logits=True)
 
 
-def test_prefix_tuning_is_refused_with_a_sentence(llama: Path) -> None:
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(LocalError, match="instead of prefix tuning"):
-        adapted(distributed(llama), config)(**batch())
+def test_a_cache_that_is_no_prefix_of_all_rows_is_refused_with_a_sentence(llama: Path) -> None:
+    ours, theirs = distributed(llama), local(llama)
+    cache = theirs(batch()["input_ids"][:, :4]).past_key_values
+    with pytest.raises(LocalError, match="differ from row to row"):
+        ours(input_ids=batch()["input_ids"], past_key_values=cache)
+    with pytest.raises(LocalError, match="past_key_values is a tuple"):
+        ours(input_ids=batch()["input_ids"], past_key_values=((torch.zeros(3, 2, 4, 16),) * 2,))
+    short = library.DynamicCache()
+    short.update(torch.zeros(3, 2, 4, 16), torch.zeros(3, 2, 4, 16), 0)
+    with pytest.raises(LocalError, match="a prefix of 1 blocks"):
+        ours(input_ids=batch()["input_ids"], past_key_values=short)
+
+
+def test_a_mask_that_hides_a_part_of_a_prefix_is_refused_with_a_sentence(llama: Path) -> None:
+    ours, theirs, ids = distributed(llama), local(llama), batch()["input_ids"][:1]
+    cache = theirs(ids[:, :4]).past_key_values
+    mask = torch.ones(1, 59)
+    mask[0, 2] = 0
+    with pytest.raises(LocalError, match="hides a part of the prefix"):
+        ours(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
 
 def test_a_layer_alone_says_how_it_is_called(llama: Path) -> None:

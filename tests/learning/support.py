@@ -18,6 +18,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.target import Target
 from p2pinfer.models.learning.adapter import (
+    PREFIX,
     PROJECTIONS,
     Adapter,
     AdapterLayout,
@@ -102,6 +103,10 @@ def make_task(checkpoint: Checkpoint, *, dropout: float = 0.0, seed: int = 0) ->
     factors = [
         Factors(torch.randn(2, inputs) * 0.1, torch.randn(outputs, 2) * 0.1) for inputs, outputs in shapes
     ]
+    width = blocks.architecture.kv_heads * blocks.architecture.head_dim
+    for block in (1, 4):
+        updates.append(LowRank(block, PREFIX, 3, 1.0))
+        factors.append(Factors(torch.randn(3, width), torch.randn(width, 3)))
     prompts = torch.randn(8, PROMPT_TOKENS, checkpoint.spec.hidden_size) * 0.1
     tokens = sum(LENGTHS)
     order = torch.cat([torch.arange(length) for length in LENGTHS])
