@@ -242,8 +242,9 @@ def trained_of(model: Any) -> list[torch.Tensor]:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of all that is asked for."""
-    named = {"all": sorted(SAMPLES), "six": SIX}
-    names = named.get(options.model[0], options.model)
+    named: dict[str, list[str]] = {"all": sorted(SAMPLES), "six": [*SIX]}
+    asked: list[str] = options.model
+    names = named.get(asked[0], asked)
     methods = METHODS if options.method == ["all"] else options.method
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:

@@ -98,6 +98,7 @@ class NodeConfig:
     model: str = BUNDLED_MODEL  # hub id, folder, GGUF file, or the bundled model's name
     blocks: str | None = None  # serve exactly these, A:B; not set: the blocks that the swarm needs most
     num_blocks: int | None = None  # serve at most this many; not set: as many as fit
+    adapters: tuple[str, ...] = ()  # folders of adapters, LoRA in peft's files, that are offered; 4 at most
     no_blocks: bool = False  # serve no blocks: only introduce peers to each other
     data_dir: Path = field(default_factory=data_folder)  # identity
     cache_dir: Path = field(default_factory=cache_folder)  # weights
@@ -111,6 +112,8 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.no_blocks + (self.blocks is not None) + (self.num_blocks is not None) > 1:
             raise ConfigError("--blocks, --num-blocks and --no-blocks exclude each other; give one of them")
+        if self.no_blocks and self.adapters:
+            raise ConfigError("--adapter and --no-blocks exclude each other: adapters are applied to blocks")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise ConfigError(f"--num-blocks is {self.num_blocks}; use --no-blocks to serve no blocks")
         if self.weights_bytes < 0:

@@ -43,6 +43,7 @@ from p2pinfer.node.serve.server import SpanServer
 from p2pinfer.node.serve.tuning import Tuner, find_threads
 from p2pinfer.node.serve.worker import Worker, open_worker
 from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
+from p2pinfer.node.training.offered_adapters import offer_adapters
 from p2pinfer.node.training.train_server import TrainServer
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
@@ -218,8 +219,13 @@ class _Node:
             counts=member.host.counts,
         )
         async with worker_opening as worker:
-            announcer = Announcer(member, source.spec, runner, speed, self._serve, has_ends=ends is not None)
             served = ServedSpan(source.spec, runner, worker, speed, ends=ends)
+            offers = await trio.to_thread.run_sync(
+                offer_adapters, self._config.adapters, served, member.evidence
+            )
+            announcer = Announcer(
+                member, source.spec, runner, speed, self._serve, has_ends=ends is not None, adapters=offers
+            )
             server = SpanServer(
                 member.host,
                 served,

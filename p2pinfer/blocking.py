@@ -116,7 +116,7 @@ class BlockingClient:
         return self._run(lambda client: client.resume(token, max_new_tokens, adapter))
 
     def load_adapter(self, folder: str | Path) -> SessionAdapter:
-        """LoRA in peft's files, for `generate`; see `Client.load_adapter`."""
+        """LoRA for `generate`, from a folder or a node; see `Client.load_adapter`."""
         return self._loop.wait(lambda: self._loop.client.load_adapter(folder))
 
     def _run(self, begin: Callable[[Client], Generation]) -> BlockingGeneration:

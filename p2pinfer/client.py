@@ -289,8 +289,11 @@ class Client:
         return tuner_over(*parts, lambda: self.table_changed, asked, watch=watch)
 
     async def load_adapter(self, folder: str | Path) -> SessionAdapter:
-        """LoRA in peft's files, for `generate`; ConfigError if it is for another model, or no LoRA."""
-        return await self.adapters.load(Path(folder), self.ends, self._member.host)
+        """LoRA for `generate`: a folder of peft's files, or the id or name of one that a node offers.
+
+        A ConfigError says that it is no LoRA, for another model, or offered by nobody.
+        """
+        return await self.adapters.load(folder, self.ends, self._member)
 
     def _go_on(self, state: GenerationState, adapter: SessionAdapter | None, logs: int | None) -> Generation:
         config, local = self._config, self.local

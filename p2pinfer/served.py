@@ -15,10 +15,11 @@ from typing import Final
 
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.span import BlockSpan, uncovered
-from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.announcement import Announcement, OfferedAdapter
 
 PROMPT: Final = "Once upon a time"  # of the commands that are suggested
 MAX_NAMED: Final = 3  # models in one message
+MAX_LISTED: Final = 64  # adapters, of which strangers may announce as many as they like
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -59,6 +60,15 @@ def _model_of(revision: str, peers: Sequence[Announcement]) -> ServedModel:
     reach = max(peer.span.stop for peer in peers)
     num_blocks = counts.most_common(1)[0][0] if counts else reach  # peers of before do not say it
     return ServedModel(names.most_common(1)[0][0], revision, num_blocks, tuple(peers))
+
+
+def offered_adapters(peers: Sequence[Announcement]) -> list[OfferedAdapter]:
+    """The adapters that most of these peers of one model offer, each once, under its most frequent name."""
+    names = Counter(each for peer in peers for each in peer.adapters)
+    found: dict[bytes, OfferedAdapter] = {}
+    for each, _ in names.most_common():
+        found.setdefault(each.digest, each)
+    return sorted([*found.values()][:MAX_LISTED], key=lambda each: (each.name, each.digest))
 
 
 def describe_served(models: Sequence[ServedModel], joining: Sequence[str] = ()) -> str:

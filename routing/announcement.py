@@ -27,12 +27,35 @@ MAX_BLOCKS = 4096
 MAX_ADDRS = 16
 MAX_NAME = 256  # characters of a model's name
 MAX_PUBLIC_NAME = 32  # characters of the name that an operator gives a peer
+MAX_OFFERED = 4  # adapters of one peer
+MAX_ADAPTER_NAME = 64  # characters
+MAX_ADAPTER_BYTES = 1 << 30
 INSTANCE_BYTES = 8
 MIN_TTL_S = 5.0
 MAX_TTL_S = 300.0
 
 Reachability = Literal["public", "mapped", "private", "unknown"]
 Nat = Literal["none", "firewall", "port-preserving", "symmetric", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedAdapter:
+    """Adapter of the model that a peer offers to everybody.
+
+    Attributes:
+        digest: Of its description, 32 bytes, by which whoever fetches it knows that it is this one.
+        name: What the peer's operator calls it; for people, never trusted.
+        size: Bytes of its values.
+    """
+
+    digest: bytes
+    name: str
+    size: int
+
+    @property
+    def id(self) -> str:
+        """The digest as people write it: half of its digits say as much as a revision does."""
+        return self.digest.hex()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +87,7 @@ class Announcement:
             other one lives.
         ends: The peer holds embedding and head as well, for clients that hold no weights.
         name: What its operator wants it to be called; for people, never compared, and anybody may take any.
+        adapters: Of the model, which the peer applies for whoever asks, and hands out.
     """
 
     peer_id: str
@@ -88,6 +112,7 @@ class Announcement:
     twin: bytes = b""
     ends: bool = False
     name: str = ""
+    adapters: tuple[OfferedAdapter, ...] = ()
 
     @property
     def numerics(self) -> Numerics | None:
@@ -118,6 +143,16 @@ _Error = Annotated[float, msgspec.Meta(ge=0, le=MAX_ERROR)]
 _Instance = Annotated[bytes, msgspec.Meta(max_length=INSTANCE_BYTES)]
 _PublicName = Annotated[str, msgspec.Meta(max_length=MAX_PUBLIC_NAME)]
 _Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
+_AdapterName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ADAPTER_NAME)]
+
+
+class _Offer(msgspec.Struct, array_like=True, frozen=True):
+    digest: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    name: _AdapterName
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_ADAPTER_BYTES)]
+
+
+_Offers = Annotated[tuple[_Offer, ...], msgspec.Meta(max_length=MAX_OFFERED)]
 
 
 class _Wire(msgspec.Struct, array_like=True, frozen=True):
@@ -145,6 +180,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     twin: _Instance = b""
     ends: bool = False
     name: _PublicName = ""
+    adapters: _Offers = ()
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -183,6 +219,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.twin,
             announcement.ends,
             announcement.name,
+            tuple(_Offer(each.digest, each.name, each.size) for each in announcement.adapters),
         )
     )
     try:
@@ -216,6 +253,10 @@ def decode_announcement(encoded: bytes) -> Announcement:
         raise ProtocolViolation("announcement of a model whose name cannot be printed")
     if not wire.name.isprintable():
         raise ProtocolViolation("announcement of a peer whose name cannot be printed")
+    if not all(each.name.isprintable() for each in wire.adapters):
+        raise ProtocolViolation("announcement of an adapter whose name cannot be printed")
+    if len({each.digest for each in wire.adapters}) < len(wire.adapters):
+        raise ProtocolViolation("announcement of an adapter twice")
     if wire.weights and revision_digest(wire.weights, wire.numbers) != wire.revision:
         raise ProtocolViolation("announcement of weights and numbers that are not those of its revision")
     return Announcement(
@@ -241,4 +282,5 @@ def decode_announcement(encoded: bytes) -> Announcement:
         twin=wire.twin,
         ends=wire.ends,
         name=wire.name,
+        adapters=tuple(OfferedAdapter(each.digest, each.name, each.size) for each in wire.adapters),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.routing.announcement import Announcement
-from p2pinfer.served import describe_served, served_models
+from p2pinfer.routing.announcement import Announcement, OfferedAdapter
+from p2pinfer.served import MAX_LISTED, describe_served, offered_adapters, served_models
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 
@@ -64,3 +65,12 @@ def test_of_many_models_a_few_are_named() -> None:
     told = describe_served(models)
     assert told.count("revision") == 3
     assert " and 7 more; `p2pinfer generate --model org/model" in told
+
+
+def test_an_adapter_has_the_name_that_most_peers_give_it() -> None:
+    stories, lie = OfferedAdapter(b"s" * 32, "stories", 9), OfferedAdapter(b"s" * 32, "a lie", 9)
+    code = OfferedAdapter(b"c" * 32, "code", 9)
+    peers = [replace(said(A, 0, 8), adapters=each) for each in ((lie,), (stories, code), (stories,), ())]
+    assert offered_adapters(peers) == [code, stories]
+    many = [OfferedAdapter(bytes([each]) * 32, "x", 9) for each in range(MAX_LISTED + 9)]
+    assert len(offered_adapters([replace(said(A, 0, 8), adapters=tuple(many))])) == MAX_LISTED

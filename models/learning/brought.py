@@ -1,7 +1,8 @@
 """Adapters that clients have brought to a node for their sessions, by client and name.
 
 They are held by whoever uses them: the training session that brought one, and the sessions that were opened
-with it. So an adapter is gone with the last of these, and nothing of a client's stays.
+with it. So an adapter is gone with the last of these, and nothing of a client's stays. Those that the node
+itself offers stay, and are for everybody.
 """
 
 from __future__ import annotations
@@ -86,15 +87,24 @@ class AdapterShelf:
 
     def __init__(self) -> None:
         self._adapters: WeakValueDictionary[tuple[str, str], BroughtAdapter] = WeakValueDictionary()
+        self._offered: dict[str, BroughtAdapter] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all that are in use."""
+        """Bytes of all that clients have brought and that are in use."""
         return sum(each.size for each in self._adapters.values())
 
     def put(self, client: str, digest: bytes, adapter: BroughtAdapter) -> BroughtAdapter:
         """Offer an adapter to its client's sessions; returns the one to hold, which may be there already."""
         return self._adapters.setdefault((client, name_of(digest)), adapter)
+
+    def offer(self, digest: bytes, adapter: BroughtAdapter) -> None:
+        """Have an adapter at hand for every client's sessions."""
+        self._offered[name_of(digest)] = adapter
+
+    def is_offered(self, revision: str) -> bool:
+        """True if a session asks, by its revision, for an adapter that is at hand for everybody."""
+        return revision.partition(MARK)[2] in self._offered
 
     def find(self, client: str, revision: str, span: BlockSpan) -> BroughtAdapter | None:
         """The adapter that a session asks for by its revision.
@@ -105,7 +115,7 @@ class AdapterShelf:
         _, mark, name = revision.partition(MARK)
         if not mark:
             return None
-        found = self._adapters[client, name]
+        found = self._offered.get(name) or self._adapters[client, name]
         if not found.span.covers(span):
             raise KeyError(name)
         return found

@@ -9,7 +9,7 @@ bytes and its content megabytes, so answers are limited (`Answers`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import chain
@@ -88,6 +88,11 @@ class EvidenceStore:
         self._groups: OrderedDict[bytes, _Group] = OrderedDict()
         self._groups_of: dict[bytes, list[bytes]] = {}  # digest -> the groups that hold it, oldest first
         self._watched: dict[bytes, trio.Event] = {}
+        self._pinned: dict[bytes, Payload] = {}  # what stays, outside of all limits
+
+    def pin(self, contents: Mapping[bytes, Payload]) -> None:
+        """Keep contents by digest, in place of those that were pinned before, until there are others."""
+        self._pinned = dict(contents)
 
     def add(self, group: bytes, contents: Iterable[tuple[bytes, Payload]], now: float) -> None:
         """Keep (digest, content) pairs; of a group that outgrows its share, the first ones that fit.
@@ -124,6 +129,8 @@ class EvidenceStore:
     def get(self, digest: bytes, now: float) -> Payload | None:
         """Content with this digest, if it is held."""
         self.forget_expired(now)
+        if digest in self._pinned:
+            return self._pinned[digest]
         groups = self._groups_of.get(digest)
         return None if groups is None else self._groups[groups[-1]].contents[digest]
 

@@ -14,7 +14,7 @@ from p2pinfer.models.configs.numbers import MAX_NUMBERS
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol.messages import printable
 from p2pinfer.node.swarm.membership import SwarmMember
-from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement
+from p2pinfer.routing.announcement import MAX_ADDRS, MAX_NAME, MAX_TTL_S, Announcement, OfferedAdapter
 
 from .decode_speed import DecodeSpeed
 
@@ -44,6 +44,7 @@ class Announcer:
         config: ServeConfig,
         *,
         has_ends: bool = False,
+        adapters: tuple[OfferedAdapter, ...] = (),
     ) -> None:
         self._member = member
         self._spec = spec
@@ -51,6 +52,7 @@ class Announcer:
         self._speed = speed
         self._config = config
         self._has_ends = has_ends
+        self._adapters = adapters
         self._touched = trio.Event()
         self._moved = trio.Event()
         self._announced_free = -1
@@ -95,6 +97,7 @@ class Announcer:
             twin=duplicates.suspect,
             ends=self._has_ends,
             name=self._config.public_name,
+            adapters=self._adapters,
         )
 
     def _peers(self) -> int:

@@ -54,7 +54,9 @@ class ServedSpan:
     runner: SpanRunner
     worker: Worker
     speed: DecodeSpeed
-    adapters: AdapterShelf = field(default_factory=AdapterShelf)  # that clients have brought
+    adapters: AdapterShelf = field(
+        default_factory=AdapterShelf
+    )  # that clients have brought, or this node offers
     ends: EmbeddingAndHead | None = None
 
     def check_terms(self, opening: Open, client: str, adapter_bytes: int) -> None:
@@ -75,7 +77,8 @@ class ServedSpan:
         is_last = opening.stop == self.spec.num_blocks and opening.successor is None
         if (opening.tokens and not is_first) or (opening.draw and not is_last):
             raise SessionRefusal("protocol", f"blocks {opening.start}:{opening.stop} are not at that end")
-        if mark and self.adapters.held_bytes > adapter_bytes:
+        is_own = self.adapters.is_offered(opening.revision)
+        if mark and not is_own and self.adapters.held_bytes > adapter_bytes:
             raise SessionRefusal("busy", f"adapters of sessions take {adapter_bytes} bytes, the limit")
         try:
             self.adapters.find(client, opening.revision, BlockSpan(opening.start, opening.stop))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 from urllib.parse import unquote
 
 import trio
 
 from p2pinfer.errors import P2PInferError
+from p2pinfer.routing.announcement import OfferedAdapter
 
 from .access import Access
 from .admission import Admission
@@ -46,13 +48,18 @@ class App:
     """Answers requests with texts of `source`."""
 
     def __init__(
-        self, source: TextSource, config: ApiConfig, keys: tuple[str, ...] = (), pages: Pages | None = None
+        self,
+        source: TextSource,
+        config: ApiConfig,
+        keys: tuple[str, ...] = (),
+        pages: Pages | None = None,
+        adapters: Callable[[], Sequence[OfferedAdapter]] = tuple,
     ) -> None:
         self._source = source
         self._pages = pages
         self._access = Access(keys, config)
         self._admission = Admission(config)
-        self._model = ServedModel(source.spec, config, source.chat_template)
+        self._model = ServedModel(source.spec, config, source.chat_template, adapters)
 
     async def warm_up(self) -> None:
         """Make the first conversation as quick as the next ones."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatTemplate
+from p2pinfer.routing.announcement import OfferedAdapter
 
 from .config import ApiConfig
 from .errors import ApiError
@@ -24,6 +25,7 @@ class ServedModel:
     spec: ModelSpec
     config: ApiConfig
     template: ChatTemplate | None = None
+    adapters: Callable[[], Sequence[OfferedAdapter]] = tuple  # that nodes offer at the moment
     created: int = field(default_factory=lambda: int(time.time()))  # when this began, Unix time
 
     @property
@@ -37,7 +39,15 @@ class ServedModel:
         Raises:
             ApiError: It is not.
         """
-        if name.removesuffix(_TAG) not in (self.id, self.id.rpartition("/")[2]):
+        is_own = name.removesuffix(_TAG) in (self.id, self.id.rpartition("/")[2])
+        if not is_own and any(name in (each.id, each.name) for each in self.adapters()):
+            raise ApiError(
+                f"{name[:200]!r} is an adapter that nodes offer; this server answers with {self.id!r} alone: "
+                "`p2pinfer generate --adapter` takes it",
+                "not_found",
+                param="model",
+            )
+        if not is_own:
             raise ApiError(
                 f"the model {name[:200]!r} is not served here; this server has {self.id!r}",
                 "not_found",

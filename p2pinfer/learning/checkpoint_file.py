@@ -11,8 +11,7 @@ from typing import Final, cast
 from torch import Tensor
 
 from p2pinfer.errors import ConfigError
-
-from .tensor_files import read_tensors, write_tensors
+from p2pinfer.models.learning.tensor_files import read_tensors, write_tensors
 
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"
 _KEY: Final = "p2pinfer_training"

@@ -12,13 +12,16 @@ from weakref import WeakSet
 
 import trio
 
+from p2pinfer.folders import expand
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.host.network import Network
+from p2pinfer.routing.route import Hop
 from p2pinfer.session.terms import AT_ONCE
 
 if TYPE_CHECKING:
     from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
     from p2pinfer.models.learning.adapter import Adapter
+    from p2pinfer.node.swarm.membership import SwarmMember
 
     from .session_adapter import SessionAdapter
     from .trained_adapter import ModelAdapter
@@ -34,11 +37,24 @@ class LoadedAdapters:
         self._used: WeakSet[SessionAdapter] = WeakSet()
         self._bringing = trio.CapacityLimiter(AT_ONCE)  # since hops take few trainings at once
 
-    async def load(self, folder: Path, ends: EmbeddingAndHead, host: Network) -> SessionAdapter:
-        """One more, from peft's files; see `load_session_adapter`."""
-        from .session_adapter import load_session_adapter  # torch
+    async def load(self, asked: str | Path, ends: EmbeddingAndHead, member: SwarmMember) -> SessionAdapter:
+        """One more, from a folder of peft's files, or that a peer offers under this id or name.
 
-        adapter = await trio.to_thread.run_sync(load_session_adapter, folder, ends, host, self._bringing)
+        Raises as `load_session_adapter` and `fetch_offered` do.
+        """
+        from .offered import fetch_offered, is_offered_by  # torch
+        from .session_adapter import SessionAdapter, load_session_adapter, model_adapter
+
+        folder, host = expand(asked), member.host
+        if await trio.Path(folder).exists() or isinstance(asked, Path):
+            adapter = await trio.to_thread.run_sync(load_session_adapter, folder, ends, host, self._bringing)
+        else:
+            offer, lora = await fetch_offered(asked, member, ends)
+
+            def is_there(hop: Hop) -> bool:
+                return is_offered_by(hop, offer.digest, member.announcements(ends.spec.revision))
+
+            adapter = SessionAdapter(model_adapter(lora), ends, host, self._bringing, is_there)
         self._last.append(adapter)
         self._used.add(adapter)
         return adapter

@@ -14,13 +14,12 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.span_adapter import SpanAdapter
 from p2pinfer.node.protocol.tensors import dtype_of
 from p2pinfer.node.protocol.train_messages import Begin
 from p2pinfer.node.protocol.train_tensors import adapter_content, call_content, digest_of_call
 from p2pinfer.reputation.receipt import NO_RECEIPT, Payload, digest_of
 from p2pinfer.reputation.train_receipt import NOTHING, TrainReceipt, open_train_receipt
-
-from .trained_adapter import SpanAdapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.host import HostConfig, open_host
 from p2pinfer.node.host.network import Network
+from p2pinfer.node.protocol.span_adapter import SpanAdapter
 from p2pinfer.node.protocol.train_tensors import decode_adapter_content, decode_call_content, decode_inputs
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.train_receipt import NOTHING
@@ -21,7 +22,6 @@ from p2pinfer.routing.route import Hop
 
 from .pass_receipts import Call
 from .train_link import open_link
-from .trained_adapter import SpanAdapter
 
 
 async def run_pass_elsewhere(

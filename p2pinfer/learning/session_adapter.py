@@ -7,7 +7,7 @@ say by what the outputs were changed, and nobody takes them for those of the mod
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import trio
 
 from p2pinfer.errors import PeerError
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
-from p2pinfer.models.learning.adapter import Adapter
+from p2pinfer.models.learning.adapter import Adapter, Factors
 from p2pinfer.models.learning.brought import MARK, name_of
+from p2pinfer.models.learning.peft_lora import Lora, read_lora
 from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import open_nursery
@@ -24,24 +25,33 @@ from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.train_tensors import decode_vector, layout_of
 from p2pinfer.routing.route import Hop
 
-from .peft_files import read_lora
 from .train_link import TrainLink, open_link
 from .trained_adapter import ModelAdapter
-from .tuned_adapter import TunedAdapter
 
 
 class SessionAdapter:
     """Adapter of a whole model for sessions. Made by `load_session_adapter`; many texts may use it."""
 
     def __init__(
-        self, adapter: ModelAdapter, ends: EmbeddingAndHead, host: Network, turns: trio.CapacityLimiter
+        self,
+        adapter: ModelAdapter,
+        ends: EmbeddingAndHead,
+        host: Network,
+        turns: trio.CapacityLimiter,
+        is_there: Callable[[Hop], bool] = lambda _: False,
     ) -> None:
-        """An adapter; `turns` is what all adapters of a client share, of `AT_ONCE` places."""
+        """An adapter.
+
+        Args:
+            turns: What all adapters of a client share, of `AT_ONCE` places.
+            is_there: Says of a hop that it offers the adapter itself, for just these blocks.
+        """
         self._adapter = adapter
         self._spec = ends.spec
         self._architecture = ends.architecture
         self._host = host
         self._turns = turns
+        self._is_there = is_there
 
     def revision(self, revision: str, span: BlockSpan) -> str:
         """The model with this adapter, as sessions and receipts of these blocks name it."""
@@ -64,6 +74,10 @@ class SessionAdapter:
         Raises:
             PeerError: A hop cannot be reached, takes no adapters, or not this one.
         """
+        hops = [hop for hop in hops if not self._is_there(hop)]
+        if not hops:
+            yield
+            return
         async with self._turns, open_nursery() as nursery:
             links: list[TrainLink] = []
             failures: list[PeerError] = []
@@ -101,7 +115,11 @@ def load_session_adapter(
     Raises:
         ConfigError: It is for another model, or of a kind that does not run on the swarm.
     """
-    tuned: TunedAdapter = read_lora(folder, ends.spec, ends.architecture)
-    adapter = tuned.snapshot()
-    assert adapter is not None
-    return SessionAdapter(adapter, ends, host, turns)
+    lora = read_lora(folder, ends.spec, ends.architecture)
+    return SessionAdapter(model_adapter(lora), ends, host, turns)
+
+
+def model_adapter(lora: Lora) -> ModelAdapter:
+    """Low-rank updates that were read or fetched, as sessions and trainers take them."""
+    factors = [Factors(*lora.factors[at : at + 2]) for at in range(0, len(lora.factors), 2)]
+    return ModelAdapter(lora.updates, factors)

@@ -18,6 +18,7 @@ from p2pinfer.models.verify.pass_figures import pass_figures
 from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.frames import MinimumRate
+from p2pinfer.node.protocol.span_adapter import SpanAdapter
 from p2pinfer.node.protocol.train_messages import (
     TRAIN_PROTOCOL,
     Adapt,
@@ -41,7 +42,6 @@ from p2pinfer.routing.route import Hop
 
 from .pass_receipts import Call, Expected, PassReceipts, record_of
 from .pass_watch import PassWatch
-from .trained_adapter import SpanAdapter
 
 logger = logging.getLogger(__name__)
 

@@ -9,25 +9,9 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import LocalError
-from p2pinfer.models.learning.adapter import AdapterLayout, Factors, LowRank
+from p2pinfer.models.learning.adapter import Factors, LowRank
 from p2pinfer.models.span import BlockSpan
-from p2pinfer.node.protocol.train_messages import Update
-from p2pinfer.node.protocol.train_tensors import digest_of_adapter, encode_vector, updates_of
-
-
-@dataclass(frozen=True, slots=True)
-class SpanAdapter:
-    """Part of an adapter for one hop, as it travels.
-
-    Attributes:
-        updates: Its layout.
-        payload: Its values, float32.
-    """
-
-    updates: tuple[Update, ...]
-    prompt_tokens: int
-    payload: bytes
-    digest: bytes
+from p2pinfer.node.protocol.span_adapter import SpanAdapter, part_of
 
 
 class ModelAdapter:
@@ -62,24 +46,10 @@ class ModelAdapter:
         return self._parts[span]
 
     def _made(self, span: BlockSpan) -> SpanAdapter | None:
-        chosen = self._chosen(span)
-        if not chosen and self._prompts is None:
-            return None
-        prompt_tokens = 0 if self._prompts is None else self._prompts.shape[1]
-        layout = AdapterLayout(tuple(self.updates[index] for index in chosen), prompt_tokens)
-        parts = [self._tensors[2 * index + which].flatten() for index in chosen for which in (0, 1)]
-        if self._prompts is not None:
-            parts.append(self._prompts[span.start : span.stop].flatten())
-        values = torch.cat(parts)
-        if not bool(torch.isfinite(values).all()):
-            raise LocalError("a value of the adapter is not finite: the training has diverged")
-        payload, updates = encode_vector(values), updates_of(layout)
-        return SpanAdapter(
-            updates, prompt_tokens, payload, digest_of_adapter(updates, prompt_tokens, payload)
-        )
-
-    def _chosen(self, span: BlockSpan) -> list[int]:
-        return [index for index, each in enumerate(self.updates) if span.start <= each.block < span.stop]
+        try:
+            return part_of(span, self.updates, self._tensors, self._prompts)
+        except ValueError as exc:
+            raise LocalError("a value of the adapter is not finite: the training has diverged") from exc
 
     def gradient(self) -> AdapterGradient:
         """A gradient of zeros in this adapter's form."""

@@ -17,12 +17,12 @@ import trio
 
 from p2pinfer.client_config import TuneConfig
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.learning.tensor_files import write_file
 
 from .checkpoint_file import Checkpoint, Fingerprint, check_same, read_checkpoint, write_checkpoint
 from .examples import Example
 from .loss_picture import loss_picture
 from .peft_files import ensure_folder
-from .tensor_files import write_file
 from .tuner import Tuner
 
 PICTURE_FILE: Final = "loss.svg"

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
-from p2pinfer.errors import ConfigError, NoRoute, PeerRefused
-from p2pinfer.learning.peft_files import read_lora
+from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused
+from p2pinfer.learning import offered
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
 from p2pinfer.models.learning.brought import AdapterShelf, BroughtAdapter
+from p2pinfer.models.learning.peft_lora import read_lora
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
+from p2pinfer.routing.announcement import OfferedAdapter
 from p2pinfer.session.terms import SessionAdapter
 
 from ..memory_client import open_memory_client
@@ -34,6 +36,7 @@ from ..node.memory_swarm import FLOAT32
 peft: Any = pytest.importorskip("peft", reason="the oracle of adapters: pip install '.[dev]'")
 transformers: Any = pytest.importorskip("transformers")
 
+_files: Any = safetensors.torch
 PROMPT = "Once upon a time"
 TOKENS = 10
 ENOUGH_TO_TELL = 24  # tokens, for an audit of them
@@ -66,8 +69,12 @@ class Tuned:
         with torch.no_grad():
             for name, each in model.named_parameters():
                 if "lora_" in name:
-                    each.copy_(torch.randn_like(each) * 0.2)
+                    # As of a bfloat16 base, whose adapters are in that dtype.
+                    each.copy_((torch.randn_like(each) * 0.2).bfloat16())
         model.save_pretrained(folder)
+        if options.get("r") == 3:
+            path, files = folder / "adapter_model.safetensors", _files
+            files.save_file({name: each.bfloat16() for name, each in files.load_file(path).items()}, path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
         ids: list[int] = list(tokenizer(PROMPT)["input_ids"])
         self.ids: list[int] = []
@@ -135,6 +142,48 @@ async def test_a_hop_that_dies_is_replaced_by_one_that_is_brought_the_adapter(
                 await swarm.network.kill(generation.result.route[1].peer_id)
         assert list(generation.result.token_ids) == tuned["all"].ids
         assert generation.result.failovers
+
+
+async def test_a_node_offers_an_adapter_to_everybody(
+    checkpoint: Checkpoint, tuned: dict[str, Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By id or name; where a node offers it, nothing is brought, and its limits for clients do not count."""
+    folder = tuned["all"].folder
+    async with open_memory_client(checkpoint, monkeypatch, tmp_path, audit=AuditConfig(rate=1.0)) as (
+        client,
+        swarm,
+    ):
+        takes_none = ServeConfig(client_adapter_bytes=1, session_adapter_bytes=0)
+        await swarm.serve("a", 0, 3, config=takes_none, adapters=[folder, tuned["patterns"].folder])
+        await swarm.serve("b", 3, 8)  # offers none, and is brought it
+        announced = {
+            each.name: each for peer in swarm.view.live(checkpoint.spec.revision) for each in peer.adapters
+        }
+        assert [*announced] == ["all", "patterns"]
+        for name in ("all", announced["all"].id, announced["all"].id[:8]):
+            assert await ids_of(client, await client.load_adapter(name)) == tuned["all"].ids
+        adapter = await client.load_adapter("patterns")
+        assert await ids_of(client, adapter) == tuned["patterns"].ids
+        await client.audits_settled()
+        assert client.audits.passed and not client.audits.failed
+
+
+async def test_an_adapter_that_nobody_offers_is_refused_with_a_sentence(
+    checkpoint: Checkpoint, tuned: dict[str, Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offered, "WAIT_S", 0.05)  # nobody comes, however long it is
+    async with open_memory_client(checkpoint, monkeypatch, tmp_path) as (client, swarm):
+        with pytest.raises(ConfigError, match=r"nobody in this swarm .*; it has none"):
+            await client.load_adapter("stories")
+        await swarm.serve("a", 0, 8, adapters=[tuned["all"].folder])
+        with pytest.raises(ConfigError, match=r"it has all \([0-9a-f]{32}\)"):
+            await client.load_adapter("stories")
+        swarm.announce("liar", 0, 8, adapters=(OfferedAdapter(b"l" * 32, "stories", 9),))
+        with pytest.raises(PeerError):  # it hands out nothing
+            await client.load_adapter("stories")
+        swarm.announce("other", 0, 8, adapters=(OfferedAdapter(b"o" * 32, "stories", 9),))
+        with pytest.raises(ConfigError, match="2 adapters are called 'stories'; name one by its id"):
+            await client.load_adapter("stories")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import trio
@@ -32,8 +33,9 @@ from p2pinfer.node.swarm.latency import Latency
 from p2pinfer.node.swarm.live_table import LiveTable
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.swarm.proof_gossip import Heard, Notice, ProofCarrier
+from p2pinfer.node.training.offered_adapters import offer_adapters
 from p2pinfer.node.training.train_server import TrainServer
-from p2pinfer.routing.announcement import Announcement
+from p2pinfer.routing.announcement import Announcement, OfferedAdapter
 from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.route import Hop, Route
 
@@ -167,6 +169,7 @@ class MemorySwarm:
         config: ServeConfig | None = None,
         find_addrs: FindAddrs | None = None,
         ends: EmbeddingAndHead | None = None,
+        adapters: Sequence[Path] = (),
     ) -> Served:
         """Let a new peer serve a span, and announce it."""
         config = config or ServeConfig()
@@ -176,6 +179,7 @@ class MemorySwarm:
         host = self.network.host(peer_id)
         evidence = EvidenceStore(64 << 20, 900)
         serve_evidence(host, evidence)
+        offers = offer_adapters([*map(str, adapters)], offered, evidence)
         server = SpanServer(
             host, offered, config, self.events.append, evidence=evidence, find_addrs=find_addrs
         )
@@ -184,7 +188,15 @@ class MemorySwarm:
         training.register()
         self.served[peer_id] = Served(runner, server, training)
         dtype = str(runner.numerics)
-        self.announce(peer_id, start, stop, tokens_per_s=tokens_per_s, dtype=dtype, ends=ends is not None)
+        self.announce(
+            peer_id,
+            start,
+            stop,
+            tokens_per_s=tokens_per_s,
+            dtype=dtype,
+            ends=ends is not None,
+            adapters=offers,
+        )
         return self.served[peer_id]
 
     def announce(
@@ -201,6 +213,7 @@ class MemorySwarm:
         addrs: tuple[str, ...] = (),
         coordinate: Coordinate | None = None,
         ends: bool = False,
+        adapters: tuple[OfferedAdapter, ...] = (),
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -219,6 +232,7 @@ class MemorySwarm:
             weights=self.spec.weights,
             numbers=self.spec.numbers,
             ends=ends,
+            adapters=adapters,
         )
         self.view.accept(announcement, b"record", told_by=told_by)
         return announcement

@@ -12,6 +12,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.routing.announcement import (
     MAX_ANNOUNCEMENT_BYTES,
     Announcement,
+    OfferedAdapter,
     decode_announcement,
     encode_announcement,
 )
@@ -60,6 +61,16 @@ announcements = st.builds(
     uptime_s=st.floats(0, 1e10),
     twin=st.binary(max_size=8),
     name=st.just("") | printable.map(lambda text: text[:32]),
+    adapters=st.lists(
+        st.builds(
+            OfferedAdapter,
+            digest=st.binary(min_size=32, max_size=32),
+            name=printable.map(lambda name: name[:64]),
+            size=st.integers(1, 1 << 30),
+        ),
+        max_size=4,
+        unique_by=lambda each: each.digest,
+    ).map(tuple),
 )
 
 
@@ -200,12 +211,12 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
     """By a bound of ours: the interpreter's is 1,000 levels in Python 3.11, and 10,000 in 3.12."""
-    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 24
-    array_of_25 = b"\xdc\x00\x19"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 25
+    array_of_26 = b"\xdc\x00\x1a"
     for levels in (MAX_DEPTH, 500, 5000):  # the announcement itself is one level
         with pytest.raises(ProtocolViolation, match="more than 32 arrays inside each other"):
-            decode_announcement(array_of_25 + fields + b"\x91" * levels + b"\xc0")
-    assert decode_announcement(array_of_25 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
+            decode_announcement(array_of_26 + fields + b"\x91" * levels + b"\xc0")
+    assert decode_announcement(array_of_26 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:
@@ -256,3 +267,29 @@ def test_a_peer_of_before_says_nothing_of_them() -> None:
     older = decode_announcement(msgspec.msgpack.encode(fields[:-2]))
     assert (older.weights, older.numbers) == ("", "")
     assert older == PLAIN
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        [[b"d" * 32, "a", 1]] * 2,
+        [[bytes([each]) * 32, "a", 1] for each in range(5)],
+        [[b"d" * 31, "a", 1]],
+        [[b"d" * 32, "", 1]],
+        [[b"d" * 32, "a" * 65, 1]],
+        [[b"d" * 32, "\x1b[2J", 1]],
+        [[b"d" * 32, "a", 0]],
+        [[b"d" * 32, "a", (1 << 30) + 1]],
+        [[b"d" * 32, "a"]],
+        "a",
+    ],
+)
+def test_adapters_that_cannot_be_offered_make_no_announcement(adapters: object) -> None:
+    fields = [*fields_of(encode_announcement(PLAIN))[:-1], adapters]
+    with pytest.raises(ProtocolViolation):
+        decode_announcement(msgspec.msgpack.encode(fields))
+
+
+def test_an_announcement_of_before_offers_no_adapters() -> None:
+    fields = fields_of(encode_announcement(PLAIN))[:-1]
+    assert decode_announcement(msgspec.msgpack.encode(fields)) == PLAIN

@@ -14,6 +14,7 @@ from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.generation.transcript import FinishReason
 from p2pinfer.models.text.log_probabilities import LogProbabilities
 from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.routing.announcement import OfferedAdapter
 
 SSE: Final = "text/event-stream; charset=utf-8"
 PING: Final = b": ping\n\n"
@@ -74,7 +75,13 @@ def model_object(model: ServedModel) -> dict[str, Any]:
 
 def model_list(model: ServedModel) -> dict[str, Any]:
     """Body of /v1/models."""
-    return {"object": "list", "data": [model_object(model)]}
+    adapters = [_adapter_object(model, each) for each in model.adapters()]
+    return {"object": "list", "data": [model_object(model), *adapters]}
+
+
+def _adapter_object(model: ServedModel, adapter: OfferedAdapter) -> dict[str, Any]:
+    """An adapter that nodes offer, in vLLM's form: `parent` is what it tunes, `root` its name."""
+    return {**model_object(model), "id": adapter.id, "root": adapter.name, "parent": model.id}
 
 
 def usage(results: Sequence[GenerationResult]) -> dict[str, int]:

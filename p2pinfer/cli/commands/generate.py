@@ -143,8 +143,8 @@ POLICY = setting(
 @click.option(
     "--adapter",
     type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Tune the model by this adapter, LoRA in peft's files, for this text.",
+    metavar="FOLDER_OR_ID",
+    help="Tune the model by this adapter for this text: LoRA in peft's files, or one that a node offers.",
 )
 @click.option("--resume", metavar="TOKEN", help="Continue an interrupted text; give no PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
@@ -232,7 +232,7 @@ def generate(
         waiting.say(f"opening {shared.model}")
         with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
             async with client:
-                tuned = None if adapter is None else await client.load_adapter(adapter)
+                tuned = None if adapter is None else await client.load_adapter(str(adapter))
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
                 if token is not None:
                     generation = client.resume(token, more, tuned)

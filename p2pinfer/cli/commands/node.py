@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --blocks 0:4 --bootstrap /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW...",
         "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
         "p2pinfer node --listen /ip4/0.0.0.0/tcp/4001 --announce /ip4/203.0.113.7/tcp/14001",
+        "p2pinfer node --adapter my-adapter",
         "p2pinfer node --verify",
         "p2pinfer node --num-blocks 12 --install-service --user",
         "p2pinfer node status",
@@ -57,6 +58,12 @@ logger = logging.getLogger(__name__)
 @setting("node.blocks", "--blocks A:B", "Serve blocks A to B-1. [default: those the swarm needs most]")
 @setting("node.num_blocks", "--num-blocks N", "Serve at most N blocks. [default: as many as fit]")
 @setting("node.no_blocks", "--no-blocks", "Serve no blocks: only introduce peers to each other.")
+@setting(
+    "node.adapters",
+    "--adapter FOLDER",
+    "Offer this adapter, LoRA in peft's files, to everybody. May be repeated.",
+    multiple=True,
+)
 @setting(
     "compute.dtype",
     "--dtype DTYPE",

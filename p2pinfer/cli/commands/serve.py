@@ -83,6 +83,8 @@ def serve(call: Invocation) -> None:
     from p2pinfer.client import Client
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
     from p2pinfer.node.concurrency.nurseries import open_nursery, outlasting
+    from p2pinfer.routing.announcement import OfferedAdapter
+    from p2pinfer.served import offered_adapters
     from p2pinfer.web.feed import Feed
     from p2pinfer.web.site import Site
 
@@ -108,13 +110,17 @@ def serve(call: Invocation) -> None:
         on_event=feed.report,
     )
 
+    def offers() -> list[OfferedAdapter]:
+        return offered_adapters(client.member.announcements(client.spec.revision))
+
     async def main() -> None:
         waiting.say(f"opening {shared.model}")
         with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
             async with outlasting(client):
                 waiting.say("looking for peers")
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
-                    app = App(client, api_config, keys, Site(client, feed, shared.data_dir))
+                    site = Site(client, feed, shared.data_dir)
+                    app = App(client, api_config, keys, site, offers)
                     async with open_nursery() as nursery:
                         nursery.start_soon(app.warm_up)
                         tell(await nursery.start(serve_http, app.handle, api_config))

@@ -15,6 +15,7 @@ from p2pinfer.node.evidence import store
 from p2pinfer.node.protocol import draws, frames, messages, train_messages, train_stream, train_tensors
 from p2pinfer.node.reach import dialback
 from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
+from p2pinfer.node.training import offered_adapters
 from p2pinfer.reputation import proof, receipt, train_receipt
 from p2pinfer.routing import announcement
 
@@ -39,6 +40,8 @@ LISTS = {
     "Draw": "draw",
     "Draws": "draws",
     "Log": "log",
+    "_Offer": "adapters",
+    "AdapterDescription": "description",
 }
 TABLES = {
     "_Wire": ("Announcements", 0),
@@ -78,6 +81,7 @@ MODULES = (
     announcement,
     receipt,
     store,
+    offered_adapters,
     proof,
     proof_gossip,
 )
