@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -70,10 +71,10 @@ def fickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """A way to generate that ends after three tokens, unless fickle.py is gone; it keeps things in `home`."""
     whole, script = Session.decode, tmp_path / "fickle.py"
 
-    async def decode(self: Session, hidden: Tensor, position: int) -> Tensor:
+    async def decode(self: Session, hidden: Tensor, position: int, *more: Any) -> Tensor:
         if position >= 7 and script.exists():
             raise PeerVanished("gone")
-        output: Tensor = await whole(self, hidden, position)
+        output: Tensor = await whole(self, hidden, position, *more)
         return output
 
     monkeypatch.setattr(Session, "decode", decode)
