@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos endurance fuzz fuzz-http sleepers strangers docs outputs site compose families lab lab-lines lab-moves lab-shell page clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos clients endurance fuzz fuzz-http sleepers strangers templates docs outputs site compose families lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -81,6 +81,15 @@ fuzz: $(TESTABLE)  ## ten minutes of hostile bytes to every decoder, guided by c
 fuzz-http: $(TESTABLE)  ## ten minutes of schemathesis against `p2pinfer serve`; DURATION=... in seconds
 	@$(INSTALL) schemathesis
 	$(BIN)/python scripts/fuzz_http.py $(or $(DURATION),600)
+
+clients: $(TESTABLE)  ## clients of HTTP APIs that nobody here wrote, of Python and npm, against `p2pinfer serve`
+	@$(INSTALL) ".[clients]"
+	-$(BIN)/python -m tests.npm_packages tests/api/clients 22
+	$(BIN)/python -m pytest tests/api/clients
+
+templates: $(TESTABLE)  ## chat templates of published models, which trl carries, against transformers
+	@$(INSTALL) --no-deps trl
+	$(BIN)/python -m pytest tests/models/text/test_published_templates.py
 
 matrix: $(TESTABLE)  ## every fault, at every moment, to every hop; writes the table of docs/reliability.md
 	$(BIN)/python -m tests.chaos.matrix --rounds $(or $(ROUNDS),1)

@@ -35,12 +35,12 @@ import transformers
 from contest import blocks_of
 
 import p2pinfer.models
-from p2pinfer.blocking import BlockingClient
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.embedded import EmbeddedNode, embedded_spans, open_embedded_swarm
 from p2pinfer.errors import LocalError
 from p2pinfer.hf import DistributedModelForCausalLM, DistributedModelForSequenceClassification
+from p2pinfer.loops.blocking import BlockingClient
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.learning.adapter import PROJECTIONS

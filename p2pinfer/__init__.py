@@ -9,6 +9,11 @@ or, without trio:
     with p2pinfer.connect() as swarm:
         print(swarm.generate("Once upon a time").text())
 
+or in asyncio's loop, such as a notebook's:
+
+    async with p2pinfer.connect_asyncio() as swarm:
+        print(await swarm.generate("Once upon a time").text())
+
 Importing this package is cheap. torch and libp2p are imported with the first name that needs them.
 """
 
@@ -26,9 +31,6 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps both lists equal
     from .audit.auditor import AuditTally as AuditTally
     from .audit.verifier import Verifier as Verifier
-    from .blocking import BlockingClient as BlockingClient
-    from .blocking import BlockingGeneration as BlockingGeneration
-    from .blocking import connect as connect
     from .client import Client as Client
     from .client_config import AuditConfig as AuditConfig
     from .client_config import ClientConfig as ClientConfig
@@ -59,6 +61,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test keeps 
     from .generation.generation import Token as Token
     from .generation.outage import Waiting as Waiting
     from .generation.remote_blocks import HopUsed as HopUsed
+    from .loops.asyncio_client import AsyncioClient as AsyncioClient
+    from .loops.asyncio_client import AsyncioGeneration as AsyncioGeneration
+    from .loops.asyncio_client import connect_asyncio as connect_asyncio
+    from .loops.blocking import BlockingClient as BlockingClient
+    from .loops.blocking import BlockingGeneration as BlockingGeneration
+    from .loops.blocking import connect as connect
     from .models.config import ComputeConfig as ComputeConfig
     from .models.span import BlockSpan as BlockSpan
     from .node.config import NodeConfig as NodeConfig
@@ -87,7 +95,8 @@ _HOMES = {
     "audit.verifier": ("Verifier",),
     "node.evidence.hop_record": ("HopRecord", "history_of"),
     "reputation.verdict": ("Finding", "Verdict"),
-    "blocking": ("BlockingClient", "BlockingGeneration", "connect"),
+    "loops.asyncio_client": ("AsyncioClient", "AsyncioGeneration", "connect_asyncio"),
+    "loops.blocking": ("BlockingClient", "BlockingGeneration", "connect"),
     "client": ("Client",),
     "client_config": ("AuditConfig", "ClientConfig", "GenerationConfig", "SessionConfig", "TuneConfig"),
     "errors": (

@@ -176,5 +176,5 @@ def check_loop() -> None:
     if not trio.lowlevel.in_trio_run():
         raise LocalError(
             "Client needs trio, and this is another loop, such as asyncio's or a notebook's: "
-            "use trio.run, or p2pinfer.connect() in a thread (await asyncio.to_thread(...))"
+            "use trio.run, or p2pinfer.connect_asyncio() there, or p2pinfer.connect(), which needs no loop"
         )

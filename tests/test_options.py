@@ -78,7 +78,7 @@ def test_under_asyncio_it_says_what_to_use() -> None:
         async with p2pinfer.Client():
             pass
 
-    with pytest.raises(p2pinfer.LocalError, match=r"Client needs trio.*p2pinfer\.connect\(\) in a thread"):
+    with pytest.raises(p2pinfer.LocalError, match=r"Client needs trio.*p2pinfer\.connect_asyncio\(\) there"):
         asyncio.run(main())
 
 

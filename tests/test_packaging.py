@@ -214,12 +214,13 @@ def test_what_is_imported_is_declared() -> None:
     code = """
 import sys
 sys.modules.update({name: None for name in sys.argv[1].split()})
-import p2pinfer.cli.app, p2pinfer.client, p2pinfer.blocking, p2pinfer.node.node, p2pinfer.node.swarm.mdns
+import p2pinfer.cli.app, p2pinfer.client, p2pinfer.loops.asyncio_client, p2pinfer.node.node
+import p2pinfer.node.swarm.mdns
 import p2pinfer.node.reach.upnp, p2pinfer.node.metrics, p2pinfer.node.reach.hole_punch
 import p2pinfer.node.reach.relay_server
 print(*sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None}))
 """
-    absent = "coincurve fastecdsa grpc lru mypy_protobuf rpcudp"
+    absent = "coincurve fastecdsa grpc lru mypy_protobuf rpcudp websockets"
     done = subprocess.run([sys.executable, "-c", code, absent], check=True, capture_output=True, text=True)
     imported = set(done.stdout.split()) - set(sys.stdlib_module_names)
     owners = packages_distributions()

@@ -118,6 +118,8 @@ class App:
             _check_method(method, "GET", path)
             self._model.check(unquote(path.removeprefix(_MODEL)))
             told = dialect.model(self._model)
+        elif path in dialect.lacking:
+            raise ApiError(f"{self._model.id} {dialect.lacking[path]}", param="model")
         else:
             raise ApiError(
                 f"there is no {path[:200]} here; there are {', '.join(sorted(dialect.paths))}", "not_found"

@@ -12,6 +12,7 @@ from p2pinfer.models.field_types import check_fields
 class ApiConfig:
     """Settings of the HTTP API."""
 
+    enabled: bool = False  # on a node: serve it there too; `p2pinfer serve` always does
     host: str = "127.0.0.1"  # address or name to listen on; one that others can reach needs key_file
     port: int = 8000  # TCP port; 0: any that is free
     key_file: Path | None = None  # file of API keys, one per line; not set: no key is asked for

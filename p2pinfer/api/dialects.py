@@ -24,6 +24,7 @@ Told: TypeAlias = Callable[[ServedModel], dict[str, Any]]
 Asker: TypeAlias = Callable[[bytes, ServedModel, TextSource], Awaitable[dict[str, Any]]]
 ErrorBody: TypeAlias = Callable[[ApiError], dict[str, Any]]
 MODELS: Final = "/v1/models"
+_NO_EMBEDDINGS: Final = "has no embeddings: it continues texts; ask a server of an embedding model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Dialect:
         tell: Endpoints that tell of the model, GET.
         ask: Endpoints that answer a question without generating, POST.
         model: Shape of the model at /v1/models/NAME; None if there is no such path.
+        lacking: Endpoints that the model has nothing for, and why, as the end of a sentence.
     """
 
     error_body: ErrorBody
@@ -43,6 +45,7 @@ class Dialect:
     tell: Mapping[str, Told]
     ask: Mapping[str, Asker] = field(default_factory=dict[str, Asker])
     model: Told | None = None
+    lacking: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def paths(self) -> frozenset[str]:
@@ -59,6 +62,7 @@ OPENAI: Final = Dialect(
     },
     {MODELS: openai.model_list},
     model=openai.model_object,
+    lacking={"/v1/embeddings": _NO_EMBEDDINGS},
 )
 ANTHROPIC: Final = Dialect(
     anthropic.error_body,
@@ -72,6 +76,7 @@ OLLAMA: Final = Dialect(
     {"/api/chat": answering.plan_chat, "/api/generate": answering.plan_text},
     {"/api/version": ollama.version, "/api/tags": ollama.tags, "/api/ps": ollama.running},
     {"/api/show": ollama.show},
+    lacking={"/api/embed": _NO_EMBEDDINGS, "/api/embeddings": _NO_EMBEDDINGS},
 )
 DIALECTS: Final = (OPENAI, ANTHROPIC, OLLAMA)
 

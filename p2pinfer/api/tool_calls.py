@@ -183,8 +183,12 @@ def _overlap(text: str, mark: str) -> int:
     )
 
 
-def fault_of(schemas: Sequence[Mapping[str, Any]]) -> str | None:
-    """The fault of tools, as the end of a sentence; None if they have none."""
+def fault_of(schemas: Sequence[Mapping[str, Any]], *, forced: bool = False) -> str | None:
+    """The fault of tools, as the end of a sentence; None if they have none.
+
+    Args:
+        forced: The answer has to be a call, so a grammar holds it to the parameters of its tool.
+    """
     names: list[Any] = []
     for schema in schemas:
         function: Any = schema.get("function")
@@ -198,6 +202,6 @@ def fault_of(schemas: Sequence[Mapping[str, Any]]) -> str | None:
             return "has parameters that are no JSON schema"
         if unknown := said.keys() - {"name", "description", "parameters", "strict"}:
             return f"has a field {min(unknown)[:50]!r} that this server does not know"
-        if said.get("strict"):
+        if said.get("strict") and not forced:
             return "is strict, which only calls that tool_choice asks for can be; leave that out"
     return "has a name twice" if len({*names}) < len(names) else None

@@ -18,9 +18,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from p2pinfer.blocking import BlockingClient, connect
 from p2pinfer.errors import LocalError
 from p2pinfer.folders import cache_folder, expand
+from p2pinfer.loops.blocking import BlockingClient, connect
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, resolve_model
 from p2pinfer.models.compute.architecture import describe_architecture

@@ -10,10 +10,10 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from p2pinfer.blocking import BlockingRows, BlockingTrainer
 from p2pinfer.errors import LocalError
 from p2pinfer.learning.swarm_trainer import Batch
 from p2pinfer.learning.trained_adapter import ModelAdapter
+from p2pinfer.loops.blocking import BlockingRows, BlockingTrainer
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.learning.adapter import Factors, LowRank
 from p2pinfer.models.learning.rows import Rows

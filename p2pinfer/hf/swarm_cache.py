@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
-    """Sessions of a batch: `p2pinfer.blocking.BlockingRows`."""
+    """Sessions of a batch: `p2pinfer.loops.blocking.BlockingRows`."""
 
     def run(self, inputs: Sequence[Tensor], new: Sequence[int]) -> list[Tensor]:
         """See `RowSessions.run`."""

@@ -156,16 +156,19 @@ async def test_a_call_is_made_where_one_has_to_be(open_door: OpenDoor, clue: str
                 )
                 assert call.function.name == "add"
                 check(call.function.arguments)
-                one = ASKED | {"tools": [ADD], "tool_choice": "required"}
+                strict = {"type": "function", "function": {**ADD["function"], "strict": True}}
+                one = ASKED | {"tools": [strict], "tool_choice": "required"}
                 choice = create(**one).choices[0]
                 check(choice.message.tool_calls[0].function.arguments)
                 assert choice.finish_reason == "tool_calls"
                 with pytest.raises(openai.BadRequestError, match="names 'rm', which is none of the tools"):
                     create(**asked, tool_choice={"type": "function", "function": {"name": "rm"}})
+                with pytest.raises(openai.BadRequestError, match="a tool is strict, which only calls"):
+                    create(**ASKED, tools=[strict])
                 with pytest.raises(openai.BadRequestError, match="not supported together"):
                     create(**asked, response_format=FORMAT)
             with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-                tools = [{"name": "add", "input_schema": SCHEMA}]
+                tools = [{"name": "add", "input_schema": SCHEMA, "strict": True}]
                 message = client.messages.create(
                     **ASKED, tools=tools, tool_choice={"type": "tool", "name": "add"}
                 )

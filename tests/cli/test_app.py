@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 
+from p2pinfer.api.config import ApiConfig
 from p2pinfer.cli.app import app, run
 from p2pinfer.cli.commands.generate import POLICIES
 from p2pinfer.cli.invocation import DTYPES, SettingOption
@@ -33,6 +34,7 @@ from p2pinfer.routing.policy import BUILT_IN_POLICIES
 
 LAYERS = (
     SharedConfig,
+    ApiConfig,
     NodeConfig,
     HostConfig,
     ComputeConfig,

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from p2pinfer.blocking import BlockingClient
 from p2pinfer.hf import DistributedModelForCausalLM, DistributedModelForSequenceClassification
 from p2pinfer.learning.swarm_trainer import Batch, Trace
 from p2pinfer.learning.trained_adapter import AdapterGradient, ModelAdapter
+from p2pinfer.loops.blocking import BlockingClient
 from p2pinfer.models.checkpoint.checkpoint import open_checkpoint
 from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.target import Target

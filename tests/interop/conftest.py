@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from .javascript import CannotRun, installed
+from ..npm_packages import CannotRun, installed
+from .javascript import HERE, OLDEST_NODE
 
 
 @pytest.fixture(scope="session")
-def javascript() -> Path:
-    """The folder in which js-libp2p runs; tests without it are skipped with a line that says why."""
+def javascript() -> tuple[Path, str]:
+    """The folder in which js-libp2p runs, and its node; without them a line says why tests are skipped."""
     try:
-        return installed()
+        return installed(HERE, OLDEST_NODE, fetch=True, brought=False)
     except CannotRun as exc:
-        pytest.skip(str(exc))
+        pytest.skip(f"js-libp2p: {exc}")

@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
 import trio
 
 HERE: Final = Path(__file__).parent
-FILES: Final = ("package.json", "package-lock.json", "peer.mjs")
 OLDEST_NODE: Final = 20
-INSTALL_S: Final = 240.0
-
-
-class CannotRun(Exception):
-    """There can be no JavaScript peer here; the message says why, in a line."""
-
-
-def installed() -> Path:
-    """A folder of the user's cache in which `node peer.mjs` runs, filled on the first call.
-
-    The packages are those of package-lock.json, each checked against its hash by npm.
-
-    Raises:
-        CannotRun: node or npm is missing or too old, or the packages cannot be had.
-    """
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            raise CannotRun(f"js-libp2p needs {program}, which is not installed")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    if int(version.removeprefix("v").split(".")[0]) < OLDEST_NODE:
-        raise CannotRun(f"js-libp2p needs node {OLDEST_NODE} or later; this is {version}")
-    contents = {name: (HERE / name).read_bytes() for name in FILES}
-    digest = hashlib.sha256(b"\0".join(contents.values())).hexdigest()[:16]
-    folder = platformdirs.user_cache_path("p2pinfer") / "interop" / digest
-    if not (folder / "complete").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-        _npm_ci(folder)
-        (folder / "complete").touch()
-    return folder
-
-
-def _npm_ci(folder: Path) -> None:
-    argv = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-    try:
-        done = subprocess.run(
-            argv, cwd=folder, capture_output=True, text=True, timeout=INSTALL_S, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise CannotRun(f"npm did not fetch js-libp2p within {INSTALL_S:.0f} s") from exc
-    if done.returncode != 0:
-        why = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-        raise CannotRun(f"npm cannot fetch js-libp2p: {why}")
 
 
 class JavaScriptPeer:
@@ -119,17 +71,18 @@ class JavaScriptPeer:
 
 @asynccontextmanager
 async def open_peer(
-    folder: Path, *, listen: tuple[str, ...] = (), relay: bool = False
+    javascript: tuple[Path, str], *, listen: tuple[str, ...] = (), relay: bool = False
 ) -> AsyncGenerator[JavaScriptPeer]:
     """A started peer until the block ends.
 
     Args:
-        folder: As `installed` gives it.
+        javascript: Folder to run in and node to run, as `installed` gives them.
         listen: Multiaddrs; one that ends in `/p2p-circuit` means a reservation at that relay.
         relay: Carry connections for others.
     """
+    folder, node = javascript
     process = await trio.lowlevel.open_process(
-        ["node", "peer.mjs"],
+        [node, "peer.mjs"],
         cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -67,7 +67,7 @@ async def echoed(host: Host, peer_id: str, addrs: tuple[str, ...]) -> bool:
         return stream.is_relayed
 
 
-async def test_it_connects_identifies_us_and_answers(javascript: Path) -> None:
+async def test_it_connects_identifies_us_and_answers(javascript: tuple[Path, str]) -> None:
     async with our_host(LOOPBACK) as host, open_peer(javascript) as peer:
         dialled = await peer.do("dial", addr=host.addrs[0])
         assert dialled["peer_id"] == host.peer_id
@@ -80,14 +80,14 @@ async def test_it_connects_identifies_us_and_answers(javascript: Path) -> None:
         assert await host.ping(peer.peer_id) < LIMIT_S
 
 
-async def test_streams_carry_more_than_a_window_either_way(javascript: Path) -> None:
+async def test_streams_carry_more_than_a_window_either_way(javascript: tuple[Path, str]) -> None:
     async with our_host(LOOPBACK) as host, open_peer(javascript, listen=(LOOPBACK,)) as peer:
         assert await echoed(host, peer.peer_id, (await peer.address(),)) is False
         answer = await peer.do("exchange", peer=host.peer_id, protocol=ECHO, bytes=BYTES)
         assert (answer["count"], answer["same"]) == (BYTES, True)
 
 
-async def test_it_relays_for_us(javascript: Path) -> None:
+async def test_it_relays_for_us(javascript: tuple[Path, str]) -> None:
     async with (
         open_peer(javascript, listen=(LOOPBACK,), relay=True) as relay,
         our_host() as private,
@@ -108,7 +108,7 @@ async def reserved_at(relay: Host, peer: JavaScriptPeer) -> str:
     return address
 
 
-async def test_it_is_reached_through_our_relay_by_us_and_by_its_own(javascript: Path) -> None:
+async def test_it_is_reached_through_our_relay_by_us_and_by_its_own(javascript: tuple[Path, str]) -> None:
     async with our_host(LOOPBACK, relays=True) as relay, our_host() as client:
         through_us = f"{relay.addrs[0]}/p2p-circuit"
         async with open_peer(javascript, listen=(through_us,)) as private, open_peer(javascript) as other:
@@ -119,7 +119,7 @@ async def test_it_is_reached_through_our_relay_by_us_and_by_its_own(javascript: 
             assert (answer["count"], answer["same"]) == (BYTES, True)
 
 
-async def test_it_reaches_a_node_of_ours_through_our_relay(javascript: Path) -> None:
+async def test_it_reaches_a_node_of_ours_through_our_relay(javascript: tuple[Path, str]) -> None:
     async with our_host(LOOPBACK, relays=True) as relay, our_host() as private:
         await private.connect(relay.peer_id, relay.addrs)
         await reserve(private, relay.peer_id)
@@ -144,7 +144,7 @@ def announcement(member: SwarmMember, sequence: int) -> Announcement:
     )
 
 
-async def test_it_hears_our_signed_announcements(javascript: Path, tmp_path: Path) -> None:
+async def test_it_hears_our_signed_announcements(javascript: tuple[Path, str], tmp_path: Path) -> None:
     config = HostConfig(listen=(LOOPBACK,), mdns=False, upnp=False)
     with trio.fail_after(LIMIT_S):
         async with (

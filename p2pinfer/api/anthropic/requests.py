@@ -89,7 +89,9 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         choice = self.tool_choice or {}
         may_call, forced = _choice(choice)
         toolbox = model.toolbox(
-            _tools(self.tools or ()) if may_call else (), single=bool(choice.get("disable_parallel_tool_use"))
+            _tools(self.tools or ()) if may_call else (),
+            single=bool(choice.get("disable_parallel_tool_use")),
+            forced=forced,
         )
         grammar = self._grammar()
         check_alone(grammar, toolbox, "output_config")

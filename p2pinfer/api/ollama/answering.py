@@ -12,8 +12,9 @@ from p2pinfer.api.errors import ApiError
 from p2pinfer.api.exchange import Answer, Plan, encode, report
 from p2pinfer.api.fields import decode
 from p2pinfer.api.served_model import ServedModel
+from p2pinfer.api.token_texts import LEAST_LOGPROB, token_text, told_tokens
 from p2pinfer.api.tool_calls import ToolCall
-from p2pinfer.generation.generation import GenerationResult
+from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.models.text.text import Tokenizer
 
 from .objects import error_body, time_of
@@ -30,7 +31,7 @@ def plan_chat(body: bytes, model: ServedModel) -> Plan | dict[str, Any]:
     model.check(said.model)
     if not said.messages:
         return _loaded(said.model, {"message": {"role": "assistant", "content": ""}})
-    return Plan(said.asked(model), said.streamed, partial(ChatLines, said.model))
+    return Plan(said.asked(model), said.streamed, partial(ChatLines, said.model, bool(said.logprobs)))
 
 
 def plan_text(body: bytes, model: ServedModel) -> Plan | dict[str, Any]:
@@ -43,7 +44,7 @@ def plan_text(body: bytes, model: ServedModel) -> Plan | dict[str, Any]:
     model.check(said.model)
     if not said.prompt:
         return _loaded(said.model, {"response": ""})
-    return Plan(said.asked(model), said.streamed, partial(TextLines, said.model))
+    return Plan(said.asked(model), said.streamed, partial(TextLines, said.model, bool(said.logprobs)))
 
 
 def _loaded(model: str, empty: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +57,11 @@ class TextLines:
     content_type = "application/x-ndjson"
     ping = b""  # a line is an answer
 
-    def __init__(self, model: str, _: Tokenizer) -> None:
+    def __init__(self, model: str, has_logprobs: bool, tokenizer: Tokenizer) -> None:
         self._model = model  # by the name that it was called
+        self._has_logprobs = has_logprobs
+        self._tokenizer = tokenizer
+        self._waiting: list[Token] = []  # for text that they are part of
         self._began = time.perf_counter_ns()
 
     def chunk(self, said: Event) -> bytes:
@@ -66,21 +70,42 @@ class TextLines:
             case Begun():
                 return b""
             case Piece():
-                return self._line(said.text, said.calls) if said.text or said.calls else b""
+                return self._piece(said)
             case Ended():
                 return encode({**self._words("", ()), **self._end(said.result)}) + b"\n"
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """See `Shape`."""
         (answer,) = answers
-        return {**self._words(answer.text, answer.calls), **self._end(answer.result)}
+        words = self._words(answer.text, answer.calls)
+        return {**words, **self._logprobs(answer.tokens), **self._end(answer.result)}
 
     def failed(self, error: ApiError) -> bytes:
         """See `Shape`."""
         return encode(error_body(error)) + b"\n"
 
-    def _line(self, text: str, calls: Sequence[ToolCall]) -> bytes:
-        return encode({**self._words(text, calls), "done": False}) + b"\n"
+    def _piece(self, said: Piece) -> bytes:
+        if self._has_logprobs and said.token is not None:
+            self._waiting.append(said.token)
+        if not said.text and not said.calls:
+            return b""
+        logs, self._waiting = self._logprobs(self._waiting), []
+        return encode({**self._words(said.text, said.calls), **logs, "done": False}) + b"\n"
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Field that tells how likely the tokens were, if it is asked for."""
+        if not self._has_logprobs:
+            return {}
+        told = [
+            self._entry(token_id, logs.token)
+            | {"top_logprobs": [self._entry(other, value) for other, value in logs.likeliest]}
+            for token_id, logs in told_tokens(self._tokenizer, tokens)
+        ]
+        return {"logprobs": told}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, written = token_text(self._tokenizer, token_id)
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": written}
 
     def _words(self, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         return {"model": self._model, "created_at": time_of(time.time()), **self._said(text, calls)}

@@ -12,18 +12,17 @@ import msgspec
 
 from p2pinfer.api.answers import Asked
 from p2pinfer.api.errors import ApiError
-from p2pinfer.api.fields import Unhonoured, check_neutral, stops
+from p2pinfer.api.fields import Unhonoured, bounded, check_neutral, stops
 from p2pinfer.api.formats import any_object, check_alone, schema_grammar
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.client_config import GenerationConfig
 
 MAX_STOPS: Final = 16
+MAX_TOP_LOGPROBS: Final = 20
 UNHONOURED: Final[Mapping[str, Unhonoured]] = {
     "images": Unhonoured("the model takes text", (None, [])),
     "truncate": Unhonoured("a prompt that is too long is refused", (None, False)),
     "shift": Unhonoured("an answer ends where the context does", (None, False)),
-    "logprobs": Unhonoured("ask /v1/chat/completions for them", (None, False)),
-    "top_logprobs": Unhonoured("ask /v1/chat/completions for them", (None, 0)),
 }
 UNHONOURED_OF_TEXTS: Final[Mapping[str, Unhonoured]] = {
     **UNHONOURED,
@@ -72,6 +71,8 @@ class OllamaRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     options: dict[str, Any] | None = None
     think: bool | str | None = None
     format: str | dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     @property
     def streamed(self) -> bool:
@@ -98,6 +99,9 @@ class OllamaRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
                 param="options",
             )
         limit = options.num_predict
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        bounded(self.top_logprobs, "top_logprobs", 0, MAX_TOP_LOGPROBS)
         return GenerationConfig(
             # Below 0: as many as it likes.
             max_new_tokens=model.max_tokens(
@@ -112,6 +116,7 @@ class OllamaRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             seed=options.seed,
             stop=stops(options.stop, MAX_STOPS),
             grammar=self._grammar(),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
     def _grammar(self) -> str | None:

@@ -18,12 +18,13 @@ from p2pinfer.api.exchange import Answer, Plan
 from p2pinfer.api.fields import Unhonoured, bounded, decode
 from p2pinfer.api.formats import call_grammar, check_alone
 from p2pinfer.api.served_model import ServedModel
+from p2pinfer.api.token_texts import LEAST_LOGPROB, token_text, told_tokens
 from p2pinfer.api.tool_calls import ToolCall
 from p2pinfer.generation.generation import Token
 from p2pinfer.models.text.text import Tokenizer
 
 from .generation import OpenAIRequest, OpenAIShape
-from .objects import HARMLESS, UNHONOURED, token_text, told_tokens
+from .objects import HARMLESS, UNHONOURED
 
 MAX_TOP_LOGPROBS: Final = 20
 _OLD_TOOLS: Final = "give tools and tool_choice instead"
@@ -104,9 +105,10 @@ def plan_chat(body: bytes, model: ServedModel) -> Plan:
     config = said.config(
         model.max_tokens(limit, "max_tokens"), (said.top_logprobs or 0) if said.logprobs else None
     )
-    toolbox = model.toolbox(_tools(said), single=said.parallel_tool_calls is False)
+    forced = said.tool_choice not in (None, "auto", "none")
+    toolbox = model.toolbox(_tools(said), single=said.parallel_tool_calls is False, forced=forced)
     check_alone(config.grammar, toolbox, "response_format")
-    if toolbox is not None and said.tool_choice not in (None, "auto"):
+    if toolbox is not None and forced:
         config = replace(config, grammar=call_grammar(toolbox, _forced(said.tool_choice)))
     messages = conversation(said.messages, model)
     return Plan(
@@ -254,4 +256,4 @@ class ChatShape(OpenAIShape):
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, written = token_text(self._tokenizer, token_id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": written}
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": written}

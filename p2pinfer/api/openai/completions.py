@@ -14,12 +14,13 @@ from p2pinfer.api.errors import ApiError
 from p2pinfer.api.exchange import Answer, Plan
 from p2pinfer.api.fields import Unhonoured, bounded, decode
 from p2pinfer.api.served_model import ServedModel
+from p2pinfer.api.token_texts import token_text, told_tokens
 from p2pinfer.api.tool_calls import ToolCall
 from p2pinfer.generation.generation import Token
 from p2pinfer.models.text.text import Tokenizer
 
 from .generation import OpenAIRequest, OpenAIShape
-from .objects import HARMLESS, UNHONOURED, token_text, told_tokens
+from .objects import HARMLESS, UNHONOURED
 
 MAX_LOGPROBS: Final = 5
 _MAX_TOKENS: Final = 16  # OpenAI's default

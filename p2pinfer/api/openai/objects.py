@@ -1,4 +1,4 @@
-"""Objects of the OpenAI dialect that several of its endpoints share: errors, models, usage, tokens."""
+"""Objects of the OpenAI dialect that several of its endpoints share: errors, models, usage."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from p2pinfer.api.errors import ApiError, Kind
 from p2pinfer.api.exchange import encode
 from p2pinfer.api.fields import Unhonoured, bounded
 from p2pinfer.api.served_model import ServedModel
-from p2pinfer.generation.generation import GenerationResult, Token
+from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.generation.transcript import FinishReason
-from p2pinfer.models.text.log_probabilities import LogProbabilities
-from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.routing.announcement import OfferedAdapter
 
 SSE: Final = "text/event-stream; charset=utf-8"
@@ -104,21 +102,3 @@ def logit_bias(said: Mapping[str, float] | None) -> dict[int, float]:
         bounded(bias, "logit_bias", -100, 100)
         biases[int(name)] = bias
     return biases
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
-    """Text and bytes of one token, which need not be whole characters."""
-    if token_id in tokenizer.special_texts:
-        text = tokenizer.special_texts[token_id]
-        return text, list(text.encode())
-    written = tokenizer.token_bytes(token_id)
-    return written.decode("utf-8", "replace"), list(written)
-
-
-def told_tokens(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[tuple[int, LogProbabilities]]:
-    """Tokens that are part of the text, with their log probabilities."""
-    return [
-        (token.id, token.log_probabilities)
-        for token in tokens
-        if token.log_probabilities is not None and token.id not in tokenizer.special_texts
-    ]

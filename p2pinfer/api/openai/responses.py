@@ -98,7 +98,8 @@ def plan_response(body: bytes, model: ServedModel) -> Plan:
     model.check(said.model)
     bounded(said.temperature, "temperature", 0, 2)
     schemas = [] if said.tool_choice == "none" else [_schema(tool) for tool in said.tools or ()]
-    toolbox = model.toolbox(schemas, single=said.parallel_tool_calls is False)
+    forced = said.tool_choice not in (None, "auto", "none")
+    toolbox = model.toolbox(schemas, single=said.parallel_tool_calls is False, forced=forced)
     config = GenerationConfig(
         max_new_tokens=model.max_tokens(said.max_output_tokens, "max_output_tokens"),
         temperature=said.temperature,
@@ -109,8 +110,8 @@ def plan_response(body: bytes, model: ServedModel) -> Plan:
     match said.tool_choice:
         case None | "auto" | "none":
             pass
-        case ("required" | {"type": "function", "name": str()}) as forced if toolbox is not None:
-            name = forced["name"] if isinstance(forced, dict) else None
+        case ("required" | {"type": "function", "name": str()}) as choice if toolbox is not None:
+            name = choice["name"] if isinstance(choice, dict) else None
             config = replace(config, grammar=call_grammar(toolbox, name))
         case _:
             raise ApiError(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,14 +21,15 @@ from p2pinfer.cli.invocation import (
     command,
     setting,
 )
-from p2pinfer.cli.output.terminal import OutputClosed, note, print_note, write_out
+from p2pinfer.cli.output.terminal import note, print_note, write_out
 from p2pinfer.cli.output.waiting import WaitingLine
-from p2pinfer.errors import ConfigError, LocalError, P2PInferError
+from p2pinfer.errors import ConfigError
 
+from .interrupted_text import kept, result_line
+from .many_prompts import AT_ONCE, generate_all, read_prompts
 from .prompt import as_prompt, dash_hint, take_prompt
 
 if TYPE_CHECKING:
-    from p2pinfer.client import Client
     from p2pinfer.generation.generation import Generation, GenerationResult
     from p2pinfer.generation.outage import Waiting
 
@@ -50,6 +49,7 @@ POLICY = setting(
         'p2pinfer generate --system "Answer in one word." "What is the capital of France?"',
         'p2pinfer generate --temperature 0.8 --seed 7 --stats "The little fox"',
         "cat prompt.txt | p2pinfer generate --json -",
+        "p2pinfer generate --prompts prompts.jsonl --json > texts.jsonl",
         'p2pinfer generate --policy my_module:MyPolicy "Once upon a time"',
         'p2pinfer generate --adapter my-adapter "Once upon a time"',
         "p2pinfer generate --resume 1f9c2a7b",
@@ -146,6 +146,18 @@ POLICY = setting(
     metavar="FOLDER_OR_ID",
     help="Tune the model by this adapter for this text: LoRA in peft's files, or one that a node offers.",
 )
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Generate a text for each prompt of this file: one a line, or JSON Lines with a field `prompt`.",
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help=f"Texts of --prompts that are generated side by side. [default: {AT_ONCE}]",
+)
 @click.option("--resume", metavar="TOKEN", help="Continue an interrupted text; give no PROMPT.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--stats", is_flag=True, help="Print the route, timings and audits at the end.")
@@ -155,13 +167,16 @@ def generate(
     as_chat: bool | None,
     system: str | None,
     adapter: Path | None,
+    prompts: Path | None,
+    at_once: int | None,
     resume: str | None,
     echo: bool,
     stats: bool,
 ) -> None:
     """Generate text that continues PROMPT.
 
-    The text is streamed to standard output.
+    The text is streamed to standard output. With --prompts there are many, printed in the order of the file,
+    each as soon as it is whole; --json prints a line of JSON for each.
 
     If PROMPT is -, or is missing while input is piped in, the prompt is read from standard input.
 
@@ -185,10 +200,13 @@ def generate(
     )
     waiting = click.get_current_context().with_resource(WaitingLine(quiet=not call.is_for_people))
     waiting.say("reading the prompt from standard input")
-    text = prompt if resume is not None else take_prompt(prompt, quiet=call.quiet)
+    text = prompt if resume or prompts else take_prompt(prompt, quiet=call.quiet)
     waiting.pause()
-    if (text is None) == (resume is None):
-        raise click.UsageError("give either PROMPT or --resume TOKEN")
+    if [text, resume, prompts].count(None) != 2:
+        raise click.UsageError("give either PROMPT or --resume TOKEN, or --prompts FILE")
+    if prompts is None and at_once is not None:
+        raise click.UsageError("--at-once is for --prompts FILE")
+    many = [] if prompts is None else read_prompts(prompts)
     if resume is not None:
         if as_chat is not None or system is not None:
             raise click.UsageError(
@@ -234,6 +252,20 @@ def generate(
             async with client:
                 tuned = None if adapter is None else await client.load_adapter(str(adapter))
                 # Before any node is started: nobody should wait for nodes to hear that a prompt is too long.
+                if prompts is not None:
+                    waiting.say("looking for peers")
+                    async with swarm_in_reach(
+                        client, embedding=embedding, on_embedding=starting, on_others=_others_teller(call)
+                    ):
+                        await generate_all(
+                            client,
+                            [await as_prompt(client.chat_template, each, as_chat, system) for each in many],
+                            lambda sent: client.generate(sent, generation_config, adapter=tuned),
+                            at_once or AT_ONCE,
+                            waiting,
+                            as_json=call.json,
+                        )
+                    return
                 if token is not None:
                     generation = client.resume(token, more, tuned)
                     before = generation.prompt + generation.result.text
@@ -245,7 +277,7 @@ def generate(
                 async with swarm_in_reach(
                     client, embedding=embedding, on_embedding=starting, on_others=_others_teller(call)
                 ):
-                    with _kept(generation, client, call, shared.data_dir, resume, adapter):
+                    with kept(generation, client, call, shared.data_dir, resume, adapter):
                         await _stream(generation, waiting, before=before if echo else "", silent=call.json)
                     if generation_config.temperature is None and resume is None:
                         _tell_of_draws(generation.result, generation_config.seed, call)
@@ -253,7 +285,7 @@ def generate(
                     if call.json or stats:
                         await client.audits_settled()
                     if call.json:
-                        write_out(_to_json(generation, client))
+                        write_out(result_line(generation, client))
                     if stats:
                         print_note(route_table(generation.result, client.ledger, client.audits))
 
@@ -298,76 +330,6 @@ def _tell_of_draws(result: GenerationResult, seed: int | None, call: Invocation)
         )
 
 
-@contextmanager
-def _kept(
-    generation: Generation,
-    client: Client,
-    call: Invocation,
-    data_dir: Path,
-    resumed: str | None,
-    adapter: Path | None,
-) -> Generator[None]:
-    """Keep what it takes to go on if the text is cut off, and say how; else forget what was kept."""
-    from p2pinfer.generation.saved_state import drop_token, keep_token
-
-    before = len(generation.result.token_ids)
-    try:
-        yield
-    except OutputClosed:  # whoever read it had enough
-        raise
-    except BaseException as exc:
-        token = generation.resume_token
-        if token is not None and len(generation.result.token_ids) > before:
-            if call.json and not isinstance(exc, P2PInferError):  # an error's own JSON has the token
-                write_out(_to_json(generation, client))
-            try:
-                name = keep_token(token, data_dir)
-            except LocalError as error:
-                note(f"{error}; to continue, pass this token to --resume: {token}")
-            else:
-                if resumed is not None and resumed != name:
-                    drop_token(resumed, data_dir)
-                if not call.quiet:
-                    note(f"interrupted; to continue: {_command_to_resume(name, call, adapter)}")
-        raise
-    if generation.is_cut and call.is_for_people and not call.json:
-        _tell_of_the_cut(generation, call, data_dir, adapter)
-    if resumed is not None:
-        drop_token(resumed, data_dir)
-
-
-def _tell_of_the_cut(generation: Generation, call: Invocation, data_dir: Path, adapter: Path | None) -> None:
-    """A text that has come to its last token may be one that was to go on; keep what that takes."""
-    from p2pinfer.generation.saved_state import keep_token
-
-    token, tokens = generation.resume_token, len(generation.result.token_ids)
-    if token is None:
-        positions = tokens + generation.result.prompt_tokens
-        note(f"stopped: the model's context is full, {positions:,} tokens with the prompt")
-        return
-    try:
-        name = keep_token(token, data_dir)
-    except LocalError as error:
-        note(f"stopped after {tokens:,} tokens (--max-new-tokens); {error}")
-    else:
-        how = _command_to_resume(name, call, adapter)
-        note(f"stopped after {tokens:,} tokens (--max-new-tokens); to continue: {how}")
-
-
-def _command_to_resume(name: str, call: Invocation, adapter: Path | None) -> str:
-    """With what was said of adapter, model, swarm and folder, which a token does not hold."""
-    words = ["p2pinfer", "generate", "--resume", name]
-    words += [] if adapter is None else ["--adapter", str(adapter)]
-    for key in ("model", "bootstrap", "host.swarm_key", "client.identity_file", "data_dir"):
-        if key in call.flags:
-            flag = call.flags[key]
-            many = isinstance(flag.value, tuple)
-            values = cast("tuple[object, ...]", flag.value) if many else (flag.value,)
-            said = f"{key}=" if flag.name == "--set" else ""
-            words += [word for value in values for word in (flag.name, f"{said}{value}")]
-    return shlex.join(words)
-
-
 def _check_nothing_asked_for(call: Invocation) -> None:
     """A token holds how tokens are drawn; another way would give another text."""
     for key, flag in call.flags.items():
@@ -389,10 +351,3 @@ def _waiting_teller(call: Invocation) -> Callable[[Waiting], None]:
             note(f"waiting for up to {waiting.left_s:.0f} s: {waiting.reason}")
 
     return tell
-
-
-def _to_json(generation: Generation, client: Client) -> str:
-    from p2pinfer.json_documents import result_document, to_json
-
-    told = result_document(generation.result, client.ledger, client.audits, generation.resume_token)
-    return to_json(told) + "\n"

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --no-blocks --listen /ip4/0.0.0.0/tcp/4001",
         "p2pinfer node --listen /ip4/0.0.0.0/tcp/4001 --announce /ip4/203.0.113.7/tcp/14001",
         "p2pinfer node --adapter my-adapter",
+        "p2pinfer node --serve",
         "p2pinfer node --verify",
         "p2pinfer node --num-blocks 12 --install-service --user",
         "p2pinfer node status",
@@ -100,6 +101,12 @@ logger = logging.getLogger(__name__)
 )
 @setting("serve.public_name", "--name NAME", "Name that others see beside this node's peer id.")
 @setting("verify.enabled", "--verify", "Audit other peers while idle.")
+@setting(
+    "api.enabled",
+    "--serve",
+    "Serve the HTTP API and the page too, as `p2pinfer serve` does: http://127.0.0.1:8000.",
+)
+@setting("api.enabled", "--web", "The same as --serve.")
 @setting("node.metrics_port", "--metrics-port PORT", "Serve Prometheus metrics on this port. [default: none]")
 @DATA_DIR
 @click.option(
@@ -116,7 +123,9 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
     With --install-service, the computer does so from now on, and after each start. What that would write and
     run is shown first.
     """
-    from p2pinfer.client_config import AuditConfig, VerifyConfig
+    from p2pinfer.api.access import load_keys
+    from p2pinfer.api.config import ApiConfig
+    from p2pinfer.client_config import AuditConfig, ClientConfig, VerifyConfig
     from p2pinfer.config import SharedConfig
     from p2pinfer.models.config import ComputeConfig
     from p2pinfer.node.config import NodeConfig, ServeConfig
@@ -124,12 +133,22 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
     from p2pinfer.node.reach.relay_config import RelayConfig
 
     settings = call.settings(
-        NodeConfig, HostConfig, ComputeConfig, ServeConfig, RelayConfig, VerifyConfig, AuditConfig
+        NodeConfig,
+        HostConfig,
+        ComputeConfig,
+        ServeConfig,
+        RelayConfig,
+        VerifyConfig,
+        AuditConfig,
+        ApiConfig,
+        ClientConfig,
     )
     shared, host_config = settings.build(SharedConfig), settings.build(HostConfig)
     node_config, compute_config = settings.build(NodeConfig), settings.build(ComputeConfig)
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
+    api_config, client_config = settings.build(ApiConfig), settings.build(ClientConfig)
+    keys = load_keys(api_config) if api_config.enabled else ()
 
     if install_service:
         return _install(call, for_user=user, is_agreed=yes)
@@ -142,14 +161,30 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
     from p2pinfer.node.concurrency.nurseries import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
 
+    def tell_of_door(model: str, urls: list[str]) -> None:
+        if call.json:
+            _write_or_go_on(json.dumps({"event": "serving", "urls": urls, "model": model}) + "\n")
+        elif not call.quiet:
+            _write_or_go_on(
+                f"{time.strftime('%H:%M:%S')}  {model} is served over HTTP at {' and '.join(urls)}\n"
+            )
+
     async def main() -> None:
         tell = _reporter(call)
+        door = None
+        if api_config.enabled:
+            from .http_door import node_door
+
+            parts = api_config, keys, shared, host_config, client_config, audit_config
+            door = node_door(*parts, tell_of_door)
         idle_audits = open_idle_audits(verify, audit_config, shared, host_config, tell)
 
         def report(event: Event) -> None:
             tell(event)
             note_status(event)
             idle_audits.note(event)
+            if door is not None:
+                door.note(event)
 
         async with (
             written_status(shared.data_dir, serve_config.public_name) as note_status,
@@ -157,6 +192,8 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
         ):
             if verify.enabled:
                 nursery.start_soon(idle_audits.serve)
+            if door is not None:
+                nursery.start_soon(door.serve)
             await run_node(
                 node_config,
                 host_config=host_config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -74,27 +73,22 @@ def serve(call: Invocation) -> None:
 
     waiting = click.get_current_context().with_resource(WaitingLine(quiet=not call.is_for_people))
     waiting.say("loading torch and libp2p", at_once="torch" not in sys.modules)
-    import trio
-
-    from p2pinfer.api.app import App
-    from p2pinfer.api.http_server import serve_http
     from p2pinfer.cli.output.progress import Bars, NodesStarting
     from p2pinfer.cli.running import run
     from p2pinfer.client import Client
     from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
-    from p2pinfer.node.concurrency.nurseries import open_nursery, outlasting
-    from p2pinfer.routing.announcement import OfferedAdapter
-    from p2pinfer.served import offered_adapters
+    from p2pinfer.node.concurrency.nurseries import outlasting
     from p2pinfer.web.feed import Feed
     from p2pinfer.web.site import Site
 
-    def tell(addresses: list[tuple[str, int]]) -> None:
+    from .http_door import serve_door, serving_line
+
+    def tell(model: str, urls: list[str]) -> None:
         waiting.pause()
-        urls = [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses]
         if call.json:
-            write_out(json.dumps({"event": "ready", "urls": urls, "model": client.spec.model}) + "\n")
+            write_out(serving_line("ready", model, urls))
         elif not call.quiet:
-            note(f"serving {client.spec.model} at {' and '.join(f'{url}/v1' for url in urls)}")
+            note(f"serving {model} at {' and '.join(f'{url}/v1' for url in urls)}")
             note(f"in a browser: {urls[0]}")
 
     feed = Feed()
@@ -110,9 +104,6 @@ def serve(call: Invocation) -> None:
         on_event=feed.report,
     )
 
-    def offers() -> list[OfferedAdapter]:
-        return offered_adapters(client.member.announcements(client.spec.revision))
-
     async def main() -> None:
         waiting.say(f"opening {shared.model}")
         with NodesStarting(quiet=call.quiet, waiting=waiting) as starting:
@@ -120,10 +111,6 @@ def serve(call: Invocation) -> None:
                 waiting.say("looking for peers")
                 async with swarm_in_reach(client, embedding=embedding, on_embedding=starting):
                     site = Site(client, feed, shared.data_dir)
-                    app = App(client, api_config, keys, site, offers)
-                    async with open_nursery() as nursery:
-                        nursery.start_soon(app.warm_up)
-                        tell(await nursery.start(serve_http, app.handle, api_config))
-                        await trio.sleep_forever()
+                    await serve_door(client, site, api_config, keys, tell)
 
     run(main)

@@ -8,6 +8,7 @@ import signal
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -106,6 +107,33 @@ def test_a_node_leaves_when_its_standard_input_ends(tmp_path: Path) -> None:
     assert wait_ready(node)["blocks"] is None
     _, said = node.communicate(timeout=90)
     assert (node.returncode, said) == (0, "")
+
+
+def test_a_node_can_serve_the_http_api_and_the_page(tmp_path: Path) -> None:
+    node = start_node(tmp_path, "0:8", "--serve", "--set", "api.port=0", "--set", "audit.rate=0.0")
+    assert node.stdout is not None
+    told: dict[str, dict[str, Any]] = {}
+    while "serving" not in told:
+        line = node.stdout.readline()
+        assert line, node.communicate(timeout=90)
+        event = json.loads(line)
+        told[event["event"]] = event
+    (url,) = told["serving"]["urls"]
+    asked = {"model": "tiny-stories", "prompt": "Once upon a time", "max_tokens": 5, "temperature": 0}
+    with urlopen(f"{url}/v1/completions", json.dumps(asked).encode()) as answer:
+        said = json.load(answer)
+    assert said["choices"][0]["text"] == ", there was a little"
+    assert said["p2pinfer"]["route"][0]["peer_id"] == told["ready"]["peer_id"]
+    with urlopen(url) as answer:
+        assert b"<title>" in answer.read()
+    node.terminate()
+    node.communicate(timeout=90)
+    assert node.returncode == 0
+
+
+def test_an_api_that_others_reach_needs_a_key_at_a_node_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["node", "--web", "--set", "api.host=0.0.0.0"]) == 2
+    assert "a key is required" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_a_polite_goodbye(tmp_path: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import trio
 from torch import Tensor
 
+from p2pinfer.client import Client, PeerView
+from p2pinfer.client_config import TuneConfig
+from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
+from p2pinfer.errors import LocalError
 from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
 from p2pinfer.learning.examples import Example
 from p2pinfer.learning.swarm_trainer import Batch, SwarmTrainer, Trace, open_trainer
@@ -23,21 +26,13 @@ from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.learning.ends import Loss, cross_entropy
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
-from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.host_config import HostConfig
+from p2pinfer.options import ClientOptions, GenerationOptions, addresses_of, suggesting
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Route
 from p2pinfer.session.terms import SessionAdapter
 
-from .client import Client, PeerView
-from .client_config import TuneConfig
-from .embedded import client_host_config, may_embed, swarm_in_reach
-from .errors import LocalError, P2PInferError
-from .options import ClientOptions, GenerationOptions, addresses_of, suggesting
-
-_Result = TypeVar("_Result")
-
-_TOKENS_AHEAD = 64  # a slow reader holds the generation up; the hops keep its cache meanwhile
+from .trio_thread import Pump, TrioThread
 
 
 @suggesting
@@ -79,8 +74,13 @@ class BlockingClient:
     """A `Client` for ordinary code. Any thread may use it."""
 
     def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[Client]]) -> None:
-        self._loop = _Loop(open_client)
+        self._loop = TrioThread(open_client)
         self._close = weakref.finalize(self, self._loop.close)  # also when the interpreter exits
+
+    @property
+    def thread(self) -> TrioThread:
+        """The loop that it runs in, for those who come from another one."""
+        return self._loop
 
     def __enter__(self) -> BlockingClient:
         return self
@@ -146,10 +146,10 @@ class BlockingClient:
 class BlockingGeneration:
     """An iterator of `Token`s; `result` tells what came of it, also before the end."""
 
-    def __init__(self, loop: _Loop, generation: Generation) -> None:
+    def __init__(self, loop: TrioThread, generation: Generation) -> None:
         self._loop = loop
         self._generation = generation
-        self._pump = _Pump(generation)
+        self._pump = Pump(generation)
         self._close = weakref.finalize(self, loop.soon, self._pump.scope.cancel)
         loop.spawn(self._pump.run)
 
@@ -195,7 +195,7 @@ class BlockingGeneration:
 class BlockingTrainer:
     """A `SwarmTrainer` for ordinary code. Any thread may use it."""
 
-    def __init__(self, loop: _Loop) -> None:
+    def __init__(self, loop: TrioThread) -> None:
         self._loop = loop
         self._opened: Future[SwarmTrainer] = Future()
         loop.spawn(self._hold)
@@ -242,8 +242,8 @@ class BlockingTrainer:
 class BlockingRows:
     """`RowSessions` for ordinary code. One thread at a time uses it."""
 
-    def __init__(self, loop: _Loop, adapter: ModelAdapter | None) -> None:
-        from .generation.row_sessions import RowSessions
+    def __init__(self, loop: TrioThread, adapter: ModelAdapter | None) -> None:
+        from p2pinfer.generation.row_sessions import RowSessions
 
         client = loop.client
         brought = None if adapter is None else client.adapters.take(adapter, client.ends, client.member.host)
@@ -262,7 +262,7 @@ class BlockingRows:
 class BlockingTuner:
     """A `Tuner` for ordinary code. One thread at a time uses it."""
 
-    def __init__(self, loop: _Loop, config: TuneConfig | None) -> None:
+    def __init__(self, loop: TrioThread, config: TuneConfig | None) -> None:
         self._loop = loop
         self._config = config
         self._opened: Future[Tuner] = Future()
@@ -308,90 +308,3 @@ class BlockingTuner:
     def save(self, folder: str | Path) -> None:
         """Write the adapter in peft's files."""
         self._loop.wait(lambda: self._tuner.save(folder))
-
-
-class _Pump:
-    """Iterates a generation in one trio task: cancel scopes inside it must not change tasks on the way."""
-
-    def __init__(self, generation: Generation) -> None:
-        self.scope = trio.CancelScope()
-        self.failure: P2PInferError | None = None
-        self._generation = generation
-        self._send, self.tokens = trio.open_memory_channel[Token](_TOKENS_AHEAD)
-
-    async def run(self) -> None:
-        with self.scope, self._send:
-            try:
-                async for token in self._generation:
-                    await self._send.send(token)
-            except P2PInferError as exc:
-                self.failure = exc
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._generation.aclose()
-
-
-class _Loop:
-    """The thread, and the ways into it."""
-
-    def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[Client]]) -> None:
-        self._open_client = open_client
-        self._closing = False
-        self._scope = trio.CancelScope()
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._opened: Future[tuple[Client, trio.Nursery]] = Future()
-        self._thread = threading.Thread(target=self._run, name="p2pinfer", daemon=True)
-        self._thread.start()
-        try:
-            self.client, self._nursery = self._opened.result()
-        except BaseException:
-            self.close()
-            raise
-
-    def call(self, function: Callable[[Client], _Result]) -> _Result:
-        """Result of `function`, called in the loop."""
-        try:
-            return trio.from_thread.run_sync(function, self.client, trio_token=self._token)
-        except trio.RunFinishedError:
-            raise LocalError("this client is closed; connect again") from None
-
-    def wait(self, function: Callable[[], Awaitable[_Result]]) -> _Result:
-        """Result of `function`, awaited in the loop."""
-        try:
-            return trio.from_thread.run(function, trio_token=self._token)
-        except (trio.RunFinishedError, trio.Cancelled):
-            raise LocalError("this client is closed; connect again") from None
-
-    def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run `function` in the background until the client is closed."""
-        self.call(lambda _: self._nursery.start_soon(function))
-
-    def soon(self, function: Callable[[], None]) -> None:
-        """Have `function` called in the loop, if that still runs; from finalizers, so it must not wait."""
-        with suppress(trio.RunFinishedError):
-            if self._token is not None:
-                self._token.run_sync_soon(function)
-
-    def close(self) -> None:
-        """Cancel everything and wait for the thread."""
-        self._closing = True
-        self.soon(self._scope.cancel)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            trio.run(self._main)
-        except BaseException as exc:
-            if self._opened.done():
-                raise
-            self._opened.set_exception(exc)
-
-    async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        with self._scope:
-            if self._closing:
-                return
-            async with self._open_client() as client, open_nursery() as nursery:
-                self._opened.set_result((client, nursery))
-                await trio.sleep_forever()

@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 import p2pinfer
-from p2pinfer.blocking import BlockingClient
+from p2pinfer.loops.blocking import BlockingClient
 
-from .cli.support import start_node, wait_ready
+from ..cli.support import start_node, wait_ready
 
 pytestmark = pytest.mark.slow
 
