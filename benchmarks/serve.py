@@ -5,12 +5,12 @@
 
 Measures, each through `p2pinfer serve` as a process of its own unless it says otherwise:
 
-- ready: seconds from the start of the command until it serves, beside those until a `Client` does;
+- ready: seconds from the start of the command until it serves, beside those of a program with a `Client`;
 - first token: milliseconds through the API, less those of a `Client` in the same process, by turns;
 - door: processor time of the API per token, as a share of the time that a token takes at one stream;
 - streams: 64 at once; tokens that were lost, and the slowest stream's speed over the fastest one's;
 - idle: kilobytes of the server's memory per idle connection;
-- hang-ups: seconds after 200 clients went away in the middle until no node has a session any more.
+- hang-ups: seconds after 200 clients went away at once, in the middle, until no node has a session any more.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ STREAMS, STREAM_TOKENS = 64, 48
 IDLE = 400
 HANG_UPS = 200
 TURNS = 25
+DOOR_TURNS, DOOR_TOKENS = 5, 200
+STARTS = 3
+CLIENT = """
+import json, sys, trio, p2pinfer
+
+async def main():
+    async with p2pinfer.Client(bootstrap=sys.argv[2:], data_dir=sys.argv[1]) as client:
+        assert await client.is_served(30)
+        print(json.dumps({"event": "ready"}), flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
 SPANS = ("0:3", "3:5", "5:8")
 PROMPT = "Once upon a time"
 
@@ -68,8 +81,8 @@ class Lines:
 
 @asynccontextmanager
 async def started(*argv: str) -> AsyncGenerator[Lines]:
-    """A command of p2pinfer, which ends with the block."""
-    command = [sys.executable, "-m", "p2pinfer", *argv]
+    """A command of p2pinfer, or a program behind `-c`, which ends with the block."""
+    command = [sys.executable, *(argv if argv[0] == "-c" else ("-m", "p2pinfer", *argv))]
     process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield Lines(process)
@@ -77,6 +90,14 @@ async def started(*argv: str) -> AsyncGenerator[Lines]:
         process.terminate()
         with trio.CancelScope(shield=True):
             await process.wait()
+
+
+async def seconds_until_ready(*argv: str) -> float:
+    """Time from the start of such a command until it is ready."""
+    began = time.perf_counter()
+    async with started(*argv) as lines:
+        await lines.until("ready")
+        return time.perf_counter() - began
 
 
 @asynccontextmanager
@@ -197,37 +218,34 @@ async def measure_idle(port: int, server: psutil.Process) -> dict[str, Any]:
 
 async def measure_hang_ups(port: int, ports: Sequence[int]) -> dict[str, Any]:
     """Seconds until no hop has a session, after all clients have gone in the middle of their streams."""
-    wave = STREAMS
-    slowest = 0.0
-    for begun in range(0, HANG_UPS, wave):
-        clients: list[trio.SocketStream] = []
+    clients: list[trio.SocketStream] = []
 
-        async def one(clients: list[trio.SocketStream] = clients) -> None:
-            client = await trio.open_tcp_stream("127.0.0.1", port)
-            await client.send_all(request(900))
-            received = b""
-            while b"data: " not in received:
-                received += await client.receive_some()
-            clients.append(client)
+    async def one() -> None:
+        client = await trio.open_tcp_stream("127.0.0.1", port)
+        await client.send_all(request(900))
+        received = b""
+        while b"data: " not in received:
+            if not (more := await client.receive_some()):
+                raise SystemExit(f"a stream was cut: {received[-500:]!r}")
+            received += more
+        clients.append(client)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(wave, HANG_UPS - begun)):
-                nursery.start_soon(one)
-        for client in clients:
-            await client.aclose()
-        gone = time.perf_counter()
-        while await trio.to_thread.run_sync(sessions, ports):
-            if time.perf_counter() - gone > 60:
-                raise SystemExit("sessions are left")
-            await trio.sleep(0.02)
-        slowest = max(slowest, time.perf_counter() - gone)
-    return {"hang_ups_s": slowest}
+    async with trio.open_nursery() as nursery:
+        for _ in range(HANG_UPS):
+            nursery.start_soon(one)
+    for client in clients:
+        client.socket.close()  # all at once
+    gone = time.perf_counter()
+    while await trio.to_thread.run_sync(sessions, ports):
+        if time.perf_counter() - gone > 60:
+            raise SystemExit("sessions are left")
+        await trio.sleep(0.02)
+    return {"hang_ups_s": time.perf_counter() - gone}
 
 
 async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, Any]:
     """A `Client` and the API over it, in this process, by turns."""
     config = ApiConfig(port=0)
-    began = time.perf_counter()
     async with Client(
         bootstrap=addrs,
         data_dir=home / "client",
@@ -235,7 +253,6 @@ async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, An
         audit=AuditConfig(rate=0.0),
     ) as client:
         await client.is_served(10)
-        ready = time.perf_counter() - began
         app = App(client, config)
         async with trio.open_nursery() as nursery:
             ((_, port),) = await nursery.start(serve_http, app.handle, config)
@@ -250,23 +267,22 @@ async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, An
                 if turn >= 2:
                     direct.append(first)
                     through.append(told)
-            tokens = 400
-            used: dict[str, float] = {}
-            for name in ("client", "api"):
+            used: dict[str, list[float]] = {"client": [], "client_s": [], "api": []}
+            for _ in range(DOOR_TURNS):
                 cpu, began = time.process_time(), time.perf_counter()
-                if name == "client":
-                    async with client.generate(PROMPT, max_new_tokens=tokens, temperature=0) as generation:
-                        count = len([token async for token in generation])
-                else:
-                    _, _, count = await stream(port, tokens)
-                used[name] = (time.process_time() - cpu) / count
-                used[f"{name}_s"] = (time.perf_counter() - began) / count
+                async with client.generate(PROMPT, max_new_tokens=DOOR_TOKENS, temperature=0) as generation:
+                    count = len([token async for token in generation])
+                used["client"].append((time.process_time() - cpu) / count)
+                used["client_s"].append((time.perf_counter() - began) / count)
+                cpu = time.process_time()
+                _, _, count = await stream(port, DOOR_TOKENS)  # whose client counts as part of the door
+                used["api"].append((time.process_time() - cpu) / count)
             nursery.cancel_scope.cancel()
     return {
-        "client_ready_s": ready,
         "client_first_token_ms": median(direct) * 1e3,
         "first_token_later_ms": (median(through) - median(direct)) * 1e3,
-        "door_share_of_token": max(0.0, used["api"] - used["client"]) / used["client_s"],
+        "door_share_of_token": max(0.0, median(used["api"]) - median(used["client"]))
+        / median(used["client_s"]),
     }
 
 
@@ -286,13 +302,17 @@ async def main(as_json: bool) -> None:
                 "--policy",
                 "fastest",
             ]
-            argv += ["--set", "audit.rate=0.0"]
+            argv += ["--set", "audit.rate=0.0", "--set", f"api.requests_per_key={HANG_UPS}"]
             for address in addrs:
                 argv += ["--bootstrap", address]
-            began = time.perf_counter()
+            program = ("-c", CLIENT, str(home / "program"), *addrs)
+            ready = [
+                (await seconds_until_ready(*program), await seconds_until_ready(*argv)) for _ in range(STARTS)
+            ]
+            measured["client_ready_s"] = median(client for client, _ in ready)
+            measured["serve_ready_s"] = median(serve for _, serve in ready)
             async with started(*argv) as serve:
                 told = await serve.until("ready")
-                measured["serve_ready_s"] = time.perf_counter() - began
                 port = int(told["urls"][0].rpartition(":")[2])
                 measured |= await measure_streams(port)
                 measured |= await measure_idle(port, psutil.Process(serve.process.pid))
