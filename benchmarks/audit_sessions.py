@@ -144,8 +144,10 @@ class Mode:
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # in force for loading and running
 
 
-def open_span(checkpoint: Checkpoint, span: BlockSpan, dtype: str, device: str) -> SpanRunner:
-    config = ComputeConfig(device=device, dtype=dtype, cache_bytes=1 << 30)
+def open_span(
+    checkpoint: Checkpoint, span: BlockSpan, dtype: str, device: str, weights: str = "auto"
+) -> SpanRunner:
+    config = ComputeConfig(device=device, dtype=dtype, weights=weights, cache_bytes=1 << 30)
     return open_runner(checkpoint, span, config)
 
 
@@ -238,10 +240,16 @@ def honest_modes(device: str) -> list[Mode]:
     return modes
 
 
-def run_mode(mode: Mode, checkpoint: Checkpoint, span: BlockSpan, inputs: Sequence[Tensor]) -> Outputs:
-    """What a peer of this kind gives, (tokens, hidden_size) by session, in its own dtype."""
+def run_mode(
+    mode: Mode, checkpoint: Checkpoint, span: BlockSpan, inputs: Sequence[Tensor], weights: str = "auto"
+) -> Outputs:
+    """What a peer of this kind gives, (tokens, hidden_size) by session, in its own dtype.
+
+    Args:
+        weights: Format in which it holds them.
+    """
     with mode.setting():
-        return mode.compute(open_span(checkpoint, span, mode.dtype, mode.device), inputs)
+        return mode.compute(open_span(checkpoint, span, mode.dtype, mode.device, weights), inputs)
 
 
 class StockBlocks:

@@ -4,6 +4,8 @@
     python benchmarks/calibrate_audit.py --device cpu cuda --dump outputs/
     python benchmarks/calibrate_audit.py --dumped outputs/        # those of another machine, judged here
     python benchmarks/calibrate_audit.py --report checks.jsonl    # what was measured, by these limits
+    python benchmarks/calibrate_audit.py --weights int4 --span 0:4  # peers that quantise, and say so
+    python benchmarks/calibrate_audit.py --weights int4 --says int8  # peers that quantise, and say otherwise
 
 Every span of 1 to 15 blocks is run in every mode that an honest peer may use, on trained weights, and held
 against a CPU's floor as an audit does. A check is one chunk of 32 tokens in one mode. With no failure among n
@@ -41,6 +43,8 @@ from torch import Tensor
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.config import WEIGHTS
+from p2pinfer.models.numerics import BFLOAT16, Numerics
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor, measure_floor
@@ -141,9 +145,15 @@ def check_mode(
 
 
 def calibrate(
-    model: str, devices: Sequence[str], embedded: Outputs, dump: Path | None, only: Sequence[str]
+    model: str,
+    devices: Sequence[str],
+    embedded: Outputs,
+    dump: Path | None,
+    only: Sequence[str],
+    weights: str = "auto",
+    says: str = "auto",
 ) -> Iterator[Check]:
-    """Every check on one model."""
+    """Every check on one model, of peers that hold `weights` and say `says`."""
     checkpoint = open_model(model)
     spans = [span for span in spans_of(model) if not only or str(span) in only]
     inputs = inputs_at(checkpoint, embedded, [span.start for span in spans])
@@ -154,7 +164,7 @@ def calibrate(
             StockBlocks(checkpoint.folder, dtype, device, attention),
         )
         for device in devices
-        if "," not in device  # transformers' own layers are run on one
+        if "," not in device and weights == "auto"  # transformers' own layers are run on one, as they are
         for dtype, attention in (
             (torch.bfloat16, "eager"),
             (torch.bfloat16, "sdpa"),
@@ -164,11 +174,14 @@ def calibrate(
     ]
     for span in spans:
         given = inputs[span.start]
-        outputs = {mode.name: run_mode(mode, checkpoint, span, given) for mode in modes}
+        outputs = {
+            f"{weights} {mode.name}".removeprefix("auto "): run_mode(mode, checkpoint, span, given, weights)
+            for mode in modes
+        }
         outputs |= {name: blocks.run(span, given) for name, blocks in stock}
         if dump is not None and str(span) in DUMPED_SPANS[model]:
             write_dump(dump, model, span, given, outputs)
-        yield from check_span(checkpoint, model, span, given, outputs, devices[-1])
+        yield from check_span(checkpoint, model, span, given, outputs, devices[-1], says)
 
 
 def check_span(
@@ -178,10 +191,12 @@ def check_span(
     inputs: Outputs,
     outputs: dict[str, Outputs],
     tail_device: str,
+    says: str = "auto",
 ) -> Iterator[Check]:
     """Every check on one span, against the floor that this machine's CPU measures."""
     tokens = max(map(len, inputs))
-    reference = open_reference(checkpoint, span, max_tokens=tokens)
+    numerics = BFLOAT16 if says == "auto" else Numerics(says, "bfloat16")
+    reference = open_reference(checkpoint, span, max_tokens=tokens, numerics=numerics)
     floors = [rerun(reference, span, each, torch.bfloat16) for each in inputs]
     try:
         tail = open_tail(checkpoint, span, max_tokens=tokens, device=tail_device)
@@ -292,6 +307,8 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
     parser.add_argument("--first", type=int, default=0, help="number of the first session; others are new")
     parser.add_argument("--span", nargs="+", default=[], help="A:B; all of them by default")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="format that the peers hold")
+    parser.add_argument("--says", choices=WEIGHTS, help="format that they say; the same by default")
     parser.add_argument("--embed", type=Path, help="only write the sessions here, for another machine")
     parser.add_argument("--embedded", type=Path, help="sessions written so, for who has some blocks only")
     parser.add_argument("--dump", type=Path, help="keep a GPU's outputs here")
@@ -314,7 +331,15 @@ def main() -> None:
         sources = [check_dump(path) for path in sorted(options.dumped.glob("*.safetensors"))]
     else:
         sources = [
-            calibrate(model, options.device, sessions_of(model, options), options.dump, options.span)
+            calibrate(
+                model,
+                options.device,
+                sessions_of(model, options),
+                options.dump,
+                options.span,
+                options.weights,
+                options.says or options.weights,
+            )
             for model in options.model
         ]
     checks: list[Check] = []

@@ -22,6 +22,7 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.weights.config import WeightsConfig
 from p2pinfer.routing.config import RoutingConfig
 
 LAYERS = (
@@ -30,6 +31,7 @@ LAYERS = (
     (ComputeConfig, "node"),
     (ServeConfig, "node"),
     (RelayConfig, "node"),
+    (WeightsConfig, "node, models"),
     (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
     (ApiConfig, "serve"),

@@ -199,6 +199,20 @@ tensors and no others.
   else's. They announce the dtype that they compute in. An audit lays out the same file in float32 and in
   bfloat16.
 
+## Models from peers: `--model swarm:REVISION`
+
+Peers of a swarm give each other weights. A model is named by its content: the revision that a node prints,
+and that `p2pinfer models show` prints where the model is.
+
+- **A node** fetches what its blocks need, from several peers at once. Each mebibyte is checked before it is
+  written, and each file by its SHA-256. It needs no access to the hub.
+- **A client** needs the tokenizer too, which a revision does not cover. So it takes the longer name,
+  `swarm:REVISION-WORDS`, after `p2pinfer models pull swarm:REVISION-WORDS`.
+- **Order**: of a model of the hub, nodes of the local network come first, then the hub, then other nodes.
+- **What is given away**: `--share-weights open` is the bundled model, models that the hub gives without a
+  password, and what came from peers. `all` is every model that the node runs.
+- **Who vouches for a revision** is whoever told it to you. That many peers announce it proves nothing.
+
 ## Supported options of config.json
 
 - **LM head.** `lm_head.weight` is used if the file contains it, even where `tie_word_embeddings` is true.

@@ -7,9 +7,13 @@ from typing import Final
 
 import trio
 
+from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.compute.runner import SpanRunner
+from p2pinfer.node.reach.reachability import describe
+from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.swarm.membership import SwarmMember
 
-from .events import Event, Joined, Stopped
+from .events import Event, Joined, Reached, Ready, Stopped
 
 JOIN_S: Final = 5.0  # how long bootstrap peers have before it is said who did not answer
 CHECK_S: Final = 0.25
@@ -55,4 +59,33 @@ def stopped(member: SwarmMember, since: float) -> Stopped:
         bytes_received=sum(each.received for each in counts.traffic.values()),
         bytes_relayed=use.bytes_carried if use else 0,
         audits_of_us=audits.get("asked", 0),
+    )
+
+
+def reached(member: SwarmMember) -> Reached:
+    """The event that says how others reach this node."""
+    status = member.reach.status
+    said = describe(status.reachability)
+    if status.relays:
+        said += f"; {len(status.relays)} relay{'s' * (len(status.relays) > 1)} carry connections to it"
+    return Reached(status.reachability.kind, status.reachability.nat, member.addrs, status.relays, said)
+
+
+def ready(
+    member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float, relay: RelayConfig
+) -> Ready:
+    """The event that says what this node serves."""
+    return Ready(
+        member.peer_id,
+        member.addrs,
+        spec.model,
+        spec.revision,
+        (runner.span.start, runner.span.stop),
+        str(runner.numerics),
+        runner.where,
+        tokens_per_s,
+        runner.cache.capacity_tokens,
+        runner.cache.budget_bytes,
+        len(runner.span) * spec.block_bytes(runner.numerics),
+        relay.granted_bytes_per_s,
     )

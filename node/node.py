@@ -14,10 +14,12 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import trio
 
-from p2pinfer.errors import SpanOutOfRange
+from p2pinfer.errors import ModelNotFound, SpanOutOfRange
 from p2pinfer.models.checkpoint.source import ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.runner import SpanRunner, open_runner
@@ -25,6 +27,7 @@ from p2pinfer.models.compute.target import choose_targets
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.cores import usable_cores
 from p2pinfer.models.machine.memory import refusals_named
+from p2pinfer.models.pieces.manifest import SwarmName, parse_swarm_name
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.census import take_census
@@ -32,7 +35,6 @@ from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.ends.held_ends import load_held_ends
 from p2pinfer.node.host.host import HostConfig
 from p2pinfer.node.host.last_ports import remember_ports, with_last_ports
-from p2pinfer.node.reach.reachability import describe
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.serve.announcer import Announcer
 from p2pinfer.node.serve.capacity import Capacity, check_room, measure_capacity, measure_speed
@@ -47,15 +49,17 @@ from p2pinfer.node.training.offered_adapters import offer_adapters
 from p2pinfer.node.training.train_server import TrainServer
 from p2pinfer.node.transport.addresses import check_announced
 from p2pinfer.node.transport.identity import KEY_FILE, Identity, load_identity
+from p2pinfer.node.weights.config import WeightsConfig
+from p2pinfer.node.weights.node_weights import lend_weights
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.config import PlacementConfig
 from p2pinfer.routing.placement import choose_span, should_move
 
-from .account import stopped, tell_joined
+from .account import reached, ready, stopped, tell_joined
 from .config import NodeConfig as NodeConfig
 from .config import ServeConfig
 from .data_lock import hold_data_dir
-from .events import Event, Loading, NodeLeaving, Reached, Ready, Starting
+from .events import Event, Loading, NodeLeaving, Ready, Starting
 from .metrics import Metrics, serve_metrics
 
 logger = logging.getLogger(__name__)
@@ -73,6 +77,7 @@ async def run_node(
     compute_config: ComputeConfig | None = None,
     serve_config: ServeConfig | None = None,
     relay_config: RelayConfig | None = None,
+    weights_config: WeightsConfig | None = None,
     report: Callable[[Event], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> None:
@@ -89,6 +94,7 @@ async def run_node(
         compute_config or ComputeConfig(),
         serve_config or ServeConfig(),
         relay_config or RelayConfig(),
+        weights_config or WeightsConfig(),
         report,
         progress,
     )
@@ -104,6 +110,7 @@ class _Node:
         compute: ComputeConfig,
         serve: ServeConfig,
         relay: RelayConfig,
+        weights: WeightsConfig,
         report: Callable[[Event], None],
         progress: Progress | None,
     ) -> None:
@@ -111,6 +118,7 @@ class _Node:
         self._compute = compute
         self._serve = serve
         self._relay = relay
+        self._weights_config = weights
         self._report = report
         self._progress = progress
         self._metrics: Metrics | None = None
@@ -129,18 +137,28 @@ class _Node:
             async with self._open_swarm(identity, host_config) as member:
                 await self._introduce(member)
             return
-        # What may take minutes is abandoned on Ctrl-C: its thread ends with the process.
-        source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
-        wanted = self._wanted_blocks(source.spec)
+        name, source = parse_swarm_name(config.model), None
+        if name is None:
+            # What may take minutes is abandoned on Ctrl-C: its thread ends with the process.
+            source = await trio.to_thread.run_sync(self._resolve, abandon_on_cancel=True)
+            self._wanted_blocks(source.spec)  # a wrong span is told before anybody is met
         async with self._open_swarm(identity, host_config) as member:
-            spec = source.spec
-            self._report(Starting(member.peer_id, member.addrs, spec.model, spec.revision))
-            await member.join(spec.revision)
-            if wanted is not None:
-                await trio.to_thread.run_sync(check_room, spec, wanted, self._compute)
-                await self._serve_span(source, member, wanted, "asked for", may_move=False)
-            else:
-                await self._serve_where_needed(source, member)
+            is_private = host_config.swarm_key is not None
+            with lend_weights(
+                member, self._weights_config, config, is_private=is_private, progress=self._progress
+            ) as self._weights:
+                source = source or await self._weights.find(cast(SwarmName, name))
+                await self._serve_model(source, member)
+
+    async def _serve_model(self, source: ModelSource, member: SwarmMember) -> None:
+        spec, wanted = source.spec, self._wanted_blocks(source.spec)
+        self._report(Starting(member.peer_id, member.addrs, spec.model, spec.revision))
+        await member.join(spec.revision)
+        if wanted is not None:
+            await trio.to_thread.run_sync(check_room, spec, wanted, self._compute)
+            await self._serve_span(source, member, wanted, "asked for", may_move=False)
+        else:
+            await self._serve_where_needed(source, member)
 
     @asynccontextmanager
     async def _open_swarm(self, identity: Identity, host_config: HostConfig) -> AsyncGenerator[SwarmMember]:
@@ -156,7 +174,7 @@ class _Node:
             remembers=True,
         ) as member:
             await trio.to_thread.run_sync(remember_ports, config.data_dir, member.host.listening)
-            with member.reach.telling(lambda: self._report(_reached(member))):
+            with member.reach.telling(lambda: self._report(reached(member))):
                 async with self._open_metrics(member), open_nursery() as nursery:
                     nursery.start_soon(member.duplicates.wait_taken, config.data_dir / KEY_FILE)
                     nursery.start_soon(tell_joined, member, self._report)
@@ -205,13 +223,14 @@ class _Node:
         """Serve `span`; return only if another one should be served instead."""
         self._report(Loading((span.start, span.stop), reason))
         gc.collect()  # cycles of sessions that are over would keep the blocks served before
-        runner = await trio.to_thread.run_sync(self._load, source, span, abandon_on_cancel=True)
+        runner = await self._loaded(source, span)
         threads, tokens_per_s = await trio.to_thread.run_sync(self._tune, runner)
         ends = None
         if self._serve.ends:
             ends = await trio.to_thread.run_sync(
                 load_held_ends, source, span, self._compute, abandon_on_cancel=True
             )
+        await self._weights.share(source)
         speed = DecodeSpeed(tokens_per_s)
         worker_opening = open_worker(
             self._serve.max_batch_tokens,
@@ -243,7 +262,7 @@ class _Node:
                 _watch_span(self._metrics, server, runner, worker)
             async with self._announced(announcer, server, training):
                 remember_span(self._config.data_dir, source.spec.revision, span)
-                self._report(_ready(member, source.spec, runner, tokens_per_s, self._relay))
+                self._report(ready(member, source.spec, runner, tokens_per_s, self._relay))
                 async with open_nursery() as nursery:
                     nursery.start_soon(announcer.keep_fresh)
                     tuner = Tuner(
@@ -321,6 +340,19 @@ class _Node:
             progress=self._progress,
         )
 
+    async def _loaded(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
+        """The span, with weights from peers nearby, the hub, or peers anywhere, in this order."""
+        load = partial(trio.to_thread.run_sync, self._load, source, span, abandon_on_cancel=True)
+        await self._weights.bring(source, span)
+        try:
+            return await load()
+        except ModelNotFound as exc:
+            if not self._weights_config.take:
+                raise
+            logger.warning("%s; asking peers for the weights", exc)
+            await self._weights.bring_in_place_of_the_hub(source, span)
+            return await load()
+
     def _load(self, source: ModelSource, span: BlockSpan) -> SpanRunner:
         checkpoint = source.fetch(span, embedding_and_head=False, progress=self._progress)
         devices = [target.device for target in choose_targets(self._compute, checkpoint.spec.dtype)]
@@ -358,14 +390,6 @@ def _fitting(capacity: Capacity) -> str:
     return f"{capacity.blocks} blocks fit{limited}"
 
 
-def _reached(member: SwarmMember) -> Reached:
-    status = member.reach.status
-    said = describe(status.reachability)
-    if status.relays:
-        said += f"; {len(status.relays)} relay{'s' * (len(status.relays) > 1)} carry connections to it"
-    return Reached(status.reachability.kind, status.reachability.nat, member.addrs, status.relays, said)
-
-
 def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner, worker: Worker) -> None:
     """Show what serving a span is about; of the span served last."""
     cache = runner.cache
@@ -374,22 +398,3 @@ def _watch_span(metrics: Metrics, server: SpanServer, runner: SpanRunner, worker
     metrics.watch("cache_tokens", "Tokens that the KV cache has room for.", lambda: cache.capacity_tokens)
     metrics.watch("cache_free_tokens", "Of them, those not reserved.", lambda: cache.free_tokens)
     metrics.watch("replay_bytes", "Reserved for replay logs.", lambda: server.replay_bytes)
-
-
-def _ready(
-    member: SwarmMember, spec: ModelSpec, runner: SpanRunner, tokens_per_s: float, relay: RelayConfig
-) -> Ready:
-    return Ready(
-        member.peer_id,
-        member.addrs,
-        spec.model,
-        spec.revision,
-        (runner.span.start, runner.span.stop),
-        str(runner.numerics),
-        runner.where,
-        tokens_per_s,
-        runner.cache.capacity_tokens,
-        runner.cache.budget_bytes,
-        len(runner.span) * spec.block_bytes(runner.numerics),
-        relay.granted_bytes_per_s,
-    )

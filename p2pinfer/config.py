@@ -37,6 +37,7 @@ SECTIONS = (
     "compute",
     "serve",
     "relay",
+    "weights",
     "verify",
     "client",
     "session",
@@ -54,7 +55,8 @@ _Config = TypeVar("_Config")
 class SharedConfig:
     """Settings that every command needs, set once for all."""
 
-    model: str = "tiny-stories"  # a Hugging Face id, a folder, a GGUF file, or the bundled tiny-stories
+    # a Hugging Face id, a folder, a GGUF file, swarm:REVISION, or the bundled tiny-stories
+    model: str = "tiny-stories"
     bootstrap: tuple[
         str, ...
     ] = ()  # multiaddrs of peers to join the swarm through; empty: bootstrap_peers.txt

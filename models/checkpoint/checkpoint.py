@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from p2pinfer.errors import CheckpointError
 from p2pinfer.models.configs.defaults import complete_config
 from p2pinfer.models.configs.quantization import published_of
+from p2pinfer.models.pieces.shard_header import open_header
 from p2pinfer.models.progress import Progress
+from p2pinfer.models.span import BlockSpan
 
 from .hashes import hash_shards
 from .published import Parts, lay_out, weights_of
 from .shard import Shard
-from .shard_header import open_header
 from .spec import ModelSpec, model_spec, read_config, read_json
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Checkpoint:
             if self._published is None
             else weights_of(self._places, self._published)
         )
+
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of the files that are here, by name."""
+        return {name: shard.sha256 for name, shard in self._shards.items()}
 
     def names(self) -> frozenset[str]:
         """Every tensor that is here. Of a hub model only what was fetched is."""
@@ -218,6 +223,25 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, frozenset[st
             )
         layout.setdefault(shard, set()).add(name)
     return {shard: frozenset(layout[shard]) for shard in sorted(layout)}
+
+
+def needed_shards(
+    layout: Mapping[str, frozenset[str] | None], span: BlockSpan | None, embedding_and_head: bool
+) -> dict[str, frozenset[str] | None]:
+    """The shards of `layout` that hold a span, and on request what belongs to no block."""
+    return {
+        shard: names
+        for shard, names in layout.items()
+        if names is None or _serves(names, span, embedding_and_head)
+    }
+
+
+def _serves(names: Iterable[str], span: BlockSpan | None, embedding_and_head: bool) -> bool:
+    """True if any of these tensors belongs to the span, or with `embedding_and_head` to no block."""
+    blocks = {block_of(name) for name in names}
+    if span is not None and not blocks.isdisjoint(range(span.start, span.stop)):
+        return True
+    return embedding_and_head and None in blocks
 
 
 def refuse_pickles(where: str, file_name: str) -> str:

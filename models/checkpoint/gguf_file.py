@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from p2pinfer.errors import CheckpointError
-
-from .shard_header import Stored
+from p2pinfer.models.pieces.shard_header import Stored
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)

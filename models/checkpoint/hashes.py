@@ -22,14 +22,15 @@ from typing import Any, BinaryIO, Final, cast
 from blake3 import blake3
 
 from p2pinfer.errors import CheckpointError
+from p2pinfer.models.pieces.shard_header import Stored, read_header
 from p2pinfer.models.progress import Progress
 
 from .gguf_file import is_gguf, read_gguf_header
 from .parallel import Count, run_counted
-from .shard_header import read_header
 
 _PIECE_BYTES: Final = 1 << 20
 _THREADS: Final = 8  # hashlib releases the interpreter's lock; more than a disk can feed gains nothing
+_MAX_STREAMED_HEADER: Final = 16 << 20  # of a file that nobody has vouched for yet
 _VERSION: Final = 2  # of a note; others are as good as none
 
 
@@ -75,6 +76,26 @@ def hash_shards(
     return [entry.known() for entry in entries]
 
 
+def hash_stream(file: BinaryIO, count: Count = lambda n: None) -> FileHash:
+    """The hashes of a file that is read once from its beginning, as it comes.
+
+    It has no digests of tensors if it is no safetensors file, or begins with a header of more than 16 MiB.
+    """
+    try:
+        stored = read_header(file, most=_MAX_STREAMED_HEADER)
+    except ValueError:
+        stored = {}
+    return _hash(file, stored, count)
+
+
+def remember_hash(path: Path, hashed: FileHash, *, cache_dir: Path) -> None:
+    """Remember the hashes of a file that this process has written and hashed itself."""
+    with contextlib.suppress(OSError):
+        entry = _Entry(path, cache_dir)
+        entry.hashed = hashed
+        entry.remember()
+
+
 def forget_hash(path: Path, *, cache_dir: Path | None) -> None:
     """Have the file hashed again the next time, for it is not what it was."""
     if cache_dir is not None:
@@ -116,13 +137,13 @@ class _Entry:
     def compute(self, count: Count) -> None:
         with self.path.open("rb", buffering=0) as file:
             before = _stamp(self.path, os.fstat(file.fileno()))
-            self.hashed = _hash(file, count)
+            self.hashed = _hash(file, _tensors_of(file), count)
             if _stamp(self.path, os.fstat(file.fileno())) != before:
                 raise CheckpointError(f"{self.path} is being written; start again when it is complete")
         self._stamp = before
-        self._remember()
+        self.remember()
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
         if self._note is None:
             return
         hashed = self.known()
@@ -155,14 +176,17 @@ class _Entry:
         return FileHash(sha256, digests)
 
 
-def _hash(file: BinaryIO, count: Count) -> FileHash:
+def _tensors_of(file: BinaryIO) -> Mapping[str, Stored]:
+    try:
+        return read_gguf_header(file).tensors if is_gguf(file) else read_header(file)
+    except (ValueError, CheckpointError):
+        return {}  # it is not for us to say what is wrong with it: a hash is of any file
+
+
+def _hash(file: BinaryIO, stored: Mapping[str, Stored], count: Count) -> FileHash:
     """Both kinds of hashes, from reading the file once."""
     whole = hashlib.sha256()
     tensors: dict[str, str] = {}
-    try:
-        stored = read_gguf_header(file).tensors if is_gguf(file) else read_header(file)
-    except (ValueError, CheckpointError):
-        stored = {}  # it is not for us to say what is wrong with it: a hash is of any file
     file.seek(0)
     for name, tensor in stored.items():
         _feed(file, tensor.start - file.tell(), [whole.update], count)  # the header, or what aligns tensors

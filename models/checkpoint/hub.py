@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from p2pinfer.errors import CheckpointError, ModelChanged, ModelNotFound
 from p2pinfer.models.configs.defaults import complete_config
+from p2pinfer.models.pieces.manifest import WORDS, Holdings, Manifest, WeightFile, small_files
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
@@ -25,7 +26,7 @@ from .checkpoint import (
     INDEX,
     SINGLE_SHARD,
     Checkpoint,
-    block_of,
+    needed_shards,
     open_shards,
     parse_index,
     refuse_pickles,
@@ -33,21 +34,14 @@ from .checkpoint import (
 from .download import Pause
 from .hub_errors import NoSuchModel, is_offline
 from .hub_store import HubStore, Listing
-from .model_source import FolderSource, ModelSource
+from .model_source import FolderSource, Missing, ModelSource
 from .spec import ModelSpec, model_spec, read_config, read_json
 
 logger = logging.getLogger(__name__)
 
-# What says how text becomes tokens, which of them end it, and how one draws them; fetched where they exist.
+# Fetched where they exist.
 TOKENIZER: Final = "tokenizer.json"
-TOKENIZER_FILES: Final = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES: Final = WORDS
 
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -86,6 +80,24 @@ def open_hub(
         if source is None:
             raise
         return source
+
+
+def open_remembered(model: str, cache_dir: Path) -> ModelSource | None:
+    """The model as far as it is here, without a question to the hub; None if too little is known of it.
+
+    Raises:
+        CheckpointError: What is here cannot be used.
+    """
+    store = HubStore(model, cache_dir, 0, None, time.sleep)
+    listing = store.recall()
+    if listing is None:
+        return None
+    shards = _shard_names(model, listing)
+    folder = store.folder_of([listing.files[name] for name in shards])
+    texts = store.texts_of(folder, listing)
+    if not (texts / "config.json").exists():
+        return None
+    return HubSource(model, store, listing, folder, texts, shards)
 
 
 def _open_listed(model: str, store: HubStore, progress: Progress | None) -> HubSource:
@@ -166,11 +178,24 @@ class HubSource:
         return self._texts
 
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
-        files = self._listing.files
-        return sum(
-            files[shard].size
-            for shard in self._needed(span, embedding_and_head)
-            if not self._store.is_near(self._folder, files[shard])
+        return sum(each.size for each in self.missing(span, embedding_and_head=embedding_and_head).files)
+
+    def missing(self, span: BlockSpan | None, *, embedding_and_head: bool) -> Missing:
+        needed = [self._listing.files[name] for name in self._needed(span, embedding_and_head)]
+        absent = [file for file in needed if not self._store.is_near(self._folder, file)]
+        return Missing(
+            self._folder, tuple(WeightFile(file.name, file.size, file.sha256 or "") for file in absent)
+        )
+
+    def holdings(self) -> Holdings:
+        files = [self._listing.files[name] for name in sorted(self._layout)]
+        weights = tuple(WeightFile(file.name, file.size, file.sha256 or "") for file in files)
+        paths = {file.name: self._folder / file.name for file in files}
+        return Holdings(
+            Manifest(self.spec.model, self.spec.numbers, weights, small_files(self._texts)),
+            {name: path for name, path in paths.items() if path.exists()},
+            self._texts,
+            is_open=self._listing.is_open,
         )
 
     def _bring_words(self, progress: Progress | None) -> None:
@@ -188,11 +213,7 @@ class HubSource:
             logger.warning("%s; continuing without %s", exc, ", ".join(absent))
 
     def _needed(self, span: BlockSpan | None, embedding_and_head: bool) -> dict[str, frozenset[str] | None]:
-        return {
-            shard: names
-            for shard, names in self._layout.items()
-            if names is None or _serves(names, span, embedding_and_head)
-        }
+        return needed_shards(self._layout, span, embedding_and_head)
 
 
 def _shard_names(model: str, listing: Listing) -> list[str]:
@@ -208,11 +229,3 @@ def _shard_names(model: str, listing: Listing) -> list[str]:
         if name.endswith(_PICKLE_SUFFIXES):
             raise CheckpointError(refuse_pickles(model, name))
     raise CheckpointError(f"{model} has no weights at the hub: neither {SINGLE_SHARD} nor {INDEX}")
-
-
-def _serves(names: Iterable[str], span: BlockSpan | None, embedding_and_head: bool) -> bool:
-    """True if any of these tensors belongs to the span, or with `ends` to no block."""
-    blocks = {block_of(name) for name in names}
-    if span is not None and not blocks.isdisjoint(range(span.start, span.stop)):
-        return True
-    return embedding_and_head and None in blocks

@@ -39,6 +39,7 @@ class Listing:
     commit: str
     stored_dtype: str
     files: dict[str, Published]
+    is_open: bool = False  # anybody may have it, without a token
 
 
 def split_id(model: str) -> tuple[str, str | None]:
@@ -71,7 +72,7 @@ class HubStore:
             NoSuchModel: The hub says so.
             ModelNotFound: There is no answer, and none is remembered.
         """
-        known = self._recall()
+        known = self.recall()
         if known is not None and (is_offline() or known.commit == self._revision):
             return known
         try:
@@ -96,7 +97,8 @@ class HubStore:
         pinned = f"-{quote(self._revision, safe='')}" if self._revision else ""
         return self._root / f"listing{pinned}.json"
 
-    def _recall(self) -> Listing | None:
+    def recall(self) -> Listing | None:
+        """The listing of the last time, if there was one."""
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             return msgspec.json.decode(self._memory.read_bytes(), type=Listing)
         return None
@@ -257,7 +259,8 @@ def _listing(info: Any) -> Listing:
     }
     counts: dict[str, int] = info.safetensors.parameters if info.safetensors else {}
     commonest = max(counts, key=lambda dtype: counts[dtype], default="F32")
-    return Listing(info.sha, _STORED_DTYPES.get(commonest, "float32"), files)
+    is_open = not (info.private or info.gated)
+    return Listing(info.sha, _STORED_DTYPES.get(commonest, "float32"), files, is_open)
 
 
 def _is_file(path: Path) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from p2pinfer.errors import CheckpointError, ModelChanged
+from p2pinfer.models.pieces.shard_header import DTYPE_BYTES, Stored
 
 from .hashes import FileHash, forget_hash
-from .shard_header import DTYPE_BYTES, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor

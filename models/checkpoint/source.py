@@ -7,11 +7,13 @@ from pathlib import Path
 
 from p2pinfer.errors import ModelNotFound
 from p2pinfer.folders import expand
+from p2pinfer.models.pieces.manifest import parse_swarm_name
 from p2pinfer.models.progress import Progress
 from p2pinfer.text_files import is_text
 
 from .model_source import FolderSource
 from .model_source import ModelSource as ModelSource
+from .stored_model import open_stored
 
 BUNDLED_MODEL = "tiny-stories"
 BUNDLED_DRAFTER = "tiny-stories-drafter"  # guesses that one's tokens
@@ -35,7 +37,7 @@ def resolve_model(
 ) -> ModelSource:
     """Find the model: `tiny-stories` is the bundled one, and `tiny-stories-drafter` guesses its tokens.
 
-    Then come folders and GGUF files, then ids of the hub.
+    Then come models named by content (`swarm:REVISION`), folders and GGUF files, then ids of the hub.
 
     An id may name a branch, a tag or a commit: `owner/name@revision`.
 
@@ -47,7 +49,9 @@ def resolve_model(
         CheckpointError: It is there but cannot be used.
     """
     if model in (BUNDLED_MODEL, BUNDLED_DRAFTER):
-        return FolderSource(bundled_folder(model), cache_dir=cache_dir, progress=progress)
+        return FolderSource(bundled_folder(model), cache_dir=cache_dir, progress=progress, is_open=True)
+    if (named := parse_swarm_name(model)) is not None:
+        return open_stored(named, cache_dir, progress=progress)
     folder = expand(model)
     if model and folder.is_dir() and not is_text(str(folder.resolve())):
         raise ModelNotFound(

@@ -78,6 +78,11 @@ class PeerStream(trio.abc.Stream):
         return self.muxed.local_port
 
     @property
+    def local_ip(self) -> str:
+        """The IP address of this machine that the stream's connection leaves from; empty through a relay."""
+        return str(cast(Any, self.muxed.muxed_conn).secured_conn.raw.local_ip)
+
+    @property
     def meter(self) -> Meter:
         """Counts what the peer's messages take of the event loop."""
         return cast(Meter, cast(Any, self.muxed.muxed_conn).meter)

@@ -19,6 +19,7 @@ from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.man import man
+from p2pinfer.cli.commands.models import models
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.plan import plan
 from p2pinfer.cli.commands.reputation import reputation
@@ -81,6 +82,7 @@ def app(ctx: click.Context) -> None:
     p2pinfer serve                          answer programs over HTTP, by OpenAI's and other APIs
     p2pinfer node                           serve blocks of a model to the swarm
     p2pinfer plan MODEL                     tell what a swarm for a model needs, and how fast it will be
+    p2pinfer models                         list, fetch, check and remove models on this disk
     p2pinfer swarm                          list peers and the blocks they serve
     p2pinfer reputation                     list the trust scores of known peers
     """
@@ -113,6 +115,7 @@ app.add_command(chat)
 app.add_command(tune)
 app.add_command(serve)
 app.add_command(node)
+app.add_command(models)
 app.add_command(swarm)
 app.add_command(plan)
 app.add_command(reputation)

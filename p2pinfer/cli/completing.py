@@ -43,6 +43,7 @@ def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: st
     from p2pinfer.node.config import NodeConfig, ServeConfig
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.reach.relay_config import RelayConfig
+    from p2pinfer.node.weights.config import WeightsConfig
     from p2pinfer.routing.config import RoutingConfig
 
     layers: tuple[type[Any], ...] = (
@@ -53,7 +54,7 @@ def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: st
         AuditConfig,
         HostConfig,
     )
-    layers += (NodeConfig, ComputeConfig, ServeConfig, RelayConfig, VerifyConfig)
+    layers += (NodeConfig, ComputeConfig, ServeConfig, RelayConfig, WeightsConfig, VerifyConfig)
     keys = [f"{section_of(layer)}.{each.name}=" for layer in layers for each in dataclasses.fields(layer)]
     own = [key for key in keys if key.rpartition(".")[2].rstrip("=") not in SHARED]
     return _those([*(f"{name}=" for name in sorted(SHARED)), *own], incomplete)

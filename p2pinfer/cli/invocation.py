@@ -44,6 +44,7 @@ _HEADINGS = {
     "verify": "Network",
     "relay": "Network",
     "serve": "Network",
+    "weights": "Network",
     "data_dir": "Network",
 }
 

@@ -20,6 +20,7 @@ from p2pinfer.audit.second_opinion import choose_auditors
 from p2pinfer.client_config import AuditConfig
 from p2pinfer.errors import ConfigError
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pinfer.models.checkpoint.model_source import Missing
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
@@ -27,6 +28,7 @@ from p2pinfer.models.compute.runner import Chunk, open_runner
 from p2pinfer.models.config import ComputeConfig
 from p2pinfer.models.machine.memory import FreeMemory, free_memory
 from p2pinfer.models.numerics import Numerics
+from p2pinfer.models.pieces.manifest import Holdings
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.reference import Reference, open_reference
@@ -60,6 +62,12 @@ class Distant:
 
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         return len(span or ()) << 30
+
+    def missing(self, span: BlockSpan | None, *, embedding_and_head: bool) -> Missing:
+        raise AssertionError("nothing is to be fetched")
+
+    def holdings(self) -> Holdings:
+        raise AssertionError("nothing is given away")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
+from p2pinfer.node.weights.config import WeightsConfig
 from p2pinfer.routing.policy import BUILT_IN_POLICIES
 
 LAYERS = (
@@ -44,6 +45,7 @@ LAYERS = (
     VerifyConfig,
     RelayConfig,
     ServeConfig,
+    WeightsConfig,
     TuneConfig,
 )
 COMMANDS = ("generate", "tune", "node", "swarm")
@@ -141,7 +143,7 @@ def test_the_shell_is_offered_commands(
             "node --set serve.max_sessions",
             "plain,serve.max_sessions=\nplain,serve.max_sessions_per_client=\n",
         ),
-        ("generate --set weights", "plain,weights_bytes=\n"),
+        ("generate --set weights_", "plain,weights_bytes=\n"),
         ("reputation ban 12D3KooWH", "plain,12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz\n"),
         ("reputation show iAg6gpz", "plain,12D3KooWHRDh3yL8gix9dCiwmrLZahcKY8Ae7ovYj3Tb1iAg6gpz\n"),
     ],
@@ -303,6 +305,7 @@ def test_the_values_of_a_choice_stand_in_the_help() -> None:
         "compute.device",
         "compute.weights",
         "tune.method",
+        "weights.share",
     }
     for option in choosing:
         assert all(choice in (option.help or "") for choice in option.choices)

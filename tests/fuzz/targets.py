@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 
 from p2pinfer.errors import LocalError, ProtocolViolation, WrongOutput
+from p2pinfer.models.configs.numbers import revision_digest, weights_digest
+from p2pinfer.models.pieces.chunks import CHUNK_BYTES
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.evidence.store import MAX_DIGESTS, decode_answer, decode_ask
@@ -22,6 +24,23 @@ from p2pinfer.node.swarm.proof_gossip import Notice, decode_notice, encode_notic
 from p2pinfer.node.swarm.signed_records import open_record
 from p2pinfer.node.swarm.snapshot import decode_request, decode_response, encode_response
 from p2pinfer.node.transport.identity import verify
+from p2pinfer.node.weights.messages import (
+    MAX_RUN,
+    Denied,
+    Door,
+    Find,
+    Found,
+    Get,
+    Listed,
+    Sending,
+    Weight,
+    Words,
+    chunks_of,
+    encode,
+    manifest_of,
+)
+from p2pinfer.node.weights.messages import decode_answer as decode_weights_answer
+from p2pinfer.node.weights.messages import decode_request as decode_weights_request
 from p2pinfer.reputation.account import Account
 from p2pinfer.reputation.attestation import Attestation, Opinion, open_attestation, seal_attestation
 from p2pinfer.reputation.exchange import export_ledger, import_ledger
@@ -84,6 +103,26 @@ def targets() -> list[Target]:
         Target("announcement", (_announcement(),), _announce),
         Target("snapshot", (encode_response([(_announcement(), 3.0)]), pack([_REVISION])), _snapshot),
         Target("evidence", (pack([[bytes(32), bytes([1]) * 32]]), pack([[32, None, 0]])), _evidence),
+        Target(
+            "weights",
+            (
+                encode(Get(bytes(32), 1, 2))[4:],
+                encode(Find(_REVISION))[4:],
+                encode(
+                    Found(
+                        "m",
+                        "{}",
+                        (Weight("a.safetensors", 3, bytes(32), True),),
+                        (Words("config.json", 2, bytes(32)),),
+                    )
+                )[4:],
+                encode(Listed(CHUNK_BYTES + 1, bytes(64)))[4:],
+                encode(Sending(5))[4:],
+                encode(Door(4001, bytes(32)))[4:],
+                encode(Denied("later", 1.0))[4:],
+            ),
+            _weights,
+        ),
         Target("signature", (PEER_ID.encode() + _SIGNATURE + b"said",), _signature),
         Target("export", (_export(),), _import),
         Target("account", (msgspec.json.encode(_account()),), _stored),
@@ -219,6 +258,30 @@ def _evidence(given: bytes) -> bool:
         with suppress(ProtocolViolation):
             assert len(decode(given)) <= MAX_DIGESTS
             taken = True
+    return taken
+
+
+def _weights(given: bytes) -> bool:
+    taken = False
+    for decode in (decode_weights_request, decode_weights_answer):
+        with suppress(ProtocolViolation):
+            message = decode(given)
+            taken = True
+            if isinstance(message, Get):
+                assert 1 <= message.count <= MAX_RUN and len(message.sha256) == 32
+            if isinstance(message, Listed):
+                with suppress(ProtocolViolation):
+                    chunks = chunks_of(message)
+                    assert sum(map(chunks.bytes_of, range(len(chunks)))) == chunks.size
+            if isinstance(message, Found):
+                revision = revision_digest(
+                    weights_digest({each.name: each.sha256.hex() for each in message.weights}),
+                    message.numbers,
+                )
+                with suppress(ProtocolViolation):
+                    manifest = manifest_of(message, revision)
+                    assert not any("/" in each.name or "\\" in each.name for each in manifest.weights)
+                    assert manifest.revision == revision
     return taken
 
 

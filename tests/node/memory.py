@@ -45,6 +45,8 @@ class MemoryStream(trio.abc.Stream):
         self.peer_id = peer_id
         self.address_range = address_range or peer_id
         self.is_relayed = is_relayed
+        self.remote_address: tuple[str, int] | None = None
+        self.local_ip = ""
         self._pipe = pipe
         self._frozen = frozen
         self._waits: list[trio.CancelScope] = []
@@ -206,7 +208,10 @@ class MemoryHost:
         self._network.streams.append((self.peer_id, peer_id, stream))
         answer = there.handlers[protocol]
         address_range = self._network.ranges.get(self.peer_id, "")
-        far_end = MemoryStream(theirs, self.peer_id, {}, address_range=address_range)
+        far_end = MemoryStream(theirs, self.peer_id, {}, is_relayed=is_relayed, address_range=address_range)
+        for end, other in ((stream, peer_id), (far_end, self.peer_id)):
+            if (ip := self._network.addresses.get(other)) is not None and not is_relayed:
+                end.remote_address = (ip, 4001)
         self._network.nursery.start_soon(_answer, answer, far_end)
         return cast(PeerStream, stream)
 

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
         "p2pinfer node --listen /ip4/0.0.0.0/tcp/4001 --announce /ip4/203.0.113.7/tcp/14001",
         "p2pinfer node --adapter my-adapter",
         "p2pinfer node --serve",
+        "p2pinfer node --model swarm:0f343b0931126a20f133d67c2b018a3b",
         "p2pinfer node --verify",
         "p2pinfer node --num-blocks 12 --install-service --user",
         "p2pinfer node status",
@@ -100,6 +101,12 @@ logger = logging.getLogger(__name__)
     "Bandwidth limit for relaying other peers' connections; 0: do not relay. [default: 1000000.0]",
 )
 @setting("serve.public_name", "--name NAME", "Name that others see beside this node's peer id.")
+@setting(
+    "weights.share",
+    "--share-weights WHICH",
+    "Give peers the weights of: open models, all, or none. [default: open]",
+    choices=("open", "all", "none"),
+)
 @setting("verify.enabled", "--verify", "Audit other peers while idle.")
 @setting(
     "api.enabled",
@@ -131,6 +138,7 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
     from p2pinfer.node.config import NodeConfig, ServeConfig
     from p2pinfer.node.host_config import HostConfig
     from p2pinfer.node.reach.relay_config import RelayConfig
+    from p2pinfer.node.weights.config import WeightsConfig
 
     settings = call.settings(
         NodeConfig,
@@ -142,10 +150,14 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
         AuditConfig,
         ApiConfig,
         ClientConfig,
+        WeightsConfig,
+        VerifyConfig,
+        AuditConfig,
     )
     shared, host_config = settings.build(SharedConfig), settings.build(HostConfig)
     node_config, compute_config = settings.build(NodeConfig), settings.build(ComputeConfig)
     serve_config, relay_config = settings.build(ServeConfig), settings.build(RelayConfig)
+    weights_config = settings.build(WeightsConfig)
     verify, audit_config = settings.build(VerifyConfig), settings.build(AuditConfig)
     api_config, client_config = settings.build(ApiConfig), settings.build(ClientConfig)
     keys = load_keys(api_config) if api_config.enabled else ()
@@ -200,6 +212,7 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
                 compute_config=compute_config,
                 serve_config=serve_config,
                 relay_config=relay_config,
+                weights_config=weights_config,
                 report=report,
                 progress=Bars(quiet=call.json or call.quiet),
             )

@@ -15,11 +15,11 @@ import torch
 
 from p2pinfer.errors import CheckpointError, ModelChanged
 from p2pinfer.models.checkpoint.checkpoint import INDEX, Checkpoint, open_checkpoint
-from p2pinfer.models.checkpoint.shard_header import open_header, read_header
 from p2pinfer.models.checkpoint.source import resolve_model
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.runner import open_runner
 from p2pinfer.models.config import ComputeConfig
+from p2pinfer.models.pieces.shard_header import open_header, read_header
 from p2pinfer.models.span import BlockSpan
 
 safetensors_torch: Any = safetensors.torch  # its stubs are partly unknown

@@ -16,6 +16,7 @@ from p2pinfer.node.protocol import draws, frames, messages, train_messages, trai
 from p2pinfer.node.reach import dialback
 from p2pinfer.node.swarm import identity_check, proof_gossip, signed_records, snapshot
 from p2pinfer.node.training import offered_adapters
+from p2pinfer.node.weights import messages as weights_messages
 from p2pinfer.reputation import proof, receipt, train_receipt
 from p2pinfer.routing import announcement
 
@@ -30,7 +31,12 @@ TRAIN_MESSAGES = (
     *("Begin", "Begun", "Adapt", "Adapted", "Forward", "Forwarded", "Backward", "Backwarded"),
     *("Forget", "Declined", "Done"),
 )
+WEIGHTS_MESSAGES = (
+    *("Find", "Found", "Chunks", "Listed", "Get", "Small", "Sending", "Knock", "Door", "Denied"),
+)
 LISTS = {
+    "Weight": "weights",
+    "Words": "texts",
     "Successor": "successor",
     "Prefix": "prefix",
     "Bill": "bills",
@@ -84,6 +90,7 @@ MODULES = (
     offered_adapters,
     proof,
     proof_gossip,
+    weights_messages,
 )
 STRUCTS = [struct for module in MODULES for struct in structs(module)]
 
@@ -98,6 +105,9 @@ def documented(name: str) -> tuple[str, ...]:
         table = section("Session and chain frames" if name in MESSAGES else "Training")
         [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", table, re.MULTILINE)
         return tuple(field.split()[0] for field in row.split(",") if field.strip())
+    if name in WEIGHTS_MESSAGES:
+        [row] = re.findall(rf"^\| `{name.lower()}` \| ([^|]*)\|", section("Weights"), re.MULTILINE)
+        return tuple(field.split()[0] for field in row.split(",") if field.strip())
     if name in LISTS:
         [fields] = re.findall(rf"^- \*{LISTS[name]}\*: `\[([^]]*)\]`", DOCUMENT, re.MULTILINE)
         return tuple(fields.split(", "))
@@ -107,7 +117,10 @@ def documented(name: str) -> tuple[str, ...]:
 
 
 def test_every_struct_has_its_place_in_the_document() -> None:
-    assert {struct.__name__ for struct in STRUCTS} == {*MESSAGES, *TRAIN_MESSAGES, *LISTS, *TABLES}
+    assert {struct.__name__ for struct in STRUCTS} == {
+        *(*MESSAGES, *TRAIN_MESSAGES, *WEIGHTS_MESSAGES),
+        *(*LISTS, *TABLES),
+    }
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
@@ -118,6 +131,8 @@ def test_the_document_names_every_field_in_order(struct: type[msgspec.Struct]) -
 def test_the_document_names_every_refusal_code() -> None:
     listed = DOCUMENT.partition("Refusal codes:")[2].partition("\n\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(messages.RefusalCode)
+    listed = DOCUMENT.partition("Codes of `denied`:")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(weights_messages.DenialCode)
     listed = DOCUMENT.partition("Codes of `declined`:")[2].partition("\n\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == get_args(train_messages.DeclineCode)
 

@@ -29,6 +29,8 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {
     "F8_E8M0": 1,
 }
 _MAX_HEADER_BYTES: Final = 100_000_000  # as safetensors has it
+_MAX_DIMENSIONS: Final = 32
+_MAX_NUMBER: Final = 1 << 62
 _LENGTH_BYTES: Final = 8
 
 
@@ -72,14 +74,17 @@ def open_header(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path} is damaged or cut short ({exc}); fetch it again") from exc
 
 
-def read_header(file: BinaryIO) -> dict[str, Stored]:
+def read_header(file: BinaryIO, *, most: int = _MAX_HEADER_BYTES) -> dict[str, Stored]:
     """The tensors in a file that is open at its beginning; it is left at the first tensor's first byte.
+
+    Args:
+        most: Bytes that the header may have.
 
     Raises:
         ValueError: That is no safetensors header.
     """
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if not 2 <= length <= _MAX_HEADER_BYTES:
+    if not 2 <= length <= most:
         raise ValueError(f"a header of {length} bytes")
     text = file.read(length)
     first = _LENGTH_BYTES + length
@@ -88,7 +93,7 @@ def read_header(file: BinaryIO) -> dict[str, Stored]:
         stored = {
             str(name): _stored(entry, first) for name, entry in entries.items() if name != "__metadata__"
         }
-    except (AttributeError, KeyError, TypeError, RecursionError) as exc:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         raise ValueError("a header that is no list of tensors") from exc
     stored = dict(sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)))
     at = first
@@ -104,6 +109,9 @@ def _stored(entry: Any, first: int) -> Stored:
     stored = Stored(
         str(entry["dtype"]), tuple(map(int, entry["shape"])), first + int(start), first + int(stop)
     )
+    # A product of long numbers would take the interpreter for minutes.
+    if len(stored.shape) > _MAX_DIMENSIONS or max((0, stored.stop, *stored.shape)) > _MAX_NUMBER:
+        raise ValueError("a tensor of more numbers than there can be")
     itemsize = DTYPE_BYTES.get(stored.dtype)
     if min((0, *stored.shape)) < 0 or stored.stop < stored.start:
         raise ValueError("a tensor of negative size")
