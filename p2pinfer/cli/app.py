@@ -19,7 +19,7 @@ from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.man import man
-from p2pinfer.cli.commands.models import models
+from p2pinfer.cli.commands.models.command import models
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.plan import plan
 from p2pinfer.cli.commands.reputation import reputation
