@@ -19,13 +19,13 @@ from p2pinfer.cli.commands.doctor import doctor
 from p2pinfer.cli.commands.generate import generate
 from p2pinfer.cli.commands.keygen import keygen
 from p2pinfer.cli.commands.man import man
-from p2pinfer.cli.commands.models.command import models
 from p2pinfer.cli.commands.node import node
 from p2pinfer.cli.commands.plan import plan
 from p2pinfer.cli.commands.reputation import reputation
 from p2pinfer.cli.commands.serve import serve
 from p2pinfer.cli.commands.swarm import swarm
 from p2pinfer.cli.commands.tune import tune
+from p2pinfer.cli.models.command import models
 from p2pinfer.cli.output.plain import printable
 from p2pinfer.cli.output.terminal import OutputClosed, note, occupy_streams, spare_no_text, write_out
 from p2pinfer.errors import LocalError

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from p2pinfer.cli.commands.models.library import check_files, held_models, remove_model, swarm_name
+from p2pinfer.cli.models.library import check_files, held_models, remove_model, swarm_name
 from p2pinfer.errors import ConfigError, ModelNotFound
 from p2pinfer.models.checkpoint.checkpoint import INDEX
 from p2pinfer.models.checkpoint.hub import open_hub

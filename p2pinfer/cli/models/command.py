@@ -15,7 +15,7 @@ from p2pinfer.cli.output.terminal import note, print_out, write_out
 from p2pinfer.config import SharedConfig
 
 if TYPE_CHECKING:
-    from p2pinfer.cli.commands.models.library import HeldModel
+    from p2pinfer.cli.models.library import HeldModel
     from p2pinfer.config import Settings
     from p2pinfer.models.checkpoint.model_source import ModelSource
     from p2pinfer.models.checkpoint.spec import ModelSpec
@@ -153,7 +153,7 @@ def check(call: Invocation, model: str) -> None:
 
     The exit code is 1 if one is.
     """
-    from p2pinfer.cli.commands.models.library import check_files
+    from p2pinfer.cli.models.library import check_files
 
     shared = call.settings().build(SharedConfig)
 
@@ -179,7 +179,7 @@ def check(call: Invocation, model: str) -> None:
 @DATA_DIR
 def remove(call: Invocation, model: str) -> None:
     """Remove MODEL from the cache."""
-    from p2pinfer.cli.commands.models.library import remove_model
+    from p2pinfer.cli.models.library import remove_model
 
     freed = remove_model(model, call.settings().build(SharedConfig).cache_dir)
     if call.json:
@@ -189,7 +189,7 @@ def remove(call: Invocation, model: str) -> None:
 
 
 def _list(call: Invocation) -> None:
-    from p2pinfer.cli.commands.models.library import held_models
+    from p2pinfer.cli.models.library import held_models
     from p2pinfer.cli.output.fitted_table import Column, FittedTable
 
     held = held_models(call.settings().build(SharedConfig).cache_dir)
@@ -227,7 +227,7 @@ def _to_dict(held: HeldModel) -> dict[str, Any]:
 
 
 def _described(source: ModelSource, cache_dir: Path) -> dict[str, Any]:
-    from p2pinfer.cli.commands.models.library import swarm_name
+    from p2pinfer.cli.models.library import swarm_name
 
     spec, holdings = source.spec, source.holdings()
     here = [each for each in holdings.manifest.weights if each.name in holdings.paths]
