@@ -34,7 +34,7 @@ LAYERS = (
     (WeightsConfig, "node, models"),
     (VerifyConfig, "node"),
     (GenerationConfig, "generate"),
-    (ApiConfig, "serve"),
+    (ApiConfig, "serve, node --serve"),
     (ClientConfig, "generate, serve, swarm, tune"),
     (SessionConfig, "generate, serve"),
     (RoutingConfig, "generate, serve, tune"),

@@ -31,11 +31,13 @@ def complete_value(
 
 def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`KEY=` of every setting."""
+    from p2pinfer.api.config import ApiConfig
     from p2pinfer.client_config import (
         AuditConfig,
         ClientConfig,
         GenerationConfig,
         SessionConfig,
+        TuneConfig,
         VerifyConfig,
     )
     from p2pinfer.config import SHARED, section_of
@@ -55,6 +57,7 @@ def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: st
         HostConfig,
     )
     layers += (NodeConfig, ComputeConfig, ServeConfig, RelayConfig, WeightsConfig, VerifyConfig)
+    layers += (ApiConfig, TuneConfig)
     keys = [f"{section_of(layer)}.{each.name}=" for layer in layers for each in dataclasses.fields(layer)]
     own = [key for key in keys if key.rpartition(".")[2].rstrip("=") not in SHARED]
     return _those([*(f"{name}=" for name in sorted(SHARED)), *own], incomplete)

@@ -18,10 +18,11 @@ import pytest
 from p2pinfer.api.config import ApiConfig
 from p2pinfer.cli.app import app, run
 from p2pinfer.cli.commands.generate import POLICIES
+from p2pinfer.cli.completing import complete_settings
 from p2pinfer.cli.invocation import DTYPES, SettingOption
 from p2pinfer.client import ClientConfig
-from p2pinfer.client_config import AuditConfig, TuneConfig
-from p2pinfer.config import SharedConfig, section_of
+from p2pinfer.client_config import AuditConfig, SessionConfig, TuneConfig
+from p2pinfer.config import SHARED, SharedConfig, section_of
 from p2pinfer.generation.generation import GenerationConfig
 from p2pinfer.idle_audits import VerifyConfig
 from p2pinfer.models.compute.target import DTYPES as COMPUTED_DTYPES
@@ -31,6 +32,7 @@ from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.node import NodeConfig
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.weights.config import WeightsConfig
+from p2pinfer.routing.config import RoutingConfig
 from p2pinfer.routing.policy import BUILT_IN_POLICIES
 
 LAYERS = (
@@ -47,6 +49,8 @@ LAYERS = (
     ServeConfig,
     WeightsConfig,
     TuneConfig,
+    SessionConfig,
+    RoutingConfig,
 )
 COMMANDS = ("generate", "tune", "node", "swarm")
 
@@ -108,6 +112,13 @@ def test_every_flag_is_a_setting_that_exists() -> None:
 def test_what_the_shell_is_offered_exists() -> None:
     assert set(POLICIES) == set(BUILT_IN_POLICIES)
     assert set(DTYPES) == {"auto", *COMPUTED_DTYPES}
+
+
+def test_every_setting_is_completed() -> None:
+    """Whatever docs/configuration.md has, and nothing else."""
+    offered = complete_settings(click.Context(app.commands["generate"]), app.params[0], "")
+    shared = {f"{layer}.{name}" for layer in map(section_of, LAYERS[1:]) for name in SHARED}
+    assert {item.value for item in offered} == {f"{each}=" for each in all_settings().keys() - shared}
 
 
 def test_choices_complete_as_they_are_typed() -> None:
