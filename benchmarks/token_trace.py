@@ -47,12 +47,12 @@ class Recorder:
         """The entries of the step with the fewest modules, of those that went through the hops.
 
         Where a busy computer stretches steps, each of them meets some of the background. That is another in
-        each, so a module that most steps do without is not on a token's way.
+        each, so a module that any step does without is not on a token's way.
         """
         sent = [step for step in self.steps if ("session.session", "Session.decode") in step]
         met = Counter(module for step in sent for module in {module for module, _ in step})
         quietest = min(sent, key=lambda step: (len({module for module, _ in step}), len(step)))
-        return [entry for entry in quietest if 2 * met[entry[0]] > len(sent)]
+        return [entry for entry in quietest if met[entry[0]] == len(sent)]
 
     def watch(self) -> None:
         """Be told of calls in this thread and in all that begin from now on."""
