@@ -257,7 +257,7 @@ def test_nothing_that_is_bundled_imports_what_needs_a_compiler() -> None:
 
 
 def test_libp2p_is_imported_without_clients_of_http() -> None:
-    """They took a tenth of a second and 8 MB of every process, for certificates that nobody asks for."""
+    """They took 0.08 s and 8 MB of every process, for certificates that nobody asks for."""
     shown = "import p2pinfer.client, sys; print(*{'httpx', 'requests', 'pygments'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []

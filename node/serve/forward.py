@@ -54,9 +54,8 @@ class ServedSpan:
     runner: SpanRunner
     worker: Worker
     speed: DecodeSpeed
-    adapters: AdapterShelf = field(
-        default_factory=AdapterShelf
-    )  # that clients have brought, or this node offers
+    # That clients have brought, or this node offers.
+    adapters: AdapterShelf = field(default_factory=AdapterShelf)
     ends: EmbeddingAndHead | None = None
 
     def check_terms(self, opening: Open, client: str, adapter_bytes: int) -> None:
