@@ -68,7 +68,10 @@ class Fickle(RoutingPolicy):
 
 @pytest.fixture
 def fickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """A way to generate that ends after three tokens, unless fickle.py is gone; it keeps things in `home`."""
+    """A way to generate that ends after three tokens, unless fickle.py is gone; it keeps things in `home`.
+
+    A token a trip: how many several would be depends on what the line was measured to take.
+    """
     whole, script = Session.decode, tmp_path / "fickle.py"
 
     async def decode(self: Session, hidden: Tensor, position: int, *more: Any) -> Tensor:
@@ -80,7 +83,7 @@ def fickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     monkeypatch.setattr(Session, "decode", decode)
     monkeypatch.chdir(tmp_path)
     script.write_text(FICKLE)
-    return ("--data-dir", str(tmp_path / "home"), "--policy", "fickle:Fickle")
+    return ("--data-dir", str(tmp_path / "home"), "--policy", "fickle:Fickle", "--speculate", "off")
 
 
 def generate(address: str, *more: str) -> int:
