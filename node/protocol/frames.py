@@ -94,19 +94,13 @@ class FrameStream:
         return isinstance(self._stream, PeerStream)
 
     async def is_answered(self, within_s: float) -> bool:
-        """True if the peer answers on the connection within so long; False also if the connection is gone.
+        """True if the peer shows a sign of life on the connection; False also if the connection is gone.
 
         The question overtakes frames under way, and the answer comes from the peer's event loop, so neither a
         long prompt nor a busy device delays it. `within_s` is for a line that takes no time.
         """
         assert isinstance(self._stream, PeerStream)
-        try:
-            with trio.move_on_after(self.line.patience_s(within_s)):
-                await self._stream.ping()
-                return True
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        return False
+        return await self._stream.is_answered(within_s)
 
     async def hang_up(self) -> None:
         """End the connection below, if there is one, since nothing comes on it any more."""

@@ -56,10 +56,9 @@ class CircuitStream(RawStream):
             self.closed.set()
             raise ConnectionClosedError(f"the circuit broke: {exc}", transport="circuit") from exc
         finally:  # what a cancelled write has counted as sent is on its way
-            sent, waited_s = muxed.bytes_sent - before, trio.current_time() - began_at
+            sent, taken_at = muxed.bytes_sent - before, trio.current_time()
             del outbox[:sent]
-            if waited_s > WAITED_S:
-                self.rate.note(sent, waited_s)
+            self.rate.note(sent, began_at, taken_at if taken_at - began_at > WAITED_S else began_at)
 
     @property
     def queued_bytes(self) -> int:

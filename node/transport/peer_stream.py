@@ -97,16 +97,14 @@ class PeerStream(trio.abc.Stream):
         """State of the line that the stream runs over."""
         return self.muxed.line
 
-    async def ping(self) -> float:
-        """The seconds until the peer answered on the stream's connection, ahead of whatever is being sent.
+    async def is_answered(self, within_s: float) -> bool:
+        """True if the peer shows a sign of life on the stream's connection, ahead of whatever is being sent.
 
-        Raises:
-            PeerVanished: The connection is gone.
+        Args:
+            within_s: How long that may take on a line that takes no time.
         """
-        try:
-            return await self.muxed.ping()
-        except BaseLibp2pError as exc:
-            raise self._lost("while being asked for a sign of life", exc) from exc
+        answered: bool = await self.muxed.is_answered(within_s)
+        return answered
 
     async def hang_up(self) -> None:
         """End the stream's connection, on which the peer answers no more. The next stream makes another."""

@@ -97,6 +97,10 @@ class RawStream(ReadWriteCloser):
         """Bytes that were written and that the other end has not acknowledged, as far as that is known."""
         return len(self._outbox)
 
+    async def until_crowded(self) -> None:
+        """Wait until it goes out over a thin line that is full, as far as that is known."""
+        await trio.sleep_forever()
+
     def expect_round_trip(self, rtt_s: float, latest_s: float = 0.0) -> None:
         """Hear how long an acknowledgement takes here, and how long the last one took; limits follow it."""
         self.rtt_s = rtt_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import socket
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from p2pinfer.node.concurrency.loop_share import LoopShares, Overspent, clocked
 from p2pinfer.node.concurrency.nurseries import innermost
 
 from .addresses import line_of, parse_tcp, range_of
-from .line_rate import MAX_RTT_S, THIN_BYTES_PER_S, is_local
+from .line_rate import MAX_RTT_S, Uplink, is_local
 from .private_network import Guarded
 from .raw_stream import RawStream
 
@@ -37,7 +36,6 @@ KEEPALIVE_IDLE_S = 5
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
 THIN_TIMEOUT_S = 15.0  # without an acknowledgement, before a connection over such a line is dead
-THIN_LASTS_S = 60.0  # how long one measurement counts
 ROUND_TRIPS = 6  # without an acknowledgement, before a connection of long round trips is dead
 FIRST_UNSENT_BYTES = 32 << 10  # that the kernel takes ahead of the line, while its rate is not known
 UNSENT_S = 0.1  # what it takes ahead afterwards, in time
@@ -79,35 +77,6 @@ def share_port(sock: Any) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "SO_REUSEPORT"):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-
-
-class Uplink:
-    """The line that all connections of a host share, as far as they find it thin.
-
-    A prompt that fills a line of 30 KB/s makes the router drop packets of every connection, and 3 s without
-    an acknowledgement say nothing there. Whichever connection measures that gives all of them more time.
-    """
-
-    def __init__(self) -> None:
-        self._thin_until = -math.inf
-        self._streams = weakref.WeakSet[TcpStream]()
-
-    @property
-    def is_thin(self) -> bool:
-        """True if a connection has met a low rate of late."""
-        return trio.current_time() < self._thin_until
-
-    def add(self, stream: TcpStream) -> None:
-        """Let a connection know when the line turns out to be thin."""
-        self._streams.add(stream)
-
-    def note(self, bytes_per_s: float) -> None:
-        """Note the rate that a connection has measured."""
-        if 0 < bytes_per_s < THIN_BYTES_PER_S:
-            was_thin, self._thin_until = self.is_thin, trio.current_time() + THIN_LASTS_S
-            if not was_thin:
-                for stream in list(self._streams):
-                    stream.expect_round_trip(stream.rtt_s)
 
 
 class TcpStream(RawStream):
@@ -152,23 +121,27 @@ class TcpStream(RawStream):
     async def _send_some(self, outbox: bytearray) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         sent: int | None = None
-        waits_since: float | None = None
+        offered_at = trio.current_time()
+        has_waited = False
         try:
             while sent is None:
                 try:
                     sent = self.socket.send(outbox)
                 except BlockingIOError:
-                    waits_since = waits_since or trio.current_time()
+                    has_waited = True
                     await trio.lowlevel.wait_writable(self.socket)
         except (OSError, trio.ClosedResourceError) as exc:
             self.closed.set()
             raise ConnectionClosedError(f"the connection broke: {exc}", transport="tcp") from exc
         del outbox[:sent]
-        if waits_since is not None:
-            self.rate.note(sent, trio.current_time() - waits_since)
+        self.rate.note(sent, offered_at, trio.current_time() if has_waited else offered_at)
+        if has_waited:
             self._uplink.note(self.rate.bytes_per_s)
             self._limit_unsent()
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def until_crowded(self) -> None:
+        await self._uplink.until_crowded()
 
     @property
     def queued_bytes(self) -> int:

@@ -15,9 +15,8 @@ one order (`TcpStream.write`), so a cancelled sender cannot tear a frame. Frames
 window update, a pong) are written by a task of their own, because neither the receiving task nor a reader
 may wait for the socket. That task also sends what the socket did not take of a frame that was to go at once.
 
-What is urgent overtakes. Nothing overtakes what was encrypted, or what the kernel has taken. So one frame of
-data at a time is on its way to the kernel (`send_lock`). Frames without data need no lock. A frame takes the
-line a tenth of a second (`_fit_frames`, whenever it was measured), and the kernel holds as much (`tcp.py`).
+What is urgent overtakes what was not encrypted yet. So one frame of data at a time is on its way to the
+kernel (`send_lock`). It takes a tenth of a second (`_fit_frames`), and the kernel holds as much (`tcp.py`).
 """
 
 from __future__ import annotations
@@ -63,6 +62,7 @@ from .yamux_stream import Carrier, YamuxStream
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 30.0  # between measurements of the round trip
+LEAST_INTERVAL_S = 1.0  # where a full router drops acknowledgements: every ping carries another one
 LINGER_S = 60.0  # how long a stream that we closed may wait for the peer's own end
 
 
@@ -225,10 +225,9 @@ class YamuxConnection(Carrier):
         return True
 
     def answer(self, kind: int, flags: int, stream_id: int, length: int) -> None:
-        if len(self._control) < MAX_CONTROL_BYTES:
-            self._control += HEADER.pack(0, kind, flags, stream_id, length)
-            self._control_ready.set()
-        else:
+        self._control += HEADER.pack(0, kind, flags, stream_id, length)
+        self._control_ready.set()
+        if len(self._control) > MAX_CONTROL_BYTES:
             logger.debug("connection.violation peer=%s why=asks and does not read", self.peer_id)
             self._scope.cancel()
 
@@ -267,7 +266,9 @@ class YamuxConnection(Carrier):
                     await self.ping()
                 except BaseLibp2pError:
                     return
-            await trio.sleep(PING_INTERVAL_S)
+            await trio.sleep(LEAST_INTERVAL_S)
+            with trio.move_on_after(PING_INTERVAL_S - LEAST_INTERVAL_S):
+                await self.secured_conn.raw.until_crowded()
             for stream in list(self._streams.values()):
                 if stream.closed_at is not None and trio.current_time() - stream.closed_at > LINGER_S:
                     stream.abort()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
+from contextlib import suppress
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
 from p2pinfer.node.concurrency.fast_lock import FastLock
@@ -35,11 +37,13 @@ class Carrier(IMuxedConn):
 
     Attributes:
         rtt_s: The round trip as measured; 0 until it was.
+        heard_at: When the peer last sent anything.
         send_lock: Held while a frame of data goes out. Frames without data go before those that wait for it.
         frame_bytes: The most that a frame of data is to carry, by what is known of the line.
     """
 
     rtt_s: float
+    heard_at: float
     send_lock: FastLock
     frame_bytes: int
 
@@ -60,6 +64,22 @@ class Carrier(IMuxedConn):
         Raises:
             MuxedConnUnavailable: The connection has ended.
         """
+
+    async def is_answered(self, within_s: float) -> bool:
+        """True if the peer answers a ping; False if nothing comes for so long, or the connection is gone.
+
+        The question overtakes what is being sent. Its answer may be long in coming where the peer's line has
+        much to carry, so whatever comes is a sign of life. `within_s` is for a line that takes no time.
+        """
+        asked_at = trio.current_time()
+        with suppress(BaseLibp2pError):
+            while trio.current_time() < (
+                until := max(asked_at, self.heard_at) + self.line.patience_s(within_s)
+            ):
+                with trio.move_on_at(until):
+                    await self.ping()
+                    return True
+        return False
 
     @abstractmethod
     async def send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
@@ -149,9 +169,9 @@ class YamuxStream(IMuxedStream):
         """See `Carrier.local_port`."""
         return self._connection.local_port
 
-    async def ping(self) -> float:
-        """See `Carrier.ping`."""
-        return await self._connection.ping()
+    async def is_answered(self, within_s: float) -> bool:
+        """See `Carrier.is_answered`."""
+        return await self._connection.is_answered(within_s)
 
     def has_input(self) -> bool:
         """True if `read` would return at once."""

@@ -13,6 +13,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.reach.wake import BEAT_S, LATE_S, drop_silent, watch_for_sleep
 from p2pinfer.node.transport.line_rate import Line
+from p2pinfer.node.transport.yamux_stream import Carrier
 
 
 class Clock:
@@ -74,6 +75,10 @@ class Connection:
         self.line = Line(rtt_s=rtt_s)
         self.closed = False
         self._answers_after_s = answers_after_s
+        self.heard_at = 0.0
+
+    async def is_answered(self, within_s: float) -> bool:
+        return await Carrier.is_answered(cast(Any, self), within_s)
 
     async def ping(self) -> float:
         if self._answers_after_s is None:
@@ -100,5 +105,5 @@ async def test_connections_that_answer_no_more_are_ended_all_at_once(
     began_at = trio.current_time()
     await drop_silent(cast(Host, cast(Any, host)), 3.0)
     assert trio.current_time() - began_at < 10
-    assert [each.closed for each in (living, dead, far, gone)] == [False, True, False, False]
+    assert [each.closed for each in (living, dead, far, gone)] == [False, True, False, True]
     assert all(each.closed for name, (each, *_) in connections.items() if name.startswith("d"))

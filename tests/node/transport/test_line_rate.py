@@ -20,30 +20,63 @@ from p2pinfer.node.transport.yamux_frames import (
 )
 
 
+class Clocked:
+    """A sender that waits for each of its frames, one after the other."""
+
+    def __init__(self) -> None:
+        self.rate = LineRate()
+        self.now = 0.0
+        self.send(0, 0.001)  # the beginning of the first wait that counts
+
+    def send(self, size: int, waited_s: float, freely: int = 0) -> None:
+        """Send `size` bytes after waiting for so long, and then as many as found room meanwhile."""
+        offered_at, self.now = self.now, self.now + waited_s
+        self.rate.note(size, offered_at, self.now)
+        self.rate.note(freely, self.now, self.now)
+
+
 def test_a_rate_is_known_once_enough_bytes_have_waited_and_follows_the_line() -> None:
-    rate = LineRate()
-    rate.note(SAMPLE_BYTES - 1, 0.5)
-    assert rate.bytes_per_s == 0
-    rate.note(1, 0.5)
-    assert rate.bytes_per_s == SAMPLE_BYTES
+    sender = Clocked()
+    sender.send(SAMPLE_BYTES - 1, 0.5)
+    sender.send(1, 0.5)
+    assert sender.rate.bytes_per_s == 0
+    sender.send(SAMPLE_BYTES, 0.5)
+    assert sender.rate.bytes_per_s == pytest.approx(SAMPLE_BYTES / 1.5)
     for _ in range(100):
-        rate.note(SAMPLE_BYTES, 0.01)
-    assert rate.bytes_per_s == pytest.approx(SAMPLE_BYTES * 100, rel=0.01)
+        sender.send(SAMPLE_BYTES, 0.01)
+    assert sender.rate.bytes_per_s == pytest.approx(SAMPLE_BYTES * 100, rel=0.05)
 
 
 def test_a_burst_that_the_kernel_took_after_a_moment_is_no_rate() -> None:
     """31 KB/s: room for the first 16 KiB happened to come after 18 ms."""
-    rate = LineRate()
-    rate.note(SAMPLE_BYTES, 0.018)
-    assert rate.bytes_per_s == 0
+    sender = Clocked()
+    sender.send(SAMPLE_BYTES, 0.018)
+    assert sender.rate.bytes_per_s == 0
     for _ in range(16):
-        rate.note(SAMPLE_BYTES // 4, SAMPLE_BYTES / 4 / 31_250)
-    assert rate.bytes_per_s == pytest.approx(31_250, rel=0.5)
+        sender.send(SAMPLE_BYTES // 4, SAMPLE_BYTES / 4 / 31_250)
+    assert sender.rate.bytes_per_s == pytest.approx(31_250, rel=0.5)
+
+
+def test_what_finds_room_after_a_wait_counts_as_well() -> None:
+    """The kernel asks for more when half of what it keeps is gone: one frame waits, and three do not."""
+    sender = Clocked()
+    for _ in range(20):
+        sender.send(2_000, 8_000 / 31_250, freely=6_000)
+    assert sender.rate.bytes_per_s == pytest.approx(31_250, rel=0.05)
+
+
+def test_a_line_that_ran_dry_in_between_tells_no_rate() -> None:
+    """A wait of half a second, then nothing to send for ten: that is no rate of 1.6 KB/s."""
+    sender = Clocked()
+    for _ in range(20):
+        sender.send(16_000, 0.5)
+        sender.now += 10.0
+    assert sender.rate.bytes_per_s == 0
 
 
 def test_bytes_that_never_waited_say_nothing() -> None:
     rate = LineRate()
-    rate.note(10 * SAMPLE_BYTES, 0.0)
+    rate.note(10 * SAMPLE_BYTES, 1.0, 1.0)
     assert rate.bytes_per_s == 0
 
 

@@ -35,7 +35,7 @@ from p2pinfer.node.transport.yamux_frames import (
 )
 from p2pinfer.node.transport.yamux_stream import StreamRefused
 
-from .wire import accepted, running, settle
+from .wire import Wire, accepted, running, settle
 
 
 async def test_more_streams_than_allowed_are_refused() -> None:
@@ -142,6 +142,74 @@ async def test_pings_are_answered_and_measured(autojump_clock: trio.testing.Mock
             wire.frame(PING, ACK, 0, 1)
         assert rtts == [pytest.approx(0.5)]
         assert connection.rtt_s == connection.line.rtt_s == pytest.approx(0.5)
+
+
+async def test_whatever_comes_is_a_sign_of_life(autojump_clock: trio.testing.MockClock) -> None:
+    """The answer to a ping is behind a prompt that takes the peer's line a minute; then nothing comes."""
+    async with running() as (connection, wire):
+        found: list[tuple[bool, float]] = []
+
+        async def ask() -> None:
+            found.append((await connection.is_answered(1.5), trio.current_time()))
+
+        stream = await connection.open_stream()
+        began_at = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            for _ in range(60):
+                await trio.sleep(1.0)
+                wire.frame(DATA, 0, stream.stream_id, 4, b"text")
+            assert not found
+        ((answered, at),) = found
+        assert not answered
+        assert at == pytest.approx(began_at + 61.5)
+
+
+async def test_a_peer_that_answers_at_last_is_alive(autojump_clock: trio.testing.MockClock) -> None:
+    async with running() as (connection, wire):
+        found: list[bool] = []
+
+        async def ask() -> None:
+            found.append(await connection.is_answered(1.5))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(1.0)
+            wire.frame(PING, ACK, 0, 12345)  # to nothing we asked
+            await trio.sleep(1.0)
+            wire.frame(PING, ACK, 0, connection._next_ping - 1)
+        assert found == [True]
+    assert not await connection.is_answered(1.5)  # it is gone
+
+
+async def test_a_host_whose_thin_line_is_full_pings_every_second(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its router drops acknowledgements, and a peer that misses them for 5 s hangs up."""
+    pings = 0
+
+    async def answer(wire: Wire) -> None:
+        nonlocal pings
+        while True:
+            await trio.sleep(0.1)
+            for _, kind, flags, _, nonce in (HEADER.unpack_from(frame) for frame in wire.sent):
+                if (kind, flags) == (PING, SYN):
+                    pings += 1
+                    wire.frame(PING, ACK, 0, nonce)
+            wire.sent.clear()
+
+    async with running() as (_, wire), trio.open_nursery() as nursery:
+        nursery.start_soon(answer, wire)
+        await trio.sleep(59.0)
+        assert pings == 2
+        for _ in range(20):
+            wire.raw.uplink.note(30_000.0)
+            await trio.sleep(1.0)
+        assert 15 <= pings <= 25
+        wire.raw.uplink.note(3e6)  # a fast one
+        await trio.sleep(29.0)
+        assert pings <= 30
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_message_of_very_many_frames_lets_others_run_meanwhile() -> None:

@@ -35,9 +35,9 @@ class ThinWire(Wire):
 
     async def write(self, data: bytes) -> None:
         async with self._line:
-            took_s = len(data) / self._bytes_per_s
-            await trio.sleep(took_s)
-            self.raw.rate.note(len(data), took_s)
+            offered_at = trio.current_time()
+            await trio.sleep(len(data) / self._bytes_per_s)
+            self.raw.rate.note(len(data), offered_at, trio.current_time())
             self.through.append((trio.current_time(), data))
 
     @property

@@ -13,7 +13,7 @@ from libp2p.peer.id import ID
 
 from p2pinfer.node.concurrency.loop_share import LoopShares
 from p2pinfer.node.transport.connection_gate import Gate
-from p2pinfer.node.transport.line_rate import LineRate
+from p2pinfer.node.transport.line_rate import LineRate, Uplink
 from p2pinfer.node.transport.yamux import YamuxConnection
 from p2pinfer.node.transport.yamux_frames import (
     ACK,
@@ -35,6 +35,10 @@ class Raw:
         self.rate = LineRate()
         self.queued_bytes = 0
         self.rtt_s = self.least_rtt_s = self.expected_rtt_s = 0.0
+        self.uplink = Uplink()
+
+    async def until_crowded(self) -> None:
+        await self.uplink.until_crowded()
 
     def expect_round_trip(self, rtt_s: float, latest_s: float = 0.0) -> None:
         self.rtt_s = rtt_s
