@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,7 +28,7 @@ from .lab import open_lab
 from .namespaces import ROOT
 from .pairs import leave, reachable, start_relays
 from .pinned import POLICY, VARIABLE, write_routes
-from .reference import greedy_ids
+from .reference import greedy_ids, lengthened
 from .scenario import Line, Scenario, Site
 from .scenarios import KINDS, relay_sites
 
@@ -36,6 +37,7 @@ BEGIN: Final = "<!-- make lab-lines writes from here -->"
 END: Final = "<!-- lines to here -->"
 TOKENS: Final = 4  # of text
 BYTES_A_TOKEN: Final = 1280  # of the bundled model's hidden states in float32
+CONTEXT: Final = 2048  # the bundled model is given room for the longest prompt and the text
 SPANS: Final = ("0:4", "4:8")
 SETTLE_S: Final = 3.0
 QUEUE_MS: Final = 300.0  # of a router, at full rate
@@ -52,16 +54,19 @@ ROUND_TRIPS: Final = 5 + 2 + 2 + 1.5
 
 Cell = tuple[float, float, float, int]
 CELLS: Final[tuple[Cell, ...]] = (
-    # Mbit/s up, ms one way, % lost, tokens of the prompt: the bundled model takes no more than 1,024
-    *((rate, 50, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300, 1000)),
+    # Mbit/s up, ms one way, % lost, tokens of the prompt
+    *((rate, 50, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300, 1000, 2000)),
     *((rate, 400, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300)),
     *((rate, 800, 0, tokens) for rate in (0.25, 1, 8) for tokens in (10, 300)),
     (8, 400, 0, 1000),
+    (8, 400, 0, 2000),
     (8, 800, 0, 1000),
+    (8, 800, 0, 2000),
     *((rate, 50, loss, 300) for rate in (0.25, 1, 8) for loss in (1, 5)),
     (1, 50, 1, 1000),
     (8, 50, 1, 1000),
     (8, 50, 5, 1000),
+    (8, 50, 5, 2000),
     *((1, delay, loss, 10) for delay in (400, 800) for loss in (1, 5)),
     (8, 400, 1, 300),
     (8, 800, 1, 100),
@@ -118,20 +123,21 @@ class Prefill:
 def measure_lines(cells: Iterable[Cell] = CELLS, at_once: int = AT_ONCE) -> Iterator[Prefill]:
     """One prompt in every cell, each with a lab and nodes of its own."""
     cells = list(cells)
-    for tokens in {cell[3] for cell in cells}:  # here, as transformers does not load a model in two threads
-        greedy_ids(prompt_of(tokenizer(), tokens), TOKENS)
-    with ThreadPoolExecutor(at_once) as pool:
-        for done in as_completed([pool.submit(_measure, cell) for cell in cells]):
+    with tempfile.TemporaryDirectory(prefix="p2pinfer-lines-") as home, ThreadPoolExecutor(at_once) as pool:
+        model = lengthened(Path(home) / "tiny-stories", CONTEXT)
+        for tokens in {cell[3] for cell in cells}:  # here: transformers does not load a model in two threads
+            greedy_ids(prompt_of(tokenizer(), tokens), TOKENS, model)
+        for done in as_completed([pool.submit(_measure, cell, model) for cell in cells]):
             yield done.result()
 
 
-def _measure(cell: Cell) -> Prefill:
+def _measure(cell: Cell, model: Path) -> Prefill:
     mbit, delay_ms, loss_percent, tokens = cell
     line = Line(delay_ms / 2, 2, up_mbit=mbit, down_mbit=16, queue_ms=QUEUE_MS, loss=loss_percent / 100 / 2)
     homes = (Site(host, (host,), KINDS["port-preserving"], line) for host in ("n1", "n2", "me"))
     scenario = Scenario("thin", "three homes on lines of one kind", (*relay_sites(), *homes))
     with open_lab(scenario) as lab, open_commands(lab) as commands:
-        first_s, failovers, why = _prefill(commands, tokens)
+        first_s, failovers, why = _prefill(commands, tokens, model)
     return Prefill(mbit, delay_ms, loss_percent, tokens, round(first_s, 2), failovers, why)
 
 
@@ -155,12 +161,13 @@ def shortcomings(runs: Sequence[Prefill], cells: Sequence[Cell] = CELLS) -> list
     return missing + [describe(run) for run in runs if run.why or run.ratio > PROMISED]
 
 
-def _prefill(commands: Commands, tokens: int) -> tuple[float, int, str]:
+def _prefill(commands: Commands, tokens: int, model: Path) -> tuple[float, int, str]:
     """(seconds to the first token, failovers, what went wrong)"""
     prompt = prompt_of(tokenizer(), tokens)
     relays = start_relays(commands)
     nodes = [
-        commands.node(host, "--blocks", span, *relays) for host, span in zip(("n1", "n2"), SPANS, strict=True)
+        commands.node(host, "--model", str(model), "--blocks", span, *relays)
+        for host, span in zip(("n1", "n2"), SPANS, strict=True)
     ]
     try:
         route = [(reachable(node), span) for node, span in zip(nodes, SPANS, strict=True)]
@@ -169,6 +176,7 @@ def _prefill(commands: Commands, tokens: int) -> tuple[float, int, str]:
             "me",
             prompt,
             *relays,
+            *("--model", str(model)),
             *("--max-new-tokens", str(TOKENS), "--policy", POLICY, "--audit-rate", "0"),
             *("--set", "client.find_timeout_s=30", "--set", "client.dtype=float32"),
             **{VARIABLE: write_routes(route)},
@@ -180,7 +188,7 @@ def _prefill(commands: Commands, tokens: int) -> tuple[float, int, str]:
     finally:
         leave(nodes)
     result = json.loads(client.out)
-    right = tuple(result["token_ids"]) == greedy_ids(prompt, TOKENS)
+    right = tuple(result["token_ids"]) == greedy_ids(prompt, TOKENS, model)
     return result["timings"]["first_token_s"], result["failovers"], "" if right else "wrong text"
 
 
