@@ -30,8 +30,8 @@ from .vitals import resident_mib
 
 SPANS = ((0, 8), (0, 4), (4, 8))
 CLIENTS = 40
-# In five minutes, of twenty. oneDNN keeps a kernel for each weight and each of 36 numbers of rows, and the last
-# of them come late. What is kept for auditors is full at 4 MiB here (`NodeProcess`).
+# In five minutes of twenty. oneDNN keeps a kernel for each weight and each of 36 numbers of rows, and some of
+# them come late. What is kept for auditors is full at 4 MiB here (`NodeProcess`).
 MORE_MIB = 24.0
 LEAST_SHARE = 0.3  # of the median client's texts, where there are enough to count
 LOOK_S = 2.0
