@@ -21,6 +21,7 @@ from torch import Tensor
 
 from p2pinfer.errors import ConfigError
 
+from .call_marks import CALL_MARKS
 from .sampling_config import MAX_GRAMMAR_CHARS
 
 # Between the parts of a JSON text. Without an end, a model that is unsure writes spaces for ever.
@@ -175,7 +176,9 @@ class _Tokens:
     def __init__(self, tokenizer: TokenBytes, size: int, eos_ids: Sequence[int]) -> None:
         special = tokenizer.special_texts
         self.eos_token_id = eos_ids[0] if eos_ids else 0
-        self.special_token_ids = [each for each in special if each < size]
+        # Marks of calls are text to a grammar, so that a model may write them as it was taught.
+        marked = {each for each, text in special.items() if text in CALL_MARKS}
+        self.special_token_ids = [each for each in special if each < size and each not in marked]
         self.tokens = [
             special[each].encode() if each in special else tokenizer.token_bytes(each) for each in range(size)
         ]

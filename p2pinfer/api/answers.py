@@ -17,11 +17,12 @@ from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import Generation, GenerationResult, Token
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
+from p2pinfer.models.text.call_marks import CALL_MARKS
 from p2pinfer.models.text.grammar import check_grammar
 from p2pinfer.node.concurrency.nurseries import bare_errors
 
 from .errors import ApiError
-from .tool_calls import MARKS, CallReader, Toolbox, ToolCall
+from .tool_calls import CallReader, Toolbox, ToolCall
 
 Message: TypeAlias = Mapping[str, Any]
 _SEEDS: Final = 1 << 63
@@ -143,7 +144,7 @@ async def run(generations: Sequence[Generation], tell: Tell, toolbox: Toolbox | 
                     await tell(Piece(index, token, token.text))
                     continue
                 hidden = generation.tokenizer.special_texts.get(token.id)
-                text, calls = reader.push(token.text + (hidden if hidden in MARKS else ""))
+                text, calls = reader.push(token.text + (hidden if hidden in CALL_MARKS else ""))
                 await tell(Piece(index, token, text, calls))
                 called = called or bool(calls)
                 if called and toolbox.single:

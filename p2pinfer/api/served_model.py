@@ -73,14 +73,11 @@ class ServedModel:
         """True if the chat template has a variable of that name."""
         return self.template is not None and any(variable in each for each in self.template.sources.values())
 
-    def toolbox(
-        self, schemas: Sequence[Mapping[str, Any]], *, single: bool = False, forced: bool = False
-    ) -> Toolbox | None:
+    def toolbox(self, schemas: Sequence[Mapping[str, Any]], *, single: bool = False) -> Toolbox | None:
         """Tools for an answer; None if there are none.
 
         Args:
             single: The answer ends with its first call.
-            forced: It has to be a call.
 
         Raises:
             ApiError: The model takes none, or one has a fault.
@@ -95,7 +92,7 @@ class ServedModel:
                 "not read here",
                 param="tools",
             )
-        if fault := fault_of(schemas, forced=forced):
+        if fault := fault_of(schemas):
             raise ApiError(f"a tool {fault}", param="tools")
         return Toolbox(tuple(schemas), style, single)
 

@@ -6,7 +6,8 @@ A model that was taught to call tools writes calls as text, in the form that its
     [TOOL_CALLS][{"name": ..., "arguments": {...}}]                    Mistral; newer: name[ARGS]{...}
     {"name": ..., "parameters": {...}}                                 Llama 3.1, often behind <|python_tag|>
 
-The brackets of the last two are special tokens, which are hidden in the text; the reader is told of them.
+The brackets of the last two are special tokens, which are hidden in the text; the reader is told of them
+(`CALL_MARKS`).
 What looks like a call and is none, because it is no JSON or names no tool that was given, stays text.
 """
 
@@ -22,14 +23,12 @@ from typing import Any, Final, Literal, TypeAlias, cast
 from p2pinfer.models.text.chat_template import ChatTemplate
 
 Style: TypeAlias = Literal["hermes", "mistral", "llama"]
-_OPEN: Final[Mapping[Style, str]] = {
+OPENING_MARKS: Final[Mapping[Style, str]] = {
     "hermes": "<tool_call>",
     "mistral": "[TOOL_CALLS]",
     "llama": "<|python_tag|>",
 }
 _CLOSE: Final[Mapping[Style, str]] = {"hermes": "</tool_call>"}  # the others end with the answer
-# Special tokens that are part of a call, whatever their names are in the text.
-MARKS: Final = frozenset((*_OPEN.values(), *_CLOSE.values(), "[ARGS]", "[CALL_ID]"))
 _NAMED: Final = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _BETWEEN: Final = " \t\r\n;,"
@@ -93,7 +92,7 @@ class CallReader:
         self._style: Style = toolbox.style
         self._names = toolbox.names
         self._most = 1 if toolbox.single else None
-        self._open, self._close = _OPEN[toolbox.style], _CLOSE.get(toolbox.style)
+        self._open, self._close = OPENING_MARKS[toolbox.style], _CLOSE.get(toolbox.style)
         self._held = ""  # text that may be the beginning of a call, or is one
         self._in_call = False
         self._begun = False  # anything has been shown
@@ -183,12 +182,8 @@ def _overlap(text: str, mark: str) -> int:
     )
 
 
-def fault_of(schemas: Sequence[Mapping[str, Any]], *, forced: bool = False) -> str | None:
-    """The fault of tools, as the end of a sentence; None if they have none.
-
-    Args:
-        forced: The answer has to be a call, so a grammar holds it to the parameters of its tool.
-    """
+def fault_of(schemas: Sequence[Mapping[str, Any]]) -> str | None:
+    """The fault of tools, as the end of a sentence; None if they have none."""
     names: list[Any] = []
     for schema in schemas:
         function: Any = schema.get("function")
@@ -200,8 +195,8 @@ def fault_of(schemas: Sequence[Mapping[str, Any]], *, forced: bool = False) -> s
             return "has a name of other than 1 to 128 letters, digits, dots, _ and -"
         if not isinstance(said.get("parameters", {}), dict | None):
             return "has parameters that are no JSON schema"
+        if not isinstance(said.get("strict"), bool | None):
+            return "has a field 'strict' that is neither true nor false"
         if unknown := said.keys() - {"name", "description", "parameters", "strict"}:
             return f"has a field {min(unknown)[:50]!r} that this server does not know"
-        if said.get("strict") and not forced:
-            return "is strict, which only calls that tool_choice asks for can be; leave that out"
     return "has a name twice" if len({*names}) < len(names) else None

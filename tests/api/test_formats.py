@@ -163,8 +163,9 @@ async def test_a_call_is_made_where_one_has_to_be(open_door: OpenDoor, clue: str
                 assert choice.finish_reason == "tool_calls"
                 with pytest.raises(openai.BadRequestError, match="names 'rm', which is none of the tools"):
                     create(**asked, tool_choice={"type": "function", "function": {"name": "rm"}})
-                with pytest.raises(openai.BadRequestError, match="a tool is strict, which only calls"):
-                    create(**ASKED, tools=[strict])
+                free = create(**ASKED, tools=[strict]).choices[0]  # it tells a story, as it may
+                assert free.message.content
+                assert free.message.tool_calls is None
                 with pytest.raises(openai.BadRequestError, match="not supported together"):
                     create(**asked, response_format=FORMAT)
             with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:

@@ -159,7 +159,7 @@ def test_a_conversation_is_told_as_templates_know_it() -> None:
             {"type": "function", "function": {"name": "a", "parameters": 1}},
             "has parameters that are no JSON schema",
         ),
-        ({"type": "function", "function": {"name": "a", "strict": True}}, "is strict"),
+        ({"type": "function", "function": {"name": "a", "strict": "very"}}, "has a field 'strict' that is"),
         ({"type": "function", "function": {"name": "a", "more": 1}}, "has a field 'more'"),
         (TOOL, "has a name twice"),
     ],

@@ -13,7 +13,7 @@ import msgspec
 from p2pinfer.api.answers import Asked
 from p2pinfer.api.errors import ApiError
 from p2pinfer.api.fields import Unhonoured, bounded, stops
-from p2pinfer.api.formats import call_grammar, check_alone, schema_grammar
+from p2pinfer.api.formats import form_of, schema_grammar
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.client_config import GenerationConfig
 
@@ -91,21 +91,17 @@ class MessagesRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         toolbox = model.toolbox(
             _tools(self.tools or ()) if may_call else (),
             single=bool(choice.get("disable_parallel_tool_use")),
-            forced=forced,
         )
-        grammar = self._grammar()
-        check_alone(grammar, toolbox, "output_config")
         if forced and toolbox is None:
             raise ApiError("tool_choice asks for a call, and there are no tools", param="tool_choice")
-        if forced and toolbox is not None:
-            grammar = call_grammar(toolbox, choice.get("name"))
+        form = form_of(self._grammar(), toolbox, "output_config", forced=forced, name=choice.get("name"))
         config = GenerationConfig(
             max_new_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             stop=stops(self.stop_sequences, MAX_STOPS, "stop_sequences"),
-            grammar=grammar,
+            grammar=form,
         )
         self._check_edits()
         told, continues = conversation(self, model)

@@ -6,6 +6,7 @@ As https://docs.ollama.com/api. Both stream unless they say otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from p2pinfer.api.answers import Asked
 from p2pinfer.api.errors import ApiError
 from p2pinfer.api.fields import Unhonoured, bounded, check_neutral, stops
-from p2pinfer.api.formats import any_object, check_alone, schema_grammar
+from p2pinfer.api.formats import any_object, form_of, schema_grammar
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.client_config import GenerationConfig
 
@@ -178,7 +179,7 @@ class ChatRequest(OllamaRequest):
         """
         toolbox = model.toolbox(self.tools or ())
         config = self.config(model)
-        check_alone(config.grammar, toolbox, "format")
+        config = replace(config, grammar=form_of(config.grammar, toolbox, "format"))
         told = tuple(_as_told(message, model) for message in self.messages)
         return Asked(told, config, 1, self.variables(model), toolbox)
 

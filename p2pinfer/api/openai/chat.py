@@ -16,7 +16,7 @@ from p2pinfer.api.answers import Asked
 from p2pinfer.api.errors import ApiError
 from p2pinfer.api.exchange import Answer, Plan
 from p2pinfer.api.fields import Unhonoured, bounded, decode
-from p2pinfer.api.formats import call_grammar, check_alone
+from p2pinfer.api.formats import form_of
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.api.token_texts import LEAST_LOGPROB, token_text, told_tokens
 from p2pinfer.api.tool_calls import ToolCall
@@ -106,10 +106,10 @@ def plan_chat(body: bytes, model: ServedModel) -> Plan:
         model.max_tokens(limit, "max_tokens"), (said.top_logprobs or 0) if said.logprobs else None
     )
     forced = said.tool_choice not in (None, "auto", "none")
-    toolbox = model.toolbox(_tools(said), single=said.parallel_tool_calls is False, forced=forced)
-    check_alone(config.grammar, toolbox, "response_format")
-    if toolbox is not None and forced:
-        config = replace(config, grammar=call_grammar(toolbox, _forced(said.tool_choice)))
+    toolbox = model.toolbox(_tools(said), single=said.parallel_tool_calls is False)
+    name = _forced(said.tool_choice) if forced else None
+    form = form_of(config.grammar, toolbox, "response_format", forced=forced, name=name)
+    config = replace(config, grammar=form)
     messages = conversation(said.messages, model)
     return Plan(
         Asked(messages, config, said.choices, said.chat_template_kwargs, toolbox),

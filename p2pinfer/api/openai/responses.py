@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -17,7 +16,7 @@ from p2pinfer.api.answers import Asked, Begun, Ended, Event, Piece
 from p2pinfer.api.errors import ApiError
 from p2pinfer.api.exchange import Answer, Plan, encode, report
 from p2pinfer.api.fields import Unhonoured, bounded, decode
-from p2pinfer.api.formats import any_object, call_grammar, check_alone, schema_grammar
+from p2pinfer.api.formats import any_object, form_of, schema_grammar
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.api.tool_calls import ToolCall
 from p2pinfer.client_config import GenerationConfig
@@ -99,26 +98,28 @@ def plan_response(body: bytes, model: ServedModel) -> Plan:
     bounded(said.temperature, "temperature", 0, 2)
     schemas = [] if said.tool_choice == "none" else [_schema(tool) for tool in said.tools or ()]
     forced = said.tool_choice not in (None, "auto", "none")
-    toolbox = model.toolbox(schemas, single=said.parallel_tool_calls is False, forced=forced)
-    config = GenerationConfig(
-        max_new_tokens=model.max_tokens(said.max_output_tokens, "max_output_tokens"),
-        temperature=said.temperature,
-        top_p=said.top_p,
-        grammar=_grammar(said.text.format if said.text else None),
-    )
-    check_alone(config.grammar, toolbox, "text.format")
+    toolbox = model.toolbox(schemas, single=said.parallel_tool_calls is False)
+    name: str | None = None
     match said.tool_choice:
         case None | "auto" | "none":
             pass
-        case ("required" | {"type": "function", "name": str()}) as choice if toolbox is not None:
-            name = choice["name"] if isinstance(choice, dict) else None
-            config = replace(config, grammar=call_grammar(toolbox, name))
+        case "required" if toolbox is not None:
+            pass
+        case {"type": "function", "name": str() as asked_name} if toolbox is not None:
+            name = asked_name
         case _:
             raise ApiError(
                 "tool_choice must be auto, none, required or a function, of the tools that are given",
                 param="tool_choice",
             )
     asked = Asked(_conversation(said, model), config, toolbox=toolbox)
+    own = _grammar(said.text.format if said.text else None)
+    config = GenerationConfig(
+        max_new_tokens=model.max_tokens(said.max_output_tokens, "max_output_tokens"),
+        temperature=said.temperature,
+        top_p=said.top_p,
+        grammar=form_of(own, toolbox, "text.format", forced=forced, name=name),
+    )
     return Plan(asked, bool(said.stream), partial(ResponseShape, model.id, said))
 
 
