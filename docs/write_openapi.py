@@ -24,12 +24,12 @@ REQUESTS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "/v1/messages/count_tokens": (MessagesRequest, "Count the tokens of a conversation (Anthropic)."),
     "/api/chat": (OllamaChatRequest, "Answer a conversation (Ollama)."),
     "/api/generate": (OllamaTextRequest, "Answer or continue a text (Ollama)."),
-    "/api/show": (ShowRequest, "Tell of the model (Ollama)."),
+    "/api/show": (ShowRequest, "Tell of a model (Ollama)."),
 }
 LISTS = {
-    "/v1/models": "List the model (OpenAI; Anthropic, with the header anthropic-version).",
-    "/api/tags": "List the model (Ollama).",
-    "/api/ps": "List the model as it runs (Ollama).",
+    "/v1/models": "List the models (OpenAI; Anthropic, with the header anthropic-version).",
+    "/api/tags": "List the models (Ollama).",
+    "/api/ps": "List the models as they run (Ollama).",
     "/api/version": "Tell the version of Ollama whose API this is.",
 }
 _TEMPLATE = "#/components/schemas/{name}"

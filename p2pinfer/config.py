@@ -65,7 +65,7 @@ class SharedConfig:
     weights_bytes: int = 0  # disk limit of downloaded models, bytes; 0: all free space
 
 
-_MAY_NAME_FILES = ("model", "host.allow", "host.deny")
+_MAY_NAME_FILES = ("model", "api.models", "host.allow", "host.deny")
 SHARED = frozenset(each.name for each in dataclasses.fields(SharedConfig))
 
 

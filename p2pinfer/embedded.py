@@ -87,10 +87,11 @@ async def swarm_in_reach(
     embedding: bool,
     on_embedding: Callable[[int, int], None] = lambda ready, total: None,
     on_others: Callable[[str], None] = lambda said: logger.info("%s", said),
-) -> AsyncGenerator[None]:
+) -> AsyncGenerator[bool]:
     """Make sure that `client` has a swarm until the block ends, with nodes of our own if that is allowed.
 
-    A swarm in reach where nobody serves the model is none. Then client and nodes keep to each other.
+    Yields True if they are our own. A swarm in reach where nobody serves the model is none. Then client and
+    nodes keep to each other, and the client's ledger begins anew, in memory.
 
     Args:
         embedding: What `may_embed` said when the client was made.
@@ -104,11 +105,11 @@ async def swarm_in_reach(
     """
     if not embedding:
         await client.member.reach_somebody(BOOTSTRAP_TIMEOUT_S)
-        yield
+        yield False
         return
     member = client.member
     if await member.wait_settled(IN_REACH_TIMEOUT_S) and await client.is_served(SERVED_TIMEOUT_S):
-        yield
+        yield False
         return
     if others := client.others_served():
         on_others(others)
@@ -123,7 +124,7 @@ async def swarm_in_reach(
         on_identities=member.keep_to,
     ) as nodes:
         await client.keep_no_record(vouched=[load_identity(node.home).peer_id for node in nodes])
-        yield
+        yield True
 
 
 @asynccontextmanager

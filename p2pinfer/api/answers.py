@@ -7,19 +7,21 @@ request are as many generations side by side, whose events are told apart by the
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import Generation, GenerationResult, Token
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.models.text.call_marks import CALL_MARKS
+from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.models.text.grammar import check_grammar
 from p2pinfer.node.concurrency.nurseries import bare_errors
+from p2pinfer.session.terms import SessionAdapter
 
 from .errors import ApiError
 from .tool_calls import CallReader, Toolbox, ToolCall
@@ -44,8 +46,19 @@ class TextSource(Protocol):
         """Its chat template; None if it has none."""
         ...
 
-    def generate(self, prompt: str | ChatPrompt, config: GenerationConfig) -> Generation:
-        """Continue `prompt`."""
+    @property
+    def audits(self) -> AuditTally:
+        """Results of all audits of its hops so far."""
+        ...
+
+    async def load_adapter(self, folder: str, /) -> SessionAdapter:
+        """Adapter that nodes offer, by its id."""
+        ...
+
+    def generate(
+        self, prompt: str | ChatPrompt, config: GenerationConfig, *, adapter: SessionAdapter | None = None
+    ) -> Generation:
+        """Continue `prompt`, with the model tuned by `adapter`."""
         ...
 
 
@@ -95,18 +108,26 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An answer is complete. `called`: it called a tool."""
+    """An answer is complete.
+
+    Attributes:
+        called: It called a tool.
+        audits: Results of audits so far, of this answer's hops and of others: this one is audited afterwards.
+    """
 
     index: int
     result: GenerationResult
     called: bool = False
+    audits: AuditTally = field(default_factory=AuditTally)
 
 
 Event: TypeAlias = Begun | Piece | Ended
 Tell: TypeAlias = Callable[[Event], Awaitable[None]]
 
 
-async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
+async def prepare(
+    source: TextSource, asked: Asked, adapter: SessionAdapter | None = None
+) -> list[Generation]:
     """Generations that answer the request, one for each choice. Nothing has been sent to a peer yet.
 
     Raises:
@@ -117,7 +138,10 @@ async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
     def begin() -> list[Generation]:  # in a thread: a long prompt takes long to become tokens
         if asked.config.grammar is not None:
             check_grammar(asked.config.grammar)
-        first, *others = (source.generate(prompt, _config_of(asked, index)) for index in range(asked.choices))
+        first, *others = (
+            source.generate(prompt, _config_of(asked, index), adapter=adapter)
+            for index in range(asked.choices)
+        )
         if others:
             first.share_prefill(*others)
         return [first, *others]
@@ -125,7 +149,9 @@ async def prepare(source: TextSource, asked: Asked) -> list[Generation]:
     return await trio.to_thread.run_sync(begin)
 
 
-async def run(generations: Sequence[Generation], tell: Tell, toolbox: Toolbox | None = None) -> None:
+async def run(
+    generations: Sequence[Generation], tell: Tell, toolbox: Toolbox | None, source: TextSource
+) -> None:
     """Generate, and tell of every event as it happens; when this ends, no hop holds anything any more.
 
     Raises:
@@ -154,7 +180,7 @@ async def run(generations: Sequence[Generation], tell: Tell, toolbox: Toolbox | 
                     text, calls = reader.finish()
                     called = called or bool(calls)
                     await tell(Piece(index, None, text, calls))
-        await tell(Ended(index, generation.result, called))
+        await tell(Ended(index, generation.result, called, source.audits))
 
     if len(generations) == 1:
         return await answer(0, generations[0])

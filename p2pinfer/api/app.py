@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import trio
 
 from p2pinfer.errors import P2PInferError
+from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.routing.announcement import OfferedAdapter
 
 from .access import Access
@@ -20,7 +21,7 @@ from .dialects import MODELS, Dialect, dialect_of
 from .errors import ApiError, as_api_error
 from .exchange import JSON, Plan, encode, respond
 from .http_server import BadBody, Gone, Headers, Reply, Request
-from .served_model import ServedModel
+from .served_models import ServedModels
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +46,26 @@ class Pages(Protocol):
 
 
 class App:
-    """Answers requests with texts of `source`."""
+    """Answers requests with texts of `sources`, one for each model."""
 
     def __init__(
         self,
-        source: TextSource,
+        sources: Sequence[TextSource],
         config: ApiConfig,
         keys: tuple[str, ...] = (),
         pages: Pages | None = None,
-        adapters: Callable[[], Sequence[OfferedAdapter]] = tuple,
+        adapters: Callable[[ModelSpec], Sequence[OfferedAdapter]] = lambda _: (),
     ) -> None:
-        self._source = source
         self._pages = pages
         self._access = Access(keys, config)
         self._admission = Admission(config)
-        self._model = ServedModel(source.spec, config, source.chat_template, adapters)
+        self._models = ServedModels(sources, config, adapters)
 
     async def warm_up(self) -> None:
         """Make the first conversation as quick as the next ones."""
-        if (template := self._source.chat_template) is not None:
-            await trio.to_thread.run_sync(template.warm_up, abandon_on_cancel=True)
+        for model in self._models.models:
+            if model.template is not None:
+                await trio.to_thread.run_sync(model.template.warm_up, abandon_on_cancel=True)
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer one request; whatever it is, it gets an answer in the shape of its dialect."""
@@ -101,25 +102,29 @@ class App:
         if path in dialect.generate:
             _check_method(method, "POST", path)
             _check_encoding(request)
-            told = dialect.generate[path](await request.read(), self._model)
+            body = await request.read()
+            served = self._models.asked(body)
+            told = dialect.generate[path](body, served.model)
             if isinstance(told, Plan):
                 async with self._admission.turn(key):
-                    return await respond(self._source, told, reply, headers)
+                    adapter = await self._models.adapter_of(served)
+                    return await respond(served.source, told, adapter, reply, headers)
         elif path in dialect.ask:
             _check_method(method, "POST", path)
             _check_encoding(request)
             body = await request.read()
+            served = self._models.asked(body)
             async with self._admission.turn(key):
-                told = await dialect.ask[path](body, self._model, self._source)
+                told = await dialect.ask[path](body, served.model, served.source)
         elif path in dialect.tell:
             _check_method(method, "GET", path)
-            told = dialect.tell[path](self._model)
+            told = dialect.tell[path](self._models.listed)
         elif path.startswith(_MODEL) and dialect.model is not None:
             _check_method(method, "GET", path)
-            self._model.check(unquote(path.removeprefix(_MODEL)))
-            told = dialect.model(self._model)
+            told = dialect.model(self._models.named(unquote(path.removeprefix(_MODEL))).model)
         elif path in dialect.lacking:
-            raise ApiError(f"{self._model.id} {dialect.lacking[path]}", param="model")
+            served = self._models.asked(await request.read())
+            raise ApiError(f"{served.model.id} {dialect.lacking[path]}", param="model")
         else:
             raise ApiError(
                 f"there is no {path[:200]} here; there are {', '.join(sorted(dialect.paths))}", "not_found"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from p2pinfer.errors import ConfigError
 from p2pinfer.models.field_types import check_fields
 
 
@@ -12,6 +14,8 @@ from p2pinfer.models.field_types import check_fields
 class ApiConfig:
     """Settings of the HTTP API."""
 
+    # models to answer with, written as `model` is, each by its name; empty: that one; on a node: beside it
+    models: tuple[str, ...] = ()
     enabled: bool = False  # on a node: serve it there too; `p2pinfer serve` always does
     host: str = "127.0.0.1"  # address or name to listen on; one that others can reach needs key_file
     port: int = 8000  # TCP port; 0: any that is free
@@ -56,3 +60,16 @@ class ApiConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+
+
+def check_identity(models: Sequence[str], identity_file: Path | None) -> None:
+    """Nothing, unless several models would share a peer id: each has a client, and an id is one client's.
+
+    Raises:
+        ConfigError: They would.
+    """
+    if len(models) > 1 and identity_file is not None:
+        raise ConfigError(
+            f"a permanent identity (client.identity_file) is one client's, and {len(models)} models need as "
+            "many clients; run a `p2pinfer serve` for each model, on a --port of its own"
+        )

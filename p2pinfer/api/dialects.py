@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -20,11 +20,14 @@ from .openai.responses import plan_response
 from .served_model import ServedModel
 
 Planner: TypeAlias = Callable[[bytes, ServedModel], Plan | dict[str, Any]]
-Told: TypeAlias = Callable[[ServedModel], dict[str, Any]]
+Told: TypeAlias = Callable[[Sequence[ServedModel]], dict[str, Any]]
+Described: TypeAlias = Callable[[ServedModel], dict[str, Any]]
 Asker: TypeAlias = Callable[[bytes, ServedModel, TextSource], Awaitable[dict[str, Any]]]
 ErrorBody: TypeAlias = Callable[[ApiError], dict[str, Any]]
 MODELS: Final = "/v1/models"
-_NO_EMBEDDINGS: Final = "has no embeddings: it continues texts; ask a server of an embedding model"
+_NO_EMBEDDINGS: Final = (
+    "has no embeddings: it is a decoder-only model, which continues texts; ask a server of an embedding model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +37,17 @@ class Dialect:
     Attributes:
         error_body: Shape of its errors.
         generate: Endpoints that generate, POST; a plan is carried out, anything else is the answer.
-        tell: Endpoints that tell of the model, GET.
+        tell: Endpoints that tell of the models, GET.
         ask: Endpoints that answer a question without generating, POST.
-        model: Shape of the model at /v1/models/NAME; None if there is no such path.
-        lacking: Endpoints that the model has nothing for, and why, as the end of a sentence.
+        model: Shape of a model at /v1/models/NAME; None if there is no such path.
+        lacking: Endpoints that a model has nothing for, and why, as the end of a sentence.
     """
 
     error_body: ErrorBody
     generate: Mapping[str, Planner]
     tell: Mapping[str, Told]
     ask: Mapping[str, Asker] = field(default_factory=dict[str, Asker])
-    model: Told | None = None
+    model: Described | None = None
     lacking: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 import msgspec
 import trio
 
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.errors import P2PInferError
 from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.node.concurrency.fast_lock import FastLock
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.session.terms import SessionAdapter
 
 from .answers import Asked, Begun, Ended, Event, Piece, TextSource, prepare, run
 from .errors import ApiError, as_api_error
@@ -37,6 +39,7 @@ class Answer:
     """An answer that is complete: its tokens, its text and the tools that it called."""
 
     result: GenerationResult
+    audits: AuditTally = field(default_factory=AuditTally)
     tokens: list[Token] = field(default_factory=list[Token])
     text: str = ""
     calls: list[ToolCall] = field(default_factory=list[ToolCall])
@@ -80,13 +83,15 @@ class Plan:
     shape: Callable[[Tokenizer], Shape]
 
 
-async def respond(source: TextSource, plan: Plan, reply: Reply, headers: Headers) -> None:
-    """Generate, and send what comes. A stream that fails is left without its end.
+async def respond(
+    source: TextSource, plan: Plan, adapter: SessionAdapter | None, reply: Reply, headers: Headers
+) -> None:
+    """Generate, tuned by `adapter`, and send what comes. A stream that fails is left without its end.
 
     Raises:
         P2PInferError: It failed, and nothing is sent yet.
     """
-    generations = await prepare(source, plan.asked)
+    generations = await prepare(source, plan.asked, adapter)
     shape = plan.shape(generations[0].tokenizer)
     if not plan.streamed:
         answers: dict[int, Answer] = {}
@@ -102,9 +107,10 @@ async def respond(source: TextSource, plan: Plan, reply: Reply, headers: Headers
                     if event.token is not None:
                         answer.tokens.append(event.token)
                 case Ended():
-                    answers[event.index].result = event.result
+                    answer = answers[event.index]
+                    answer.result, answer.audits = event.result, event.audits
 
-        await run(generations, collect, plan.asked.toolbox)
+        await run(generations, collect, plan.asked.toolbox, source)
         results = [answers[index].result for index in range(len(generations))]
         headers = [*headers, *_told(results[0]), ("Server-Timing", server_timing(results[0]))]
         body = encode(shape.whole([answers[index] for index in range(len(generations))]))
@@ -114,7 +120,7 @@ async def respond(source: TextSource, plan: Plan, reply: Reply, headers: Headers
         async with open_nursery() as nursery:
             if shape.ping:
                 nursery.start_soon(stream.keep_alive)
-            await run(generations, stream.tell, plan.asked.toolbox)
+            await run(generations, stream.tell, plan.asked.toolbox, source)
     except P2PInferError as exc:
         if not reply.is_begun:
             raise
@@ -164,8 +170,8 @@ def encode(document: object) -> bytes:
     return encoded
 
 
-def report(result: GenerationResult) -> dict[str, Any]:
-    """Origin of an answer: the field `p2pinfer` of every dialect."""
+def report(result: GenerationResult, audits: AuditTally) -> dict[str, Any]:
+    """Origin of an answer, and what audits have found so far: the field `p2pinfer` of every dialect."""
     return {
         "route": [
             {"peer_id": hop.peer_id, "blocks": [hop.span.start, hop.span.stop], "connection": hop.connection}
@@ -175,6 +181,7 @@ def report(result: GenerationResult) -> dict[str, Any]:
         "first_token_s": round(result.timings.first_token_s, 4),
         "tokens_per_s": round(result.timings.tokens_per_s, 2),
         "failovers": result.failovers,
+        "audits": asdict(audits),
         "seed": result.seed,
     }
 

@@ -60,12 +60,14 @@ class Request:
 
     Attributes:
         path: Without the query.
+        query: What is behind the question mark, as it came.
         headers: Names in lower case; values of those that occur twice are joined by commas.
         read: Gives the whole body; raises `BadBody`. To be called once.
     """
 
     method: str
     path: str
+    query: str
     headers: Mapping[str, str]
     read: Callable[[], Awaitable[bytes]]
 
@@ -227,9 +229,8 @@ class _Connection:
         if not _has_body(head):
             await read()  # its end, which is there already
             read = _no_body
-        request = Request(
-            head.method.decode("ascii"), head.target.decode("ascii").partition("?")[0], _joined(head), read
-        )
+        path, _, query = head.target.decode("ascii").partition("?")
+        request = Request(head.method.decode("ascii"), path, query, _joined(head), read)
         reply = Reply(self._send, has_body=head.method != b"HEAD")
         gone = True
         async with open_nursery() as nursery:

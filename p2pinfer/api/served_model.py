@@ -1,9 +1,9 @@
-"""Model that the API answers with, and the names that requests may call it by."""
+"""A model that the API answers with, and the names that requests may call it by."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,34 +20,40 @@ _TAG = ":latest"  # what Ollama's clients put behind a name that has no tag
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model, and the limits of requests."""
+    """A model, tuned by an adapter or as it is, and the limits of requests.
+
+    Attributes:
+        adapter: One that nodes offer; None: the model as it is.
+        created: When this began, Unix time.
+    """
 
     spec: ModelSpec
     config: ApiConfig
     template: ChatTemplate | None = None
-    adapters: Callable[[], Sequence[OfferedAdapter]] = tuple  # that nodes offer at the moment
-    created: int = field(default_factory=lambda: int(time.time()))  # when this began, Unix time
+    adapter: OfferedAdapter | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def id(self) -> str:
-        """Name that lists of models show."""
-        return self.spec.model
+        """Name that lists of models show. An adapter's own name is any text that a stranger may write."""
+        return self.spec.model if self.adapter is None else self.adapter.id
+
+    def is_called(self, name: str) -> bool:
+        """True if that is the whole name in lists."""
+        return name.removesuffix(_TAG) == self.id
+
+    def answers_to(self, name: str) -> bool:
+        """True if that is its name, the last part of it, or the adapter's own name."""
+        own = self.id.rpartition("/")[2] if self.adapter is None else self.adapter.name
+        return name.removesuffix(_TAG) in (self.id, own)
 
     def check(self, name: str) -> None:
-        """Nothing, if `name` is this model's, or the last part of it.
+        """Nothing, if the model answers to `name`.
 
         Raises:
-            ApiError: It is not.
+            ApiError: It does not.
         """
-        is_own = name.removesuffix(_TAG) in (self.id, self.id.rpartition("/")[2])
-        if not is_own and any(name in (each.id, each.name) for each in self.adapters()):
-            raise ApiError(
-                f"{name[:200]!r} is an adapter that nodes offer; this server answers with {self.id!r} alone: "
-                "`p2pinfer generate --adapter` takes it",
-                "not_found",
-                param="model",
-            )
-        if not is_own:
+        if not self.answers_to(name):
             raise ApiError(
                 f"the model {name[:200]!r} is not served here; this server has {self.id!r}",
                 "not_found",

@@ -37,6 +37,7 @@ _HEADINGS = {
     "generation": "Text",
     "tune": "Training",
     "api": "API",
+    "api.models": "Model",
     "bootstrap": "Network",
     "host": "Network",
     "client": "Network",
@@ -103,7 +104,7 @@ class SettingOption(click.Option):
     @property
     def heading(self) -> str:
         """Heading under which `--help` lists it."""
-        return _HEADINGS[self.setting.split(".")[0]]
+        return _HEADINGS.get(self.setting) or _HEADINGS[self.setting.split(".")[0]]
 
 
 class _Command(click.Command):

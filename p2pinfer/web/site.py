@@ -7,10 +7,13 @@ API does.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
+from urllib.parse import parse_qs
 
 import msgspec
 import trio
@@ -64,15 +67,22 @@ def load_files() -> dict[str, File]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
 class Site:
-    """Answers what the page asks of a server beside its API."""
+    """Answers what the page asks of a server beside its API.
 
-    def __init__(self, client: Observer, feed: Feed, data_dir: Path | None = None) -> None:
-        """A site; the trainings that it shows are noted in `data_dir`, and without one there are none."""
-        self._client = client
-        self._feed = feed
-        self._data_dir = data_dir
-        self._files = load_files()
+    Attributes:
+        clients: One for each model, which sees that model's swarm.
+        feed: Events of them all.
+        data_dir: Where trainings are noted; without one there are none to show.
+        kept: Ledger on disk, where a client has one in memory; its bans are shown too.
+    """
+
+    clients: Sequence[Observer]
+    feed: Feed
+    data_dir: Path | None = None
+    kept: Ledger | None = None
+    _files: dict[str, File] = field(default_factory=load_files, init=False)
 
     async def show(self, request: Request, reply: Reply, headers: Headers) -> bool:
         """Send a file of the page; False if there is none of that path."""
@@ -93,31 +103,40 @@ class Site:
         return True
 
     async def tell(self, request: Request, reply: Reply, headers: Headers) -> bool:
-        """Send the state of the swarm, its events or trainings; False if the path is none of theirs.
+        """Send the state of a swarm, events or trainings; False if the path is none of theirs.
 
         Raises:
-            ApiError: Too many pages follow the events already.
+            ApiError: Too many pages follow the events already, or no model has the name that is asked for.
         """
         if request.method != "GET" or request.path not in (STATE, EVENTS, TRAININGS):
             return False
         headers = [("Cache-Control", "no-store"), *headers]
         if request.path == STATE:
-            view = SwarmView(self._client.spec, tuple(self._client.peers()))
-            # In a thread: the reasons for a thousand peers' scores take tenths of a second.
-            body = await trio.to_thread.run_sync(_state_of, view, self._client.ledger)
-            await reply.whole(200, [("Content-Type", JSON), *headers], body)
+            await reply.whole(200, [("Content-Type", JSON), *headers], await self._state(request.query))
             return True
         if request.path == TRAININGS:
-            trainings = () if self._data_dir is None else await _read(self._data_dir)
+            trainings = () if self.data_dir is None else await _read(self.data_dir)
             await reply.whole(200, [("Content-Type", JSON), *headers], encode(TrainingsDocument(trainings)))
             return True
-        with self._feed.follow() as following:
+        with self.feed.follow() as following:
             if following is None:
                 raise ApiError("too many pages follow the events; close one", "busy", retry_after_s=60)
             await reply.begin(200, [("Content-Type", "text/event-stream"), *headers])
             await _send(following, reply)
         await reply.end()
         return True
+
+    async def _state(self, query: str) -> bytes:
+        """State of the swarm of the model that is asked for, else of the first one."""
+        models = [client.spec.model for client in self.clients]
+        (name,) = parse_qs(query).get("model", models[:1])[:1]
+        if name not in models:
+            raise ApiError(f"the model {name[:200]!r} is not served here", "not_found", param="model")
+        client = self.clients[models.index(name)]
+        view = SwarmView(client.spec, tuple(client.peers()))
+        # In a thread: the reasons for a thousand peers' scores take tenths of a second.
+        state = partial(state_document, view, client.ledger, self.kept, models)
+        return await trio.to_thread.run_sync(lambda: encode(state()))
 
 
 class TrainingsDocument(msgspec.Struct, frozen=True):
@@ -128,10 +147,6 @@ class TrainingsDocument(msgspec.Struct, frozen=True):
 
 async def _read(data_dir: Path) -> tuple[TrainingDocument, ...]:
     return await trio.to_thread.run_sync(read_trainings, data_dir)
-
-
-def _state_of(view: SwarmView, ledger: Ledger) -> bytes:
-    return encode(state_document(view, ledger))
 
 
 async def _send(following: Following, reply: Reply) -> None:

@@ -61,24 +61,34 @@ class BanDocument(msgspec.Struct, frozen=True):
 
 
 class StateDocument(msgspec.Struct, frozen=True):
-    """Swarm of the served model, and the trust in each of its peers, by peer id.
+    """Swarm of a served model, and the trust in each of its peers, by peer id.
 
     `missing` in it goes by announcements, since nobody is called for a page.
     """
 
+    models: tuple[str, ...]  # that this server answers with
     swarm: SwarmDocument
     trust: dict[str, TrustDocument]
     bans: tuple[BanDocument, ...]  # the latest first
 
 
-def state_document(view: SwarmView, ledger: Ledger) -> StateDocument:
-    """State as the view and the ledger have it. It may be called in a thread."""
+def state_document(
+    view: SwarmView, ledger: Ledger, kept: Ledger | None = None, models: Sequence[str] = ()
+) -> StateDocument:
+    """State as the view and the ledger have it. It may be called in a thread.
+
+    Args:
+        ledger: By which the peers are trusted.
+        kept: Ledger on disk, where `ledger` is another one; its bans are told too.
+        models: All that the server answers with.
+    """
     swarm = swarm_document(view)
     announced = tuple((span.start, span.stop) for span in view.unannounced)
     return StateDocument(
+        tuple(models),
         msgspec.structs.replace(swarm, missing=announced, unknown=()),
         {peer.peer_id: _trust(ledger, peer.peer_id) for peer in swarm.peers},
-        _bans(ledger),
+        _bans([ledger] if kept is None else [ledger, kept]),
     )
 
 
@@ -93,13 +103,16 @@ def _trust(ledger: Ledger, peer_id: str) -> TrustDocument:
     )
 
 
-def _bans(ledger: Ledger) -> tuple[BanDocument, ...]:
+def _bans(ledgers: Sequence[Ledger]) -> tuple[BanDocument, ...]:
+    told = {ban.peer_id: ban for ledger in ledgers for ban in _bans_of(ledger)}
+    return tuple(sorted(told.values(), key=lambda ban: ban.at, reverse=True)[:MOST_BANS])
+
+
+def _bans_of(ledger: Ledger) -> list[BanDocument]:
     banned = [(peer_id, account.ban) for peer_id, account in ledger.peers().items() if account.ban]
     latest = sorted(banned, key=lambda each: each[1].at, reverse=True)[:MOST_BANS]
     proofs: dict[str, list[ProofDocument]] = {peer_id: [] for peer_id, _ in latest}
     for address, note in ledger.proofs().items():
         if note.accused in proofs:
             proofs[note.accused].append(ProofDocument(address, note.sender, note.state, note.at))
-    return tuple(
-        BanDocument(peer_id, ban.by, ban.why, ban.at, tuple(proofs[peer_id])) for peer_id, ban in latest
-    )
+    return [BanDocument(peer_id, ban.by, ban.why, ban.at, tuple(proofs[peer_id])) for peer_id, ban in latest]

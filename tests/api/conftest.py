@@ -50,7 +50,7 @@ def open_door(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
         async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as (client, swarm):
             await swarm.serve("a", 0, 5)
             await swarm.serve("b", 5, 8)
-            app = App(client, config, keys)
+            app = App([client], config, keys)
             async with open_nursery() as nursery:
                 ((_, port),) = await nursery.start(serve_http, app.handle, config)
                 yield Door(port, client, swarm)

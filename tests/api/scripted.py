@@ -13,6 +13,7 @@ import trio
 from p2pinfer.api.app import App
 from p2pinfer.api.config import ApiConfig
 from p2pinfer.api.http_server import serve_http
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import GenerationResult, Timings, Token
 from p2pinfer.generation.transcript import FinishReason
@@ -75,6 +76,8 @@ class Script:
 
     Attributes:
         prompts: What it was asked, in the order of the requests.
+        loaded: Adapters that were asked for.
+        audits: What audits of its peers are said to have found.
     """
 
     spec: ModelSpec
@@ -82,12 +85,21 @@ class Script:
     answer: str
     chat_template: ChatTemplate | None = HERMES
     prompts: list[str] = field(default_factory=list[str])
+    loaded: list[str] = field(default_factory=list[str])
+    audits: AuditTally = field(default_factory=AuditTally)
 
-    def generate(self, prompt: str | ChatPrompt, config: GenerationConfig) -> Any:
+    async def load_adapter(self, folder: str) -> Any:
+        """A name for it, which answers begin with."""
+        await trio.lowlevel.checkpoint()
+        self.loaded.append(folder)
+        return f"[{folder[:4]}] "
+
+    def generate(self, prompt: str | ChatPrompt, config: GenerationConfig, *, adapter: Any = None) -> Any:
         """Answer."""
         text = prompt if isinstance(prompt, str) else prompt.text
         self.prompts.append(text)
-        return ScriptedGeneration(self.tokenizer, len(self.tokenizer.encode(text)), self.answer)
+        answer = (adapter or "") + self.answer
+        return ScriptedGeneration(self.tokenizer, len(self.tokenizer.encode(text)), answer)
 
 
 @asynccontextmanager
@@ -98,5 +110,5 @@ async def serve_script(
     script = Script(checkpoint.spec, load_tokenizer(checkpoint.folder), answer, template)
     config = ApiConfig(port=0)
     async with open_nursery() as nursery:
-        ((_, port),) = await nursery.start(serve_http, App(script, config).handle, config)
+        ((_, port),) = await nursery.start(serve_http, App([script], config).handle, config)
         yield f"http://127.0.0.1:{port}", script

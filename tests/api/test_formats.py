@@ -14,12 +14,14 @@ import trio
 from p2pinfer.api.app import App
 from p2pinfer.api.config import ApiConfig
 from p2pinfer.api.http_server import serve_http
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client import Client
 from p2pinfer.client_config import ClientConfig, GenerationConfig
 from p2pinfer.generation.generation import Generation
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatPrompt, ChatTemplate
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.session.terms import SessionAdapter
 
 from .conftest import OpenDoor
 from .scripted import HERMES
@@ -132,8 +134,17 @@ class WithTools:
     def chat_template(self) -> ChatTemplate:
         return self.template
 
-    def generate(self, prompt: str | ChatPrompt, config: GenerationConfig) -> Generation:
-        return self.client.generate(prompt, config)
+    @property
+    def audits(self) -> AuditTally:
+        return self.client.audits
+
+    async def load_adapter(self, folder: str) -> SessionAdapter:
+        return await self.client.load_adapter(folder)
+
+    def generate(
+        self, prompt: str | ChatPrompt, config: GenerationConfig, *, adapter: SessionAdapter | None = None
+    ) -> Generation:
+        return self.client.generate(prompt, config, adapter=adapter)
 
 
 @pytest.mark.parametrize("clue", ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"])
@@ -141,7 +152,7 @@ async def test_a_call_is_made_where_one_has_to_be(open_door: OpenDoor, clue: str
     template = ChatTemplate({"default": f"{{{{ messages[-1].content }}}}{{# tools {clue} #}}"}, {})
     config = ApiConfig(port=0)
     async with open_door() as door, open_nursery() as nursery:
-        app = App(WithTools(door.client, template), config)
+        app = App([WithTools(door.client, template)], config)
         ((_, port),) = await nursery.start(serve_http, app.handle, config)
 
         def talk() -> None:

@@ -156,7 +156,9 @@ async def test_errors_are_the_ones_that_the_client_knows(open_door: OpenDoor) ->
             assert refused.value.code == "context_length_exceeded"
             with pytest.raises(openai.NotFoundError, match="'gpt-5' is not served here"):
                 await in_thread(client.chat.completions.create, **asked | {"model": "gpt-5"})
-            with pytest.raises(openai.BadRequestError, match="tiny-stories has no embeddings"):
+            with pytest.raises(
+                openai.BadRequestError, match="tiny-stories has no embeddings: it is a decoder-only model"
+            ):
                 await in_thread(client.embeddings.create, model="tiny-stories", input="text")
 
             stream = await in_thread(

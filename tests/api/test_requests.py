@@ -21,12 +21,10 @@ from p2pinfer.api.ollama.answering import plan_chat as plan_ollama_chat
 from p2pinfer.api.ollama.answering import plan_text as plan_ollama_text
 from p2pinfer.api.openai.chat import plan_chat
 from p2pinfer.api.openai.completions import plan_completion
-from p2pinfer.api.openai.objects import model_list
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.errors import LocalError
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.chat_template import ChatTemplate
-from p2pinfer.routing.announcement import OfferedAdapter
 
 from .scripted import HERMES
 
@@ -413,16 +411,3 @@ def test_what_some_clients_take_for_ends_of_lines_is_escaped() -> None:
     encoded = encode({"text": "a\u2028b\u2029c\x85d\u00e9"})
     assert encoded == b'{"text":"a\\u2028b\\u2029c\\u0085d\xc3\xa9"}'
     assert msgspec.json.decode(encoded) == {"text": "a\u2028b\u2029c\x85d\u00e9"}
-
-
-def test_adapters_that_nodes_offer_are_listed_with_their_parent_and_not_answered_with() -> None:
-    offers = [OfferedAdapter(b"s" * 32, "stories", 9), OfferedAdapter(b"t" * 32, "tiny", 9)]
-    model = ServedModel(SPEC, ApiConfig(), adapters=lambda: offers)
-    own, *adapters = model_list(model)["data"]
-    assert own["id"] == "owner/tiny" and "parent" not in own
-    told = [(each["id"], each["root"], each["parent"]) for each in adapters]
-    assert told == [("73" * 16, "stories", "owner/tiny"), ("74" * 16, "tiny", "owner/tiny")]
-    for name in ("stories", "73" * 16):
-        with pytest.raises(ApiError, match="is an adapter that nodes offer"):
-            model.check(name)
-    model.check("tiny")  # whatever a stranger calls an adapter

@@ -17,6 +17,8 @@ import torch
 import trio
 from torch import Tensor
 
+from p2pinfer.api.config import ApiConfig
+from p2pinfer.api.served_models import ServedModels
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.errors import ConfigError, NoRoute, PeerError, PeerRefused
@@ -164,6 +166,10 @@ async def test_a_node_offers_an_adapter_to_everybody(
             assert await ids_of(client, await client.load_adapter(name)) == tuned["all"].ids
         adapter = await client.load_adapter("patterns")
         assert await ids_of(client, adapter) == tuned["patterns"].ids
+        models = ServedModels([client], ApiConfig(), lambda _: list(announced.values()))
+        served = models.named("all")  # as a request to the HTTP API names it
+        assert served.model.id == announced["all"].id
+        assert await ids_of(client, await models.adapter_of(served)) == tuned["all"].ids
         await client.audits_settled()
         assert client.audits.passed and not client.audits.failed
 

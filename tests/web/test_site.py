@@ -20,6 +20,7 @@ from p2pinfer.api.http_server import serve_http
 from p2pinfer.client import Client
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.node.concurrency.nurseries import open_nursery
+from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.web.feed import Feed
 from p2pinfer.web.site import EVENTS, POLICY, STATE, TRAININGS, Site, load_files
 from p2pinfer.web.trainings import noted_training
@@ -37,14 +38,16 @@ def open_site(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path:
     """The page and the API over peers `a` (0:5) and, unless alone, `b` (5:8), and an HTTP client."""
 
     @asynccontextmanager
-    async def opened(*keys: str, alone: bool = False) -> AsyncGenerator[tuple[httpx.AsyncClient, Client]]:
+    async def opened(
+        *keys: str, alone: bool = False, kept: Ledger | None = None
+    ) -> AsyncGenerator[tuple[httpx.AsyncClient, Client]]:
         feed, config = Feed(), replace(ApiConfig(), port=0)
         options: dict[str, Any] = {"on_event": feed.report}
         async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as (client, swarm):
             await swarm.serve("a", 0, 5)
             if not alone:
                 await swarm.serve("b", 5, 8)
-            app = App(client, config, keys, Site(client, feed, tmp_path))
+            app = App([client], config, keys, Site([client], feed, tmp_path, kept))
             async with open_nursery() as nursery:
                 ((_, port),) = await nursery.start(serve_http, app.handle, config)
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as asking:
@@ -110,6 +113,29 @@ async def test_bans_are_told_with_their_proofs_also_of_peers_that_are_gone(open_
             ("p2", "", "verified"),
         ]
         assert (mine["peer_id"], mine["by"], mine["why"], mine["proofs"]) == ("b", "user", "it lied", [])
+
+
+async def test_bans_of_this_computer_are_told_beside_a_ledger_in_memory(
+    open_site: OpenSite,
+) -> None:
+    """As in a swarm of our own nodes, whose ledger begins anew."""
+    kept = Ledger()
+    kept.ban("gone", why="it lied", now=1.0)
+    async with open_site(kept=kept) as (asking, client):
+        client.ledger.ban("b", why="it lied here", now=2.0)
+        bans = (await asking.get(STATE)).json()["bans"]
+        assert [(each["peer_id"], each["why"]) for each in bans] == [
+            ("b", "it lied here"),
+            ("gone", "it lied"),
+        ]
+
+
+async def test_the_state_is_that_of_the_model_which_is_asked_for(open_site: OpenSite) -> None:
+    async with open_site() as (asking, client):
+        state = (await asking.get(STATE, params={"model": client.spec.model})).json()
+        assert (state["models"], state["swarm"]["model"]) == ([client.spec.model], client.spec.model)
+        refused = await asking.get(STATE, params={"model": "poet"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_trainings_of_this_computer_are_told(open_site: OpenSite, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class MessageShape:
                     "type": "message_delta",
                     "delta": _end(said.result, called=said.called),
                     "usage": _usage(said.result),
-                    "p2pinfer": report(said.result),
+                    "p2pinfer": report(said.result, said.audits),
                 }
                 return self._end_text() + event(told) + event({"type": "message_stop"})
 
@@ -103,7 +103,7 @@ class MessageShape:
             "content": content,
             **_end(answer.result, called=bool(answer.calls)),
             "usage": _usage(answer.result),
-            "p2pinfer": report(answer.result),
+            "p2pinfer": report(answer.result, answer.audits),
         }
 
     def failed(self, error: ApiError) -> bytes:

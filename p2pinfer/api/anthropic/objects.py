@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -40,9 +40,10 @@ def model_object(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def model_list(model: ServedModel) -> dict[str, Any]:
+def model_list(models: Sequence[ServedModel]) -> dict[str, Any]:
     """Body of /v1/models."""
-    return {"data": [model_object(model)], "has_more": False, "first_id": model.id, "last_id": model.id}
+    listed = [model_object(model) for model in models]
+    return {"data": listed, "has_more": False, "first_id": models[0].id, "last_id": models[-1].id}
 
 
 def event(document: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from p2pinfer.api.fields import decode
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.api.token_texts import LEAST_LOGPROB, token_text, told_tokens
 from p2pinfer.api.tool_calls import ToolCall
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.generation.generation import GenerationResult, Token
 from p2pinfer.models.text.text import Tokenizer
 
@@ -72,13 +73,13 @@ class TextLines:
             case Piece():
                 return self._piece(said)
             case Ended():
-                return encode({**self._words("", ()), **self._end(said.result)}) + b"\n"
+                return encode({**self._words("", ()), **self._end(said.result, said.audits)}) + b"\n"
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """See `Shape`."""
         (answer,) = answers
         words = self._words(answer.text, answer.calls)
-        return {**words, **self._logprobs(answer.tokens), **self._end(answer.result)}
+        return {**words, **self._logprobs(answer.tokens), **self._end(answer.result, answer.audits)}
 
     def failed(self, error: ApiError) -> bytes:
         """See `Shape`."""
@@ -114,7 +115,7 @@ class TextLines:
         assert not calls, "a text is given no tools"
         return {"response": text}
 
-    def _end(self, result: GenerationResult) -> dict[str, Any]:
+    def _end(self, result: GenerationResult, audits: AuditTally) -> dict[str, Any]:
         """Last fields; durations are whole nanoseconds, as clients read them."""
         timings, count = result.timings, len(result.token_ids)
         total = time.perf_counter_ns() - self._began
@@ -130,7 +131,7 @@ class TextLines:
             "prompt_eval_duration": prompt,
             "eval_count": count,
             "eval_duration": rest,
-            "p2pinfer": report(result),
+            "p2pinfer": report(result, audits),
         }
 
 

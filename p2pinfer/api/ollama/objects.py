@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,21 +28,24 @@ def time_of(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def version(_: ServedModel) -> dict[str, Any]:
+def version(_: Sequence[ServedModel]) -> dict[str, Any]:
     """Body of /api/version."""
     return {"version": VERSION}
 
 
-def tags(model: ServedModel) -> dict[str, Any]:
+def tags(models: Sequence[ServedModel]) -> dict[str, Any]:
     """Body of /api/tags."""
-    return {"models": [{**_listed(model), "modified_at": time_of(model.created)}]}
+    return {"models": [{**_listed(model), "modified_at": time_of(model.created)} for model in models]}
 
 
-def running(model: ServedModel) -> dict[str, Any]:
-    """Body of /api/ps: the model is there for as long as the server is."""
+def running(models: Sequence[ServedModel]) -> dict[str, Any]:
+    """Body of /api/ps: the models are there for as long as the server is."""
+    return {"models": [{**_listed(model), **_there(model)} for model in models]}
+
+
+def _there(model: ServedModel) -> dict[str, Any]:
     never = time_of(model.created + 10 * 365 * 86400)
-    there = {"expires_at": never, "size_vram": 0, "context_length": model.spec.max_positions}
-    return {"models": [{**_listed(model), **there}]}
+    return {"expires_at": never, "size_vram": 0, "context_length": model.spec.max_positions}
 
 
 class ShowRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,14 +88,14 @@ def _listed(model: ServedModel) -> dict[str, Any]:
         "name": model.id,
         "model": model.id,
         "size": model.spec.num_blocks * model.spec.block_bytes(),
-        "digest": model.spec.revision,
+        "digest": model.spec.revision if model.adapter is None else model.adapter.digest.hex(),
         "details": _details(model),
     }
 
 
 def _details(model: ServedModel) -> dict[str, Any]:
     return {
-        "parent_model": "",
+        "parent_model": "" if model.adapter is None else model.spec.model,
         "format": "safetensors",
         "family": model.spec.family,
         "families": [model.spec.family],

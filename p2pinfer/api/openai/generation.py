@@ -159,7 +159,12 @@ class OpenAIShape(ABC):
             }
             for index, answer in enumerate(answers)
         ]
-        return {**self._head, "choices": choices, "usage": usage(results), "p2pinfer": report(results[0])}
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage(results),
+            "p2pinfer": report(results[0], answers[0].audits),
+        }
 
     def failed(self, error: ApiError) -> bytes:
         """See `Shape`."""
@@ -192,7 +197,7 @@ class OpenAIShape(ABC):
         self._results[said.index] = said.result
         part = {**self._part(said.index, "", ()), "logprobs": None}
         reason = "tool_calls" if said.called else FINISH[said.result.finish_reason]
-        told = self._event(said.index, part, reason, p2pinfer=report(said.result))
+        told = self._event(said.index, part, reason, p2pinfer=report(said.result, said.audits))
         if len(self._results) < len(self._waiting):
             return told
         if self._wants_usage:

@@ -12,7 +12,6 @@ from p2pinfer.api.fields import Unhonoured, bounded
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.generation.transcript import FinishReason
-from p2pinfer.routing.announcement import OfferedAdapter
 
 SSE: Final = "text/event-stream; charset=utf-8"
 PING: Final = b": ping\n\n"
@@ -61,25 +60,24 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def model_object(model: ServedModel) -> dict[str, Any]:
-    """The model as lists show it. `max_model_len` is vLLM's name for its context, tokens."""
-    return {
+    """The model as lists show it, with vLLM's names for what OpenAI has none for.
+
+    `max_model_len` is its context, tokens; of an adapter, `parent` is what it tunes and `root` its own name.
+    """
+    name = model.spec.model
+    told: dict[str, Any] = {
         "id": model.id,
         "object": "model",
         "created": model.created,
-        "owned_by": model.id.partition("/")[0] if "/" in model.id else "p2pinfer",
+        "owned_by": name.partition("/")[0] if "/" in name else "p2pinfer",
         "max_model_len": model.spec.max_positions,
     }
+    return told if model.adapter is None else {**told, "root": model.adapter.name, "parent": name}
 
 
-def model_list(model: ServedModel) -> dict[str, Any]:
+def model_list(models: Sequence[ServedModel]) -> dict[str, Any]:
     """Body of /v1/models."""
-    adapters = [_adapter_object(model, each) for each in model.adapters()]
-    return {"object": "list", "data": [model_object(model), *adapters]}
-
-
-def _adapter_object(model: ServedModel, adapter: OfferedAdapter) -> dict[str, Any]:
-    """An adapter that nodes offer, in vLLM's form: `parent` is what it tunes, `root` its name."""
-    return {**model_object(model), "id": adapter.id, "root": adapter.name, "parent": model.id}
+    return {"object": "list", "data": [model_object(model) for model in models]}
 
 
 def usage(results: Sequence[GenerationResult]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from p2pinfer.api.fields import Unhonoured, bounded, decode
 from p2pinfer.api.formats import any_object, form_of, schema_grammar
 from p2pinfer.api.served_model import ServedModel
 from p2pinfer.api.tool_calls import ToolCall
+from p2pinfer.audit.tally import AuditTally
 from p2pinfer.client_config import GenerationConfig
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.text.text import Tokenizer
@@ -112,7 +113,6 @@ def plan_response(body: bytes, model: ServedModel) -> Plan:
                 "tool_choice must be auto, none, required or a function, of the tools that are given",
                 param="tool_choice",
             )
-    asked = Asked(_conversation(said, model), config, toolbox=toolbox)
     own = _grammar(said.text.format if said.text else None)
     config = GenerationConfig(
         max_new_tokens=model.max_tokens(said.max_output_tokens, "max_output_tokens"),
@@ -120,6 +120,7 @@ def plan_response(body: bytes, model: ServedModel) -> Plan:
         top_p=said.top_p,
         grammar=form_of(own, toolbox, "text.format", forced=forced, name=name),
     )
+    asked = Asked(_conversation(said, model), config, toolbox=toolbox)
     return Plan(asked, bool(said.stream), partial(ResponseShape, model.id, said))
 
 
@@ -237,14 +238,14 @@ class ResponseShape:
             case Piece():
                 return self._write(said.text) + b"".join(map(self._add_call, said.calls))
             case Ended():
-                return self._end_message() + self._close(said.result)
+                return self._end_message() + self._close(said.result, said.audits)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """See `Shape`."""
         (answer,) = answers
         output = [_message(new_id("msg"), answer.text, "completed")] if answer.text else []
         output += [_called(call, call.arguments_json, "completed") for call in answer.calls]
-        return self._ended(answer.result, output)
+        return self._ended(answer.result, answer.audits, output)
 
     def failed(self, error: ApiError) -> bytes:
         """See `Shape`."""
@@ -253,11 +254,13 @@ class ResponseShape:
         response = {**self._head, "status": "failed", "error": failure, "output": self._output, "usage": None}
         return self._event("response.failed", {"response": response})
 
-    def _close(self, result: GenerationResult) -> bytes:
-        ended = self._ended(result, self._output)
+    def _close(self, result: GenerationResult, audits: AuditTally) -> bytes:
+        ended = self._ended(result, audits, self._output)
         return self._event(f"response.{ended['status']}", {"response": ended})
 
-    def _ended(self, result: GenerationResult, output: list[dict[str, Any]]) -> dict[str, Any]:
+    def _ended(
+        self, result: GenerationResult, audits: AuditTally, output: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         cut = result.finish_reason == "length"
         given, count = result.prompt_tokens, len(result.token_ids)
         return {
@@ -272,7 +275,7 @@ class ResponseShape:
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": given + count,
             },
-            "p2pinfer": report(result),
+            "p2pinfer": report(result, audits),
         }
 
     def _write(self, text: str) -> bytes:

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -173,13 +173,15 @@ def node(call: Invocation, install_service: bool, user: bool, yes: bool, until_s
     from p2pinfer.node.concurrency.nurseries import open_nursery
     from p2pinfer.node.node import run_node  # what follows takes seconds to import: torch, libp2p
 
-    def tell_of_door(model: str, urls: list[str]) -> None:
+    def tell_of_door(models: Sequence[str], urls: list[str]) -> None:
         if call.json:
-            _write_or_go_on(json.dumps({"event": "serving", "urls": urls, "model": model}) + "\n")
+            from .http_door import serving_line
+
+            _write_or_go_on(serving_line("serving", models, urls))
         elif not call.quiet:
-            _write_or_go_on(
-                f"{time.strftime('%H:%M:%S')}  {model} is served over HTTP at {' and '.join(urls)}\n"
-            )
+            verb = "is" if len(models) == 1 else "are"
+            said = f"{', '.join(models)} {verb} served over HTTP at {' and '.join(urls)}"
+            _write_or_go_on(f"{time.strftime('%H:%M:%S')}  {said}\n")
 
     async def main() -> None:
         tell = _reporter(call)

@@ -12,20 +12,41 @@ const REACHED = {
   unknown: "Nobody has said yet if others can dial it",
 };
 
-/** Look at the swarm again and again. */
+let lookNow = () => {}; // ends the pause between two looks
+
+/** Look at the swarm of the chosen model again and again. */
 export async function watchSwarm() {
+  const choice = byId("models");
+  choice.addEventListener("change", () => lookNow());
   for (;;) {
+    const chosen = choice.value;
     try {
-      draw(await (await ask("/p2pinfer/swarm")).json());
+      draw(await (await ask(chosen ? `/p2pinfer/swarm?model=${encodeURIComponent(chosen)}` : "/p2pinfer/swarm")).json());
     } catch {
       byId("coverage").textContent = "The server does not answer.";
       byId("coverage").className = "holes";
+      choice.replaceChildren(); // it may come back with other models
     }
-    await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
+    if (chosen && choice.value && choice.value !== chosen) continue; // chosen meanwhile
+    await new Promise((resolve) => {
+      lookNow = resolve;
+      setTimeout(resolve, EVERY_MS);
+    });
   }
 }
 
-function draw({ swarm, trust, bans }) {
+/** Let people choose, where there is more than one model. */
+function offer(models) {
+  const choice = byId("models");
+  const offered = [...choice.options].map((each) => each.value);
+  if (JSON.stringify(offered) !== JSON.stringify(models)) {
+    choice.replaceChildren(...models.map((each) => element("option", "", each)));
+  }
+  byId("choice").hidden = models.length < 2;
+}
+
+function draw({ models, swarm, trust, bans }) {
+  offer(models);
   document.body.dataset.model = swarm.model;
   byId("model").textContent = `${swarm.model}, ${swarm.num_blocks} blocks`;
   const coverage = byId("coverage");
