@@ -3,8 +3,8 @@
     python docs/write_commands.py          # `make docs`: from the commands' help and command_outputs.json
     python docs/write_commands.py --run    # `make outputs`: runs the commands first, for a minute
 
-The runs are real. Only the folder that they had for a home, and the ports that happened to be free, are told
-under other names.
+The runs are real. Only the folder that they had for a home, that of the checkout, and the ports that happened
+to be free, are told under other names.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import click
 from p2pinfer.cli.app import PROGRAM, app
 
 DOCUMENT = Path(__file__).with_name("commands.md")
+CHECKOUT = Path(__file__).parents[1]
 OUTPUTS = Path(__file__).with_name("command_outputs.json")
 WIDTH = 100
 BEGIN_S = 60  # s, for a command that serves to begin
@@ -140,7 +141,9 @@ class Runner:
     def _plain(self, text: str) -> str:
         for free, told in self.ports.items():
             text = re.sub(rf"\b{free}\b", str(told), text)
-        return text.replace(str(self._home), "/home/anna").replace("\r", "\n")
+        for place, told in ((self._home, "/home/anna"), (CHECKOUT, "/home/anna/p2pinfer")):
+            text = text.replace(str(place), told)
+        return text.replace("\r", "\n")
 
 
 def record() -> dict[str, Any]:
@@ -153,6 +156,7 @@ def record() -> dict[str, Any]:
         runner.run(
             "plan", "p2pinfer plan meta-llama/Llama-3.3-70B-Instruct --read-rate 50GB/s --memory 24GiB"
         )
+        runner.run("models", "p2pinfer models show tiny-stories")
         runner.run("completion", "p2pinfer completion bash | head -3")
         runner.run("generate", 'p2pinfer generate --stats --max-new-tokens 60 "Once upon a time"')
         first = f"p2pinfer node --blocks 0:4 --listen /ip4/127.0.0.1/tcp/{runner.port(4001)} --data-dir one"
@@ -164,6 +168,7 @@ def record() -> dict[str, Any]:
             )
             with runner.running("node", f"{second} {join}", "--bootstrap "):
                 _ask(runner, join)
+        runner.run("models", "p2pinfer models")
         runner.run("reputation", "p2pinfer reputation")
         runner.run("doctor", "p2pinfer doctor --report")
         runner.run("man", "p2pinfer man keygen | head -8")

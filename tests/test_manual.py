@@ -27,6 +27,7 @@ def test_what_commands_print_was_recorded_and_tells_nothing_of_a_computer() -> N
         "node",
         "swarm",
         "plan",
+        "models",
         "reputation",
         "doctor",
         "keygen",
