@@ -1,13 +1,13 @@
 """Load on the HTTP API, over three nodes of the bundled model on this computer.
 
-    python benchmarks/serve.py             # a table
-    python benchmarks/serve.py --json      # an object
+    python benchmarks/serve.py                           # a table on standard error, JSON on standard output
+    python benchmarks/serve.py --parts streams,hang-ups  # some parts alone
 
-Measures, each through `p2pinfer serve` as a process of its own unless it says otherwise:
+Parts, each through `p2pinfer serve` as a process of its own unless it says otherwise:
 
+- door: milliseconds from a request to its first token, more than those of a `Client` in the same process, by
+  turns; and processor time of the API per token, as a share of the time that a token takes at one stream;
 - ready: seconds from the start of the command until it serves, beside those of a program with a `Client`;
-- first token: milliseconds through the API, less those of a `Client` in the same process, by turns;
-- door: processor time of the API per token, as a share of the time that a token takes at one stream;
 - streams: 64 at once; tokens that were lost, and the slowest stream's speed over the fastest one's;
 - idle: kilobytes of the server's memory per idle connection;
 - hang-ups: seconds after 200 clients went away at once, in the middle, until no node has a session any more.
@@ -38,12 +38,15 @@ from p2pinfer.api.http_server import serve_http
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
 
+PARTS = ("door", "ready", "streams", "idle", "hang-ups")
 STREAMS, STREAM_TOKENS = 64, 48
 IDLE = 400
-HANG_UPS = 200
-TURNS = 25
+HANG_UPS, HANG_UP_TOKENS = 200, 900
+TURNS, WARM_UPS = 25, 2
 DOOR_TURNS, DOOR_TOKENS = 5, 200
 STARTS = 3
+STREAM_END = 100  # bytes in which the last event of a stream is
+EOS = "2"  # of the bundled model, as a request names a token
 CLIENT = """
 import json, sys, trio, p2pinfer
 
@@ -110,7 +113,6 @@ async def nodes(home: Path) -> AsyncGenerator[tuple[list[str], list[int]]]:
             argv = ["node", "--json", "--blocks", span, "--data-dir", str(home / str(index))]
             argv += ["--listen", "/ip4/127.0.0.1/tcp/0", "--metrics-port", str(ports[index])]
             argv += ["--set", "compute.threads=1", "--set", "host.mdns=false"]
-            argv += ["--set", "serve.max_sessions_per_client=256", "--set", "serve.max_sessions=256"]
             for address in addrs:
                 argv += ["--bootstrap", address]
             told = await nursery.start(_keep, argv)
@@ -146,6 +148,7 @@ def sessions(ports: Sequence[int]) -> int:
 
 
 def request(tokens: int) -> bytes:
+    """A stream of exactly so many tokens: the one that ends a text is forbidden."""
     body = json.dumps(
         {
             "model": "tiny-stories",
@@ -153,6 +156,7 @@ def request(tokens: int) -> bytes:
             "max_tokens": tokens,
             "stream": True,
             "temperature": 0,
+            "logit_bias": {EOS: -100},
             "stream_options": {"include_usage": True},
         }
     ).encode()
@@ -160,23 +164,34 @@ def request(tokens: int) -> bytes:
     return head.encode() + body
 
 
+async def begin(port: int, tokens: int) -> tuple[trio.SocketStream, bytes]:
+    """A stream whose first token is there, and what of it has come."""
+    client = await trio.open_tcp_stream("127.0.0.1", port)
+    await client.send_all(request(tokens))
+    received = b""
+    while b"data: " not in received:
+        if not (more := await client.receive_some()):
+            raise SystemExit(f"a stream was cut: {received[-500:]!r}")
+        received += more
+    return client, received
+
+
 async def stream(port: int, tokens: int) -> tuple[float, float, int]:
     """One stream: seconds to the first token, seconds in all, and tokens by its usage."""
-    async with await trio.open_tcp_stream("127.0.0.1", port) as client:
-        began = time.perf_counter()
-        await client.send_all(request(tokens))
-        received, first = b"", 0.0
-        while b"[DONE]" not in received:
+    began = time.perf_counter()
+    client, received = await begin(port, tokens)
+    first = time.perf_counter() - began
+    async with client:
+        while b"[DONE]" not in received[-STREAM_END:]:
             if not (more := await client.receive_some()):
                 raise SystemExit(f"a stream was cut: {received[-500:]!r}")
             received += more
-            if not first and b"data: " in received:
-                first = time.perf_counter() - began
-        usage = re.findall(rb'"completion_tokens":(\d+)', received)
-        return first, time.perf_counter() - began, int(usage[-1])
+    usage = re.findall(rb'"completion_tokens":(\d+)', received)
+    return first, time.perf_counter() - began, int(usage[-1])
 
 
 async def measure_streams(port: int) -> dict[str, Any]:
+    """Fairness among many streams at once, and whether all that was asked for came."""
     speeds: list[float] = []
     lost = 0
 
@@ -221,29 +236,26 @@ async def measure_hang_ups(port: int, ports: Sequence[int]) -> dict[str, Any]:
     clients: list[trio.SocketStream] = []
 
     async def one() -> None:
-        client = await trio.open_tcp_stream("127.0.0.1", port)
-        await client.send_all(request(900))
-        received = b""
-        while b"data: " not in received:
-            if not (more := await client.receive_some()):
-                raise SystemExit(f"a stream was cut: {received[-500:]!r}")
-            received += more
+        client, _ = await begin(port, HANG_UP_TOKENS)
         clients.append(client)
 
     async with trio.open_nursery() as nursery:
         for _ in range(HANG_UPS):
             nursery.start_soon(one)
+    begun = await trio.to_thread.run_sync(sessions, ports)
+    if begun != HANG_UPS * len(ports):
+        raise SystemExit(f"the nodes have {begun} sessions; so some texts have ended before their clients go")
     for client in clients:
         client.socket.close()  # all at once
     gone = time.perf_counter()
     while await trio.to_thread.run_sync(sessions, ports):
         if time.perf_counter() - gone > 60:
-            raise SystemExit("sessions are left")
+            raise SystemExit("sessions are left a minute later")
         await trio.sleep(0.02)
     return {"hang_ups_s": time.perf_counter() - gone}
 
 
-async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, Any]:
+async def measure_door(addrs: Sequence[str], home: Path) -> dict[str, Any]:
     """A `Client` and the API over it, in this process, by turns."""
     config = ApiConfig(port=0)
     async with Client(
@@ -253,80 +265,104 @@ async def measure_first_tokens(addrs: Sequence[str], home: Path) -> dict[str, An
         audit=AuditConfig(rate=0.0),
     ) as client:
         await client.is_served(10)
-        app = App(client, config)
+        app = App([client], config)
         async with trio.open_nursery() as nursery:
             ((_, port),) = await nursery.start(serve_http, app.handle, config)
-            direct: list[float] = []
-            through: list[float] = []
-            for turn in range(TURNS + 2):
-                began = time.perf_counter()
-                async with client.generate(PROMPT, max_new_tokens=2, temperature=0) as generation:
-                    await anext(generation)
-                    first = time.perf_counter() - began
-                told, _, _ = await stream(port, 2)
-                if turn >= 2:
-                    direct.append(first)
-                    through.append(told)
-            used: dict[str, list[float]] = {"client": [], "client_s": [], "api": []}
-            for _ in range(DOOR_TURNS):
-                cpu, began = time.process_time(), time.perf_counter()
-                async with client.generate(PROMPT, max_new_tokens=DOOR_TOKENS, temperature=0) as generation:
-                    count = len([token async for token in generation])
-                used["client"].append((time.process_time() - cpu) / count)
-                used["client_s"].append((time.perf_counter() - began) / count)
-                cpu = time.process_time()
-                _, _, count = await stream(port, DOOR_TOKENS)  # whose client counts as part of the door
-                used["api"].append((time.process_time() - cpu) / count)
+            told = {**await _first_tokens(client, port), **await _processor_time(client, port)}
             nursery.cancel_scope.cancel()
+    return told
+
+
+async def _first_tokens(client: Client, port: int) -> dict[str, Any]:
+    direct: list[float] = []
+    through: list[float] = []
+    for turn in range(TURNS + WARM_UPS):
+        began = time.perf_counter()
+        async with client.generate(PROMPT, max_new_tokens=2, temperature=0) as generation:
+            await anext(generation)
+            first = time.perf_counter() - began
+        told, _, _ = await stream(port, 2)
+        if turn >= WARM_UPS:
+            direct.append(first)
+            through.append(told)
     return {
         "client_first_token_ms": median(direct) * 1e3,
         "first_token_later_ms": (median(through) - median(direct)) * 1e3,
-        "door_share_of_token": max(0.0, median(used["api"]) - median(used["client"]))
-        / median(used["client_s"]),
     }
 
 
-async def main(as_json: bool) -> None:
+async def _processor_time(client: Client, port: int) -> dict[str, Any]:
+    """Processor time of this process per token: that of its HTTP client counts as the API's."""
+    direct_cpu: list[float] = []
+    direct: list[float] = []
+    through_cpu: list[float] = []
+    for _ in range(DOOR_TURNS):
+        cpu, began = time.process_time(), time.perf_counter()
+        generation = client.generate(
+            PROMPT, max_new_tokens=DOOR_TOKENS, temperature=0, logit_bias={int(EOS): -100}
+        )
+        async with generation:
+            async for _ in generation:
+                pass
+        direct_cpu.append((time.process_time() - cpu) / DOOR_TOKENS)
+        direct.append((time.perf_counter() - began) / DOOR_TOKENS)
+        cpu = time.process_time()
+        _, _, count = await stream(port, DOOR_TOKENS)
+        through_cpu.append((time.process_time() - cpu) / count)
+    return {
+        "token_ms": median(direct) * 1e3,
+        "door_us_per_token": (median(through_cpu) - median(direct_cpu)) * 1e6,
+        "door_share_of_token": (median(through_cpu) - median(direct_cpu)) / median(direct),
+    }
+
+
+async def measure_ready(addrs: Sequence[str], home: Path, serve: Sequence[str]) -> dict[str, Any]:
+    """The command, and a program with a client, from the start of their processes."""
+    program = ("-c", CLIENT, str(home / "program"), *addrs)
+    ready = [(await seconds_until_ready(*program), await seconds_until_ready(*serve)) for _ in range(STARTS)]
+    return {
+        "client_ready_s": median(client for client, _ in ready),
+        "serve_ready_s": median(serve for _, serve in ready),
+    }
+
+
+def serve_command(addrs: Sequence[str], home: Path) -> list[str]:
+    """`p2pinfer serve` in the swarm of these nodes, which lets one key have all streams at once."""
+    argv = ["serve", "--json", "--port", "0", "--data-dir", str(home / "serve"), "--policy", "fastest"]
+    argv += ["--set", "audit.rate=0.0", "--set", f"api.requests_per_key={HANG_UPS}"]
+    return argv + [word for address in addrs for word in ("--bootstrap", address)]
+
+
+async def main(parts: Sequence[str]) -> None:
+    """Measure, and print."""
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         async with nodes(home) as (addrs, ports):
-            measured |= await measure_first_tokens(addrs, home)
-            argv = [
-                "serve",
-                "--json",
-                "--port",
-                "0",
-                "--data-dir",
-                str(home / "serve"),
-                "--policy",
-                "fastest",
-            ]
-            argv += ["--set", "audit.rate=0.0", "--set", f"api.requests_per_key={HANG_UPS}"]
-            for address in addrs:
-                argv += ["--bootstrap", address]
-            program = ("-c", CLIENT, str(home / "program"), *addrs)
-            ready = [
-                (await seconds_until_ready(*program), await seconds_until_ready(*argv)) for _ in range(STARTS)
-            ]
-            measured["client_ready_s"] = median(client for client, _ in ready)
-            measured["serve_ready_s"] = median(serve for _, serve in ready)
+            argv = serve_command(addrs, home)
+            if "door" in parts:
+                measured |= await measure_door(addrs, home)
+            if "ready" in parts:
+                measured |= await measure_ready(addrs, home, argv)
             async with started(*argv) as serve:
-                told = await serve.until("ready")
-                port = int(told["urls"][0].rpartition(":")[2])
-                measured |= await measure_streams(port)
-                measured |= await measure_idle(port, psutil.Process(serve.process.pid))
-                measured |= await measure_hang_ups(port, ports)
-    if as_json:
-        print(json.dumps(measured))
-        return
+                port = int((await serve.until("ready"))["urls"][0].rpartition(":")[2])
+                if "streams" in parts:
+                    measured |= await measure_streams(port)
+                if "idle" in parts:
+                    measured |= await measure_idle(port, psutil.Process(serve.process.pid))
+                if "hang-ups" in parts:
+                    measured |= await measure_hang_ups(port, ports)
     for name, value in measured.items():
-        print(f"{name:28}{value:10.3f}")
+        print(f"{name:28}{value:10.3f}", file=sys.stderr)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print an object")
-    trio.run(main, parser.parse_args().json)
+    parser.add_argument("--parts", default=",".join(PARTS), help="those to measure, separated by commas")
+    wanted = parser.parse_args().parts.split(",")
+    if unknown := set(wanted) - {*PARTS}:
+        parser.error(f"there is no part {min(unknown)}; there are {', '.join(PARTS)}")
+    trio.run(main, wanted)
