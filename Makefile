@@ -83,7 +83,7 @@ fuzz-http: $(TESTABLE)  ## ten minutes of schemathesis against `p2pinfer serve`;
 	$(BIN)/python scripts/fuzz_http.py $(or $(DURATION),600)
 
 clients: $(TESTABLE)  ## clients of HTTP APIs that nobody here wrote, of Python and npm, against `p2pinfer serve`
-	@$(INSTALL) ".[clients]"
+	@$(INSTALL) --editable ".[clients]"
 	-$(BIN)/python -m tests.npm_packages tests/api/clients 22
 	$(BIN)/python -m pytest tests/api/clients
 
@@ -113,7 +113,7 @@ strangers: $(TESTABLE)  ## a node that fifty identities attack in every way at o
 	$(BIN)/python -m tests.chaos.strangers --seconds $(or $(DURATION),120) $(if $(JSON),--json $(JSON))
 
 page: $(TESTABLE)  ## test the page in Chromium, and take its picture; on Debian, apt install chromium first
-	@$(INSTALL) ".[page]"
+	@$(INSTALL) --editable ".[page]"
 	$(BIN)/python -m pytest tests/web
 	$(BIN)/python docs/write_page.py
 
@@ -133,7 +133,7 @@ outputs: $(TESTABLE)  ## run every command, and write docs/commands.md with what
 	$(BIN)/python docs/write_commands.py --run
 
 site: $(TESTABLE)  ## the documentation as a site, in build/site
-	@$(INSTALL) ".[site]"
+	@$(INSTALL) --editable ".[site]"
 	$(BIN)/python scripts/build_site.py
 
 compose: $(TESTABLE)  ## the private swarm of deploy/compose.yml, without docker: a text through its HTTP API

@@ -76,6 +76,14 @@ def test_the_package_dir_names_every_top_folder() -> None:
     assert setuptools_table()["package-dir"] == expected
 
 
+def test_make_installs_the_checkout_to_be_edited_and_never_a_copy_of_it() -> None:
+    """A copy would hide later changes of the source from every command, and nobody is told."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    installs = [line for line in lines if re.search(r"\$\(INSTALL\).*\s\"?\.(\[|\s|$)", line)]
+    assert len(installs) >= 5
+    assert [line for line in installs if "--editable" not in line] == []
+
+
 def test_the_links_are_relative_and_lead_to_the_folders() -> None:
     links = {path.name: path.readlink() for path in (ROOT / "p2pinfer").iterdir() if path.is_symlink()}
     names = (*FOLDERS, "bootstrap_peers.txt")
