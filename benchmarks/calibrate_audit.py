@@ -6,6 +6,7 @@
     python benchmarks/calibrate_audit.py --report checks.jsonl    # what was measured, by these limits
     python benchmarks/calibrate_audit.py --weights int4 --span 0:4  # peers that quantise, and say so
     python benchmarks/calibrate_audit.py --weights int4 --says int8  # peers that quantise, and say otherwise
+    python benchmarks/calibrate_audit.py --packed                 # what travels has 8 bits a value
 
 Every span of 1 to 15 blocks is run in every mode that an honest peer may use, on trained weights, and held
 against a CPU's floor as an audit does. A check is one chunk of 32 tokens in one mode. With no failure among n
@@ -20,7 +21,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,9 +46,11 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.config import WEIGHTS
 from p2pinfer.models.numerics import BFLOAT16, Numerics
+from p2pinfer.models.packed_rows import rounded_rows
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import ChunkDeviation, Deviation, LogitDeviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor, measure_floor
+from p2pinfer.models.verify.packed_outputs import rounded_where
 from p2pinfer.models.verify.reference import Tail, open_reference, open_tail
 from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
@@ -131,6 +134,8 @@ def check_mode(
     """Every check of one mode: whole sessions, their ends as a last hop returns them, and shorter ones."""
     for index, (floor, given, output) in enumerate(zip(floors, inputs, outputs, strict=True)):
         got, tokens = output.to(torch.bfloat16).float(), len(output)
+        if floor.packed is not None:
+            got = rounded_where(got, floor.packed)
         # Logits take longer than all else together: every eighth session will do.
         part = tail if index % 8 == 0 else None
         yield from checks_of(model, span, mode, "session", compare(floor, got, range(tokens), part))
@@ -140,6 +145,7 @@ def check_mode(
             short = measure_floor(
                 given[:count].float(), floor.exact[:count], [run[:count] for run in floor.rounded]
             )
+            short = replace(short, packed=None if floor.packed is None else floor.packed[:count])
             deviation = compare(short, got[:count], range(count))
             yield from checks_of(model, span, mode, f"first {count}", deviation)
 
@@ -152,6 +158,8 @@ def calibrate(
     only: Sequence[str],
     weights: str = "auto",
     says: str = "auto",
+    *,
+    packed: bool = False,
 ) -> Iterator[Check]:
     """Every check on one model, of peers that hold `weights` and say `says`."""
     checkpoint = open_model(model)
@@ -174,6 +182,8 @@ def calibrate(
     ]
     for span in spans:
         given = inputs[span.start]
+        if packed:
+            given = [rounded_rows(each).to(each.dtype) for each in given]
         outputs = {
             f"{weights} {mode.name}".removeprefix("auto "): run_mode(mode, checkpoint, span, given, weights)
             for mode in modes
@@ -181,7 +191,7 @@ def calibrate(
         outputs |= {name: blocks.run(span, given) for name, blocks in stock}
         if dump is not None and str(span) in DUMPED_SPANS[model]:
             write_dump(dump, model, span, given, outputs)
-        yield from check_span(checkpoint, model, span, given, outputs, devices[-1], says)
+        yield from check_span(checkpoint, model, span, given, outputs, devices[-1], says, packed=packed)
 
 
 def check_span(
@@ -192,12 +202,15 @@ def check_span(
     outputs: dict[str, Outputs],
     tail_device: str,
     says: str = "auto",
+    *,
+    packed: bool = False,
 ) -> Iterator[Check]:
     """Every check on one span, against the floor that this machine's CPU measures."""
     tokens = max(map(len, inputs))
     numerics = BFLOAT16 if says == "auto" else Numerics(says, "bfloat16")
     reference = open_reference(checkpoint, span, max_tokens=tokens, numerics=numerics)
-    floors = [rerun(reference, span, each, torch.bfloat16) for each in inputs]
+    rounded = frozenset(range(tokens)) if packed else frozenset[int]()
+    floors = [rerun(reference, span, each, torch.bfloat16, rounded) for each in inputs]
     try:
         tail = open_tail(checkpoint, span, max_tokens=tokens, device=tail_device)
     except CheckpointError:  # of a model that is only here in part
@@ -309,6 +322,7 @@ def main() -> None:
     parser.add_argument("--span", nargs="+", default=[], help="A:B; all of them by default")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="format that the peers hold")
     parser.add_argument("--says", choices=WEIGHTS, help="format that they say; the same by default")
+    parser.add_argument("--packed", action="store_true", help="what travels is packed, as in long prompts")
     parser.add_argument("--embed", type=Path, help="only write the sessions here, for another machine")
     parser.add_argument("--embedded", type=Path, help="sessions written so, for who has some blocks only")
     parser.add_argument("--dump", type=Path, help="keep a GPU's outputs here")
@@ -339,6 +353,7 @@ def main() -> None:
                 options.span,
                 options.weights,
                 options.says or options.weights,
+                packed=options.packed,
             )
             for model in options.model
         ]

@@ -2,6 +2,7 @@
 
     python benchmarks/detect_cheats.py
     python benchmarks/detect_cheats.py --model smollm2 --sessions 8
+    python benchmarks/detect_cheats.py --packed                   # what travels has 8 bits a value
 
 Every cheat runs in bfloat16 on trained weights, like an honest peer. Each chunk is judged by itself, with
 the default limits. For the attack that aims at the logits from inside the tolerance, the blocks after the
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
+from p2pinfer.models.packed_rows import rounded_rows
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.models.verify.deviation import Deviation
 from p2pinfer.models.verify.noise_floor import NoiseFloor
+from p2pinfer.models.verify.packed_outputs import rounded_where
 from p2pinfer.models.verify.reference import Tail, open_reference, open_tail
 from p2pinfer.models.verify.verify import compare, rerun
 from p2pinfer.reputation.verdict import Verdict, judge
@@ -67,6 +70,8 @@ def judge_chunks(
     """A verdict for each chunk by itself."""
     for floor, output in zip(floors, outputs, strict=True):
         got = output.to(torch.bfloat16).float()
+        if floor.packed is not None:
+            got = rounded_where(got, floor.packed)
         for chunk in compare(floor, got, range(len(got)), tail).chunks:
             verdict = judge(Deviation((chunk,))).verdict
             yield Catch(
@@ -110,23 +115,25 @@ def dishonest_outputs(
     yield "one token in 32", [tampered(good, bad) for good, bad in zip(honest, wrong, strict=True)]
 
 
-def catch_all(model: str, count: int, first: int) -> Iterator[Catch]:
+def catch_all(model: str, count: int, first: int, *, packed: bool) -> Iterator[Catch]:
     """Every chunk of every cheat on one model."""
     checkpoint = open_model(model)
     spans = [BlockSpan.parse(text) for text in SPANS[model]]
     aimed = [BlockSpan.parse(text) for text in AIMED_SPANS[model]]
     sessions = embed(checkpoint, sample_sessions(checkpoint, count, first=first))
     inputs = inputs_at(checkpoint, sessions, [span.start for span in (*spans, *aimed)])
+    if packed:
+        inputs = {at: [rounded_rows(each).to(each.dtype) for each in given] for at, given in inputs.items()}
     for span in spans:
         print(f"{model} {span}", file=sys.stderr)
         given = inputs[span.start]
-        floors = measure_floors(checkpoint, span, given)
+        floors = measure_floors(checkpoint, span, given, packed=packed)
         for cheat, outputs in dishonest_outputs(checkpoint, span, given):
             yield from judge_chunks(model, span, cheat, floors, outputs)
     for span in aimed:
         print(f"{model} {span}, aimed", file=sys.stderr)
         given = inputs[span.start]
-        floors = measure_floors(checkpoint, span, given)
+        floors = measure_floors(checkpoint, span, given, packed=packed)
         tail = open_tail(checkpoint, span, max_tokens=max(map(len, given)))
         attack = Aim(checkpoint.folder, span)
         for ratio in AIMED_RATIOS:
@@ -135,9 +142,13 @@ def catch_all(model: str, count: int, first: int) -> Iterator[Catch]:
             yield from judge_chunks(model, span, cheat, floors, pushed, tail)
 
 
-def measure_floors(checkpoint: Checkpoint, span: BlockSpan, inputs: Sequence[Tensor]) -> list[NoiseFloor]:
-    reference = open_reference(checkpoint, span, max_tokens=max(map(len, inputs)))
-    return [rerun(reference, span, each, torch.bfloat16) for each in inputs]
+def measure_floors(
+    checkpoint: Checkpoint, span: BlockSpan, inputs: Sequence[Tensor], *, packed: bool = False
+) -> list[NoiseFloor]:
+    tokens = max(map(len, inputs))
+    reference = open_reference(checkpoint, span, max_tokens=tokens)
+    rounded = frozenset(range(tokens)) if packed else frozenset[int]()
+    return [rerun(reference, span, each, torch.bfloat16, rounded) for each in inputs]
 
 
 def table(catches: Sequence[Catch]) -> str:
@@ -170,10 +181,13 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--sessions", type=int, default=8, help="per span, four chunks each")
     parser.add_argument("--first", type=int, default=0, help="number of the first session; others are new")
+    parser.add_argument("--packed", action="store_true", help="what travels is packed, as in long prompts")
     parser.add_argument("--out", type=Path, help="every chunk as a line of JSON")
     options = parser.parse_args()
     catches = [
-        catch for model in options.model for catch in catch_all(model, options.sessions, options.first)
+        catch
+        for model in options.model
+        for catch in catch_all(model, options.sessions, options.first, packed=options.packed)
     ]
     if options.out:
         options.out.write_text("".join(json.dumps(asdict(catch)) + "\n" for catch in catches))

@@ -2,6 +2,7 @@
 
     python benchmarks/second_question.py                             # a quarter of an hour
     python benchmarks/second_question.py --model tiny-stories --tokens 940 --rounds 1
+    python benchmarks/second_question.py --prefill-codec off int8
 
 Hosts, lines and nodes are those of distance.py: public, one torch thread each, in the lab (so Linux, and root
 or user namespaces). The client is one process, as `p2pinfer serve` is. It asks about a text of `tokens`
@@ -10,9 +11,12 @@ the time of the second first token over that of the first one, `anew` that of th
 rounds. `same ids` compares the second answer with the last.
 
 `bound` is what a pipeline takes for the first question, whose text the line of the client has to carry: rows
-over uplink or, where that takes longer, compute over hops, and (hops + 1) delays. Compute is what local
-transformers takes for the text with one thread. No opening of a session and no round trip is in it.
-`of bound` is the first question's time over it.
+as they travel over uplink or, where that takes longer, compute over hops, and (hops + 1) delays; and before
+that the round trips of an opening, without which no step may be sent: one to the hops, and one between two of
+them. Compute is what local transformers takes for the text with one thread; hops that share this machine's
+processors have no more of them together. `of bound` is the first question's time over it, `of line` over the
+same without opening. `load` is the machine's before the first question: where it is above the number of
+processors, times are of a machine that others use.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from distance import QUEUE_MS, STORY, Chain
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.generation.generation import GenerationResult
+from p2pinfer.models.numerics import packed_row_bytes
 from tests.lab.commands import open_commands
 from tests.lab.lab import Lab, open_lab
 from tests.lab.namespaces import environ, why_not
@@ -50,13 +55,14 @@ from tests.lab.scenario import Line, Scenario, Site
 ANSWER_TOKENS: Final = 16
 QUESTION: Final = " Then he said: what"
 PATIENCE_S: Final = 300.0
+OPENING_ROUND_TRIPS: Final = 2
 
 
 async def ask_in_turn(
-    folder: str, bootstrap: str, dtype: str, tokens: int, rounds: int
+    folder: str, bootstrap: str, dtype: str, tokens: int, rounds: int, codec: str
 ) -> list[dict[str, Any]]:
     """What the client measures."""
-    config = ClientConfig(dtype=dtype, speculate="off", draft="off", find_timeout_s=60.0)
+    config = ClientConfig(dtype=dtype, speculate="off", draft="off", find_timeout_s=60.0, prefill_codec=codec)
     client = Client(
         model=folder, bootstrap=bootstrap, policy=POLICY, config=config, audit=AuditConfig(rate=0.0)
     )
@@ -98,13 +104,17 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
         row_bytes = width * torch.empty((), dtype=getattr(torch, options.dtype)).element_size()
         compute_s = _prefill_s(folder, options)
         try:
-            for delay_ms, mbit in product(options.delay, options.mbit):
+            for delay_ms, mbit, codec in product(options.delay, options.mbit, options.prefill_codec):
                 line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
                 for host in hosts:
                     lab.set_line(host, line)
-                asked = _ask_inside(lab, chain, folder, options)
-                line_s = options.tokens * row_bytes * 8 / (mbit * 1e6)
-                bound_s = max(line_s, compute_s / hops) + (hops + 1) * delay_ms / 1e3
+                load = os.getloadavg()[0]
+                asked = _ask_inside(lab, chain, folder, codec, options)
+                sent_bytes = row_bytes if codec == "off" else packed_row_bytes(width)
+                line_s = options.tokens * sent_bytes * 8 / (mbit * 1e6)
+                through_s = max(line_s, compute_s / min(hops, os.cpu_count() or 1))
+                pipeline_s = through_s + (hops + 1) * delay_ms / 1e3
+                bound_s = pipeline_s + 2 * OPENING_ROUND_TRIPS * delay_ms / 1e3
                 times = [[row["first_s"][at] for row in asked] for at in range(3)]
                 yield {
                     "model": name,
@@ -112,10 +122,13 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                     "delay": delay_ms,
                     "mbit": mbit,
                     "tokens": options.tokens,
+                    "codec": codec,
+                    "load": round(load, 1),
                     "reused": min(row["reused"] for row in asked),
                     "bound": round(bound_s, 2),
                     "first s": round(median(times[0]), 2),
                     "of bound": round(median(times[0]) / bound_s, 2),
+                    "of line": round(median(times[0]) / pipeline_s, 2),
                     "second s": round(median(times[1]), 2),
                     "share": round(median(b / a for a, b in zip(times[0], times[1], strict=True)), 3),
                     "anew": round(median(b / a for a, b in zip(times[0], times[2], strict=True)), 3),
@@ -136,9 +149,11 @@ def _prefill_s(folder: Path, options: argparse.Namespace) -> float:
     return min(spent)
 
 
-def _ask_inside(lab: Lab, chain: Chain, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _ask_inside(
+    lab: Lab, chain: Chain, folder: Path, codec: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Run the client in its own host."""
-    words = ("--inside", str(folder), chain.bootstrap, "--dtype", options.dtype)
+    words = ("--inside", str(folder), chain.bootstrap, "--dtype", options.dtype, "--prefill-codec", codec)
     numbers = ("--tokens", str(options.tokens), "--rounds", str(options.rounds))
     done = lab.popen(
         "me",
@@ -164,11 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mbit", nargs="+", type=float, default=[20.0])
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill-codec", nargs="+", choices=("off", "int8"), default=["off"])
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.inside:
         folder, bootstrap = options.inside
-        told = trio.run(ask_in_turn, folder, bootstrap, options.dtype, options.tokens, options.rounds)
+        numbers, codec = (options.tokens, options.rounds), options.prefill_codec[0]
+        told = trio.run(ask_in_turn, folder, bootstrap, options.dtype, *numbers, codec)
         print(json.dumps(told))
         return
     if lacking := why_not():

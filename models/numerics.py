@@ -10,11 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias, cast, get_args
 
 Codec: TypeAlias = Literal["float32", "bfloat16", "float16"]
 CODECS: Final[tuple[Codec, ...]] = get_args(Codec)
 LOSSLESS: Final[Codec] = "float32"  # it holds every value of the others
+# What a receipt says of an output that was rounded to be packed (`packed_rows`).
+PackedCodec: TypeAlias = Literal["float32_int8", "bfloat16_int8", "float16_int8"]
+_PACKED: Final[Mapping[Codec, PackedCodec]] = {
+    "float32": "float32_int8",
+    "bfloat16": "bfloat16_int8",
+    "float16": "float16_int8",
+}
+_UNPACKED: Final[Mapping[str, Codec]] = {packed: codec for codec, packed in _PACKED.items()}
+PACKED_BLOCK: Final = 32  # values of a packed row that share an exponent
 
 _CODEC_BYTES: Final[Mapping[Codec, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Formats that a checkpoint of more bits is quantised to; see `p2pinfer.models.quantised.formats`.
@@ -138,5 +147,25 @@ def common_codec(numerics: Iterable[Numerics]) -> Codec:
 
 
 def row_bytes(hidden_size: int, codec: Codec) -> int:
-    """Bytes of one token's hidden state on the wire."""
+    """Bytes of one token's hidden state on the wire, unless it is packed."""
     return hidden_size * _CODEC_BYTES[codec]
+
+
+def packed_row_bytes(hidden_size: int) -> int:
+    """Bytes of one token's hidden state on the wire where it is packed, see `packed_rows`."""
+    return hidden_size + -(-hidden_size // PACKED_BLOCK)
+
+
+def packed_codec(codec: Codec) -> PackedCodec:
+    """Name of a codec whose values were rounded to be packed."""
+    return _PACKED[codec]
+
+
+def is_packed(codec: Codec | PackedCodec) -> bool:
+    """True if values were rounded to be packed."""
+    return codec in _UNPACKED
+
+
+def unpacked_codec(codec: Codec | PackedCodec) -> Codec:
+    """Codec in which such values stand in memory, in evidence and in digests."""
+    return _UNPACKED.get(codec) or cast(Codec, codec)

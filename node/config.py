@@ -23,7 +23,7 @@ class ServeConfig:
     max_sessions: int = 512  # sessions open at once
     max_sessions_per_client: int = 256  # sessions open at once of one client
     client_share: float = 0.75  # one client's limit, as a share of cache and replay log not held by others
-    max_steps_in_flight: int = 16  # steps of one session that are received but not yet sent on
+    max_steps_in_flight: int = 48  # steps of one session that are received but not yet sent on
     max_bytes_in_flight: int = 64 << 20  # hidden states of those steps, bytes
     max_chunk_tokens: int = 1024  # tokens in one step
     max_batch_tokens: int = 512  # prefill tokens computed in one batch; decode steps ride along

@@ -19,7 +19,7 @@ import trio
 from p2pinfer.audit.tally import AuditTally
 from p2pinfer.audit.verifier import Verifier
 from p2pinfer.generation.adapted_sessions import AdaptedSessions
-from p2pinfer.generation.first_state import check_lengths
+from p2pinfer.generation.first_state import check_lengths, packing_of
 from p2pinfer.generation.generation import Generation, generation_config, new_state
 from p2pinfer.generation.kept_texts import KeptTexts
 from p2pinfer.generation.outage import RetryLimits, Waiting
@@ -48,7 +48,7 @@ from p2pinfer.routing.policy import DEFAULT_POLICY, RoutingPolicy, load_policy
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import SessionAdapter
+from p2pinfer.session.terms import PLAIN, Packing, SessionAdapter
 
 from .client_config import AuditConfig, GenerationConfig, SessionConfig, TuneConfig
 from .client_config import ClientConfig as ClientConfig
@@ -177,6 +177,7 @@ class Client:
                 joining=joining_options(self._bootstrap, self._host_config.swarm_key),
                 model=self.model,
                 is_thin=self._config.thin == "on",
+                packs=self._config.prefill_codec != "off",
             )
             self.routes = ReachableRoutes(self._planner, self._member, self.spec)
             self._race = OpeningRace(self.routes, self.ledger)
@@ -309,6 +310,7 @@ class Client:
             expected_s=self._planner.expected_s,
             logprobs=logs,
             kept_texts=self._kept_texts if adapter is None else None,
+            packing=packing_of(state, config.prefill_codec),
             on_wait=self._on_wait,
             on_dropped=self._close_soon,
         )
@@ -341,8 +343,7 @@ class Client:
     async def keep_no_record(self, vouched: Sequence[str] = ()) -> None:
         """Learn into memory only: the peers are our own and end with us. A ledger that was passed is left.
 
-        Args:
-            vouched: Peers whose integrity is taken for granted.
+        The integrity of `vouched` ones is taken for granted.
         """
         if self._auditor is not None:
             await self._auditor.keep_nothing()
@@ -373,12 +374,13 @@ class Client:
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
         draw: Draw | None = None,
+        packing: Packing = PLAIN,
     ) -> Session:
         """A session for `tokens` positions on the best route that is there, without the `excluded`.
 
         Args:
             replay_source: What went in at past positions; with it the first hop can be replaced too.
-            adapter: Brought to every hop; `draw`: how the last one draws, if ids are to travel.
+            adapter: For every hop; `draw`: how the last one draws; `packing`: what is to travel packed.
 
         Raises:
             PromptTooLong: The model's context is shorter. `check_lengths` tells of a prompt's own limit.
@@ -386,9 +388,8 @@ class Client:
             PeerError: A hop of the route could not be reached or refused.
         """
         check_lengths(self.spec, tokens)
-        opener, terms = self._opener, (replay_source, adapter, draw)
-        race = self._race
-        return await race.open(tokens, excluded, lambda plan: opener.open_on(plan, tokens, excluded, *terms))
+        open_on, terms = self._opener.open_on, (replay_source, adapter, draw, None, packing)
+        return await self._race.open(tokens, excluded, lambda plan: open_on(plan, tokens, excluded, *terms))
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """Note how a route fared."""

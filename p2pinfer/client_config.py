@@ -42,6 +42,9 @@ class ClientConfig:
     draft: str = "auto"
     # hold no weights: the first hop embeds, and the last one draws: on, off, or auto: where they do not fit
     thin: str = "auto"
+    # how a prompt's hidden states travel: off: as they are, int8: in 8 bits a value, which rounds them, auto:
+    # so where the line from here was found slow
+    prefill_codec: str = "off"
     dtype: str = "auto"  # of the embedding and the head: auto, float32, bfloat16 or float16
     device: str = "auto"  # where embedding and head are computed: auto, cpu, cuda
 
@@ -50,6 +53,8 @@ class ClientConfig:
         check_target(self.dtype, self.device)
         if self.thin not in ("auto", "on", "off"):
             raise ValueError(f"thin is {self.thin!r}; it takes auto, on or off")
+        if self.prefill_codec not in ("off", "auto", "int8"):
+            raise ValueError(f"prefill_codec is {self.prefill_codec!r}; it takes off, auto or int8")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 or more")
         if self.speculate not in ("auto", "off") and not (
@@ -116,7 +121,7 @@ class SessionConfig:
     """Settings of a client's sessions."""
 
     chunk_tokens: int = 256  # longer prompts are sent in chunks of at most this many tokens
-    chunks_in_flight: int = 8  # chunks sent before the first one's result is awaited
+    chunks_in_flight: int = 24  # chunks sent before the first one's result is awaited
     open_timeout_s: float = 15.0  # for opening a session on every hop of a route, seconds
     step_timeout_s: float = 60.0  # for one result, seconds; a slower hop counts as failed
     probe_after_s: float = 1.0  # without a result for this long, hops are pinged, seconds

@@ -108,6 +108,7 @@ class ResultDocument(msgspec.Struct, frozen=True):
     audits: AuditsDocument
     resume_token: str | None = None
     speculation: SpeculationDocument | None = None  # None: it was off
+    packed_tokens: int = 0  # of the prompt: their hidden states travelled packed
 
 
 def swarm_document(view: SwarmView) -> SwarmDocument:
@@ -171,6 +172,7 @@ def result_document(
         AuditsDocument(audits.done, audits.passed, audits.failed, audits.suspect, audits.inconclusive),
         resume_token,
         _speculation(result.speculation, timings.predicted_tokens_per_s),
+        result.packed_tokens,
     )
 
 

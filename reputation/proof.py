@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 import msgspec
 
 from p2pinfer.errors import ProtocolViolation
+from p2pinfer.models.numerics import unpacked_codec
 
 from .receipt import (
     MAX_RECEIPT_BYTES,
@@ -146,7 +147,8 @@ def open_proof(proof: Proof, check: CheckSignature) -> Accusation:
         return _open_training(proof, check)
     receipts: list[Receipt] = []
     first = decode_receipt(proof.receipts[0])
-    terms = Terms(first.session, first.revision, first.start, first.stop, first.codec)
+    codec = unpacked_codec(first.codec)
+    terms = Terms(first.session, first.revision, first.start, first.stop, codec)
     chain = ReceiptChain(proof.peer_id, terms, check, whole=True)
     for signed in proof.receipts:
         receipts.append(chain.extend(signed))

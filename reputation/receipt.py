@@ -32,7 +32,7 @@ import msgspec
 from blake3 import blake3
 
 from p2pinfer.errors import Equivocation, ProtocolViolation
-from p2pinfer.models.numerics import Codec
+from p2pinfer.models.numerics import Codec, PackedCodec, unpacked_codec
 
 RECEIPT_VERSION: Final = 2
 MAX_RECEIPT_BYTES: Final = 1024
@@ -51,7 +51,7 @@ _Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 
 
 class Receipt(msgspec.Struct, frozen=True, array_like=True):
-    """One step on one hop. Digests are blake3 over the payloads as they travelled."""
+    """One step on one hop. Digests are blake3 over the payloads, as they are when unpacked."""
 
     version: Annotated[int, msgspec.Meta(ge=RECEIPT_VERSION, le=RECEIPT_VERSION)]
     session: _Id
@@ -65,7 +65,7 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     returned: _Count  # rows of the output: the last ones; all of them but on a route's last hop
     epoch: _Count
     dtype: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,16}\Z")]  # the hop's numerics, as text
-    codec: Codec
+    codec: Codec | PackedCodec  # the latter where the output was rounded to be packed
     input: _Digest
     output: _Digest
     nonce: _Id  # the hop's own, one for each chain
@@ -168,7 +168,8 @@ class ReceiptChain:
             Equivocation: It stands where another one of the same chain stands.
         """
         receipt = open_receipt(signed, self.peer_id, self._check)
-        said = Terms(receipt.session, receipt.revision, receipt.start, receipt.stop, receipt.codec)
+        codec = unpacked_codec(receipt.codec)
+        said = Terms(receipt.session, receipt.revision, receipt.start, receipt.stop, codec)
         if said != self._terms:
             raise ProtocolViolation("a receipt for another session, model or span", self.peer_id)
         last = self._last

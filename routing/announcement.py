@@ -88,6 +88,7 @@ class Announcement:
         ends: The peer holds embedding and head as well, for clients that hold no weights.
         name: What its operator wants it to be called; for people, never compared, and anybody may take any.
         adapters: Of the model, which the peer applies for whoever asks, and hands out.
+        packs: It takes and gives packed hidden states (`models/packed_rows.py`).
     """
 
     peer_id: str
@@ -113,6 +114,7 @@ class Announcement:
     ends: bool = False
     name: str = ""
     adapters: tuple[OfferedAdapter, ...] = ()
+    packs: bool = False
 
     @property
     def numerics(self) -> Numerics | None:
@@ -181,6 +183,7 @@ class _Wire(msgspec.Struct, array_like=True, frozen=True):
     ends: bool = False
     name: _PublicName = ""
     adapters: _Offers = ()
+    packs: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -220,6 +223,7 @@ def encode_announcement(announcement: Announcement) -> bytes:
             announcement.ends,
             announcement.name,
             tuple(_Offer(each.digest, each.name, each.size) for each in announcement.adapters),
+            announcement.packs,
         )
     )
     try:
@@ -283,4 +287,5 @@ def decode_announcement(encoded: bytes) -> Announcement:
         ends=wire.ends,
         name=wire.name,
         adapters=tuple(OfferedAdapter(each.digest, each.name, each.size) for each in wire.adapters),
+        packs=wire.packs,
     )

@@ -26,7 +26,8 @@ class Ineligibility(IntEnum):
     BANNED = 4  # the user says so, its audits do, or a proof
     UNCHECKABLE = 5  # its numerics are unknown, or no audit here can run them again
     ENDLESS = 6  # it is at an end of the model, and holds no embedding and head for a client without
-    ABSENT = 7  # it is leaving, or holds another model
+    PLAIN = 7  # it takes no packed hidden states, in which the prompt travels
+    ABSENT = 8  # it is leaving, or holds another model
 
 
 def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | None) -> Ineligibility | None:
@@ -39,6 +40,8 @@ def refusal(candidate: Candidate, request: RouteRequest, view: ReputationView | 
     is_inner = announcement.span.start > 0 and announcement.span.stop < request.num_blocks
     if request.ends and not (announcement.ends or is_inner):
         return Ineligibility.ENDLESS
+    if request.packs and not announcement.packs:
+        return Ineligibility.PLAIN
     if reference_for(announcement.numerics) is None:
         return Ineligibility.UNCHECKABLE
     if view is not None and view.is_banned(candidate.peer_id):
@@ -141,6 +144,11 @@ def _complaint(
             return (
                 f"{blocks} are served only by peers that do not hold embedding and head for clients without "
                 "weights; leave out --thin"
+            )
+        case Ineligibility.PLAIN:
+            return (
+                f"{blocks} are served only by peers that take no packed prompt; leave out --prefill-codec, "
+                "or have them updated"
             )
         case Ineligibility.ABSENT:
             return f"nobody serves {blocks}; `{request.serve_command} --blocks {spans[0]}` would"

@@ -98,6 +98,7 @@ class RouteRequest:
         min_integrity: Peers that score less must not be used.
         spoilt_ranges: Address ranges where banned peers were: no newcomer from there is tried out.
         ends: The client holds no weights: the first hop embeds, and the last one draws.
+        packs: A prompt is to travel packed, so every hop has to take that.
         serve_command: What starts a node of this model in this swarm, for messages; `--blocks` is appended.
     """
 
@@ -115,6 +116,7 @@ class RouteRequest:
     spoilt_ranges: frozenset[str] = frozenset()
     serve_command: str = "p2pinfer node"
     ends: bool = False
+    packs: bool = False
 
     @property
     def wanted(self) -> BlockSpan:

@@ -26,6 +26,7 @@ from p2pinfer.models.span import BlockSpan
 from .deviation import Glance
 from .logits import lost_lead
 from .noise_floor import carried_unit, channel_scale
+from .packed_outputs import packed_mask, unpacked_towards
 from .sessions import run_session
 from .verify import check_positions, check_rows, split_chunks
 
@@ -37,6 +38,7 @@ def glance_at(
     outputs: Tensor,
     positions: Sequence[int] | None = None,
     *,
+    packed: frozenset[int] = frozenset(),
     ends: EmbeddingAndHead | None = None,
     followed: Sequence[int] = (),
 ) -> Glance:
@@ -57,10 +59,11 @@ def glance_at(
         inputs = check_rows(inputs, len(inputs), exact.spec.hidden_size)
     except WrongOutput as exc:
         raise ValueError(f"the inputs cannot be: {exc}") from exc
-    where = torch.tensor(at, dtype=torch.long)
+    where, packing = torch.tensor(at, dtype=torch.long), packed_mask(packed, at)
     with torch.inference_mode():
         carried = torch.zeros_like(inputs)
         right = run_session(exact, inputs, span, carried)
+        outputs = unpacked_towards(right[where], outputs, packing)
         scale = channel_scale(inputs, right)
         unit = carried_unit(carried, scale).clamp_min(torch.finfo(torch.float32).tiny)
         lost = 0.0

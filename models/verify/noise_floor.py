@@ -34,6 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .packed_outputs import unpacked_towards
+
 FAINT = 2.0**-14  # root mean square of an input: the smallest number that float16 has to full precision
 _LEAST_OF_MEDIAN = 0.5
 _PRIOR_TOKENS = 4.0  # the weight of the median over channels in `s`, in tokens
@@ -60,6 +62,7 @@ class NoiseFloor:
         rerouted: Tokens whose experts are not those that the reference takes by itself.
         undecided: Tokens with admissible choices that were not tried.
         faint: Tokens with an input that dtypes do not round alike.
+        packed: (tokens,) bool, those whose outputs are packed; None if none are.
         doubtful: Tokens with a near tie. Where a swap moves a token no further than rounding does, nobody
             looks for it, and yet it may take the lead from the likeliest successor.
     """
@@ -76,6 +79,13 @@ class NoiseFloor:
     undecided: frozenset[int] = frozenset()
     faint: frozenset[int] = frozenset()
     doubtful: frozenset[int] = frozenset()
+    packed: Tensor | None = None
+
+    def as_seen(self, outputs: Tensor, positions: Tensor) -> Tensor:
+        """Outputs of some positions as near to `exact` as they may have been before they were packed."""
+        if self.packed is None:
+            return outputs
+        return unpacked_towards(self.exact[positions], outputs, self.packed[positions])
 
     def explaining(self, outputs: Tensor, positions: Sequence[int]) -> NoiseFloor:
         """The floor along the choices of experts that explain these outputs best."""

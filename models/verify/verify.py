@@ -4,9 +4,10 @@ The whole session goes through in one pass of pieces, as prompts do, in float32 
 costs a small part of what decoding it token by token did. Nothing here judges: `reputation.verdict` does, and
 `node.verify` puts the two together.
 
-What is compared are numbers as they were on the wire. All codecs there are carry floating point, so the
-rounded run is put through the codec and values are compared; a codec with integer codes would have to
-compare codes.
+What is compared are numbers as they were on the wire, so the rounded runs are put through the codec. Of
+outputs that were packed (`packed_rows`), nobody but their sender knows what was rounded to those integers.
+They, and the rounded runs, count as the nearest to the exact run of all rows that would be packed like that:
+what the rounding to integers may explain speaks for nobody and against nobody.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .deviation import HIGH_RHO, ChunkDeviation, Deviation, LogitDeviation
 from .experts import Paths, RoutingLog, Run, draw_unseen, explain, router_noise, swayed_noise, tied_tokens
 from .logits import LogitEffect, measure_effect
 from .noise_floor import NoiseFloor, measure_floor, shared_part
+from .packed_outputs import packed_mask, rounded_where, unpacked_towards
 from .reference import Reference, Tail
 from .sessions import run_session, run_sessions
 
@@ -73,6 +75,7 @@ def measure_span(
     *,
     wire_dtype: torch.dtype,
     positions: Sequence[int] | None = None,
+    packed: frozenset[int] = frozenset(),
     tail: Tail | None = None,
     is_enough: Callable[[Deviation], bool] = lambda _: False,
     peer_id: str = "",
@@ -87,6 +90,7 @@ def measure_span(
         outputs: (n, hidden_size), what it gave, as decoded.
         wire_dtype: What the wire carried.
         positions: Those of the outputs, ascending; None if they are those of the inputs.
+        packed: Those of outputs that were packed.
         tail: What follows `span`. If that has blocks, it needs all outputs.
         is_enough: Whether the logits need not be looked at any more, which takes longest.
 
@@ -96,17 +100,24 @@ def measure_span(
     """
     at = check_positions(positions, len(inputs))
     outputs = check_rows(outputs, len(at), reference.spec.hidden_size, peer_id)
-    floor = rerun(reference, span, inputs, wire_dtype).explaining(outputs, at)
+    floor = rerun(reference, span, inputs, wire_dtype, packed).explaining(outputs, at)
     deviation = compare(floor, outputs, at)
     if tail is None or is_enough(deviation):
         return deviation
     return compare(floor, outputs, at, tail)
 
 
-def rerun(reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: torch.dtype) -> NoiseFloor:
+def rerun(
+    reference: Reference,
+    span: BlockSpan,
+    inputs: Tensor,
+    wire_dtype: torch.dtype,
+    packed: frozenset[int] = frozenset(),
+) -> NoiseFloor:
     """Run `span` over a session, in float32 and as an honest peer might.
 
-    The floor keeps the reference, which serves to run the session again where experts were chosen otherwise.
+    Outputs of the positions in `packed` travel packed. The floor keeps the reference, which serves to run the
+    session again where experts were chosen otherwise.
 
     Raises:
         ValueError: The inputs cannot be run.
@@ -119,15 +130,21 @@ def rerun(reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: tor
     except WrongOutput as exc:
         raise ValueError(f"the inputs cannot be: {exc}") from exc
     with torch.inference_mode():
-        return _Rerun(reference, span, inputs, wire_dtype).floor()
+        return _Rerun(reference, span, inputs, wire_dtype, packed).floor()
 
 
 class _Rerun:
     """Runs of one session, under any choices of experts."""
 
     def __init__(
-        self, reference: Reference, span: BlockSpan, inputs: Tensor, wire_dtype: torch.dtype
+        self,
+        reference: Reference,
+        span: BlockSpan,
+        inputs: Tensor,
+        wire_dtype: torch.dtype,
+        packed: frozenset[int],
     ) -> None:
+        self._packed = packed_mask(packed, range(len(inputs)))
         self._reference = reference
         self._span = span
         self._inputs = inputs
@@ -154,10 +171,17 @@ class _Rerun:
             # Along the exact run's choices: a near tie that they decide otherwise is no measure of rounding.
             logs.append(RoutingLog(follow=log))
             output = run_session(runner.choosing(logs[-1]), self._inputs, self._span)
-            rounded.append(output.to(self._wire_dtype).float())
+            rounded.append(self._as_seen(output.to(self._wire_dtype).float(), exact))
         if not all(each.isfinite().all() for each in (exact, *rounded)):
             raise ValueError("the inputs make the span itself overflow")
-        return measure_floor(self._inputs, exact, rounded, carried), log, logs
+        floor = measure_floor(self._inputs, exact, rounded, carried)
+        return replace(floor, packed=self._packed), log, logs
+
+    def _as_seen(self, output: Tensor, exact: Tensor) -> Tensor:
+        """An output of all positions as far as it can be told from `exact` once it was packed."""
+        if self._packed is None:
+            return output
+        return unpacked_towards(exact, rounded_where(output, self._packed), self._packed)
 
     def _explain(
         self,
@@ -168,6 +192,7 @@ class _Rerun:
         positions: Sequence[int],
     ) -> NoiseFloor:
         where = torch.tensor(positions, dtype=torch.long)
+        packed = self._packed
 
         def run(paths: Paths) -> Run:
             output, log = self._run(paths)
@@ -176,7 +201,7 @@ class _Rerun:
         noise = router_noise(exact, rounded)
         unseen = sorted(set(range(positions[-1] if positions else 0)) - set(positions))
         draws = draw_unseen(exact, unseen, noise, _DRAWS, random.Random(0)) if unseen else []
-        drawn, logs = self._draw(draws, exact, positions)
+        drawn, logs = self._draw(draws, exact, positions, floor.exact)
         noise = swayed_noise(noise, exact, logs)
         floor = replace(floor, drawn=drawn)
         # The unit of all attempts is this one: what the draws do is told from the run that they began from,
@@ -185,7 +210,8 @@ class _Rerun:
         clear = torch.tensor([position not in floor.faint for position in positions])
 
         def ratios(output: Tensor) -> Tensor:
-            rho = ((outputs - output[where]) / floor.scale / unit).square().sum(-1).sqrt()
+            seen = unpacked_towards(output[where], outputs, None if packed is None else packed[where])
+            rho = ((seen - output[where]) / floor.scale / unit).square().sum(-1).sqrt()
             return rho * clear
 
         found = explain(run, Run(ratios(floor.exact), exact), positions, noise)
@@ -193,7 +219,7 @@ class _Rerun:
         if found.paths:
             # What the drawn choices do beside those that explain the outputs.
             explained, log, _ = self._measure(found.paths)
-            floor = replace(explained, drawn=self._draw(draws, log, positions)[0])
+            floor = replace(explained, drawn=self._draw(draws, log, positions, explained.exact)[0])
         return replace(
             floor,
             rerouted=frozenset(found.paths),
@@ -202,16 +228,17 @@ class _Rerun:
         )
 
     def _draw(
-        self, draws: Sequence[Paths], base: RoutingLog, positions: Sequence[int]
+        self, draws: Sequence[Paths], base: RoutingLog, positions: Sequence[int], unswayed: Tensor
     ) -> tuple[list[Tensor], list[RoutingLog]]:
-        """Outputs and logs under drawn choices.
+        """Outputs, as far as they can be told from those without, and logs under drawn choices.
 
         Tokens that are seen keep those of `base`: which experts they took shows in their outputs, and a swap
         of theirs that a draw happens to bring about must not pass for noise.
         """
         logs = [RoutingLog(paths, follow=base, followers=positions) for paths in draws]
         exact = self._reference.exact
-        return [run_session(exact.choosing(log), self._inputs, self._span) for log in logs], logs
+        runs = [run_session(exact.choosing(log), self._inputs, self._span) for log in logs]
+        return [self._as_seen(each, unswayed) for each in runs], logs
 
     def _run(self, paths: Paths) -> tuple[Tensor, RoutingLog]:
         log = RoutingLog(paths)
@@ -225,6 +252,7 @@ def compare(
     at = list(positions)
     where = torch.tensor(at, dtype=torch.long)
     floor = floor.explaining(outputs, at)
+    outputs = floor.as_seen(outputs, where)
     with torch.inference_mode():
         deviations = floor.deviations(outputs, where)
         effect = _measure_logits(tail, floor, outputs, where) if tail and at else None

@@ -27,6 +27,7 @@ def check_span(
     *,
     codec: Codec,
     positions: Sequence[int] | None = None,
+    packed: frozenset[int] = frozenset(),
     tail: Tail | None = None,
     thresholds: Thresholds | None = None,
 ) -> Finding:
@@ -40,6 +41,7 @@ def check_span(
         codec: The session's.
         positions: Those of the outputs, ascending; None if the hop gave one for every input. The last hop
             gives only those that the client asked to be returned.
+        packed: Those of outputs that were packed.
         tail: From `p2pinfer.models.verify.reference.open_tail` for the same span, to look at the logits as
             well. Behind the last span it is norm and head only; elsewhere it costs three prefills of the
             blocks that follow, and needs all outputs.
@@ -56,6 +58,7 @@ def check_span(
             outputs,
             wire_dtype=dtype_of(codec),
             positions=positions,
+            packed=packed,
             tail=tail,
             is_enough=lambda deviation: judge(deviation, thresholds).verdict is Verdict.FAIL,
         )

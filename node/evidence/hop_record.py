@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
 from p2pinfer.models.checkpoint.spec import MARK
-from p2pinfer.models.numerics import Codec, Numerics, parse_numerics, row_bytes
+from p2pinfer.models.numerics import (
+    Codec,
+    Numerics,
+    is_packed,
+    parse_numerics,
+    row_bytes,
+    unpacked_codec,
+)
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.reputation.receipt import Payload, Receipt, standing_steps
 
@@ -65,7 +72,7 @@ class HopRecord:
     @property
     def codec(self) -> Codec:
         """Codec of the payloads."""
-        return self.receipts[0].codec
+        return unpacked_codec(self.receipts[0].codec)
 
     @property
     def hidden_size(self) -> int:
@@ -82,11 +89,13 @@ class History:
         inputs: (tokens, hidden_size), of the positions 0, 1, ...
         outputs: (n, hidden_size), what the hop gave for `positions`.
         positions: Ascending; all of them but on a route's last hop.
+        packed: Positions of outputs that were rounded to be packed.
     """
 
     inputs: Tensor
     outputs: Tensor
     positions: tuple[int, ...]
+    packed: frozenset[int] = frozenset()
 
 
 def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOKENS) -> History:
@@ -101,6 +110,7 @@ def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOK
     """
     row = row_bytes(hidden_size, record.codec)
     inputs, outputs = _Pieces(row), _Pieces(row)
+    packed = set[int]()
     stop = 0
     for receipt in record.receipts:
         if receipt.position > stop:
@@ -118,12 +128,14 @@ def history_of(record: HopRecord, hidden_size: int, *, max_tokens: int = MAX_TOK
             if len(content) != rows * row:
                 raise ProtocolViolation(f"{len(content)} bytes where {rows} rows are due", record.peer_id)
             pieces.add(end - rows, min(standing.stop, max_tokens), content)
+        if is_packed(receipt.codec):
+            packed.update(range(end - receipt.returned, min(standing.stop, max_tokens)))
     try:
         given = inputs.decode(hidden_size, record.codec)
     except WrongOutput as exc:
         raise ProtocolViolation(f"an input that cannot be: {exc}", record.peer_id) from exc
     got = outputs.decode(hidden_size, record.codec, record.peer_id)
-    return History(given, got, outputs.positions)
+    return History(given, got, outputs.positions, frozenset(packed))
 
 
 class _Pieces:

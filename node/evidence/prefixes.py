@@ -97,6 +97,8 @@ class Prefixes:
             return None
         inputs = self._contents(kept.steps, [step.input for step, _ in kept.steps])
         tokens = min(asked.tokens, kept.pages.length, _stop(inputs))
+        if opening.packed != kept.opening.packed:  # behind the fewer of both, one of them is rounded
+            tokens = min(tokens, opening.packed, kept.opening.packed)
         outputs: tuple[Rows, ...] = ()
         if opening.successor is not None:
             outputs = self._contents(kept.steps, [step.output for step, _ in kept.steps])

@@ -73,6 +73,9 @@ class Open(_Message, frozen=True, tag="open"):
 
     With `tokens` the client's steps bring token ids, which the first hop embeds. With `draw` the last hop
     answers with draws instead of hidden states (see `draws`).
+
+    Hidden states of positions below `packed` travel packed to every hop (see `tensors`), and count as what
+    they are when they are unpacked: in caches, logs, digests and evidence. No step is on both sides of it.
     """
 
     session: SessionId
@@ -86,6 +89,7 @@ class Open(_Message, frozen=True, tag="open"):
     prefix: Prefix | None = None
     tokens: bool = False
     draw: Draw | None = None
+    packed: Count = 0
 
 
 class Opened(_Message, frozen=True, tag="opened"):

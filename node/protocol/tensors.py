@@ -1,4 +1,4 @@
-"""Encoding of hidden states: little-endian, row-major, one row per token, in the session's codec."""
+"""Encoding of hidden states: little-endian, row-major, one row per token, in a session's codec or packed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from p2pinfer.errors import ProtocolViolation, WrongOutput
-from p2pinfer.models.numerics import Codec
+from p2pinfer.models.numerics import Codec, packed_row_bytes
+from p2pinfer.models.packed_rows import pack_rows, unpack_rows
+from p2pinfer.reputation.receipt import Payload
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 
@@ -78,9 +80,46 @@ def view_hidden(payload: bytearray, tokens: int, hidden_size: int, codec: Codec,
     return torch.frombuffer(payload, dtype=dtype).view(tokens, hidden_size)
 
 
+def pack_hidden(payload: Payload, tokens: int, codec: Codec) -> bytes:
+    """The packed bytes of a payload of `encode_hidden`; nothing is lost if `round_hidden` made it."""
+    rows = torch.frombuffer(bytearray(payload), dtype=_DTYPES[codec]).view(tokens, -1)
+    return _bytes_of(pack_rows(rows))
+
+
+def round_hidden(hidden: Tensor, codec: Codec) -> tuple[bytes, bytes]:
+    """Payload of `hidden`, (tokens, hidden_size), rounded so that it can be packed; and the same packed."""
+    packed = pack_rows(hidden.detach().to("cpu"))
+    return encode_hidden(unpack_rows(packed, hidden.shape[1]), codec), _bytes_of(packed)
+
+
+def view_packed(payload: bytearray, tokens: int, hidden_size: int, peer_id: str = "") -> Tensor:
+    """(tokens, packed_row_bytes) uint8 in the memory of a packed payload.
+
+    Raises:
+        ProtocolViolation: The payload's length is not that of so many packed rows.
+    """
+    row = packed_row_bytes(hidden_size)
+    if len(payload) != tokens * row:
+        raise ProtocolViolation(
+            f"{len(payload)} bytes for {tokens} packed tokens of {hidden_size}: {tokens * row} expected",
+            peer_id,
+        )
+    return torch.frombuffer(payload, dtype=torch.uint8).view(tokens, row)
+
+
+def unpack_hidden(packed: Tensor, hidden_size: int, codec: Codec) -> tuple[Tensor, bytearray]:
+    """(tokens, hidden_size) in the codec's dtype, and the payload of `encode_hidden` that it stands in."""
+    payload = bytearray(encode_hidden(unpack_rows(packed, hidden_size), codec))
+    return torch.frombuffer(payload, dtype=_DTYPES[codec]).view(len(packed), hidden_size), payload
+
+
 def view_ids(token_ids: array[int]) -> Tensor:
     """(tokens,) int32 in the memory of some ids."""
     return torch.frombuffer(token_ids, dtype=torch.int32)
+
+
+def _bytes_of(rows: Tensor) -> bytes:
+    return ctypes.string_at(rows.data_ptr(), rows.nbytes)
 
 
 def check_finite(payload: bytes | bytearray, codec: Codec, peer_id: str = "") -> None:

@@ -98,6 +98,7 @@ class Announcer:
             ends=self._has_ends,
             name=self._config.public_name,
             adapters=self._adapters,
+            packs=True,
         )
 
     def _peers(self) -> int:

@@ -27,7 +27,13 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.ends.held_ends import Drawer
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Open, Step
-from p2pinfer.node.protocol.tensors import check_finite, encode_hidden, view_hidden
+from p2pinfer.node.protocol.tensors import (
+    check_finite,
+    encode_hidden,
+    round_hidden,
+    unpack_hidden,
+    view_hidden,
+)
 
 from .decode_speed import DecodeSpeed
 from .inbox import Inbox
@@ -181,6 +187,8 @@ class StepContext:
     lease: CacheLease
     client: str
     codec: Codec
+    hidden_size: int
+    packed: int  # positions below it come packed, unless as ids, and go out packed
     is_last: bool  # only what the client wants back is encoded
     inbox: Inbox
     lifetime: Lifetime
@@ -198,12 +206,13 @@ class StepWork(ForwardPass):
         received: Its hidden states as they came; of token ids what they were embedded to.
         room_bytes: Bytes that it counts for among those in flight.
         feeder: The stream that they came on.
-        sent: Of its output, what goes out, as it travels; empty until it is encoded.
+        sent: Of its output, what goes out, as it is signed for; empty until it is encoded.
+        wire: The same as it travels, where that is packed.
         drawn: Tokens that the client gets instead.
         report: What became of its batch, once it is delivered.
     """
 
-    __slots__ = ("_context", "drawn", "feeder", "received", "report", "room_bytes", "sent", "step")
+    __slots__ = ("_context", "drawn", "feeder", "received", "report", "room_bytes", "sent", "step", "wire")
 
     def __init__(
         self,
@@ -223,6 +232,7 @@ class StepWork(ForwardPass):
         self.room_bytes = len(received) if room_bytes is None else room_bytes
         self.feeder = feeder
         self.sent = b""
+        self.wire = b""
         self.drawn = b""
         self.report = BatchReport(arrived_at, 0.0, 0.0, 0)
 
@@ -238,6 +248,9 @@ class StepWork(ForwardPass):
             self.chunk = self.chunk._replace(hidden=rows)
             self.received = encode_hidden(rows, context.codec)
             return True
+        if self.step.position < context.packed:
+            rows, self.received = unpack_hidden(self.chunk.hidden, context.hidden_size, context.codec)
+            self.chunk = self.chunk._replace(hidden=rows)
         try:
             check_finite(self.received, context.codec, self.feeder.peer_id)
         except WrongOutput as exc:
@@ -252,6 +265,9 @@ class StepWork(ForwardPass):
             context, step = self._context, self.step
             if context.is_last:
                 rows = rows[self.tokens - step.returns :]
+            elif step.position < context.packed:
+                self.sent, self.wire = round_hidden(rows, context.codec)
+                return
             self.sent = encode_hidden(rows, context.codec)
             if context.drawer is not None and step.returns:
                 # From what is signed for, rounded as it would travel: that is what an audit draws from.

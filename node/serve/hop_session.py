@@ -29,7 +29,7 @@ from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.protocol.draws import decode_ids
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import End, Message, Open, Step
-from p2pinfer.node.protocol.tensors import view_hidden, view_ids
+from p2pinfer.node.protocol.tensors import view_hidden, view_ids, view_packed
 
 from .forward import ServedSpan, StepContext, StepWork
 from .inbox import Inbox
@@ -70,7 +70,7 @@ class HopSession:
         self.client_id = client_id
         self.lifetime = Lifetime()
         self.prompt_at: float | None = trio.current_time()
-        self.inbox = Inbox(opening.max_tokens, config)
+        self.inbox = Inbox(opening.max_tokens, config, opening.packed)
         self.neighbours = Neighbours(opening, client_id, control)
         self.outbox = Outbox(
             opening,
@@ -94,6 +94,8 @@ class HopSession:
             room.lease,
             client_id,
             opening.codec,
+            self._hidden_size,
+            opening.packed,
             opening.successor is None,
             self.inbox,
             self.lifetime,
@@ -174,8 +176,8 @@ class HopSession:
         if step.kept:
             self._take_kept(step, payload, feeder, arrived_at)
             return
-        takes_ids = self.opening.tokens
-        room_bytes = step.tokens * self._row_bytes if takes_ids else len(payload)
+        takes_ids, is_packed = self.opening.tokens, step.position < self.opening.packed
+        room_bytes = step.tokens * self._row_bytes if takes_ids or is_packed else len(payload)
         self.inbox.take(step, room_bytes, feeder.peer_id)
         if not self._has_begun or step.position < self.room.lease.own_from:
             self._begin(step.position)
@@ -190,6 +192,8 @@ class HopSession:
         peer, codec = feeder.peer_id, self.opening.codec
         if takes_ids:
             hidden = view_ids(decode_ids(payload, step.tokens, self._spec.vocab_size, peer))
+        elif is_packed:
+            hidden = view_packed(payload, step.tokens, self._hidden_size, peer)
         else:
             hidden = view_hidden(payload, step.tokens, self._hidden_size, codec, peer)
         self.lifetime.last_active = now = trio.current_time()

@@ -22,13 +22,14 @@ class Inbox:
         in_flight: How many steps were taken in and have not left.
     """
 
-    def __init__(self, max_tokens: int, config: ServeConfig) -> None:
-        """An inbox for positions below `max_tokens`."""
+    def __init__(self, max_tokens: int, config: ServeConfig, packed: int = 0) -> None:
+        """An inbox for positions below `max_tokens`, of which those below `packed` travel packed."""
         self.saw_nonfinite = False
         self.in_flight = 0
         self._bytes_in_flight = 0
         self._max_tokens = max_tokens
         self._config = config
+        self._packed = packed
         self._epoch = 0
         self._expected_position = 0  # where the next step may begin at the latest
         self._roll_backs: list[tuple[int, int]] = []  # (epoch, position) of steps that superseded others
@@ -78,6 +79,8 @@ class Inbox:
                 f"past the {self._max_tokens} tokens reserved",
                 peer,
             )
+        if step.position < self._packed < step.position + step.tokens:
+            raise ProtocolViolation(f"step {step.number} is packed in part", peer)
         if step.tokens > config.max_chunk_tokens or step.returns > step.tokens:
             raise ProtocolViolation(f"step {step.number} of {step.tokens} tokens is too long", peer)
         if self.in_flight >= config.max_steps_in_flight:

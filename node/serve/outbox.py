@@ -105,6 +105,8 @@ class Outbox:
             replay = max(0, step.replay - 1)
             if step.kept:  # the successor has it
                 payload = b""
+            elif work.wire:
+                payload = work.wire
             onward = msgspec.structs.replace(step, bills=bills, receipts=receipts, replay=replay)
             link = neighbours.link
             # Nothing suspends between this look and the frame, so nobody changes the link in between.

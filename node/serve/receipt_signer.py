@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import trio
 
 from p2pinfer.errors import ProtocolViolation
-from p2pinfer.models.numerics import Numerics
+from p2pinfer.models.numerics import Numerics, packed_codec
 from p2pinfer.node.protocol.draws import sign_draws
 from p2pinfer.node.protocol.messages import Open, Step
 from p2pinfer.reputation.receipt import (
@@ -67,6 +67,7 @@ class ReceiptSigner:
             digests = await trio.to_thread.run_sync(lambda: (digest_of(received), digest_of(sent)))
         self._compare_with_predecessor(step, digests[0])
         opening = self._opening
+        is_packed = step.position < opening.packed and opening.successor is not None
         receipt = Receipt(
             version=RECEIPT_VERSION,
             session=opening.session,
@@ -80,7 +81,7 @@ class ReceiptSigner:
             returned=returned,
             epoch=step.epoch,
             dtype=self._dtype,
-            codec=opening.codec,
+            codec=packed_codec(opening.codec) if is_packed else opening.codec,
             input=digests[0],
             output=digests[1],
             nonce=self._nonce,

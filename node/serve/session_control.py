@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import chain
 from typing import Final, TypeAlias
 
 import msgspec
@@ -40,7 +41,8 @@ from p2pinfer.node.protocol.messages import (
     Successor,
 )
 from p2pinfer.node.protocol.relay_upgrade import MOVE_S, is_worth_moving, leave_relays, note_moved
-from p2pinfer.node.protocol.replay_log import LoggedStep, ReplayGap
+from p2pinfer.node.protocol.replay_log import LoggedStep, ReplayGap, ReplayLog
+from p2pinfer.node.protocol.tensors import pack_hidden
 from p2pinfer.node.transport.peer_stream import PeerStream
 
 from .hop_session import HopSession
@@ -280,7 +282,7 @@ class SessionControl:
     async def _replay(self, relink: Relink) -> None:
         neighbours, successor, log = self._neighbours, relink.successor, self._session.outbox.replay
         assert log is not None
-        pieces = self._keeping_alive(log.chunks(relink.start, relink.stop, relink.chunk_tokens))
+        pieces = self._keeping_alive(self._pieces(log, relink))
         link = self._link_in_use(successor.peer_id)
         if link is None:
             former = neighbours.standby
@@ -300,6 +302,20 @@ class SessionControl:
             await former.aclose()
         if link.is_lost:
             raise PeerVanished("it was lost while being fed", link.peer_id)
+
+    def _pieces(self, log: ReplayLog, relink: Relink) -> Iterator[LoggedStep]:
+        """Pieces of the log that are asked for, as they travel."""
+        opening, tokens = self._session.opening, relink.chunk_tokens
+        packed = min(max(opening.packed, relink.start), relink.stop)
+        # Both are asked for now: what is logged meanwhile does not show, and a gap is told at once.
+        rounded, plain = log.chunks(relink.start, packed, tokens), log.chunks(packed, relink.stop, tokens)
+        return chain(
+            (
+                each._replace(payload=pack_hidden(each.payload, each.tokens, opening.codec))
+                for each in rounded
+            ),
+            plain,
+        )
 
     def _keeping_alive(self, pieces: Iterator[LoggedStep]) -> Iterator[LoggedStep]:
         """The pieces of a replay, which over a thin line takes longer than a lease lasts without a step."""

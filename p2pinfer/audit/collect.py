@@ -20,7 +20,7 @@ from typing import Final
 import trio
 
 from p2pinfer.errors import Equivocation, PeerError, PeerUnreachable, ProtocolViolation, WrongOutput
-from p2pinfer.models.numerics import row_bytes
+from p2pinfer.models.numerics import row_bytes, unpacked_codec
 from p2pinfer.node.evidence.end_claims import EndClaims
 from p2pinfer.node.evidence.hop_record import HopRecord, history_of
 from p2pinfer.node.evidence.store import ANSWER_S
@@ -151,7 +151,7 @@ def _plan(
     max_tokens: int,
 ) -> _Wanted:
     """The longest beginning of a chain whose tensors, less what was rolled back, stay within the bounds."""
-    row = row_bytes(hidden_size, chain.receipts[0][1].codec)
+    row = row_bytes(hidden_size, unpacked_codec(chain.receipts[0][1].codec))
     standing: list[tuple[int, int, int]] = []  # start, stop, bytes
     size = longest = 0
     for count, (_, receipt) in enumerate(chain.receipts, 1):

@@ -25,6 +25,7 @@ from typing import Final, TypeAlias
 import trio
 
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
+from p2pinfer.models.numerics import unpacked_codec
 from p2pinfer.reputation.receipt import (
     CheckSignature,
     Receipt,
@@ -215,7 +216,8 @@ def _check_gaps(peer_id: str, seen: Sequence[Signed]) -> int:
 
 def _check_chain(peer_id: str, chain: Sequence[Signed], check: CheckSignature) -> None:
     first = chain[0][1]
-    terms = Terms(first.session, first.revision, first.start, first.stop, first.codec)
+    codec = unpacked_codec(first.codec)
+    terms = Terms(first.session, first.revision, first.start, first.stop, codec)
     is_whole = len(chain) == chain[-1][1].sequence + 1
     receipts = ReceiptChain(peer_id, terms, check, whole=is_whole)
     for signed, _ in chain:

@@ -175,6 +175,7 @@ class LocalVerifier(Verifier):
                     part.inputs,
                     part.outputs,
                     part.positions,
+                    packed=part.packed,
                     ends=None if tail is None else tail.embedding_and_head,
                     followed=self._rng.sample(range(count), min(FOLLOWED_TOKENS, count)),
                 )
@@ -317,7 +318,7 @@ def draw_beginning(history: History, rng: random.Random) -> History:
     shortest = history.positions[min(GLANCED_TOKENS, len(history.positions)) - 1] + 1
     tokens = rng.randint(shortest, max(shortest, len(history.inputs)))
     seen = bisect_left(history.positions, tokens)
-    return History(history.inputs[:tokens], history.outputs[:seen], history.positions[:seen])
+    return History(history.inputs[:tokens], history.outputs[:seen], history.positions[:seen], history.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +352,7 @@ def _check(record: HopRecord, history: History, reference: Reference, tail: Tail
         history.outputs,
         codec=record.codec,
         positions=history.positions,
+        packed=history.packed,
         tail=tail,
     )
 

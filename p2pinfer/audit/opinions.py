@@ -37,6 +37,7 @@ from p2pinfer.models.verify.noise_floor import (
     channel_scale,
     faint_tokens,
 )
+from p2pinfer.models.verify.packed_outputs import difference, packed_mask
 from p2pinfer.models.verify.verify import check_rows, split_chunks
 from p2pinfer.node.evidence.hop_record import History, HopRecord, history_of
 from p2pinfer.reputation.verdict import Finding, Limit, Verdict
@@ -162,7 +163,8 @@ def _relate(one: History, other: History, blocks: int) -> _Pair:
     first, second = (_rows(each, shared) for each in (one, other))
     inputs = one.inputs[shared].float()
     unit = blocks**_GROWTH
-    ratio = max(_distance(inputs, first, second), _distance(inputs, second, first)) / unit
+    packed = packed_mask(one.packed | other.packed, shared)
+    ratio = max(_distance(inputs, *pair, packed) for pair in ((first, second), (second, first))) / unit
     # Equal tokens round alike. Of one word, repeated, float32 and bfloat16 gave outputs 28 units apart, of
     # two words 11, of four 8; with a block skipped these were 150 and more.
     if ratio <= _APART.passes:
@@ -184,12 +186,12 @@ def _rows(history: History, positions: Sequence[int]) -> Tensor:
     return history.outputs[[row[position] for position in positions]].float()
 
 
-def _distance(inputs: Tensor, one: Tensor, other: Tensor) -> float:
+def _distance(inputs: Tensor, one: Tensor, other: Tensor, packed: Tensor | None) -> float:
     """Median distance of two outputs' tokens, (tokens, hidden_size), in the chunk where it is largest.
 
-    In units of the rounding of `one`.
+    In units of the rounding of `one`. Tokens are marked of which one of the two outputs was packed.
     """
     scale = channel_scale(inputs, one)
     unit = carried_unit(carried_square(one), scale).clamp_min(torch.finfo(torch.float32).tiny)
-    ratios = ((other - one) / scale).square().sum(-1).sqrt() / unit
+    ratios = (difference(other, one, packed) / scale).square().sum(-1).sqrt() / unit
     return max(float(ratios[part].median()) for part in split_chunks(0, len(ratios)))

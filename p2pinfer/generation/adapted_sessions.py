@@ -10,7 +10,7 @@ from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import SessionAdapter
+from p2pinfer.session.terms import PLAIN, Packing, SessionAdapter
 
 from .remote_blocks import SessionSource
 
@@ -25,6 +25,8 @@ class AdaptingSource(SessionSource, Protocol):
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
         draw: Draw | None = None,
+        *,
+        packing: Packing = PLAIN,
     ) -> Session:
         """A session, with an adapter if one is given, that draws if there are terms for it."""
         ...
@@ -46,10 +48,17 @@ class AdaptedSessions:
         return self._source.table_changed
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource | None = None
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource | None = None,
+        *,
+        packing: Packing = PLAIN,
     ) -> Session:
         """See `SessionSource`."""
-        return await self._source.open_session(tokens, excluded, replay_source, self._adapter, self._draw)
+        return await self._source.open_session(
+            tokens, excluded, replay_source, self._adapter, self._draw, packing=packing
+        )
 
     def route_ended(self, route: Route, outcome: RouteOutcome) -> None:
         """See `SessionSource`."""

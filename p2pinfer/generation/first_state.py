@@ -18,6 +18,7 @@ from p2pinfer.models.text.chat_template import ChatPrompt
 from p2pinfer.models.text.generation_file import GenerationDefaults
 from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
 from p2pinfer.models.text.text import Tokenizer
+from p2pinfer.session.terms import Packing
 from p2pinfer.suggestions import suggest
 from p2pinfer.text_files import is_text
 
@@ -105,6 +106,16 @@ def sampling_of(state: GenerationState) -> SamplingConfig:
         epsilon_cutoff=state.epsilon_cutoff,
         eta_cutoff=state.eta_cutoff,
     )
+
+
+def packing_of(state: GenerationState, codec: str) -> Packing:
+    """Positions to travel packed by `client.prefill_codec`; of a text that goes on, those that did.
+
+    Never the prompt's last one: a hop that rounds to its liking could lead the first token astray by it.
+    """
+    if state.packed is not None or codec == "off":
+        return Packing(state.packed or 0)
+    return Packing(len(state.prompt_ids) - 1, if_slow=codec == "auto")
 
 
 def check_lengths(spec: ModelSpec, tokens: int, prompt_tokens: int = 0) -> None:

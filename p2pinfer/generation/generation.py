@@ -27,6 +27,7 @@ from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.text.log_probabilities import LogProbabilities
 from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.node.protocol.draws import Draw
+from p2pinfer.session.terms import PLAIN, Packing
 
 from .adapted_sessions import AdaptedSessions, AdaptingSource
 from .drawn_ends import DrawnEnds, terms_of_draws
@@ -88,6 +89,7 @@ class GenerationResult:
     speculation: SpeculationStats | None = None  # None: it was off
     stopped_by: str | None = None  # the stop text that ended it; None: another end
     reused_tokens: int = 0  # of the prompt: hops had them in their caches from an earlier text
+    packed_tokens: int = 0  # of the prompt: their hidden states travelled packed
 
 
 @dataclass(slots=True)
@@ -128,6 +130,7 @@ class Generation:
         expected_s: ExpectS = lambda _, __: None,
         logprobs: int | None = None,
         kept_texts: KeptTexts | None = None,
+        packing: Packing = PLAIN,
         on_wait: Callable[[Waiting], None] = lambda _: None,
         on_dropped: Callable[[Callable[[], Awaitable[None]]], None] = lambda _: None,
     ) -> None:
@@ -141,6 +144,7 @@ class Generation:
             logprobs: How many of the likeliest tokens to give the log probabilities of, with each token's
                 own; None: give none.
             kept_texts: Texts with whose beginning this one may begin on their hops, and to which it is added.
+            packing: Positions that travel packed if the hops of the first session take that.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
 
         Raises:
@@ -170,7 +174,7 @@ class Generation:
                 speculation.drafter = ends.drafter(draft_model)
         self._source = source
         self._tokens_before = len(state.token_ids)
-        self._remote = RemoteBlocks(source, self._ends, self._transcript, expected_s, kept_texts, draw)
+        self._remote = RemoteBlocks(source, self._ends, transcript, expected_s, kept_texts, draw, packing)
         self._guesses: tuple[int, ...] = ()  # to be sent with the next trip
         self._presumed = deque[int]()  # guesses that were sent, and not yet held against what was drawn
         self._follows = False  # the oldest window under way presumes what was drawn, and nothing else
@@ -381,6 +385,7 @@ class Generation:
             self._speculation.stats(drawn) if self._speculation else None,
             transcript.stopped_by,
             remote.reused_tokens,
+            transcript.packed or 0,
         )
 
     def _predicted_tokens_per_s(self, drawn: int) -> float | None:

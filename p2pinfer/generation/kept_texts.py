@@ -16,15 +16,15 @@ import trio
 from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import KeptSession
+from p2pinfer.session.terms import PLAIN, KeptSession, Packing
 
 MAX_TEXTS: Final = 64  # as many as a hop keeps for one client
 LEAST_TOKENS: Final = 64  # fewer are computed sooner than a route is chosen for them
 
-# A session that begins with a kept one, on the same hops, for so many tokens, without the excluded peers, and
-# with the terms of its draws if it has any; None if that cannot be had.
+# A session that begins with a kept one, on the same hops, for so many tokens, without the excluded peers,
+# with the terms of its draws if it has any, and so many positions packed; None if that cannot be had.
 OpenBehind: TypeAlias = Callable[
-    [KeptSession, int, frozenset[str], ReplaySource, Draw | None], Awaitable[Session | None]
+    [KeptSession, int, frozenset[str], ReplaySource, Draw | None, int], Awaitable[Session | None]
 ]
 
 
@@ -45,7 +45,7 @@ class KeptTexts:
     def note(self, ids: Sequence[int], session: Session) -> None:
         """Note what a session held that has ended, and that its hops keep, in order of positions."""
         terms, until = session.chain.terms, trio.current_time() + kept_s(session)
-        kept = KeptSession(terms.session, session.route, terms.codec, len(ids))
+        kept = KeptSession(terms.session, session.route, terms.codec, len(ids), terms.packed)
         self._texts = [*self._texts[1 - MAX_TEXTS :], _Text(tuple(ids), kept, until)]
 
     async def open(
@@ -55,27 +55,37 @@ class KeptTexts:
         excluded: frozenset[str],
         replay_source: ReplaySource,
         draw: Draw | None = None,
+        packing: Packing = PLAIN,
     ) -> Session | None:
         """A session for `tokens` positions behind the longest beginning of `ids` that hops keep.
 
         At least one of the ids is left to be computed. None if there is no such beginning, or it cannot be
-        had: then any other session does.
+        had: then any other session does. Where it is open if the prompt travels packed, it does as it did.
         """
-        kept = self._longest(ids[:-1])
+        kept = self._longest(ids[:-1], packing)
         if kept is None:
             return None
-        session = await self._open_behind(kept, tokens, excluded, replay_source, draw)
+        packed = _packed(packing, kept)
+        session = await self._open_behind(kept, tokens, excluded, replay_source, draw, packed)
         if session is None or not session.chain.prefix:
             self._texts = [each for each in self._texts if each.kept.session != kept.session]
         return session
 
-    def _longest(self, ids: Sequence[int]) -> KeptSession | None:
+    def _longest(self, ids: Sequence[int], packing: Packing) -> KeptSession | None:
         now, ids = trio.current_time(), tuple(ids)
         self._texts = [each for each in self._texts if each.until > now]
         # Of equal ones the youngest: the others are nearer to their end.
-        counts = [(common_length(each.ids, ids), number) for number, each in enumerate(self._texts)]
+        counts = [
+            (each.kept.common(common_length(each.ids, ids), _packed(packing, each.kept)), number)
+            for number, each in enumerate(self._texts)
+        ]
         count, number = max(counts, default=(0, 0))
         return replace(self._texts[number].kept, tokens=count) if count >= LEAST_TOKENS else None
+
+
+def _packed(packing: Packing, kept: KeptSession) -> int:
+    """Positions that a session behind this one packs."""
+    return packing.tokens if kept.packed or not packing.if_slow else 0
 
 
 def kept_s(session: Session) -> int:

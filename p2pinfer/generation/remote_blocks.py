@@ -26,13 +26,13 @@ from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import Inputs
+from p2pinfer.session.terms import PLAIN, Inputs, Packing
 
 from .ends import Ends
 from .kept_texts import LEAST_TOKENS, KeptTexts, common_length, kept_s
-from .shared_prefill import SharedPrefill
+from .shared_prefill import SharedPrefill, keep_beginning
 from .transcript import Transcript
-from .windows import Ahead, Windows
+from .windows import MOST_UNDER_WAY, Ahead, Windows
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,16 @@ class SessionSource(Protocol):
         ...
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource,
+        *,
+        packing: Packing = PLAIN,
     ) -> Session:
         """A session for `tokens` positions on a route without the `excluded` peers; NoRoute if none.
 
-        `replay_source` gives what went in at past positions.
+        `replay_source` gives what went in at past positions, of which those of `packing` travel packed.
         """
         ...
 
@@ -114,11 +119,14 @@ class RemoteBlocks:
         expect_s: ExpectS = lambda _, __: None,
         kept_texts: KeptTexts | None = None,
         draw: Draw | None = None,
+        packing: Packing = PLAIN,
     ) -> None:
         """Begin sessions with those of `kept_texts`, and add to them, if there are any.
 
-        `draw` has the terms of the last hop's draws, by which `source` opens all sessions, if it draws.
+        `draw` has the terms of the last hop's draws, by which `source` opens all sessions, if it draws. What
+        the first session makes of `packing` goes for the others too.
         """
+        self._packing = packing
         self.route: tuple[HopUsed, ...] = ()
         self.excluded: frozenset[str] = frozenset()
         self.expected_s: float | None = None
@@ -166,6 +174,7 @@ class RemoteBlocks:
             await self.aclose()
         if self._session is None:
             self._session = await self._open()
+            self._note_packed(self._session)
             self._windows.forget()
             self._began_at, self._tokens_before = time.perf_counter(), len(self._transcript.token_ids)
             self._note_route(self._session)
@@ -234,34 +243,21 @@ class RemoteBlocks:
             await shared.once(self._keep_beginning)
         if self._kept_texts is not None:
             ids, past = self._transcript.ids, self._past_inputs
-            session = await self._kept_texts.open(ids, tokens, self.excluded, past, self._draw)
+            session = await self._kept_texts.open(ids, tokens, self.excluded, past, self._draw, self._packing)
             if session is not None:
                 return session
-        return await self._source.open_session(tokens, self.excluded, self._past_inputs)
+        return await self._open_plainly(tokens)
+
+    async def _open_plainly(self, tokens: int) -> Session:
+        past = self._past_inputs
+        return await self._source.open_session(tokens, self.excluded, past, packing=self._packing)
 
     async def _keep_beginning(self) -> None:
         """Have hops compute all tokens so far but the last one, and keep that; quiet if they do not."""
         texts, ids = self._kept_texts, self._transcript.ids[:-1]
-        if texts is None or len(ids) < LEAST_TOKENS:
-            return
-        try:
-            session = await self._source.open_session(len(ids), self.excluded, self._past_inputs)
-        except (PeerError, NoRoute) as exc:
-            logger.debug("prefill.not_shared why=%s", exc)
-            return
-        keep = False
-        self._windows.sent = (len(ids), ())
-        try:
-            if kept_s(session) > 0:
-                embedded = await trio.to_thread.run_sync(self._ends.embed, ids)
-                await session.prefill(embedded, 0)
-                keep = await session.settle() is None and kept_s(session) > 0
-        except PeerError as exc:
-            logger.debug("prefill.not_shared why=%s", exc)
-        finally:
-            await session.aclose(keep=keep)
-        if keep:
-            texts.note(ids, session)
+        if texts is not None and len(ids) >= LEAST_TOKENS:
+            self._windows.sent = (len(ids), ())
+            await keep_beginning(ids, self._ends, partial(self._open_plainly, len(ids)), texts)
 
     async def abandon(self, error: PeerError) -> None:
         """Give up the route and leave out who failed.
@@ -359,11 +355,24 @@ class RemoteBlocks:
         """Keep who takes part, and what these hops take; they may have been replaced."""
         self._noted = route = session.route
         limits = session.chain.flow_limits
-        self.at_once, self._windows.most = limits.chunk_tokens - 1, limits.chunks_in_flight
-        self.expected_s = self._expect_s(route, round_trips_s(session))
+        self.at_once = limits.chunk_tokens - 1
+        self._windows.most = min(limits.chunks_in_flight, MOST_UNDER_WAY)
+        # What a hop said of its line was said of the successor that it had then.
+        has_changed = session.repair.done or session.handovers.done
+        self.expected_s = self._expect_s(route, () if has_changed else session.chain.round_trips_s)
         self.route = tuple(
             HopUsed(hop.peer_id, hop.span, self._source.connection_kind(hop.peer_id)) for hop in route.hops
         )
+
+    def _note_packed(self, session: Session) -> None:
+        """Have later sessions pack what this one packs: the text follows from how its prompt was rounded."""
+        packed = session.chain.terms.packed
+        if self._transcript.packed not in (None, packed):
+            logger.info(
+                "no hops take a packed prompt any more: where two tokens are near, the text may differ"
+            )
+        self._transcript.packed = packed
+        self._packing = Packing(packed)
 
     def _settle(self, error: PeerError | None) -> None:
         """Tell the policy and the ledger how the route fared."""
@@ -381,15 +390,3 @@ class RemoteBlocks:
         self._per_hop_ms, self._per_step_ms = outcome.per_hop_ms, self._session.per_step_ms()
         self._failovers += self._session.failovers
         self._source.route_ended(self._session.route, outcome)
-
-
-def round_trips_s(session: Session) -> tuple[float, ...]:
-    """Round trips of a session's lines: to the first hop, from hop to hop, from the last one; 0: not known.
-
-    Empty once hops were replaced: what a hop said of its line was said of the former successor.
-    """
-    hops = session.chain.hops
-    if session.repair.done or session.handovers.done:
-        return ()
-    own = [hop.line.rtt_s or hop.line.least_rtt_s for hop in (hops[0], hops[-1])]
-    return (own[0], *(hop.opened.successor_us / 1e6 for hop in hops[:-1]), own[1])

@@ -66,6 +66,8 @@ class GenerationState(msgspec.Struct, frozen=True, array_like=True):
     grammar: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_CHARS)] = (
         ""  # that the text follows; empty: none
     )
+    # How many positions travelled packed, for which they were rounded, so that they do again; None: not begun
+    packed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] | None = None
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -23,6 +23,7 @@ class Transcript:
         token_ids: Those that follow it.
         finish_reason: Why there are no more to come; None if there are.
         eos_ids: The tokens that end it.
+        packed: How many of its positions travelled packed; None until its first session is open.
     """
 
     def __init__(self, tokenizer: Tokenizer, state: GenerationState) -> None:
@@ -31,6 +32,7 @@ class Transcript:
         self.ids: list[int] = [*state.prompt_ids]
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.packed = state.packed
         self._tokenizer = tokenizer
         self._state = state
         self.eos_ids = tokenizer.eos_ids if state.eos_ids is None else frozenset(state.eos_ids)
@@ -66,7 +68,8 @@ class Transcript:
         """All of this as a resume token; None if it has come to its end, and not only to its last token."""
         if self.finish_reason not in (None, "length"):
             return None
-        return encode_state(msgspec.structs.replace(self._state, token_ids=tuple(self.token_ids)))
+        ids = tuple(self.token_ids)
+        return encode_state(msgspec.structs.replace(self._state, token_ids=ids, packed=self.packed))
 
     def take(self, token_id: int) -> str:
         """Add a token and return the text that became certain with it."""

@@ -22,6 +22,7 @@ from .ends import Ends
 
 logger = logging.getLogger(__name__)
 
+MOST_UNDER_WAY: Final = 8  # more of them fill queues, and are dropped with the first wrong guess
 MOST_DROPPED: Final = 48  # windows of one session: an audit asks for at most 64 receipts that nobody was sent
 _LET_COME_S: Final = 3.0  # the longest ways take as long; the last token of a text waits for it
 

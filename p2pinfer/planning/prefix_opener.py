@@ -9,7 +9,7 @@ from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import KeptSession
+from p2pinfer.session.terms import KeptSession, Packing
 
 from .route_planner import RoutePlanner
 from .session_opener import SessionOpener
@@ -31,6 +31,7 @@ class PrefixOpener:
         excluded: frozenset[str],
         replay_source: ReplaySource,
         draw: Draw | None = None,
+        packed: int = 0,
     ) -> Session | None:
         """A session for `tokens` positions behind `kept`, without the `excluded` peers.
 
@@ -43,9 +44,11 @@ class PrefixOpener:
         plan = await self._planner.plan_again(kept, tokens, excluded)
         if plan is None:
             return None
-        prefix = Prefix(kept.session, kept.tokens)
+        prefix, packing = Prefix(kept.session, kept.tokens), Packing(packed)
         try:
-            return await self._opener.open_on(plan, tokens, excluded, replay_source, None, draw, prefix)
+            return await self._opener.open_on(
+                plan, tokens, excluded, replay_source, None, draw, prefix, packing
+            )
         except PeerError as exc:
             logger.debug("session.no_prefix peer=%s why=%s", exc.peer_id, exc)
             self._planner.hop_failed(plan.route, exc)

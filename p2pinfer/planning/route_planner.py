@@ -44,10 +44,12 @@ class SessionPlan:
 
     Attributes:
         codec: What travels: what all hops of the route compute in, or float32, which loses nothing.
+        packs: All hops take packed hidden states as well.
     """
 
     route: Route
     codec: Codec
+    packs: bool = False
 
 
 class RoutePlanner:
@@ -61,6 +63,7 @@ class RoutePlanner:
         joining: The options by which this swarm is joined, as words of a command line, for what is advised.
         model: The model as it was asked for.
         is_thin: True if the first hop has to embed, and the last one to draw.
+        packs: True if hops are preferred that take packed prompts.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class RoutePlanner:
         joining: Sequence[str] = (),
         model: str = "",
         is_thin: bool = False,
+        packs: bool = False,
     ) -> None:
         self._member = member
         self._spec = spec
@@ -83,6 +87,7 @@ class RoutePlanner:
         self._routing_config = routing_config
         self._joining = tuple(joining)
         self._is_thin = is_thin
+        self._packs = packs
         named = ("--model", model) if model not in ("", BUNDLED_MODEL) else ()
         self._serve_command = shlex.join(("p2pinfer", "node", *named, *self._joining))
         self._cooldowns = Cooldowns(busy_pause_s)
@@ -102,6 +107,16 @@ class RoutePlanner:
         """
         excluded |= self._cooldowns.peers(trio.current_time())
         candidates = self._candidates(excluded, None)
+        if self._packs:
+            with suppress(NoRoute):
+                packing = [each for each in candidates if each.announcement.packs]
+                return await self._plan_among(packing, tokens, excluded)
+        return await self._plan_among(candidates, tokens, excluded)
+
+    async def _plan_among(
+        self, candidates: Sequence[Candidate], tokens: int, excluded: frozenset[str]
+    ) -> SessionPlan:
+        """As `plan_session` does, of these candidates."""
         request = self._request(tokens, excluded, candidates, LOSSLESS)
         likely = _codec_of(eligible(candidates, request, self._ledger))
         route = await self._choose(candidates, self._request(tokens, excluded, candidates, likely))
@@ -110,7 +125,8 @@ class RoutePlanner:
             alike = [each for each in candidates if _codec_of([each]) == codec]
             with suppress(NoRoute):  # somebody's policy may change its mind
                 route = await self._choose(alike, self._request(tokens, excluded, alike, codec))
-        return SessionPlan(route, codec)
+        packs = all(each.announcement.packs for each in candidates if each.peer_id in route.peer_ids)
+        return SessionPlan(route, codec, packs)
 
     async def plan_again(
         self, kept: KeptSession, tokens: int, excluded: frozenset[str]
@@ -135,7 +151,7 @@ class RoutePlanner:
             for each in (again, best)
         )
         is_worth_it = again == kept.route and cost <= _MOST_FOR_PREFIX * least
-        return SessionPlan(again, kept.codec) if is_worth_it else None
+        return SessionPlan(again, kept.codec, kept.packed > 0) if is_worth_it else None
 
     def expected_s(self, route: Route, round_trips_s: Sequence[float] = ()) -> float | None:
         """Seconds a token over a route, by what is known of its hops; None if a hop or a line is not known.
@@ -320,6 +336,7 @@ class RoutePlanner:
             spoilt_ranges=self._ledger.spoilt_ranges(time.time()),
             serve_command=self._serve_command,
             ends=self._is_thin,
+            packs=gap is not None and gap.packs,
         )
         if gap is None:
             return request

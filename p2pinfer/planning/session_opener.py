@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -11,6 +11,7 @@ import trio
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.events import Report
 from p2pinfer.models.checkpoint.spec import ModelSpec
+from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
@@ -18,10 +19,11 @@ from p2pinfer.routing.route import Route
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import SessionAdapter
+from p2pinfer.session.terms import PLAIN, Packing, SessionAdapter
 
 from .reachable_routes import ReachableRoutes
 from .route_planner import SessionPlan
+from .uplink import Uplink
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class SessionOpener:
     routes: ReachableRoutes
     auditor: Auditor | None
     report: Report | None
+    uplink: Uplink = field(default_factory=Uplink)
 
     async def open_on(
         self,
@@ -59,8 +62,11 @@ class SessionOpener:
         adapter: SessionAdapter | None,
         draw: Draw | None = None,
         prefix: Prefix | None = None,
+        packing: Packing = PLAIN,
     ) -> Session:
         """A session on the route of a plan, behind a `prefix` as far as its hops still have that.
+
+        Its prompt travels packed if that is wished and all hops take it.
 
         Raises:
             PeerError: A hop of the route could not be reached or refused.
@@ -68,8 +74,11 @@ class SessionOpener:
         route, auditor = plan.route, self.auditor
         logger.debug("session.open route=%s codec=%s", route, plan.codec)
         chosen = auditor.toss(route) if auditor else frozenset[str]()
+        plain_bytes = packing.tokens * row_bytes(self.spec.hidden_size, plan.codec)
+        is_packed = plan.packs and (not packing.if_slow or self.uplink.is_slow_for(plain_bytes))
 
         def closed(session: Session) -> None:
+            self.uplink.note(session.chain.hops[0].line)
             if auditor is not None:
                 auditor.session_closed(session, chosen)
 
@@ -88,5 +97,6 @@ class SessionOpener:
             adapter=adapter,
             prefix=prefix,
             draw=draw,
+            packed=packing.tokens if is_packed else 0,
         )
         return await start_session(self.nursery, opening, on_closed=closed)

@@ -113,6 +113,12 @@ class Chain:
         rtts_s = [min(hop.line.rtt_s, MAX_RTT_S) for hop in self.hops]
         return (rtts_s[0] + rtts_s[-1] + sum(max(pair) for pair in pairwise(rtts_s))) / 2
 
+    @property
+    def round_trips_s(self) -> tuple[float, ...]:
+        """Round trips to the first hop, from hop to hop as those said, and to the last; 0: not known."""
+        own = [hop.line.rtt_s or hop.line.least_rtt_s for hop in (self.hops[0], self.hops[-1])]
+        return (own[0], *(hop.opened.successor_us / 1e6 for hop in self.hops[:-1]), own[1])
+
     def replay_limit_s(self, replacement: Replacement, stop: int) -> float:
         """Seconds that a replay of positions `0..stop` may take, wherever it begins."""
         hops = len(self.hops) + len(replacement.hops)
@@ -300,11 +306,11 @@ class Chain:
         limits = self._limits_of(hops)
         # In a thread: embedding a long past would block the event loop for too long.
         inputs = await trio.to_thread.run_sync(self._replay_source, start, stop)
-        encode = self.terms.format().encode
-        for number, position in enumerate(range(start, stop, limits.chunk_tokens)):
-            piece = inputs[position - start : position - start + limits.chunk_tokens]
-            step = Step(number, epoch, position, len(piece), 0, replay=len(hops))
-            await hops[0].fill(step, encode(piece), limits.chunks_in_flight)
+        encode = self.terms.format().encode_at
+        for number, (position, end) in enumerate(self.terms.pieces(start, stop, limits.chunk_tokens)):
+            step = Step(number, epoch, position, end - position, 0, replay=len(hops))
+            payload = encode(inputs[position - start : end - start], is_packed=position < self.terms.packed)
+            await hops[0].fill(step, payload, limits.chunks_in_flight)
 
     # ------------------------------------------------------------------ opening
 
@@ -326,6 +332,7 @@ class Chain:
                 route,
                 max_payload_bytes=self._config.chunk_tokens * self.terms.row_bytes,
                 within_s=within_s,
+                as_sent=self.terms.as_sent,
             )
         for each in opened:
             self._nursery.start_soon(each.watch, self._listener)
@@ -346,6 +353,7 @@ class Chain:
                 successor=Successor(following.peer_id, tuple(following.addrs)) if following else None,
                 tokens=previous is None and self.terms.draw is not None,
                 draw=None if following else self.terms.draw,
+                packed=self.terms.packed,
             )
             for previous, hop, following in zip(chain, hops, chain[2:], strict=False)
         ]

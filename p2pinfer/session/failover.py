@@ -43,6 +43,7 @@ class Gap:
         before: Who sends to the first replacement; None is the client.
         after: Whom the last one sends to; None is the client.
         codec: How hidden states travel in that session, whoever joins it.
+        packs: Some of them travel packed.
     """
 
     span: BlockSpan
@@ -51,6 +52,7 @@ class Gap:
     before: Hop | None
     after: Hop | None
     codec: Codec
+    packs: bool = False
 
 
 class Replanner(Protocol):
@@ -120,6 +122,7 @@ class Failover:
             before.hop if before else None,
             after.hop if after else None,
             self._chain.terms.codec,
+            self._chain.terms.packed > 0,
         )
 
     async def open_replacement(

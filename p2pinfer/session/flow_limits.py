@@ -9,7 +9,8 @@ from typing import Final
 from p2pinfer.node.protocol.messages import Opened
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
 
-CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk
+CHUNK_S: Final = 0.25  # of the line to the first hop, for one chunk at most
+PIECES: Final = 6  # of a prompt, for each hop
 AHEAD: Final = 8  # times what the line now takes until a result is back: a fresh connection becomes faster
 MOST_CHUNK_S: Final = 4.0  # where round trips are so long that shorter chunks would leave the line idle
 MIN_WAIT_S: Final = 0.01  # shorter ones are for a turn of the event loop
@@ -17,16 +18,25 @@ FIRST_BYTES: Final = 8 << 10  # of the first chunk on a line of unknown rate: wh
 MOST_GROWTH_BYTES: Final = 16 << 10  # of the next chunk on such a line
 PAGE_TOKENS: Final = 64  # of a hop's cache, unless its operator chose otherwise
 LEAST_TOKENS: Final = 4  # fewer cost more in computation than they save
+LEAST_PIECE_TOKENS: Final = 16  # the same where only hops behind the first one would have had to wait
 # Nodes hang up on whoever sends to them at less than twice this rate (`serve.min_bytes_per_s`).
 LEAST_BYTES_PER_S: Final = 8 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class FlowLimits:
-    """Chunks of a prompt, and how many of them may be under way."""
+    """Chunks of a prompt, and how many of them may be under way.
+
+    Attributes:
+        chunk_tokens: Of the longest chunk.
+        chunks_in_flight: How many such chunks may be.
+        steps_in_flight: How many may be if they are shorter, of `bytes_in_flight` together.
+    """
 
     chunk_tokens: int
     chunks_in_flight: int
+    steps_in_flight: int
+    bytes_in_flight: int
 
 
 def agree(chunk_tokens: int, chunks_in_flight: int, row_bytes: int, hops: Iterable[Opened]) -> FlowLimits:
@@ -39,10 +49,9 @@ def agree(chunk_tokens: int, chunks_in_flight: int, row_bytes: int, hops: Iterab
     most_bytes = min(hop.max_bytes_in_flight for hop in limits)
     tokens = min(chunk_tokens, most_bytes // row_bytes, *(hop.max_chunk_tokens for hop in limits))
     tokens = max(tokens, 1)
-    in_flight = min(
-        chunks_in_flight, most_bytes // (tokens * row_bytes), *(hop.max_steps_in_flight for hop in limits)
-    )
-    return FlowLimits(tokens, max(in_flight, 1))
+    steps = max(1, min(chunks_in_flight, *(hop.max_steps_in_flight for hop in limits)))
+    in_flight = min(steps, most_bytes // (tokens * row_bytes))
+    return FlowLimits(tokens, max(in_flight, 1), steps, max(most_bytes, row_bytes))
 
 
 def replay_limit_s(positions: int, row_bytes: int, hops: int, base_s: float) -> float:
@@ -64,10 +73,11 @@ def common_prefix(hops: Iterable[Opened], asked: int) -> int:
 
 
 class ChunkSizes:
-    """Sizes of a prompt's chunks, as long as the line to the first hop takes for `CHUNK_S`.
+    """Sizes of a prompt's chunks, as long as the line to the first hop takes for `CHUNK_S`, or shorter.
 
     A hop computes a chunk when it has all of it. On a line of 1 Mbit/s, 256 tokens of 1,280 bytes take 2.6 s,
-    in which the next hop would have nothing to do, and its own line would be idle.
+    in which the next hop would have nothing to do, and its own line would be idle. What one chunk takes on a
+    line is added to the prompt's time once for each hop: so it is cut into `PIECES` for each of them.
 
     Over a long way chunks are longer: all that may be in flight have to last until the first one's result is
     back. At 800 ms one way that is 2.4 s over two hops, in which eight chunks of 0.25 s leave the line idle.
@@ -77,16 +87,25 @@ class ChunkSizes:
     before it. One of 230 KB on a line of 31 KB/s is seven seconds in which no ping comes through.
     """
 
-    def __init__(self, agreed: FlowLimits, row_bytes: int, way_s: float = 0.0) -> None:
+    def __init__(
+        self, agreed: FlowLimits, row_bytes: int, way_s: float = 0.0, *, tokens: int = 0, hops: int = 1
+    ) -> None:
         """Sizes for one prompt.
 
         Args:
             row_bytes: Size of one token's hidden state as it travels.
             way_s: Seconds until a result is back, by the distance alone.
+            tokens: Of the prompt; 0: not known.
+            hops: That it passes.
         """
         self._most = agreed.chunk_tokens
         self._row_bytes = row_bytes
-        self._chunk_s = max(CHUNK_S, min(AHEAD * way_s / agreed.chunks_in_flight, MOST_CHUNK_S))
+        self._least_s = min(AHEAD * way_s / agreed.steps_in_flight, MOST_CHUNK_S)
+        self._chunk_s = max(CHUNK_S, self._least_s)
+        # The first hop alone has the line from here, and shorter chunks would cost it more than they save.
+        self._piece = (
+            max(LEAST_PIECE_TOKENS, tokens // (PIECES * hops)) if tokens and hops > 1 else self._most
+        )
         self._first_bytes = FIRST_BYTES
         self._longest = 0  # chunk so far, in tokens
 
@@ -95,7 +114,8 @@ class ChunkSizes:
         if line.is_local or line == NO_LINE:
             return self._most
         if line.bytes_per_s:
-            tokens = int(line.bytes_per_s * self._chunk_s) // self._row_bytes
+            tokens = self._tokens_in(line, self._chunk_s)
+            tokens = min(tokens, max(self._piece, self._tokens_in(line, self._least_s)))
         else:  # nobody had to wait: the line has taken all chunks so far, and may take longer ones
             tokens = self._first_bytes // self._row_bytes
             self._first_bytes += min(self._first_bytes, MOST_GROWTH_BYTES)
@@ -103,6 +123,9 @@ class ChunkSizes:
         tokens = max(1, min(max(tokens, LEAST_TOKENS), self._most))
         self._longest = max(self._longest, tokens)
         return tokens
+
+    def _tokens_in(self, line: Line, seconds: float) -> int:
+        return int(line.bytes_per_s * seconds) // self._row_bytes
 
     def note_stall(self, waited_s: float, line: Line) -> None:
         """Hear that all chunks that may be in flight were; take longer ones if the line ran dry meanwhile.
@@ -114,3 +137,4 @@ class ChunkSizes:
         is_dry = waited_s > MIN_WAIT_S and not line.queued_bytes
         if is_dry or waited_s > line.queue_s + CHUNK_S:
             self._chunk_s = min(2 * self._chunk_s, MOST_CHUNK_S)
+            self._piece *= 2

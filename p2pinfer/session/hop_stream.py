@@ -8,10 +8,10 @@ the first went through a relay: what follows is sent there, and read there once 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import trio
 
@@ -52,6 +52,8 @@ from .flow_limits import FlowLimits
 _FORMER_S: Final = 1.0  # for what is still to come on a stream that was left, lest that is dead
 _SUCCESSORS_SHARE: Final = 0.8  # of the time for a sign of life, for one of the hop behind
 
+AsSent: TypeAlias = Callable[[Step, Payload], Payload]
+
 
 class Listener(Protocol):
     """Receiver of what hops say without having been asked."""
@@ -83,8 +85,18 @@ class _Answer:
 class HopStream:
     """One hop that has opened the session. `watch` runs for as long as it is used."""
 
-    def __init__(self, hop: Hop, opened: Opened, frames: FrameStream, *, is_relayed: bool = False) -> None:
+    def __init__(
+        self,
+        hop: Hop,
+        opened: Opened,
+        frames: FrameStream,
+        *,
+        is_relayed: bool = False,
+        as_sent: AsSent = lambda _, payload: payload,
+    ) -> None:
+        """`as_sent` gives the payload of a step as it travels."""
         self.hop = hop
+        self._as_sent = as_sent
         self.opened = opened
         self.is_relayed = is_relayed
         self.peer_id = hop.peer_id
@@ -114,7 +126,7 @@ class HopStream:
 
     def send_now(self, step: Step, payload: Payload) -> bool:
         """Send a step if that takes no waiting; False, with nothing sent, if it does or cannot be done."""
-        return not self._given_up and self._frames.send_now(step, b"" if step.kept else payload)
+        return not self._given_up and self._frames.send_now(step, self._as_sent(step, payload))
 
     async def send(self, step: Step, payload: Payload) -> None:
         """Send a step; of what the hop has kept, only its place.
@@ -122,7 +134,7 @@ class HopStream:
         Raises:
             PeerVanished: The hop is gone.
         """
-        await self._frames.send(step, b"" if step.kept else payload)
+        await self._frames.send(step, self._as_sent(step, payload))
 
     @contextmanager
     def until_given_up(self, limit_s: float = math.inf) -> Generator[None]:
@@ -156,7 +168,7 @@ class HopStream:
             PeerVanished: The hop is gone.
         """
         await self._window.enter(window)
-        await self._frames.send(step, payload)
+        await self._frames.send(step, self._as_sent(step, payload))
 
     async def all_filled(self) -> None:
         """Wait until whatever was sent by `fill` is in place.
@@ -192,7 +204,7 @@ class HopStream:
             PeerError: The hop, or by its word the successor, is gone.
         """
         target = Successor(successor.peer_id, tuple(successor.addrs))
-        limits = limits or FlowLimits(1, 1)
+        limits = limits or FlowLimits(1, 1, 1, 1)
         number, answer = self._ask()
         relink = Relink(
             number, target, start, stop, replay, epoch, switch, limits.chunk_tokens, limits.chunks_in_flight

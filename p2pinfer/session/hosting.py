@@ -50,6 +50,7 @@ async def open_session(
     adapter: SessionAdapter | None = None,
     prefix: Prefix | None = None,
     draw: Draw | None = None,
+    packed: int = 0,
 ) -> AsyncGenerator[Session]:
     """Open a session on every hop of `route` at once; leaving the block ends it on all of them.
 
@@ -65,14 +66,23 @@ async def open_session(
         prefix: What the session begins with, of one that ended on these hops; `chain.prefix` says how much of
             it all of them still have.
         draw: How the last hop draws tokens, whose ids then travel instead of hidden states.
+        packed: Positions below this one travel packed, which every hop has to have announced that it takes.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
     """
-    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens, adapter, draw)
+    terms = SessionTerms(secrets.token_bytes(16), spec, codec, max_tokens, adapter, draw, packed)
     book: ReceiptBook | None = None
     if check_receipts:
-        book = ReceiptBook(terms.session, terms.revision, codec, host.verify, keep=keep_steps, draw=draw)
+        book = ReceiptBook(
+            terms.session,
+            terms.revision,
+            codec,
+            host.verify,
+            keep=keep_steps,
+            draw=draw,
+            packed=packed,
+        )
     async with open_nursery() as nursery:
         session = Session(
             host,

@@ -25,7 +25,7 @@ from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import SESSION_PROTOCOL, Leaving, Open, Opened, Refused
 from p2pinfer.routing.route import Hop, Route
 
-from .hop_stream import HopStream
+from .hop_stream import AsSent, HopStream
 
 # To the farthest hop, for all of an opening. Two hops may be twice as far from each other as each is from us,
 # and the first dials the second: eight round trips of theirs at most, and three of ours.
@@ -44,10 +44,12 @@ async def open_hops(
     *,
     max_payload_bytes: int,
     within_s: float,
+    as_sent: AsSent,
 ) -> list[HopStream]:
     """Open a session on every hop at once. `route` is what they are to be part of.
 
-    `within_s` is the limit where round trips take no time; it grows by `OPENING_ROUND_TRIPS` of them.
+    Steps are sent to them as `as_sent` has it. `within_s` is the limit where round trips take no time; it
+    grows by `OPENING_ROUND_TRIPS` of them.
 
     Raises:
         PeerError: A hop could not be reached or refused; nothing stays open.
@@ -108,7 +110,7 @@ async def open_hops(
         await end_all(list(streams.values()))
         raise
     return [
-        HopStream(hop, ready[index], streams[index], is_relayed=index in relayed)
+        HopStream(hop, ready[index], streams[index], is_relayed=index in relayed, as_sent=as_sent)
         for index, (hop, _) in enumerate(openings)
     ]
 

@@ -43,31 +43,43 @@ async def send_in_chunks(inputs: Inputs, position: int, submit: Submit, chain: C
         PeerError: The session is over.
     """
     limits = chain.flow_limits
-    sizes = ChunkSizes(limits, chain.terms.row_bytes, chain.way_s)
-    in_flight = deque[Pending]()
-    done = 0
+    row_bytes = chain.terms.sent_row_bytes(position + kept)
+    to_send = len(inputs) - kept
+    sizes = ChunkSizes(limits, row_bytes, chain.way_s, tokens=to_send, hops=len(chain.hops))
+    # Of what is in flight, as it is in hops' memory: where it travels packed it counts as what it is there.
+    most_tokens = max(limits.bytes_in_flight // chain.terms.row_bytes, limits.chunk_tokens)
+    in_flight = deque[tuple[Pending, int]]()
+    under_way = done = 0
     while done < len(inputs):
-        if len(in_flight) == limits.chunks_in_flight:
+        while in_flight and (
+            len(in_flight) >= limits.steps_in_flight or under_way > most_tokens - limits.chunk_tokens
+        ):
             full_at = trio.current_time()
-            await in_flight.popleft()
+            oldest, tokens = in_flight.popleft()
+            await oldest
+            under_way -= tokens
             if done > kept:
                 sizes.note_stall(trio.current_time() - full_at, chain.hops[0].line)
         line = chain.hops[0].line
         # Of what does not travel, the line says nothing.
         tokens = min(limits.chunk_tokens, kept - done) if done < kept else sizes.next_tokens(line)
-        chunk = inputs[done : done + tokens]
+        at = position + done
+        _, end = next(chain.terms.pieces(at, at + tokens, tokens))
+        chunk = inputs[done : done + end - at]
         logger.debug("prefill.chunk at=%d tokens=%d bytes_per_s=%.0f", done, len(chunk), line.bytes_per_s)
         is_last = done + len(chunk) == len(inputs)
-        in_flight.append(await submit(chunk, position + done, returns=1 if is_last else 0, kept=done < kept))
+        pending = await submit(chunk, position + done, returns=1 if is_last else 0, kept=done < kept)
+        in_flight.append((pending, len(chunk)))
+        under_way += len(chunk)
         is_first = done == kept
         done += len(chunk)
         if is_first and not is_last:
-            await let_pass(lambda: chain.hops[0].line, len(chunk) * chain.terms.row_bytes // 2)
+            await let_pass(lambda: chain.hops[0].line, len(chunk) * row_bytes // 2)
     # All of them, not only the last: an error is raised for the chunk that it concerns, and no result is left
     # behind that nobody waits for.
     while len(in_flight) > 1:
-        await in_flight.popleft()
-    return await in_flight.pop()
+        await in_flight.popleft()[0]
+    return await in_flight.pop()[0]
 
 
 async def let_pass(line: Callable[[], Line], left: int) -> None:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import trio
 
 from p2pinfer.errors import Equivocation, PeerError, ProtocolViolation
-from p2pinfer.models.numerics import parse_numerics, reference_for
+from p2pinfer.models.numerics import Codec, packed_codec, parse_numerics, reference_for
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.draws import Draw, are_signed_draws
 from p2pinfer.node.protocol.messages import Bill, Step
@@ -54,6 +54,7 @@ class ReceiptBook:
         revision: Of the model, or what gives it for a hop's blocks.
         keep: Remember every step, payloads included, for an audit after the session.
         draw: Terms of the last hop's draws; None: hidden states travel to and from the client.
+        packed: Positions below this one travel packed.
 
     Attributes:
         unchecked: Steps that came back and were not checked yet.
@@ -65,16 +66,18 @@ class ReceiptBook:
         self,
         session: bytes,
         revision: str | Callable[[BlockSpan], str],
-        codec: str,
+        codec: Codec,
         check: CheckSignature,
         *,
         keep: bool = False,
         draw: Draw | None = None,
+        packed: int = 0,
     ) -> None:
         self.draw = draw
+        self._packed = packed
         self.session = session
         self.revision = revision
-        self.codec = codec
+        self.codec: Codec = codec
         self.unchecked: list[PassedStep] = []
         self.kept: list[PassedStep] = []
         self.broken: PeerError | None = None
@@ -138,7 +141,11 @@ class ReceiptBook:
         hops, step = passed.hops, passed.step
         receipts = [self._extend(passed, index) for index in range(len(hops))]
         for index, (hop, receipt) in enumerate(zip(hops, receipts, strict=True)):
-            if receipt.returned != (step.returns if index == len(hops) - 1 else step.tokens):
+            is_last = index == len(hops) - 1
+            # An audit allows for the rounding of what is packed, and for none of what is not.
+            is_rounded = step.position < self._packed and not is_last
+            due = packed_codec(self.codec) if is_rounded else self.codec
+            if receipt.returned != (step.returns if is_last else step.tokens) or receipt.codec != due:
                 raise ProtocolViolation(f"a receipt for another step than {step.number}", hop.peer_id)
             # Or a hop could open in bfloat16 and sign for what no audit can run again.
             if reference_for(parse_numerics(receipt.dtype)) is None:

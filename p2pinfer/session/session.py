@@ -266,7 +266,7 @@ class Session:
             raise self._faults.fatal
         if self.handovers.replacement is not None:
             self.handovers.note_rolled_back(position)
-        payload = self._format.encode(inputs)
+        payload = self._format.encode_at(inputs, is_packed=position < self._terms.packed)
         return self._steps.begin(self.chain.epoch, position, len(inputs), returns, payload, kept=kept)
 
     async def _push(self, sent: SentStep) -> None:

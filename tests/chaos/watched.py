@@ -29,7 +29,7 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, Route, RouteRequest
 from p2pinfer.session.chain import Replacement, ReplaySource
 from p2pinfer.session.session import Session
-from p2pinfer.session.terms import SessionAdapter
+from p2pinfer.session.terms import PLAIN, Packing, SessionAdapter
 
 from ..lab.pinned import can_be_dialled
 from .requests import Request, history
@@ -100,8 +100,10 @@ class WatchedClient(Client):
         replay_source: ReplaySource | None = None,
         adapter: SessionAdapter | None = None,
         draw: Draw | None = None,
+        packing: Packing = PLAIN,
     ) -> Session:
-        session = await super().open_session(tokens, excluded, replay_source, adapter, draw)
+        terms = replay_source, adapter, draw, packing
+        session = await super().open_session(tokens, excluded, *terms)
         if not self.opened:
             self.opened = list(session.route.peer_ids)
             watched: Any = session

@@ -24,6 +24,7 @@ PAST = cast(ReplaySource, None)
 class Terms:
     session: bytes
     codec: str = "float32"
+    packed: int = 0
 
 
 @dataclass

@@ -21,6 +21,7 @@ from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.session import Session
+from p2pinfer.session.terms import PLAIN, Packing
 
 from ..memory_client import open_memory_client
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
@@ -97,9 +98,14 @@ class Busy(Walk):
     """Opens sessions in which somebody is about to take over, all the time."""
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource,
+        *,
+        packing: Packing = PLAIN,
     ) -> Session:
-        session = await super().open_session(tokens, excluded, replay_source)
+        session = await super().open_session(tokens, excluded, replay_source, packing=packing)
         await session.handovers.busy.acquire()
         return session
 

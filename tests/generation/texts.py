@@ -27,6 +27,7 @@ from p2pinfer.routing.route import Route, RouteOutcome
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
+from p2pinfer.session.terms import PLAIN, Packing
 
 from ..node.memory_swarm import FLOAT32, MemorySwarm
 
@@ -68,7 +69,12 @@ class Walk:
         self._routes += routes
 
     async def open_session(
-        self, tokens: int, excluded: frozenset[str], replay_source: ReplaySource
+        self,
+        tokens: int,
+        excluded: frozenset[str],
+        replay_source: ReplaySource,
+        *,
+        packing: Packing = PLAIN,
     ) -> Session:
         self.asked.append((tokens, excluded))
         if not self._routes:
@@ -82,6 +88,7 @@ class Walk:
                 max_tokens=tokens,
                 codec="float32",
                 config=SessionConfig(chunk_tokens=self.chunk_tokens),
+                packed=packing.tokens,
             ),
         )
 

@@ -214,6 +214,7 @@ class MemorySwarm:
         coordinate: Coordinate | None = None,
         ends: bool = False,
         adapters: tuple[OfferedAdapter, ...] = (),
+        packs: bool = True,
     ) -> Announcement:
         """Say of a peer that it serves a span, whether or not it does."""
         self._sequence += 1
@@ -233,6 +234,7 @@ class MemorySwarm:
             numbers=self.spec.numbers,
             ends=ends,
             adapters=adapters,
+            packs=packs,
         )
         self.view.accept(announcement, b"record", told_by=told_by)
         return announcement

@@ -211,12 +211,12 @@ def test_an_oversized_announcement_is_refused_before_it_is_read() -> None:
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_refused() -> None:
     """By a bound of ours: the interpreter's is 1,000 levels in Python 3.11, and 10,000 in 3.12."""
-    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 25
-    array_of_26 = b"\xdc\x00\x1a"
+    fields = encode_announcement(PLAIN)[3:]  # without the header of an array of 26
+    array_of_27 = b"\xdc\x00\x1b"
     for levels in (MAX_DEPTH, 500, 5000):  # the announcement itself is one level
         with pytest.raises(ProtocolViolation, match="more than 32 arrays inside each other"):
-            decode_announcement(array_of_26 + fields + b"\x91" * levels + b"\xc0")
-    assert decode_announcement(array_of_26 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
+            decode_announcement(array_of_27 + fields + b"\x91" * levels + b"\xc0")
+    assert decode_announcement(array_of_27 + fields + b"\x91" * (MAX_DEPTH - 1) + b"\xc0") == PLAIN
 
 
 def test_what_a_peer_wrote_is_not_repeated_in_the_error() -> None:

@@ -14,8 +14,10 @@ from p2pinfer.session.flow_limits import (
     AHEAD,
     FIRST_BYTES,
     LEAST_BYTES_PER_S,
+    LEAST_PIECE_TOKENS,
     LEAST_TOKENS,
     MOST_CHUNK_S,
+    PIECES,
     ChunkSizes,
     FlowLimits,
     agree,
@@ -24,17 +26,21 @@ from p2pinfer.session.flow_limits import (
 
 
 def test_hops_that_allow_more_change_nothing() -> None:
-    assert agree(256, 8, 1024, [Opened("float32"), Opened("float32")]) == FlowLimits(256, 8)
+    assert agree(256, 8, 1024, [Opened("float32"), Opened("float32")]) == FlowLimits(256, 8, 8, 64 << 20)
 
 
 def test_the_strictest_hop_decides() -> None:
     hops = [Opened("float32", 100, 16), Opened("float32", 1024, 3)]
-    assert agree(256, 8, 1024, hops) == FlowLimits(100, 3)
+    assert agree(256, 8, 1024, hops) == FlowLimits(100, 3, 3, 64 << 20)
 
 
 def test_bytes_bound_both_the_chunk_and_how_many_travel() -> None:
-    assert agree(256, 8, 1000, [Opened("float32", max_bytes_in_flight=512_000)]) == FlowLimits(256, 2)
-    assert agree(256, 8, 1000, [Opened("float32", max_bytes_in_flight=10_000)]) == FlowLimits(10, 1)
+    assert agree(256, 8, 1000, [Opened("float32", max_bytes_in_flight=512_000)]) == FlowLimits(
+        256, 2, 8, 512_000
+    )
+    assert agree(256, 8, 1000, [Opened("float32", max_bytes_in_flight=10_000)]) == FlowLimits(
+        10, 1, 8, 10_000
+    )
 
 
 @given(
@@ -62,16 +68,20 @@ def test_no_limit_is_exceeded_but_by_a_single_token(
 ROW = 1280  # bytes of one token
 
 
+def limits(tokens: int, in_flight: int) -> FlowLimits:
+    return FlowLimits(tokens, in_flight, in_flight, 64 << 20)
+
+
 def test_a_chunk_is_as_long_as_a_thin_line_takes_for_a_quarter_of_a_second() -> None:
-    sizes = ChunkSizes(FlowLimits(256, 8), ROW)
+    sizes = ChunkSizes(limits(256, 8), ROW)
     assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24  # 1 Mbit/s
     assert sizes.next_tokens(Line(0.05, bytes_per_s=31_250)) == 6
     assert sizes.next_tokens(Line(0.05, bytes_per_s=1_000)) == LEAST_TOKENS
-    assert ChunkSizes(FlowLimits(256, 8), ROW).next_tokens(Line(0.05, bytes_per_s=100e6)) == 256
+    assert ChunkSizes(limits(256, 8), ROW).next_tokens(Line(0.05, bytes_per_s=100e6)) == 256
 
 
 def test_a_rate_that_rises_suddenly_is_believed_step_by_step() -> None:
-    sizes, fast = ChunkSizes(FlowLimits(256, 8), ROW), Line(0.05, bytes_per_s=1e6)
+    sizes, fast = ChunkSizes(limits(256, 8), ROW), Line(0.05, bytes_per_s=1e6)
     assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24
     assert [sizes.next_tokens(fast) for _ in range(4)] == [48, 96, 192, 195]
     assert sizes.next_tokens(Line(0.05, bytes_per_s=125_000)) == 24
@@ -79,13 +89,13 @@ def test_a_rate_that_rises_suddenly_is_believed_step_by_step() -> None:
 
 
 def test_an_unknown_line_begins_with_a_short_chunk_unless_it_is_local() -> None:
-    sizes = ChunkSizes(FlowLimits(256, 8), ROW)
+    sizes = ChunkSizes(limits(256, 8), ROW)
     assert sizes.next_tokens(Line(rtt_s=0.05)) == FIRST_BYTES // ROW
     assert sizes.next_tokens(Line(rtt_s=0.001, least_rtt_s=0.001)) == sizes.next_tokens(NO_LINE) == 256
 
 
 def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
-    sizes, line = ChunkSizes(FlowLimits(256, 8), ROW), Line(1.6, bytes_per_s=125_000)
+    sizes, line = ChunkSizes(limits(256, 8), ROW), Line(1.6, bytes_per_s=125_000)
     sizes.note_stall(0.2, replace(line, queued_bytes=12_500))  # it is busy
     sizes.note_stall(0.001, line)
     assert sizes.next_tokens(line) == 24
@@ -99,7 +109,7 @@ def test_chunks_grow_where_all_of_them_in_flight_leave_the_line_idle() -> None:
 
 
 def test_chunks_of_a_line_that_takes_everything_grow() -> None:
-    sizes, line = ChunkSizes(FlowLimits(256, 8), ROW), Line(rtt_s=0.1)
+    sizes, line = ChunkSizes(limits(256, 8), ROW), Line(rtt_s=0.1)
     taken = [sizes.next_tokens(line) for _ in range(30)]
     assert taken == sorted(taken)
     assert (taken[0], taken[-1]) == (FIRST_BYTES // ROW, 256)
@@ -111,15 +121,35 @@ def test_what_may_be_in_flight_lasts_until_the_first_result_is_back(
 ) -> None:
     """On a line that has become `AHEAD` times as fast meanwhile, but for what a chunk may be at most."""
     most = 1 << 20
-    tokens = ChunkSizes(FlowLimits(most, in_flight), ROW, way_s).next_tokens(Line(0.1, bytes_per_s=rate))
+    tokens = ChunkSizes(limits(most, in_flight), ROW, way_s).next_tokens(Line(0.1, bytes_per_s=rate))
     lasts_s = in_flight * (tokens + 1) * ROW / (AHEAD * rate)
     assert lasts_s >= min(way_s, MOST_CHUNK_S * in_flight / AHEAD)
 
 
+def test_a_prompt_is_cut_into_pieces_for_every_hop_but_for_one_alone() -> None:
+    fast = Line(0.05, bytes_per_s=2.5e6)
+
+    def first(tokens: int, hops: int, line: Line = fast) -> int:
+        return ChunkSizes(limits(256, 24), ROW, tokens=tokens, hops=hops).next_tokens(line)
+
+    assert first(1000, 1) == first(0, 4) == 256
+    assert first(1000, 2) == 1000 // (2 * PIECES)
+    assert first(1000, 4) == 1000 // (4 * PIECES)
+    assert first(100, 4) == LEAST_PIECE_TOKENS
+    assert first(1000, 4, Line(0.05, bytes_per_s=31_250)) == 6  # a thin line needs shorter ones
+    assert first(1000, 4, NO_LINE) == 256
+
+
+def test_pieces_are_longer_where_so_many_short_ones_would_leave_the_line_idle() -> None:
+    line = Line(1.6, bytes_per_s=125_000)
+    sizes = ChunkSizes(limits(256, 8), ROW, 2.4, tokens=200, hops=4)
+    assert sizes.next_tokens(line) == int(2.4 * 125_000) // ROW
+
+
 def test_a_chunk_is_never_more_than_was_agreed_nor_nothing() -> None:
     line = Line(0.05, bytes_per_s=1)
-    assert ChunkSizes(FlowLimits(2, 1), ROW).next_tokens(line) == 2
-    assert ChunkSizes(FlowLimits(256, 8), 1 << 24).next_tokens(Line(0.05)) == LEAST_TOKENS
+    assert ChunkSizes(limits(2, 1), ROW).next_tokens(line) == 2
+    assert ChunkSizes(limits(256, 8), 1 << 24).next_tokens(Line(0.05)) == LEAST_TOKENS
 
 
 def test_a_replay_over_any_line_that_a_hop_bears_has_its_time() -> None:

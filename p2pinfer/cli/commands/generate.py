@@ -135,6 +135,13 @@ POLICY = setting(
     flag_value="on",
 )
 @setting(
+    "client.prefill_codec",
+    "--prefill-codec HOW",
+    "Send a prompt's hidden states in 8 bits a value: int8: always, auto: where the line from here was found "
+    "slow. It rounds them, so the text may be another one. [default: off]",
+    choices=("off", "auto", "int8"),
+)
+@setting(
     "client.wait_s",
     "--wait SECONDS",
     "How long to wait for a replacement when a peer fails. [default: 60.0]",

@@ -40,6 +40,7 @@ KEYS = [
     "audits",
     "resume_token",
     "speculation",
+    "packed_tokens",
 ]
 
 POLICY = """
