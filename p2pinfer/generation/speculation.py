@@ -36,6 +36,7 @@ from .trip_cost import PLAIN_TRIPS, TripCost
 logger = logging.getLogger(__name__)
 
 _CLEAR_GAIN: Final = 0.1  # predicted; estimates are noisy, and a wrong guess takes a hop's time from others
+_MOST_LOST: Final = 0.035  # of all trips, by guesses; whoever has lost more sends none for a while
 _TRIAL_DEPTH: Final = 3  # guesses in a trip that is made to learn what they cost
 _TRIALS: Final = 2  # such trips, at the beginning
 _TRY_AGAIN: Final = 64  # trips without guesses, after which one more is tried with a single guess
@@ -120,6 +121,7 @@ class Speculation:
         self._undrawn = 0  # trips since
         self._reach = _TRIAL_DEPTH  # most guesses that are drawn for a trip
         self._trips = self._plain = self._without = self._trials = self._drafted = 0
+        self._lost = 0.0  # trips that guesses so far have cost, less those that right ones have saved
         self._followers = 0  # guesses that were sent behind others
         self._windows = self._positions_behind = 0
         self._checked = [0] * MAX_DEPTH
@@ -192,6 +194,7 @@ class Speculation:
         depth = min(self._looked_at, MAX_DEPTH - 1)
         self._checked[depth] += 1
         self._right[depth] += right
+        self._lost -= right
         self._acceptance.note(self._due.popleft(), right)
         self._looked_at += 1
 
@@ -238,6 +241,10 @@ class Speculation:
         self._without = self._without + 1 if positions == 1 else 0
         self._drafted += positions - 1
         self._cost.note(positions, seconds)
+        # As predicted, not as it was: one trip that stood in a queue is not its guesses' fault. Nor do they
+        # cost more than as many trips of their own.
+        if plain_s := self._cost.predict(1):
+            self._lost += min((self._cost.predict(positions) - plain_s) / plain_s, positions - 1)
 
     def _is_likely(self, kinds: Sequence[int]) -> bool:
         """True if all of these guesses are right often enough for something to follow them."""
@@ -261,6 +268,8 @@ class Speculation:
             return False
         if self._depth is not None:
             return True
+        if self._has_lost:
+            return False
         if self._plain < PLAIN_TRIPS and not self._cost.is_far:
             return False  # none would be sent
         assert self.drafter is not None
@@ -305,6 +314,11 @@ class Speculation:
             self.drafter = None
         return guesses, kinds
 
+    @property
+    def _has_lost(self) -> bool:
+        """True if guesses have cost so much that there are to be none for a while."""
+        return self._lost > _MOST_LOST * self._trips
+
     def _prices(self, extra_s: float) -> tuple[float, float]:
         """Seconds of a trip without guesses, and more for each guess, which takes `extra_s` to find."""
         plain_s = self._cost.predict(1)
@@ -312,7 +326,7 @@ class Speculation:
 
     def _best_depth(self, kinds: Sequence[int], extra_s: float) -> int:
         """Number of these guesses that brings most tokens a second; 0 where the gain is not clear."""
-        if not kinds:
+        if not kinds or self._has_lost:
             return 0
         likely = self._acceptance.expect(kinds[0]) > 0.5
         if likely and self._plain >= PLAIN_TRIPS and self._trials < _TRIALS and not self._cost.is_far:

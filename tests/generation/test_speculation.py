@@ -114,6 +114,35 @@ def test_where_guesses_do_not_pay_hardly_any_are_sent(
     assert seconds_of(text, Speculation(), trip_s, position_s, compute_s) < 1.05 * plain
 
 
+def misleading(symbols: int) -> list[int]:
+    """Text in which three tokens in a row never come twice, and two do: every copy is wrong in the end.
+
+    By the greedy construction of a de Bruijn sequence (Martin, 1934).
+    """
+    text, met = [0] * 3, set[tuple[int, ...]]()
+    while True:
+        end = (text[-2], text[-1])
+        following = next((each for each in reversed(range(symbols)) if (*end, each) not in met), None)
+        if following is None:
+            return text
+        met.add((*end, following))
+        text.append(following)
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 400])
+@pytest.mark.parametrize(
+    ("trip_s", "position_s"), [(0.25, 0.005), (0.25, 0.02), (0.25, 0.06), (0.05, 0.01), (0.2, 0.0)]
+)
+@pytest.mark.parametrize("compute", [None, 1.0, 0.25], ids=["unknown", "known", "hops are quicker"])
+def test_no_text_takes_much_longer_with_guesses_than_without(
+    tokens: int, trip_s: float, position_s: float, compute: float | None
+) -> None:
+    text = misleading(8)[: 20 + tokens]
+    plain = seconds_of(text, None, trip_s, position_s)
+    compute_s = compute and compute * position_s
+    assert plain / seconds_of(text, Speculation(), trip_s, position_s, compute_s) > 0.96
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_where_a_position_costs_as_much_as_a_trip_only_a_few_are_tried(seed: int) -> None:
     text = repeating(random.Random(seed), 600)
