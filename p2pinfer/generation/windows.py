@@ -23,7 +23,9 @@ from .ends import Ends
 logger = logging.getLogger(__name__)
 
 MOST_UNDER_WAY: Final = 8  # more of them fill queues, and are dropped with the first wrong guess
-MOST_DROPPED: Final = 48  # windows of one session: an audit asks for at most 64 receipts that nobody was sent
+# Windows of one session. An audit asks for at most 64 receipts that nobody was sent, and a hop that fails in
+# a prompt leaves as many as chunks were in flight.
+MOST_DROPPED: Final = 32
 _LET_COME_S: Final = 3.0  # the longest ways take as long; the last token of a text waits for it
 
 # Guesses to send behind so many windows that are under way; none if that would not pay.
