@@ -160,14 +160,17 @@ class TcpStream(RawStream):
             _set_tcp(self.socket, "TCP_USER_TIMEOUT", timeout_ms)
 
     def _limit_unsent(self) -> None:
-        """Let the kernel take about `UNSENT_S` ahead of the line."""
+        """Let the kernel take about `UNSENT_S` ahead of the line, or a round trip."""
         rate = self.rate.bytes_per_s
         if self._user_timeout_s == math.inf:
             return  # it was not tuned, and may be no TCP
         if is_local(rate, self.least_rtt_s):
             wanted = MAX_UNSENT_BYTES
         elif rate:
-            wanted = min(max(int(rate * UNSENT_S), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)
+            # Over a long way acknowledgements come once a round trip, together. TCP's window grows with what
+            # it then has to send, and not where it has to wait for us.
+            ahead_s = max(UNSENT_S, self.least_rtt_s)
+            wanted = min(max(int(rate * ahead_s), MIN_UNSENT_BYTES), MAX_UNSENT_BYTES)
         else:
             wanted = FIRST_UNSENT_BYTES
         if not self._unsent_bytes / 2 < wanted < self._unsent_bytes * 2:

@@ -173,13 +173,13 @@ def generate(
     )
 
 
-def start_relays(commands: Commands, hosts: Sequence[str] = RELAYS) -> list[str]:
+def start_relays(commands: Commands, hosts: Sequence[str] = RELAYS, *options: str) -> list[str]:
     """Start introducers that relay, and return the flags by which others join them."""
     relays: list[Command] = []
     flags: list[str] = []
     for host in hosts:
         listen = f"/ip4/{commands.lab.scenario.public_ipv4(host)}/tcp/{RELAY_PORT}"
-        relays.append(commands.node(host, "--no-blocks", "--listen", listen, *flags))
+        relays.append(commands.node(host, "--no-blocks", "--listen", listen, *options, *flags))
         flags += bootstrap(relays[-1].event("ready")["addrs"][:1])
     return flags
 

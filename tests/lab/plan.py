@@ -19,7 +19,13 @@ MTU = 1500
 def namespaces(scenario: Scenario) -> list[str]:
     """The commands that make every namespace."""
     names = [name for site in scenario.sites for name in (*site.router_names, *site.hosts)]
-    return [f"ip netns add {name} && ip -n {name} link set lo up" for name in names]
+    # What homes have is the default of their systems, whatever this machine has chosen; where its kernel does
+    # not allow that, TCP is as it is here.
+    cubic = "sysctl -qw net.ipv4.tcp_congestion_control=cubic 2>/dev/null || true"
+    return [
+        f"ip netns add {name} && ip -n {name} link set lo up && ip netns exec {name} {cubic}"
+        for name in names
+    ]
 
 
 def wiring(scenario: Scenario) -> list[str]:
