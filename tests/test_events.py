@@ -15,7 +15,7 @@ from p2pinfer.events import (
     StepDone,
 )
 
-from .audit.test_auditor import PROMPT, OpenClient, open_client, swarm, text_of
+from .audit.audited_swarm import PROMPT, OpenClient, open_client, swarm, text_of
 from .node.memory_swarm import MemorySwarm
 
 __all__ = ["open_client", "swarm"]  # fixtures

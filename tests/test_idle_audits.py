@@ -38,7 +38,7 @@ from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Candidate, RouteRequest
 
-from .audit.test_auditor import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
+from .audit.audited_swarm import ALWAYS, OpenClient, cheat, noisy, open_client, swarm
 from .node.memory_swarm import MemorySwarm
 
 __all__ = ["open_client", "swarm"]  # fixtures

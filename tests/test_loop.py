@@ -18,7 +18,7 @@ from blake3 import blake3
 from p2pinfer.reputation import receipt as receipts
 from p2pinfer.reputation.ledger import Ledger
 
-from .audit.test_auditor import OpenClient, cheat, noisy, open_client, swarm, text_of
+from .audit.audited_swarm import OpenClient, cheat, noisy, open_client, swarm, text_of
 from .node import memory
 from .node.memory_swarm import MemorySwarm
 

@@ -3,107 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import torch
 import trio
 from torch import Tensor
 
-from p2pinfer import client as client_module
-from p2pinfer.audit import auditor as audit_module
-from p2pinfer.audit import backlog, evidence_source, second_opinion
+from p2pinfer.audit import backlog
 from p2pinfer.audit.auditor import Auditor, AuditTally
 from p2pinfer.audit.local_verifier import BYTES_PER_WEIGHT, LocalVerifier
 from p2pinfer.audit.verifier import Verifier
-from p2pinfer.client import Client, ClientConfig
 from p2pinfer.client_config import AuditConfig
-from p2pinfer.generation.generation import Generation
-from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.runner import Chunk
-from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
-from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
-from p2pinfer.node.swarm.membership import SwarmMember
-from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.reputation.ledger import Ledger, LedgerConfig
 from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.receipt import decode_receipt, digest_of, sign_receipt
 from p2pinfer.reputation.verdict import Finding, Verdict
-from p2pinfer.routing.config import RoutingConfig
-from p2pinfer.routing.policy import RiskAdjusted
 
 from ..node.memory import sign
-from ..node.memory_swarm import MemorySwarm, Served, open_memory_swarm, route_over
+from ..node.memory_swarm import MemorySwarm, route_over
+from .audited_swarm import PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
 
-PROMPT = "Once upon a time"
-ALWAYS = AuditConfig(rate=1.0, linger_s=60.0)
-OpenClient = Callable[..., AbstractAsyncContextManager[Client]]
-Change = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture
-async def swarm(checkpoint: Checkpoint) -> AsyncGenerator[MemorySwarm]:
-    async with open_memory_swarm(checkpoint, limit_s=120) as opened:
-        yield opened
-
-
-@pytest.fixture
-def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
-    """Opens clients that audit everything and explore nothing, each with a ledger of its own."""
-
-    @asynccontextmanager
-    async def join(identity: Identity, *_: object) -> AsyncGenerator[SwarmMember]:
-        yield swarm.member(identity.peer_id)
-
-    @asynccontextmanager
-    async def throw_away(identity: Identity, *_: object) -> AsyncGenerator[Network]:
-        yield swarm.network.host(identity.peer_id)
-
-    @asynccontextmanager
-    async def opened(**options: Any) -> AsyncGenerator[Client]:
-        # A token a step: what is audited, and what steps say, is told by their number here.
-        options = {"audit": ALWAYS, "config": ClientConfig(dtype="float32", draft="off"), **options}
-        options.setdefault("reputation", Ledger())
-        options.setdefault("policy", RiskAdjusted(RoutingConfig(explore_share=0.0, probation_share=0.0)))
-        async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
-            yield client
-
-    monkeypatch.setattr(evidence_source, "RETRY_S", ())
-    monkeypatch.setattr(audit_module, "HAND_OUT_S", 0.2)  # there is not always somebody to fetch a proof
-    monkeypatch.setattr(client_module, "open_swarm", join)
-    monkeypatch.setattr(second_opinion, "open_host", throw_away)
-    return opened
-
-
-def cheat(served: Served, change: Change) -> None:
-    """Let a peer give something else than its blocks do."""
-    honest = served.runner.run
-
-    def run(chunks: Sequence[Chunk], span: BlockSpan | None = None) -> list[Tensor]:
-        return [change(output) for output in honest(chunks, span)]
-
-    served.runner.run = run  # type: ignore[method-assign]
-
-
-def noisy(output: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    length = output.square().sum(-1, keepdim=True).sqrt()
-    return output + 0.05 * length * torch.randn(output.shape, generator=generator) / 18
-
-
-async def text_of(generation: Generation) -> str:
-    async for _ in generation:
-        pass
-    return generation.result.text
+__all__ = ["open_client", "swarm"]  # fixtures
 
 
 async def test_honest_hops_pass_wherever_they_are_in_the_route(

@@ -15,7 +15,7 @@ from p2pinfer.models.compute.runner import Chunk
 from p2pinfer.models.span import BlockSpan
 
 from ..node.memory_swarm import MemorySwarm, Served
-from .test_auditor import PROMPT, OpenClient, open_client, swarm, text_of
+from .audited_swarm import PROMPT, OpenClient, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

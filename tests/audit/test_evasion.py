@@ -9,45 +9,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import msgspec
 import pytest
 import trio
 
 from p2pinfer.audit import collect, evidence_source
-from p2pinfer.audit.auditor import Auditor
 from p2pinfer.audit.backlog import ClosedSession
 from p2pinfer.audit.local_verifier import LocalVerifier
-from p2pinfer.audit.verifier import Verifier
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig
-from p2pinfer.errors import P2PInferError, ProtocolViolation
+from p2pinfer.errors import P2PInferError
 from p2pinfer.node.evidence.hop_record import HopRecord
 from p2pinfer.node.evidence.store import EVIDENCE_PROTOCOL
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.node.serve.receipt_signer import ReceiptSigner, SignedReceipt
-from p2pinfer.node.swarm.proof_gossip import Heard, Notice
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.reputation.proof import Accusation, Proof, open_proof
 from p2pinfer.reputation.receipt import NO_RECEIPT, RECEIPT_VERSION, Receipt, digest_of, sign_receipt
-from p2pinfer.reputation.verdict import Finding, Verdict
+from p2pinfer.reputation.verdict import Finding
 from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
 from p2pinfer.session.session import Session
 
 from ..node.memory import sign, verify
 from ..node.memory_swarm import MemorySwarm, route_over
-from ..session.test_receipt_checks import BREAKS_B, REVISION, SESSION, Chain
-from .test_auditor import ALWAYS, PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
+from ..session.receipt_chain import BREAKS_B, REVISION, SESSION, Chain
+from .audited_swarm import ALWAYS, PROMPT, OpenClient, auditor_of, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 
 Attest = Callable[..., Any]
 LATE_S = 0.4
-
-
-def auditor_of(client: Client) -> Auditor:
-    auditor = client._auditor  # pyright: ignore[reportPrivateUsage]
-    assert auditor is not None
-    return auditor
 
 
 async def serve_three(swarm: MemorySwarm) -> None:
@@ -314,106 +303,3 @@ async def test_left_over_audits_out_of_reach_wait_for_the_next_client_and_are_no
         await client.audits_settled()
         assert client.audits.passed == 3
     assert not list((tmp_path / "audits").glob("*.job"))
-
-
-@pytest.mark.parametrize("kind", ["output", "equivocation"])
-async def test_a_proof_about_another_revision_is_neither_fetched_nor_believed(
-    swarm: MemorySwarm, open_client: OpenClient, kind: Any
-) -> None:
-    """A neighbour's table tells of the proofs of all models; our weights say nothing about theirs."""
-
-    class Gullible(Verifier):
-        async def verify(self, record: HopRecord) -> Finding:
-            return Finding(Verdict.FAIL, "not what our weights give")
-
-    theirs = "f" * 32
-    receipts = tuple(
-        Receipt(
-            RECEIPT_VERSION,
-            bytes(16),
-            0,
-            NO_RECEIPT,
-            theirs,
-            3,
-            5,
-            0,
-            9,
-            9,
-            0,
-            "float32",
-            "float32",
-            output,
-            output,
-            bytes(16),
-        )
-        for output in (bytes(32), b"1" * 32)
-    )
-    accusation = Accusation("honest", kind, receipts, ())
-    async with open_client(verifier=Gullible()) as client:
-        auditor = auditor_of(client)
-        for revision in (theirs, client.spec.revision):
-            heard = Heard(Notice("proof", revision, bytes(32), "honest"), "anybody")
-            assert await auditor.examiner.examine(heard, accusation, {}) is None
-        assert not client.member.proofs.hear(Heard(Notice("proof", theirs, bytes(32), "honest"), "anybody"))
-        assert not client.ledger.is_banned("honest")
-        assert client.ledger.account("anybody").proofs_false == 0
-
-
-@pytest.mark.parametrize("kind", ["output", "equivocation"])
-def test_receipts_of_two_revisions_make_no_proof_about_one_of_them(kind: Any) -> None:
-    """Nor does a chain become one of ours because its first receipt is."""
-    base = Receipt(
-        RECEIPT_VERSION, bytes(16), 0, NO_RECEIPT, "o" * 32, 3, 5, 0, 9, 9, 0,
-        "float32", "float32", bytes(32), bytes(32), bytes(16),
-    )  # fmt: skip
-    first = sign_receipt(base, partial(sign, "b"))
-    other = msgspec.structs.replace(base, revision="t" * 32)
-    if kind == "output":
-        other = msgspec.structs.replace(other, sequence=1, previous=digest_of(first), position=9)
-    proof = Proof(1, "b", kind, (first, sign_receipt(other, partial(sign, "b"))))
-    if kind == "output":
-        with pytest.raises(ProtocolViolation, match="another session, model or span"):
-            open_proof(proof, verify)
-    else:  # it is one, of having signed twice; whoever holds either model leaves it alone
-        assert {each.revision for each in open_proof(proof, verify).receipts} == {"o" * 32, "t" * 32}
-
-
-async def test_receipts_with_an_adapter_are_no_proof_about_the_model_alone(
-    swarm: MemorySwarm, open_client: OpenClient
-) -> None:
-    """A client could open a session with an adapter of its own and show what came of it."""
-
-    class Gullible(Verifier):
-        async def verify(self, record: HopRecord) -> Finding:
-            return Finding(Verdict.FAIL, "not what our weights give")
-
-    async with open_client(verifier=Gullible()) as client:
-        ours = client.spec.revision
-        receipt = Receipt(
-            RECEIPT_VERSION, bytes(16), 0, NO_RECEIPT, f"{ours}+{'a' * 16}", 3, 5, 0, 9, 9, 0,
-            "float32", "float32", bytes(32), bytes(32), bytes(16),
-        )  # fmt: skip
-        accusation = Accusation("honest", "output", (receipt,), ())
-        for revision in (ours, receipt.revision):
-            heard = Heard(Notice("proof", revision, bytes(32), "honest"), "anybody")
-            assert await auditor_of(client).examiner.examine(heard, accusation, {}) is None
-        assert not client.ledger.is_banned("honest")
-
-
-async def test_a_proof_that_our_verifier_breaks_on_is_nobodys_fault(
-    swarm: MemorySwarm, open_client: OpenClient
-) -> None:
-    class Broken(Verifier):
-        async def verify(self, record: HopRecord) -> Finding:
-            raise ZeroDivisionError
-
-    async with open_client(verifier=Broken()) as client:
-        receipt = Receipt(
-            RECEIPT_VERSION, bytes(16), 0, NO_RECEIPT, client.spec.revision, 3, 5, 0, 9, 9, 0,
-            "float32", "float32", bytes(32), bytes(32), bytes(16),
-        )  # fmt: skip
-        heard = Heard(Notice("proof", client.spec.revision, bytes(32), "peer"), "teller")
-        accusation = Accusation("peer", "output", (receipt,), ())
-        assert await auditor_of(client).examiner.examine(heard, accusation, {}) is None
-        assert not client.ledger.is_banned("peer")
-        assert client.ledger.account("teller").proofs_false == 0

@@ -26,8 +26,7 @@ from p2pinfer.reputation.verdict import Finding, Verdict
 from p2pinfer.routing.route import Hop
 
 from ..node.memory_swarm import MemorySwarm
-from .test_auditor import PROMPT, OpenClient, open_client, swarm, text_of
-from .test_evasion import auditor_of
+from .audited_swarm import PROMPT, OpenClient, auditor_of, open_client, swarm, text_of
 from .test_examiner import accusation_of
 
 __all__ = ["open_client", "swarm"]  # fixtures

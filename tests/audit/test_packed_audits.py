@@ -23,7 +23,7 @@ from p2pinfer.node.evidence.hop_record import History
 from p2pinfer.reputation.verdict import Verdict
 
 from ..node.memory_swarm import MemorySwarm
-from .test_auditor import OpenClient, cheat, noisy, open_client, swarm, text_of
+from .audited_swarm import OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

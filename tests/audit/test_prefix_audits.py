@@ -9,7 +9,7 @@ from p2pinfer.audit.auditor import AuditTally
 from p2pinfer.client import Client
 
 from ..node.memory_swarm import MemorySwarm, Served
-from .test_auditor import OpenClient, cheat, noisy, open_client, swarm, text_of
+from .audited_swarm import OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

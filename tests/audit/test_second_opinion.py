@@ -15,7 +15,7 @@ from p2pinfer.node.protocol.messages import SESSION_PROTOCOL
 from p2pinfer.node.transport.identity import Identity
 
 from ..node.memory_swarm import MemorySwarm
-from .test_auditor import PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
+from .audited_swarm import PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

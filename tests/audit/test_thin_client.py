@@ -19,7 +19,7 @@ from p2pinfer.reputation.proof import Proof
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 from ..node.memory_swarm import MemorySwarm
-from .test_auditor import PROMPT, Change, OpenClient, cheat, open_client, swarm, text_of
+from .audited_swarm import PROMPT, Change, OpenClient, cheat, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 

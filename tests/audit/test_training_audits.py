@@ -26,9 +26,9 @@ from p2pinfer.reputation.train_receipt import NOTHING, TrainReceipt
 from p2pinfer.reputation.verdict import Finding, Verdict
 
 from ..node.memory_swarm import MemorySwarm, Served
-from .test_auditor import OpenClient
-from .test_auditor import open_client as open_client  # fixtures
-from .test_auditor import swarm as swarm
+from .audited_swarm import OpenClient
+from .audited_swarm import open_client as open_client  # fixtures
+from .audited_swarm import swarm as swarm
 
 FIGURES: Mapping[str, float] = {}
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,12 +43,6 @@ CROWD = 20  # identities
 KNOCKS_PER_S = 1.0  # of all nodes and clients together at an address that is nobody's, in any minute
 STUTTER_S = 0.4  # of which a client that reads slowly is stopped for three quarters
 LEAVE_S = 120.0  # for a node to leave after a SIGTERM, on a machine that may be very busy
-
-# What a survivor may hold more than before; memory than at half-time, when caches of ended sessions, evidence
-# and oneDNN's kernels have filled. Connections come and go: eight tasks each, two more while one is set up.
-MORE_MIB = 96.0
-MORE_PER_CONNECTION = 10
-MORE_THREADS = 2
 
 
 @dataclass
@@ -369,21 +363,10 @@ class _Run:
 
     def _check_growth(self) -> None:
         for name, before, after in self._outcome.vitals:
-            more = max(0, after.connections - before.connections)
-            allowed = {
-                "rss_mib": MORE_MIB,
-                "threads": MORE_THREADS,
-                "descriptors": more + 1,
-                "tasks": MORE_PER_CONNECTION * (more + 1),
-                "streams": MORE_PER_CONNECTION * (more + 1),
-                "sessions": 0,
-            }
-            for what, most in allowed.items():
-                was = self._held_mib.get(name) if what == "rss_mib" else None
-                grown = getattr(after, what) - (getattr(before, what) if was is None else was)
-                if grown > most:
-                    doing = f": {after.more_doing(before)}" if what == "tasks" else ""
-                    self._fail(f"{name} holds {grown:g} {what} more than before{doing}")
+            half_way = before if name not in self._held_mib else replace(before, rss_mib=self._held_mib[name])
+            for what, grown in after.excess(half_way).items():
+                doing = f": {after.more_doing(before)}" if what == "tasks" else ""
+                self._fail(f"{name} holds {grown:g} {what} more than before{doing}")
 
     def _check_victims(self) -> None:
         """Nobody outside is knocked at, whoever names its address."""

@@ -23,6 +23,13 @@ import trio
 
 ANSWER_S = 20.0  # a frozen or very busy process answers late
 
+# What a process may hold more than before after a run of chaos; memory than at half-time, when caches of
+# ended sessions, evidence and oneDNN's kernels have filled. Connections come and go: eight tasks each, two
+# more while one is set up.
+MORE_MIB = 96.0
+MORE_PER_CONNECTION = 10
+MORE_THREADS = 2
+
 
 @dataclass(frozen=True)
 class Vitals:
@@ -41,6 +48,20 @@ class Vitals:
         """The tasks that were not there before."""
         more = {name: count - before.doing.get(name, 0) for name, count in self.doing.items()}
         return {name: count for name, count in more.items() if count > 0}
+
+    def excess(self, before: Vitals) -> dict[str, float]:
+        """How much more it holds than before, of what it holds too much more of."""
+        more = max(0, self.connections - before.connections)
+        allowed = {
+            "rss_mib": MORE_MIB,
+            "threads": MORE_THREADS,
+            "descriptors": more + 1,
+            "tasks": MORE_PER_CONNECTION * (more + 1),
+            "streams": MORE_PER_CONNECTION * (more + 1),
+            "sessions": 0,
+        }
+        grown = {what: getattr(self, what) - getattr(before, what) for what in allowed}
+        return {what: each for what, each in grown.items() if each > allowed[what]}
 
 
 def install(path: Path) -> None:
