@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from p2pinfer.node.transport.identity import load_identity
 
-from ..e2e.support import free_port
+from ..ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_S = 120.0

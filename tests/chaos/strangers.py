@@ -28,7 +28,7 @@ import trio
 from p2pinfer.client import Client, ClientConfig
 from p2pinfer.node.transport.identity import load_identity
 
-from ..e2e.support import free_port
+from ..ports import free_port
 from .crowd.victims import Victims, open_victims
 from .processes import ROOT, ClientProcess, NodeProcess, Zygote
 from .requests import expected_ids, make_requests

@@ -14,7 +14,8 @@ from p2pinfer.node.transport.identity import load_identity
 
 from ..models.conftest import oracle as oracle
 from ..models.conftest import write_checkpoint as write_checkpoint
-from .support import NodeProcess, Swarm, free_port
+from ..ports import free_port
+from .support import NodeProcess, Swarm
 
 NODES = 4
 

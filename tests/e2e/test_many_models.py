@@ -17,8 +17,10 @@ import pytest
 import safetensors.torch
 
 from p2pinfer.config import environment_without_settings
+from p2pinfer.node.host.last_ports import remember_ports
 
 from ..forking import fork_server
+from ..ports import free_port
 from .support import PATIENCE_S, NodeProcess, until
 
 pytestmark = pytest.mark.slow
@@ -149,6 +151,9 @@ def test_nodes_find_each_other_again_after_either_was_killed(place: Place) -> No
         told = place.run(f"generate --bootstrap {address} --max-new-tokens 4", *QUIET, "Once")
         return told.returncode == 0
 
+    for name in ("first", "second"):  # or another process could be given the port of one that is dead
+        (place.home / name).mkdir()
+        remember_ports(place.home / name, [f"/ip4/127.0.0.1/tcp/{free_port()}"])
     first = place.start("first", "--blocks", "0:4")
     _, address = first.ready()
     second = place.start("second", "--blocks", "4:8", "--bootstrap", address)

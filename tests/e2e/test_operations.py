@@ -17,7 +17,8 @@ from p2pinfer.node.transport.identity import load_identity
 from p2pinfer.node.transport.swarm_key import load_swarm_key, make_swarm_key
 
 from ..forking import fork_server
-from .support import PATIENCE_S, NodeProcess, free_port
+from ..ports import free_port
+from .support import PATIENCE_S, NodeProcess
 
 pytestmark = pytest.mark.slow
 

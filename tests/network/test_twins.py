@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from p2pinfer.node.swarm.membership import SwarmMember, open_swarm
 from p2pinfer.node.swarm.signed_records import seal
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.routing.announcement import Announcement, encode_announcement
+
+from ..ports import free_port
 
 REVISION = "a" * 32
 CONFIG = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False, upnp=False)
@@ -120,9 +121,7 @@ async def test_a_twin_that_is_known_by_its_address_before_it_starts_has_to_stop(
 ) -> None:
     monkeypatch.setattr("p2pinfer.node.swarm.identity_check.AGAIN_S", 0.2)
     identity = new_identity()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    place = f"/ip4/127.0.0.1/tcp/{port}"
+    place = f"/ip4/127.0.0.1/tcp/{free_port()}"
     first = has_run(await join(f"{place}/p2p/{identity.peer_id}", identity=identity))
     await trio.sleep(0.3)
     second = await join(identity=identity, listen=place)

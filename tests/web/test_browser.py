@@ -25,7 +25,8 @@ from p2pinfer.reputation.ledger import Ledger
 from p2pinfer.reputation.store import FILE_NAME
 from p2pinfer.web.trainings import noted_training
 
-from ..e2e.support import NodeProcess, free_port
+from ..e2e.support import NodeProcess
+from ..ports import free_port
 
 playwright_api: Any = pytest.importorskip("playwright.sync_api", reason="needs playwright; see `make page`")
 axe_api: Any = pytest.importorskip(

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ...e2e.support import PATIENCE_S, NodeProcess, free_port
+from ...e2e.support import PATIENCE_S, NodeProcess
 from ...forking import fork_server
+from ...ports import free_port
 
 KEY = "a-key-of-16-or-more"
 TEMPLATE = Path(__file__).parents[2] / "models/text/chat_templates/tools-tools-in-the-system-prompt.jinja"

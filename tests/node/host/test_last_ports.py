@@ -9,13 +9,9 @@ import pytest
 
 from p2pinfer.node.host.last_ports import FILE_NAME, remember_ports, with_last_ports
 
+from ...ports import free_port
+
 ANY = "/ip4/127.0.0.1/tcp/0"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_a_free_port_is_taken_again_where_any_would_do(tmp_path: Path) -> None:
