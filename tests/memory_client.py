@@ -23,7 +23,11 @@ from .node.memory_swarm import MemorySwarm, open_memory_swarm
 async def open_memory_client(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any
 ) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
-    """A client and its swarm; `folder` is where it keeps what it keeps."""
+    """A client and its swarm; `folder` is where it keeps what it keeps.
+
+    It takes a token a trip, unless it is given another config. How many it would take goes by what trips were
+    measured to cost, so on a busy machine a text could be over before the test is at the middle of it.
+    """
     async with open_memory_swarm(checkpoint) as swarm:
 
         @asynccontextmanager
@@ -31,7 +35,7 @@ async def open_memory_client(
             yield swarm.member(identity.peer_id)
 
         monkeypatch.setattr(client_module, "open_swarm", join)
-        options.setdefault("config", ClientConfig(dtype="float32"))
+        options.setdefault("config", ClientConfig(dtype="float32", speculate="off"))
         options.setdefault("audit", AuditConfig(rate=0.0))
         options.setdefault("session_config", SessionConfig(slow_step_s=60.0))  # machines may be busy
         async with Client(cache_dir=folder, data_dir=folder, **options) as client:

@@ -26,7 +26,7 @@ from p2pinfer.session.session import Session
 
 from .clients import PROMPT, OpenClient, Recorder, text_of
 
-SOON = ClientConfig(find_timeout_s=0.05, policy_timeout_s=0.05, dtype="float32")
+SOON = ClientConfig(find_timeout_s=0.05, dtype="float32")
 
 
 async def test_a_peer_without_room_is_left_alone_for_a_while_and_not_blamed(open_client: OpenClient) -> None:
@@ -234,7 +234,10 @@ async def test_a_text_for_which_nobody_has_room_begins_with_what_there_is(open_c
 
 
 async def test_a_text_that_waited_in_vain_can_be_resumed_by_another_client(open_client: OpenClient) -> None:
-    async with open_client(config=ClientConfig(wait_s=0.05, dtype="float32")) as (client, swarm):
+    async with open_client(config=ClientConfig(wait_s=0.05, dtype="float32", speculate="off")) as (
+        client,
+        swarm,
+    ):
         await swarm.serve("a")
         generation = client.generate(PROMPT, max_new_tokens=5, temperature=1.0, seed=3)
         whole = await text_of(client.generate(PROMPT, max_new_tokens=5, temperature=1.0, seed=3))

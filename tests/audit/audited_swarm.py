@@ -57,7 +57,8 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     @asynccontextmanager
     async def opened(**options: Any) -> AsyncGenerator[Client]:
         # A token a step: what is audited, and what steps say, is told by their number here.
-        options = {"audit": ALWAYS, "config": ClientConfig(dtype="float32", draft="off"), **options}
+        config = ClientConfig(dtype="float32", draft="off", speculate="off")
+        options = {"audit": ALWAYS, "config": config, **options}
         options.setdefault("reputation", Ledger())
         options.setdefault("policy", RiskAdjusted(RoutingConfig(explore_share=0.0, probation_share=0.0)))
         async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:

@@ -74,7 +74,7 @@ async def test_a_hop_killed_in_the_middle_changes_no_token(
     peer_id, _ = await trio.to_thread.run_sync(node.ready)
     way = [(swarm.peers[0], 0, 3), (swarm.peers[1], 3, 5), (swarm.peers[2], 5, 8)]
     way[position] = (peer_id, *way[position][1:])
-    async with swarm.client(policy=Along(way)) as client:
+    async with swarm.client(policy=Along(way), speculate="off") as client:  # the rest is not there yet
         generation = client.generate(PROMPT, max_new_tokens=30, **options)
         for _ in range(10):
             await anext(generation)
@@ -93,7 +93,8 @@ async def test_a_node_that_leaves_is_dropped_at_once_and_its_sessions_go_on_else
 ) -> None:
     node = start_node("0:4")
     peer_id, _ = await trio.to_thread.run_sync(node.ready)
-    async with swarm.client(policy=Along([(peer_id, 0, 4), (swarm.peers[1], 4, 8)])) as client:
+    way = Along([(peer_id, 0, 4), (swarm.peers[1], 4, 8)])
+    async with swarm.client(policy=way, speculate="off") as client:
         generation = client.generate(PROMPT, max_new_tokens=30)
         for _ in range(5):
             await anext(generation)

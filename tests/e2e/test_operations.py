@@ -23,6 +23,7 @@ from .support import PATIENCE_S, NodeProcess
 pytestmark = pytest.mark.slow
 
 PROMPT = "The giraffe and the umbrella went sailing to Valparaiso"
+TEN_STEPS = ("--max-new-tokens", "10", "--speculate", "off")
 LOGGED = ("--log-level", "debug", "--log-format", "json")
 
 
@@ -82,7 +83,7 @@ def test_a_member_is_served_and_no_log_tells_what_was_said(private: Private) -> 
 
 
 def test_metrics_tell_what_was_served(private: Private) -> None:
-    assert private.generate("--swarm-key", str(private.key), "--max-new-tokens", "10").returncode == 0
+    assert private.generate(*TEN_STEPS, "--swarm-key", str(private.key)).returncode == 0
     with urllib.request.urlopen(f"http://127.0.0.1:{private.metrics_port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
