@@ -47,9 +47,20 @@ class Outcome:
 
 
 def run_soak(
-    sessions: int, at_once: int, held: int, home: Path, say: Callable[[str], None] = lambda _: None
+    sessions: int,
+    at_once: int,
+    held: int,
+    home: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    warm_up: int = WARM_UP,
 ) -> Outcome:
-    """Put one node through all of it; `held` is how many sessions the client has that freezes, if any."""
+    """Put one node through all of it.
+
+    Args:
+        held: Sessions of the client that freezes; 0 for none.
+        warm_up: Sessions that come before, and are not counted.
+    """
     zygote = Zygote()
     try:
         node = NodeProcess(zygote, home / "node", (0, 8))
@@ -60,7 +71,7 @@ def run_soak(
         node.wait_ready()
         holder = ClientProcess(zygote, home / "holder")
         soak = _Soak(node, home, say)
-        trio.run(soak.run, sessions, at_once)
+        trio.run(soak.run, sessions, at_once, warm_up)
         if held:
             trio.run(soak.hold, held, holder)
         node.signal(signal.SIGTERM)
@@ -78,10 +89,10 @@ class _Soak:
         self._home = home
         self._say = say
 
-    async def run(self, sessions: int, at_once: int) -> None:
+    async def run(self, sessions: int, at_once: int, warm_up: int) -> None:
         """The sessions that end as they should."""
         async with self._clients(1) as clients:
-            await self._many(clients, WARM_UP, 1)
+            await self._many(clients, warm_up, 1)
             await self._together(clients, at_once)
         before = await self._vitals("before", None)
         async with self._clients(CLIENTS) as clients:
