@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Matrices this small only get slower by sharing, and who waits for a thread's part keeps a core of another
+# worker busy. OpenMP reads it once, here and in the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
 import importlib.util
 import logging
 import signal
@@ -34,6 +41,12 @@ settings.load_profile("p2pinfer")
 # What `nohup` ignores, commands go on ignoring, and tests would wait for it to end them.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Have no later collection of garbage look at all that was imported, a second's work in a whole run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

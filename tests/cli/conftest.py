@@ -29,7 +29,7 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("p2pinfer.cli.output.waiting.PATIENCE_S", 3600.0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def swarm_address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
     """Where to join a swarm of two node processes that hold blocks 0:5 and 3:8 of the bundled model."""
     first = start_node(tmp_path_factory.mktemp("first"), "0:5")

@@ -26,7 +26,7 @@ def tokenizer(tiny_stories: Path) -> Tokenizer:
     return load_tokenizer(tiny_stories)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Swarm]:
     """Four node processes that each hold the whole bundled model in float32."""
     home = tmp_path_factory.mktemp("swarm")

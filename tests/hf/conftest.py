@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..models.conftest import one_thread as one_thread  # fixtures
-from ..models.conftest import write_checkpoint as write_checkpoint
+from ..models.conftest import write_checkpoint as write_checkpoint  # a fixture
 
 WriteCheckpoint = Callable[..., Path]
 

@@ -39,12 +39,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 WriteCheckpoint = Callable[..., Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Matrices this small only get slower by sharing."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def write_checkpoint() -> WriteCheckpoint:
     """Writes a family's checkpoint into a folder: `write_checkpoint(folder, family, **config_options)`."""

@@ -251,11 +251,13 @@ def test_any_float_dtype_goes_in_and_the_runners_own_comes_out(runner: SpanRunne
 def test_a_worker_thread_computes_with_as_many_threads_as_torch_was_given(
     runner: SpanRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenMP counts by thread; a new one starts with every core, whatever torch says."""
+    """OpenMP counts by thread; a new one starts with every core, whatever torch says, or as here with two."""
     libraries = re.findall(r"/\S*libg?omp\S*", Path("/proc/self/maps").read_text())
     if not libraries:
         pytest.skip("torch computes without OpenMP here")
-    count_threads: Callable[[], int] = ctypes.CDLL(libraries[0]).omp_get_max_threads
+    openmp = ctypes.CDLL(libraries[0])
+    count_threads: Callable[[], int] = openmp.omp_get_max_threads
+    take_threads: Callable[[int], None] = openmp.omp_set_num_threads
     counts: list[int] = []
 
     def count(*_: object) -> None:
@@ -264,7 +266,7 @@ def test_a_worker_thread_computes_with_as_many_threads_as_torch_was_given(
 
     monkeypatch.setattr("p2pinfer.models.compute.stage.PackedAttention", count)
     lease = runner.cache.reserve(1)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError):
+    with ThreadPoolExecutor(1, initializer=take_threads, initargs=(2,)) as pool, pytest.raises(RuntimeError):
         pool.submit(runner.run, [Chunk(lease, 0, torch.zeros(1, 320))]).result()
     assert counts == [1]
     lease.release()
