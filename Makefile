@@ -17,7 +17,7 @@ INSTALL := $(PYTHON) scripts/install.py $(VENV)
 USABLE := $(VENV)/.usable
 TESTABLE := $(VENV)/.testable
 
-.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos clients endurance fuzz fuzz-http sleepers strangers templates docs outputs site compose families lab lab-lines lab-moves lab-shell page clean
+.PHONY: help demo test isa lint check bench bench-gpu wheel-test chaos clients endurance fuzz fuzz-http sleepers strangers sweeps templates docs outputs site compose families lab lab-lines lab-moves lab-shell page clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,9 +33,13 @@ test: $(TESTABLE)  ## the tests
 isa: $(TESTABLE)  ## the tests of numerics, as processors with other instructions would compute them
 	@for isa in ALL AVX512_CORE AVX2; do \
 		echo "ONEDNN_MAX_CPU_ISA=$$isa"; \
-		ONEDNN_MAX_CPU_ISA=$$isa $(BIN)/python -m pytest @tests/numerics.txt \
+		ONEDNN_MAX_CPU_ISA=$$isa $(BIN)/python -m pytest @tests/numerics.txt -m "sweep or not sweep" \
 			--numprocesses 3 --dist loadfile || exit 1; \
 	done
+
+sweeps: $(TESTABLE)  ## the cases that the tests leave out, of whose kinds they have one
+	@$(BIN)/python -m pytest -m sweep --numprocesses 3 --dist loadfile
+	@$(BIN)/python -m pytest -m hypothesis --hypothesis-profile sweep --numprocesses 3 --dist loadfile
 
 lint: $(TESTABLE)  ## format, lint, types, import order
 	$(BIN)/ruff format --check

@@ -34,7 +34,9 @@ from .spares import hidden_states, on_one_machine
 
 # The first draw of a text takes seconds on a machine that has never made one: hypothesis builds its tables of
 # characters then. How fast examples are made or run says nothing of what is tested.
-settings.register_profile("p2pinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("p2pinfer", PATIENT, max_examples=50)
+settings.register_profile("sweep", PATIENT, max_examples=250)
 settings.load_profile("p2pinfer")
 
 

@@ -63,8 +63,17 @@ async def test_a_seed_draws_the_same_on_every_way(swarm: Swarm) -> None:
     assert len(results[0].text.split()) > 10
 
 
-@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
+@pytest.mark.parametrize(
+    ("position", "options"),
+    [
+        pytest.param(0, {}, id="first, greedy"),
+        pytest.param(1, DRAWN, id="middle, drawn"),
+        pytest.param(2, {}, id="last, greedy"),
+        pytest.param(0, DRAWN, id="first, drawn", marks=pytest.mark.sweep),
+        pytest.param(1, {}, id="middle, greedy", marks=pytest.mark.sweep),
+        pytest.param(2, DRAWN, id="last, drawn", marks=pytest.mark.sweep),
+    ],
+)
 async def test_a_hop_killed_in_the_middle_changes_no_token(
     position: int, options: dict[str, Any], swarm: Swarm, start_node: StartNode
 ) -> None:

@@ -123,7 +123,14 @@ def write_tokenizer(folder: Path, words: int) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma2",
+        "mixtral",
+        *(pytest.param(each, marks=pytest.mark.sweep) for each in ("llama", "mistral", "qwen2", "qwen3")),
+    ],
+)
 async def test_greedy_ids_are_those_of_transformers_in_every_family(
     family: str, write_checkpoint: Callable[..., Path], oracle: Oracle, tmp_path: Path
 ) -> None:
@@ -160,7 +167,13 @@ async def teacher_forced(client: Client, ids: list[int], prefill: int, hops: int
     return client.ends.logits(torch.cat(hidden))
 
 
-@pytest.mark.parametrize(("model", "boundaries"), [("tiny_stories", (0, 3, 7, 8)), ("smollm2", (0, 11, 30))])
+@pytest.mark.parametrize(
+    ("model", "boundaries"),
+    [
+        ("tiny_stories", (0, 3, 7, 8)),
+        pytest.param("smollm2", (0, 11, 30), marks=pytest.mark.sweep),
+    ],
+)
 async def test_bfloat16_ids_are_those_of_transformers_wherever_the_margin_is_clear(
     model: str, boundaries: tuple[int, ...], request: pytest.FixtureRequest, oracle: Oracle, tmp_path: Path
 ) -> None:

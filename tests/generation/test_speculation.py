@@ -21,6 +21,7 @@ from ..memory_client import open_memory_client
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 from .texts import Walk, local_ids, start
 
+DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 3}
 REPEATING = "Tom has a red ball. Tom has a blue ball. Tom has a red ball. Tom has a"
 
 
@@ -101,7 +102,7 @@ def test_far_away_weak_guesses_pay_from_the_first_trips_on(seed: int) -> None:
 @pytest.mark.parametrize(
     ("trip_s", "position_s"), [(0.2, 0.0), (0.2, 0.01), (0.2, 0.04), (0.05, 0.05), (0.0, 0.1)]
 )
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(each, marks=pytest.mark.sweep) for each in (2, 3))])
 @pytest.mark.parametrize("known", [True, False])
 def test_where_guesses_do_not_pay_hardly_any_are_sent(
     vocab: int, trip_s: float, position_s: float, seed: int, known: bool
@@ -198,8 +199,16 @@ def test_a_setting_that_is_none_is_refused(wrong: str) -> None:
 # ---------------------------------------------------------------------- the same text
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("depth", [1, 5, MAX_DEPTH, None])
+@pytest.mark.parametrize(
+    ("depth", "seed"),
+    [
+        *((1, 3), (5, 0), (MAX_DEPTH, 3), (None, 0)),
+        *(
+            pytest.param(*each, marks=pytest.mark.sweep)
+            for each in ((1, 0), (5, 3), (MAX_DEPTH, 0), (None, 3))
+        ),
+    ],
+)
 async def test_the_text_is_the_one_without_guesses(
     depth: int | None, seed: int, checkpoint: Checkpoint, ends: EmbeddingAndHead, tokenizer: Tokenizer
 ) -> None:
@@ -282,8 +291,15 @@ async def test_a_token_that_was_cancelled_is_not_skipped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, -1])
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize(
+    ("drawn", "dies"),
+    [
+        ({}, 0),
+        (DRAWN, -1),
+        pytest.param({}, -1, marks=pytest.mark.sweep),
+        pytest.param(DRAWN, 0, marks=pytest.mark.sweep),
+    ],
+)
 async def test_a_hop_that_dies_changes_no_token(
     drawn: dict[str, Any], dies: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def invent(
         pytest.param(40, 4.0, False, id="40 refusing"),
         pytest.param(40, 4.0, True, id="40 silent"),
         pytest.param(300, 8.0, False, id="300 refusing", marks=pytest.mark.slow),
-        pytest.param(1000, 20.0, True, id="1000 silent", marks=pytest.mark.slow),
+        pytest.param(1000, 20.0, True, id="1000 silent", marks=pytest.mark.sweep),
     ],
 )
 async def test_a_real_route_is_found_among_invented_peers(

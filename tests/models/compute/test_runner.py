@@ -116,7 +116,14 @@ def decode_together(chain: Chain, prompts: Sequence[list[int]], chunks: Sequence
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("boundaries", [(0, 4), (0, 1, 4), (0, 2, 3, 4), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize(
+    "boundaries",
+    [
+        (0, 2, 3, 4),
+        *(pytest.param(split, marks=pytest.mark.sweep) for split in ((0, 4), (0, 1, 4), (0, 1, 2, 3, 4))),
+    ],
+    ids=str,
+)
 def test_greedy_ids_equal_transformers_for_every_family_and_split(
     family_checkpoint: Checkpoint, oracle: Oracle, boundaries: tuple[int, ...]
 ) -> None:
@@ -290,7 +297,10 @@ def test_trained_weights_give_the_ids_of_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "boundaries"), [("tiny_stories", (0, 3, 8)), ("smollm2", (0, 30))])
+@pytest.mark.parametrize(
+    ("model", "boundaries"),
+    [("tiny_stories", (0, 3, 8)), pytest.param("smollm2", (0, 30), marks=pytest.mark.sweep)],
+)
 def test_bfloat16_ids_equal_transformers_wherever_the_margin_is_clear(
     model: str, boundaries: tuple[int, ...], request: pytest.FixtureRequest, oracle: Oracle
 ) -> None:

@@ -214,7 +214,13 @@ def logits_of(config: dict[str, Any], weights: Path, folder: Path) -> torch.Tens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma2", "llama", "mixtral"),
+        *(pytest.param(each, marks=pytest.mark.sweep) for each in ("mistral", "qwen2", "qwen3")),
+    ],
+)
 def test_each_field_that_changes_the_logits_is_another_model_or_refused(
     family: str, write_checkpoint: WriteCheckpoint, tmp_path: Path
 ) -> None:
