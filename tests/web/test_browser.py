@@ -70,9 +70,12 @@ def serving(home: Path, *flags: str) -> Generator[str]:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
-    """A server with a swarm of its own, and a training that ended."""
+    """A server with a swarm of its own, a training that ended, and a peer that this computer has banned."""
     home = tmp_path_factory.mktemp("server")
     trio.run(note_training, home)
+    ledger = Ledger.open(home / FILE_NAME)
+    ledger.ban(LIAR, why="sent nonsense", now=time.time())
+    ledger.close()
     with serving(home) as found:
         yield found
 
@@ -175,6 +178,13 @@ def test_trust_is_told_in_words_and_a_ban_with_its_proof(page: Any, half_url: st
     assert f"{LIAR[-6:]} banned by a proof" in ban
     assert "blocks 3:5 differ" in ban
     assert f"{WITNESS[-6:]}: it was run again here and holds" in ban
+
+
+def test_bans_of_this_computer_are_shown_beside_a_swarm_of_its_own(page: Any, url: str) -> None:
+    page.goto(url)
+    page.locator("#bans li").wait_for()
+    assert f"{LIAR[-6:]} banned by you" in page.locator("#bans li").inner_text()
+    assert "sent nonsense" in page.locator("#bans li").inner_text()
 
 
 def test_a_training_is_drawn_while_it_runs(page: Any, tmp_path: Path) -> None:
@@ -292,6 +302,28 @@ def test_a_key_is_asked_for_where_one_is_wanted(page: Any, tmp_path: Path) -> No
         page.locator("#peers li").first.wait_for()
         send(page)
         page.locator(".origin").wait_for(timeout=60_000)
+
+
+def test_one_of_several_models_is_chosen_and_answers(page: Any, tiny_stories: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_stories, tmp_path / "teller")
+    node = NodeProcess(tmp_path / "node", "--blocks", "0:8", "--set", f"cache_dir={tmp_path}")
+    try:
+        _, address = node.ready()
+        models = ("--model", "tiny-stories", "--model", str(folder))
+        with serving(tmp_path / "home", "--bootstrap", address, *models) as url:
+            page.goto(url)
+            page.locator("#peers li").first.wait_for(timeout=30_000)
+            assert "tiny-stories, 8 blocks" in page.locator("#model").inner_text()
+            page.get_by_label("Model", exact=True).select_option("teller")
+            page.get_by_text("teller, 8 blocks").wait_for()
+            send(page)
+            page.locator(".origin").wait_for(timeout=60_000)
+            assert page.locator("#log .model .who").inner_text() == "teller"
+            page.wait_for_timeout(3500)  # the swarm is drawn anew meanwhile
+            assert page.get_by_label("Model", exact=True).input_value() == "teller"
+    finally:
+        node.signal(signal.SIGKILL)
+        node.end()
 
 
 def test_a_hop_that_dies_is_shown_and_the_text_goes_on(page: Any, tmp_path: Path) -> None:
