@@ -29,6 +29,9 @@ from p2pinfer.models.text.text import Tokenizer
 _PAGE_TOKENS: Final = 64
 _READ_TOKENS: Final = 512  # of a prompt, at once
 _LAST_PASSES: Final = 15  # whose median counts
+# Texts that draft at the same time. One more would wait for passes of all others: 200 texts that did so took
+# all threads that draw tokens, for half a second in which nothing could be cancelled.
+_AT_ONCE: Final = 2
 
 Choose: TypeAlias = Callable[[Tensor, Sequence[int]], int]  # logits (vocab,), all tokens before -> the token
 
@@ -42,6 +45,7 @@ class DraftModel:
         self.ends = ends
         self.vocab_size = min(vocab_size, ends.spec.vocab_size)
         self.lock = threading.Lock()  # texts are drafted in threads of their own
+        self.places = threading.BoundedSemaphore(_AT_ONCE)
 
 
 class ModelDrafter:
@@ -65,13 +69,21 @@ class ModelDrafter:
     def guesses(self, ids: Sequence[int], last_id: int) -> Iterator[tuple[int, float]]:
         """Guesses at what follows `ids` and then `last_id`, each with the draft model's probability of it.
 
-        Each takes a pass through the draft model when it is asked for. They end where its context does.
+        Each takes a pass through the draft model when it is asked for. They end where its context does, and
+        there are none while other texts draft.
 
         Raises:
             ConfigError: The text has a token that the draft model does not know.
             CacheFull: There is no memory for its cache.
         """
-        new = self._take(ids, last_id)
+        if not self._model.places.acquire(blocking=False):
+            return
+        try:
+            yield from self._guesses(self._take(ids, last_id))
+        finally:
+            self._model.places.release()
+
+    def _guesses(self, new: list[int]) -> Iterator[tuple[int, float]]:
         while len(self._ids) < self._room:
             started = time.perf_counter()
             logits = self._pass(new)

@@ -171,6 +171,19 @@ def test_guesses_end_where_the_draft_model_s_context_does(tiny_stories: Path, tm
     assert [*drafter.guesses([*text, *text], 9)] == []
 
 
+def test_a_text_is_not_held_up_by_the_drafts_of_others(
+    weak_folder: Path, tiny_stories: Path, tmp_path: Path
+) -> None:
+    """Hundreds of texts that waited for their turn took all threads, and could not be cancelled there."""
+    model, text = draft_model(weak_folder, tiny_stories, tmp_path), [1, 5, 6, 7]
+    one, other, third = (ModelDrafter(model, 900, greedy) for _ in range(3))
+    begun = [each.guesses(text[:-1], text[-1]) for each in (one, other)]
+    expected = [next(each) for each in begun]
+    assert [*third.guesses(text[:-1], text[-1])] == []
+    del begun[-1]  # which ends its draft
+    assert taken(third, text, 1) == expected[:1]
+
+
 async def test_a_draft_model_that_fails_costs_no_token(
     weak_folder: Path,
     tiny_stories: Path,
