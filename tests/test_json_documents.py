@@ -134,6 +134,7 @@ def test_the_json_of_a_result_has_these_keys_and_only_ascii() -> None:
             "in_flight": 1.25,
             "predicted_tokens_per_s": 21.5,
         },
+        "packed_tokens": 0,
     }
     assert to_json(msgspec.json.decode(line, type=ResultDocument)) == line
 

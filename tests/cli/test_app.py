@@ -311,6 +311,7 @@ def test_the_values_of_a_choice_stand_in_the_help() -> None:
     choosing = [option for _, option in setting_options() if option.choices]
     assert {option.setting for option in choosing} == {
         "client.policy",
+        "client.prefill_codec",
         "client.speculate",
         "compute.dtype",
         "compute.device",

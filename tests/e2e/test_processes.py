@@ -71,6 +71,7 @@ SHAPE: dict[str, Any] = {
         "in_flight": float,
         "predicted_tokens_per_s": (float, type(None)),  # null where a line was never measured
     },
+    "packed_tokens": int,
 }
 
 

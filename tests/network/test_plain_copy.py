@@ -144,7 +144,9 @@ async def test_a_door_opens_for_its_token_alone(
     run: Callable[..., Any] = trio.to_thread.run_sync
     try:
         wrong = await run(ask, bytes(TOKEN_BYTES), (sha256, 0, 1))
-    except ConnectionResetError:  # what was sent behind a wrong token is not read
+    except (
+        OSError
+    ):  # what was sent behind a wrong token is not read, and nobody may be there to be told its end
         wrong = b""
     assert wrong == b""
     answer = await run(
