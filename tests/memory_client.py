@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,16 @@ from p2pinfer import client as client_module
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.node.swarm.membership import SwarmMember
 from p2pinfer.node.transport.identity import Identity
 
-from .node.memory_swarm import MemorySwarm, open_memory_swarm
+from .node.memory_swarm import FLOAT32, MemorySwarm, open_memory_swarm
+
+STORY = "Once upon a time there was a little girl who had a big red ball. " * 5
+NEXT = " The next day, her mom said"
+
+OpenClient = Callable[..., AbstractAsyncContextManager[tuple[Client, MemorySwarm]]]
 
 
 @asynccontextmanager
@@ -40,3 +46,22 @@ async def open_memory_client(
         options.setdefault("session_config", SessionConfig(slow_step_s=60.0))  # machines may be busy
         async with Client(cache_dir=folder, data_dir=folder, **options) as client:
             yield client, swarm
+
+
+def three_hops(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, folder: Path) -> OpenClient:
+    """Opens a client in a swarm of three hops, which draw tokens where it is thin."""
+
+    @asynccontextmanager
+    async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
+        async with open_memory_client(checkpoint, monkeypatch, folder, **options) as (client, swarm):
+            ends = load_embedding_and_head(checkpoint, FLOAT32)
+            for name, start, stop in (("a", 0, 3), ("b", 3, 5), ("c", 5, 8)):
+                await swarm.serve(name, start, stop, ends=ends)
+            yield client, swarm
+
+    return opened
+
+
+def forget_texts(client: Client) -> None:
+    """Let the next text begin without those before it."""
+    client._kept_texts._texts.clear()  # pyright: ignore[reportPrivateUsage]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,31 +16,16 @@ from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.node.transport.line_rate import Line
 from p2pinfer.planning.uplink import SLOW_S, Uplink
 
-from .memory_client import open_memory_client
-from .node.memory_swarm import FLOAT32, MemorySwarm
+from .memory_client import NEXT, STORY, OpenClient, forget_texts, three_hops
+from .node.memory_swarm import FLOAT32
 
-STORY = "Once upon a time there was a little girl who had a big red ball. " * 5
-NEXT = " The next day, her mom said"
 PACKED = ClientConfig(dtype="float32", draft="off", speculate="off", prefill_codec="int8")
-WAY = (("a", 0, 3), ("b", 3, 5), ("c", 5, 8))
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 11}
-
-OpenClient = Callable[..., AbstractAsyncContextManager[tuple[Client, MemorySwarm]]]
 
 
 @pytest.fixture
 def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
-    """Opens a client in a memory swarm of three hops."""
-
-    @asynccontextmanager
-    async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
-        async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as (client, swarm):
-            ends = load_embedding_and_head(checkpoint, FLOAT32)
-            for name, start, stop in WAY:
-                await swarm.serve(name, start, stop, ends=ends)
-            yield client, swarm
-
-    return opened
+    return three_hops(checkpoint, monkeypatch, tmp_path)
 
 
 async def ask(client: Client, prompt: str, tokens: int = 12, **options: Any) -> Generation:
@@ -50,11 +33,6 @@ async def ask(client: Client, prompt: str, tokens: int = 12, **options: Any) -> 
     async for _ in generation:
         pass
     return generation
-
-
-def forget(client: Client) -> None:
-    """Let the next text begin without those before it."""
-    client._kept_texts._texts.clear()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("thin", ["off", "on"])
@@ -65,16 +43,16 @@ async def test_a_text_is_the_same_each_time_resumed_failed_over_and_guessed_at(
     async with open_client(config=config) as (client, swarm):
         whole = await ask(client, STORY)
         assert whole.result.packed_tokens == whole.result.prompt_tokens - 1
-        forget(client)
+        forget_texts(client)
         part = await ask(client, STORY, 5)
         assert part.resume_token is not None
-        forget(client)
+        forget_texts(client)
         rest = client.resume(part.resume_token, max_new_tokens=7)
         async for _ in rest:
             pass
         assert rest.result.packed_tokens == whole.result.packed_tokens
         assert rest.result.token_ids == whole.result.token_ids
-        forget(client)
+        forget_texts(client)
         # Cut at the same blocks: hidden states are rounded where one hop hands them to the next.
         for name, start, stop in (("d", 0, 3), ("e", 3, 5), ("f", 5, 8)):
             await swarm.serve(name, start, stop, ends=load_embedding_and_head(swarm.checkpoint, FLOAT32))
@@ -98,7 +76,7 @@ async def test_the_next_question_begins_behind_the_prompt_before_it(open_client:
         second = await ask(client, prompt)
         said = first.result.prompt_tokens
         assert said - 3 <= second.result.reused_tokens < said
-        forget(client)
+        forget_texts(client)
         anew = await ask(client, prompt)
         assert anew.result.reused_tokens == 0
         assert anew.result.token_ids == second.result.token_ids

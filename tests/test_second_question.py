@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,34 +13,17 @@ from p2pinfer.client import Client
 from p2pinfer.client_config import ClientConfig
 from p2pinfer.generation.generation import Generation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import SessionClosed
 
-from .memory_client import open_memory_client
-from .node.memory_swarm import FLOAT32, MemorySwarm
+from .memory_client import NEXT, STORY, OpenClient, forget_texts, three_hops
 
-STORY = "Once upon a time there was a little girl who had a big red ball. " * 5
-NEXT = " The next day, her mom said"
 PLAIN = ClientConfig(dtype="float32", draft="off", speculate="off")
-
-OpenClient = Callable[..., AbstractAsyncContextManager[tuple[Client, MemorySwarm]]]
 
 
 @pytest.fixture
 def open_client(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> OpenClient:
-    """Opens a client in a memory swarm of three hops."""
-
-    @asynccontextmanager
-    async def opened(**options: Any) -> AsyncGenerator[tuple[Client, MemorySwarm]]:
-        async with open_memory_client(checkpoint, monkeypatch, tmp_path, **options) as (client, swarm):
-            is_thin = "config" in options and options["config"].thin == "on"
-            ends = load_embedding_and_head(checkpoint, FLOAT32) if is_thin else None
-            for name, start, stop in (("a", 0, 3), ("b", 3, 5), ("c", 5, 8)):
-                await swarm.serve(name, start, stop, ends=ends)
-            yield client, swarm
-
-    return opened
+    return three_hops(checkpoint, monkeypatch, tmp_path)
 
 
 async def finished(generation: Generation) -> Generation:
@@ -53,11 +34,6 @@ async def finished(generation: Generation) -> Generation:
 
 async def ask(client: Client, prompt: str, **options: Any) -> Generation:
     return await finished(client.generate(prompt, max_new_tokens=12, **options))
-
-
-def forget(client: Client) -> None:
-    """Let the next text begin without those before it."""
-    client._kept_texts._texts.clear()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +53,7 @@ async def test_the_next_question_begins_behind_the_last_answer(
         second = await ask(client, prompt, **options)
         said = len(client.local.tokenizer.encode(STORY)) + len(first.result.token_ids)
         assert said - 12 <= second.result.reused_tokens < said  # tokens at the joints may be others
-        forget(client)
+        forget_texts(client)
         anew = await ask(client, prompt, **options)
         assert anew.result.reused_tokens == 0
         assert anew.result.token_ids == second.result.token_ids
@@ -86,7 +62,7 @@ async def test_the_next_question_begins_behind_the_last_answer(
 async def test_several_answers_to_one_prompt_share_its_prefill(open_client: OpenClient) -> None:
     async with open_client(config=PLAIN) as (client, _):
         answers = [await ask(client, STORY, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
-        forget(client)
+        forget_texts(client)
         anew = [await ask(client, STORY, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
         assert [each.result.token_ids for each in answers] == [each.result.token_ids for each in anew]
         assert answers[0].result.reused_tokens == 0
@@ -116,7 +92,7 @@ async def test_samples_at_once_have_their_prompt_computed_once(
             await trio.lowlevel.checkpoint()
         computed = sum(event.tokens for event in swarm.events if isinstance(event, SessionClosed))
         assert 3 * prompt <= computed <= 3 * (prompt + (prompt - 64 + 12) * len(seeds))
-        forget(client)
+        forget_texts(client)
         alone = [await ask(client, STORY, temperature=1.0, seed=seed) for seed in seeds]
         assert [each.result.token_ids for each in samples] == [each.result.token_ids for each in alone]
 
