@@ -6,6 +6,7 @@ node says nothing on standard error, and gives everything back.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -71,7 +72,9 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """A node that ends with everything given back, and with nothing to complain about."""
     home = tmp_path_factory.mktemp("victim")
     flags = ("--blocks", "0:8", "--dtype", "float32", "--set", "serve.handshake_timeout_s=3")
-    node = NodeProcess(home, *flags, "--set", f"cache_dir={home}")
+    # A hundred attackers come from this one address: how often they may is for tests/network/test_floods.py.
+    unslowed = ("--set", "host.loop_share=1", "--set", "host.loop_share_at_work=1")
+    node = NodeProcess(home, *flags, *unslowed, "--set", f"cache_dir={home}")
     ready = node.wait_for("ready")
     yield Victim(node, ready["peer_id"], ready["addrs"][0], ready["revision"])
     assert node.end() == 0
@@ -299,19 +302,35 @@ def test_a_stranger_can_neither_feed_nor_take_over_a_session(victim: Victim, hon
     attack(victim, use)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What is sent on one stream. Shown without the zeros, of which a row of a step has thousands."""
+
+    protocol: str
+    content: bytes
+
+    def __repr__(self) -> str:
+        shown = re.sub(rb"\0{9,}", _count, self.content)
+        return f"{self.protocol} {shown!r}"
+
+
+def _count(zeros: re.Match[bytes]) -> bytes:
+    return b"(%d zeros)" % len(zeros[0])
+
+
 @st.composite
-def conversations(draw: st.DrawFn, frames: Sequence[bytes]) -> list[tuple[str, bytes]]:
-    """(protocol, bytes) of streams: frames in any order, some of them bitten."""
+def conversations(draw: st.DrawFn, frames: Sequence[bytes]) -> list[Said]:
+    """Streams of frames in any order, some of them bitten."""
     protocol = st.sampled_from(PROTOCOLS)
     parts = st.lists(st.sampled_from(frames) | st.binary(max_size=200), min_size=1, max_size=6)
-    streams: list[tuple[str, bytes]] = []
+    streams: list[Said] = []
     for _ in range(draw(st.integers(1, 3))):
         content = bytearray(b"".join(draw(parts)))
         for _ in range(draw(st.integers(0, 4))):
             if content:
                 content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
         cut = draw(st.integers(0, len(content)))
-        streams.append((draw(protocol), bytes(content[:cut] if draw(st.booleans()) else content)))
+        streams.append(Said(draw(protocol), bytes(content[:cut] if draw(st.booleans()) else content)))
     return streams
 
 
@@ -332,11 +351,11 @@ def test_nothing_that_can_be_sent_disturbs_anybody_else(victim: Victim, honest: 
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(conversations(frames))
-    def converse(streams: Sequence[tuple[str, bytes]]) -> None:
+    def converse(streams: Sequence[Said]) -> None:
         async def use(host: Host) -> None:
             async with trio.open_nursery() as nursery:
-                for protocol, content in streams:
-                    nursery.start_soon(say, host, victim.peer_id, protocol, content)
+                for stream in streams:
+                    nursery.start_soon(say, host, victim.peer_id, stream)
 
         attack(victim, use)
         honest.step()
@@ -352,12 +371,12 @@ def test_nothing_that_can_be_sent_disturbs_anybody_else(victim: Victim, honest: 
     assert closing_of(victim, attack(victim, leave))["sessions"] <= 1  # the honest one
 
 
-async def say(host: Host, peer_id: str, protocol: str, content: bytes) -> None:
+async def say(host: Host, peer_id: str, said: Said) -> None:
     """Send it, listen for a moment, hang up."""
     with suppress(PeerError):
-        stream = await host.open_stream(peer_id, protocol)
+        stream = await host.open_stream(peer_id, said.protocol)
         try:
-            await stream.send_all(content)
+            await stream.send_all(said.content)
             with trio.move_on_after(0.02):
                 while await stream.receive_some():
                     pass
