@@ -147,7 +147,7 @@ def with_deep_prompts(model: Any, prompts: torch.Tensor) -> Any:
             mask = model.mask
             first = torch.where(mask.bool(), mask.cumsum(1) - 1, tokens).clamp(max=tokens)
             padded = torch.cat((made[block], torch.zeros(1, made.shape[-1])))
-            return (args[0] + padded[first], *args[1:])
+            return ((args[0] + padded[first]).to(args[0].dtype), *args[1:])
 
         return hook
 
@@ -211,6 +211,7 @@ def compare(
     theirs = auto.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager", **changes
     ).eval()
+    passes = ours.model.layers.passes.trainer
     if is_head:
         theirs.score.load_state_dict(ours.score.state_dict())
     if method == "deep":
@@ -218,6 +219,7 @@ def compare(
         theirs = with_deep_prompts(theirs, ours.model.layers.deep_prompts)
     ours, theirs = prepare(method, ours), prepare(method, theirs)
     mine, my_s = train(ours, method, options, nodes)
+    passes.close()  # so that hops let the next model in
     other, other_s = train(theirs, method, options, [])
     ends = [
         torch.cat([each.detach().float().flatten() for each in trained_of(model)]) for model in (ours, theirs)

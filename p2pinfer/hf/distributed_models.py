@@ -309,6 +309,7 @@ class _Distributed(nn.Module):
             model_kwargs[CACHE] = SwarmCache(self.model.layers.passes.open_rows)
 
     def close(self) -> None:
-        """Leave the swarm, if `from_pretrained` joined it. Harmless twice."""
+        """End its sessions on the hops; leave the swarm if `from_pretrained` joined it. Harmless twice."""
+        self.model.layers.passes.trainer.close()
         if self.owns_swarm:
             self.swarm.close()

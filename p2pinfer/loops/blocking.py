@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +15,11 @@ from torch import Tensor
 from p2pinfer.client import Client, PeerView
 from p2pinfer.client_config import TuneConfig
 from p2pinfer.embedded import client_host_config, may_embed, swarm_in_reach
-from p2pinfer.errors import LocalError
 from p2pinfer.generation.generation import Generation, GenerationConfig, GenerationResult, Token
 from p2pinfer.learning.examples import Example
 from p2pinfer.learning.swarm_trainer import Batch, SwarmTrainer, Trace, open_trainer
 from p2pinfer.learning.trained_adapter import AdapterGradient, ModelAdapter
-from p2pinfer.learning.tuner import PassResult, StepResult, Tuner
+from p2pinfer.learning.tuner import PassResult, StepResult
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL
 from p2pinfer.models.learning.ends import Loss, cross_entropy
 from p2pinfer.models.span import BlockSpan
@@ -32,7 +30,7 @@ from p2pinfer.routing.policy import RoutingPolicy
 from p2pinfer.routing.route import Route
 from p2pinfer.session.terms import SessionAdapter
 
-from .trio_thread import Pump, TrioThread
+from .trio_thread import Held, Pump, TrioThread
 
 
 @suggesting
@@ -127,7 +125,7 @@ class BlockingClient:
         return self._loop.call(lambda client: client.peers())
 
     def trainer(self) -> BlockingTrainer:
-        """Training passes over the swarm, for as long as this client is open."""
+        """Training passes over the swarm, until it is closed, forgotten, or this client is closed."""
         return BlockingTrainer(self._loop)
 
     def rows(self, adapter: ModelAdapter | None = None) -> BlockingRows:
@@ -135,7 +133,7 @@ class BlockingClient:
         return BlockingRows(self._loop, adapter)
 
     def tuner(self, config: TuneConfig | None = None) -> BlockingTuner:
-        """The four verbs of tuning, for as long as this client is open; see `Client.tuner`."""
+        """The four verbs of tuning, until it is closed or forgotten; see `Client.tuner`."""
         return BlockingTuner(self._loop, config)
 
     def close(self) -> None:
@@ -197,27 +195,14 @@ class BlockingTrainer:
 
     def __init__(self, loop: TrioThread) -> None:
         self._loop = loop
-        self._opened: Future[SwarmTrainer] = Future()
-        loop.spawn(self._hold)
-        self._trainer = self._opened.result()
-
-    async def _hold(self) -> None:
-        client = self._loop.client
-        opening = open_trainer(
-            client.member.host,
-            client.spec,
-            client.routes,
-            lambda: client.table_changed,
-            watch=client.training_watch,
-        )
-        async with opening as trainer:
-            self._opened.set_result(trainer)
-            await trio.sleep_forever()
+        self._held = Held(lambda: _open_trainer(loop.client))
+        self._close = weakref.finalize(self, loop.soon, self._held.close)
+        self._held.open(loop)
 
     @property
     def route(self) -> Route:
         """Peers that compute at the moment."""
-        return self._trainer.route
+        return self._held.opened.route
 
     def forward(
         self,
@@ -229,14 +214,19 @@ class BlockingTrainer:
         seed: int = 0,
     ) -> Trace:
         """Run blocks over a batch; see `SwarmTrainer.forward`."""
-        trainer = self._trainer
-        return self._loop.wait(lambda: trainer.forward(batch, adapter, span=span, keeps=keeps, seed=seed))
+        return self._loop.wait(
+            lambda: self._held.opened.forward(batch, adapter, span=span, keeps=keeps, seed=seed)
+        )
 
     def backward(
         self, trace: Trace, gradient: Tensor, *, wants_hidden: bool = True
     ) -> tuple[Tensor | None, AdapterGradient | None]:
         """Gradients of a batch and of its adapter; see `SwarmTrainer.backward`."""
-        return self._loop.wait(lambda: self._trainer.backward(trace, gradient, wants_hidden=wants_hidden))
+        return self._loop.wait(lambda: self._held.opened.backward(trace, gradient, wants_hidden=wants_hidden))
+
+    def close(self) -> None:
+        """End the sessions on the hops, some time soon. Harmless twice."""
+        self._close()
 
 
 class BlockingRows:
@@ -264,31 +254,19 @@ class BlockingTuner:
 
     def __init__(self, loop: TrioThread, config: TuneConfig | None) -> None:
         self._loop = loop
-        self._config = config
-        self._opened: Future[Tuner] = Future()
-        loop.spawn(self._hold)
-        self._tuner = self._opened.result()
-
-    async def _hold(self) -> None:
-        try:
-            async with self._loop.client.tuner(self._config) as tuner:
-                self._opened.set_result(tuner)
-                await trio.sleep_forever()
-        except LocalError as exc:
-            if self._opened.done():
-                raise
-            self._opened.set_exception(exc)
+        self._held = Held(lambda: loop.client.tuner(config))
+        self._close = weakref.finalize(self, loop.soon, self._held.close)
+        self._held.open(loop)
 
     def example(self, prompt: str, completion: str) -> Example:
         """An example whose completion is learnt; see `Tuner.example`."""
-        return self._tuner.example(prompt, completion)
+        return self._held.opened.example(prompt, completion)
 
     def forward_backward(
         self, examples: Sequence[Example], loss: Loss = cross_entropy
     ) -> Callable[[], PassResult]:
         """Begin to run a batch there and back; what is returned waits for its result when it is called."""
-        tuner = self._tuner
-        pending = self._loop.call(lambda _: tuner.forward_backward(examples, loss))
+        pending = self._loop.call(lambda _: self._held.opened.forward_backward(examples, loss))
 
         async def wait() -> PassResult:
             return await pending
@@ -297,14 +275,28 @@ class BlockingTuner:
 
     def optim_step(self, learning_rate: float | None = None) -> StepResult:
         """Change the adapter by the gradients of the batches that were begun; see `Tuner.optim_step`."""
-        return self._loop.wait(lambda: self._tuner.optim_step(learning_rate))
+        return self._loop.wait(lambda: self._held.opened.optim_step(learning_rate))
 
     def sample(
         self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int | None = None
     ) -> str:
         """Text that the model continues `prompt` with; see `Tuner.sample`."""
-        return self._loop.wait(lambda: self._tuner.sample(prompt, max_new_tokens, temperature, seed))
+        return self._loop.wait(lambda: self._held.opened.sample(prompt, max_new_tokens, temperature, seed))
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in peft's files."""
-        self._loop.wait(lambda: self._tuner.save(folder))
+        self._loop.wait(lambda: self._held.opened.save(folder))
+
+    def close(self) -> None:
+        """End the sessions on the hops, some time soon; nothing is saved. Harmless twice."""
+        self._close()
+
+
+def _open_trainer(client: Client) -> AbstractAsyncContextManager[SwarmTrainer]:
+    return open_trainer(
+        client.member.host,
+        client.spec,
+        client.routes,
+        lambda: client.table_changed,
+        watch=client.training_watch,
+    )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import trio
 
@@ -16,6 +16,7 @@ from p2pinfer.generation.generation import Generation, Token
 from p2pinfer.node.concurrency.nurseries import open_nursery
 
 _Result = TypeVar("_Result")
+_Opened = TypeVar("_Opened")
 
 _TOKENS_AHEAD: Final = 64  # a slow reader holds the generation up; the hops keep its cache meanwhile
 _CLOSED: Final = "this client is closed; connect again"
@@ -56,6 +57,46 @@ class Pump:
             while True:
                 told.append(self.tokens.receive_nowait())
         return told
+
+
+class Held(Generic[_Opened]):
+    """Keeps an object open in one trio task, until it or the client is closed."""
+
+    def __init__(self, open_it: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
+        self._is_closed = False
+        self._scope = trio.CancelScope()
+        self._open_it = open_it
+        self._result: Future[_Opened] = Future()
+
+    def open(self, loop: TrioThread) -> None:
+        """Open it, and return when it is; raises as entering it does."""
+        loop.spawn(self._run)
+        self._result.result()
+
+    @property
+    def opened(self) -> _Opened:
+        """The object that was opened; LocalError once it is closed."""
+        if self._is_closed:
+            raise LocalError("this was closed; open another one")
+        return self._result.result()
+
+    def close(self) -> None:
+        """Close it, some time soon; called in the loop."""
+        self._is_closed = True
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            try:
+                async with self._open_it() as opened:
+                    self._result.set_result(opened)
+                    await trio.sleep_forever()
+            except P2PInferError as exc:
+                if self._result.done():
+                    raise
+                self._result.set_exception(exc)
+            finally:
+                _fail(self._result, LocalError(_CLOSED))
 
 
 class TrioThread:

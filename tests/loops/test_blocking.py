@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 import p2pinfer
+from p2pinfer.client_config import TuneConfig
+from p2pinfer.learning.swarm_trainer import Batch
 from p2pinfer.loops.blocking import BlockingClient
+from p2pinfer.models.learning.rows import Rows
 
 from ..cli.support import start_node, wait_ready
 
@@ -82,6 +86,35 @@ def test_a_forgotten_generation_ends_too(swarm: BlockingClient) -> None:
     del generation
     gc.collect()
     assert len(swarm.generate("Once", max_new_tokens=2).text()) > 0
+
+
+def test_trainers_that_were_closed_or_forgotten_leave_the_hops(swarm: BlockingClient) -> None:
+    """A hop lets four trainings of one client in (`serve.max_train_sessions_per_client`)."""
+    order = torch.arange(4)
+    batch = Batch(Rows([4], order, order), torch.ones(4, swarm.thread.client.spec.hidden_size))
+    for number in range(6):
+        trainer = swarm.trainer()
+        assert trainer.forward(batch, keeps=False).output.shape == batch.hidden.shape
+        assert len(trainer.route.hops) == 3
+        if number % 2:
+            trainer.close()
+            trainer.close()
+            with pytest.raises(p2pinfer.LocalError, match="was closed"):
+                trainer.forward(batch)
+        del trainer
+        gc.collect()
+
+
+def test_tuners_that_were_closed_or_forgotten_leave_the_hops(swarm: BlockingClient) -> None:
+    for number in range(6):
+        tuner = swarm.tuner(TuneConfig(rank=1))
+        assert tuner.forward_backward([tuner.example("Once", " upon a time")])().loss > 0
+        if number % 2:
+            tuner.close()
+            with pytest.raises(p2pinfer.LocalError, match="was closed"):
+                tuner.optim_step()
+        del tuner
+        gc.collect()
 
 
 def test_errors_come_out_where_the_mistake_is(swarm: BlockingClient) -> None:
