@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from p2pinfer.reputation.verdict import Finding, Verdict
 from p2pinfer.routing.route import Hop
 
 from ..node.memory_swarm import MemorySwarm
+from ..threads import do_without_threads
 from .audited_swarm import PROMPT, OpenClient, auditor_of, open_client, swarm, text_of
 from .test_examiner import accusation_of
 
@@ -66,12 +67,6 @@ def record_of(peer_id: str) -> HopRecord:
     return HopRecord(peer_id, accusation.signed, accusation.receipts, {})
 
 
-async def at_once(call: Callable[..., Any], *args: Any, **_: Any) -> Any:
-    """In place of a thread, while which a clock that jumps would jump over every deadline."""
-    await trio.lowlevel.checkpoint()
-    return call(*args)
-
-
 async def judged(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, peers: Sequence[tuple[str, float]]
 ) -> Verdict:
@@ -80,7 +75,7 @@ async def judged(
     monkeypatch.setattr(judge_module, "run_elsewhere", asked.run)
     for name in ("history_of", "draw_successors"):
         monkeypatch.setattr(judge_module, name, nothing)
-    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    do_without_threads(monkeypatch)
     member: Any = SimpleNamespace(announcements=nothing, peer_id="us")
     ledger, rng = Ledger(), random.Random(1)
     draw = AuditDraw(ledger, CONFIG, lambda: 0.0, rng)

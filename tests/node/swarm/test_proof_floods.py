@@ -16,6 +16,7 @@ from p2pinfer.node.swarm.proof_fetch import Holders
 from p2pinfer.node.swarm.proof_gossip import MAX_BYTES, MAX_TOLD_OF_UNKNOWN, Heard, Notice, ProofCarrier
 from p2pinfer.reputation.receipt import digest_of
 
+from ...threads import do_without_threads
 from .proof_board import BoardOf, Judge, Place, proof_against, until_told
 
 
@@ -25,10 +26,10 @@ def nothing(number: int, author: str, told_by: str = "") -> Heard:
 
 
 async def test_notices_of_nothing_do_not_hold_up_a_proof_that_is_there(
-    place: Place, autojump_clock: trio.testing.MockClock
+    place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """They took a worker each for half a minute, and the queue was theirs."""
-    autojump_clock.autojump_threshold = 0.2  # else it jumps to the end while a thread looks at signatures
+    do_without_threads(monkeypatch)
     author, client = place.join("author"), place.join("client")
     judge = Judge(client)
     for number in range(200):
@@ -53,10 +54,13 @@ async def test_a_neighbour_that_passes_on_much_takes_no_place_of_another(place: 
     ids=["about another", "of another model", "dearer", "smaller"],
 )
 async def test_who_tells_of_anothers_proof_first_and_wrongly_does_not_suppress_it(
-    place: Place, lie: dict[str, Any], autojump_clock: trio.testing.MockClock
+    place: Place,
+    lie: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     """The author's own notice was not looked at any more: not now, and not from a neighbour's table later."""
-    autojump_clock.autojump_threshold = 0.2  # else it jumps to the end while a thread looks at signatures
+    do_without_threads(monkeypatch)
     author = place.join("author")
     address = await author.publish(*proof_against("liar"))
     client = place.join("client")
@@ -73,7 +77,7 @@ async def test_who_tells_of_anothers_proof_first_and_wrongly_does_not_suppress_i
 async def test_many_wrong_notices_only_delay_a_proof(
     place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    autojump_clock.autojump_threshold = 0.2
+    do_without_threads(monkeypatch)
     monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", (0.5,))
     author = place.join("author")
     address = await author.publish(*proof_against("liar"))
@@ -178,7 +182,7 @@ async def test_notices_of_nothing_use_up_no_bytes(
     place: Place, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """Four of them that say no size took all that there are for ten minutes."""
-    autojump_clock.autojump_threshold = 0.2
+    do_without_threads(monkeypatch)
     monkeypatch.setattr("p2pinfer.node.evidence.proof_errands.RETRIES_S", ())
     author, client = place.join("author"), place.join("client")
     judge = Judge(client)
