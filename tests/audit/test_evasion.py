@@ -37,6 +37,7 @@ __all__ = ["open_client", "swarm"]  # fixtures
 
 Attest = Callable[..., Any]
 LATE_S = 0.4
+HASTY = AuditConfig(rate=1.0, linger_s=0.001)  # whose clients leave their audits to the next one
 
 
 async def serve_three(swarm: MemorySwarm) -> None:
@@ -67,6 +68,12 @@ def closed_session(client: Client, *receipts: tuple[bytes, ...]) -> Session:
         book.unchecked.append(PassedStep(Step(number, 0, number, 1, 1), route.hops, b"", b"", each))
     said = SimpleNamespace(book=book, broken_receipt=None, opened_route=route, route=route)
     return cast(Session, said)
+
+
+async def until_kept(data_dir: Path, count: int, kind: str = "*.job") -> None:
+    """Until so many audits are where the next client finds them."""
+    while len(list((data_dir / "audits").glob(kind))) < count:
+        await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +220,9 @@ async def test_what_a_client_could_not_finish_the_next_one_does(
 
     for name in "abc":
         swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
-    hasty = AuditConfig(rate=1.0, linger_s=0.2)
-    async with open_client(audit=hasty, reputation=None) as client:
+    async with open_client(audit=HASTY, reputation=None) as client:
         await text_of(client.generate(PROMPT, max_new_tokens=24))
+        await until_kept(tmp_path, 3)
     assert client.audits.done == 0
     assert len(list((tmp_path / "audits").glob("*.job"))) == 3
     for name in "abc":
@@ -244,10 +251,9 @@ async def test_who_was_slow_with_one_client_and_is_silent_with_the_next_is_held_
 
     for name in "abc":
         swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
-    async with open_client(audit=AuditConfig(rate=1.0, linger_s=0.001), reputation=None) as client:
+    async with open_client(audit=HASTY, reputation=None) as client:
         await text_of(client.generate(PROMPT, max_new_tokens=24))
-        while len(list(folder.glob("*-slow.job"))) < 3:
-            await trio.sleep(0.01)
+        await until_kept(tmp_path, 3, "*-slow.job")
     assert client.audits.done == 0
     for name in "abc":
         swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, refuse)
@@ -283,12 +289,12 @@ async def test_left_over_audits_out_of_reach_wait_for_the_next_client_and_are_no
 
     for name in "abc":
         swarm.network.hosts[name].serve(EVIDENCE_PROTOCOL, stall)
-    hasty = AuditConfig(rate=1.0, linger_s=0.2)
-    async with open_client(audit=hasty, reputation=None) as client:
+    async with open_client(audit=HASTY, reputation=None) as client:
         await text_of(client.generate(PROMPT, max_new_tokens=24))
+        await until_kept(tmp_path, 3)
     for name in "abc":
         swarm.network.hosts[name].handlers.pop(EVIDENCE_PROTOCOL)
-    async with open_client(audit=hasty, reputation=None) as client:
+    async with open_client(audit=HASTY, reputation=None) as client:
         if are_our_own:
             await client.keep_no_record()
         await client.audits_settled()
