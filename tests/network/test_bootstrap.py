@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,6 +20,7 @@ from p2pinfer.node.swarm.snapshot import (
 from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.routing.announcement import Announcement
 
+from ..ports import free_port
 from .support import DEAD, StartHost
 from .swarms import REVISION, announce, peers
 
@@ -55,8 +55,7 @@ async def test_a_bootstrap_peer_that_comes_late_is_found(
 ) -> None:
     monkeypatch.setattr(retries, "FIRST_RETRY_S", 0.01)
     identity = new_identity()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+    address = f"/ip4/127.0.0.1/tcp/{free_port()}"
     newcomer = await start_host()
     neighbourhood = Neighbourhood(newcomer, LiveTable(), [BootstrapPeer(identity.peer_id, (address,))])
     nursery.start_soon(neighbourhood.keep)

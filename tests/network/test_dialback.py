@@ -21,6 +21,7 @@ from p2pinfer.node.reach.temporary_listener import keep_open
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.peer_stream import PeerStream
 
+from ..ports import free_port
 from .support import ECHO, StartHost, echo
 
 
@@ -67,8 +68,6 @@ async def test_who_asks_too_often_is_told_what_is_free_to_tell(
 async def test_a_peer_that_does_not_know_the_question_or_answers_nonsense(
     start_host: StartHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dialback, "ANSWER_S", 0.1)
-    monkeypatch.setattr(dialback, "DIAL_S", 0.1)
     asking, asked = await start_host(), await start_host()
     await asking.connect(asked.peer_id, asked.addrs)
     with pytest.raises(PeerRefused):
@@ -85,6 +84,8 @@ async def test_a_peer_that_does_not_know_the_question_or_answers_nonsense(
         await ask(asking, asked.peer_id, ())
     assert caught.value.peer_id == asked.peer_id
     asked.serve(DIALBACK_PROTOCOL, hang)
+    monkeypatch.setattr(dialback, "ANSWER_S", 0.1)
+    monkeypatch.setattr(dialback, "DIAL_S", 0.1)
     with pytest.raises(PeerVanished, match="no answer"):
         await ask(asking, asked.peer_id, ())
 
@@ -102,14 +103,13 @@ async def test_a_host_that_does_not_listen_lets_peers_in_at_a_port_of_its_choice
     start_host: StartHost, nursery: trio.Nursery
 ) -> None:
     client, peer = await start_host(HostConfig(listen=())), await start_host()
-    taken = port_of(await start_host())
-    await nursery.start(keep_open, client, "127.0.0.1", taken + 1 if taken < 65535 else 1025)
+    port = free_port()
+    await nursery.start(keep_open, client, "127.0.0.1", port)
     client.serve(ECHO, echo)
-    address = f"/ip4/127.0.0.1/tcp/{taken + 1 if taken < 65535 else 1025}"
-    async with await peer.open_stream(client.peer_id, ECHO, [address]) as stream:
+    async with await peer.open_stream(client.peer_id, ECHO, [f"/ip4/127.0.0.1/tcp/{port}"]) as stream:
         await stream.send_all(b"hello")
         assert await stream.receive_some() == b"hello"
-    async with await trio.open_tcp_stream("127.0.0.1", taken + 1) as stranger:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
         await stranger.send_all(b"GET / HTTP/1.1\r\n\r\n")
         while await stranger.receive_some():
             pass
