@@ -192,27 +192,45 @@ async def test_whoever_is_not_to_blame_only_waits(autojump_clock: object, kind: 
 
 
 async def test_only_the_time_of_the_work_itself_is_counted() -> None:
-    spent = 0.0
+    told: list[float] = []
+    now = 0.0
+    work_waits, others_worked = trio.Event(), trio.Event()
 
-    def spend(seconds: float) -> None:
-        nonlocal spent
-        spent += seconds
-
-    async def burn(seconds: float) -> None:
-        until = time.thread_time() + seconds
-        while time.thread_time() < until:
-            pass
+    def burn(seconds: float) -> None:
+        nonlocal now
+        now += seconds
 
     async def work() -> str:
-        await burn(0.02)
-        await trio.sleep(0.05)
-        await burn(0.02)
+        burn(0.02)
+        work_waits.set()
+        await others_worked.wait()
+        burn(0.02)
         return "done"
 
+    async def others() -> None:
+        await work_waits.wait()
+        burn(0.05)
+        others_worked.set()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(burn, 0.05)
-        assert await clocked(work(), spend) == "done"
-    assert 0.04 <= spent < 0.05
+        nursery.start_soon(others)
+        assert await clocked(work(), told.append, lambda: now) == "done"
+    assert sum(told) == pytest.approx(0.04)
+
+
+async def test_the_clock_is_that_of_this_thread() -> None:
+    """That it waits for a core, or for a thread that computes, is no peer's doing."""
+    told: list[float] = []
+
+    async def work() -> None:
+        until = time.thread_time() + 0.01
+        while time.thread_time() < until:
+            pass
+        time.sleep(0.1)
+
+    began = time.thread_time()
+    await clocked(work(), told.append)
+    assert 0.01 <= sum(told) <= time.thread_time() - began
 
 
 async def test_small_parts_are_told_of_together_and_the_rest_at_the_end() -> None:
