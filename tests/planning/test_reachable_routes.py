@@ -85,12 +85,13 @@ async def test_each_part_of_a_route_is_found(
         assert plan.route.peer_ids == ("a", "b")
 
 
+@pytest.mark.parametrize("count", [250, pytest.param(1000, marks=pytest.mark.sweep)])
 async def test_those_that_failed_are_better_than_a_minute_among_strangers(
-    tiny_stories: Path, autojump_clock: trio.testing.MockClock
+    count: int, tiny_stories: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A client that slept loses all connections, blames honest peers, and has a table of invented ones."""
     async with open_memory_swarm(open_checkpoint(tiny_stories, "tiny-stories"), limit_s=math.inf) as swarm:
-        invent(swarm, 1000, silent=True)
+        invent(swarm, count, silent=True)
         there(swarm, "failed")
         routes, began_at = routes_of(swarm), trio.current_time()
         with pytest.raises(NoRoute):
