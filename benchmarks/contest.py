@@ -120,6 +120,19 @@ class Local:
             self.margins = (best[:, 0] - best[:, 1]).tolist()
         return output.sequences[0, len(ids) :].tolist(), clock.times
 
+    def prefill_s(self, ids: Sequence[int], chunk_tokens: int) -> float:
+        """Seconds for the logits behind a prompt that is given chunk by chunk."""
+        prompt = torch.tensor([list(ids)], device=self.device)
+        cache: Any = None
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for chunk in prompt.split(chunk_tokens, dim=1):
+                told = self._model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = told.past_key_values
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
 
 class _Clock(StoppingCriteria):
     """Stops nothing; notes when each token came."""

@@ -21,9 +21,11 @@ import p2pinfer.models
 import p2pinfer.node.node as serving
 from p2pinfer.cli.app import main
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.model_source import Missing
 from p2pinfer.models.checkpoint.source import BUNDLED_MODEL, ModelSource, resolve_model
 from p2pinfer.models.checkpoint.spec import model_spec
 from p2pinfer.models.configs.defaults import complete_config
+from p2pinfer.models.pieces.manifest import Holdings, Manifest
 from p2pinfer.models.progress import Progress
 from p2pinfer.models.span import BlockSpan
 
@@ -140,9 +142,21 @@ class RandomSource:
         """See `ModelSource`."""
         return self._checkpoint
 
+    def fetch_words(self, *, progress: Progress | None = None) -> Path:
+        """See `ModelSource`."""
+        return self._checkpoint.folder
+
     def missing_bytes(self, span: BlockSpan | None, *, embedding_and_head: bool) -> int:
         """See `ModelSource`."""
         return 0
+
+    def missing(self, span: BlockSpan | None, *, embedding_and_head: bool) -> Missing:
+        """See `ModelSource`."""
+        return Missing(self._checkpoint.folder)
+
+    def holdings(self) -> Holdings:
+        """See `ModelSource`: nothing, since peers make the same tensors."""
+        return Holdings(Manifest(self.spec.model, self.spec.numbers, (), ()), {}, self._checkpoint.folder)
 
 
 def resolve(model: str, **options: Any) -> ModelSource:

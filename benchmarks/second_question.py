@@ -10,13 +10,18 @@ tokens, then again with the answer and another question behind it, then the same
 the time of the second first token over that of the first one, `anew` that of the last; both are medians over
 rounds. `same ids` compares the second answer with the last.
 
-`bound` is what a pipeline takes for the first question, whose text the line of the client has to carry: rows
-as they travel over uplink or, where that takes longer, compute over hops, and (hops + 1) delays; and before
-that the round trips of an opening, without which no step may be sent: one to the hops, and one between two of
-them. Compute is what local transformers takes for the text with one thread; hops that share this machine's
-processors have no more of them together. `of bound` is the first question's time over it, `of line` over the
-same without opening. `load` is the machine's before the first question: where it is above the number of
-processors, times are of a machine that others use.
+`bound` is what a pipeline takes for the first question, whose text the line of the client has to carry, if a
+chunk may be as short as one likes and costs no more per token for it: rows as they travel over uplink or,
+where that takes longer, compute over hops, and (hops + 1) delays; and before that the round trips of an
+opening, without which no step may be sent: one to the hops, and one between two of them. Compute is what
+local transformers takes for the text with one thread; hops that share this machine's processors have no more
+of them together.
+
+`chunked` is the same for chunks of one length that are whole: each passes every line and every hop, and the
+longest of these stages comes once for each chunk more. Compute is again that of local transformers, given the
+text in such chunks: short ones cost more per token, because each reads all weights. Of the lengths the best
+counts, `chunk`. `of bound` and `of chunked` are the first question's time over them. `load` is the machine's
+before the first question: where it is above the number of processors, times are of a machine that others use.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ ANSWER_TOKENS: Final = 16
 QUESTION: Final = " Then he said: what"
 PATIENCE_S: Final = 300.0
 OPENING_ROUND_TRIPS: Final = 2
+CHUNKS: Final = (16, 24, 32, 48, 64, 96, 128, 256)  # tokens
 
 
 async def ask_in_turn(
@@ -102,7 +108,7 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
         chain = Chain(commands, folder, options.dtype, hops)
         width = json.loads((folder / "config.json").read_text())["hidden_size"]
         row_bytes = width * torch.empty((), dtype=getattr(torch, options.dtype)).element_size()
-        compute_s = _prefill_s(folder, options)
+        computed_s = _prefill_s(folder, options)
         try:
             for delay_ms, mbit, codec in product(options.delay, options.mbit, options.prefill_codec):
                 line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
@@ -111,10 +117,15 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                 load = os.getloadavg()[0]
                 asked = _ask_inside(lab, chain, folder, codec, options)
                 sent_bytes = row_bytes if codec == "off" else packed_row_bytes(width)
-                line_s = options.tokens * sent_bytes * 8 / (mbit * 1e6)
-                through_s = max(line_s, compute_s / min(hops, os.cpu_count() or 1))
-                pipeline_s = through_s + (hops + 1) * delay_ms / 1e3
-                bound_s = pipeline_s + 2 * OPENING_ROUND_TRIPS * delay_ms / 1e3
+                row_s = sent_bytes * 8 / (mbit * 1e6)
+                away_s = (hops + 1 + 2 * OPENING_ROUND_TRIPS) * delay_ms / 1e3
+                at_once = min(hops, os.cpu_count() or 1)
+                bound_s = max(options.tokens * row_s, computed_s[options.tokens] / at_once) + away_s
+                chunked_s, chunk = min(
+                    (pipeline_s(options.tokens, chunk, row_s, compute_s, hops, at_once), chunk)
+                    for chunk, compute_s in computed_s.items()
+                )
+                chunked_s += away_s
                 times = [[row["first_s"][at] for row in asked] for at in range(3)]
                 yield {
                     "model": name,
@@ -128,7 +139,9 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                     "bound": round(bound_s, 2),
                     "first s": round(median(times[0]), 2),
                     "of bound": round(median(times[0]) / bound_s, 2),
-                    "of line": round(median(times[0]) / pipeline_s, 2),
+                    "chunked": round(chunked_s, 2),
+                    "chunk": chunk,
+                    "of chunked": round(median(times[0]) / chunked_s, 2),
                     "second s": round(median(times[1]), 2),
                     "share": round(median(b / a for a, b in zip(times[0], times[1], strict=True)), 3),
                     "anew": round(median(b / a for a, b in zip(times[0], times[2], strict=True)), 3),
@@ -138,15 +151,26 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
             leave(chain.nodes)
 
 
-def _prefill_s(folder: Path, options: argparse.Namespace) -> float:
-    """Seconds that local transformers takes for so many tokens, the better of two."""
+def pipeline_s(
+    tokens: int, chunk_tokens: int, row_s: float, compute_s: float, hops: int, at_once: int
+) -> float:
+    """Seconds until the last chunk of a prompt has passed all lines and hops.
+
+    Args:
+        row_s: Of a token's row on a line.
+        compute_s: Of all hops together, for the whole prompt in such chunks.
+        at_once: Hops that can compute at the same time.
+    """
+    chunks = tokens / chunk_tokens
+    line_s, computed_s = chunk_tokens * row_s, compute_s / chunks
+    return hops * line_s + computed_s + (chunks - 1) * max(line_s, computed_s / at_once)
+
+
+def _prefill_s(folder: Path, options: argparse.Namespace) -> dict[int, float]:
+    """Seconds that local transformers takes for the prompt, by length of the chunks; the better of two."""
     local, ids = Local(folder, options.dtype), prompt_ids(options.tokens)
-    spent: list[float] = []
-    for _ in range(2):
-        started = time.perf_counter()
-        local.generate(ids, 1)
-        spent.append(time.perf_counter() - started)
-    return min(spent)
+    lengths = [each for each in CHUNKS if each < options.tokens]
+    return {each: min(local.prefill_s(ids, each) for _ in range(2)) for each in (*lengths, options.tokens)}
 
 
 def _ask_inside(
