@@ -70,7 +70,7 @@ class View:
 
 
 def chosen(
-    peers: list[Candidate], view: View, *, request: RouteRequest = REQUEST, times: int = 4000
+    peers: list[Candidate], view: View, *, request: RouteRequest = REQUEST, times: int = 1000
 ) -> Counter[str]:
     """How often each peer is in the first route."""
     policy = RiskAdjusted(rng=random.Random(1), alternatives=1)
@@ -115,7 +115,7 @@ def test_newcomers_together_get_their_share_and_no_more() -> None:
         candidate(f"new{n}", tokens_per_s=11.5, addrs=(f"/ip4/192.0.{n}.1/tcp/1",)) for n in range(5)
     ]
     counts = chosen(peers, View(*(f"new{n}" for n in range(5))))
-    assert 1 - counts["proven"] / 4000 == pytest.approx(RoutingConfig().explore_share, abs=0.015)
+    assert 1 - counts["proven"] / 1000 == pytest.approx(RoutingConfig().explore_share, abs=0.03)
 
 
 def test_on_probation_a_peer_is_used_in_most_sessions_and_who_failed_is_not() -> None:
@@ -124,11 +124,11 @@ def test_on_probation_a_peer_is_used_in_most_sessions_and_who_failed_is_not() ->
     for name, on_probation in rivals.items():
         peers = [candidate("proven", tokens_per_s=11.0), candidate(name, tokens_per_s=11.5)]
         view = View("stranger", on_probation=on_probation)
-        shares[name] = chosen(peers, view)[name] / 4000
+        shares[name] = chosen(peers, view)[name] / 1000
     config = RoutingConfig()
-    assert shares["tried"] == pytest.approx(config.probation_share, abs=0.03)
-    assert shares["stranger"] == pytest.approx(config.explore_share, abs=0.02)
-    assert shares["failed"] == pytest.approx(config.explore_share, abs=0.02)
+    assert shares["tried"] == pytest.approx(config.probation_share, abs=0.05)
+    assert shares["stranger"] == pytest.approx(config.explore_share, abs=0.03)
+    assert shares["failed"] == pytest.approx(config.explore_share, abs=0.03)
 
 
 def test_a_stranger_that_waits_does_not_keep_its_neighbour_from_its_probation() -> None:
@@ -136,8 +136,8 @@ def test_a_stranger_that_waits_does_not_keep_its_neighbour_from_its_probation() 
     crowd = [candidate(f"s{n}", tokens_per_s=11.5, addrs=address) for n in range(20)]
     tried = candidate("tried", tokens_per_s=11.5, addrs=address)
     view = View(*(peer.peer_id for peer in crowd), on_probation=("tried",))
-    counts = chosen([candidate("proven", tokens_per_s=11.0), tried, *crowd], view, times=1000)
-    assert counts["tried"] / 1000 > RoutingConfig().probation_share - RoutingConfig().explore_share - 0.03
+    counts = chosen([candidate("proven", tokens_per_s=11.0), tried, *crowd], view, times=300)
+    assert counts["tried"] / 300 > RoutingConfig().probation_share - RoutingConfig().explore_share - 0.09
 
 
 def test_a_range_goes_on_waiting_when_its_banned_peer_is_gone() -> None:
@@ -168,9 +168,9 @@ def test_a_thousand_keys_on_one_line_have_one_lines_chances() -> None:
     honest = candidate("honest", 0, 4, 20.0, ("/ip4/192.0.2.1/tcp/1",))
     names = [peer.peer_id for peer in (*keys, honest)]
     peers = [candidate("proven", 0, 4, 11.0), honest, *keys, candidate("rest", 4, 8)]
-    counts = chosen(peers, View(*names), times=2000)
-    tried = 2000 - counts["proven"]
-    assert counts["honest"] == pytest.approx(tried / 2, rel=0.25)
+    counts = chosen(peers, View(*names), times=800)
+    tried = 800 - counts["proven"]
+    assert counts["honest"] == pytest.approx(tried / 2, rel=0.35)
 
 
 def test_a_range_with_a_banned_peer_waits() -> None:
@@ -191,8 +191,8 @@ def test_a_banned_peer_spoils_no_range_by_announcing_it() -> None:
     bad = [candidate(f"banned{j}", addrs=addrs[j], found_at="198.51.100.1") for j in range(2)]
     peers = [candidate("proven", tokens_per_s=40.0), *newcomers]
     view = View(*(f"new{n}" for n in range(32)))
-    before, after = (chosen(each, view, times=400)["proven"] for each in (peers, [*peers, *bad]))
-    assert before == after < 400
+    before, after = (chosen(each, view, times=100)["proven"] for each in (peers, [*peers, *bad]))
+    assert before == after < 100
 
 
 def test_names_are_no_starts_until_they_are_resolved_and_then_count_as_what_they_resolve_to() -> None:
@@ -201,12 +201,12 @@ def test_names_are_no_starts_until_they_are_resolved_and_then_count_as_what_they
     ]
     proven = candidate("proven", tokens_per_s=40.0)
     names = View(*(peer.peer_id for peer in crowd))
-    assert chosen([proven, *crowd], names, times=400) == {"proven": 400}
+    assert chosen([proven, *crowd], names, times=100) == {"proven": 100}
     resolved = [replace(peer, named_in=ranges_of_ip("192.0.2.66")) for peer in crowd]
     assert list(grouped_by_range(resolved)) == ["192.0.2.0/24"]
-    assert chosen([proven, *resolved], names, times=400)["proven"] < 400
+    assert chosen([proven, *resolved], names, times=100)["proven"] < 100
     spoilt = replace(REQUEST, spoilt_ranges=ranges_of_ip("192.0.2.1"))
-    assert chosen([proven, *resolved], names, request=spoilt, times=400) == {"proven": 400}
+    assert chosen([proven, *resolved], names, request=spoilt, times=100) == {"proven": 100}
 
 
 @pytest.mark.parametrize("connected", [True, False])
@@ -241,9 +241,9 @@ def test_who_announces_anothers_range_takes_none_of_its_chances() -> None:
     crowd = [candidate(f"s{n}", tokens_per_s=45.0, addrs=theirs) for n in range(40)]
     honest = candidate("honest", tokens_per_s=50.0, addrs=theirs, found_at="203.0.113.9")
     proven = candidate("proven", tokens_per_s=40.0)
-    alone = chosen([proven, honest], View("honest"), times=1000)["honest"]
+    alone = chosen([proven, honest], View("honest"), times=400)["honest"]
     names = View("honest", *(peer.peer_id for peer in crowd))
-    assert chosen([proven, honest, *crowd], names, times=1000)["honest"] > alone / 2 > 30
+    assert chosen([proven, honest, *crowd], names, times=400)["honest"] > alone / 2 > 12
 
 
 def test_a_clean_address_beside_one_in_a_spoilt_range_gains_nothing() -> None:
@@ -271,7 +271,7 @@ def test_twenty_keys_of_one_customer_have_one_start(address: str, most: int) -> 
     ledger, policy = Ledger(vouched=["proven"]), RiskAdjusted(rng=random.Random(2))
     peers = [candidate("proven", tokens_per_s=100.0)]
     peers += [candidate(f"s{n}", tokens_per_s=130.0, addrs=(address.format(n),)) for n in range(20)]
-    for _ in range(300):
+    for _ in range(100):
         request = replace(REQUEST, spoilt_ranges=ledger.spoilt_ranges(now))
         [hop] = ask_policy(policy, peers, request, ledger)[0].peer_ids
         if hop != "proven":
