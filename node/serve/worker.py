@@ -126,7 +126,7 @@ class Worker:
         self._waiting = 0  # in line, and newcomers
         self._waiting_prefills = 0
         self._returns: ReturnTimes[Hashable] = ReturnTimes()
-        self._sessions = set[Hashable]()  # that have had work here and were not released
+        self._sessions = set[Hashable]()  # that have had work here and were not forgotten
         self._is_shared = False  # there are several
         self._patience_s = 0.0
         self._token = trio.lowlevel.current_trio_token()
@@ -165,16 +165,23 @@ class Worker:
         The pages change hands in the event loop, where they are reserved: the cache is not for two threads.
         """
 
-        def forget() -> None:
-            self._sessions.discard(lease)
-            self._returns.forget(lease)
-            if len(self._sessions) < 2:
-                # Whoever is left has nobody to wait for it, so when it comes and goes is not noted any more.
-                self._is_shared = False
-                self._returns = ReturnTimes()
+        def give_back() -> None:
+            self._forget(lease)
             self._token.run_sync_soon(lease.release)
 
-        self.call(forget)
+        self.call(give_back)
+
+    def forget(self, session: Hashable) -> None:
+        """Hold nothing of a session that submits no more, and wait for it no more; `release` does so too."""
+        self.call(lambda: self._forget(session))
+
+    def _forget(self, session: Hashable) -> None:
+        self._sessions.discard(session)
+        self._returns.forget(session)
+        if len(self._sessions) < 2:
+            # Whoever is left has nobody to wait for it, so when it comes and goes is not noted any more.
+            self._is_shared = False
+            self._returns = ReturnTimes()
 
     async def released(self) -> None:
         """Wait until every cache that was given to `release` before now is back."""

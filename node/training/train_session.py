@@ -104,6 +104,7 @@ class TrainSession:
                 work.is_wanted = False
                 self._kept.bytes_in_flight -= work.size
             self._kept.drop_all(self)
+            self._passing.close()
 
     async def _read_requests(self) -> None:
         while True:
@@ -226,7 +227,7 @@ class TrainSession:
     def _begin(self, work: PassWork) -> None:
         self._in_flight.add(work)
         self._kept.bytes_in_flight += work.size
-        self._passing.worker.submit(work)
+        self._passing.begin(work)
 
     def _note_end(self, work: PassWork) -> None:
         if work.is_wanted:

@@ -2,12 +2,16 @@
 
 A pass goes back into the line after each slice, so that decode steps and prompts of others are computed in
 between: they wait for one slice, which is as long as `slice_s` or one block, whichever is longer.
+
+The passes of one session are done one after the other. If they took turns, all of a batch's microbatches
+would be ready at about the same time, and one hop of the route would compute while the others wait for it.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final
 
@@ -43,9 +47,7 @@ BACKWARD_COST: Final = 3  # passes' worth: one forward, and a backward of two pr
 
 
 class Passing:
-    """Properties that the passes of one session share."""
-
-    __slots__ = ("claim_thread", "client", "codec", "passes", "slice_s", "span", "worker")
+    """Line of one session's passes, and the properties that they share."""
 
     def __init__(
         self,
@@ -64,6 +66,29 @@ class Passing:
         self.worker = worker
         self.slice_s = slice_s
         self.claim_thread = claim_thread
+        self._line: deque[PassWork] = deque()  # the first one is with the worker
+        self._is_closed = False
+
+    def begin(self, work: PassWork) -> None:
+        """Have a pass done after those that came before it."""
+        self._line.append(work)
+        if len(self._line) == 1:
+            self.worker.submit(work)
+
+    def end(self, work: PassWork) -> None:
+        """Go on with the next pass."""
+        ended = self._line.popleft()
+        assert ended is work, "passes end in the order in which they began"
+        if self._line:
+            self.worker.submit(self._line[0])
+        elif self._is_closed:
+            self.worker.forget(self)
+
+    def close(self) -> None:
+        """Begin no pass any more; those in line are not wanted, and end."""
+        self._is_closed = True
+        if not self._line:
+            self.worker.forget(self)
 
     @property
     def hidden_size(self) -> int:
@@ -106,13 +131,15 @@ class PassWork(ABC):
         self.submitted_at = passing.worker.now
         self.client = passing.client
         self.batch_key: object = self  # it shares a batch with nothing
-        self.session: object = self  # and no two slices of it wait at once
+        self.session: object = passing  # whose other passes wait until this one is over
         self._passing = passing
         self._adapter = adapter
         self._adapter_digest = request.adapter
         self._payload = payload
         self._on_end = on_end
         self._steps: Generator[None, None, None] | None = None
+        self._slices_run = 0  # counted by the worker's thread
+        self._slices_delivered = 0  # by the event loop
 
     @property
     @abstractmethod
@@ -125,7 +152,9 @@ class PassWork(ABC):
 
     def run(self, batch: Sequence[Any]) -> Sequence[Work]:
         """Do a slice of it."""
+        self._slices_run += 1
         if not self.is_wanted:
+            self.is_over = True
             return ()
         self._passing.claim_thread()
         until = time.perf_counter() + self._passing.slice_s
@@ -145,9 +174,14 @@ class PassWork(ABC):
         return (self,)
 
     def finish(self) -> None:
-        """Let go of the pass when it is over; its answer was encoded with the last slice."""
+        """Have the next slice done, or let go of the pass; its answer was encoded with the last slice."""
+        self.is_over = self.is_over or not self.is_wanted
         if self.is_over:
             self._steps = None
+        else:
+            # From the worker's thread: it would have nothing to do until the event loop came to it.
+            self.submitted_at = self._passing.worker.now
+            self._passing.worker.submit(self)
 
     def fail(self, error: Exception) -> None:
         """Take note of what went wrong."""
@@ -155,12 +189,12 @@ class PassWork(ABC):
         self.is_over = True
 
     def deliver(self, report: BatchReport) -> None:
-        """Go on with the next slice, or have the answer sent."""
-        if self.is_wanted and not self.is_over:
-            self.submitted_at = self._passing.worker.now
-            self._passing.worker.submit(self)
-        else:
+        """Have the answer sent after the last slice."""
+        self._slices_delivered += 1
+        # The pass may be over while an earlier slice is delivered: steps of others came before its last one.
+        if self.is_over and self._slices_delivered == self._slices_run:
             self._on_end()
+            self._passing.end(self)
 
     def _microbatch(self, rows: Rows, seed: int) -> Microbatch:
         passing = self._passing

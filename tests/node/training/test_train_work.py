@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import trio
@@ -73,7 +77,8 @@ async def order_of(slice_s: float) -> list[str]:
 
     async with open_worker(512) as worker:
         step = Step(lambda: note("step"))
-        worker.submit(Blocks(passing(worker, slice_s), lambda: worker.submit(step), lambda: note("pass")))
+        session = passing(worker, slice_s)
+        session.begin(Blocks(session, lambda: worker.submit(step), lambda: note("pass")))
         await done.wait()
     return order
 
@@ -86,8 +91,65 @@ async def test_a_decode_step_waits_for_one_slice_of_a_pass_and_not_for_all_of_it
 async def test_a_pass_that_nobody_wants_any_more_is_not_begun() -> None:
     begun: list[str] = []
     async with open_worker(512) as worker:
-        work = Blocks(passing(worker, 0.0), lambda: begun.append("pass"), lambda: None)
+        session = passing(worker, 0.0)
+        work = Blocks(session, lambda: begun.append("pass"), lambda: None)
         work.is_wanted = False
-        worker.submit(work)
+        session.begin(work)
         await worker.released()
     assert not begun
+
+
+async def begin_three(worker: Worker, sessions: Sequence[Passing]) -> list[str]:
+    """How three passes of each session begin and end, in slices of one block."""
+    told: list[str] = []
+    done = trio.Event()
+
+    def note(what: str) -> None:
+        told.append(what)
+        if len(told) == 6 * len(sessions):
+            done.set()
+
+    gate = threading.Event()
+    worker.call(partial(_wait_for, gate))  # until all of them are in line
+    for name, session in zip("ab", sessions, strict=False):
+        for number in range(3):
+            begins, ends = f"{name}{number} begins", f"{name}{number} ends"
+            session.begin(Blocks(session, partial(note, begins), partial(note, ends)))
+    gate.set()
+    await done.wait()
+    return told
+
+
+async def test_passes_of_a_session_are_done_one_after_the_other() -> None:
+    """The first one's answer is on its way to the next hop while the second one is computed."""
+    async with open_worker(512) as worker:
+        told = await begin_three(worker, [passing(worker, 0.0)])
+    assert told == [f"a{number} {what}" for number in range(3) for what in ("begins", "ends")]
+
+
+async def test_passes_of_two_sessions_take_turns() -> None:
+    async with open_worker(512) as worker:
+        told = await begin_three(worker, [passing(worker, 0.0), passing(worker, 0.0)])
+    assert told.index("b0 begins") < told.index("a0 ends")
+    for name in "ab":
+        mine = [each for each in told if each.startswith(name)]
+        assert mine == [f"{name}{number} {what}" for number in range(3) for what in ("begins", "ends")]
+
+
+async def test_nothing_of_a_session_is_held_after_its_end() -> None:
+    """A pass has megabytes of inputs and graphs."""
+    async with open_worker(512) as worker:
+        session = passing(worker, 0.0)
+        await begin_three(worker, [session])
+        session.close()
+        await worker.released()
+    # The thread may have looked at its last batch until it ended; what the worker holds, it holds still.
+    left = weakref.ref(session)
+    del session
+    gc.collect()
+    assert left() is None
+    assert not worker.queued
+
+
+def _wait_for(gate: threading.Event) -> None:
+    gate.wait()
