@@ -10,7 +10,10 @@ so that two runs which happen to round as float32 does make no unit of zero.
 
 In a mixture the bfloat16 runs go to the experts that the float32 run chooses. Tokens whose router hangs
 between two experts are left out, and others are judged by what does not depend on a single token: a swap
-reaches them through attention.
+reaches them through attention. On the way back it reaches the tokens before it in full, since their gradient
+is a sum over all that attended to them: they are left out as well. Every gradient of the adapter is a sum
+over all tokens. So a further run has each of those tokens go to its other expert, and how far that moves a
+token or a tensor is the least unit of it.
 """
 
 from __future__ import annotations
@@ -74,7 +77,10 @@ class PassFloor:
         given: (tokens, hidden_size), what `judged` is to be compared with.
         vector: (size,), the gradient of the adapter; None where none is due.
         near: The same of the runs that round.
-        doubtful: Tokens whose router hangs between two experts, or whose input dtypes do not round alike.
+        swapped: The same where every token that hangs between two experts goes to the other one; None where
+            there is no such token.
+        doubtful: Tokens whose router hangs between two experts, or whose input dtypes do not round alike;
+            of a backward pass also those before the former in their sequence.
     """
 
     asked: TrainedPass
@@ -83,6 +89,7 @@ class PassFloor:
     given: Tensor
     vector: Tensor | None
     near: Sequence[Tensor]
+    swapped: Tensor | None
     doubtful: frozenset[int]
 
 
@@ -108,8 +115,13 @@ def rerun_pass(reference: Reference, asked: TrainedPass, wire_dtype: torch.dtype
     # Whoever asked for a pass chose inputs and adapter, and may have chosen them so that this happens.
     if not all(bool((each.abs() < _LARGEST).all()) for each in results if each is not None):
         raise ValueError("the pass itself overflows")
-    rows = asked.batch.rows
+    rows, tied, swapped = asked.batch.rows, choice.tied(tokens), None
+    if tied:
+        choice.begin_again(swaps=True)
+        swapped = _run(reference.exact.choosing(choice).parts, asked, torch.float32)
     outputs = _floor_of(asked.hidden, exact.output, [each.output for each in rounded], carried, rows)
+    if swapped is not None:
+        outputs = _reached_by(outputs, swapped.output)
     judged: NoiseFloor | None = outputs
     given = asked.hidden
     if asked.gradient is not None:
@@ -117,9 +129,13 @@ def rerun_pass(reference: Reference, asked: TrainedPass, wire_dtype: torch.dtype
         near = [each.hidden for each in rounded if each.hidden is not None]
         if exact.hidden is not None:
             judged = _floor_of(given, exact.hidden, near, None, rows)
+            if swapped is not None and swapped.hidden is not None:
+                judged = _reached_by(judged, swapped.hidden)
+        tied = _up_to(rows, tied)
     vectors = [each.vector for each in rounded if each.vector is not None]
-    doubtful = choice.doubtful(tokens) | faint_tokens(asked.hidden)
-    return PassFloor(asked, outputs, judged, given, exact.vector, vectors, doubtful)
+    moved = None if swapped is None else swapped.vector
+    doubtful = tied | faint_tokens(asked.hidden)
+    return PassFloor(asked, outputs, judged, given, exact.vector, vectors, moved, doubtful)
 
 
 def compare_pass(
@@ -209,6 +225,12 @@ def _floor_of(
     )
 
 
+def _reached_by(floor: NoiseFloor, swapped: Tensor) -> NoiseFloor:
+    """The floor of tokens that swaps may have reached: at least as far as all swaps together move them."""
+    moved = ((swapped - floor.exact) / floor.scale).norm(dim=-1)
+    return replace(floor, distance=torch.maximum(floor.distance, moved))
+
+
 def _deviation(
     floor: NoiseFloor, found: Tensor, rows: Rows, doubtful: frozenset[int], *, skips_nothing: bool
 ) -> Deviation:
@@ -223,6 +245,7 @@ def _deviation(
         sizes = torch.maximum(floor.exact.norm(dim=-1), found.norm(dim=-1))
         largest = float(floor.exact.norm(dim=-1).max())
         speaks = sizes >= max(largest * _FAINT_PART, _FAINT)
+        speaks[sorted(doubtful)] = False  # rather than undecided: they may be most tokens of a chunk
     places = torch.where(~is_first & speaks)[0]
     floor = replace(floor, undecided=doubtful)
     rho = floor.deviations(found, torch.arange(len(found))).norm(dim=-1)
@@ -242,6 +265,15 @@ def _first_tokens(rows: Rows) -> list[int]:
         starts.append(at)
         at += length
     return starts
+
+
+def _up_to(rows: Rows, tokens: frozenset[int]) -> frozenset[int]:
+    """These tokens, and those before them in their sequences."""
+    found: set[int] = set()
+    for start, length in zip(_first_tokens(rows), rows.lengths, strict=True):
+        last = max((each for each in tokens if start <= each < start + length), default=start - 1)
+        found.update(range(start, last + 1))
+    return frozenset(found)
 
 
 def _other_tokens(rows: Rows, doubtful: frozenset[int]) -> Tensor:
@@ -266,6 +298,8 @@ def _tensors(floor: PassFloor, right: Tensor, got: Tensor) -> Iterator[TensorDev
         usual = torch.stack([(each[where] - expected).norm() for each in floor.near]).square().mean().sqrt()
         # Where nothing is due, such as for an A whose B is zero, as good as nothing has to come.
         unit = max(float(usual), least * float(expected.norm()), 1e-6 * least * whole, _FAINT)
+        if floor.swapped is not None:
+            unit = max(unit, float((floor.swapped[where] - expected).norm()))
         yield TensorDeviation(name, float((got[where] - expected).norm()) / unit)
     if bool((got[~inside] != 0).any()):
         yield TensorDeviation("blocks that were not run", float("inf"))
@@ -298,30 +332,48 @@ class _FixedChoice:
         self._scores: dict[int, Tensor] = {}
         self._others: dict[int, list[Tensor]] = {}
         self._asked: set[int] = set()
+        self._swaps = False
 
-    def begin_again(self) -> None:
-        """Another run of the same microbatch begins."""
+    def begin_again(self, *, swaps: bool = False) -> None:
+        """Another run of the same microbatch begins; with `swaps`, tied tokens go to the other expert."""
         self._asked.clear()
+        self._swaps = swaps
 
     def choose(self, block: int, scores: Tensor, count: int) -> Tensor:
         """See `ExpertChoice`."""
         if block not in self._chosen:
             self._chosen[block] = scores.topk(count, dim=-1).indices
             self._scores[block] = scores.detach().cpu()
+        elif self._swaps:
+            return self._swapped(block)
         elif block not in self._asked:
             self._others.setdefault(block, []).append(scores.detach().cpu())
         self._asked.add(block)
         return self._chosen[block]
 
-    def doubtful(self, tokens: int) -> frozenset[int]:
+    def tied(self, tokens: int) -> frozenset[int]:
         """Tokens whose choice rounding may have made otherwise somewhere."""
-        hidden = torch.zeros(tokens, dtype=torch.bool)
-        for block, scores in self._scores.items():
-            count = self._chosen[block].shape[-1]
-            others = self._others.get(block, [])
-            if not others or count >= scores.shape[-1]:
-                continue
-            noise = torch.stack([(each - scores).square().mean() for each in others]).mean().sqrt()
-            best = scores.topk(count + 1, dim=-1).values
-            hidden |= best[:, count - 1] - best[:, count] < _TIED * noise * 2**0.5
-        return frozenset(torch.where(hidden)[0].tolist())
+        found = torch.zeros(tokens, dtype=torch.bool)
+        for block in self._scores:
+            found |= self._tied_in(block)
+        return frozenset(torch.where(found)[0].tolist())
+
+    def _tied_in(self, block: int) -> Tensor:
+        """(tokens,) bool: those whose choice in this block is as close as rounding."""
+        scores, others = self._scores[block], self._others.get(block, [])
+        count = self._chosen[block].shape[-1]
+        if not others or count >= scores.shape[-1]:
+            return torch.zeros(len(scores), dtype=torch.bool)
+        noise = torch.stack([(each - scores).square().mean() for each in others]).mean().sqrt()
+        best = scores.topk(count + 1, dim=-1).values
+        return best[:, count - 1] - best[:, count] < _TIED * noise * 2**0.5
+
+    def _swapped(self, block: int) -> Tensor:
+        """The choice, with the next best expert in place of the last one where they are tied."""
+        chosen, tied = self._chosen[block].clone(), self._tied_in(block)
+        count = chosen.shape[-1]
+        if bool(tied.any()):
+            tied = tied.to(chosen.device)
+            following = self._scores[block].topk(count + 1, dim=-1).indices[:, count].to(chosen.device)
+            chosen[tied, count - 1] = following[tied]
+        return chosen

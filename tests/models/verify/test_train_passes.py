@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from p2pinfer.models.checkpoint.checkpoint import Checkpoint
+from p2pinfer.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pinfer.models.compute.blocks import load_blocks
 from p2pinfer.models.compute.embedding_and_head import load_embedding_and_head
 from p2pinfer.models.compute.target import Target
@@ -25,6 +26,8 @@ from p2pinfer.models.verify.reference import Reference, open_reference
 from p2pinfer.models.verify.train_passes import TrainedPass, compare_pass, rerun_pass
 from p2pinfer.node.evidence.pass_verdict import judge_pass
 from p2pinfer.reputation.verdict import Verdict
+
+from ..conftest import WriteCheckpoint
 
 SPAN = BlockSpan(0, 2)
 LENGTHS = (60, 9, 33)
@@ -235,3 +238,44 @@ def test_tokens_with_faint_inputs_say_nothing(
     results = results_of(checkpoint, faint, FLOAT16)
     back = rerun_pass(reference, faint, torch.float32)
     assert verdict(compare_pass(back, results.hidden, results.vector)) is not Verdict.FAIL
+
+
+class OtherExpert:
+    """`ExpertChoice` of an honest peer whose rounding sends the most doubtful token to its other expert."""
+
+    def choose(self, block: int, scores: Tensor, count: int) -> Tensor:
+        best = scores.topk(count + 1, dim=-1)
+        token = int((best.values[:, count - 1] - best.values[:, count]).argmin())
+        chosen = best.indices[:, :count].clone()
+        chosen[token, count - 1] = best.indices[token, count]
+        return chosen
+
+
+def test_a_token_between_two_experts_makes_nobody_fail(
+    write_checkpoint: WriteCheckpoint, tmp_path: Path
+) -> None:
+    """Where it goes decides on the gradients of all tokens before it, and on those of the adapter."""
+    mixture = open_checkpoint(write_checkpoint(tmp_path, "mixtral"), "mixtral")
+    reference = open_reference(mixture, SPAN, max_tokens=1)
+    torch.manual_seed(0)
+    lengths = (40,) * 12
+    order = torch.cat([torch.arange(length) for length in lengths])
+    architecture = reference.exact.architecture
+    layout = AdapterLayout(tuple(LowRank(b, name, 4, 1.0) for b in (0, 1) for name in PROJECTIONS[:4]))
+    values = torch.randn(layout.size(architecture, SPAN)) * 0.02
+    batch = Microbatch(SPAN, Rows(lengths, order, order), Adapter(layout, values, architecture, SPAN))
+    hidden = torch.randn(len(order), mixture.spec.hidden_size).to(torch.bfloat16)
+    gradient = (torch.randn(hidden.shape) * 1e-3).to(torch.bfloat16)
+    asked = TrainedPass(batch, hidden, gradient)
+    blocks = load_blocks(mixture, SPAN, Target(torch.device("cpu"), BFLOAT16))
+    passes = SpanPasses(blocks.choosing(OtherExpert()))
+    forwarded = complete(passes.forward(batch, hidden))
+    found = complete(passes.backward(batch, forwarded.inputs, gradient))
+    assert found.hidden is not None and found.adapter is not None
+    there = rerun_pass(reference, TrainedPass(batch, hidden), torch.bfloat16)
+    back = rerun_pass(reference, asked, torch.bfloat16)
+    assert verdict(compare_pass(there, forwarded.output, None)) is Verdict.PASS
+    assert verdict(compare_pass(back, found.hidden, found.adapter)) is Verdict.PASS
+    assert verdict(compare_pass(back, None, found.adapter)) is Verdict.PASS
+    for change in LIES.values():
+        assert verdict(compare_pass(back, change(found.hidden), found.adapter)) is Verdict.FAIL
