@@ -52,7 +52,7 @@ from contest import Local, blocks_of, evenly, model_folder, report, rounded
 from p2pinfer.models.text.text import load_tokenizer
 from tests.lab.commands import Command, Commands, open_commands
 from tests.lab.lab import open_lab
-from tests.lab.namespaces import why_not
+from tests.lab.namespaces import environ, why_not
 from tests.lab.pairs import leave, reachable
 from tests.lab.pinned import POLICY, VARIABLE, write_routes
 from tests.lab.scenario import Line, Scenario, Site
@@ -163,6 +163,32 @@ class Chain:
         peers = [reachable(node) for node in self.nodes]
         self.route = write_routes(list(zip(peers, spans, strict=True)))
 
+    def set_lines(self, delay_ms: float, mbit: float) -> None:
+        """Give every host a line of its own: so long one way between any two of them, so fast an uplink."""
+        line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
+        for host in self._commands.lab.scenario.hosts:
+            self._commands.lab.set_line(host, line)
+
+    def ask_inside(self, script: str, *words: str, patience_s: float) -> Any:
+        """What a script that runs in the client's host has as JSON in its last line.
+
+        Raises:
+            OSError: It failed.
+            subprocess.TimeoutExpired: It takes longer.
+        """
+        lab = self._commands.lab
+        folders = {"HOME": str(lab.home), "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = lab.popen(
+            "me",
+            [sys.executable, str(Path(script).resolve()), *words],
+            stdout=-1,
+            env=environ(**{VARIABLE: self.route, **folders}),
+        )
+        out, _ = done.communicate(timeout=patience_s)
+        if done.returncode:
+            raise OSError("the client failed")
+        return json.loads(out.splitlines()[-1])
+
     def generate(self, prompt: str, speculate: str, tokens: int, *more: str) -> Run:
         """One text, to its last token; greedy, unless `more` says otherwise.
 
@@ -218,9 +244,7 @@ def measure(
         chain = Chain(commands, folder, options.dtype, hops)
         try:
             for delay_ms, mbit, kind in cells:
-                line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
-                for host in hosts:
-                    lab.set_line(host, line)
+                chain.set_lines(delay_ms, mbit)
                 trip_s = (hops + 1) * (delay_ms / 1e3 + row_bytes * 8 / (mbit * 1e6))
                 cell = {"model": name, "hops": hops, "delay": delay_ms, "mbit": mbit, "kind": kind}
                 yield cell | contest(chain, local, folder, kind, trip_s, options)

@@ -44,18 +44,18 @@ from typing import Any, Final
 import torch
 import trio
 from contest import Local, model_folder, prompt_ids, report
-from distance import QUEUE_MS, STORY, Chain
+from distance import STORY, Chain
 
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.models.numerics import packed_row_bytes
 from tests.lab.commands import open_commands
-from tests.lab.lab import Lab, open_lab
-from tests.lab.namespaces import environ, why_not
+from tests.lab.lab import open_lab
+from tests.lab.namespaces import why_not
 from tests.lab.pairs import leave
-from tests.lab.pinned import POLICY, VARIABLE
-from tests.lab.scenario import Line, Scenario, Site
+from tests.lab.pinned import POLICY
+from tests.lab.scenario import Scenario, Site
 
 ANSWER_TOKENS: Final = 16
 QUESTION: Final = " Then he said: what"
@@ -111,11 +111,9 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
         computed_s = _prefill_s(folder, options)
         try:
             for delay_ms, mbit, codec in product(options.delay, options.mbit, options.prefill_codec):
-                line = Line(delay_ms / 2, 0, up_mbit=mbit, down_mbit=1000, queue_ms=QUEUE_MS)
-                for host in hosts:
-                    lab.set_line(host, line)
+                chain.set_lines(delay_ms, mbit)
                 load = os.getloadavg()[0]
-                asked = _ask_inside(lab, chain, folder, codec, options)
+                asked = _ask_inside(chain, folder, codec, options)
                 sent_bytes = row_bytes if codec == "off" else packed_row_bytes(width)
                 row_s = sent_bytes * 8 / (mbit * 1e6)
                 away_s = (hops + 1 + 2 * OPENING_ROUND_TRIPS) * delay_ms / 1e3
@@ -173,24 +171,12 @@ def _prefill_s(folder: Path, options: argparse.Namespace) -> dict[int, float]:
     return {each: min(local.prefill_s(ids, each) for _ in range(2)) for each in (*lengths, options.tokens)}
 
 
-def _ask_inside(
-    lab: Lab, chain: Chain, folder: Path, codec: str, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _ask_inside(chain: Chain, folder: Path, codec: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the client in its own host."""
     words = ("--inside", str(folder), chain.bootstrap, "--dtype", options.dtype, "--prefill-codec", codec)
     numbers = ("--tokens", str(options.tokens), "--rounds", str(options.rounds))
-    done = lab.popen(
-        "me",
-        [sys.executable, str(Path(__file__).resolve()), *words, *numbers],
-        stdout=-1,
-        env=environ(
-            **{VARIABLE: chain.route, "HOME": str(lab.home), "PYTHONPATH": str(Path(__file__).parents[1])}
-        ),
-    )
-    out, _ = done.communicate(timeout=PATIENCE_S * options.rounds)
-    if done.returncode:
-        raise OSError("the client failed")
-    rows: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+    patience_s = PATIENCE_S * options.rounds
+    rows: list[dict[str, Any]] = chain.ask_inside(__file__, *words, *numbers, patience_s=patience_s)
     return rows
 
 

@@ -58,17 +58,28 @@ def random_model(shape: str, device: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def seconds_of_steps(model: Any, ids: torch.Tensor, steps: int) -> list[float]:
+def seconds_of_passes(model: Any, ids: torch.Tensor, steps: int) -> list[tuple[float, float]]:
     """Seconds of each step forward and backward, after two that warm up."""
-    taken: list[float] = []
-    for _ in range(steps + 2):
-        started = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    taken: list[tuple[float, float]] = []
+
+    def now() -> float:
         if ids.is_cuda:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
+        return time.perf_counter()
+
+    for _ in range(steps + 2):
+        started = now()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        turned = now()
+        loss.backward()
+        taken.append((turned - started, now() - turned))
         model.zero_grad()
     return taken[2:]
+
+
+def seconds_of_steps(model: Any, ids: torch.Tensor, steps: int) -> list[float]:
+    """Seconds of each step, there and back."""
+    return [there + back for there, back in seconds_of_passes(model, ids, steps)]
 
 
 def measure(folder: Path, shape: str, method: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
