@@ -53,6 +53,7 @@ METHODS = ("lora", "prompt", "deep", "head", "prefix", "encoder")
 SIX = ("gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3")
 DTYPES = ("float32", "bfloat16")
 PROMPT_TOKENS = 16
+CACHE_BYTES = 1 << 28
 PREFIX_TOKENS = 8  # fewer than the windows of the families' samples
 KILLED_AT = (20, 40, 60)  # steps, between forward and backward
 HEAD_CHANGES = {"num_labels": 3, "pad_token_id": 0}
@@ -73,7 +74,8 @@ def connect(
         host = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
         config, audit = ClientConfig(dtype="float32"), AuditConfig(rate=0.0)
         async with Client(model=model, host_config=host, config=config, audit=audit) as client:
-            compute = ComputeConfig(dtype=dtype, threads=threads, device=device)
+            # Training needs no cache, and nodes that share a card would each take what is free for one.
+            compute = ComputeConfig(dtype=dtype, threads=threads, device=device, cache_bytes=CACHE_BYTES)
             swarm = open_embedded_swarm(client.member.addrs, model=model, spans=spans, compute=compute)
             async with swarm as started:
                 nodes.extend(started)

@@ -305,7 +305,7 @@ class Client:
             local.tokenizer,
             state,
             retry_limits=RetryLimits(config.find_timeout_s, config.wait_s, config.max_attempts),
-            speculation=speculation_by(config.speculate),
+            speculation=speculation_by(config.speculate, local.crowd),
             draft_model=local.draft_model,
             expected_s=self._planner.expected_s,
             logprobs=logs,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from p2pinfer.client_config import ClientConfig
 from p2pinfer.errors import LocalError
+from p2pinfer.generation.trip_cost import Crowd
 from p2pinfer.models.checkpoint.source import ModelSource, bundled_drafter_of
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.models.config import ComputeConfig
@@ -42,6 +43,7 @@ class LocalModel:
     defaults: GenerationDefaults
     chat_template: ChatTemplate | None = None
     draft_model: DraftModel | None = None
+    crowd: Crowd = field(default_factory=Crowd)  # of the texts that are generated with it
 
     @property
     def ends(self) -> EmbeddingAndHead:

@@ -31,7 +31,7 @@ from p2pinfer.errors import LocalError
 
 from .acceptance import Acceptance, copied, drawn, usual_share
 from .draft import LazyDrafter, NgramDrafter
-from .trip_cost import PLAIN_TRIPS, TripCost
+from .trip_cost import PLAIN_TRIPS, Crowd, TripCost
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ _TRIAL_DEPTH: Final = 3  # guesses in a trip that is made to learn what they cos
 _TRIALS: Final = 2  # such trips, at the beginning
 _TRY_AGAIN: Final = 64  # trips without guesses, after which one more is tried with a single guess
 _LOOK_AGAIN: Final = 12  # the same where guesses would pay if they were right as often as usual
+_CROWD: Final = 8  # texts at once; where more of them wait for each other, none has guesses
+_FAR_CROWD: Final = 32  # the same far away, where so many keep this program's event loop busy
 _REDRAW: Final = 20  # as long as so many guesses take, no guess is drawn after it did not pay
 _REACH_GROWTH: Final = 2  # more drawn guesses in a trip than in any before, so that costs show in time
 _FAR_REACH: Final = 8  # drawn guesses where the distance is known to set the pace
@@ -72,11 +74,11 @@ class SpeculationStats:
     in_flight: float = 1.0
 
 
-def speculation_by(setting: str) -> Speculation | None:
-    """Speculation for one generation, by `ClientConfig.speculate`; None if it is off."""
+def speculation_by(setting: str, crowd: Crowd | None = None) -> Speculation | None:
+    """Speculation for one generation among a `crowd`, by `ClientConfig.speculate`; None if it is off."""
     if setting == "off":
         return None
-    return Speculation(None if setting == "auto" else int(setting))
+    return Speculation(None if setting == "auto" else int(setting), crowd=crowd)
 
 
 class Speculation:
@@ -94,11 +96,17 @@ class Speculation:
     """
 
     def __init__(
-        self, depth: int | None = None, *, in_flight: int | None = None, end_ids: frozenset[int] = frozenset()
+        self,
+        depth: int | None = None,
+        *,
+        in_flight: int | None = None,
+        end_ids: frozenset[int] = frozenset(),
+        crowd: Crowd | None = None,
     ) -> None:
         """Send `depth` guesses wherever there are any; as many as pay if it is None.
 
         Args:
+            crowd: Of the texts that are generated beside this one.
             in_flight: Windows to have under way; if it is None, as many as pay, and one with a `depth`.
             end_ids: Tokens behind which there is nothing to guess.
         """
@@ -110,6 +118,9 @@ class Speculation:
         self._depth = depth
         self._most_in_flight = in_flight or (None if depth is None else 1)
         self.drafter: LazyDrafter | None = None
+        self._crowd = crowd
+        if crowd is not None:
+            crowd.count(self)  # those whose prompts are still on their way, too
         self._copier = NgramDrafter()
         self._cost = TripCost()
         self._acceptance = Acceptance()
@@ -153,6 +164,8 @@ class Speculation:
         self._due.clear()
         self._behind.clear()
         self._looked_at = 0
+        if self._is_crowded():
+            return ()
         most = min(room, at_once, MAX_DEPTH if self._depth is None else self._depth)
         is_alone = self._most_in_flight == 1
         copy = self._copier.draft(ids, last_id, most if is_alone else min(room, _WIDTH * _WINDOWS))
@@ -245,6 +258,17 @@ class Speculation:
         # cost more than as many trips of their own.
         if plain_s := self._cost.predict(1):
             self._lost += min((self._cost.predict(positions) - plain_s) / plain_s, positions - 1)
+
+    def _is_crowded(self) -> bool:
+        """True if trips take what many texts take of this machine and of the hops, more than the distance.
+
+        Each text finds by its own trips that guesses cost nothing, since a trip is as long as all steps of
+        all texts. But every wrong guess takes the place of a token: 64 texts at once had a quarter fewer
+        tokens a second with guesses than without, and some of them a third fewer than others.
+        """
+        if self._depth is not None or self._crowd is None:
+            return False
+        return self._crowd.count(self) > (_FAR_CROWD if self._cost.is_far else _CROWD)
 
     def _is_likely(self, kinds: Sequence[int]) -> bool:
         """True if all of these guesses are right often enough for something to follow them."""

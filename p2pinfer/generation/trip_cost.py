@@ -6,7 +6,10 @@ a queue says nothing of the next.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 from typing import Final
 
@@ -15,6 +18,7 @@ _LAST_PLAIN: Final = 9  # trips without guesses whose median counts
 _LAST_GUESSES: Final = 5  # trips with guesses whose median counts
 _FAR: Final = 4.0  # times what a token takes in the blocks: from there on the wire sets the pace
 _MOST_OFF: Final = 1.25  # times what was expected of a trip; the first one may have met cold caches
+_RECENT_S: Final = 5.0  # a text that was counted so lately is taken to go on; satellites' trips take 2 s
 
 
 class TripCost:
@@ -79,3 +83,22 @@ class TripCost:
         if self.compute_s is None or self.expected_s is None or not self._plain_s:
             return False
         return min(self.expected_s, *self._plain_s) > _FAR * self.compute_s
+
+
+class Crowd:
+    """The texts of one client. Thread-safe: texts are drawn in threads of their own."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked_at: dict[int, float] = {}  # by text, the last one at the end
+        self._lock = threading.Lock()
+
+    def count(self, text: object) -> int:
+        """Texts that are being generated, `text` among them, which says so by asking."""
+        now, name = self._clock(), id(text)  # no reference: a text that is dropped is to be freed
+        with self._lock:
+            self._asked_at.pop(name, None)
+            self._asked_at[name] = now
+            while now - self._asked_at[oldest := next(iter(self._asked_at))] > _RECENT_S:
+                del self._asked_at[oldest]
+            return len(self._asked_at)

@@ -12,7 +12,7 @@ import trio
 from p2pinfer.client import Client
 from p2pinfer.client_config import MAX_DEPTH, AuditConfig, ClientConfig, SessionConfig
 from p2pinfer.generation.speculation import Speculation, speculation_by
-from p2pinfer.generation.trip_cost import TripCost
+from p2pinfer.generation.trip_cost import Crowd, TripCost
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer
@@ -333,3 +333,39 @@ async def test_a_hop_that_dies_changes_no_token(
             assert client.audits.failed == client.audits.suspect == 0
             assert die_after is not None or client.audits.passed == 2
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_crowd_is_who_asked_lately() -> None:
+    now = 0.0
+    crowd, texts = Crowd(lambda: now), [object() for _ in range(3)]
+    assert [crowd.count(each) for each in texts] == [1, 2, 3]
+    assert crowd.count(texts[0]) == 3
+    now = 4.0
+    assert crowd.count(texts[2]) == 3
+    now = 7.0
+    assert crowd.count(texts[2]) == 1
+
+
+@pytest.mark.parametrize(("others", "sends"), [(7, True), (8, False)])
+def test_in_a_crowd_near_its_hops_nobody_guesses(others: int, sends: bool) -> None:
+    crowd, texts = Crowd(), [object() for _ in range(others)]
+    for each in texts:
+        crowd.count(each)
+    text = [*range(20)] * 8
+    speculation = Speculation(crowd=crowd)
+    seconds_of(text, speculation, 0.05, 0.001, compute_s=0.04)
+    assert (speculation.stats(len(text)).drafted > 0) is sends
+    with_depth = Speculation(3, crowd=crowd)
+    seconds_of(text, with_depth, 0.05, 0.001, compute_s=0.04)
+    assert with_depth.stats(len(text)).drafted > 0
+
+
+@pytest.mark.parametrize(("others", "sends"), [(31, True), (32, False)])
+def test_far_away_a_crowd_may_be_larger(others: int, sends: bool) -> None:
+    crowd, texts = Crowd(), [object() for _ in range(others)]
+    for each in texts:
+        crowd.count(each)
+    speculation, text = Speculation(crowd=crowd), [*range(20)] * 4
+    speculation.trips.append((1, 0.25))
+    speculation.guess(text[:-1], text[-1], 8, 0.004, expected_s=0.25)
+    assert bool(speculation.guess(text[:-1], text[-1], 8, 0.004, expected_s=0.25)) is sends

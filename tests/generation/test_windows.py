@@ -16,6 +16,7 @@ from p2pinfer.client_config import AuditConfig, ClientConfig, SessionConfig
 from p2pinfer.generation.draft import Draft, NgramDrafter
 from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.generation.speculation import Speculation
+from p2pinfer.generation.trip_cost import Crowd
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer
@@ -43,11 +44,11 @@ def know(monkeypatch: pytest.MonkeyPatch, text: Sequence[int], wrong_every: int)
     monkeypatch.setattr(NgramDrafter, "draft", draft)
 
 
-def plain(_: str) -> None:
+def plain(_: str, crowd: Crowd) -> None:
     """No speculation, whatever the setting."""
 
 
-def four_in_flight(_: str) -> Speculation:
+def four_in_flight(_: str, crowd: Crowd) -> Speculation:
     """Windows of four guesses, four of them under way wherever there are so many guesses."""
     return Speculation(4, in_flight=4)
 
