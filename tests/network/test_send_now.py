@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.protocol.frames import FrameStream
 from p2pinfer.node.protocol.messages import Probe, Result
+from p2pinfer.node.transport import yamux
 from p2pinfer.node.transport.peer_stream import PeerStream
 from p2pinfer.node.transport.yamux_frames import INITIAL_WINDOW, MAX_PAYLOAD
 
 from .support import accept, receive_exactly
 
 Pair = tuple[PeerStream, PeerStream]
+
+
+@pytest.fixture(autouse=True)
+def whole_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy looks like a thin line, whose frames are smaller."""
+
+    def largest(bytes_per_s: float, rtt_s: float) -> int:
+        return MAX_PAYLOAD
+
+    monkeypatch.setattr(yamux, "frame_bytes", largest)
 
 
 async def test_what_is_sent_at_once_arrives_in_order_with_the_rest(pair: Pair) -> None:
