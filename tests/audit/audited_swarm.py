@@ -16,7 +16,7 @@ from p2pinfer.audit import auditor as audit_module
 from p2pinfer.audit import evidence_source, second_opinion
 from p2pinfer.audit.auditor import Auditor
 from p2pinfer.client import Client, ClientConfig
-from p2pinfer.client_config import AuditConfig
+from p2pinfer.client_config import AuditConfig, SessionConfig
 from p2pinfer.generation.generation import Generation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.runner import Chunk
@@ -59,6 +59,8 @@ def open_client(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         # A token a step: what is audited, and what steps say, is told by their number here.
         config = ClientConfig(dtype="float32", draft="off", speculate="off")
         options = {"audit": ALWAYS, "config": config, **options}
+        # Machines may be busy, and whoever replaced a hop is not asked for an opinion of it.
+        options.setdefault("session_config", SessionConfig(slow_step_s=60.0))
         options.setdefault("reputation", Ledger())
         options.setdefault("policy", RiskAdjusted(RoutingConfig(explore_share=0.0, probation_share=0.0)))
         async with Client(cache_dir=tmp_path, data_dir=tmp_path, **options) as client:
