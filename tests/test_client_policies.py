@@ -115,16 +115,25 @@ async def test_a_policy_that_listens_for_ever_holds_nothing_up(
     done = threading.Event()
 
     class Dreamer(Recorder):
+        def choose_routes(
+            self, candidates: Sequence[Candidate], request: RouteRequest, view: ReputationView
+        ) -> Sequence[Route]:
+            runner._timeout_s = 0.05  # pyright: ignore[reportPrivateUsage]
+            return super().choose_routes(candidates, request, view)
+
         def on_result(self, route: Route, outcome: RouteOutcome) -> None:
             super().on_result(route, outcome)
             done.wait()
 
     policy = Dreamer()
-    config = ClientConfig(policy_timeout_s=0.05, dtype="float32")
+    config = ClientConfig(policy_timeout_s=60.0, dtype="float32")  # for its choice, on a busy machine
     async with open_client(policy=policy, config=config) as (client, swarm):
+        runner = client._policy_runner  # pyright: ignore[reportPrivateUsage]
         await swarm.serve("a")
         for _ in range(3):
             assert await text_of(client.generate(PROMPT, max_new_tokens=1)) == ","
+            while "on_result took longer" not in caplog.text:
+                await trio.sleep(0.01)
     done.set()
     assert len(policy.outcomes) == 1
     assert "policy Dreamer: on_result took longer than 0.05 s" in caplog.text
