@@ -94,6 +94,7 @@ def new_libp2p_host(identity: Identity, config: HostConfig, gate: Gate, counts: 
     network.auto_connector = _DialsNobody(network)
     network.retry_config = RetryConfig(max_retries=0)  # who dials decides when to try again
     network.set_stream_handler(_guarded(network.common_stream_handler))
+    network._notify = _without_streams(network._notify)
     return host
 
 
@@ -108,6 +109,21 @@ async def run_libp2p_host(
         finally:
             with shielded(2):
                 await _close(host)
+
+
+def _without_streams(notify: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Tell notifees of connections alone.
+
+    None of them, libp2p's own included, does anything when a stream opens or closes; but to be told so, each
+    has a task of its own, in a nursery, at both ends of the stream. Where hundreds of streams end at once,
+    this was a third of what ending them took.
+    """
+
+    async def tell(event: str, *args: Any) -> None:
+        if event not in ("opened_stream", "closed_stream"):
+            await notify(event, *args)
+
+    return tell
 
 
 def raw_stream_of(connection: Any) -> Any:

@@ -20,6 +20,7 @@ from p2pinfer.node.transport.line_rate import MAX_RTT_S, Line
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.25  # between looks whether a stream can leave its relay
+DIRECT_LOOK_S: Final = 1.0  # the same while none is on one: hundreds of sessions look, each for itself
 MOVE_S: Final = 5.0  # for one try, and until the next one
 PROMPT_S: Final = 10.0  # of a prompt, and so many round trips, before a stream moves in the middle of it
 PROMPT_ROUND_TRIPS: Final = 10
@@ -47,7 +48,7 @@ async def leave_relays(
         move: One try with one of them. After False the next one waits for `MOVE_S`, or until it is replaced.
     """
     while True:
-        await trio.sleep(LOOK_S)
+        await trio.sleep(LOOK_S if any(line.is_relayed for line in lines()) else DIRECT_LOOK_S)
         for line in [*lines()]:
             # In this order: most lines are direct, and a node with hundreds of sessions looks at all of them.
             can_leave = line.is_relayed and host.connection_kind(line.peer_id) == "direct"

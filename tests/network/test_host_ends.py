@@ -302,3 +302,24 @@ async def test_a_ping_that_is_not_answered_fails(
     monkeypatch.setattr(connection.muxed_conn, "answer", ignore)
     with pytest.raises(PeerUnreachable, match="does not answer"):
         await alice.ping(bob.peer_id)
+
+
+async def test_notifees_hear_of_connections_and_not_of_streams(start_host: StartHost) -> None:
+    alice, bob = await start_host(), await start_host()
+    bob.serve(ECHO, echo)
+    heard: list[str] = []
+
+    class Notifee:
+        def __getattr__(self, event: str) -> Any:
+            async def note(*_: object) -> None:
+                await trio.lowlevel.checkpoint()
+                heard.append(event)
+
+            return note
+
+    network: Any = alice.libp2p.get_network()
+    network.register_notifee(Notifee())
+    async with await alice.open_stream(bob.peer_id, ECHO, bob.addrs) as stream:
+        await stream.send_all(b"hello")
+        await receive_exactly(stream, 5)
+    assert heard == ["connected"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from importlib.metadata import version
 
-from libp2p.host.basic_host import BasicHost
+from libp2p.host.basic_host import BasicHost, _IdentifyNotifee  # pyright: ignore[reportPrivateUsage]
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
@@ -15,6 +15,7 @@ from libp2p.network.swarm import Swarm
 from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.pubsub_notifee import PubsubNotifee
 from libp2p.security.noise.io import BaseNoiseMsgReadWriter
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
@@ -56,6 +57,14 @@ def test_libp2p_host_py_guards_handlers_that_run_below_the_host() -> None:
 def test_libp2p_host_py_stops_a_connector_that_dials_on_its_own() -> None:
     assert "await self.maybe_connect()" in source(AutoConnector)
     assert "self.auto_connector.run_background_task" in source(Swarm.run)
+
+
+def test_libp2p_host_py_tells_of_no_streams_since_nobody_does_anything_about_them() -> None:
+    assert 'await self._notify("opened_stream", stream)' in source(Swarm.notify_opened_stream)
+    assert 'await self._notify("closed_stream", stream)' in source(Swarm.notify_closed_stream)
+    for name in ("opened_stream", "closed_stream"):
+        assert source(getattr(PubsubNotifee, name)).strip().endswith("await trio.lowlevel.checkpoint()")
+        assert source(getattr(_IdentifyNotifee, name)).strip().endswith("-> None:\n        return None")
 
 
 def test_tcp_py_is_read_and_written_by_noise_without_a_suspension_in_between() -> None:
