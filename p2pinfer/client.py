@@ -208,7 +208,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None and self._is_open:  # else nobody is left to check anything
             await self.audits_settled()
         self._is_open = False
         await self._stack.__aexit__(kind, error, traceback)

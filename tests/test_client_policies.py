@@ -229,6 +229,8 @@ async def test_what_a_client_was_generating_ends_with_it(open_client: OpenClient
             scope.cancel()
             await generation.aclose()
         await swarm.all_closed()
+        with trio.fail_after(client._audit_config.linger_s / 2):  # pyright: ignore[reportPrivateUsage]
+            await client.__aexit__(None, None, None)  # nobody is left whose audits could be waited for
 
 
 async def test_a_model_that_is_not_there_is_said_on_entering(tmp_path: Path) -> None:
