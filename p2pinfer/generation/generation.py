@@ -141,8 +141,7 @@ class Generation:
             speculation: Chooses guesses that are sent along; each token takes a trip of its own if None.
             draft_model: Draws guesses, beside those that are copied from the text.
             expected_s: Gives the seconds that a token should take over a route and its lines; None: unknown.
-            logprobs: How many of the likeliest tokens to give the log probabilities of, with each token's
-                own; None: give none.
+            logprobs: How many of the likeliest tokens' log probabilities to give with each; None: give none.
             kept_texts: Texts with whose beginning this one may begin on their hops, and to which it is added.
             packing: Positions that travel packed if the hops of the first session take that.
             on_dropped: Given what closes it, in any thread and at any time, if nobody holds it any more.
@@ -328,6 +327,8 @@ class Generation:
 
     async def aclose(self) -> None:
         """Let the hops free what they hold for this generation; harmless twice."""
+        if self._speculation is not None:
+            self._speculation.end()
         await self._remote.aclose()
         self._dropped.detach()
 

@@ -211,6 +211,11 @@ class Speculation:
         self._acceptance.note(self._due.popleft(), right)
         self._looked_at += 1
 
+    def end(self) -> None:
+        """Say that the text has ended, so that others do not make room for it; harmless twice."""
+        if self._crowd is not None:
+            self._crowd.leave(self)
+
     def stats(self, tokens: int) -> SpeculationStats:
         """Result so far, of a generation that has drawn so many tokens."""
         waiting = [positions for positions, _ in self.trips]

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 from typing import Final
+from weakref import WeakKeyDictionary
 
 PLAIN_TRIPS: Final = 3  # measured first, where the distance is not known to set the pace
 _LAST_PLAIN: Final = 9  # trips without guesses whose median counts
@@ -90,15 +91,17 @@ class Crowd:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._asked_at: dict[int, float] = {}  # by text, the last one at the end
+        self._asked_at = WeakKeyDictionary[object, float]()  # by text; one that is dropped is none any more
         self._lock = threading.Lock()
 
     def count(self, text: object) -> int:
         """Texts that are being generated, `text` among them, which says so by asking."""
-        now, name = self._clock(), id(text)  # no reference: a text that is dropped is to be freed
+        now = self._clock()
         with self._lock:
-            self._asked_at.pop(name, None)
-            self._asked_at[name] = now
-            while now - self._asked_at[oldest := next(iter(self._asked_at))] > _RECENT_S:
-                del self._asked_at[oldest]
-            return len(self._asked_at)
+            self._asked_at[text] = now
+            return sum(now - at <= _RECENT_S for at in self._asked_at.values())
+
+    def leave(self, text: object) -> None:
+        """Count a text no more; harmless twice."""
+        with self._lock:
+            self._asked_at.pop(text, None)

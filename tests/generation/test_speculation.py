@@ -17,6 +17,7 @@ from p2pinfer.models.checkpoint.checkpoint import Checkpoint
 from p2pinfer.models.compute.embedding_and_head import EmbeddingAndHead
 from p2pinfer.models.text.text import Tokenizer
 
+from ..clients import OpenClient
 from ..memory_client import open_memory_client
 from ..node.memory_swarm import MemorySwarm, open_memory_swarm, route_over
 from .texts import Walk, local_ids, start
@@ -337,7 +338,7 @@ async def test_a_hop_that_dies_changes_no_token(
 
 def test_a_crowd_is_who_asked_lately() -> None:
     now = 0.0
-    crowd, texts = Crowd(lambda: now), [object() for _ in range(3)]
+    crowd, texts = Crowd(lambda: now), [Speculation() for _ in range(3)]
     assert [crowd.count(each) for each in texts] == [1, 2, 3]
     assert crowd.count(texts[0]) == 3
     now = 4.0
@@ -346,9 +347,27 @@ def test_a_crowd_is_who_asked_lately() -> None:
     assert crowd.count(texts[2]) == 1
 
 
+async def test_texts_one_after_the_other_are_no_crowd(open_client: OpenClient) -> None:
+    async with open_client() as (client, swarm):
+        await swarm.serve("a")
+        kept: list[object] = []
+        for _ in range(3):
+            generation = client.generate(REPEATING, max_new_tokens=2)
+            async for _ in generation:
+                pass
+            kept.append(generation)
+        assert client.local.crowd.count(Speculation()) == 1
+
+
+def test_a_text_that_is_dropped_is_not_counted() -> None:
+    crowd, mine = Crowd(), Speculation()
+    Speculation(crowd=crowd)
+    assert crowd.count(mine) == 1
+
+
 @pytest.mark.parametrize(("others", "sends"), [(7, True), (8, False)])
 def test_in_a_crowd_near_its_hops_nobody_guesses(others: int, sends: bool) -> None:
-    crowd, texts = Crowd(), [object() for _ in range(others)]
+    crowd, texts = Crowd(), [Speculation() for _ in range(others)]
     for each in texts:
         crowd.count(each)
     text = [*range(20)] * 8
@@ -362,7 +381,7 @@ def test_in_a_crowd_near_its_hops_nobody_guesses(others: int, sends: bool) -> No
 
 @pytest.mark.parametrize(("others", "sends"), [(31, True), (32, False)])
 def test_far_away_a_crowd_may_be_larger(others: int, sends: bool) -> None:
-    crowd, texts = Crowd(), [object() for _ in range(others)]
+    crowd, texts = Crowd(), [Speculation() for _ in range(others)]
     for each in texts:
         crowd.count(each)
     speculation, text = Speculation(crowd=crowd), [*range(20)] * 4

@@ -11,6 +11,7 @@ import trio.testing
 
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.relay_upgrade import (
+    DIRECT_LOOK_S,
     LOOK_S,
     MOVE_S,
     PROMPT_ROUND_TRIPS,
@@ -109,3 +110,29 @@ async def test_a_prompt_goes_through_before_its_stream_moves_unless_it_is_long(
     await trio.sleep(1.5 * PROMPT_ROUND_TRIPS)
     assert is_worth_moving(began, far)
     assert is_worth_moving(began - 100, line_rate.Line(rtt_s=1e9))  # by what the peer says
+
+
+async def test_direct_lines_are_looked_at_rarely_and_one_that_becomes_relayed_moves_soon(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    network = MemoryNetwork(nursery)
+    host = network.host("client")
+    network.host("a")
+    line, looks, moved_at = Line("a", is_relayed=False), list[float](), list[float]()
+
+    def lines() -> list[Line]:
+        looks.append(trio.current_time())
+        return [line]
+
+    async def move(line: Line) -> bool:
+        await trio.lowlevel.checkpoint()
+        moved_at.append(trio.current_time())
+        line.is_relayed = False
+        return True
+
+    nursery.start_soon(leave_relays, host, lines, move)
+    await trio.sleep(20)
+    assert len(set(looks)) <= 20 / DIRECT_LOOK_S + 1
+    line.is_relayed, began_at = True, trio.current_time()
+    await trio.sleep(DIRECT_LOOK_S + LOOK_S)
+    assert [at - began_at <= DIRECT_LOOK_S for at in moved_at] == [True]
