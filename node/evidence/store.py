@@ -19,10 +19,10 @@ import msgspec
 import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.answers import Allowance, AnswerLimits, Answers
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.reputation.receipt import Payload, digest_of
 
 EVIDENCE_PROTOCOL: Final = "/p2pinfer/evidence/1.0.0"

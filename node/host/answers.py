@@ -28,8 +28,8 @@ import trio
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 
 PIECE_BYTES: Final = 1 << 16  # of an answer that are made at a time
 GRACE_S: Final = 10.0  # for an answer of any size

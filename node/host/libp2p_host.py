@@ -28,6 +28,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
 from p2pinfer.node.concurrency.loop_share import clocked
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.node.transport.addresses import advertised, range_of_connection
@@ -36,7 +37,6 @@ from p2pinfer.node.transport.counters import Counts
 from p2pinfer.node.transport.identity import Identity
 from p2pinfer.node.transport.multistream import OneTripClient
 from p2pinfer.node.transport.noise import NoiseHandshake, NoiseSession
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.node.transport.swarm_key import load_swarm_key
 from p2pinfer.node.transport.tcp import TunedTCP
 from p2pinfer.node.transport.yamux import YamuxConnection

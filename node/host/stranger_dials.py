@@ -28,8 +28,8 @@ from typing import Final, cast
 import trio
 
 from p2pinfer.errors import NotDialled
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.transport.addresses import is_circuit, line_of, parse_tcp, range_of
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 
 from .home_networks import HomeNetworks, is_loopback, plain, resolve

@@ -17,12 +17,12 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2pinfer.errors import PeerVanished, ProtocolViolation
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.concurrency.shield import shielded
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
 from p2pinfer.node.transport.line_rate import MAX_RTT_S
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 
 from .reachability import Observation
 

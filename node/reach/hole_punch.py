@@ -40,11 +40,11 @@ from multiaddr.exceptions import BinaryParseError, ProtocolLookupError
 
 from p2pinfer.errors import PeerError, PeerVanished, ProtocolViolation
 from p2pinfer.node.concurrency.nurseries import innermost
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import parse_tcp
 from p2pinfer.node.transport.delimited import receive_message, send_message
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 
 from .reachability import is_global
 

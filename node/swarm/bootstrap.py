@@ -22,9 +22,9 @@ import trio
 from p2pinfer.errors import ConfigError, NotAdmitted, NotDialled, PeerError
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.addresses import split_peer, with_plain_ids
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.hearsay import in_turns
 from p2pinfer.text_files import read_text
 

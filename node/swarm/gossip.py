@@ -33,9 +33,9 @@ from libp2p.tools.anyio_service import background_trio_service
 from p2pinfer.errors import PeerError, ProtocolViolation
 from p2pinfer.node.concurrency.nurseries import open_nursery
 from p2pinfer.node.concurrency.pulse import Pulse
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.host import Host
 from p2pinfer.node.transport.identity import Identity
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 from p2pinfer.routing.announcement import Announcement
 

@@ -36,8 +36,8 @@ from libp2p.pubsub.utils import safe_bytes_from_hex
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from p2pinfer.node.concurrency.loop_share import LoopShares, Meter, Overspent, clocked
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.gossip_frames import reduce_frame
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 
 from .proof_gossip import is_notice

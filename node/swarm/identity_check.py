@@ -18,11 +18,11 @@ import msgspec
 import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.host import Host, HostConfig, open_host
 from p2pinfer.node.host.length_prefix import receive_value, send_value
 from p2pinfer.node.transport.identity import Identity, new_identity
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.announcement import INSTANCE_BYTES
 
 from .duplicate_identity import DuplicateDetector

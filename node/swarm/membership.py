@@ -18,6 +18,7 @@ import trio
 from p2pinfer.errors import NotAdmitted, PeerError, PeerUnreachable
 from p2pinfer.models.checkpoint.spec import ModelSpec
 from p2pinfer.node.concurrency.nurseries import bare_errors, open_nursery, outlasting
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.store import EvidenceStore, serve_evidence
 from p2pinfer.node.host.host import Host, HostConfig, open_host
@@ -26,7 +27,6 @@ from p2pinfer.node.reach.reach import Reach, open_reach
 from p2pinfer.node.reach.relay_config import RelayConfig
 from p2pinfer.node.reach.wake import drop_silent, watch_for_sleep
 from p2pinfer.node.transport.identity import Identity
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.routing.announcement import Announcement
 from p2pinfer.routing.coordinates import Coordinate
 from p2pinfer.routing.hearsay import Hearsay, in_turns

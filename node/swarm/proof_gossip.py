@@ -31,11 +31,11 @@ import msgspec
 import trio
 
 from p2pinfer.errors import PeerError, ProtocolViolation
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.evidence.proof_errands import Errand, Errands
 from p2pinfer.node.evidence.store import EvidenceStore
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.transport.rate_limit import RateLimit
 from p2pinfer.recent import Recent
 from p2pinfer.reputation.proof import (
     MAX_PROOF_BYTES,

@@ -20,11 +20,11 @@ import trio
 
 from p2pinfer.errors import ConfigError
 from p2pinfer.node.concurrency.loop_share import LoopShares
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host_config import HostConfig
 from p2pinfer.recent import Recent
 
 from .peer_lists import SCOPES, PeerList, Scope, files_of, read_lists
-from .rate_limit import RateLimit
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from p2pinfer.node.concurrency.nurseries import innermost
 
 from .addresses import line_of, parse_tcp, range_of
 from .line_rate import MAX_RTT_S, Uplink, is_local
+from .losses import Losses
 from .private_network import Guarded
 from .raw_stream import RawStream
 
@@ -100,6 +101,7 @@ class TcpStream(RawStream):
         # Said rather than asked for: macOS no longer tells of a connection that is gone already.
         self.socket = socket.socket(taken.family, taken.type, taken.proto, taken.detach())
         self.socket.setblocking(False)
+        self._losses = Losses(self.socket)
         self._remote = _name(self.socket.getpeername)
         self.local_ip, self.local_port = _name(self.socket.getsockname) or ("", None)
 
@@ -138,6 +140,7 @@ class TcpStream(RawStream):
         if has_waited:
             self._uplink.note(self.rate.bytes_per_s)
             self._limit_unsent()
+            self._losses.look(self.least_rtt_s)
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def until_crowded(self) -> None:

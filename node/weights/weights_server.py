@@ -24,11 +24,11 @@ import trio
 from p2pinfer.errors import CheckpointError, ModelChanged, PeerVanished, ProtocolViolation
 from p2pinfer.models.pieces.chunks import CHUNK_BYTES, ChunkList, ChunkReader, list_chunks, recall_chunks
 from p2pinfer.models.pieces.manifest import Holdings
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 from p2pinfer.node.host.answers import Allowance, Answer, AnswerLimits, Answers
 from p2pinfer.node.host.home_networks import plain
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.transport.peer_stream import PeerStream
-from p2pinfer.node.transport.rate_limit import RateLimit
 
 from .config import WeightsConfig
 from .frames import Frames

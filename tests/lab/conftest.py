@@ -27,6 +27,7 @@ BENCH = Scenario(
         Site("far", line=Line(delay_ms=45, jitter_ms=0)),
         Site("narrow", line=Line(delay_ms=5, up_mbit=8, down_mbit=16)),
         Site("lossy", line=Line(delay_ms=5, loss=0.2)),
+        Site("radio", line=Line(delay_ms=20, loss=0.05)),
         Site("cone", ("cone", "sibling"), KINDS["port-preserving"]),
         Site("cone2", ("other-cone",), KINDS["port-preserving"]),
         Site("rst", ("refuser",), KINDS["RST-ing"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pinfer.node.transport.rate_limit import RateLimit
+from p2pinfer.node.concurrency.rate_limit import RateLimit
 
 
 def test_a_burst_is_allowed_and_then_the_rate() -> None:
