@@ -24,7 +24,8 @@ a liar, whether it lied or not: a row in which none did says nothing about audit
 Extra compute is the processor time of everything that would not be done without audits: running spans again
 here and at the bystander's, and at nodes that are asked for a second opinion. It is held against the
 processor time of the nodes. What an opinion costs a node, a session of one step, is measured by asking for
-some such sessions at the end.
+some such sessions at the end. That of the last half of the texts is told apart: it shows what audits take
+once everybody is known, for which the bystanders' checks count if a liar was found as late.
 """
 
 from __future__ import annotations
@@ -274,6 +275,25 @@ class Terms:
     thin: bool = False  # hops embed and draw
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Processor seconds of everything so far, and how often nodes were asked for an opinion."""
+
+    nodes_s: float
+    audits_s: float
+    opinions: int
+    found: int  # liars
+
+    def since(self, before: Spent) -> Spent:
+        """What came after `before`."""
+        return Spent(
+            self.nodes_s - before.nodes_s,
+            self.audits_s - before.audits_s,
+            self.opinions - before.opinions,
+            self.found - before.found,
+        )
+
+
 @dataclass
 class Told:
     """One generation and what the ledger thought then."""
@@ -282,10 +302,15 @@ class Told:
     prompt: str
     over_liar: bool  # one was on its route
     lied_to: bool  # and lied
+    until: Spent  # from the beginning of all texts to the end of this one
 
 
 async def generate_all(
-    client: Client, nodes: Sequence[NodeProcess], terms: Terms, found_after: dict[str, int]
+    client: Client,
+    nodes: Sequence[NodeProcess],
+    terms: Terms,
+    found_after: dict[str, int],
+    verifier: ItemizingVerifier,
 ) -> list[Told]:
     """Texts one after the other; `found_after` gets the sessions that each banned node had by then."""
     cheats = {node.peer_id: node.cheat for node in nodes if node.lies}
@@ -312,11 +337,19 @@ async def generate_all(
             for node, was in zip(nodes, before, strict=True)
             if node.lies
         ]
-        told.append(Told(generation.result, prompt, bool(used & {*cheats}), any(lied)))
         note_found(client, used_by, found_after, number + 1)
+        spent = spent_by(client, nodes, verifier, len(found_after))
+        told.append(Told(generation.result, prompt, bool(used & {*cheats}), any(lied), spent))
     await client.audits_settled()
     note_found(client, used_by, found_after, len(told))
+    told[-1].until = spent_by(client, nodes, verifier, len(found_after))
     return told
+
+
+def spent_by(client: Client, nodes: Sequence[NodeProcess], verifier: ItemizingVerifier, found: int) -> Spent:
+    opinions = sum(sum(node.sessions.values()) for node in nodes)
+    opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
+    return Spent(sum(node.cpu_s() for node in nodes), verifier.spent_s, opinions, found)
 
 
 def note_found(client: Client, used_by: Counter[str], found_after: dict[str, int], number: int) -> None:
@@ -377,19 +410,17 @@ async def contest(cheats: Sequence[str], terms: Terms) -> dict[str, Any]:
                 before = [node.cpu_s() for node in nodes]
                 client_before, started = time.process_time(), time.perf_counter()
                 found_after: dict[str, int] = {}
-                told = await generate_all(client, nodes, terms, found_after)
+                told = await generate_all(client, nodes, terms, found_after, verifier)
                 seconds, client_s = time.perf_counter() - started, time.process_time() - client_before
                 spent = [node.cpu_s() - was for node, was in zip(nodes, before, strict=True)]
                 verifier_s, audits, items = verifier.spent_s, client.audits, verifier.itemized()
                 others = [await early.ask()]
-            opinions = sum(sum(node.sessions.values()) for node in nodes)
-            opinions -= sum(node.sessions.get(client.member.peer_id, 0) for node in nodes)
-            opinions_s = opinions * await price_of_opinion(client, nodes)
+            opinion_s = await price_of_opinion(client, nodes)
             addrs = nodes[-1].addrs
             async with open_bystander(home / "late", liars, addrs) as late:
                 others.append(await late.ask())
         found = summary(
-            client, nodes, told, audits, verifier_s, spent, opinions_s, client_s, seconds, others, found_after
+            client, nodes, told, audits, verifier_s, spent, opinion_s, client_s, seconds, others, found_after
         )
         return found | {"audits' items": items}
 
@@ -401,7 +432,7 @@ def summary(
     audits: AuditTally,
     verifier_s: float,
     spent: Sequence[float],
-    opinions_s: float,
+    opinion_s: float,
     client_s: float,
     seconds: float,
     others: Sequence[dict[str, Any]],
@@ -415,9 +446,14 @@ def summary(
     lied_to = [length if each.lied_to else 0 for each, length in zip(told, lengths, strict=True)]
     own = sum(node.tokens.get(client.member.peer_id, 0) for node in nodes)
     bystanders_s = sum(other["spent_s"] for other in others)
+    half = len(told) // 2
+    late = told[-1].until.since(told[half].until)
+    late_bystanders_s = bystanders_s if late.found else 0.0
+    opinions_s = told[-1].until.opinions * opinion_s
     extra_s = verifier_s + bystanders_s + opinions_s
     serving_s = sum(spent) - opinions_s
-    half = len(told) // 2
+    late_extra_s = late.audits_s + late_bystanders_s + late.opinions * opinion_s
+    late_serving_s = late.nodes_s - late.opinions * opinion_s
     return {
         "cheats": " ".join(node.cheat for node in nodes if node.lies),
         "generations": len(told),
@@ -443,6 +479,7 @@ def summary(
         "bystanders s": round(bystanders_s, 2),
         "opinions s": round(opinions_s, 2),
         "extra": f"{extra_s / serving_s:.2%}",
+        "extra, last half": f"{late_extra_s / late_serving_s:.2%}",
         "client s": round(client_s, 1),
         "seconds": round(seconds),
         "shares": " ".join(f"{node.tokens.get(client.member.peer_id, 0) / own:.2f}" for node in nodes),

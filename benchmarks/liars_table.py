@@ -72,7 +72,15 @@ async def run_rows(rows: Mapping[str, tuple[str, ...]], options: argparse.Namesp
         found[done.name] = {"row": done.name, **row}
         path = options.out / f"{done.name.replace(' ', '_').replace(',', '')}.json"
         path.write_text(json.dumps(found[done.name], indent=1), encoding="utf-8")
-        told = ("generations", "chosen", "found after", "by liars, last half", "honest banned", "extra")
+        told = (
+            "generations",
+            "chosen",
+            "found after",
+            "by liars, last half",
+            "honest banned",
+            "extra",
+            "extra, last half",
+        )
         print(f"{done.name}: " + ", ".join(f"{each} {row[each]}" for each in told), file=sys.stderr)
 
     began_at, left_s = trio.current_time(), options.limit_s
