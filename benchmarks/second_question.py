@@ -45,6 +45,7 @@ import torch
 import trio
 from contest import Local, model_folder, prompt_ids, report
 from distance import STORY, Chain
+from pipeline import pipeline_s
 
 from p2pinfer.client import Client
 from p2pinfer.client_config import AuditConfig, ClientConfig
@@ -147,21 +148,6 @@ def measure(options: argparse.Namespace, name: str, hops: int) -> Iterator[dict[
                 }
         finally:
             leave(chain.nodes)
-
-
-def pipeline_s(
-    tokens: int, chunk_tokens: int, row_s: float, compute_s: float, hops: int, at_once: int
-) -> float:
-    """Seconds until the last chunk of a prompt has passed all lines and hops.
-
-    Args:
-        row_s: Of a token's row on a line.
-        compute_s: Of all hops together, for the whole prompt in such chunks.
-        at_once: Hops that can compute at the same time.
-    """
-    chunks = tokens / chunk_tokens
-    line_s, computed_s = chunk_tokens * row_s, compute_s / chunks
-    return hops * line_s + computed_s + (chunks - 1) * max(line_s, computed_s / at_once)
 
 
 def _prefill_s(folder: Path, options: argparse.Namespace) -> dict[int, float]:

@@ -9,10 +9,11 @@ and random weights; only the time of its passes counts, as in training_speed.py.
 
 `bound` is what a pipeline takes, in both directions: the rows as they travel over an uplink once or, where
 that takes longer, compute over hops, and (hops + 1) delays. Compute is what transformers and peft take for
-the same pass with one thread; hops that share this machine's processors have no more of them together.
-`star` is the same for rows that go over the client's uplink once for every hop, and to each hop and back, as
-they do here. `of bound` and `of star` are the median step's time over them; 1 is best. `line` and `compute`
-are seconds of `bound`, there and back together. `load` is the machine's before the first step.
+the same pass with one thread; hops that share this machine's processors have no more of them together, and
+hide each other's delays. `star` is the same for rows that go over the client's uplink once for every hop, and
+to each hop and back, as they do here. `of bound` and `of star` are the median step's time over them; 1 is
+best. `line` and `compute` are seconds of `bound`, there and back together. `load` is the machine's before the
+first step. Gradients of the adapter are in none of the bounds: each microbatch's come back from each hop.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import transformers
 from contest import report
 from distance import Chain
 from learning import prepare
+from pipeline import bounds_s
 from training_speed import ALL_SHAPES, random_model, seconds_of_passes
 
 from p2pinfer.client_config import AuditConfig, ClientConfig
@@ -83,21 +85,6 @@ def train_alone(folder: Path, dtype: str, options: argparse.Namespace) -> Passes
     return seconds_of_passes(prepare("lora", model), tokens_of(options), options.steps)
 
 
-def bounds_s(
-    alone: tuple[float, float], line_s: float, delay_s: float, hops: int
-) -> tuple[float, float, float]:
-    """Seconds of a step: the bound, that of a star, and those of its computation.
-
-    Args:
-        alone: Seconds of a pass forward and of one backward, on one processor.
-        line_s: Of all rows over an uplink.
-    """
-    computes = [seconds / min(hops, os.cpu_count() or 1) for seconds in alone]
-    bound = sum(max(line_s, each) + (hops + 1) * delay_s for each in computes)
-    star = sum(max(hops * line_s, each) + 2 * hops * delay_s for each in computes)
-    return bound, star, sum(computes)
-
-
 def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]:
     """The rows of one dtype."""
     hops: int = options.hops
@@ -125,7 +112,9 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
                 patience_s = PATIENCE_S * (options.steps + 2)
                 passes: Passes = chain.ask_inside(__file__, *words, *steps, patience_s=patience_s)
                 line_s = tokens * row_bytes * 8 / (mbit * 1e6)
-                bound, star, compute_s = bounds_s((forward_s, backward_s), line_s, delay_ms / 1e3, hops)
+                bound, star, compute_s = bounds_s(
+                    (forward_s, backward_s), line_s, delay_ms / 1e3, hops, min(hops, os.cpu_count() or 1)
+                )
                 step_s = median(map(sum, passes))
                 yield {
                     "shape": options.shape,
