@@ -13,9 +13,10 @@ from torch import Tensor
 
 from p2pinfer.models.learning.adapter import AdapterLayout, LowRank
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.reputation.receipt import digest_of
 
 from .train_messages import Update
-from .train_tensors import digest_of_adapter, encode_vector, updates_of
+from .train_tensors import adapter_content, encode_vector, updates_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,14 @@ class SpanAdapter:
     Attributes:
         updates: Its layout.
         payload: Its values, float32.
+        values: Digest of the payload.
+        digest: Of layout and values, by which passes name it.
     """
 
     updates: tuple[Update, ...]
     prompt_tokens: int
     payload: bytes
+    values: bytes
     digest: bytes
 
 
@@ -57,6 +61,6 @@ def part_of(
     if not bool(torch.isfinite(values).all()):
         raise ValueError("a value that is not finite")
     payload, travelling = encode_vector(values), updates_of(layout)
-    return SpanAdapter(
-        travelling, prompt_tokens, payload, digest_of_adapter(travelling, prompt_tokens, payload)
-    )
+    of_values = digest_of(payload)
+    digest = digest_of(adapter_content(travelling, prompt_tokens, of_values))
+    return SpanAdapter(travelling, prompt_tokens, payload, of_values, digest)

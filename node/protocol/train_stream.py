@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Final
 
@@ -27,6 +28,30 @@ from .train_messages import WITH_PAYLOAD, Done, TrainMessage, decode_train_messa
 MAX_TRAIN_HEADER_BYTES: Final = 1 << 19  # an adapter's layout: 4096 updates of some 40 bytes
 _READ_BYTES: Final = 1 << 18
 _LENGTHS: Final = struct.Struct(">II")
+
+
+class FirstPart:
+    """The first bytes of a payload, for whoever does not wait for the others.
+
+    Attributes:
+        size: How many bytes.
+        known: Set once it is clear if they come.
+        content: They; None while they are not here, and if they do not come.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.known = trio.Event()
+        self.content: bytearray | None = None
+
+    def settle(self, content: bytearray | None = None) -> None:
+        """Have them here, or say that they do not come; nothing if that is known."""
+        if not self.known.is_set():
+            self.content = content
+            self.known.set()
+
+
+def _not_apart(_: TrainMessage) -> None: ...
 
 
 class TrainStream:
@@ -76,8 +101,14 @@ class TrainStream:
             except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise PeerVanished("the stream ended while sending", self.peer_id) from exc
 
-    async def receive(self) -> tuple[TrainMessage, bytearray]:
+    async def receive(
+        self, first_part: Callable[[TrainMessage], FirstPart | None] = _not_apart
+    ) -> tuple[TrainMessage, bytearray]:
         """The next message and its payload, which the caller owns.
+
+        Args:
+            first_part: What a message's payload begins with that somebody waits for; it is settled as soon as
+                it is here.
 
         Raises:
             PeerVanished: The stream broke, or ended without `Done`.
@@ -101,6 +132,10 @@ class TrainStream:
         if payload_bytes and not isinstance(message, WITH_PAYLOAD):
             raise ProtocolViolation(f"a {type(message).__name__} with a payload", self.peer_id)
         del self._buffer[:head]
+        first = first_part(message)
+        if first is not None and first.size <= payload_bytes:
+            await self._fill(first.size, deadline)
+            first.settle(self._buffer[: first.size])
         await self._fill(payload_bytes, deadline)
         if len(self._buffer) == payload_bytes:
             payload, self._buffer = self._buffer, bytearray()

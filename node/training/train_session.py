@@ -242,6 +242,8 @@ class TrainSession:
 
     async def _answer(self, work: ForwardWork | BackwardWork) -> None:
         number = work.request.number
+        if work.error is None:
+            await trio.to_thread.run_sync(work.seal)
         if work.digests is None:
             await self._frames.send(_declined(work))
             return

@@ -103,8 +103,8 @@ class PassWork(ABC):
         span: Blocks that it runs.
         lengths: Tokens of each sequence.
         payload: What the answer carries, once the pass is done.
-        digests: What its receipt says.
-        inputs: What is kept of it.
+        digests: What its receipt says, once it is sealed.
+        inputs: What is kept of it, likewise.
         error: Why it could not be done.
         size: Bytes that it was sent.
     """
@@ -149,6 +149,17 @@ class PassWork(ABC):
     @abstractmethod
     def _run(self) -> Generator[None, None, None]:
         """Do the pass, with a stop after each block."""
+
+    @abstractmethod
+    def _sealed(self) -> PassDigests:
+        """Digests of the pass that was done, whose results are finite."""
+
+    def seal(self) -> None:
+        """Check the results and take their digests; in any thread, while the worker does the next pass."""
+        try:
+            self.digests = self._sealed()
+        except PeerError as exc:
+            self.fail(exc)
 
     def run(self, batch: Sequence[Any]) -> Sequence[Work]:
         """Do a slice of it."""
@@ -221,6 +232,8 @@ class ForwardWork(PassWork):
         super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
         self._graph_bytes = graph_bytes if request.keeps else 0
+        self._rows: Rows | None = None
+        self._forwarded: Forwarded | None = None
 
     @property
     def tokens(self) -> int:
@@ -228,28 +241,26 @@ class ForwardWork(PassWork):
         return -(-sum(self.lengths) // len(self.span))
 
     def _run(self) -> Generator[None, None, None]:
-        rows, hidden = self._decode(self._payload)
-        digest = digest_of(self._payload)
+        self._rows, hidden = self._decode(self._payload)
         passing = self._passing
-        batch = self._microbatch(rows, self.request.seed)
+        batch = self._microbatch(self._rows, self.request.seed)
         graph_bytes, on_card = self._graph_bytes, passing.passes.card_free_bytes
         if on_card is not None:
             graph_bytes = min(graph_bytes, on_card // 4)
-        forwarded = yield from passing.passes.forward(batch, hidden, graph_bytes)
-        output = encode_hidden(forwarded.output, passing.codec)
-        _check_results(output, passing.codec, passing.client)
+        self._forwarded = yield from passing.passes.forward(batch, hidden, graph_bytes)
+        self.payload = (encode_hidden(self._forwarded.output, passing.codec),)
+
+    def _sealed(self) -> PassDigests:
+        (output,), seed, forwarded = self.payload, self.request.seed, self._forwarded
+        assert self._rows is not None and forwarded is not None
+        _check_results(output, self._passing.codec, self._passing.client)
+        digest = digest_of(self._payload)
         if self.request.keeps:
             self.inputs = Inputs(
-                rows,
-                forwarded.inputs,
-                digest,
-                self._adapter_digest,
-                self.request.seed,
-                forwarded.graphs,
+                self._rows, forwarded.inputs, digest, self._adapter_digest, seed, forwarded.graphs
             )
-        call = digest_of_call(self.lengths, self.request.seed, wants_hidden=False)
-        self.digests = PassDigests(self.span, call, self._adapter_digest, digest, None, digest_of(output))
-        self.payload = (output,)
+        call = digest_of_call(self.lengths, seed, wants_hidden=False)
+        return PassDigests(self.span, call, self._adapter_digest, digest, None, digest_of(output))
 
 
 class BackwardWork(PassWork):
@@ -267,6 +278,7 @@ class BackwardWork(PassWork):
         super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
         self._kept = kept
+        self._input_size = 0
 
     @property
     def tokens(self) -> int:
@@ -275,37 +287,44 @@ class BackwardWork(PassWork):
 
     def _run(self) -> Generator[None, None, None]:
         passing, request, tokens = self._passing, self.request, sum(self.lengths)
-        size = input_bytes(tokens, passing.hidden_size, passing.codec) if request.sends_inputs else 0
-        gradient_payload = self._payload[size:]
-        gradient = decode_values(gradient_payload, tokens, passing.hidden_size, passing.codec, passing.client)
+        if request.sends_inputs:
+            self._input_size = input_bytes(tokens, passing.hidden_size, passing.codec)
+        sent = self._payload[self._input_size :]
+        gradient = decode_values(sent, tokens, passing.hidden_size, passing.codec, passing.client)
         graphs: Graphs = {}
         if request.sends_inputs:
-            rows, hidden = self._decode(self._payload[:size])
+            rows, hidden = self._decode(self._payload[: self._input_size])
             batch = self._microbatch(rows, request.seed)
             running: Pass[Forwarded] = passing.passes.forward(batch, hidden)
-            inputs, digest = (yield from running).inputs, digest_of(self._payload[:size])
+            inputs = (yield from running).inputs
         else:
             assert self._kept is not None
             if self._kept.rows.lengths != tuple(self.lengths) or len(self._kept.blocks) != len(self.span):
                 raise ProtocolViolation("another microbatch than that of the forward pass", passing.client)
             batch = self._microbatch(self._kept.rows, request.seed)
-            inputs, digest = self._kept.blocks, self._kept.digest
+            inputs = self._kept.blocks
             if (self._kept.adapter, self._kept.seed) == (self._adapter_digest, request.seed):
                 graphs = self._kept.graphs
         gradients: Gradients = yield from passing.passes.backward(
             batch, inputs, gradient, wants_hidden=request.wants_hidden, graphs=graphs
         )
-        self._encode(gradients, digest, digest_of(gradient_payload))
+        self.payload = (
+            b"" if gradients.hidden is None else encode_hidden(gradients.hidden, passing.codec),
+            b"" if gradients.adapter is None else encode_vector(gradients.adapter),
+        )
 
-    def _encode(self, gradients: Gradients, input_digest: bytes, gradient_digest: bytes) -> None:
-        hidden = b"" if gradients.hidden is None else encode_hidden(gradients.hidden, self._passing.codec)
-        vector = b"" if gradients.adapter is None else encode_vector(gradients.adapter)
+    def _sealed(self) -> PassDigests:
+        hidden, vector = self.payload
         _check_results(hidden, self._passing.codec, self._passing.client)
         _check_results(vector, "float32", self._passing.client)
-        self.payload = (hidden, vector)
-        call = digest_of_call(self.lengths, self.request.seed, wants_hidden=self.request.wants_hidden)
-        self.digests = PassDigests(
-            self.span, call, self._adapter_digest, input_digest, gradient_digest, digest_of(hidden + vector)
+        sent, size = memoryview(self._payload), self._input_size
+        return PassDigests(
+            self.span,
+            digest_of_call(self.lengths, self.request.seed, wants_hidden=self.request.wants_hidden),
+            self._adapter_digest,
+            digest_of(sent[:size]) if self._kept is None else self._kept.digest,
+            digest_of(sent[size:]),
+            digest_of(hidden + vector),
         )
 
 

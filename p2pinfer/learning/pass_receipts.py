@@ -71,9 +71,9 @@ def record_of(
     if expected.kind == "backward":
         contents[receipt.gradient] = gradient
     if call.adapter is not None:
-        values = digest_of(call.adapter.payload)
-        contents[values] = call.adapter.payload
-        contents[receipt.adapter] = adapter_content(call.adapter.updates, call.adapter.prompt_tokens, values)
+        adapter = call.adapter
+        contents[adapter.values] = adapter.payload
+        contents[receipt.adapter] = adapter_content(adapter.updates, adapter.prompt_tokens, adapter.values)
     return PassRecord(peer_id, signed, receipt, contents)
 
 

@@ -20,8 +20,8 @@ from p2pinfer.node.transport.identity import new_identity
 from p2pinfer.reputation.train_receipt import NOTHING
 from p2pinfer.routing.route import Hop
 
+from .link_opening import open_link
 from .pass_receipts import Call
-from .train_link import open_link
 
 
 async def run_pass_elsewhere(
@@ -86,6 +86,6 @@ def _call_of(record: PassRecord, hidden_size: int) -> Call:
     if receipt.adapter != NOTHING:
         layout, values = decode_adapter_content(contents[receipt.adapter])
         adapter = SpanAdapter(
-            tuple(layout.updates), layout.prompt_tokens, bytes(contents[values]), receipt.adapter
+            tuple(layout.updates), layout.prompt_tokens, bytes(contents[values]), values, receipt.adapter
         )
     return Call(record.span, rows, inputs, adapter, head.seed)

@@ -25,7 +25,8 @@ from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.train_tensors import decode_vector, layout_of
 from p2pinfer.routing.route import Hop
 
-from .train_link import TrainLink, open_link
+from .link_opening import open_link
+from .train_link import TrainLink
 from .trained_adapter import ModelAdapter
 
 

@@ -10,10 +10,10 @@ returned counts once, with the answer that completes its part: so no gradient is
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 import trio
@@ -27,6 +27,7 @@ from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.concurrency.nurseries import bare_errors, open_nursery
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.tensors import encode_hidden
+from p2pinfer.node.protocol.train_stream import FirstPart
 from p2pinfer.node.protocol.train_tensors import encode_inputs
 from p2pinfer.routing.route import Route
 
@@ -79,6 +80,10 @@ class Trace:
     output: Tensor
     adapter: ModelAdapter | None
     microbatches: list[tuple[slice, list[_Segment]]]
+
+
+# Gradients of a hop's input, if it was wanted, and of its part of the adapter, if it has one.
+_Returned: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 class SwarmTrainer:
@@ -150,16 +155,20 @@ class SwarmTrainer:
         await _check_finite(gradient, "a gradient")
         total = None if trace.adapter is None else trace.adapter.gradient()
         hidden = torch.zeros_like(gradient) if wants_hidden else None
+        adding = trio.CapacityLimiter(1)
 
-        async def run(index: int) -> None:
-            where, way = trace.microbatches[index]
-            found, parts = await self._run_back(trace, way, gradient[where], wants_hidden=wants_hidden)
-            # Nothing awaits between here and the end: a microbatch counts whole, and once.
+        def add(where: slice, found: Tensor | None, parts: Sequence[tuple[BlockSpan, Tensor]]) -> None:
             if hidden is not None and found is not None:
                 hidden[where] = found.to(hidden.dtype)
             if total is not None:
                 for span, vector in parts:
                     total.add(span, vector)
+
+        async def run(index: int) -> None:
+            where, way = trace.microbatches[index]
+            found, parts = await self._run_back(trace, way, gradient[where], wants_hidden=wants_hidden)
+            # In one piece, which nothing interrupts once it has begun: a microbatch counts whole, and once.
+            await trio.to_thread.run_sync(add, where, found, parts, limiter=adding)
 
         await _all_at_once(run, len(trace.microbatches), 2 * len(self._route.links) + 1)
         return hidden, total
@@ -220,30 +229,70 @@ class SwarmTrainer:
         parts: list[tuple[BlockSpan, Tensor]] = []
         current: Tensor | None = gradient
         failures = 0
-        while left and (wants_hidden or any(each.call.adapter for each in left)):
-            segment = left.pop()
+        while _is_of_use(left, wants_hidden=wants_hidden):
             assert current is not None
-            wants = wants_hidden or any(each.call.adapter for each in left)
-            try:
-                found, vector = await self._back_over(segment, current, wants_hidden=wants)
-            except PeerError as exc:
+            returned, failure = await self._follow(left, current, wants_hidden=wants_hidden)
+            for hidden, vector in returned:
+                current, link = hidden, left.pop().link
+                if vector is not None:
+                    parts.append((link.hop.span, vector))
+            if failure is not None:
+                lost = left.pop()
                 failures += 1
-                self._route.drop(segment.link, exc)
+                self._route.drop(lost.link, failure)
                 if failures > MOST_FAILURES:
-                    raise
-                left += await self._again(trace, segment)
-                continue
-            current = found
-            if vector is not None:
-                parts.append((segment.link.hop.span, vector))
+                    raise failure
+                left += await self._again(trace, lost)
         return current, parts
 
-    async def _back_over(
-        self, segment: _Segment, gradient: Tensor, *, wants_hidden: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of one hop's input, and of its part of the adapter."""
-        sent = await trio.to_thread.run_sync(_encoded, gradient, segment.link.codec)
-        return await segment.link.backward(segment.call, segment.number, sent, wants_hidden=wants_hidden)
+    async def _follow(
+        self, way: Sequence[_Segment], gradient: Tensor, *, wants_hidden: bool
+    ) -> tuple[list[_Returned], PeerError | None]:
+        """Gradients that the hops of a way return, its last one first, up to one that fails, and the reason.
+
+        A hop is asked as soon as the gradient of the hidden states is here from the one behind it. The
+        receipt is about that and the adapter's, which may be longer and comes after it. So what follows from
+        a gradient whose hop then fails does not count.
+        """
+        segment, before = way[-1], way[:-1]
+        goes_on = _is_of_use(before, wants_hidden=wants_hidden)
+        link, tokens = segment.link, segment.call.rows.tokens
+        first = FirstPart(link.hidden_bytes(tokens)) if goes_on else None
+        further: list[_Returned] = []
+        failure: PeerError | None = None
+        further_failure: PeerError | None = None
+
+        async def go_on(first: FirstPart) -> None:
+            nonlocal further, further_failure
+            await first.known.wait()
+            if first.content is None:
+                return
+            try:
+                hidden = await trio.to_thread.run_sync(link.hidden_of, first.content)
+            except PeerError:
+                return  # the check of the whole answer says so
+            further, further_failure = await self._follow(before, hidden, wants_hidden=wants_hidden)
+
+        with bare_errors():
+            async with trio.open_nursery() as nursery:
+                if first is not None:
+                    nursery.start_soon(go_on, first)
+                try:
+                    sent = await trio.to_thread.run_sync(_encoded, gradient, link.codec)
+                    answer = await link.backward(
+                        segment.call,
+                        segment.number,
+                        sent,
+                        wants_hidden=wants_hidden or goes_on,
+                        first=first,
+                    )
+                except PeerError as exc:
+                    # Whoever was asked meanwhile answers: to give up half a request would break a session.
+                    answer, failure = None, exc
+                finally:
+                    if first is not None:
+                        first.settle()
+        return ([], failure) if answer is None else ([answer, *further], further_failure)
 
     async def _again(self, trace: Trace, lost: _Segment) -> list[_Segment]:
         """The part of a lost hop, run by others from the same input."""
@@ -311,6 +360,11 @@ async def _all_at_once(run: Callable[[int], Awaitable[None]], count: int, most: 
         async with trio.open_nursery() as nursery:
             for index in range(count):
                 nursery.start_soon(one, index)
+
+
+def _is_of_use(way: Sequence[_Segment], *, wants_hidden: bool) -> bool:
+    """True if a gradient has to go back over these hops."""
+    return bool(way) and (wants_hidden or any(each.call.adapter for each in way))
 
 
 def _encoded(hidden: Tensor, codec: Codec) -> bytes:

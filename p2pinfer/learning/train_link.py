@@ -1,9 +1,8 @@
-"""Link to one hop: its adapters are kept up to date, and its answers are checked before they are used."""
+"""Link to one hop: its adapters are kept up to date, and its answers are checked before they count."""
 
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias, TypeVar
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from p2pinfer.errors import PeerError, PeerRefused, PeerVanished, ProtocolViolation
 from p2pinfer.models.checkpoint.spec import ModelSpec
-from p2pinfer.models.numerics import Codec, parse_numerics, reference_for, row_bytes
+from p2pinfer.models.numerics import Codec, row_bytes
 from p2pinfer.models.verify.pass_figures import pass_figures
 from p2pinfer.node.evidence.pass_record import PassRecord
 from p2pinfer.node.host.network import Network
-from p2pinfer.node.protocol.frames import MinimumRate
 from p2pinfer.node.protocol.span_adapter import SpanAdapter
 from p2pinfer.node.protocol.train_messages import (
-    TRAIN_PROTOCOL,
     Adapt,
     Adapted,
     Backward,
@@ -34,7 +31,7 @@ from p2pinfer.node.protocol.train_messages import (
     Forwarded,
     TrainMessage,
 )
-from p2pinfer.node.protocol.train_stream import TrainStream
+from p2pinfer.node.protocol.train_stream import FirstPart, TrainStream
 from p2pinfer.node.protocol.train_tensors import decode_values, decode_vector
 from p2pinfer.reputation.receipt import digest_of
 from p2pinfer.reputation.train_receipt import NOTHING
@@ -49,26 +46,24 @@ _Answer = TypeVar("_Answer", Adapted, Forwarded, Backwarded)
 _Checked = TypeVar("_Checked")
 
 HELD_ADAPTERS: Final = 2  # that a hop keeps
-OPENING_S: Final = 10.0  # for a hop to let us in, where round trips take no time
-OPENING_ROUND_TRIPS: Final = 8
 SIGN_OF_LIFE_S: Final = 5.0  # without an answer, after which a hop is asked if it is there
 PATIENCE_S: Final = 10.0  # for its answer to that
 BUSY_PAUSE_S: Final = 0.25  # before a hop that has no room is asked again; twice as long each time
 BUSY_TIMES: Final = 6
 _Noted: TypeAlias = tuple[PassRecord, Mapping[str, float]] | None  # a pass, for whoever watches
-_RATE: Final = MinimumRate(60.0, 16_384)
 
 
 class _Pending:
-    """A request without an answer."""
+    """A request without an answer, or with the first part of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: FirstPart | None) -> None:
+        self.first = first
         self.answered = trio.Event()
         self.answer: tuple[TrainMessage, bytearray] | None = None
 
 
 class TrainLink:
-    """A session of training on one hop. Made by `open_link`; `read` has to run for as long as it is used.
+    """A session of training on one hop, as `open_link` makes it; `read` has to run for as long as it is used.
 
     Attributes:
         hop: The peer, and the blocks that it may be asked for.
@@ -134,25 +129,52 @@ class TrainLink:
         return number, output
 
     async def backward(
-        self, call: Call, forward: int | None, gradient: bytes, *, wants_hidden: bool
+        self,
+        call: Call,
+        forward: int | None,
+        gradient: bytes,
+        *,
+        wants_hidden: bool,
+        first: FirstPart | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the hop's input and of its part of the adapter.
 
         Args:
             forward: Number of the forward pass; None if the hop keeps nothing of it.
+            first: Of the answer, which is settled as soon as it is here, and is not checked: see `hidden_of`.
 
         Raises:
             PeerError: As for `forward`.
         """
         try:
-            return await self._backward(call, forward, gradient, wants_hidden=wants_hidden)
+            return await self._backward(call, forward, gradient, first, wants_hidden=wants_hidden)
         except PeerRefused as exc:
             if exc.code != "inputs_gone":
                 raise
-        return await self._backward(call, None, gradient, wants_hidden=wants_hidden)
+        return await self._backward(call, None, gradient, first, wants_hidden=wants_hidden)
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Size of so many hidden states, or of their gradient, with which an answer begins."""
+        return tokens * row_bytes(self._spec.hidden_size, self.codec)
+
+    def hidden_of(self, content: bytearray) -> Tensor:
+        """Hidden states or their gradient, (tokens, hidden_size), as this hop sends them.
+
+        Raises:
+            PeerError: They are not finite.
+        """
+        size = self._spec.hidden_size
+        tokens = len(content) // row_bytes(size, self.codec)
+        return decode_values(content, tokens, size, self.codec, self.hop.peer_id)
 
     async def _backward(
-        self, call: Call, forward: int | None, gradient: bytes, *, wants_hidden: bool
+        self,
+        call: Call,
+        forward: int | None,
+        gradient: bytes,
+        first: FirstPart | None,
+        *,
+        wants_hidden: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         digest, resends = None if call.adapter is None else call.adapter.digest, forward is None
 
@@ -170,17 +192,15 @@ class TrainLink:
             )
 
         parts = (call.inputs, gradient) if resends else (gradient,)
-        answer, payload, _ = await self._pass(call, request, Backwarded, parts)
+        answer, payload, _ = await self._pass(call, request, Backwarded, parts, first)
         tokens, codec, peer_id = call.rows.tokens, self._begin.codec, self.hop.peer_id
         values = 0 if call.adapter is None else len(call.adapter.payload) // 4
 
         def checked() -> tuple[Tensor | None, Tensor | None, _Noted]:
             expected = Expected("backward", call, wants_hidden, digest_of(payload), digest_of(gradient))
             receipt = self._receipts.check(answer.receipt, expected)
-            size = tokens * row_bytes(self._spec.hidden_size, codec) if wants_hidden else 0
-            hidden = None
-            if wants_hidden:
-                hidden = decode_values(payload[:size], tokens, self._spec.hidden_size, codec, peer_id)
+            size = self.hidden_bytes(tokens) if wants_hidden else 0
+            hidden = self.hidden_of(payload[:size]) if wants_hidden else None
             vector = decode_vector(payload[size:], values, peer_id)
             noted: _Noted = None
             if self._watch is not None:
@@ -211,13 +231,14 @@ class TrainLink:
         request: Callable[[int], TrainMessage],
         kind: type[_Answer],
         payload: tuple[bytes, ...],
+        first: FirstPart | None = None,
     ) -> tuple[_Answer, bytearray, int]:
         """Have a pass done, its adapter sent before if the hop lacks it; waits while the hop is full."""
         pause_s, times = BUSY_PAUSE_S, 0
         while True:
             await self.hold(call.adapter)
             try:
-                return await self._ask(request, kind, payload)
+                return await self._ask(request, kind, payload, first)
             except PeerRefused as exc:
                 if exc.code == "adapter_gone" and call.adapter is not None and times < BUSY_TIMES:
                     self._adapters.pop(call.adapter.digest, None)
@@ -253,13 +274,17 @@ class TrainLink:
     # ------------------------------------------------------------------ requests and answers
 
     async def _ask(
-        self, request: Callable[[int], TrainMessage], kind: type[_Answer], payload: tuple[bytes, ...]
+        self,
+        request: Callable[[int], TrainMessage],
+        kind: type[_Answer],
+        payload: tuple[bytes, ...],
+        first: FirstPart | None = None,
     ) -> tuple[_Answer, bytearray, int]:
         async with self._room:
             self._check_open()
             self._last_number += 1
             number = self._last_number
-            pending = self._pending[number] = _Pending()
+            pending = self._pending[number] = _Pending(first)
             try:
                 await self._frames.send(request(number), *payload)
                 answer, received = await self._wait(pending)
@@ -309,7 +334,7 @@ class TrainLink:
         """Take in answers until the session ends."""
         try:
             while True:
-                message, payload = await self._frames.receive()
+                message, payload = await self._frames.receive(self._first_part)
                 if isinstance(message, Done):
                     raise PeerVanished("the hop ended the session", self.hop.peer_id)
                 number = getattr(message, "number", None)
@@ -326,6 +351,10 @@ class TrainLink:
                 pending.answered.set()
         except PeerError as exc:
             self.give_up(exc)
+
+    def _first_part(self, message: TrainMessage) -> FirstPart | None:
+        pending = self._pending.get(message.number) if isinstance(message, Backwarded) else None
+        return None if pending is None else pending.first
 
     async def close(self) -> None:
         """End the session; quiet if the hop is gone."""
@@ -344,53 +373,3 @@ class TrainLink:
             logger.debug("training.lost peer=%s why=%s", self.hop.peer_id, error)
         for pending in self._pending.values():
             pending.answered.set()
-
-
-async def open_link(
-    host: Network, hop: Hop, spec: ModelSpec, codec: Codec, watch: PassWatch | None = None
-) -> TrainLink:
-    """A session of training on a hop; `watch` is shown its passes.
-
-    Raises:
-        PeerError: It cannot be reached, does not train, or refuses.
-    """
-    begin = Begin(secrets.token_bytes(16), spec.revision, hop.span.start, hop.span.stop, codec)
-    with host.within(OPENING_S, [hop.peer_id], OPENING_ROUND_TRIPS) as scope:
-        stream = await host.open_stream(hop.peer_id, TRAIN_PROTOCOL, hop.addrs, hearsay=True)
-        frames = TrainStream(stream, max_payload_bytes=0, peer_id=hop.peer_id, minimum_rate=_RATE)
-        try:
-            await frames.send(begin)
-            answer, _ = await frames.receive()
-            return _opened(hop, spec, begin, answer, frames, host, watch)
-        except BaseException:
-            with trio.CancelScope(shield=True), trio.move_on_after(1.0):
-                await frames.aclose()
-            raise
-    assert scope.cancelled_caught
-    raise PeerVanished(f"peer {hop.peer_id} took too long to let us train", hop.peer_id)
-
-
-def _opened(
-    hop: Hop,
-    spec: ModelSpec,
-    begin: Begin,
-    answer: TrainMessage,
-    frames: TrainStream,
-    host: Network,
-    watch: PassWatch | None,
-) -> TrainLink:
-    if isinstance(answer, Declined):
-        raise PeerRefused(
-            f"peer {hop.peer_id} refused to train blocks {hop.span}: {answer.message}",
-            hop.peer_id,
-            answer.code,
-        )
-    if not isinstance(answer, Begun):
-        raise ProtocolViolation(f"{type(answer).__name__} as an answer to Begin", hop.peer_id)
-    if reference_for(parse_numerics(answer.dtype)) is None:
-        raise ProtocolViolation(f"computes in {answer.dtype:.20}, which nobody here can check", hop.peer_id)
-    if hop.dtype and answer.dtype != hop.dtype:
-        raise ProtocolViolation(f"computes in {answer.dtype}, and has announced {hop.dtype}", hop.peer_id)
-    largest = answer.max_tokens * row_bytes(spec.hidden_size, "float32") + answer.max_adapter_bytes
-    frames.max_payload_bytes = min(largest, 1 << 31)
-    return TrainLink(hop, spec, begin, answer, frames, host, watch)

@@ -16,8 +16,9 @@ from p2pinfer.node.host.network import Network
 from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.failover import Gap
 
+from .link_opening import open_link
 from .pass_watch import PassWatch
-from .train_link import TrainLink, open_link
+from .train_link import TrainLink
 
 logger = logging.getLogger(__name__)
 

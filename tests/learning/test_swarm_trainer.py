@@ -6,6 +6,7 @@ from unittest.mock import PropertyMock
 
 import pytest
 import torch
+import trio
 from torch import Tensor
 
 from p2pinfer.errors import LocalError, NoRoute
@@ -20,6 +21,7 @@ from p2pinfer.node.protocol import train_stream
 from p2pinfer.node.protocol.train_messages import Backward, Forward, TrainMessage
 from p2pinfer.node.protocol.train_stream import TrainStream
 
+from ..node.memory import MemoryStream
 from .support import OTHERS, WAY, Peers, Task, close, make_task, open_training
 
 
@@ -107,6 +109,40 @@ async def test_a_hop_that_dies_in_a_pass_is_replaced_and_nothing_counts_twice(
         assert asked >= 2
         assert victim not in trainer.route.peer_ids
         assert {peer for peer, _ in peers.failed} == {victim}
+
+
+@pytest.mark.parametrize("is_true", [True, False])
+async def test_the_next_hop_is_asked_before_the_adapters_gradient_is_here(
+    checkpoint: Checkpoint, task: Task, monkeypatch: pytest.MonkeyPatch, is_true: bool
+) -> None:
+    """What it then gives counts only if the receipt for all of it is right."""
+    peers = Peers({**WAY, **OTHERS})
+    async with open_training(checkpoint, peers) as (trainer, _):
+        trace = await trainer.forward(task.batch, task.adapter)
+        last = task.adapter.part(BlockSpan(*WAY["c"]))
+        assert last is not None
+        asked, came = trio.Event(), list[int]()
+        send, send_all = TrainStream.send, MemoryStream.send_all
+
+        async def spied(stream: TrainStream, message: TrainMessage, *payload: bytes) -> None:
+            await send(stream, message, *payload)
+            if stream.peer_id == "b" and isinstance(message, Backward):
+                asked.set()
+
+        async def late(stream: MemoryStream, data: bytes | bytearray | memoryview) -> None:
+            if stream.peer_id == "client" and len(data) == len(last.payload) and not came:
+                came.append(len(data))
+                with trio.fail_after(30):
+                    await asked.wait()
+                data = data if is_true else bytes(len(data))
+            await send_all(stream, data)
+
+        monkeypatch.setattr(train_stream.TrainStream, "send", spied)
+        monkeypatch.setattr(MemoryStream, "send_all", late)
+        await check_backward(trainer, task, trace)
+        assert came
+        assert ("c" in trainer.route.peer_ids) == is_true
+        assert [peer for peer, _ in peers.failed] == ([] if is_true else ["c"])
 
 
 async def test_a_hop_that_leaves_is_replaced(checkpoint: Checkpoint, task: Task) -> None:

@@ -6,12 +6,15 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, cast
+from unittest.mock import Mock
 
 import trio
 
+from p2pinfer.errors import WrongOutput
 from p2pinfer.models.learning.span_passes import SpanPasses
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.protocol.train_messages import Forward
+from p2pinfer.node.protocol.train_receipt import PassDigests
 from p2pinfer.node.serve.worker import BatchReport, Worker, open_worker
 from p2pinfer.node.training.train_work import Passing, PassWork
 
@@ -32,6 +35,9 @@ class Blocks(PassWork):
         yield
         yield
         yield
+
+    def _sealed(self) -> PassDigests:
+        raise WrongOutput("nothing was computed", "client")
 
 
 class Step:
@@ -134,6 +140,17 @@ async def test_passes_of_two_sessions_take_turns() -> None:
     for name in "ab":
         mine = [each for each in told if each.startswith(name)]
         assert mine == [f"{name}{number} {what}" for number in range(3) for what in ("begins", "ends")]
+
+
+def test_results_that_are_not_sealed_have_no_receipt() -> None:
+    """Such as values that are not finite, which are found outside the worker's thread."""
+    work = Blocks(cast(Passing, Mock(client="client", slice_s=60.0)), lambda: None, lambda: None)
+    work.run((work,))
+    assert work.is_over
+    assert work.error is None
+    work.seal()
+    assert isinstance(work.error, WrongOutput)
+    assert work.digests is None
 
 
 async def test_nothing_of_a_session_is_held_after_its_end() -> None:
