@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from p2pinfer.node.transport.identity import load_identity
 from ..models.conftest import oracle as oracle
 from ..models.conftest import write_checkpoint as write_checkpoint
 from ..ports import free_port
-from .support import NodeProcess, Swarm
+from .support import NodeProcess, StartNode, Swarm
 
 NODES = 4
 
@@ -47,3 +47,20 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Swarm]:
     said = "".join((home / str(index) / "stderr").read_text(encoding="utf-8") for index in range(NODES))
     assert said == "", said
     assert exit_codes == [0] * NODES
+
+
+@pytest.fixture
+def start_node(swarm: Swarm, tmp_path: Path) -> Iterator[StartNode]:
+    """Starts further nodes of the swarm, to be harmed."""
+    nodes: list[NodeProcess] = []
+
+    def start(blocks: str = "0:8") -> NodeProcess:
+        flags = ("--blocks", blocks, "--dtype", "float32", "--set", f"cache_dir={swarm.home}")
+        node = NodeProcess(tmp_path / str(len(nodes)), *flags, "--bootstrap", swarm.address)
+        nodes.append(node)
+        return node
+
+    yield start
+    for node in nodes:
+        node.end()
+        assert "Traceback" not in node.said_at_last

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import trio
 
@@ -99,6 +99,9 @@ class NodeProcess:
         if not self._signalled:
             self.process.send_signal(signum)
         self._signalled = True
+
+
+StartNode: TypeAlias = Callable[..., NodeProcess]  # of blocks, as 0:8
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,12 @@ from p2pinfer.generation.generation import GenerationResult
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.events import Event, SessionClosed
 
-from .support import Along, NodeProcess, Swarm, open_nodes, text_of
+from .support import Along, StartNode, Swarm, open_nodes, text_of
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "Once upon a time"
 DRAWN: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 7}
-
-StartNode = Callable[..., NodeProcess]
-
-
-@pytest.fixture
-def start_node(swarm: Swarm, tmp_path: Path) -> Iterator[StartNode]:
-    """Starts further nodes of the swarm, to be harmed."""
-    nodes: list[NodeProcess] = []
-
-    def start(blocks: str = "0:8") -> NodeProcess:
-        flags = ("--blocks", blocks, "--dtype", "float32", "--set", f"cache_dir={swarm.home}")
-        node = NodeProcess(tmp_path / str(len(nodes)), *flags, "--bootstrap", swarm.address)
-        nodes.append(node)
-        return node
-
-    yield start
-    for node in nodes:
-        node.end()
-        assert "Traceback" not in node.said_at_last
 
 
 async def generate(client: Client, tokens: int = 30, **options: Any) -> GenerationResult:
