@@ -42,7 +42,7 @@ from p2pinfer.reputation.verdict import Finding, Verdict, is_too_short
 from p2pinfer.routing.route import Route
 from p2pinfer.session.session import Session
 
-from .backlog import Backlog, ClosedSession, Job, contained
+from .backlog import Backlog, ClosedSession, Job, beginning_of, contained
 from .collect import claims_of, collect_record
 from .draw import AuditBudget, AuditDraw
 from .evidence_source import Line
@@ -140,12 +140,12 @@ class Auditor:
         return self._draw.toss(route)
 
     def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
-        """Queue what the coin chose. Whoever replaced a hop meanwhile gets a coin of its own."""
+        """Queue what the coins chose, of hops of the beginning and of those that replaced them."""
         book = session.book
         if book is None:
             return
         self._draw.budget.earn(book.work_s)
-        closed = ClosedSession(book, session.opened_route, chosen, session.broken_receipt is not None)
+        closed = ClosedSession(book, chosen, session.broken_receipt is not None)
         try:
             self._closed_in.send_nowait(closed)
         except trio.WouldBlock:
@@ -208,17 +208,7 @@ class Auditor:
                 self._blame(exc)
         if isinstance(error, Equivocation):
             return [Job(error.peer_id, contradiction=error.receipts)]
-        # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
-        # replaced them would know that nobody checks them.
-        opened_with = {*closed.route.peer_ids}
-        newcomers = [
-            hop
-            for hop in {hop.peer_id: hop for each in book.kept for hop in each.hops}.values()
-            if hop.peer_id not in opened_with
-        ]
-        if newcomers:
-            chosen |= self.toss(Route(tuple(newcomers)))
-        steps = tuple(book.kept)
+        steps = beginning_of(book.kept, self._config.max_tokens, self._config.evidence_bytes)
         # What may be its neighbour's doing is no reason to hold it against a hop that an audit has no result.
         faults = {error.peer_id: str(error)} if error and not error.told_by else {}
         return [

@@ -10,7 +10,7 @@ audits would end up holding the tensors of all of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ import trio
 
 from p2pinfer.node.concurrency.pulse import Pulse
 from p2pinfer.node.protocol.draws import Draw
-from p2pinfer.routing.route import Route
 from p2pinfer.session.receipt_checks import PassedStep, ReceiptBook
 
 from .kept_jobs import JobFolder, KeptJob
@@ -69,10 +68,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ClosedSession:
-    """A session that is over, the hops that the coin chose, and whether its broken receipt was told of."""
+    """A session that is over, the hops that the coins chose, and whether its broken receipt was told of."""
 
     book: ReceiptBook
-    route: Route
     chosen: frozenset[str]
     was_told: bool
 
@@ -190,6 +188,21 @@ class Backlog:
                 logger.warning("audits cannot be kept for the next start: %s", exc)
                 self._folder = None
                 return None
+
+
+def beginning_of(steps: Sequence[PassedStep], max_tokens: int, max_bytes: int) -> tuple[PassedStep, ...]:
+    """The steps, without the payloads of those that lie beyond what an audit looks at.
+
+    Or nothing of a session would be audited that is so long that there is no room for all of it. The receipts
+    of later steps are needed: they may roll back earlier ones.
+    """
+    kept: list[PassedStep] = []
+    size = 0
+    for each in steps:
+        size += len(each.sent) + len(each.got)
+        is_beyond = each.step.position >= max_tokens or size > max_bytes
+        kept.append(each._replace(sent=b"", got=b"") if is_beyond else each)
+    return tuple(kept)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from p2pinfer.models.numerics import row_bytes
 from p2pinfer.node.host.network import Network
 from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Prefix
-from p2pinfer.routing.route import Route
+from p2pinfer.routing.route import Hop, Route
 from p2pinfer.session.chain import ReplaySource
 from p2pinfer.session.hosting import open_session, start_session
 from p2pinfer.session.session import Session
@@ -73,14 +73,21 @@ class SessionOpener:
         """
         route, auditor = plan.route, self.auditor
         logger.debug("session.open route=%s codec=%s", route, plan.codec)
-        chosen = auditor.toss(route) if auditor else frozenset[str]()
+        chosen = {*auditor.toss(route)} if auditor else set[str]()
         plain_bytes = packing.tokens * row_bytes(self.spec.hidden_size, plan.codec)
         is_packed = plan.packs and (not packing.if_slow or self.uplink.is_slow_for(plain_bytes))
 
         def closed(session: Session) -> None:
             self.uplink.note(session.chain.hops[0].line)
             if auditor is not None:
-                auditor.session_closed(session, chosen)
+                auditor.session_closed(session, frozenset(chosen))
+
+        def joined(hops: tuple[Hop, ...]) -> bool:
+            # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
+            # replaced them would know that nobody checks them.
+            drawn = auditor.toss(Route(hops)) if auditor is not None else frozenset[str]()
+            chosen.update(drawn)
+            return bool(drawn)
 
         opening = open_session(
             self.host,
@@ -93,6 +100,7 @@ class SessionOpener:
             replanner=self.routes,
             excluded=excluded,
             keep_steps=bool(chosen),
+            on_joined=joined,
             report=self.report,
             adapter=adapter,
             prefix=prefix,

@@ -25,7 +25,7 @@ from p2pinfer.routing.route import Route
 
 from .chain import ReplaySource
 from .failover import Replanner
-from .receipt_checks import ReceiptBook
+from .receipt_checks import OnJoined, ReceiptBook
 from .session import Session
 from .terms import SessionAdapter, SessionTerms
 
@@ -46,6 +46,7 @@ async def open_session(
     excluded: frozenset[str] = frozenset(),
     check_receipts: bool = True,
     keep_steps: bool = False,
+    on_joined: OnJoined | None = None,
     report: Report | None = None,
     adapter: SessionAdapter | None = None,
     prefix: Prefix | None = None,
@@ -61,6 +62,8 @@ async def open_session(
         excluded: Peers that are not to be among those others.
         check_receipts: Demand a receipt from every hop for every step.
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
+        on_joined: Called with hops that replaced others; if it says so, what goes through from then on is
+            remembered as well.
         report: Called with the session's events.
         adapter: Brought to every hop, whose receipts then name it.
         prefix: What the session begins with, of one that ended on these hops; `chain.prefix` says how much of
@@ -80,6 +83,7 @@ async def open_session(
             codec,
             host.verify,
             keep=keep_steps,
+            on_joined=on_joined,
             draw=draw,
             packed=packed,
         )
@@ -87,7 +91,6 @@ async def open_session(
         session = Session(
             host,
             nursery,
-            route,
             terms,
             config,
             replay_source=replay_source,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import trio
 
@@ -33,6 +33,8 @@ from p2pinfer.reputation.receipt import (
 )
 from p2pinfer.routing.route import Hop
 
+OnJoined: TypeAlias = Callable[[tuple[Hop, ...]], bool]
+
 CHECK_EVERY: Final = 16  # steps; a thread is asked once for so many
 
 
@@ -53,6 +55,7 @@ class ReceiptBook:
     Args:
         revision: Of the model, or what gives it for a hop's blocks.
         keep: Remember every step, payloads included, for an audit after the session.
+        on_joined: Called with hops that replaced others; if it says so, steps are remembered from then on.
         draw: Terms of the last hop's draws; None: hidden states travel to and from the client.
         packed: Positions below this one travel packed.
 
@@ -70,6 +73,7 @@ class ReceiptBook:
         check: CheckSignature,
         *,
         keep: bool = False,
+        on_joined: OnJoined | None = None,
         draw: Draw | None = None,
         packed: int = 0,
     ) -> None:
@@ -85,6 +89,8 @@ class ReceiptBook:
         self._opened_at = time.monotonic()
         self._check_signature = check
         self._keep = keep
+        self._on_joined = on_joined
+        self._hops: tuple[Hop, ...] | None = None  # of the latest step
         self._chains: dict[str, ReceiptChain] = {}
         self._turn = trio.Lock()
 
@@ -95,9 +101,20 @@ class ReceiptBook:
 
     def add(self, passed: PassedStep, bills: Sequence[Bill] = ()) -> bool:
         """Take in a step that came back; True if enough have gathered for a check."""
+        if passed.hops != self._hops:
+            self._note_hops(passed.hops)
         self.unchecked.append(passed)
         self._work_us += sum(_own_part_us(bill, passed.step.tokens) for bill in bills)
         return len(self.unchecked) >= CHECK_EVERY
+
+    def _note_hops(self, hops: tuple[Hop, ...]) -> None:
+        former, self._hops = self._hops, hops
+        if former is None or self._on_joined is None:
+            return
+        known = {hop.peer_id for hop in former}
+        joined = tuple(hop for hop in hops if hop.peer_id not in known)
+        if joined and self._on_joined(joined):
+            self._keep = True
 
     async def check(self) -> None:
         """Check what is `unchecked`.

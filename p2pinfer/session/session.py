@@ -56,7 +56,6 @@ class Session:
     """An open session on every hop of a route. `open_session` and `start_session` make one.
 
     Attributes:
-        opened_route: The hops at the beginning.
         timings: Decode steps since the last change of hops.
         handovers: Replaces hops that still work.
         repair: Replaces hops that do not.
@@ -67,7 +66,6 @@ class Session:
         self,
         host: Network,
         nursery: trio.Nursery,
-        route: Route,
         terms: SessionTerms,
         config: SessionConfig,
         *,
@@ -77,7 +75,6 @@ class Session:
         book: ReceiptBook | None,
         report: Report | None,
     ) -> None:
-        self.opened_route = route
         self.book = book
         self.broken_receipt: PeerError | None = None
         self.timings: list[StepTiming] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from p2pinfer.reputation.verdict import Finding, Verdict
 
 from ..node.memory import sign
 from ..node.memory_swarm import MemorySwarm, route_over
-from .audited_swarm import PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
+from .audited_swarm import ALWAYS, PROMPT, OpenClient, cheat, noisy, open_client, swarm, text_of
 
 __all__ = ["open_client", "swarm"]  # fixtures
 
@@ -163,6 +164,21 @@ async def test_of_a_long_session_the_beginning_is_checked(
             seen.append(client.audits)
     passed, inconclusive = AuditTally(done=1, passed=1), AuditTally(done=1, inconclusive=1)
     assert seen == [passed, passed, inconclusive, AuditTally(done=1, failed=1)]
+
+
+@pytest.mark.parametrize(
+    "audit", [replace(ALWAYS, max_tokens=20), replace(ALWAYS, evidence_bytes=20 * 320 * 4)]
+)
+async def test_a_session_that_is_longer_than_what_may_wait_is_audited_all_the_same(
+    swarm: MemorySwarm, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch, audit: AuditConfig
+) -> None:
+    """Or who lies in the longest sessions alone is never found."""
+    monkeypatch.setattr(backlog, "MAX_WAITING_BYTES", 60 * 320 * 4)
+    cheat(await swarm.serve("a", 0, 8), noisy)
+    async with open_client(audit=audit) as client:
+        await text_of(client.generate(PROMPT, max_new_tokens=60))
+        await client.audits_settled()
+        assert client.ledger.is_banned("a")
 
 
 async def test_what_waits_to_be_audited_is_bounded(

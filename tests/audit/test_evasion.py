@@ -66,7 +66,7 @@ def closed_session(client: Client, *receipts: tuple[bytes, ...]) -> Session:
     book = ReceiptBook(secrets.token_bytes(16), client.spec.revision, "float32", verify, keep=True)
     for number, each in enumerate(receipts):
         book.unchecked.append(PassedStep(Step(number, 0, number, 1, 1), route.hops, b"", b"", each))
-    said = SimpleNamespace(book=book, broken_receipt=None, opened_route=route, route=route)
+    said = SimpleNamespace(book=book, broken_receipt=None, route=route)
     return cast(Session, said)
 
 
@@ -103,7 +103,7 @@ async def test_a_receipt_that_is_between_two_neighbours_is_held_against_neither_
         chain = Chain()
         said.book.unchecked += [await chain.passed(), await chain.passed(BREAKS_B, at=1)]
         auditor = auditor_of(client)
-        closed = ClosedSession(said.book, said.opened_route, frozenset("abc"), was_told=False)
+        closed = ClosedSession(said.book, frozenset("abc"), was_told=False)
         jobs = await auditor._jobs_of(closed)  # pyright: ignore[reportPrivateUsage]
         assert {job.peer_id: job.fault for job in jobs} == dict.fromkeys("abc", "")
         charged = {name: client.ledger.account(name).bad for name in "abc"}
