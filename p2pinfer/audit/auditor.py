@@ -139,6 +139,10 @@ class Auditor:
         """The hops to be checked after a session over `route` that is about to open."""
         return self._draw.toss(route)
 
+    def is_banned(self, peer_id: str) -> bool:
+        """True if the ledger says so."""
+        return self._ledger.is_banned(peer_id)
+
     def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
         """Queue what the coins chose, of hops of the beginning and of those that replaced them."""
         book = session.book

@@ -35,6 +35,10 @@ class Auditor(Protocol):
         """Peers of a route whose work is to be kept for an audit."""
         ...
 
+    def is_banned(self, peer_id: str) -> bool:
+        """True if sessions are not to go on over this peer."""
+        ...
+
     def session_closed(self, session: Session, chosen: frozenset[str]) -> None:
         """Take over what was kept."""
         ...
@@ -82,11 +86,18 @@ class SessionOpener:
             if auditor is not None:
                 auditor.session_closed(session, frozenset(chosen))
 
+        # What policies may choose all the same: that they were banned before is no news.
+        known_liars = {each for each in route.peer_ids if auditor and auditor.is_banned(each)}
+
+        def is_unwanted(peer_id: str) -> bool:
+            return auditor is not None and peer_id not in known_liars and auditor.is_banned(peer_id)
+
         def joined(hops: tuple[Hop, ...]) -> bool:
             # The first coin was tossed for the hops of the beginning. Without one of their own, hops that
             # replaced them would know that nobody checks them.
             drawn = auditor.toss(Route(hops)) if auditor is not None else frozenset[str]()
             chosen.update(drawn)
+            known_liars.update(hop.peer_id for hop in hops if auditor and auditor.is_banned(hop.peer_id))
             return bool(drawn)
 
         opening = open_session(
@@ -101,6 +112,7 @@ class SessionOpener:
             excluded=excluded,
             keep_steps=bool(chosen),
             on_joined=joined,
+            is_unwanted=is_unwanted,
             report=self.report,
             adapter=adapter,
             prefix=prefix,

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import trio
 
@@ -30,6 +30,8 @@ from .liveness import attended
 from .opening import end_all
 
 logger = logging.getLogger(__name__)
+
+IsUnwanted: TypeAlias = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,19 @@ class Failover:
     """Mends what is noted as broken."""
 
     def __init__(
-        self, chain: Chain, faults: Faults, replanner: Replanner | None, config: SessionConfig
+        self,
+        chain: Chain,
+        faults: Faults,
+        replanner: Replanner | None,
+        config: SessionConfig,
+        is_unwanted: IsUnwanted,
     ) -> None:
-        """Mend nothing without a `replanner`."""
+        """Mend nothing without a `replanner`; end the session once a hop of it `is_unwanted`."""
         self._chain = chain
         self._faults = faults
         self._replanner = replanner
         self._config = config
+        self._is_unwanted = is_unwanted
         self._complaints: Counter[HopStream] = Counter()
 
     async def mend(self, upto: int, replacement: Replacement | None = None) -> None:
@@ -111,6 +119,16 @@ class Failover:
             if self._faults.first is None:
                 return
         raise first
+
+    def leave_unwanted(self) -> None:
+        """Let the session be over if a hop of it turned out to be a liar.
+
+        It is not replaced: hops behind it have in their caches what they made of its lies. In a new session
+        they are given the tokens.
+        """
+        for hop in self._chain.hops:
+            if self._is_unwanted(hop.peer_id):
+                self._faults.give_up(PeerError("banned while it took part", hop.peer_id))
 
     def gap(self, replaced: Sequence[HopStream]) -> Gap:
         """Blocks that would be missing without these adjacent hops."""

@@ -24,7 +24,7 @@ from p2pinfer.node.protocol.messages import Prefix
 from p2pinfer.routing.route import Route
 
 from .chain import ReplaySource
-from .failover import Replanner
+from .failover import IsUnwanted, Replanner
 from .receipt_checks import OnJoined, ReceiptBook
 from .session import Session
 from .terms import SessionAdapter, SessionTerms
@@ -47,6 +47,7 @@ async def open_session(
     check_receipts: bool = True,
     keep_steps: bool = False,
     on_joined: OnJoined | None = None,
+    is_unwanted: IsUnwanted = lambda _: False,
     report: Report | None = None,
     adapter: SessionAdapter | None = None,
     prefix: Prefix | None = None,
@@ -64,6 +65,7 @@ async def open_session(
         keep_steps: Remember what went through, in `book.kept`, for an audit after the session.
         on_joined: Called with hops that replaced others; if it says so, what goes through from then on is
             remembered as well.
+        is_unwanted: Asked about every hop from time to time, by its peer id; if it says so the session ends.
         report: Called with the session's events.
         adapter: Brought to every hop, whose receipts then name it.
         prefix: What the session begins with, of one that ended on these hops; `chain.prefix` says how much of
@@ -96,6 +98,7 @@ async def open_session(
             replay_source=replay_source,
             replanner=replanner,
             excluded=excluded,
+            is_unwanted=is_unwanted,
             book=book,
             report=report,
         )

@@ -34,7 +34,7 @@ from p2pinfer.node.protocol.relay_upgrade import is_worth_moving
 from p2pinfer.routing.route import Route
 
 from .chain import Chain, ReplaySource
-from .failover import Failover, Replanner
+from .failover import Failover, IsUnwanted, Replanner
 from .faults import Faults
 from .handover import LOOK_EVERY, Handovers
 from .hop_stream import HopStream
@@ -72,6 +72,7 @@ class Session:
         replay_source: ReplaySource | None,
         replanner: Replanner | None,
         excluded: frozenset[str],
+        is_unwanted: IsUnwanted,
         book: ReceiptBook | None,
         report: Report | None,
     ) -> None:
@@ -85,7 +86,7 @@ class Session:
         self._steps = InFlight()
         self.reporter = Reporter(terms.session, report)
         self._faults = Faults(excluded, self.reporter)
-        self._failover = Failover(self.chain, self._faults, replanner, config)
+        self._failover = Failover(self.chain, self._faults, replanner, config, is_unwanted)
         self.handovers = Handovers(
             self.chain,
             self._failover,
@@ -338,6 +339,7 @@ class Session:
             await self._receipts_due.wait()
             self._receipts_due = trio.Event()
             await self.settle()
+            self._failover.leave_unwanted()
 
     async def keep_watch(self) -> None:
         """Find out who shows no sign of life while a step waits."""
