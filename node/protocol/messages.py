@@ -43,7 +43,8 @@ PeerIdText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128
 # Strangers' words end up on terminals: no control characters.
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Block: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
-Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+MAX_COUNT: Final = (1 << 32) - 1
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -103,6 +104,8 @@ class Opened(_Message, frozen=True, tag="opened"):
     keeps_s: Count = 0  # how long the hop keeps a session's cache that ends with `keep`, seconds
     ends: bool = False  # the hop embeds, or draws, as it was asked
     successor_us: Count = 0  # round trip to the successor, microseconds; 0: not known
+    pass_us: Count = 0  # what the session's blocks take for a chunk of a prompt, microseconds, and
+    token_ns: Count = 0  # for each of its tokens, nanoseconds; both 0: not known
 
 
 class Move(_Message, frozen=True, tag="move"):

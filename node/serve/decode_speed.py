@@ -19,6 +19,8 @@ MOST: Final = 1e6
 WINDOW_STEPS: Final = 64
 WINDOW_S: Final = 60.0
 LEAST_STEPS: Final = 8  # before these are in, a few later steps do not outweigh what was measured before
+WINDOW_CHUNKS: Final = 16
+LEAST_TOKEN_S: Final = 1e-9  # of a chunk
 MATERIAL: Final = 1.25  # what is announced is corrected when it is so many times off
 
 
@@ -28,11 +30,13 @@ class DecodeSpeed:
     Attributes:
         steps: Those that had the device to themselves: when each ended, on a clock in seconds, and the
             seconds that it took. Whoever runs them adds to it, which is a call less on every token's way.
+        chunks: The same of prompts: tokens, and seconds.
     """
 
     def __init__(self, tokens_per_s: float) -> None:
         """A speed that was measured at the start."""
         self.steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        self.chunks: deque[tuple[int, float]] = deque(maxlen=WINDOW_CHUNKS)
         self._tokens_per_s = bounded(tokens_per_s)
 
     @property
@@ -48,9 +52,28 @@ class DecodeSpeed:
             self._tokens_per_s = bounded(1 / max(median(latest), 1 / MOST))
         return self._tokens_per_s
 
+    @property
+    def chunk_cost(self) -> tuple[float, float]:
+        """Seconds of a chunk of any length, and of each of its tokens; 0 and 0 if there was none yet.
+
+        The line through a step of one token from which the latest chunks are least far off, by squares.
+        """
+        one_s = 1 / self.tokens_per_s
+        more = [
+            (tokens - 1, seconds - one_s)
+            for tokens, seconds in self.chunks
+            if tokens > 1 and isfinite(seconds)
+        ]
+        if not more:
+            return 0.0, 0.0
+        slope = sum(tokens * seconds for tokens, seconds in more) / sum(tokens**2 for tokens, _ in more)
+        token_s = min(max(slope, LEAST_TOKEN_S), one_s)
+        return one_s - token_s, token_s
+
     def restart(self, seconds: Sequence[float], now: float) -> None:
         """Forget all steps but these: something was changed."""
         self.steps.clear()
+        self.chunks.clear()
         self.steps.extend((now, each) for each in seconds)
 
     def differs(self, announced: float) -> bool:

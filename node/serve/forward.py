@@ -26,7 +26,7 @@ from p2pinfer.models.numerics import Codec
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.ends.held_ends import Drawer
 from p2pinfer.node.protocol.frames import FrameStream
-from p2pinfer.node.protocol.messages import Open, Step
+from p2pinfer.node.protocol.messages import MAX_COUNT, Open, Step
 from p2pinfer.node.protocol.tensors import (
     check_finite,
     encode_hidden,
@@ -91,6 +91,12 @@ class ServedSpan:
             raise SessionRefusal(
                 "wrong_model", "the adapter of this session was not brought to this node"
             ) from None
+
+    def chunk_cost(self, opening: Open) -> tuple[int, int]:
+        """Microseconds of a chunk of any length through a session's blocks, and nanoseconds of each token."""
+        share = (opening.stop - opening.start) / len(self.runner.span)
+        fixed_s, token_s = self.speed.chunk_cost
+        return min(int(share * fixed_s * 1e6), MAX_COUNT), min(int(share * token_s * 1e9), MAX_COUNT)
 
     def embedder(self, opening: Open) -> EmbeddingAndHead | None:
         """Embedding for the token ids of a session; None if it brings hidden states."""
@@ -285,7 +291,10 @@ class StepWork(ForwardPass):
             context.lifetime.end(SessionRefusal("compute", f"step {self.step.number} failed: {error}"))
         else:
             self.report = report
-            if report.tokens == 1 and self.output is not None and self.span is None:
+            if report.tokens == self.tokens and self.output is not None and self.span is None:
                 # It had the device to itself.
-                context.speed.steps.append((trio.current_time(), report.ran_s))
+                if self.tokens == 1:
+                    context.speed.steps.append((trio.current_time(), report.ran_s))
+                elif not self.is_decode:
+                    context.speed.chunks.append((self.tokens, report.compute_s))
             context.outbox.send_nowait(self)  # never full: the inbox bounds what is in flight

@@ -291,7 +291,7 @@ class SpanServer:
         """Everything between a session's admission and its end."""
         lifetime, neighbours = session.lifetime, session.neighbours
         try:
-            opened = self._opened(session.room.lease.length)
+            opened = self._opened(session.opening, session.room.lease.length)
             control = SessionControl(
                 session, self._host, self._config, opened, self._notify, self._find_addrs
             )
@@ -319,16 +319,17 @@ class SpanServer:
             await neighbours.control.end()
         neighbours.leave()
 
-    def _opened(self, prefix: int) -> Opened:
-        config = self._config
+    def _opened(self, opening: Open, prefix: int) -> Opened:
+        config, served = self._config, self._served
+        limits = (config.max_chunk_tokens, config.max_steps_in_flight, config.max_bytes_in_flight)
         return Opened(
-            str(self._served.runner.numerics),
-            config.max_chunk_tokens,
-            config.max_steps_in_flight,
-            config.max_bytes_in_flight,
+            str(served.runner.numerics),
+            *limits,
             prefix,
             int(config.prefix_keep_s),
-            self._served.ends is not None,
+            served.ends is not None,
+            0,  # the successor's round trip is told when it has attached
+            *served.chunk_cost(opening),
         )
 
     # ------------------------------------------------------------------ the predecessor's stream

@@ -12,7 +12,7 @@ import trio
 from p2pinfer.node.transport.line_rate import Line
 
 from .chain import Chain
-from .flow_limits import MOST_CHUNK_S, ChunkSizes
+from .flow_limits import MOST_CHUNK_S, ChunkSizes, pass_costs
 from .pending import Pending
 from .terms import Inputs
 
@@ -45,7 +45,8 @@ async def send_in_chunks(inputs: Inputs, position: int, submit: Submit, chain: C
     limits = chain.flow_limits
     row_bytes = chain.terms.sent_row_bytes(position + kept)
     to_send = len(inputs) - kept
-    sizes = ChunkSizes(limits, row_bytes, chain.way_s, tokens=to_send, hops=len(chain.hops))
+    costs = pass_costs(hop.opened for hop in chain.hops)
+    sizes = ChunkSizes(limits, row_bytes, chain.way_s, tokens=to_send, hops=len(chain.hops), costs=costs)
     # Of what is in flight, as it is in hops' memory: where it travels packed it counts as what it is there.
     most_tokens = max(limits.bytes_in_flight // chain.terms.row_bytes, limits.chunk_tokens)
     in_flight = deque[tuple[Pending, int]]()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pinfer.node.config import ServeConfig
@@ -12,7 +13,9 @@ from p2pinfer.node.protocol.messages import Opened
 from p2pinfer.node.transport.line_rate import NO_LINE, Line
 from p2pinfer.session.flow_limits import (
     AHEAD,
+    CHUNK_S,
     FIRST_BYTES,
+    FIRST_WINDOW_BYTES,
     LEAST_BYTES_PER_S,
     LEAST_PIECE_TOKENS,
     LEAST_TOKENS,
@@ -20,9 +23,14 @@ from p2pinfer.session.flow_limits import (
     PIECES,
     ChunkSizes,
     FlowLimits,
+    PassCost,
     agree,
+    pass_costs,
+    pipeline_s,
     replay_limit_s,
 )
+
+from .pipelines import in_chunks, passed_s, passed_slow_lines_s
 
 
 def test_hops_that_allow_more_change_nothing() -> None:
@@ -126,8 +134,11 @@ def test_what_may_be_in_flight_lasts_until_the_first_result_is_back(
     assert lasts_s >= min(way_s, MOST_CHUNK_S * in_flight / AHEAD)
 
 
+NEAR = 0.005  # seconds there and back: shorter than TCP needs to begin
+
+
 def test_a_prompt_is_cut_into_pieces_for_every_hop_but_for_one_alone() -> None:
-    fast = Line(0.05, bytes_per_s=2.5e6)
+    fast = Line(NEAR, bytes_per_s=2.5e6)
 
     def first(tokens: int, hops: int, line: Line = fast) -> int:
         return ChunkSizes(limits(256, 24), ROW, tokens=tokens, hops=hops).next_tokens(line)
@@ -136,14 +147,118 @@ def test_a_prompt_is_cut_into_pieces_for_every_hop_but_for_one_alone() -> None:
     assert first(1000, 2) == 1000 // (2 * PIECES)
     assert first(1000, 4) == 1000 // (4 * PIECES)
     assert first(100, 4) == LEAST_PIECE_TOKENS
-    assert first(1000, 4, Line(0.05, bytes_per_s=31_250)) == 6  # a thin line needs shorter ones
+    assert first(1000, 4, Line(NEAR, bytes_per_s=31_250)) == 6  # a thin line needs shorter ones
     assert first(1000, 4, NO_LINE) == 256
 
 
 def test_pieces_are_longer_where_so_many_short_ones_would_leave_the_line_idle() -> None:
-    line = Line(1.6, bytes_per_s=125_000)
+    line = Line(NEAR, bytes_per_s=125_000)
     sizes = ChunkSizes(limits(256, 8), ROW, 2.4, tokens=200, hops=4)
     assert sizes.next_tokens(line) == int(2.4 * 125_000) // ROW
+
+
+# ---------------------------------------------------------------------- what hops say of themselves
+
+# Four blocks of 1024x16 in float32 with one thread, and its rows as they are and packed.
+SLOW = PassCost(0.0195, 0.00094)
+PLAIN_ROW, PACKED_ROW = 4096, 1064
+
+
+def test_what_hops_take_is_known_if_all_of_them_say_it() -> None:
+    told = Opened("float32", pass_us=19_500, token_ns=940_000)
+    assert pass_costs([told, told]) == [pytest.approx(SLOW)] * 2
+    assert pass_costs([told, Opened("float32")]) == []
+    assert pass_costs([Opened("float32", pass_us=7)]) == [(7e-6, 0.0)]
+
+
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 300),
+    st.floats(0, 1e-2),
+    st.lists(st.builds(PassCost, st.floats(0, 0.1), st.floats(1e-9, 1e-2)), min_size=1, max_size=6),
+)
+def test_the_time_of_a_pipeline_is_what_passing_it_takes(
+    tokens: int, chunks: int, row_s: float, costs: list[PassCost]
+) -> None:
+    length = -(-tokens // chunks)
+    whole = length * -(-tokens // length)  # the last chunk counts as one of the others
+    simulated_s = passed_s(in_chunks(whole, length), row_s, costs)
+    assert pipeline_s(tokens, length, row_s, costs) == pytest.approx(simulated_s)
+
+
+def of_best(tokens: int, rate: float, costs: list[PassCost]) -> float:
+    """Seconds with chunks of the chosen length, over those with the best of all lengths that may be."""
+    sizes = ChunkSizes(limits(256, 24), ROW, tokens=tokens, hops=len(costs), costs=costs)
+    chosen = sizes.next_tokens(Line(0.0, bytes_per_s=rate))
+    most = max(LEAST_TOKENS, min(256, tokens, int(rate * CHUNK_S) // ROW))
+    seconds = {
+        length: passed_s(in_chunks(tokens, length), ROW / rate, costs)
+        for length in range(LEAST_TOKENS, most + 1)
+    }
+    return seconds[min(chosen, tokens)] / min(seconds.values())
+
+
+@given(
+    st.integers(16, 600),
+    st.floats(1e4, 1e8),
+    st.lists(st.builds(PassCost, st.floats(1e-4, 0.1), st.floats(1e-6, 1e-2)), min_size=1, max_size=5),
+)
+@settings(max_examples=25)
+def test_no_other_length_is_much_sooner_through(tokens: int, rate: float, costs: list[PassCost]) -> None:
+    """Nor does it matter much that the last of a few chunks may be shorter than the others."""
+    assert of_best(tokens, rate, costs) <= 1.25
+
+
+@pytest.mark.parametrize("rate", [1e5, 1e6, 2.5e6, 1e7, 1e8])
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_no_other_length_is_sooner_through_for_many_chunks(rate: float, hops: int) -> None:
+    assert of_best(1000, rate, [SLOW] * hops) <= 1.03
+
+
+def lengths(
+    row: int, line: Line, costs: list[PassCost], *, tokens: int = 1000, way_s: float = 0.125
+) -> list[int]:
+    """The chunks of a prompt over four hops, on a line that stays as it is."""
+    sizes = ChunkSizes(limits(256, 24), row, way_s, tokens=tokens, hops=4, costs=costs)
+    taken: list[int] = []
+    while (left := tokens - sum(taken)) > 0:
+        taken.append(min(sizes.next_tokens(line), left))
+    return taken
+
+
+FAR = Line(0.05, bytes_per_s=2.5e6)  # 20 Mbit/s, 25 ms one way
+
+
+def test_chunks_are_longer_where_hops_are_slower_than_lines() -> None:
+    assert max(lengths(PLAIN_ROW, FAR, [SLOW] * 4)) == 28  # 46 ms of each line and each hop
+    assert max(lengths(PACKED_ROW, FAR, [SLOW] * 4)) == 67
+    assert max(lengths(PACKED_ROW, FAR, [PassCost(1e-6, 1e-6)] * 4, way_s=0.0)) == LEAST_TOKENS
+
+
+def test_chunks_begin_short_and_double_on_a_line_that_takes_round_trips_to_begin() -> None:
+    assert lengths(PLAIN_ROW, FAR, [SLOW] * 4)[:5] == [4, 8, 16, 28, 28]
+    assert lengths(PACKED_ROW, FAR, [SLOW] * 4)[:5] == [7, 14, 28, 56, 67]
+    assert lengths(PLAIN_ROW, FAR, [])[:5] == [4, 8, 16, 32, 41]  # hops of an earlier version
+    near = replace(FAR, rtt_s=FIRST_WINDOW_BYTES / FAR.bytes_per_s)
+    assert set(lengths(PLAIN_ROW, near, [SLOW] * 4)[:-1]) == {28}
+
+
+@pytest.mark.parametrize("row", [PLAIN_ROW, PACKED_ROW])
+def test_no_chunks_of_one_length_are_sooner_through_lines_that_begin_slowly(row: int) -> None:
+    def seconds(chunks: list[int]) -> float:
+        return passed_slow_lines_s(chunks, row, FAR.bytes_per_s, FAR.rtt_s, [SLOW] * 4)
+
+    chosen_s = seconds(lengths(row, FAR, [SLOW] * 4))
+    assert all(chosen_s < 0.93 * seconds(in_chunks(1000, length)) for length in (16, 28, 41, 64, 96))
+
+
+def test_short_chunks_last_as_long_as_a_result_takes_to_come_back() -> None:
+    """On a line that may become faster meanwhile, unless the slowest hop is at work until then."""
+    quick = [PassCost(0.002, 0.0001)] * 4
+    assert max(lengths(PLAIN_ROW, FAR, quick, way_s=0.001)) == LEAST_TOKENS
+    length = max(lengths(PLAIN_ROW, FAR, quick))
+    assert length * PLAIN_ROW / FAR.bytes_per_s >= AHEAD * 0.125 / 24
+    assert lengths(PLAIN_ROW, FAR, quick, tokens=100, way_s=50.0)[-1] <= 100
 
 
 def test_a_chunk_is_never_more_than_was_agreed_nor_nothing() -> None:

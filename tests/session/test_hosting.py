@@ -13,7 +13,7 @@ from torch import Tensor
 from p2pinfer.client_config import SessionConfig
 from p2pinfer.errors import PeerVanished, ProtocolViolation
 from p2pinfer.models.checkpoint.checkpoint import Checkpoint
-from p2pinfer.node.protocol.messages import Opened, Result
+from p2pinfer.node.protocol.messages import Open, Opened, Result
 from p2pinfer.routing.route import Route
 from p2pinfer.session.hop_stream import HopStream
 from p2pinfer.session.hosting import open_session, start_session
@@ -61,7 +61,7 @@ async def test_a_hop_that_opens_in_what_cannot_be_checked_is_left_at_once(
     """Whatever it has announced, and without a word of its own."""
     server = swarm.served["b"].server
 
-    def opened(prefix: int) -> Opened:
+    def opened(opening: Open, prefix: int) -> Opened:
         return Opened(dtype, prefix=prefix)
 
     monkeypatch.setattr(server, "_opened", opened)

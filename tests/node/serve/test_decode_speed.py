@@ -68,3 +68,23 @@ def test_whatever_a_clock_says_the_speed_can_be_announced(
     speed.restart(steps, now)
     assert LEAST <= speed.tokens_per_s <= MOST
     assert LEAST <= bounded(start) <= MOST
+
+
+def test_nothing_is_said_of_chunks_before_there_was_one() -> None:
+    assert speed_of(100, [0.01] * 10).chunk_cost == (0.0, 0.0)
+
+
+def test_the_cost_of_chunks_is_a_line_from_a_step_through_them() -> None:
+    speed = speed_of(1, [0.02] * LEAST_STEPS)
+    speed.chunks.extend((tokens, 0.019 + 0.001 * tokens) for tokens in (20, 100, 256))
+    assert speed.chunk_cost == pytest.approx((0.019, 0.001))
+    speed.restart([0.02] * LEAST_STEPS, 10.0)
+    assert speed.chunk_cost == (0.0, 0.0)
+
+
+@given(start=ANYTHING, chunks=st.lists(st.tuples(st.integers(1, 5000), ANYTHING), max_size=40))
+def test_the_cost_of_chunks_is_one_of_positive_seconds(start: float, chunks: list[tuple[int, float]]) -> None:
+    speed = DecodeSpeed(start)
+    speed.chunks.extend(chunks)
+    cost = speed.chunk_cost
+    assert cost == (0.0, 0.0) or (cost[0] >= 0 and 0 < sum(cost) < 2 / LEAST)

@@ -187,6 +187,21 @@ async def test_only_a_step_that_had_all_blocks_to_itself_counts_for_the_speed(
     assert [seconds for _, seconds in speed.steps] == [1]
 
 
+async def test_only_a_chunk_that_had_all_blocks_to_itself_counts_for_their_cost(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Not guesses at some tokens, nor a chunk beside another client's."""
+    worker, speed = Collector(), DecodeSpeed(1.0)
+    session, _ = open_hop(worker, speed)
+    for number, (position, tokens) in enumerate([(0, 20), (20, 17), (37, 4)]):
+        send(session, number, 0, position, tokens)
+    alone, beside_another, guesses = worker.works
+    for seconds, (work, tokens) in enumerate([(alone, 20), (beside_another, 18), (guesses, 4)], 1):
+        work.run([work])
+        work.deliver(BatchReport(0.0, 0.0, seconds, tokens))
+    assert list(speed.chunks) == [(20, 1)]
+
+
 async def test_a_step_is_taken_from_who_is_expected_and_from_nobody_else() -> None:
     worker = Collector()
     session, _ = open_hop(worker)

@@ -89,6 +89,24 @@ async def test_a_session_id_cannot_be_opened_twice(checkpoint: Checkpoint) -> No
         await first.end()
 
 
+async def test_a_hop_says_what_chunks_take_once_there_was_one(checkpoint: Checkpoint) -> None:
+    async def step_us(stop: int) -> float:
+        frames = await swarm.ask(stop=stop)
+        opened, _ = await frames.receive()
+        await frames.end()
+        await swarm.all_closed()
+        assert isinstance(opened, Opened)
+        return opened.pass_us + opened.token_ns / 1e3
+
+    async with open_swarm(checkpoint) as swarm:
+        assert await step_us(8) == 0
+        session = await swarm.session()
+        await session.prefill(hidden_states(20), 0)
+        await session.aclose()
+        assert await step_us(8) == pytest.approx(10_000, abs=2)  # a token of 100 a second
+        assert await step_us(4) == pytest.approx(5_000, abs=2)  # of half the blocks
+
+
 async def test_a_leaving_node_refuses_newcomers_and_goes_on_serving(checkpoint: Checkpoint) -> None:
     async with open_swarm(checkpoint) as swarm:
         session = await swarm.session()
