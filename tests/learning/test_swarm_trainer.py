@@ -18,7 +18,7 @@ from p2pinfer.models.learning.span_passes import SpanPasses
 from p2pinfer.models.span import BlockSpan
 from p2pinfer.node.config import ServeConfig
 from p2pinfer.node.protocol import train_stream
-from p2pinfer.node.protocol.train_messages import Backward, Forward, TrainMessage
+from p2pinfer.node.protocol.train_messages import Backward, Backwarded, Forward, TrainMessage
 from p2pinfer.node.protocol.train_stream import TrainStream
 
 from ..node.memory import MemoryStream
@@ -143,6 +143,30 @@ async def test_the_next_hop_is_asked_before_the_adapters_gradient_is_here(
         assert came
         assert ("c" in trainer.route.peer_ids) == is_true
         assert [peer for peer, _ in peers.failed] == ([] if is_true else ["c"])
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_first_part_that_is_wrong_goes_to_no_other_hop(
+    checkpoint: Checkpoint, task: Task, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    """Values that are not finite, or fewer of them than there have to be."""
+    peers = Peers({**WAY, **OTHERS})
+    async with open_training(checkpoint, peers) as (trainer, _):
+        trace = await trainer.forward(task.batch, task.adapter)
+        asked: list[str] = []
+        send = TrainStream.send
+
+        async def wrong(stream: TrainStream, message: TrainMessage, *payload: bytes) -> None:
+            if isinstance(message, Backward):
+                asked.append(stream.peer_id)
+            if isinstance(message, Backwarded) and asked == ["c"]:
+                payload = (b"\xff" * len(payload[0]), payload[1]) if is_whole else (b"\0" * 8,)
+            await send(stream, message, *payload)
+
+        monkeypatch.setattr(train_stream.TrainStream, "send", wrong)
+        await check_backward(trainer, task, trace)
+        assert asked[:2] == ["c", "f"]
+        assert [peer for peer, _ in peers.failed] == ["c"]
 
 
 async def test_a_hop_that_leaves_is_replaced(checkpoint: Checkpoint, task: Task) -> None:
