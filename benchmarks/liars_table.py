@@ -46,7 +46,7 @@ ROWS: Final[Mapping[str, tuple[str, ...]]] = {
     "skip+wary": ("--cheat", "-", "skip+wary"),
     "half-int8": ("--cheat", "-", "half-int8", "-", "-", "slow"),
     "skip, 4 tokens": ("--cheat", "-", "skip", "--new-tokens", "4"),
-    "redraw in a fifth": ("--cheat", "-", "-", "-", "-", "redraw:0.2", "--thin"),
+    "redraw in a fifth": ("--cheat", "-", "-", "slow", "-", "-", "redraw:0.2", "--thin"),
     "nobody, thin": ("--cheat", "--thin"),
     "int8 and skip": ("--cheat", "int8", "skip"),
     "tamper": ("--cheat", "-", "tamper"),

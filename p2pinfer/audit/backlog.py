@@ -43,7 +43,7 @@ class Job:
         is_fresh: True if the session ended in this process.
         was_slow: True if the hop kept an earlier process waiting for its evidence.
         path: Its file, if it is kept.
-        draw: Terms of draws at the last hop; None: none were drawn there, or nobody knows any more.
+        draw: Terms of draws at the last hop; None: none were drawn there.
     """
 
     peer_id: str
@@ -100,7 +100,7 @@ class Backlog:
         """Queue a job, after it has been written where it outlives this process."""
         path = None
         if job.steps and not job.contradiction and self._has_room(job):
-            kept = KeptJob(job.peer_id, self._clock(), job.steps)
+            kept = KeptJob(job.peer_id, self._clock(), job.steps, draw=job.draw)
             path = await self._on_disk(lambda folder: folder.keep(kept))
         self._queue(replace(job, path=path))
 
@@ -111,7 +111,10 @@ class Backlog:
         now = self._clock()
         for path, kept in await self._on_disk(lambda folder: folder.take_over(now)) or []:
             logger.debug("audit.left_over peer=%s", kept.peer_id)
-            self._queue(Job(kept.peer_id, kept.steps, is_fresh=False, was_slow=kept.was_slow, path=path))
+            left = Job(
+                kept.peer_id, kept.steps, is_fresh=False, was_slow=kept.was_slow, path=path, draw=kept.draw
+            )
+            self._queue(left)
 
     def _has_room(self, job: Job) -> bool:
         waiting = self._jobs_in.statistics().current_buffer_used

@@ -31,6 +31,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.node.protocol.draws import Draw
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
@@ -76,6 +77,7 @@ class _KeptJob(msgspec.Struct, frozen=True, array_like=True):
     closed_at: float
     routes: tuple[tuple[_Hop, ...], ...]
     steps: tuple[_Step, ...]
+    draw: Draw | None = None
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -90,12 +92,14 @@ class KeptJob:
         closed_at: When its session ended, seconds of the wall clock.
         steps: Of the session, with the audited hop's receipts alone. None of it is checked.
         was_slow: True if the hop kept an earlier process waiting for its evidence.
+        draw: Terms of draws at the last hop; None: none were drawn there.
     """
 
     peer_id: str
     closed_at: float
     steps: tuple[PassedStep, ...]
     was_slow: bool = False
+    draw: Draw | None = None
 
 
 class JobFolder:
@@ -253,7 +257,7 @@ def _encode(job: KeptJob) -> bytes:
                 bytes(passed.got) if index == len(passed.hops) - 1 else b"",
             )
         )
-    return _encoder.encode(_KeptJob(1, job.peer_id, job.closed_at, tuple(routes), tuple(steps)))
+    return _encoder.encode(_KeptJob(1, job.peer_id, job.closed_at, tuple(routes), tuple(steps), job.draw))
 
 
 def _read(path: Path, now: float) -> KeptJob | None:
@@ -263,7 +267,7 @@ def _read(path: Path, now: float) -> KeptJob | None:
     try:
         kept = _decoder.decode(path.read_bytes())
         steps = tuple(_passed(kept, step) for step in kept.steps)
-        job = KeptJob(kept.peer_id, kept.closed_at, steps, path.name.endswith(_SLOW))
+        job = KeptJob(kept.peer_id, kept.closed_at, steps, path.name.endswith(_SLOW), kept.draw)
     except (OSError, ValueError, LookupError, StopIteration, msgspec.MsgspecError) as exc:
         logger.warning("an audit that was left over cannot be read (%s): %s is removed", exc, path)
         return None

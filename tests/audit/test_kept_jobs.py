@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from p2pinfer.audit import kept_jobs
+from p2pinfer.audit.backlog import Backlog, Job
 from p2pinfer.audit.kept_jobs import MAX_AGE_S, JobFolder, KeptJob, job_folder
 from p2pinfer.models.span import BlockSpan
+from p2pinfer.models.text.sampling_config import LogitsRules, SamplingConfig
+from p2pinfer.node.protocol.draws import draw_of
 from p2pinfer.node.protocol.messages import Step
 from p2pinfer.routing.route import Hop
 from p2pinfer.session.receipt_checks import PassedStep
@@ -46,6 +49,16 @@ def test_what_a_process_leaves_the_next_one_does(tmp_path: Path) -> None:
     assert folder(tmp_path).take_over(1010.0) == []  # they are the second one's now
     second.close()
     assert len(folder(tmp_path).take_over(1010.0)) == 2
+
+
+async def test_the_terms_of_draws_are_left_with_their_steps(tmp_path: Path) -> None:
+    """Or who draws other tokens would only have to hand out its evidence after its client has gone."""
+    terms = draw_of(SamplingConfig(seed=7), LogitsRules(), prompt_tokens=4, max_ids=9, eos_ids=(2,))
+    first, second = (Backlog(folder(tmp_path), lambda: 1000.0) for _ in range(2))
+    await first.put(Job("b", job().steps, draw=terms))
+    await first.close()
+    await second.take_over()
+    assert (await second.next_job()).draw == terms
 
 
 def test_of_a_hop_that_took_over_its_own_steps_are_left(tmp_path: Path) -> None:
