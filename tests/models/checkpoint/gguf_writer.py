@@ -97,7 +97,7 @@ def _write(
     if kind in _BYTES:
         content = random_blocks(kind, weight.shape[0], weight.shape[1], seed=len(name))
     else:
-        content = library.quantize(stored.numpy(), number)
+        content = library.quantize(stored.float().numpy(), number)
     writer.add_tensor(_gguf_name(stem, part), content, raw_dtype=None if kind == "F32" else number)
     exact = torch.from_numpy(library.dequantize(content, number).copy()).view(weight.shape)
     return permuted(name, exact, config, back=True)
