@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from p2pinfer.errors import LocalError
 
@@ -203,10 +203,16 @@ class Ledger:
         """Let time pass without an event; the past counts less after it."""
         self._records.advance(now)
 
-    def ban(self, peer_id: str, why: str = "by the user", now: float | None = None) -> None:
+    def ban(
+        self,
+        peer_id: str,
+        why: str = "by the user",
+        now: float | None = None,
+        by: Literal["user", "audits"] = "user",
+    ) -> None:
         """Use the peer no more, whatever it did."""
         now = self._records.now if now is None else now
-        self._records.change(peer_id, partial(accounts.banned, now=now, by="user", why=why), now)
+        self._records.change(peer_id, partial(accounts.banned, now=now, by=by, why=why), now)
 
     def forgive(self, peer_id: str, now: float | None = None) -> None:
         """Make the peer a newcomer: no ban, no evidence."""

@@ -220,3 +220,5 @@ async def test_a_hop_that_embeds_or_draws_another_token_is_banned(
         banned = {peer for peer in ("a", "b", "c") if client.ledger.is_banned(peer)}
         assert banned == {liar} - {"nobody"}
         assert client.audits.done == 3 and client.audits.failed == len(banned)
+        bans = [client.ledger.account(peer).ban for peer in banned]
+        assert all(ban is not None and ban.by == "audits" for ban in bans)  # and not by the user

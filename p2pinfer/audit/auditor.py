@@ -304,7 +304,7 @@ class Auditor:
             logger.debug("audit.ends peer=%s %s", job.peer_id, finding.reason)
             return False
         await self._settle(Opinion(job.peer_id, None, finding), why=finding.reason)
-        self._ledger.ban(job.peer_id, finding.reason, self._clock())
+        self._ledger.ban(job.peer_id, finding.reason, self._clock(), by="audits")
         return True
 
     async def _accuse_of_two(self, peer_id: str, receipts: tuple[bytes, ...]) -> list[bytes]:
@@ -331,7 +331,7 @@ class Auditor:
         if finding.verdict is not Verdict.FAIL or opinion.record is None:
             return []
         if opinion.record.is_adapted or not opinion.record.is_whole:  # which would be no proof for others
-            self._ledger.ban(peer_id, finding.reason, self._clock())
+            self._ledger.ban(peer_id, finding.reason, self._clock(), by="audits")
             return []
         proof = Proof(1, peer_id, "output", opinion.record.signed)
         return await self._accuse(proof, opinion.record.contents, finding.reason)
@@ -357,7 +357,7 @@ class Auditor:
         except P2PInferError as exc:
             logger.warning("the proof against %s could not be published: %s", proof.peer_id, exc)
             # What convinced us does not depend on whether others can be told.
-            self._ledger.ban(proof.peer_id, why, self._clock())
+            self._ledger.ban(proof.peer_id, why, self._clock(), by="audits")
             return []
         self._ledger.add_proof(address.hex(), proof.peer_id, self._clock(), verified=True, why=why)
         return [address]
