@@ -95,7 +95,7 @@ tensor by tensor.
 | format | bits a weight | error of a weight | what it is |
 | --- | --- | --- | --- |
 | `int8` | 8 | 0.8 % | a scale for each row |
-| `int4` | 4.5; on a CPU 5 | 8.6 % | a scale for each 32 numbers, as GGUF's Q4_0 has, of five bits |
+| `int4` | 4.5; on a CPU 5 | 8.2 % | for each 32 numbers a scale of five bits, the best of five |
 | `nf4` | 4.5 | 9.2 % | bitsandbytes' codes, a scale for each 64 numbers, rounded to bfloat16 |
 
 - **What is quantised**: the products of the blocks. Norms, biases and the routers of experts stay as they
@@ -107,6 +107,8 @@ tensor by tensor.
   always does.
 - **Audits** quantise the same checkpoint in the same way, and judge a node by that. A node that computes
   with other bits than it announces, more or fewer, is found as any other liar is.
+- **Perplexity** of SmolLM2-135M-Instruct on 4,096 tokens of these pages: 49.8 in bfloat16, 50.0 in int8, 57.5
+  in int4, 62.2 in nf4; with llama.cpp's Q8_0 49.8, with its Q4_0 59.2 (`benchmarks/perplexity.py --windows 8`).
 - **Routes** may mix nodes of different formats. A second opinion comes only from a node of the same format.
 
 ## Several cards: `p2pinfer node --device cuda:0,cuda:1`

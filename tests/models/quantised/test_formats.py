@@ -44,11 +44,16 @@ def by_the_book(row: list[float], group: int, name: str) -> list[float]:
             continue
         signed = next(x for x in numbers if abs(x) == largest)
         if name == "int8":
-            scale, low, high = float(torch.tensor(largest / 127).bfloat16()), -127, 127
+            scales, low, high = [float(torch.tensor(largest / 127).bfloat16())], -127, 127
         else:
             fraction, exponent = math.frexp(signed / -8)
-            scale, low, high = math.ldexp(math.trunc(fraction * 32), exponent - 5), -8, 7
-        found += [max(low, min(high, round(x / scale))) * scale for x in numbers]
+            # Numbers of five bits by their order: 16 to 31 times a power of two, then twice 16 to 31.
+            place = 16 * exponent + math.trunc(abs(fraction) * 32) - 16
+            nearby = (divmod(place + step, 16) for step in (0, 1, -1, 2, -2))
+            scales = [math.copysign(math.ldexp(16 + m, e - 5), fraction) for e, m in nearby]
+            low, high = -8, 7
+        tried = [[max(low, min(high, round(x / scale))) * scale for x in numbers] for scale in scales]
+        found += min(tried, key=lambda held: math.dist(held, numbers))
     return found
 
 
