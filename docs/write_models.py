@@ -107,8 +107,9 @@ tensor by tensor.
   always does.
 - **Audits** quantise the same checkpoint in the same way, and judge a node by that. A node that computes
   with other bits than it announces, more or fewer, is found as any other liar is.
-- **Perplexity** of SmolLM2-135M-Instruct on 4,096 tokens of these pages: 49.8 in bfloat16, 50.0 in int8, 57.5
-  in int4, 62.2 in nf4; with llama.cpp's Q8_0 49.8, with its Q4_0 59.2 (`benchmarks/perplexity.py --windows 8`).
+- **Perplexity** of SmolLM2-135M-Instruct on 4,096 tokens of these pages: 49.8 in bfloat16, 50.0 in int8,
+  57.5 in int4, 62.2 in nf4; with llama.cpp's Q8_0 49.8, with its Q4_0 59.2
+  (`benchmarks/perplexity.py --windows 8`).
 - **Routes** may mix nodes of different formats. A second opinion comes only from a node of the same format.
 
 ## Several cards: `p2pinfer node --device cuda:0,cuda:1`
