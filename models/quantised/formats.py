@@ -198,31 +198,30 @@ def _by_rows(rows: Tensor, to: Format) -> tuple[Tensor, Tensor]:
 
 
 def _by_groups(groups: Tensor, to: Format) -> tuple[Tensor, Tensor]:
-    low, high = groups.amin(-1), groups.amax(-1)
-    whole = torch.where(-low >= high, low, high) / -8
-    bits = whole.view(torch.int32) & -_FIFTH_BIT
-    codes, scales, lost = _at(groups, bits)
+    # A group in each column: what is done with its scale then runs along rows, several times as fast.
+    columns = groups.flatten(0, -2).T.contiguous()
+    low, high = columns.amin(0), columns.amax(0)
+    bits = (torch.where(-low >= high, low, high) / -8).view(torch.int32) & -_FIFTH_BIT
+    scales, lost = bits.view(torch.float32), _lost(columns, bits.view(torch.float32))
     can_move = bits & _MAGNITUDE > 2 * _FIFTH_BIT  # else it would become zero, or less
     for step in (_FIFTH_BIT, -_FIFTH_BIT, 2 * _FIFTH_BIT, -2 * _FIFTH_BIT):
-        other_codes, other_scales, other_lost = _at(groups, torch.where(can_move, bits + step, bits))
-        is_less = other_lost < lost
-        scales, lost = scales.where(~is_less, other_scales), torch.minimum(lost, other_lost)
-        codes = codes.where(~is_less[..., None], other_codes)
-    return codes.add_(8).to(torch.uint8), scales.to(to.scale_dtype)
+        others = torch.where(can_move, bits + step, bits).view(torch.float32)
+        others_lost = _lost(columns, others)
+        scales, lost = scales.where(others_lost >= lost, others), lost.minimum(others_lost)
+    codes = _codes(columns, scales).add_(8).to(torch.uint8)
+    return codes.T.reshape(groups.shape), scales.view(groups.shape[:-1]).to(to.scale_dtype)
 
 
-def _at(groups: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and sums of squared errors of groups whose scales have these bits."""
-    scales = bits.view(torch.float32)
-    codes = (groups / _divisor(scales)[..., None]).round_().clamp_(-8, 7)
-    return codes, scales, _summed((codes * scales[..., None]).sub_(groups).square_())
+def _codes(columns: Tensor, scales: Tensor) -> Tensor:
+    return (columns / _divisor(scales)).round_().clamp_(-8, 7)
 
 
-def _summed(groups: Tensor) -> Tensor:
-    """Sums over the last dimension, whose length is a power of two, in an order that no device chooses."""
-    while half := groups.shape[-1] // 2:
-        groups = groups[..., :half] + groups[..., half:]
-    return groups[..., 0]
+def _lost(columns: Tensor, scales: Tensor) -> Tensor:
+    """Sum of the squared errors of each column, in an order that no device chooses."""
+    squares = _codes(columns, scales).mul_(scales).sub_(columns).square_()
+    while half := len(squares) // 2:
+        squares = squares[:half].add_(squares[half:])
+    return squares[0]
 
 
 def _by_quantiles(groups: Tensor) -> tuple[Tensor, Tensor]:
