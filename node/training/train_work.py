@@ -278,7 +278,8 @@ class BackwardWork(PassWork):
         super().__init__(passing, request, payload, adapter, on_end)
         self.request = request
         self._kept = kept
-        self._input_size = 0
+        size = input_bytes(sum(self.lengths), passing.hidden_size, passing.codec)
+        self._input_size = size if request.sends_inputs else 0  # of what it was sent
 
     @property
     def tokens(self) -> int:
@@ -287,8 +288,6 @@ class BackwardWork(PassWork):
 
     def _run(self) -> Generator[None, None, None]:
         passing, request, tokens = self._passing, self.request, sum(self.lengths)
-        if request.sends_inputs:
-            self._input_size = input_bytes(tokens, passing.hidden_size, passing.codec)
         sent = self._payload[self._input_size :]
         gradient = decode_values(sent, tokens, passing.hidden_size, passing.codec, passing.client)
         graphs: Graphs = {}
